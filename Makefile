@@ -1,0 +1,49 @@
+# One command surface; each target sets up what it needs on a fresh machine with Python 3.11, make, gcc and git.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.synced
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test test-slow check gpu bench browser
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "uv>=0.9"
+
+$(STAMP): $(BIN)/uv pyproject.toml uv.lock
+	$(BIN)/uv sync --frozen --quiet
+	@touch $@
+
+demo: $(STAMP) ## run the main job: a service, a training job on two workers, its result beside SGD's
+	$(BIN)/python deploy/demo.py
+
+serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:8000
+	$(BIN)/ngd serve
+
+test: $(STAMP) browser ## run the tests
+	$(BIN)/pytest
+
+test-slow: $(STAMP) ## run the tests that take minutes
+	$(BIN)/pytest -m slow --timeout 3600
+
+check: $(STAMP) ## lint, format, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+gpu: $(STAMP) ## run the oracles on CUDA and time a first step; says so where there is no GPU
+	$(BIN)/python -m benchmarks.gpu
+
+bench: $(STAMP) ## measure: writes benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+# The end-to-end test drives Debian's Chromium; only root may install it, and only where apt is.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { echo "installing chromium for the dashboard test"; apt-get -qq update && apt-get -qq install -y chromium >/dev/null; }; } || \
+	  echo "no chromium: the dashboard test will be skipped; to run it: apt-get install chromium"

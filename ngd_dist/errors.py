@@ -1,0 +1,30 @@
+"""Everything this library can raise.
+
+    NgdError
+    +-- ConfigError (ValueError)         settings that contradict the model or the process group
+    +-- CaptureError (RuntimeError)      a layer ran in a way its statistics can't describe
+    +-- CollectiveError (RuntimeError)   a collective failed or timed out; names itself and the rank
+    +-- CheckpointError (ValueError)     a state that doesn't fit this model
+"""
+
+__all__ = ["CaptureError", "CheckpointError", "CollectiveError", "ConfigError", "NgdError"]
+
+
+class NgdError(Exception):
+    """Base of every error of this library."""
+
+
+class ConfigError(NgdError, ValueError):
+    """Settings that contradict the model, its parameters or the process group."""
+
+
+class CaptureError(NgdError, RuntimeError):
+    """A layer ran in a way that its statistics can't describe."""
+
+
+class CollectiveError(NgdError, RuntimeError):
+    """A collective failed or timed out."""
+
+
+class CheckpointError(NgdError, ValueError):
+    """A saved state that doesn't fit this model."""

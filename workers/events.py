@@ -1,0 +1,158 @@
+"""What a worker tells the service: append-only facts, numbered within their attempt. Imports without torch.
+
+Rank 0's reporter writes them to a spool file, one JSON object a line, and posts them in batches; the service stores
+them under the key (attempt, seq), so that a repeated delivery changes nothing.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+__all__ = ["Event", "EventBatch", "EventReply", "Numbered", "StepRecord"]
+
+
+class Fact(BaseModel):
+    """Base of every event. NaN and infinity travel as the strings "NaN", "Infinity" and "-Infinity"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Started(Fact):
+    """The workers are up; a restart of the worker group sends it again with the step it resumes from."""
+
+    kind: Literal["started"] = "started"
+    spec: dict[str, Any] = Field(description="The resolved spec, defaults filled in.")
+    seed: int
+    commit: str | None = Field(description="git commit of the code, None outside a checkout.")
+    versions: dict[str, str] = Field(description="python, torch, ngd_dist ...")
+    world_size: int
+    device: str
+    total_steps: int
+    steps_per_epoch: int
+    parameters: int = Field(description="Trainable numbers in the model.")
+    resumed_step: int = Field(description="Steps already done by the checkpoint this run starts from; 0: none.")
+    statistics: list[str] = Field(description='Names "layer.statistic", the order of ages and intervals below.')
+    plain_parameters: dict[str, str] = Field(description="Parameter name -> why it takes a plain gradient step.")
+
+
+class StepRecord(Fact):
+    """One optimizer step. Step numbers start at 1."""
+
+    step: int = Field(ge=1)
+    epoch: float
+    time_s: float = Field(description="Seconds since the epoch (UTC) at the end of the step.")
+    loss: float = Field(description="Mean training loss of the global batch.")
+    accuracy: float = Field(description="Share of the global batch classified correctly.")
+    lr: float
+    samples_per_s: float
+    seconds: dict[str, float] = Field(description="Phase -> seconds on rank 0: data, forward_backward, reduce ...")
+    bytes_sent: dict[str, int] = Field(description="Kind -> bytes sent by rank 0: gradients, statistics, directions.")
+    ages: list[int] = Field(description="Steps since each statistic in use was measured; 0: in this step.")
+    intervals: list[int] = Field(description="Steps that each statistic may stay unrefreshed.")
+    failed_inversions: int = Field(description="Factors that kept an old inverse so far, over all ranks.")
+
+
+class Steps(Fact):
+    """A batch of optimizer steps."""
+
+    kind: Literal["steps"] = "steps"
+    records: list[StepRecord]
+
+
+class Evaluation(Fact):
+    """One pass over the test data."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    step: int
+    epoch: float
+    test_loss: float
+    test_accuracy: float
+
+
+class CheckpointSaved(Fact):
+    """A checkpoint is complete on disk."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str = Field(description="Relative to the run directory.")
+    bytes: int
+
+
+class TargetReached(Fact):
+    """The first evaluation at or above the spec's target."""
+
+    kind: Literal["target_reached"] = "target_reached"
+    step: int
+    test_accuracy: float
+
+
+class WorkersRestarted(Fact):
+    """The driver starts the workers again after some of them died."""
+
+    kind: Literal["workers_restarted"] = "workers_restarted"
+    message: str
+
+
+class Failed(Fact):
+    """The attempt ended without a result."""
+
+    kind: Literal["failed"] = "failed"
+    reason: str = Field(description="CamelCase word for machines: InvalidSpec, DataNotFound, NonFiniteLoss ...")
+    message: str = Field(description="One sentence for a person: what, the value, what to do.")
+    retryable: bool
+
+
+class Cancelled(Fact):
+    """The attempt stopped because the service said that the job is cancelled."""
+
+    kind: Literal["cancelled"] = "cancelled"
+    step: int
+
+
+class Done(Fact):
+    """The attempt finished its schedule, or its target."""
+
+    kind: Literal["done"] = "done"
+    step: int
+    test_loss: float
+    test_accuracy: float
+    target_step: int | None
+    seconds: float = Field(description="Wall time of training, start-up not counted.")
+
+
+Event = Annotated[
+    Started
+    | Steps
+    | Evaluation
+    | CheckpointSaved
+    | TargetReached
+    | WorkersRestarted
+    | Failed
+    | Cancelled
+    | Done,
+    Field(discriminator="kind"),
+]
+
+
+class Numbered(Fact):
+    """An event with its place in the attempt's stream. seq starts at 1 and has no gaps."""
+
+    seq: int = Field(ge=1)
+    time_s: float
+    event: Event
+
+
+class EventBatch(Fact):
+    """Body of POST /api/v1/internal/attempts/{attempt}/events."""
+
+    events: list[Numbered]
+
+
+class EventReply(Fact):
+    """Answer to a batch: what the user wants of the job now, and the last seq stored without a gap."""
+
+    desired: Literal["RUNNING", "CANCELLED"]
+    acknowledged_seq: int
+
+
+numbered = TypeAdapter(Numbered)
