@@ -1,0 +1,69 @@
+"""Runs a function on several ranks of a gloo group, one process each, and brings back what each returned."""
+
+import datetime
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+HANG_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _entry(rank: int, world_size: int, port: int, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=HANG_S / 2)
+        )
+        value = fn(rank, world_size, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        results.put((rank, True, value))
+    except BaseException:  # noqa: BLE001 - the boundary of the child process: everything goes to the parent as text
+        results.put((rank, False, traceback.format_exc()))
+        os._exit(1)  # the peers' sockets close at once, so that they fail too instead of waiting
+
+
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """Returns [fn(rank, world_size, *args) for each rank]. fn is a module-level function; its value is pickled.
+
+    Raises: AssertionError with the first failing rank's traceback, or naming the ranks that hang.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_entry, args=(rank, world_size, port, results, fn, args)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    values: dict[int, Any] = {}
+    try:
+        for _ in range(world_size):
+            try:
+                rank, ok, value = results.get(timeout=HANG_S)
+            except Exception as error:
+                missing = sorted(set(range(world_size)) - set(values))
+                raise AssertionError(f"ranks {missing} of {world_size} gave no result within {HANG_S} s") from error
+            assert ok, f"rank {rank} of {world_size} raised:\n{value}"
+            values[rank] = value
+        for process in processes:
+            process.join(timeout=30)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [values[rank] for rank in range(world_size)]
