@@ -1,0 +1,290 @@
+"""The Python SDK over the REST API: `Client`, and `AsyncClient` for programs that run an event loop.
+
+    with Client("http://127.0.0.1:8000") as client:
+        job = client.submit(Path("digits.yaml").read_text())
+        for job in client.watch(job.id):
+            print(job.status.progress.step, job.metrics_latest.get("loss"))
+
+The error tree:
+
+    ServiceError
+        ServiceUnreachable        nothing answers at the address
+        RequestRefused            the service answered with a problem
+            InvalidRequest        400, 413, 415, 422: change the request
+            NotFound              404
+            Conflict              409: not in the job's present state
+            ServiceFailed         5xx: the service's own trouble
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Self, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from service import calls
+from service.calls import Call, Spec
+from service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Problem, Statistics, Validated
+from service.server_sent import Frame, frames
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Conflict",
+    "InvalidRequest",
+    "NotFound",
+    "RequestRefused",
+    "ServiceError",
+    "ServiceFailed",
+    "ServiceUnreachable",
+]
+
+Answer = TypeVar("Answer")
+DEFAULT_URL = "http://127.0.0.1:8000"
+TIMEOUT_S = 30.0
+LONG_POLL_S = 30.0
+RECONNECT_S = 1.0
+STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
+
+
+class ServiceError(Exception):
+    """Base of what the client raises."""
+
+
+class ServiceUnreachable(ServiceError, ConnectionError):
+    """Nothing answers at the address."""
+
+
+class RequestRefused(ServiceError):
+    """The service answered with a problem; `problem` is the whole of it, str() the text for a person."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        lines = [f"{item.detail}" + (f" ({item.hint})" if item.hint else "") for item in problem.errors]
+        super().__init__("\n".join(lines or [problem.detail]))
+
+
+class InvalidRequest(RequestRefused, ValueError):
+    """The request itself is wrong: change it."""
+
+
+class NotFound(RequestRefused, LookupError):
+    """There is no such job or route."""
+
+
+class Conflict(RequestRefused):
+    """Not possible in the job's present state."""
+
+
+class ServiceFailed(RequestRefused):
+    """The service's own trouble; `problem.retryable` says whether to try again."""
+
+
+def _refused(response: httpx.Response) -> RequestRefused:
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        detail = f"{response.request.url} answered {response.status_code} and is not this service"
+        problem = Problem(
+            type="about:blank",
+            title=response.reason_phrase,
+            status=response.status_code,
+            detail=detail,
+            instance=response.request.url.path,
+            code="not_this_service",
+            request_id="",
+            retryable=False,
+        )
+    kinds = {404: NotFound, 409: Conflict}
+    default = ServiceFailed if response.status_code >= 500 else InvalidRequest
+    return kinds.get(response.status_code, default)(problem)
+
+
+def _unreachable(base_url: httpx.URL, error: httpx.TransportError) -> ServiceUnreachable:
+    reason = str(error) or type(error).__name__
+    return ServiceUnreachable(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
+
+
+def _request(client: httpx.Client | httpx.AsyncClient, call: Call[Answer]) -> httpx.Request:
+    return client.build_request(
+        call.method,
+        call.path,
+        params=call.params,
+        headers=call.headers,
+        json=call.json,
+        content=call.content,
+        timeout=call.timeout_s or TIMEOUT_S,
+    )
+
+
+def _read(response: httpx.Response, call: Call[Answer]) -> Answer:
+    if response.status_code >= 400:
+        raise _refused(response)
+    return call.read(response.content)
+
+
+class Client:
+    """Talks to one service; use it as a context manager, or call close(). Safe to share between threads."""
+
+    def __init__(self, base_url: str = DEFAULT_URL, *, transport: httpx.BaseTransport | None = None) -> None:
+        self._http = httpx.Client(base_url=base_url, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
+        """Returns the new job. spec: a mapping, or YAML or JSON text. The same key and spec return the same job."""
+        return self._send(calls.submit(spec, idempotency_key))
+
+    def validate(self, spec: Spec) -> Validated:
+        """Returns the spec with its defaults; nothing is created."""
+        return self._send(calls.validate(spec))
+
+    def list_jobs(
+        self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
+    ) -> JobPage:
+        """Returns one page of jobs, newest first."""
+        return self._send(calls.list_jobs(page_size, page_token, phase))
+
+    def get(self, job_id: str) -> Job:
+        return self._send(calls.get(job_id))
+
+    def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        """Returns the job once it has ended, or as it is after timeout_s; None: waits for as long as it takes."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = LONG_POLL_S if deadline is None else max(0.0, min(LONG_POLL_S, deadline - time.monotonic()))
+            job = self._send(calls.wait(job_id, left))
+            if job.status.is_terminal or left < LONG_POLL_S:
+                return job
+
+    def cancel(self, job_id: str) -> Job:
+        """Returns the job, which ends as CANCELLED soon; calling it again changes nothing."""
+        return self._send(calls.cancel(job_id))
+
+    def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> EventPage:
+        return self._send(calls.events(job_id, after, limit))
+
+    def follow(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
+        """Yields each event after `after` as it happens, until the job has ended; reconnects and misses none."""
+        for frame in self._frames(job_id, after):
+            if frame.event not in ("job", "end"):
+                yield Event.model_validate_json(frame.data)
+
+    def watch(self, job_id: str) -> Iterator[Job]:
+        """Yields the job now and whenever it has changed, until it has ended; reconnects."""
+        for frame in self._frames(job_id, 0):
+            if frame.event == "job":
+                yield Job.model_validate_json(frame.data)
+
+    def metrics(
+        self, job_id: str, *, names: Iterable[str] = (), from_step: int | None = None, max_points: int | None = None
+    ) -> Metrics:
+        """Returns curves. names: empty for all; "seconds" and "bytes_sent" stand for each of their parts."""
+        return self._send(calls.metrics(job_id, names, from_step, max_points))
+
+    def statistics(self, job_id: str, *, from_step: int | None = None, max_points: int | None = None) -> Statistics:
+        return self._send(calls.statistics(job_id, from_step, max_points))
+
+    def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
+        """Returns the log of the newest, or the given, attempt; tail: its last lines alone."""
+        return self._send(calls.logs(job_id, attempt, tail))
+
+    def follow_logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> Iterator[LogChunk]:
+        """Yields the log as it grows, until the job has ended; goes on to later attempts if none was named."""
+        path, params = calls.log_stream(job_id, attempt, tail)
+        with self._http.stream("GET", path, params=params, timeout=STREAM_TIMEOUT) as response:
+            if response.status_code >= 400:
+                response.read()
+                raise _refused(response)
+            for frame in frames(response.iter_lines()):
+                if frame.event == "log":
+                    yield LogChunk.model_validate_json(frame.data)
+
+    def ready(self) -> Health:
+        return self._send(calls.ready())
+
+    def _send(self, call: Call[Answer]) -> Answer:
+        try:
+            return _read(self._http.send(_request(self._http, call)), call)
+        except httpx.TransportError as error:
+            raise _unreachable(self._http.base_url, error) from error
+
+    def _frames(self, job_id: str, after: int) -> Iterator[Frame]:
+        """Yields the frames of the event stream; a broken connection is taken up again where it broke."""
+        while True:
+            path, headers = calls.event_stream(job_id, after)
+            try:
+                with self._http.stream("GET", path, headers=headers, timeout=STREAM_TIMEOUT) as response:
+                    if response.status_code >= 400:
+                        response.read()
+                        raise _refused(response)
+                    for frame in frames(response.iter_lines()):
+                        after = frame.cursor or after
+                        yield frame
+                        if frame.event == "end":
+                            return
+            except (httpx.TransportError, ServiceFailed):
+                time.sleep(RECONNECT_S)
+
+
+class AsyncClient:
+    """`Client` for programs that run an event loop; the same methods, awaited."""
+
+    def __init__(self, base_url: str = DEFAULT_URL, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._http = httpx.AsyncClient(base_url=base_url, transport=transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
+        return await self._send(calls.submit(spec, idempotency_key))
+
+    async def list_jobs(
+        self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
+    ) -> JobPage:
+        return await self._send(calls.list_jobs(page_size, page_token, phase))
+
+    async def get(self, job_id: str) -> Job:
+        return await self._send(calls.get(job_id))
+
+    async def cancel(self, job_id: str) -> Job:
+        return await self._send(calls.cancel(job_id))
+
+    async def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> EventPage:
+        return await self._send(calls.events(job_id, after, limit))
+
+    async def metrics(
+        self, job_id: str, *, names: Iterable[str] = (), from_step: int | None = None, max_points: int | None = None
+    ) -> Metrics:
+        return await self._send(calls.metrics(job_id, names, from_step, max_points))
+
+    async def statistics(
+        self, job_id: str, *, from_step: int | None = None, max_points: int | None = None
+    ) -> Statistics:
+        return await self._send(calls.statistics(job_id, from_step, max_points))
+
+    async def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
+        return await self._send(calls.logs(job_id, attempt, tail))
+
+    async def ready(self) -> Health:
+        return await self._send(calls.ready())
+
+    async def _send(self, call: Call[Answer]) -> Answer:
+        try:
+            return _read(await self._http.send(_request(self._http, call)), call)
+        except httpx.TransportError as error:
+            raise _unreachable(self._http.base_url, error) from error

@@ -1,0 +1,179 @@
+"""What the REST API returns. The routes answer with these models, the client reads them; unknown fields are ignored."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+__all__ = [
+    "Event",
+    "EventPage",
+    "Health",
+    "Job",
+    "JobPage",
+    "LogChunk",
+    "Metrics",
+    "Problem",
+    "ProblemItem",
+    "Progress",
+    "Result",
+    "Series",
+    "Statistics",
+    "Status",
+    "Validated",
+]
+
+
+def _rfc3339(value: datetime) -> str:
+    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used="json")]
+
+
+class Resource(BaseModel):
+    """Base of what the API returns. NaN and infinity travel as the strings "NaN", "Infinity" and "-Infinity"."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class Progress(Resource):
+    step: int = Field(description="Optimizer steps done.")
+    total_steps: int | None = Field(description="None until the workers have started.")
+    epoch: float | None = None
+    eta_s: float | None = Field(None, description="Seconds until the last step at the newest rate; None: unknown.")
+
+
+class Result(Resource):
+    """How a job that succeeded ended."""
+
+    test_accuracy: float | None
+    test_loss: float | None
+    step: int
+    target_step: int | None = Field(description="First evaluated step at or above spec.target; None: not reached.")
+    seconds: float | None = Field(description="Wall time of training, start-up not counted.")
+
+
+class Status(Resource):
+    phase: str = Field(
+        description="QUEUED, STARTING, RUNNING, RECOVERING, CANCELLING, or one of the ends SUCCEEDED, FAILED, "
+        "CANCELLED. Later versions may add phases."
+    )
+    is_terminal: bool = Field(description="Whether the phase can no longer change.")
+    reason: str | None = Field(None, description="CamelCase word for machines.")
+    message: str | None = Field(None, description="One sentence for a person.")
+    attempt: int = Field(description="Number of the newest attempt; 0: none yet.")
+    progress: Progress
+    result: Result | None = None
+
+
+class Job(Resource):
+    id: str = Field(description='"job_" and a ULID: sorts by time of creation.')
+    name: str
+    spec: dict[str, Any] = Field(description="JobSpec with its defaults filled in.")
+    desired_state: str = Field(description="What the user wants: RUNNING or CANCELLED.")
+    status: Status
+    metrics_latest: dict[str, float] = Field(description="loss, accuracy, lr, samples_per_s, test_loss, test_accuracy.")
+    created_at: Time
+    started_at: Time | None = Field(description="When the first attempt began.")
+    finished_at: Time | None
+    resource_version: int = Field(description="Grows with every change of the job.")
+
+
+class JobPage(Resource):
+    jobs: list[Job]
+    next_page_token: str = Field(description='"" on the last page.')
+
+
+class Validated(Resource):
+    """Answer to validate_only: the spec as the job would run it."""
+
+    spec: dict[str, Any]
+
+
+class Event(Resource):
+    """A fact about a job: from its workers (attempt and seq given) or from the controller (kind `phase`)."""
+
+    id: int = Field(description="Cursor: grows within a job; use it as `after` or Last-Event-ID.")
+    job_id: str
+    attempt: int | None
+    seq: int | None = Field(description="Place in the attempt's own stream; None: from the controller.")
+    kind: str = Field(
+        description="phase, or a worker's started, steps, evaluation, checkpoint, target_reached, workers_restarted, "
+        "failed, cancelled, done."
+    )
+    time: Time
+    data: dict[str, Any] = Field(
+        description="phase: {from, to, reason, message}. steps: {first_step, last_step, latest}; the records are in "
+        "/metrics. The others as the worker sent them."
+    )
+
+
+class EventPage(Resource):
+    events: list[Event]
+    next_after: int = Field(description="`after` of the next page.")
+
+
+class Series(Resource):
+    """One curve: values[i] belongs to steps[i]."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class Metrics(Resource):
+    """Curves of a job; min and max of each bucket and the last raw point are always among the points."""
+
+    series: dict[str, Series] = Field(
+        description="loss, accuracy, lr, samples_per_s, epoch, time_s, failed_inversions, seconds.<phase>, "
+        "bytes_sent.<kind>, test_loss, test_accuracy."
+    )
+    last_step: int = Field(description="Newest step stored; the next call's from_step is this + 1.")
+
+
+class Statistics(Resource):
+    """Age and interval of each statistic, for the staleness heat map: rows as `names`, columns as `steps`."""
+
+    names: list[str]
+    steps: list[int] = Field(description="Last step of each column.")
+    ages: list[list[int]] = Field(
+        description="Steps since the statistic in use was measured, at the column's last step."
+    )
+    intervals: list[list[int]] = Field(description="Steps it may stay unrefreshed, at the column's last step.")
+    refreshes: list[list[int]] = Field(description="Refreshes within the steps of the column.")
+    last_step: int
+
+
+class LogChunk(Resource):
+    """A piece of an attempt's log, in order."""
+
+    attempt: int
+    text: str
+
+
+class Health(Resource):
+    status: str = Field(description="ok or unavailable.")
+    checks: dict[str, str] = Field({}, description="Check -> ok, or what is wrong.")
+
+
+class ProblemItem(BaseModel):
+    """One thing that is wrong with a request."""
+
+    pointer: str = Field(description="JSON Pointer into the body, or the name of the parameter.")
+    code: str = Field(description="snake_case word for machines.")
+    detail: str = Field(description="What is wrong: the field, its bound, the value.")
+    hint: str | None = Field(None, description="What to do.")
+
+
+class Problem(BaseModel):
+    """application/problem+json (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str = Field(description="snake_case word for machines.")
+    errors: list[ProblemItem] = []
+    request_id: str
+    retryable: bool = Field(description="Whether the same request may succeed later.")
