@@ -8,12 +8,12 @@
 The error tree:
 
     ServiceError
-        ServiceUnreachable        nothing answers at the address
-        RequestRefused            the service answered with a problem
-            InvalidRequest        400, 413, 415, 422: change the request
-            NotFound              404
-            Conflict              409: not in the job's present state
-            ServiceFailed         5xx: the service's own trouble
+        ServiceUnreachableError        nothing answers at the address
+        RequestRefusedError            the service answered with a problem
+            InvalidRequestError        400, 413, 415, 422: change the request
+            NotFoundError              404
+            ConflictError              409: not in the job's present state
+            ServiceFailedError         5xx: the service's own trouble
 """
 
 import time
@@ -31,13 +31,13 @@ from service.server_sent import Frame, frames
 __all__ = [
     "AsyncClient",
     "Client",
-    "Conflict",
-    "InvalidRequest",
-    "NotFound",
-    "RequestRefused",
+    "ConflictError",
+    "InvalidRequestError",
+    "NotFoundError",
+    "RequestRefusedError",
     "ServiceError",
-    "ServiceFailed",
-    "ServiceUnreachable",
+    "ServiceFailedError",
+    "ServiceUnreachableError",
 ]
 
 Answer = TypeVar("Answer")
@@ -52,11 +52,11 @@ class ServiceError(Exception):
     """Base of what the client raises."""
 
 
-class ServiceUnreachable(ServiceError, ConnectionError):
+class ServiceUnreachableError(ServiceError, ConnectionError):
     """Nothing answers at the address."""
 
 
-class RequestRefused(ServiceError):
+class RequestRefusedError(ServiceError):
     """The service answered with a problem; `problem` is the whole of it, str() the text for a person."""
 
     def __init__(self, problem: Problem) -> None:
@@ -65,23 +65,23 @@ class RequestRefused(ServiceError):
         super().__init__("\n".join(lines or [problem.detail]))
 
 
-class InvalidRequest(RequestRefused, ValueError):
+class InvalidRequestError(RequestRefusedError, ValueError):
     """The request itself is wrong: change it."""
 
 
-class NotFound(RequestRefused, LookupError):
+class NotFoundError(RequestRefusedError, LookupError):
     """There is no such job or route."""
 
 
-class Conflict(RequestRefused):
+class ConflictError(RequestRefusedError):
     """Not possible in the job's present state."""
 
 
-class ServiceFailed(RequestRefused):
+class ServiceFailedError(RequestRefusedError):
     """The service's own trouble; `problem.retryable` says whether to try again."""
 
 
-def _refused(response: httpx.Response) -> RequestRefused:
+def _refused(response: httpx.Response) -> RequestRefusedError:
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
@@ -96,14 +96,14 @@ def _refused(response: httpx.Response) -> RequestRefused:
             request_id="",
             retryable=False,
         )
-    kinds = {404: NotFound, 409: Conflict}
-    default = ServiceFailed if response.status_code >= 500 else InvalidRequest
+    kinds = {404: NotFoundError, 409: ConflictError}
+    default = ServiceFailedError if response.status_code >= 500 else InvalidRequestError
     return kinds.get(response.status_code, default)(problem)
 
 
-def _unreachable(base_url: httpx.URL, error: httpx.TransportError) -> ServiceUnreachable:
+def _unreachable(base_url: httpx.URL, error: httpx.TransportError) -> ServiceUnreachableError:
     reason = str(error) or type(error).__name__
-    return ServiceUnreachable(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
+    return ServiceUnreachableError(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
 
 
 def _request(client: httpx.Client | httpx.AsyncClient, call: Call[Answer]) -> httpx.Request:
@@ -231,7 +231,7 @@ class Client:
                         yield frame
                         if frame.event == "end":
                             return
-            except (httpx.TransportError, ServiceFailed):
+            except (httpx.TransportError, ServiceFailedError):
                 time.sleep(RECONNECT_S)
 
 
