@@ -99,7 +99,10 @@ class NGDConfig(Settings):
         description="lambda, in units of squared per-sample gradient; sqrt(lambda) is added to each factor (pi split).",
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="Weight of the past in the moving average of a statistic; 0: the newest batch only."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Weight of the past in the moving average of a statistic; 0: the newest batch only.",
     )
     stagger: float = Field(
         0.5,

@@ -1,10 +1,10 @@
 """Everything this library can raise.
 
-    NgdError
-    +-- ConfigError (ValueError)         settings that contradict the model or the process group
-    +-- CaptureError (RuntimeError)      a layer ran in a way its statistics can't describe
-    +-- CollectiveError (RuntimeError)   a collective failed or timed out; names itself and the rank
-    +-- CheckpointError (ValueError)     a state that doesn't fit this model
+NgdError
++-- ConfigError (ValueError)         settings that contradict the model or the process group
++-- CaptureError (RuntimeError)      a layer ran in a way its statistics can't describe
++-- CollectiveError (RuntimeError)   a collective failed or timed out; names itself and the rank
++-- CheckpointError (ValueError)     a state that doesn't fit this model
 """
 
 __all__ = ["CaptureError", "CheckpointError", "CollectiveError", "ConfigError", "NgdError"]

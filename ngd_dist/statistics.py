@@ -1,0 +1,125 @@
+"""Statistic: one named tensor averaged over time, with what is needed to tell how fast it changes.
+
+A symmetric statistic travels and is remembered as its packed upper triangle, row by row: n (n + 1) / 2 numbers.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Change", "Key", "Statistic", "StatisticSpec", "pack", "packed_size", "unpack"]
+
+
+class Key(NamedTuple):
+    """Names one statistic of one layer."""
+
+    layer: str
+    statistic: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.statistic}"
+
+
+@lru_cache(maxsize=256)
+def _triangle(n: int, device: torch.device) -> Tensor:
+    rows, columns = torch.triu_indices(n, n, device=device)
+    index: Tensor = rows * n + columns
+    return index
+
+
+def packed_size(n: int) -> int:
+    """Returns how many numbers the packed triangle of an n x n matrix has."""
+    return n * (n + 1) // 2
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Returns the upper triangle of a symmetric [n, n] matrix, row by row, as [n (n + 1) / 2]."""
+    return matrix.flatten().index_select(0, _triangle(matrix.shape[0], matrix.device))
+
+
+def unpack(triangle: Tensor, n: int) -> Tensor:
+    """Returns the symmetric [n, n] matrix whose upper triangle was packed."""
+    upper = triangle.new_zeros(n * n).index_copy_(0, _triangle(n, triangle.device), triangle).view(n, n)
+    return upper + upper.triu(1).T
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticSpec:
+    """What a preconditioner says about one of its statistics. A symmetric one is a square matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_symmetric: bool
+
+    @property
+    def numbers(self) -> int:
+        """Returns how many numbers travel and are kept."""
+        return packed_size(self.shape[0]) if self.is_symmetric else prod(self.shape)
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """Returns the value as it travels: [numbers]."""
+        return pack(value) if self.is_symmetric else value.flatten()
+
+    def expand(self, flat: Tensor) -> Tensor:
+        """Returns the value that was flattened."""
+        return unpack(flat, self.shape[0]) if self.is_symmetric else flat.view(self.shape)
+
+
+class Change(NamedTuple):
+    """Relative Frobenius change of a statistic against its last value and the one before; infinity where none is."""
+
+    to_last: float
+    to_before: float
+
+
+class Statistic:
+    """A moving average that knows its own weight, so that it is unbiased from the first value on.
+
+    `value` is None until the first fold. The value before the newest is kept flat (packed if symmetric) for `fold` to
+    measure the change, only where `remembers` is true: on the one rank whose measurement counts.
+    """
+
+    def __init__(self, spec: StatisticSpec, *, ema_decay: float, remembers: bool) -> None:
+        self.spec = spec
+        self.ema_decay = ema_decay
+        self.remembers = remembers
+        self.weight = 0.0
+        self.value: Tensor | None = None
+        self._before: Tensor | None = None
+
+    def fold(self, new: Tensor) -> Change:
+        """Averages in the newest value, which it may keep; returns how far the average moved.
+
+        Where the statistic does not remember, nothing is measured and the change is infinite.
+        """
+        past = self.ema_decay * self.weight
+        last, self.weight = self.value, past + 1.0
+        self.value = new if last is None or past == 0.0 else torch.lerp(last, new, 1.0 / self.weight)
+        if not self.remembers:
+            return Change(float("inf"), float("inf"))
+        before = None if self._before is None else self.spec.expand(self._before)
+        self._before = None if last is None else self.spec.flatten(last)
+        return Change(_relative(self.value, last), _relative(self.value, before))
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps: flat tensors and the weight."""
+        value = None if self.value is None else self.spec.flatten(self.value)
+        return {"value": value, "before": self._before, "weight": self.weight}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Takes over a saved state."""
+        value, before = state["value"], state["before"]
+        self.weight = state["weight"]
+        self.value = None if value is None else self.spec.expand(value.to(device))
+        self._before = before.to(device) if self.remembers and before is not None else None
+
+
+def _relative(value: Tensor, reference: Tensor | None) -> float:
+    """Returns ||value - reference|| / ||reference||: one host read, once per refresh. Infinity without a reference."""
+    if reference is None:
+        return float("inf")
+    return float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
