@@ -121,15 +121,7 @@ class Done(Fact):
 
 
 Event = Annotated[
-    Started
-    | Steps
-    | Evaluation
-    | CheckpointSaved
-    | TargetReached
-    | WorkersRestarted
-    | Failed
-    | Cancelled
-    | Done,
+    Started | Steps | Evaluation | CheckpointSaved | TargetReached | WorkersRestarted | Failed | Cancelled | Done,
     Field(discriminator="kind"),
 ]
 

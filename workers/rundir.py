@@ -6,6 +6,7 @@
             spec.json            JobSpec, written before the driver starts
             attempt.json         Facts (mode 0600): who this attempt is and where the service listens
             process.json         pid and start time of the driver, written by what started it
+            stop                 its existence asks the attempt to end in order; touched by the driver on SIGTERM
             events.jsonl         the reporter's spool: one Numbered event a line
             outcome.json         Outcome: how the attempt ended; written once, by the driver, as its last act
             log.txt              stdout and stderr of the driver and its workers
@@ -85,6 +86,10 @@ class AttemptDir:
     @property
     def spool(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
 
     @property
     def outcome(self) -> Path:

@@ -1,0 +1,152 @@
+"""One attempt of a job as one rank runs it, and how its end is recorded. Also the command without Ray or service.
+
+``python -m workers.loop SPEC --run-dir DIR [--data-dir DIR]``, alone or under torchrun.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ngd_dist.comm import Communicator
+from workers.context import TrainContext, device_of
+from workers.errors import SpecError, WorkerError
+from workers.events import Cancelled, Done, Event, Failed, WorkersRestarted
+from workers.loop import train
+from workers.reporter import Reporter, SilentReporter, SpoolingReporter
+from workers.rundir import AttemptDir, Facts, Outcome, write_json
+from workers.spec import JobSpec
+from workers.spec_file import load_spec
+
+__all__ = ["EXIT_STATUS", "conclude", "failure", "main", "run_rank"]
+
+EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
+SAME_ON_RESUME = {"model", "data", "optimizer", "schedule", "batch", "seed"}
+
+
+def run_rank(attempt_dir: AttemptDir) -> Outcome:
+    """Collective over the default group, if there is one. Returns how the attempt ended, the same on every rank."""
+    spec, facts, comm = attempt_dir.read_spec(), attempt_dir.read_facts(), Communicator()
+    reporter = _open_reporter(attempt_dir) if comm.rank == 0 else SilentReporter()
+    try:
+        context = TrainContext(
+            comm=comm,
+            device=device_of(spec.resources),
+            run_dir=facts.run_dir,
+            data_dir=facts.data_dir,
+            attempt=facts.attempt,
+            reporter=reporter,
+        )
+        return train(spec, context)
+    except WorkerError as error:
+        return failure(error)
+    finally:
+        reporter.close()
+
+
+def failure(error: WorkerError) -> Outcome:
+    """Returns the outcome of an attempt that ended with this error."""
+    return Outcome(result="failed", reason=error.reason, message=str(error), retryable=error.retryable)
+
+
+def conclude(attempt_dir: AttemptDir, outcome: Outcome) -> None:
+    """Reports the attempt's last event and writes outcome.json. Called once, when no rank writes events any more."""
+    reporter = SpoolingReporter(attempt_dir)
+    reporter.report(_last_event(outcome))
+    reporter.close()
+    write_json(attempt_dir.outcome, outcome)
+
+
+def main() -> None:
+    """Runs a spec in this process, or in torchrun's, and exits with EXIT_STATUS."""
+    parser = argparse.ArgumentParser(prog="python -m workers.loop", description="Train a JobSpec without Ray.")
+    parser.add_argument("spec", type=Path, help="JobSpec in YAML or JSON")
+    parser.add_argument("--run-dir", type=Path, required=True, help="checkpoints and events; used again, it resumes")
+    parser.add_argument("--data-dir", type=Path, default=Path(), help="what data.directory is relative to")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        outcome = _run_command(arguments.spec, arguments.run_dir.resolve(), arguments.data_dir.resolve())
+    except SpecError as error:
+        sys.exit(str(error))
+    sys.exit(EXIT_STATUS[outcome.result])
+
+
+def _run_command(spec_file: Path, run_dir: Path, data_dir: Path) -> Outcome:
+    spec = load_spec(spec_file)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if spec.resources.gpus_per_worker else "gloo")
+    comm = Communicator()
+    attempt_dir = _next_attempt(_for_world(spec, comm.world_size), run_dir, data_dir, comm)
+    outcome = run_rank(attempt_dir)
+    if comm.rank == 0:
+        conclude(attempt_dir, outcome)
+        logging.info("%s", outcome.message or f"{outcome.result}: test accuracy {outcome.test_accuracy}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return outcome
+
+
+def _for_world(spec: JobSpec, world_size: int) -> JobSpec:
+    """Returns the spec with as many workers as there are processes; the global batch stays."""
+    content = spec.model_dump()
+    content["resources"]["workers"] = world_size
+    try:
+        return JobSpec.model_validate(content)
+    except ValueError as error:
+        raise SpecError(f"the spec doesn't fit {world_size} processes: {error}") from error
+
+
+def _next_attempt(spec: JobSpec, run_dir: Path, data_dir: Path, comm: Communicator) -> AttemptDir:
+    number = torch.zeros(1, dtype=torch.int64, device=comm.device)
+    if comm.rank == 0:
+        number.fill_(1 + max((int(path.name) for path in run_dir.glob("attempts/*")), default=0))
+    comm.broadcast("attempt number", number)
+    attempt_dir = AttemptDir.of(run_dir, int(number))
+    if number > 1:
+        _check_same_job(AttemptDir.of(run_dir, int(number) - 1), spec)
+    if comm.rank == 0:
+        attempt_dir.path.mkdir(parents=True)
+        write_json(attempt_dir.spec, spec)
+        write_json(attempt_dir.facts, _facts(spec, int(number), run_dir, data_dir))
+    comm.barrier("attempt directory")
+    return attempt_dir
+
+
+def _check_same_job(earlier: AttemptDir, spec: JobSpec) -> None:
+    before = earlier.read_spec()
+    differing = sorted(name for name in SAME_ON_RESUME if getattr(before, name) != getattr(spec, name))
+    if differing:
+        raise SpecError(
+            f"{earlier.path.parent.parent} holds a run that differs in {', '.join(differing)}; choose another --run-dir"
+        )
+
+
+def _facts(spec: JobSpec, number: int, run_dir: Path, data_dir: Path) -> Facts:
+    return Facts(
+        attempt_id=f"{spec.name}-a{number}",
+        attempt=number,
+        job_id=spec.name,
+        url=None,
+        token=None,
+        run_dir=run_dir,
+        data_dir=data_dir,
+    )
+
+
+def _open_reporter(attempt_dir: AttemptDir) -> Reporter:
+    reporter = SpoolingReporter(attempt_dir)
+    if reporter.is_restart:
+        reporter.report(WorkersRestarted(message="the workers were started again after some of them died"))
+    return reporter
+
+
+def _last_event(outcome: Outcome) -> Event:
+    if outcome.result == "cancelled":
+        return Cancelled(step=outcome.step)
+    if outcome.result == "failed":
+        return Failed(reason=outcome.reason or "", message=outcome.message or "", retryable=outcome.retryable)
+    return Done.model_validate(outcome.model_dump(include=set(Done.model_fields) - {"kind"}))

@@ -1,0 +1,141 @@
+"""Checkpoints of a job on disk: complete or absent, verified before use, fenced between attempts.
+
+A checkpoint is a folder `step-<8 digits>` with state.pt and manifest.json. It is written under a name of its own
+attempt and renamed when all of it is on disk, so a crash leaves a complete checkpoint or a leftover that is skipped.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from workers.errors import SupersededError
+from workers.rundir import read_json, write_json
+
+__all__ = ["Checkpoints", "Manifest"]
+
+log = logging.getLogger(__name__)
+
+STATE = "state.pt"
+MANIFEST = "manifest.json"
+
+
+class Manifest(BaseModel):
+    """What a checkpoint is, and how to tell that it is whole."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    attempt: int
+    world_size: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The folder with a job's checkpoints, as one attempt uses it."""
+
+    folder: Path
+    attempt: int
+    keep: int
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, state: dict[str, Any], *, world_size: int) -> Manifest:
+        """Returns the manifest of the checkpoint, which is complete on disk. Raises: SupersededError, OSError."""
+        self._refuse_if_superseded()
+        unfinished = self.folder / f"step-{step:08d}.tmp-a{self.attempt}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        with (unfinished / STATE).open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        size, digest = _measure(unfinished / STATE)
+        manifest = Manifest(step=step, attempt=self.attempt, world_size=world_size, bytes=size, sha256=digest)
+        write_json(unfinished / MANIFEST, manifest)
+        shutil.rmtree(self.path(step), ignore_errors=True)  # a damaged one, or one this attempt has stepped back behind
+        unfinished.rename(self.path(step))
+        _sync_folder(self.folder)
+        self._prune()
+        return manifest
+
+    def newest_step(self) -> int:
+        """Returns the step of the newest checkpoint that is whole, 0 if there is none."""
+        for path in self._complete():
+            problem = _damage(path)
+            if problem is None:
+                return _step(path)
+            log.warning("checkpoint %s is skipped: %s", path.name, problem)
+        return 0
+
+    def load(self, step: int, device: torch.device) -> dict[str, Any]:
+        """Returns the state of a checkpoint that `newest_step` named, its tensors on the device."""
+        state: dict[str, Any] = torch.load(self.path(step) / STATE, map_location=device, weights_only=True)
+        return state
+
+    def _complete(self) -> list[Path]:
+        found = [path for path in self.folder.glob("step-*") if ".tmp-" not in path.name]
+        return sorted(found, key=_step, reverse=True)
+
+    def _refuse_if_superseded(self) -> None:
+        for path in self._complete():
+            manifest = _manifest(path)
+            if manifest is not None and manifest.attempt > self.attempt:
+                raise SupersededError(
+                    f"attempt {self.attempt} may not write: attempt {manifest.attempt} has written {path.name}"
+                )
+
+    def _prune(self) -> None:
+        for path in self._complete()[self.keep :]:
+            shutil.rmtree(path)
+        for path in self.folder.glob("step-*.tmp-a*"):
+            if int(path.name.rpartition("-a")[2]) <= self.attempt:
+                shutil.rmtree(path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _manifest(path: Path) -> Manifest | None:
+    try:
+        return read_json(path / MANIFEST, Manifest)
+    except ValidationError:
+        return None
+
+
+def _damage(path: Path) -> str | None:
+    manifest = _manifest(path)
+    if manifest is None:
+        return f"no readable {MANIFEST}"
+    if not (path / STATE).is_file():
+        return f"no {STATE}"
+    size, digest = _measure(path / STATE)
+    if (size, digest) != (manifest.bytes, manifest.sha256):
+        wanted = f"{manifest.bytes} bytes with sha256 {manifest.sha256[:12]}"
+        return f"{STATE} must be {wanted}, got {size} bytes with {digest[:12]}"
+    return None
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return path.stat().st_size, digest
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself is on disk only when the folder is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""Runs one attempt on Ray: ``python -m workers.driver ATTEMPT_DIR``. START HERE: `main`. The only user of Ray Train.
+
+The driver outlives the service: it needs it for nothing, and ends with outcome.json, the truth of how it ended.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import ValidationError
+
+from workers.attempt import EXIT_STATUS, conclude, failure, run_rank
+from workers.errors import ClusterError, SpecError, WorkerError
+from workers.rundir import AttemptDir, Facts, Outcome
+from workers.spec import JobSpec
+
+__all__ = ["main", "run_worker"]
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 100 * 1024**2  # nothing large goes through Ray; its default is 30 % of the memory
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",  # the log is a file
+    "RAY_DEDUP_LOGS": "0",  # each rank's lines in full
+    "RAY_AUTH_MODE": "token",  # Ray's default, said aloud: leaving it out makes Ray warn in the job's log
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a cluster of one machine
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def main() -> None:
+    """Runs the attempt to its end and exits with EXIT_STATUS. An attempt that has already ended is left alone."""
+    parser = argparse.ArgumentParser(prog="python -m workers.driver", description="Run one attempt of a job on Ray.")
+    parser.add_argument("attempt_dir", type=Path)
+    attempt_dir = AttemptDir(parser.parse_args().attempt_dir.resolve())
+    _log_to_stderr()
+    outcome = attempt_dir.read_outcome()
+    if outcome is None:
+        outcome = _run(attempt_dir)
+        conclude(attempt_dir, outcome)
+        log.info("%s %s", outcome.result, outcome.message or f"test accuracy {outcome.test_accuracy}")
+    sys.exit(EXIT_STATUS[outcome.result])
+
+
+def run_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs on each rank, inside the process group that Ray Train made. Returns the outcome, as JSON would hold it."""
+    _log_to_stderr()
+    return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
+
+
+def _run(attempt_dir: AttemptDir) -> Outcome:
+    try:
+        spec, facts = attempt_dir.read_spec(), attempt_dir.read_facts()
+    except ValidationError as error:
+        return failure(SpecError(f"{attempt_dir.path} holds an invalid file: {error}"))
+    try:
+        return _run_on_ray(attempt_dir, spec, facts)
+    except WorkerError as error:
+        return failure(error)
+
+
+def _run_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    os.environ.update(RAY_SETTINGS)
+    import ray
+
+    # A socket's path may have 107 bytes, and Ray puts some 60 of its own below this.
+    temporary = tempfile.mkdtemp(prefix="ngd-", dir="/tmp")
+    try:
+        _start_cluster(spec, temporary)
+        _stop_in_order_on_signals(attempt_dir)
+        return _fit(attempt_dir, spec, facts)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start_cluster(spec: JobSpec, temporary: str) -> None:
+    import ray
+
+    resources = spec.resources
+    try:
+        ray.init(
+            address="local",
+            num_cpus=resources.workers * resources.threads_per_worker,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_config=ray.LoggingConfig(log_level="ERROR"),
+            log_to_driver=True,
+            _temp_dir=temporary,
+        )
+    except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+        raise ClusterError(f"Ray did not start on this machine: {error}") from error
+    _log_to_stderr()  # again: Ray has put its own handler there
+    wanted, found = resources.workers * resources.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+    if found < wanted:
+        raise SpecError(
+            f"resources ask for {wanted} GPUs (workers {resources.workers} x gpus_per_worker "
+            f"{resources.gpus_per_worker}), this machine has {found:g}; lower them"
+        )
+
+
+def _stop_in_order_on_signals(attempt_dir: AttemptDir) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        log.info("%s: the workers stop after the current step", signal.Signals(number).name)
+        attempt_dir.stop.touch()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    resources = spec.resources
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"attempt_dir": str(attempt_dir.path)},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={"CPU": resources.threads_per_worker} | _gpus(resources.gpus_per_worker),
+        ),
+        run_config=RunConfig(
+            name=facts.attempt_id,
+            storage_path=str(facts.run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        # In the main thread Ray Train would take SIGINT for itself and abort.
+        with ThreadPoolExecutor(1, thread_name_prefix="fit") as executor:
+            result = executor.submit(trainer.fit).result()
+    except TrainingFailedError as error:
+        raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
+    return Outcome.model_validate(result.return_value)
+
+
+def _gpus(count: int) -> dict[str, float]:
+    return {"GPU": count} if count else {}
+
+
+def _explain(error: Exception, restarts: int) -> str:
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())] or [
+        _last_line(error)
+    ]
+    return f"the workers failed after {restarts} restarts (failure.worker_restarts); " + "; ".join(causes)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    # Ray pickles a function of __main__ with all it refers to, but one of a module by its name.
+    from workers.driver import main as run
+
+    run()

@@ -1,0 +1,82 @@
+"""Everything a job's workers can end with, short of a crash.
+
+WorkerError
++-- SpecError (ValueError)                    the spec contradicts itself, the data or the machine
++-- DataNotFoundError (FileNotFoundError)     a data file or folder isn't there
++-- InvalidDataError (ValueError)             a data file is damaged, or data don't fit together
++-- UserCodeError (RuntimeError)              the user's own function failed
++-- IncompatibleCheckpointError (ValueError)  the run directory's checkpoint is of another model
++-- NonFiniteLossError (ArithmeticError)      training diverged
++-- SupersededError (RuntimeError)            a later attempt of the same job has taken over
++-- ClusterError (RuntimeError)               Ray could not start the workers, or they died too often
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "ClusterError",
+    "DataNotFoundError",
+    "IncompatibleCheckpointError",
+    "InvalidDataError",
+    "NonFiniteLossError",
+    "SpecError",
+    "SupersededError",
+    "UserCodeError",
+    "WorkerError",
+]
+
+
+class WorkerError(Exception):
+    """Base. `reason` is the word that machines see; `retryable` says whether another attempt could end differently."""
+
+    reason: ClassVar[str]
+    retryable: ClassVar[bool] = False
+
+
+class SpecError(WorkerError, ValueError):
+    """The spec contradicts itself, the data or the machine."""
+
+    reason = "InvalidSpec"
+
+
+class DataNotFoundError(WorkerError, FileNotFoundError):
+    """A data file or folder isn't there."""
+
+    reason = "DataNotFound"
+
+
+class InvalidDataError(WorkerError, ValueError):
+    """A data file is damaged, or data don't fit together."""
+
+    reason = "InvalidData"
+
+
+class UserCodeError(WorkerError, RuntimeError):
+    """The user's own function failed before the first step."""
+
+    reason = "UserCodeError"
+
+
+class IncompatibleCheckpointError(WorkerError, ValueError):
+    """The run directory's checkpoint is of another model or optimizer."""
+
+    reason = "IncompatibleCheckpoint"
+
+
+class NonFiniteLossError(WorkerError, ArithmeticError):
+    """The training loss is NaN or infinite; the same spec would end there again."""
+
+    reason = "NonFiniteLoss"
+
+
+class SupersededError(WorkerError, RuntimeError):
+    """A later attempt of the same job has taken over; this one must write nothing more."""
+
+    reason = "Superseded"
+
+
+class ClusterError(WorkerError, RuntimeError):
+    """Ray could not start the workers, or they died more often than the spec allows."""
+
+    reason = "ClusterFailed"
+    retryable = True

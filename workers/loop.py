@@ -1,0 +1,288 @@
+"""train(spec, context): the same loop under Ray, under torchrun and in one process. START HERE: `train`."""
+
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from ngd_dist.telemetry import Stopwatch
+from workers.batches import Batches, seed_step
+from workers.checkpoints import Checkpoints
+from workers.context import TrainContext, commit, versions
+from workers.data import Dataset, load_dataset
+from workers.errors import NonFiniteLossError, SupersededError, WorkerError
+from workers.events import CheckpointSaved, Evaluation, Started, StepRecord, TargetReached
+from workers.learner import Learner, Score, check_model, trainable
+from workers.models import build_model
+from workers.optimizers import step_stats
+from workers.rundir import Outcome
+from workers.schedules import lr_factor, total_steps
+from workers.spec import JobSpec
+
+__all__ = ["train"]
+
+log = logging.getLogger(__name__)
+
+STOP_CODES = {None: 0, "cancelled": 1, "superseded": 2}
+PROGRESS_S = 5.0
+
+
+def train(spec: JobSpec, context: TrainContext) -> Outcome:
+    """Collective. Returns, or raises as a WorkerError, how the training ended: the same on every rank."""
+    run = Run(spec, context)
+    run.resume()
+    run.announce()
+    while not run.is_finished:
+        run.step_once()
+        if run.is_evaluation_due:
+            run.evaluate()
+        if run.is_checkpoint_due:
+            run.save_checkpoint()
+    return run.outcome()
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint keeps beside model and optimizer."""
+
+    step: int = 0
+    target_step: int | None = None
+    seconds: float = 0.0
+
+
+class Run:
+    """The state of one training run between steps."""
+
+    def __init__(self, spec: JobSpec, context: TrainContext) -> None:
+        self.spec, self.context = spec, context
+        torch.set_num_threads(spec.resources.threads_per_worker)
+        self.dataset, self.batches, model = _prepare(spec, context)
+        self.learner = Learner(model, spec, context.comm, context.device)
+        self.total_steps = total_steps(spec.schedule, self.batches.steps_per_epoch)
+        self.checkpoints = Checkpoints(context.run_dir / "checkpoints", context.attempt, spec.checkpoint.keep)
+        self.progress = Progress()
+        self.score: Score | None = None
+        self.is_cancelled = False
+        self._stopwatch = Stopwatch()
+        self._logged_s = 0.0
+
+    @property
+    def is_finished(self) -> bool:
+        reached = self.progress.target_step is not None and self.spec.target is not None and self.spec.target.stop
+        return self.is_cancelled or reached or self.progress.step >= self.total_steps
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        every = self.spec.schedule.evaluate_every_steps or self.batches.steps_per_epoch
+        return not self.is_cancelled and (self.progress.step % every == 0 or self.is_finished)
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        return self.progress.step % self.spec.checkpoint.every_steps == 0 or self.is_finished
+
+    @property
+    def epoch(self) -> float:
+        return self.progress.step / self.batches.steps_per_epoch
+
+    def resume(self) -> None:
+        """Collective. Goes to the newest checkpoint that is whole; rank 0 chooses it for all."""
+        chosen = torch.zeros(1, dtype=torch.int64, device=self.context.device)
+        if self.context.comm.rank == 0:
+            chosen.fill_(self.checkpoints.newest_step())
+        self.context.comm.broadcast("checkpoint to resume from", chosen)
+        step = int(chosen)
+        if step:
+            state = self.checkpoints.load(step, self.context.device)
+            self.progress = Progress(**state.pop("progress"))
+            self.learner.load_state_dict(state)
+
+    def announce(self) -> None:
+        """Reports what is about to run."""
+        if self.context.comm.rank:
+            return
+        optimizer = self.learner.optimizer
+        self.context.reporter.report(
+            Started(
+                spec=self.spec.model_dump(mode="json"),
+                seed=self.spec.seed,
+                commit=commit(),
+                versions=versions(),
+                world_size=self.context.comm.world_size,
+                device=_device_name(self.context.device),
+                total_steps=self.total_steps,
+                steps_per_epoch=self.batches.steps_per_epoch,
+                parameters=trainable(self.learner.model),
+                resumed_step=self.progress.step,
+                statistics=list(getattr(optimizer, "statistic_names", [])),
+                plain_parameters=dict(getattr(optimizer, "plain_parameters", {})),
+            )
+        )
+        if self.progress.step:
+            log.info("resumed from the checkpoint of step %d", self.progress.step)
+
+    def step_once(self) -> None:
+        """Collective. Takes one optimizer step and reports it. Raises: NonFiniteLossError, SupersededError."""
+        start_s = time.perf_counter()
+        self.progress.step += 1
+        seed_step(self.spec.seed, self.progress.step, self.context.comm.rank)
+        with self._stopwatch.phase("data"):
+            x, y = self._batch()
+        with self._stopwatch.phase("forward_backward"):
+            totals = self.learner.backward(x, y)
+        with self._stopwatch.phase("loss_reduce"):
+            score = self._reduce(totals)
+        lr = self.spec.optimizer.lr * lr_factor(self.spec.schedule, self.progress.step, self.total_steps)
+        with self._stopwatch.phase("step"):
+            self.learner.update(lr)
+        seconds = time.perf_counter() - start_s
+        self.progress.seconds += seconds
+        self._report_step(score, lr, seconds)
+
+    def evaluate(self) -> None:
+        """Collective. Scores the model on the test data and looks whether the target is reached."""
+        start_s = time.perf_counter()
+        score = self.score = self.learner.evaluate(self.dataset)
+        self.progress.seconds += time.perf_counter() - start_s
+        step, report = self.progress.step, self.context.reporter.report
+        report(Evaluation(step=step, epoch=self.epoch, test_loss=score.loss, test_accuracy=score.accuracy))
+        self._log_evaluation(score)
+        target = self.spec.target
+        if target is not None and self.progress.target_step is None and score.accuracy >= target.test_accuracy:
+            self.progress.target_step = step
+            report(TargetReached(step=step, test_accuracy=score.accuracy))
+
+    def save_checkpoint(self) -> None:
+        """Collective. Rank 0 writes; all return when it is complete. Raises: SupersededError."""
+        state = self.learner.state_dict() | {"progress": asdict(self.progress)}
+        refused = torch.zeros(1, device=self.context.device)
+        if self.context.comm.rank == 0:
+            try:
+                manifest = self.checkpoints.save(self.progress.step, state, world_size=self.context.comm.world_size)
+            except SupersededError as error:
+                log.warning("%s", error)
+                refused.fill_(1)
+            else:
+                path = self.checkpoints.path(manifest.step).relative_to(self.context.run_dir)
+                self.context.reporter.report(CheckpointSaved(step=manifest.step, path=str(path), bytes=manifest.bytes))
+        self.context.comm.all_reduce("checkpoint written", refused)
+        if refused.item():
+            raise _superseded(self.context.attempt)
+
+    def outcome(self) -> Outcome:
+        """Collective. Returns the result; evaluates if this process has not evaluated the last step."""
+        if self.score is None and not self.is_cancelled:
+            self.score = self.learner.evaluate(self.dataset)
+        return Outcome(
+            result="cancelled" if self.is_cancelled else "succeeded",
+            step=self.progress.step,
+            test_accuracy=self.score and self.score.accuracy,
+            test_loss=self.score and self.score.loss,
+            target_step=self.progress.target_step,
+            seconds=self.progress.seconds,
+        )
+
+    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        comm = self.context.comm
+        own = self.batches.share(self.progress.step, comm.rank, comm.world_size).to(self.context.device)
+        return self.dataset.train_x[own], self.dataset.train_y[own]
+
+    def _reduce(self, totals: torch.Tensor) -> Score:
+        # The one synchronisation of a step with the host. It comes before the update, so that no rank writes NaN into
+        # its weights, and carries the stop request, so that all ranks stop after the same step.
+        comm = self.context.comm
+        stop = totals.new_tensor([STOP_CODES[self.context.reporter.stop_request]])
+        sums = torch.cat((totals, stop))
+        comm.all_reduce("loss and stop request", sums)
+        loss_sum, correct, stop_code = sums.tolist()
+        size = self.spec.batch.global_size
+        score = Score(loss_sum / size, correct / size)
+        if not math.isfinite(score.loss):
+            raise NonFiniteLossError(self._divergence(score.loss))
+        if stop_code == STOP_CODES["superseded"]:
+            raise _superseded(self.context.attempt)
+        self.is_cancelled = stop_code == STOP_CODES["cancelled"]
+        return score
+
+    def _divergence(self, loss: float) -> str:
+        spec = self.spec
+        damping = f", raise optimizer.damping ({spec.optimizer.damping:g})" if spec.optimizer.kind == "ngd" else ""
+        return (
+            f"the training loss is {loss} at step {self.progress.step}; lower optimizer.lr ({spec.optimizer.lr:g})"
+            f"{damping} or lengthen schedule.warmup_steps ({spec.schedule.warmup_steps})"
+        )
+
+    def _report_step(self, score: Score, lr: float, seconds: float) -> None:
+        stats = step_stats(self.learner.optimizer)
+        self.context.reporter.report(
+            StepRecord(
+                step=self.progress.step,
+                epoch=self.epoch,
+                time_s=time.time(),
+                loss=score.loss,
+                accuracy=score.accuracy,
+                lr=lr,
+                samples_per_s=self.spec.batch.global_size / seconds,
+                seconds=self._stopwatch.take() | stats.seconds,
+                bytes_sent=self.learner.gradient_bytes() | stats.bytes_sent,
+                ages=list(stats.ages),
+                intervals=list(stats.intervals),
+                failed_inversions=stats.failed_inversions,
+            )
+        )
+        now_s = time.monotonic()
+        if self.context.comm.rank == 0 and now_s - self._logged_s >= PROGRESS_S:
+            self._logged_s = now_s
+            log.info(
+                "step %d/%d  epoch %.2f  loss %.4f  accuracy %.4f  lr %.3g",
+                self.progress.step, self.total_steps, self.epoch, score.loss, score.accuracy, lr,
+            )  # fmt: skip
+
+    def _log_evaluation(self, score: Score) -> None:
+        if self.context.comm.rank == 0:
+            log.info(
+                "step %d/%d  epoch %.2f  test loss %.4f  test accuracy %.4f",
+                self.progress.step, self.total_steps, self.epoch, score.loss, score.accuracy,
+            )  # fmt: skip
+
+
+def _prepare(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, torch.nn.Module]:
+    failure: WorkerError | None = None
+    try:
+        prepared = _build(spec, context)
+    except WorkerError as error:
+        failure = error
+    # What fails on one rank alone (a folder that one machine lacks) must end all of them, not leave the others waiting.
+    for found in context.comm.all_gather_object("preparation", failure):
+        if found is not None:
+            raise found
+    return prepared
+
+
+def _build(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, torch.nn.Module]:
+    dataset = load_dataset(spec.data, context.data_dir)
+    batches = Batches(len(dataset.train_y), spec.batch.global_size, spec.seed)
+    torch.manual_seed(spec.seed)
+    model = build_model(spec.model, dataset.shape)
+    check_model(model, dataset)
+    return _on_device(dataset, context.device), batches, model
+
+
+def _on_device(dataset: Dataset, device: torch.device) -> Dataset:
+    tensors = {name: getattr(dataset, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")}
+    return replace(dataset, **tensors)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _superseded(attempt: int) -> SupersededError:
+    return SupersededError(f"attempt {attempt} stops: a later attempt of the same job has taken over")
+
+
+if __name__ == "__main__":
+    from workers.attempt import main
+
+    main()
