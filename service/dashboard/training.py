@@ -1,0 +1,72 @@
+"""The curves of one job, kept up to date by asking for the new points alone."""
+
+from collections.abc import Sequence
+
+from service.client import AsyncClient
+from service.dashboard.charts import BYTES, SECONDS, SHARE, Curve, Curves, Mark, connect
+from service.resources import Metrics
+
+__all__ = ["Training"]
+
+MAX_POINTS = 1_000  # about one a pixel; twice as many held: they are asked for again, thinned
+NAMES = ("loss", "accuracy", "samples_per_s", "lr", "test_loss", "test_accuracy", "seconds", "bytes_sent")
+TEST = Curve("test", dotted=True)
+
+
+class Training:
+    """All curves over steps; they share one cursor and one zoom."""
+
+    def __init__(self) -> None:
+        self.loss = Curves("Loss", axis_name="loss", curves={"loss": Curve("training"), "test_loss": TEST})
+        self.accuracy = Curves("Accuracy", unit=SHARE, curves={"accuracy": Curve("training"), "test_accuracy": TEST})
+        self.rate = Curves("Throughput", axis_name="samples/s", curves={"samples_per_s": Curve("throughput")})
+        self.seconds = Curves("Time per step, by phase", unit=SECONDS, stacked=True)
+        self.bytes_sent = Curves("Sent per step, by kind", unit=BYTES, stacked=True)
+        self.lr = Curves("Learning rate", axis_name="lr", curves={"lr": Curve("learning rate")})
+        self.panels = (self.loss, self.accuracy, self.rate, self.seconds, self.bytes_sent, self.lr)
+        self.last_step: int | None = None
+        self.redone_until = 0
+        self.is_connected = False
+
+    async def refresh(self, api: AsyncClient, job_id: str, *, whole: bool = False) -> None:
+        """Fetches and draws what is new; everything again if `whole`."""
+        whole = whole or self.last_step is None or self._is_crowded() or self.last_step <= self.redone_until
+        # The newest step is asked for again: its evaluation may have come after it.
+        metrics = await api.metrics(
+            job_id, names=NAMES, from_step=None if whole else self.last_step, max_points=MAX_POINTS
+        )
+        if metrics.last_step:
+            self.last_step = metrics.last_step
+            self._draw(metrics, whole=whole)
+
+    def redo(self) -> None:
+        """The job went back to a checkpoint: the steps known so far are about to be replaced."""
+        self.redone_until = self.last_step or 0
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        """Draws vertical lines in all curves."""
+        for panel in self.panels:
+            panel.mark(marks)
+
+    def _draw(self, metrics: Metrics, *, whole: bool) -> None:
+        sorted_out: dict[Curves, dict[str, list[tuple[float, float | None]]]] = {panel: {} for panel in self.panels}
+        for name, series in metrics.series.items():
+            panel, key = self._place(name)
+            known = panel.points.get(key)
+            after = known[-1][0] if known and not whole else 0
+            read = zip(series.steps, series.values, strict=True)
+            sorted_out[panel][key] = [(step, value) for step, value in read if step > after]
+        for panel, points in sorted_out.items():
+            (panel.replace if whole else panel.extend)(points)
+        if not self.is_connected:
+            connect(self.panels)
+            self.is_connected = True
+
+    def _place(self, name: str) -> tuple[Curves, str]:
+        group, _, part = name.partition(".")
+        if part:
+            return {"seconds": self.seconds, "bytes_sent": self.bytes_sent}[group], part
+        return next((panel, name) for panel in self.panels if name in panel.curves)
+
+    def _is_crowded(self) -> bool:
+        return any(len(points) > 2 * MAX_POINTS for panel in self.panels for points in panel.points.values())

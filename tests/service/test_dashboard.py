@@ -1,0 +1,224 @@
+"""What the dashboard shows, from what the API says: words, numbers, marks and the data of its charts."""
+
+import math
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from nicegui import Client, ui
+
+from service.dashboard.activity import unseen, words
+from service.dashboard.charts import BYTES, Curve, Curves, Mark
+from service.dashboard.heat_map import MAX_CELLS, HeatMap, columns_for
+from service.dashboard.job import marks
+from service.dashboard.jobs import row
+from service.dashboard.units import ago, binary_bytes, duration, number, percent
+from service.resources import Event, Job, Progress, Statistics, Status
+
+NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def page():
+    """A page that no browser has opened yet."""
+    with Client(ui.page("/test"), request=None) as client:
+        yield client
+    client.delete()
+
+
+def event(kind: str, attempt: int | None = 1, **data: Any) -> Event:
+    return Event(id=1, job_id="job_1", attempt=attempt, seq=1, kind=kind, time=NOW, data=data)
+
+
+def job(phase: str, *, step: int = 0, total: int | None = None, **latest: float) -> Job:
+    return Job(
+        id="job_1",
+        name="digits",
+        spec={},
+        desired_state="RUNNING",
+        status=Status(
+            phase=phase,
+            is_terminal=phase == "SUCCEEDED",
+            attempt=1,
+            progress=Progress(step=step, total_steps=total, eta_s=90.0),
+        ),
+        metrics_latest=latest,
+        created_at=NOW - timedelta(minutes=5),
+        started_at=None,
+        finished_at=None,
+        resource_version=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(0.123456), "0.1235"),
+        (number(12345.6), "12,346"),
+        (number(3.0), "3"),
+        (number(math.nan), "not a number"),
+        (number(-math.inf), "infinite"),
+        (number(None), "—"),
+        (percent(0.98765), "98.77%"),
+        (percent(math.nan), "—"),
+        (duration(59.7), "1 min 00 s"),
+        (duration(3_900), "1 h 05 min"),
+        (duration(90_000), "1 d 01 h"),
+        (duration(None), "—"),
+        (ago(NOW - timedelta(seconds=59), NOW), "59 s ago"),
+        (ago(NOW - timedelta(hours=25), NOW), "1 d ago"),
+        (binary_bytes(0), "0 B"),
+        (binary_bytes(1536), "1.5 KiB"),
+        (binary_bytes(2**60), "1024 PiB"),
+    ],
+)
+def test_numbers_are_written_for_people(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "tail", "new"),
+    [
+        ([], ["a", "b"], ["a", "b"]),
+        (["a", "b"], ["a", "b"], []),
+        (["a", "b"], ["b", "c"], ["c"]),
+        (["a", "a"], ["a", "a", "a"], ["a"]),
+        (["a", "b"], ["x", "y"], ["x", "y"]),
+        (["a", "b", "c"], ["c"], []),
+    ],
+)
+def test_log_gets_only_lines_that_it_does_not_show(shown: list[str], tail: list[str], new: list[str]) -> None:
+    assert unseen(shown, tail) == new
+
+
+def test_marks_tell_new_attempts_from_restarts_of_the_workers() -> None:
+    events = [
+        event("started", resumed_step=0),
+        event("checkpoint", step=50),
+        event("started", resumed_step=50),
+        event("started", attempt=2, resumed_step=100),
+    ]
+
+    assert marks(events) == [
+        Mark(50, "checkpoint", "checkpoint 50"),
+        Mark(50, "restart", "restart"),
+        Mark(100, "attempt", "attempt 2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("happened", "sentence"),
+    [
+        (
+            event("phase", None, **{"from": "RUNNING", "to": "FAILED", "reason": "R", "message": "no data"}),
+            "Failed: no data",
+        ),
+        (event("phase", None, **{"from": None, "to": "QUEUED", "reason": None, "message": None}), "Queued"),
+        (event("evaluation", step=10, test_accuracy="NaN", test_loss="NaN"), "accuracy —, loss not a number"),
+        (event("checkpoint", step=1500, bytes=2048, path="c"), "Checkpoint of step 1,500 saved (2 KiB)"),
+        (event("a_kind_of_a_later_version"), "A kind of a later version"),
+    ],
+)
+def test_events_are_told_in_sentences(happened: Event, sentence: str) -> None:
+    assert words(happened).endswith(sentence)
+
+
+def test_row_of_a_running_job_has_progress_loss_and_time_left() -> None:
+    shown = row(job("RUNNING", step=30, total=120, loss=0.5, test_accuracy=0.9), NOW)
+
+    assert (shown["share"], shown["steps"], shown["loss"], shown["accuracy"]) == (0.25, "30 / 120", "0.5", "90.00%")
+    assert (shown["word"], shown["eta"], shown["age"]) == ("Running", "1 min 30 s", "5 min ago")
+
+
+def test_row_of_a_job_without_steps_has_dashes() -> None:
+    shown = row(job("QUEUED"), NOW)
+
+    assert (shown["share"], shown["steps"], shown["loss"]) == (0.0, "not started", "—")
+
+
+def test_row_of_an_ended_job_has_no_time_left() -> None:
+    assert row(job("SUCCEEDED", step=10, total=10), NOW)["eta"] == "—"
+
+
+@pytest.mark.usefixtures("page")
+def test_curve_marks_values_that_are_not_finite_on_the_step_axis() -> None:
+    curves = Curves("Loss", curves={"loss": Curve("training")})
+
+    curves.replace({"loss": [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]})
+
+    line, floor = curves.chart.options["series"]
+    assert line["data"] == [[1, 2.0], [2, None], [3, None], [4, 1.0]]
+    assert floor["data"] == [[2, 0], [3, 0]]
+
+
+def test_curve_grows_by_new_points_and_new_series(page: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = Curves("Time", stacked=True)
+    curves.replace({"data": [(1, 0.1)]})
+    sent: list[str] = []
+    monkeypatch.setattr(page, "run_javascript", lambda code, timeout: sent.append(code))
+
+    curves.extend({"data": [(2, 0.2)]})
+    curves.extend({"data": [(3, 0.3)], "reduce": [(3, 0.5)]})
+
+    assert curves.points == {"data": [(1, 0.1), (2, 0.2), (3, 0.3)], "reduce": [(3, 0.5)]}
+    drawn = [series["data"] for series in curves.chart.options["series"]]
+    assert drawn == [[[1, 0.1], [2, 0.2], [3, 0.3]], [[3, 0.5]], []]
+    assert len(sent) == 1
+    assert "[[1, [[2, 0.2]]], [0, []]]" in sent[0]
+
+
+@pytest.mark.usefixtures("page")
+def test_table_of_a_chart_has_its_points_newest_first() -> None:
+    curves = Curves("Loss", curves={"loss": Curve("training"), "test_loss": Curve("test")})
+    curves.replace({"loss": [(1, 2.0), (2, math.nan)], "test_loss": [(2, 1.5)]})
+
+    assert curves.columns() == [("key", "step"), ("loss", "training"), ("test_loss", "test")]
+    assert curves.rows() == [{"key": 2, "loss": "not finite", "test_loss": "1.5"}, {"key": 1, "loss": "2"}]
+
+
+@pytest.mark.usefixtures("page")
+def test_axis_in_bytes_has_ticks_at_powers_of_two() -> None:
+    curves = Curves("Sent", unit=BYTES, stacked=True)
+
+    curves.replace({"gradients": [(1, 400_000)], "statistics": [(1, 300_000)]})
+
+    assert curves.chart.options["yAxis"][0]["interval"] == 2**18
+    assert curves.chart.options["yAxis"][0]["max"] == 3 * 2**18
+
+
+@pytest.mark.usefixtures("page")
+def test_chart_says_in_words_what_it_shows() -> None:
+    curves = Curves("Loss", curves={"loss": Curve("training")})
+
+    curves.replace({"loss": [(step, 1 / step) for step in range(1, 41)]})
+
+    assert curves.note.text == "training 0.025 at step 40, falling"
+    assert curves.figure.props["aria-label"] == "Loss: training 0.025 at step 40, falling"
+
+
+@pytest.mark.usefixtures("page")
+def test_heat_map_colours_ages_and_dots_refreshes_of_statistics_that_may_rest() -> None:
+    heat_map = HeatMap("Age")
+    known = Statistics(
+        names=["conv.A", "conv.G"],
+        steps=[1, 2, 3],
+        ages=[[0, 0, 0], [0, 1, 0]],
+        intervals=[[1, 1, 1], [2, 2, 3]],
+        refreshes=[[1, 1, 1], [1, 0, 1]],
+        last_step=3,
+    )
+
+    heat_map.replace(known)
+
+    cells, dots = (series["data"] for series in heat_map.chart.options["series"])
+    assert [cell[:3] for cell in cells] == [[0, 0, 0], [1, 0, 0], [2, 0, 0], [0, 1, 0], [1, 1, 1], [2, 1, 0]]
+    assert [dot[:2] for dot in dots] == [[0, 1], [2, 1]]
+    assert heat_map.note.text == "5 of 6 possible refreshes done (83.3%); longest interval now 3 steps"
+    assert heat_map.rows()[1] == {"key": "conv.G", "age": 0, "interval": 3, "refreshes": 2, "mean": "1.5"}
+
+
+@pytest.mark.parametrize("rows", [1, 13, 108, 1_000])
+def test_heat_map_asks_for_no_more_cells_than_a_browser_redraws_in_a_second(rows: int) -> None:
+    columns = columns_for(rows)
+
+    assert columns == 20 or columns * rows <= MAX_CELLS
