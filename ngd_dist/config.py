@@ -29,6 +29,12 @@ class KFAC(Settings):
     """Kronecker factors A and G per layer, inverted after damping with the pi split ([MG15] 6.3)."""
 
     kind: Literal["kfac"] = "kfac"
+    sharing: Literal["expand", "reduce"] = Field(
+        "expand",
+        description="How a weight used at several positions of a sample (pixels, tokens) is treated. expand: each "
+        "position counts as a sample; reduce: inputs are averaged and gradients summed over positions first, which is "
+        "right where the positions are pooled into one prediction ([E23]).",
+    )
 
 
 class Thresholds(Settings):

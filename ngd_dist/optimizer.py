@@ -71,7 +71,7 @@ class NGD(torch.optim.Optimizer):
         self._comm = Communicator(process_group)
         self._device = trainable[0].device
         self._preconditioners = {
-            layer.name: preconditioner_for(layer.shape, config.preconditioner.kind) for layer in self.layers
+            layer.name: preconditioner_for(layer.shape, config.preconditioner) for layer in self.layers
         }
         costs = {name: preconditioner.cost().refresh_flops for name, preconditioner in self._preconditioners.items()}
         self._strategy = self._build_strategy(costs, averages_gradients=not wrapped)

@@ -4,6 +4,10 @@ A new method is one file, one config class, and one line here. Layers whose bloc
 always take `UnitWise`; `kind` chooses the method of the others.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.cost import LayerShape
 from ngd_dist.preconditioners.base import Cache, Preconditioner
 from ngd_dist.preconditioners.kfac import KFAC
@@ -11,9 +15,9 @@ from ngd_dist.preconditioners.unit_wise import UnitWise
 
 __all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "preconditioner_for"]
 
-PRECONDITIONERS: dict[str, type[Preconditioner]] = {"kfac": KFAC}
+PRECONDITIONERS: dict[str, Callable[[LayerShape, Any], Preconditioner]] = {"kfac": KFAC}
 
 
-def preconditioner_for(shape: LayerShape, kind: str) -> Preconditioner:
-    """Returns the method for one layer: the chosen `kind`, or unit-wise where the layer's Fisher block is."""
-    return UnitWise(shape) if shape.fisher == "unit_wise" else PRECONDITIONERS[kind](shape)
+def preconditioner_for(shape: LayerShape, config: KFACConfig) -> Preconditioner:
+    """Returns the method for one layer: the configured one, or unit-wise where the layer's Fisher block is."""
+    return UnitWise(shape) if shape.fisher == "unit_wise" else PRECONDITIONERS[config.kind](shape, config)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.cost import Cost, LayerShape
 from ngd_dist.damping import pi_split
 from ngd_dist.inversion import Ending, invert
@@ -16,10 +17,14 @@ __all__ = ["KFAC"]
 
 
 class KFAC(Preconditioner):
-    """A = (1/N) sum a a^T over samples and positions, G = (1/(N P)) sum g g^T. Sources: [MG15], [GM16] for P > 1."""
+    """A = (1/N) sum a a^T over samples and positions, G = (1/(N P)) sum g g^T. Sources: [MG15], [GM16] for P > 1.
 
-    def __init__(self, shape: LayerShape) -> None:
+    With `sharing="reduce"` a is averaged and g summed over positions before, and P is 1. Source: [E23].
+    """
+
+    def __init__(self, shape: LayerShape, config: KFACConfig) -> None:
         super().__init__(shape)
+        self._reduces = config.sharing == "reduce"
         self.statistics = (
             StatisticSpec("A", (shape.inputs, shape.inputs), is_symmetric=True),
             StatisticSpec("G", (shape.outputs, shape.outputs), is_symmetric=True),
@@ -28,10 +33,10 @@ class KFAC(Preconditioner):
     def estimate(self, rows: Rows, due: frozenset[str]) -> dict[str, Tensor]:
         estimates: dict[str, Tensor] = {}
         if "A" in due:
-            a_NPI = rows.a_NPI
+            a_NPI = rows.a_NPI.mean(1, keepdim=True) if self._reduces else rows.a_NPI
             estimates["A"] = second_moment(a_NPI, 1 / a_NPI.shape[0])
         if "G" in due:
-            g_NPO = rows.g_NPO
+            g_NPO = rows.g_NPO.sum(1, keepdim=True) if self._reduces else rows.g_NPO
             estimates["G"] = second_moment(g_NPO, 1 / (g_NPO.shape[0] * g_NPO.shape[1]))
         return estimates
 

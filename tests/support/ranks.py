@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import pickle
+import queue
 import socket
 import traceback
 from collections.abc import Callable
@@ -30,7 +32,8 @@ def _entry(rank: int, world_size: int, port: int, results: Any, fn: Callable[...
         value = fn(rank, world_size, *args)
         dist.barrier()
         dist.destroy_process_group()
-        results.put((rank, True, value))
+        # Pickled here: a queue of torch's would pass file descriptors, which die with this process.
+        results.put((rank, True, pickle.dumps(value)))
     except BaseException:  # noqa: BLE001 - the boundary of the child process: everything goes to the parent as text
         results.put((rank, False, traceback.format_exc()))
         os._exit(1)  # the peers' sockets close at once, so that they fail too instead of waiting
@@ -54,11 +57,11 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         for _ in range(world_size):
             try:
                 rank, ok, value = results.get(timeout=HANG_S)
-            except Exception as error:
+            except queue.Empty as error:
                 missing = sorted(set(range(world_size)) - set(values))
                 raise AssertionError(f"ranks {missing} of {world_size} gave no result within {HANG_S} s") from error
             assert ok, f"rank {rank} of {world_size} raised:\n{value}"
-            values[rank] = value
+            values[rank] = pickle.loads(value)
         for process in processes:
             process.join(timeout=30)
     finally:

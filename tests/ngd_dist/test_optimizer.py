@@ -1,0 +1,364 @@
+"""`NGD` as a torch optimizer, and what its hooks count and do not count."""
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ngd_dist import NGD, NGDConfig
+from ngd_dist.config import FixedInterval
+from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
+from ngd_dist.layers import LAYERS
+
+F64 = torch.float64
+MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(3, 4), (5, 3)),
+    "linear without bias": (nn.Linear(3, 4, bias=False), (5, 3)),
+    "linear over positions": (nn.Linear(3, 4), (5, 7, 2, 3)),
+    "conv": (nn.Conv2d(2, 3, 3), (4, 2, 6, 5)),
+    "conv stride": (nn.Conv2d(2, 3, (3, 2), stride=(2, 1), bias=False), (4, 2, 7, 6)),
+    "conv padding": (nn.Conv2d(2, 3, (3, 5), padding=(2, 1)), (4, 2, 6, 6)),
+    "conv same": (nn.Conv2d(2, 3, (2, 5), padding="same"), (4, 2, 6, 6)),
+    "conv valid": (nn.Conv2d(2, 3, 3, padding="valid"), (4, 2, 6, 6)),
+    "conv dilation": (nn.Conv2d(2, 3, 3, dilation=2, padding=1), (4, 2, 7, 7)),
+    "conv reflect": (nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="reflect"), (4, 2, 6, 6)),
+    "conv circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (4, 2, 6, 6)),
+    "batchnorm": (nn.BatchNorm2d(3), (4, 3, 5, 5)),
+}
+
+
+def test_every_layer_kind_has_a_case() -> None:
+    assert {type(module) for module, _ in MODULES.values()} == set(LAYERS)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("case", MODULES)
+def test_rows_give_back_autograds_gradient(case: str) -> None:
+    torch.manual_seed(0)
+    module, shape = copy.deepcopy(MODULES[case][0]).double(), MODULES[case][1]
+    layer = LAYERS[type(module)]("layer", module)
+    x = torch.randn(shape, dtype=F64)
+    out = module(x)
+    g = torch.randn_like(out)
+    out.backward(g)
+
+    a_NPI, g_NPO = layer.inputs(x), layer.output_gradients(g)
+
+    gradients = [p.grad for p in layer.parameters if p.grad is not None]
+    if layer.shape.fisher == "unit_wise":
+        rebuilt = torch.stack([(a_NPI * g_NPO).sum((0, 1)), g_NPO.sum((0, 1))], dim=1)
+    else:
+        rebuilt = torch.einsum("npi,npo->oi", a_NPI, g_NPO)
+    assert rebuilt.shape == (layer.shape.outputs, layer.shape.inputs)
+    torch.testing.assert_close(rebuilt, layer.join(gradients), rtol=1e-12, atol=1e-12)
+    for part, gradient in zip(layer.split(layer.join(gradients)), gradients, strict=True):
+        assert torch.equal(part, gradient)
+
+
+def test_batch_norm_statistics_leave_the_running_averages_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 3, 3)
+    seen = []
+    for watches in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 2))
+        if watches:
+            NGD(model)
+        model(x).square().mean().backward()
+        seen.append(model[0].running_var.clone())
+
+    assert torch.equal(*seen)
+
+
+def model_and_batch(seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)).double()
+    return model, torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
+
+
+def statistics_after(model: nn.Module, run: Any) -> dict[str, Tensor]:
+    optimizer = NGD(model)
+    run()
+    return {str(key): value for key, value in optimizer._capture.take().items()}
+
+
+def test_forward_passes_without_a_backward_count_for_nothing() -> None:
+    model, x, y = model_and_batch()
+
+    def plainly() -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    def with_others() -> None:
+        with torch.no_grad():
+            model(10 * x)
+        model(20 * x)  # differentiable, but never differentiated
+        plainly()
+
+    expected, found = statistics_after(model, plainly), statistics_after(copy.deepcopy(model), lambda: None)
+    assert found == {}
+    found = statistics_after(model, with_others)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
+    model, x, y = model_and_batch()
+    x.requires_grad_()
+
+    expected = statistics_after(model, lambda: F.cross_entropy(model(x), y).backward())
+    found = statistics_after(
+        model, lambda: F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), y).backward()
+    )
+
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=0)
+
+
+def test_a_module_that_runs_twice_is_an_error_that_names_it() -> None:
+    model, x, _ = model_and_batch()
+    square = nn.Linear(4, 4).double()
+    net = nn.Sequential(square, square, model)
+    optimizer = NGD(net)
+    net(x).sum(1).mean().backward()
+
+    with pytest.raises(CaptureError, match=r"layer '0' was differentiated 2 times.*micro_batches is 1"):
+        optimizer.step()
+
+
+def test_what_is_not_covered_takes_the_plain_step_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(8, 8, bias=False)
+    twin = nn.Linear(8, 8, bias=False)
+    twin.weight = shared.weight
+    frozen = nn.Linear(8, 8)
+    frozen.weight.requires_grad_(False)
+    gone = nn.Linear(8, 8).requires_grad_(False)
+    conv = nn.Conv2d(2, 4, 1, groups=2)
+    model = nn.Sequential(conv, nn.Flatten(), shared, twin, frozen, gone, nn.PReLU(), nn.Linear(8, 3)).double()
+    optimizer = NGD(model, NGDConfig(lr=0.5, momentum=0.0))
+
+    assert optimizer.plain_parameters == {
+        "0.weight": "Conv2d with groups=2",
+        "0.bias": "Conv2d with groups=2",
+        "2.weight": "Linear shares a parameter with another module",
+        "3.weight": "Linear shares a parameter with another module",
+        "4.bias": "Linear is partly frozen",
+        "6.weight": "no layer kind covers PReLU",
+    }
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "0.weight (Conv2d with groups=2)" in caplog.text
+    assert [layer.name for layer in optimizer.layers] == ["7"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    F.cross_entropy(model(torch.randn(5, 2, 2, 1, dtype=F64)), torch.randint(3, (5,))).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    optimizer.step()
+
+    for name, p in model.named_parameters():
+        if name in optimizer.plain_parameters:
+            torch.testing.assert_close(p.detach(), before[name] - 0.5 * gradients[name])
+    assert torch.equal(gone.weight, before["5.weight"])
+
+
+def train(optimizer: NGD, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_state_survives_saving_to_a_file_bit_for_bit(tmp_path: Any) -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model, NGDConfig(ema_decay=0.9))
+    train(optimizer, model, x, y, 5)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(optimizer, model, x, y, 3)
+    twin, *_ = model_and_batch(seed=1)
+    other = NGD(twin, NGDConfig(ema_decay=0.9))
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    twin.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(other, twin, x, y, 3)
+
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert other.stats.ages == optimizer.stats.ages
+    assert other.stats.step == 8
+
+
+def test_a_state_of_another_model_or_optimizer_is_refused() -> None:
+    model, *_ = model_and_batch()
+    optimizer = NGD(model)
+    other = NGD(nn.Sequential(nn.Linear(4, 6)))
+
+    with pytest.raises(CheckpointError, match=r"missing \['0.A', '0.G', '2.A', '2.G'\]|unknown \['2.A', '2.G'\]"):
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match="has the key 'ngd'"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+
+
+def test_torchs_schedulers_drive_lr_and_damping_is_a_group_setting() -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model, NGDConfig(lr=0.1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+    train(optimizer, model, x, y, 1)
+    scheduler.step()
+
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert optimizer.param_groups[0]["damping"] == 1e-3
+
+
+def test_a_closure_is_evaluated_once_and_its_loss_returned() -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model)
+    losses = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        return losses[-1]
+
+    assert optimizer.step(closure) == losses[0]
+    assert len(losses) == 1
+
+
+def test_param_groups_have_their_own_settings() -> None:
+    model, x, y = model_and_batch()
+    first, second = model[0], model[2]
+    groups = [{"params": first.parameters(), "lr": 0.0}, {"params": second.parameters(), "weight_decay": 0.1}]
+    optimizer = NGD(model, NGDConfig(lr=0.2), param_groups=groups)
+    before = first.weight.detach().clone()
+
+    train(optimizer, model, x, y, 2)
+
+    assert torch.equal(first.weight, before)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"damping": 0.0}, "damping must be > 0, got 0.0"),
+        ({"momentum": 1.0}, "momentum must be >= 0 and < 1, got 1.0"),
+    ],
+)
+def test_a_bad_group_is_refused_with_value_and_bound(settings: dict[str, float], message: str) -> None:
+    model, *_ = model_and_batch()
+
+    with pytest.raises(ConfigError, match=message):
+        NGD(model, param_groups=[{"params": list(model.parameters()), **settings}])
+
+
+def test_a_factor_that_cannot_be_inverted_keeps_its_old_inverse_and_is_counted() -> None:
+    digits = load_digits()
+    x = torch.tensor(digits.data[:256] / 16, dtype=torch.float32)  # some pixels are always 0: A is singular
+    y = torch.tensor(digits.target[:256])
+    torch.manual_seed(0)
+    model = nn.Linear(64, 10)
+    optimizer = NGD(model, NGDConfig(damping=0.1, staleness=FixedInterval(steps=1)))
+    train(optimizer, model, x, y, 1)
+    old = {name: value.clone() for name, value in (optimizer._caches[""] or {}).items()}
+    optimizer.param_groups[0]["damping"] = 1e-30
+
+    train(optimizer, model, x, y, 1)
+
+    # G of a softmax is singular: its columns sum to 0. A's empty pixels stand alone on its diagonal and do no harm.
+    assert {r.statistic: r.ending for r in optimizer.stats.refreshes} == {".A": "OK", ".G": "NOT_POSITIVE_DEFINITE"}
+    assert optimizer.stats.failed_inversions == 1
+    assert torch.equal((optimizer._caches[""] or {})["G"], old["G"])
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_a_statistic_that_is_not_finite_never_enters_the_average() -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model, NGDConfig(ema_decay=0.9, staleness=FixedInterval(steps=1)))
+    train(optimizer, model, x, y, 2)
+    weights = [p.detach().clone() for p in model.parameters()]
+    train(optimizer, model, torch.full_like(x, float("inf")), y, 1)
+
+    assert optimizer.stats.failed_inversions > 0
+    for p, kept in zip(model.parameters(), weights, strict=True):
+        p.data.copy_(kept)
+        optimizer.state[p].clear()
+    train(optimizer, model, x, y, 1)
+
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_a_layer_without_statistics_takes_a_plain_step() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)})
+    optimizer = NGD(model)
+    unused = model["unused"].weight.detach().clone()
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        model["used"](torch.randn(4, 3)).square().sum(1).mean().backward()
+        optimizer.step()
+
+    assert torch.equal(model["unused"].weight, unused)
+    assert optimizer.stats.failed_inversions == 0
+
+
+def test_ages_count_the_steps_since_the_measurement() -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model, NGDConfig(staleness=FixedInterval(steps=3), stagger=0.0))
+    ages = []
+    for _ in range(5):
+        train(optimizer, model, x, y, 1)
+        ages.append(optimizer.stats.ages[0])
+
+    assert ages == [0, 1, 2, 0, 1]
+    assert optimizer.statistic_names == ["0.A", "0.G", "2.A", "2.G"]
+    assert set(optimizer.stats.seconds) >= {"reduce", "refresh", "apply", "publish", "update"}
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        NGD(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [({"damping": 0}, "damping"), ({"momentum": 1}, "momentum"), ({"dampening": 0.1}, "dampening")],
+)
+def test_bad_settings_are_refused_by_name(settings: dict[str, float], field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        NGDConfig.model_validate(settings)
+
+
+def test_the_configuration_imports_without_torch() -> None:
+    code = "import sys, ngd_dist, ngd_dist.config, ngd_dist.cost; assert 'torch' not in sys.modules"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_digits_intervals_grow_past_one() -> None:
+    """The digits recipe's statistics settle: later refreshes become rarer, and the net learns meanwhile."""
+    digits = load_digits()
+    x = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
+    y = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    optimizer = NGD(model, NGDConfig(lr=0.1, damping=0.1))
+
+    losses = train(optimizer, model, x[:512], y[:512], 12)
+
+    assert max(optimizer.stats.intervals) > 3
+    assert losses[-1] < 0.2 * losses[0]

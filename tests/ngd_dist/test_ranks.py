@@ -1,0 +1,258 @@
+"""The same global batch gives the same weights on any number of ranks, by any strategy, and after a restart."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ngd_dist import NGD, NGDConfig
+from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+
+STEPS = 6
+BATCH = 16
+REFRESH_ALWAYS = FixedInterval(steps=1)
+ADAPTIVE = AdaptiveInterval(thresholds=Thresholds(A=0.6, G=0.6, F=0.6))  # loose: small batches are noisy
+CASES: dict[str, tuple[Settings, Settings, int, torch.dtype]] = {
+    "all_reduce": (AllReduce(), REFRESH_ALWAYS, 1, torch.float64),
+    "owner_sharded": (OwnerSharded(), REFRESH_ALWAYS, 1, torch.float64),
+    "all_reduce adaptive": (AllReduce(), ADAPTIVE, 1, torch.float64),
+    "owner_sharded adaptive": (OwnerSharded(), ADAPTIVE, 1, torch.float64),
+    "owner_sharded micro-batches": (OwnerSharded(), ADAPTIVE, 2, torch.float64),
+    "all_reduce float32": (AllReduce(), REFRESH_ALWAYS, 1, torch.float32),
+    "owner_sharded float32": (OwnerSharded(), REFRESH_ALWAYS, 1, torch.float32),
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def build_model(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.PReLU(),  # not covered: takes the plain step
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(24, 8),
+        nn.Tanh(),
+        nn.Linear(8, 5),
+    ).to(dtype)
+    # Batch statistics would be each rank's own: the global batch is the same on every split only with fixed ones.
+    model[1].eval()
+    return model
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 1, 6, 6, dtype=dtype, generator=generator), torch.randint(
+        5, (BATCH,), generator=generator
+    )
+
+
+def train(model: nn.Module, optimizer: NGD, steps: range, rank: int, world_size: int) -> None:
+    micro = optimizer.config.micro_batches
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        x, y = (part.chunk(world_size)[rank] for part in batch(step, dtype))
+        optimizer.zero_grad()
+        for part, target in zip(x.chunk(micro), y.chunk(micro), strict=True):
+            (F.cross_entropy(model(part), target) / micro).backward()
+        optimizer.step()
+
+
+def config(case: str, **changes: Any) -> NGDConfig:
+    strategy, staleness, micro, _ = CASES[case]
+    settings = {"strategy": strategy, "staleness": staleness, "micro_batches": micro, "damping": 0.1, **changes}
+    return NGDConfig.model_validate(settings)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def single_process(case: str, steps: int) -> list[Tensor]:
+    model = build_model(CASES[case][3])
+    optimizer = NGD(model, config(case, strategy=None))
+    train(model, optimizer, range(steps), 0, 1)
+    return weights(model)
+
+
+def train_every_case(rank: int, world_size: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for case, (*_, dtype) in CASES.items():
+        model = build_model(dtype)
+        optimizer = NGD(model, config(case))
+        train(model, optimizer, range(STEPS), rank, world_size)
+        found[case] = weights(model)
+        if case == "owner_sharded adaptive":
+            found["state"] = copy.deepcopy(optimizer.state_dict())  # as torch's: its tensors are the live ones
+            found["model"] = copy.deepcopy(model.state_dict())
+            train(model, optimizer, range(STEPS, STEPS + 1), rank, world_size)
+            found["next"] = weights(model)
+    found["reloaded"] = resume(rank, world_size, found["model"], found["state"], "owner_sharded adaptive")
+    found["bytes"] = {case: bytes_of_a_refresh(case, rank, world_size) for case in ("all_reduce", "owner_sharded")}
+    return found
+
+
+def resume(rank: int, world_size: int, model_state: Any, state: Any, case: str) -> list[Tensor]:
+    model = build_model(CASES[case][3])
+    optimizer = NGD(model, config(case, **({"strategy": None} if world_size == 1 else {})))
+    model.load_state_dict(model_state)
+    optimizer.load_state_dict(copy.deepcopy(state))
+    train(model, optimizer, range(STEPS, STEPS + 1), rank, world_size)
+    return weights(model)
+
+
+def bytes_of_a_refresh(case: str, rank: int, world_size: int) -> dict[str, int]:
+    model = build_model(torch.float32)
+    optimizer = NGD(model, config(case))
+    train(model, optimizer, range(1), rank, world_size)
+    return optimizer.stats.bytes_sent
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_ranks(request.param, train_every_case)
+
+
+def test_every_strategy_gives_the_single_process_weights(ranks: list[dict[str, Any]]) -> None:
+    for case, (*_, dtype) in CASES.items():
+        expected = single_process(case, STEPS)
+        for ours, theirs in zip(ranks[0][case], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=case)
+
+
+def test_ranks_do_not_drift_apart_by_a_single_bit(ranks: list[dict[str, Any]]) -> None:
+    for case in CASES:
+        for other in ranks[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(ranks[0][case], other[case], strict=True)), case
+
+
+def test_a_reloaded_run_takes_the_same_next_step(ranks: list[dict[str, Any]]) -> None:
+    first = ranks[0]
+
+    assert all(torch.equal(a, b) for a, b in zip(first["next"], first["reloaded"], strict=True))
+
+
+def test_a_state_loads_at_another_world_size(ranks: list[dict[str, Any]]) -> None:
+    first = ranks[0]
+
+    alone = resume(0, 1, first["model"], first["state"], "owner_sharded adaptive")
+
+    for ours, theirs in zip(alone, first["next"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_only_sharded_directions_travel(ranks: list[dict[str, Any]]) -> None:
+    sent = ranks[0]["bytes"]
+
+    assert sent["owner_sharded"]["directions"] > 0
+    assert "directions" not in sent["all_reduce"]
+
+
+def test_a_state_of_one_process_loads_on_two_ranks() -> None:
+    case = "owner_sharded adaptive"
+    model = build_model(torch.float64)
+    optimizer = NGD(model, config(case, strategy=None))
+    train(model, optimizer, range(STEPS), 0, 1)
+    model_state, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(STEPS, STEPS + 1), 0, 1)
+
+    resumed = run_ranks(2, resume, model_state, state, case)
+
+    for rank in resumed:
+        for ours, theirs in zip(rank, weights(model), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def wrapped_and_bare(rank: int, world_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    found = []
+    for wraps in (True, False):
+        model = build_model(torch.float64)
+        forward = DistributedDataParallel(model) if wraps else model
+        optimizer = NGD(forward, config("owner_sharded"))
+        train(forward, optimizer, range(2), rank, world_size)
+        found.append(weights(model))
+    return found[0], found[1]
+
+
+def half_the_ranks_use_a_layer(rank: int, world_size: int) -> tuple[list[Tensor], list[int]]:
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "sometimes": nn.Linear(3, 2)}).double()
+    for p in model.parameters():
+        nn.init.constant_(p, 0.1)
+    optimizer = NGD(model, config("owner_sharded"))
+    x = torch.full((4, 3), 1.0 + rank, dtype=torch.float64)
+    out = model["used"](x) + (model["sometimes"](x) if rank == 0 else 0)
+    (out**2).sum(1).mean().backward()
+    optimizer.step()
+    return weights(model), optimizer.stats.ages
+
+
+def bfloat16_wire(rank: int, world_size: int) -> tuple[dict[str, int], list[Tensor]]:
+    model = build_model(torch.float32)
+    optimizer = NGD(model, config("owner_sharded", statistics_wire="bfloat16"))
+    train(model, optimizer, range(1), rank, world_size)
+    return optimizer.stats.bytes_sent, weights(model)
+
+
+def variants(rank: int, world_size: int) -> dict[str, Any]:
+    return {
+        "wrapped": wrapped_and_bare(rank, world_size),
+        "unused": half_the_ranks_use_a_layer(rank, world_size),
+        "bfloat16": bfloat16_wire(rank, world_size),
+        "bytes": {case: bytes_of_a_refresh(case, rank, world_size) for case in ("all_reduce", "owner_sharded")},
+        "single": refuses_single(),
+    }
+
+
+def refuses_single() -> str:
+    try:
+        NGD(build_model(torch.float32), NGDConfig.model_validate({"strategy": {"kind": "single"}}))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[dict[str, Any]]:
+    return run_ranks(2, variants)
+
+
+def test_ddp_averages_the_gradients_once(pair: list[dict[str, Any]]) -> None:
+    wrapped, bare = pair[0]["wrapped"]
+
+    for ours, theirs in zip(wrapped, bare, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_that_only_some_ranks_use_neither_hangs_nor_drifts(pair: list[dict[str, Any]]) -> None:
+    (first, ages), (second, _) = (rank["unused"] for rank in pair)
+
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert ages == [0, 0, 0, 0]
+
+
+def test_an_owner_receives_less_than_an_all_reduce_sends(pair: list[dict[str, Any]]) -> None:
+    sent = pair[0]["bytes"]
+
+    # Half, but for the padding of the shorter part.
+    assert sent["owner_sharded"]["statistics"] < sent["all_reduce"]["statistics"]
+
+
+def test_bfloat16_halves_the_statistics_on_the_wire(pair: list[dict[str, Any]]) -> None:
+    sent, ours = pair[0]["bfloat16"]
+
+    assert sent["statistics"] * 2 == pair[0]["bytes"]["owner_sharded"]["statistics"]
+    assert all(bool(torch.isfinite(p).all()) for p in ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours, pair[1]["bfloat16"][1], strict=True))
+
+
+def test_single_refuses_a_group_of_two(pair: list[dict[str, Any]]) -> None:
+    assert "needs one process, got a group of 2" in pair[0]["single"]

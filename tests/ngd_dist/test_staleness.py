@@ -1,0 +1,157 @@
+"""Intervals and staggering are pure functions with known answers."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ngd_dist.config import AdaptiveInterval, FixedInterval
+from ngd_dist.placement import longest_first
+from ngd_dist.staleness import Schedule, Verdict, adaptive_interval, judge
+from ngd_dist.statistics import Change, Key, Statistic, StatisticSpec
+
+VERDICTS = st.sampled_from([Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED])
+
+
+def measured_intervals(values: list[torch.Tensor], threshold: float = 0.1) -> list[int]:
+    """Returns the interval after each refresh of a statistic that takes these values."""
+    statistic = Statistic(StatisticSpec("A", tuple(values[0].shape), is_symmetric=True), ema_decay=0, remembers=True)
+    key = Key("layer", "A")
+    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(), stagger=0)
+    intervals, step = [], 1
+    for value in values:
+        schedule.advance(step, {key: judge(statistic.fold(value), threshold)})
+        intervals.append(schedule.tracks[key].interval)
+        step = schedule.tracks[key].due
+    return intervals
+
+
+def test_identical_statistics_are_refreshed_ever_more_rarely() -> None:
+    assert measured_intervals([torch.eye(3)] * 9) == [1, 1, 2, 3, 5, 8, 13, 21, 34]
+
+
+def test_a_jump_halves_the_interval() -> None:
+    values = [torch.eye(3)] * 6 + [2 * torch.eye(3), 4 * torch.eye(3), 8 * torch.eye(3), 16 * torch.eye(3)]
+
+    assert measured_intervals(values) == [1, 1, 2, 3, 5, 8, 4, 2, 1, 1]
+
+
+def test_a_statistic_unlike_the_one_before_keeps_its_interval() -> None:
+    # Each step changes by 8%: like the last value, unlike the one before.
+    values = [torch.eye(3)] * 5 + [torch.eye(3) * 1.08**i for i in range(1, 4)]
+
+    assert measured_intervals(values) == [1, 1, 2, 3, 5, 8, 8, 8]
+
+
+def test_intervals_grow_only_if_the_threshold_exceeds_the_sampling_noise_of_two_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n = 30
+
+    def draws(sigma: float) -> list[torch.Tensor]:
+        noise = [torch.randn(n, n, generator=generator) for _ in range(12)]
+        # ||noise|| = sigma ||I|| on average: symmetric with n^2 entries of deviation sigma / sqrt(n).
+        return [torch.eye(n) + (m + m.T) / 2**0.5 * sigma / n**0.5 for m in noise]
+
+    assert measured_intervals(draws(0.04))[-1] > 20
+    assert measured_intervals(draws(0.09))[-1] == 1
+
+
+def test_a_nan_is_a_change() -> None:
+    assert judge(Change(float("nan"), 0.0), 0.1) is Verdict.CHANGED
+
+
+@given(verdicts=st.lists(VERDICTS, max_size=40))
+def test_intervals_are_at_least_one_and_within_the_bound(verdicts: list[Verdict]) -> None:
+    key = Key("layer", "A")
+    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(max_interval=20), stagger=0.5)
+    for verdict in verdicts:
+        schedule.advance(schedule.tracks[key].due, {key: verdict})
+
+        assert 1 <= schedule.tracks[key].interval <= 20
+
+
+def test_adaptive_interval_follows_the_published_rule() -> None:
+    assert adaptive_interval(Verdict.CHANGED, 5, 3) == 2
+    assert adaptive_interval(Verdict.CHANGED, 1, 1) == 1
+    assert adaptive_interval(Verdict.MOVING, 5, 3) == 5
+    assert adaptive_interval(Verdict.SETTLED, 5, 3) == 8
+
+
+def refreshes_per_step(stagger: float, steps: int) -> list[int]:
+    layers = [f"layer{i}" for i in range(10)]
+    keys = [Key(layer, name) for layer in layers for name in ("A", "G")]
+    schedule = Schedule(dict.fromkeys(layers, 1), keys, FixedInterval(steps=10), stagger)
+    counts = []
+    for step in range(1, steps + 1):
+        due = schedule.due(step)
+        counts.append(len({key.layer for key in due}))
+        schedule.advance(step, dict.fromkeys(due, Verdict.SETTLED))
+    return counts
+
+
+def test_staggering_spreads_the_layers_over_the_interval() -> None:
+    assert max(refreshes_per_step(0.0, 100)[50:]) == 10
+    assert max(refreshes_per_step(0.9, 100)[50:]) <= 2
+
+
+def test_both_factors_of_a_layer_share_a_step() -> None:
+    keys = [Key("layer", "A"), Key("layer", "G")]
+    schedule = Schedule({"layer": 1}, keys, FixedInterval(steps=8), stagger=0.5)
+    for _ in range(5):
+        step = min(track.due for track in schedule.tracks.values())
+        schedule.advance(step, dict.fromkeys(schedule.due(step), Verdict.SETTLED))
+
+        assert len({track.due for track in schedule.tracks.values()}) == 1
+
+
+@given(
+    rounds=st.lists(st.lists(VERDICTS, min_size=6, max_size=6), min_size=1, max_size=25),
+    stagger=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+)
+def test_a_refresh_is_never_late_and_every_rank_plans_the_same(rounds: list[list[Verdict]], stagger: float) -> None:
+    keys = [Key(layer, name) for layer in ("x", "y", "z") for name in ("A", "G")]
+    mine, theirs = (Schedule({"x": 5, "y": 3, "z": 1}, keys, AdaptiveInterval(), stagger) for _ in range(2))
+    for step, verdicts in enumerate(rounds, start=1):
+        answers = dict(zip(keys, verdicts, strict=True))
+        for schedule in (mine, theirs):
+            schedule.advance(step, answers)
+
+        assert mine.tracks == theirs.tracks
+        for track in mine.tracks.values():
+            assert step < track.due <= track.refreshed + track.interval
+
+
+def test_an_unseen_statistic_stays_due() -> None:
+    key = Key("layer", "A")
+    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(), stagger=0.5)
+
+    schedule.advance(1, {key: Verdict.UNSEEN})
+
+    assert schedule.due(2) == [key]
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 10**6), min_size=1), st.integers(1, 9))
+def test_placement_covers_every_layer_and_stays_near_the_ideal(costs: dict[str, int], world_size: int) -> None:
+    placement = longest_first(costs, world_size)
+
+    load = [sum(costs[layer] for layer in placement.owned(rank)) for rank in range(world_size)]
+    assert sum(load) == sum(costs.values())
+    # Graham's bound for longest first: 4/3 of the optimum, which is at least the mean and the largest.
+    ideal = max(sum(costs.values()) / world_size, *costs.values(), _two_largest_together(costs, world_size))
+    assert max(load) <= 4 / 3 * ideal + 1e-9
+
+
+def _two_largest_together(costs: dict[str, int], world_size: int) -> int:
+    """Returns the least load of a rank that must take two of the world_size + 1 dearest layers."""
+    dearest = sorted(costs.values(), reverse=True)
+    return dearest[world_size - 1] + dearest[world_size] if len(dearest) > world_size else 0
+
+
+def test_moving_average_weighs_the_first_value_fully() -> None:
+    statistic = Statistic(StatisticSpec("F", (2,), is_symmetric=False), ema_decay=0.5, remembers=True)
+
+    statistic.fold(torch.tensor([4.0, 4.0]))
+    assert statistic.value is not None
+    assert statistic.value.tolist() == [4, 4]
+    statistic.fold(torch.tensor([1.0, 1.0]))
+
+    assert torch.allclose(statistic.value, torch.tensor([2.0, 2.0]))  # (0.5 * 4 + 1) / 1.5

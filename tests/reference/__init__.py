@@ -1,0 +1,1 @@
+"""Dense float64 references, written from the formulas alone: they share no code with the library and are slow."""
