@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
 from pydantic import ValidationError
 
 from workers.attempt import EXIT_STATUS, conclude, failure, run_rank
@@ -54,12 +55,12 @@ def main() -> None:
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Runs on each rank, inside the process group that Ray Train made. Returns the outcome, as JSON would hold it."""
-    _log_to_stderr()
+    _log_to_stderr(f"[rank {dist.get_rank()}] ")
     return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
+def _log_to_stderr(prefix: str = "") -> None:
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {prefix}%(message)s", stream=sys.stderr, force=True)
 
 
 def _run(attempt_dir: AttemptDir) -> Outcome:
@@ -139,7 +140,7 @@ def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
             name=facts.attempt_id,
             storage_path=str(facts.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:

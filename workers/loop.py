@@ -134,7 +134,7 @@ class Run:
         with self._stopwatch.phase("loss_reduce"):
             score = self._reduce(totals)
         lr = self.spec.optimizer.lr * lr_factor(self.spec.schedule, self.progress.step, self.total_steps)
-        with self._stopwatch.phase("step"):
+        with self._stopwatch.phase("update"):
             self.learner.update(lr)
         seconds = time.perf_counter() - start_s
         self.progress.seconds += seconds

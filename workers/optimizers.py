@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn, optim
 
-from ngd_dist import NGDConfig
+from ngd_dist import NGD, NGDConfig
 from ngd_dist.errors import NgdError
 from ngd_dist.telemetry import StepStats
 from workers.errors import SpecError
@@ -20,13 +20,10 @@ def build_optimizer(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
 
 def step_stats(optimizer: optim.Optimizer) -> StepStats:
     """Returns what the newest step did; torch's own optimizers have neither statistics nor phases."""
-    stats = getattr(optimizer, "stats", None)
-    return stats if isinstance(stats, StepStats) else StepStats()
+    return optimizer.stats if isinstance(optimizer, NGD) else StepStats()
 
 
 def _ngd(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
-    from ngd_dist import NGD
-
     settings = spec.optimizer.model_dump(exclude={"kind"}) | {"micro_batches": spec.micro_batches}
     try:
         return NGD(model, NGDConfig.model_validate(settings))

@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from workers.checkpoints import Checkpoints
+from workers.errors import SupersededError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", attempt=2, keep=2)
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, {"weight": torch.full((3,), float(step))}, world_size=1)
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_newest_is_loaded_as_it_was_saved(checkpoints):
+    save(checkpoints, 1, 2)
+
+    assert checkpoints.newest_step() == 2
+    assert checkpoints.load(2, CPU)["weight"].tolist() == [2, 2, 2]
+
+
+def test_none_means_step_zero(checkpoints):
+    assert checkpoints.newest_step() == 0
+
+
+def test_only_the_newest_are_kept(checkpoints):
+    save(checkpoints, 1, 2, 10)
+
+    assert names(checkpoints) == ["step-00000002", "step-00000010"]
+
+
+@pytest.mark.parametrize("file", ["state.pt", "manifest.json"])
+def test_damaged_checkpoint_is_skipped_with_a_word_in_the_log(checkpoints, caplog, file):
+    save(checkpoints, 1, 2)
+    damaged = checkpoints.path(2) / file
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+
+    assert checkpoints.newest_step() == 1
+    assert "step-00000002 is skipped" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["state.pt", "manifest.json"])
+def test_checkpoint_without_one_of_its_files_is_skipped(checkpoints, file):
+    save(checkpoints, 1, 2)
+    (checkpoints.path(2) / file).unlink()
+
+    assert checkpoints.newest_step() == 1
+
+
+def test_half_written_checkpoint_is_skipped_and_cleared_by_the_next(checkpoints):
+    save(checkpoints, 1)
+    torn = checkpoints.folder / "step-00000002.tmp-a1"
+    torn.mkdir()
+    (torn / "state.pt").write_bytes(b"half")
+
+    assert checkpoints.newest_step() == 1
+    save(checkpoints, 3)
+    assert names(checkpoints) == ["step-00000001", "step-00000003"]
+
+
+def test_damaged_checkpoint_is_replaced_when_its_step_comes_again(checkpoints):
+    save(checkpoints, 1, 2)
+    (checkpoints.path(2) / "state.pt").write_bytes(b"damaged")
+
+    save(checkpoints, 2)
+
+    assert checkpoints.newest_step() == 2
+
+
+def test_earlier_attempt_may_not_write_after_a_later_one(checkpoints):
+    save(checkpoints, 4)
+    stale = Checkpoints(checkpoints.folder, attempt=1, keep=2)
+
+    with pytest.raises(SupersededError, match=r"attempt 1 .* attempt 2"):
+        save(stale, 6)
+    assert names(checkpoints) == ["step-00000004"]
+
+
+def test_unfinished_write_of_a_later_attempt_is_left_alone(checkpoints):
+    (checkpoints.folder / "step-00000009.tmp-a3").mkdir(parents=True)
+
+    save(checkpoints, 1)
+
+    assert "step-00000009.tmp-a3" in names(checkpoints)

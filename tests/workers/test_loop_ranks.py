@@ -1,0 +1,80 @@
+import json
+import re
+
+import pytest
+
+from tests.support.attempts import make_attempt, records, small_spec, spooled
+from tests.support.ranks import run_ranks
+from workers.attempt import run_rank
+from workers.rundir import AttemptDir
+from workers.spec import JobSpec
+
+pytestmark = pytest.mark.ranks
+
+CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
+OPTIMIZERS = {"sgd": {"kind": "sgd", "lr": 0.1}, "ngd": {"kind": "ngd", "lr": 0.05, "damping": 0.01}}
+
+
+def run(rank: int, world_size: int, attempt_dir: AttemptDir) -> dict[str, object]:
+    return run_rank(attempt_dir).model_dump(exclude={"seconds"})
+
+
+def curve(attempt_dir: AttemptDir) -> list[float]:
+    return [record.loss for record in records(spooled(attempt_dir))]
+
+
+def split(workers: int, optimizer: str) -> JobSpec:
+    """Returns a job whose micro-batches, and so batch norm, are the same on one worker and on two."""
+    return small_spec(
+        model=CNN,
+        optimizer=OPTIMIZERS[optimizer],
+        batch={"global_size": 64, "micro_size": 32},
+        resources={"workers": workers},
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_ranks_have_the_loss_curve_of_one(tmp_path, optimizer):
+    one = make_attempt(tmp_path / "one", split(1, optimizer))
+    two = make_attempt(tmp_path / "two", split(2, optimizer))
+
+    run_rank(one)
+    outcomes = run_ranks(2, run, two)
+
+    assert outcomes[0] == outcomes[1]
+    # float32 sums in another order, over eight steps of training that amplify it
+    assert curve(two) == pytest.approx(curve(one), rel=1e-3)
+
+
+def test_ranks_go_on_from_a_checkpoint_of_another_number_of_ranks(tmp_path):
+    whole = make_attempt(tmp_path / "whole", split(1, "ngd"))
+    run_rank(whole)
+    first = make_attempt(tmp_path / "cut", split(1, "ngd"))
+    run_rank(first)
+    (tmp_path / "cut" / "checkpoints" / "step-00000008" / "state.pt").unlink()
+    second = make_attempt(tmp_path / "cut", split(2, "ngd"), number=2)
+
+    run_ranks(2, run, second)
+
+    assert curve(second) == pytest.approx(curve(whole)[6:], rel=1e-3)
+
+
+def absent_on_rank_1(**options: object) -> object:
+    import torch.distributed as dist
+
+    from workers.data.digits import load
+    from workers.spec import Digits
+
+    if dist.get_rank() == 1:
+        raise FileNotFoundError("this machine has no data")
+    return load(Digits(), None)
+
+
+def test_failure_of_one_rank_in_preparation_ends_all_with_its_message(tmp_path):
+    data = {"kind": "function", "function": "tests.workers.test_loop_ranks:absent_on_rank_1"}
+    attempt = make_attempt(tmp_path, small_spec(data=data, resources={"workers": 2}))
+
+    outcomes = run_ranks(2, run, attempt)
+
+    assert outcomes[0] == outcomes[1]
+    assert re.search("this machine has no data", json.dumps(outcomes[0]))
