@@ -6,6 +6,7 @@ data once and then only the new points.
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,7 @@ MARK_STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-class ChartPanel:
+class ChartPanel(ABC):
     """A titled panel that shows a chart or, at the press of a button, the same numbers as a table."""
 
     def __init__(self, title: str, options: dict[str, Any], *, classes: str = "", height_px: int = 250) -> None:
@@ -128,13 +129,13 @@ class ChartPanel:
         self.title = title
         self.toggle.props(f'aria-label="{title} as a table" title="Table" aria-pressed=false')
 
+    @abstractmethod
     def columns(self) -> list[tuple[str, str]]:
         """The table's columns as (key, label)."""
-        raise LookupError(f"{type(self).__name__} has no columns")
 
+    @abstractmethod
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows."""
-        raise LookupError(f"{type(self).__name__} has no rows")
 
     def describe(self, sentence: str) -> None:
         """Says in words what the chart shows: under its title, and to screen readers."""
@@ -184,7 +185,7 @@ class Curves(ChartPanel):
         floor = {"type": "value", "min": 0, "max": 1, "show": False}
         options: dict[str, Any] = {
             "animation": False,
-            "title": NO_DATA,
+            "title": dict(NO_DATA),
             "grid": {"left": 74, "right": 18, "top": 34, "bottom": 40},
             "legend": LEGEND | ({"itemWidth": 11, "itemHeight": 11, "icon": "roundRect"} if stacked else {}),
             "tooltip": TOOLTIP | {":valueFormatter": unit.browser},
@@ -339,10 +340,9 @@ class Curves(ChartPanel):
                 step, value = values[-1]
                 said.append(f"{self._curve(key).label} {self.unit.words(value)} at step {int(step):,}{_trend(values)}")
         if self.stacked and said:
-            total = sum(values[-1][1] or 0 for values in self.points.values() if values)
-            return (
-                f"{self.unit.words(total)} in total at step {int(max(v[-1][0] for v in self.points.values() if v)):,}"
-            )
+            last = max(values[-1] for values in self.points.values() if values)[0]
+            total = sum(value or 0 for values in self.points.values() for step, value in values[-1:] if step == last)
+            return f"{self.unit.words(total)} in total at step {int(last):,}"
         return "; ".join(said)
 
 

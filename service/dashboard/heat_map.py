@@ -118,7 +118,7 @@ def _category(name: str, data: Sequence[str] = (), **more: Any) -> dict[str, Any
 def _options() -> dict[str, Any]:
     return {
         "animation": False,
-        "title": NO_DATA,
+        "title": dict(NO_DATA),
         "grid": {"left": 120, "right": 18, "top": 40, "bottom": 46},
         "tooltip": {
             "renderMode": "richText",

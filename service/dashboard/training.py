@@ -1,15 +1,16 @@
 """The curves of one job, kept up to date by asking for the new points alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from service.client import AsyncClient
 from service.dashboard.charts import BYTES, SECONDS, SHARE, Curve, Curves, Mark, connect
 from service.resources import Metrics
 
-__all__ = ["Training"]
+__all__ = ["Training", "aligned"]
 
 MAX_POINTS = 1_000  # about one a pixel; twice as many held: they are asked for again, thinned
 NAMES = ("loss", "accuracy", "samples_per_s", "lr", "test_loss", "test_accuracy", "seconds", "bytes_sent")
+Points = list[tuple[float, float | None]]
 TEST = Curve("test", dotted=True)
 
 
@@ -49,7 +50,7 @@ class Training:
             panel.mark(marks)
 
     def _draw(self, metrics: Metrics, *, whole: bool) -> None:
-        sorted_out: dict[Curves, dict[str, list[tuple[float, float | None]]]] = {panel: {} for panel in self.panels}
+        sorted_out: dict[Curves, dict[str, Points]] = {panel: {} for panel in self.panels}
         for name, series in metrics.series.items():
             panel, key = self._place(name)
             known = panel.points.get(key)
@@ -57,6 +58,8 @@ class Training:
             read = zip(series.steps, series.values, strict=True)
             sorted_out[panel][key] = [(step, value) for step, value in read if step > after]
         for panel, points in sorted_out.items():
+            if panel.stacked:
+                points = aligned(points, is_thinned=whole and metrics.last_step > MAX_POINTS)
             (panel.replace if whole else panel.extend)(points)
         if not self.is_connected:
             connect(self.panels)
@@ -70,3 +73,21 @@ class Training:
 
     def _is_crowded(self) -> bool:
         return any(len(points) > 2 * MAX_POINTS for panel in self.panels for points in panel.points.values())
+
+
+def aligned(points: Mapping[str, Points], *, is_thinned: bool) -> dict[str, Points]:
+    """The same steps for every series, as stacking needs them.
+
+    A part that a step did not report took nothing; in a thinned reply its value may merely be left out, and is taken to
+    be the one before.
+    """
+    steps = sorted({step for values in points.values() for step, _ in values})
+    filled: dict[str, Points] = {}
+    for name, values in points.items():
+        known, held = dict(values), 0.0
+        filled[name] = []
+        for step in steps:
+            value = known.get(step, held if is_thinned else 0.0)
+            filled[name].append((step, value))
+            held = value or 0.0
+    return filled

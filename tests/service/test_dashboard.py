@@ -12,6 +12,7 @@ from service.dashboard.charts import BYTES, Curve, Curves, Mark
 from service.dashboard.heat_map import MAX_CELLS, HeatMap, columns_for
 from service.dashboard.job import marks
 from service.dashboard.jobs import row
+from service.dashboard.training import aligned
 from service.dashboard.units import ago, binary_bytes, duration, number, percent
 from service.resources import Event, Job, Progress, Statistics, Status
 
@@ -165,6 +166,22 @@ def test_curve_grows_by_new_points_and_new_series(page: Client, monkeypatch: pyt
     assert drawn == [[[1, 0.1], [2, 0.2], [3, 0.3]], [[3, 0.5]], []]
     assert len(sent) == 1
     assert "[[1, [[2, 0.2]]], [0, []]]" in sent[0]
+
+
+@pytest.mark.usefixtures("page")
+def test_chart_without_points_says_so_beside_one_that_has_some() -> None:
+    full, bare = Curves("Loss"), Curves("Rate")
+
+    full.replace({"loss": [(1, 1.0)]})
+
+    assert [chart.chart.options["title"]["show"] for chart in (full, bare)] == [False, True]
+
+
+@pytest.mark.parametrize(("is_thinned", "filled"), [(False, [0.0, 0.5, 0.0]), (True, [0.0, 0.5, 0.5])])
+def test_stacked_parts_get_the_same_steps(*, is_thinned: bool, filled: list[float]) -> None:
+    points = aligned({"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": [(2, 0.5)]}, is_thinned=is_thinned)
+
+    assert points == {"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": list(zip((1, 2, 3), filled, strict=True))}
 
 
 @pytest.mark.usefixtures("page")
