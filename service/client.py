@@ -139,6 +139,10 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
+    @property
+    def base_url(self) -> str:
+        return str(self._http.base_url).rstrip("/")
+
     def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
         """Returns the new job. spec: a mapping, or YAML or JSON text. The same key and spec return the same job."""
         return self._send(calls.submit(spec, idempotency_key))

@@ -1,0 +1,39 @@
+"""/healthz: the process answers. /readyz: it can do its work."""
+
+from fastapi import APIRouter, Response
+
+from service.api.parts import PartsDep
+from service.errors import StoreUnavailableError
+from service.resources import Health
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["health"])
+
+STALE_TICKS, STALE_S = 10, 30.0  # that many missed ticks, and at least that long, mean that the reconciler hangs
+
+
+@router.get("/healthz")
+def healthz() -> Health:
+    return Health(status="ok")
+
+
+@router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; checks says why."}})
+def readyz(parts: PartsDep, response: Response) -> Health:
+    checks = {"database": _database(parts), "reconciler": _reconciler(parts)}
+    is_ready = all(check == "ok" for check in checks.values())
+    response.status_code = 200 if is_ready else 503
+    return Health(status="ok" if is_ready else "unavailable", checks=checks)
+
+
+def _database(parts: PartsDep) -> str:
+    try:
+        parts.store.check()
+    except StoreUnavailableError as error:
+        return error.detail
+    return "ok"
+
+
+def _reconciler(parts: PartsDep) -> str:
+    age_s, limit_s = parts.reconciler.tick_age_s, max(STALE_TICKS * parts.settings.tick_s, STALE_S)
+    return "ok" if age_s < limit_s else f"last tick {age_s:.0f} s ago; the limit is {limit_s:.0f} s"

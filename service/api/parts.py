@@ -1,0 +1,39 @@
+"""What the routes are given: the controller's parts, and parameters that several routes share."""
+
+import threading
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Path, Query, Request
+
+from service.dispatchers.base import Dispatcher
+from service.jobs import Jobs
+from service.reconciler import Reconciler
+from service.settings import Settings
+from service.store.base import Store
+from service.tokens import Tokens
+
+__all__ = ["FromStep", "JobId", "MaxPoints", "Parts", "PartsDep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The controller, put together by app.py."""
+
+    settings: Settings
+    store: Store
+    tokens: Tokens
+    dispatcher: Dispatcher
+    reconciler: Reconciler
+    jobs: Jobs
+    closing: threading.Event  # set when the server is told to stop: streams end
+
+
+def _parts(request: Request) -> Parts:
+    return cast(Parts, request.app.state.parts)
+
+
+PartsDep = Annotated[Parts, Depends(_parts)]
+JobId = Annotated[str, Path(description="The job's id.", examples=["job_01K3ZV5N1V4S6T9Q0C8W2XJ7RD"])]
+FromStep = Annotated[int, Query(ge=0, description="First step wanted; a client that has some asks for the rest.")]
+MaxPoints = Annotated[int, Query(ge=10, le=10_000, description="Points per curve, or columns; the last stays raw.")]

@@ -1,0 +1,117 @@
+"""START HERE. The service as a FastAPI app: what its parts are, and what runs while it is up."""
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from service import dashboard
+from service.api import events, health, internal, jobs, logs, metrics, problems
+from service.api.parts import Parts
+from service.dispatchers.local import LocalDispatcher
+from service.errors import MAX_BODY_BYTES, StartupError
+from service.failpoint import Failpoint
+from service.job_state import Policy
+from service.jobs import Jobs
+from service.reconciler import Reconciler
+from service.settings import Settings
+from service.store.sql import SQLStore
+from service.tokens import Tokens, read_or_create_key
+from workers.spec import JobSpec
+
+__all__ = ["create_app", "openapi_schema"]
+
+ROUTERS = (jobs.router, events.router, metrics.router, logs.router, internal.router, health.router)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Returns the app, its database open and up to date. Raises: StartupError with one sentence."""
+    parts = _assemble(settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        parts.reconciler.start()
+        try:
+            yield
+        finally:
+            parts.closing.set()
+            parts.reconciler.stop()
+            parts.store.close()
+
+    app = _bare_app(lifespan)
+    app.state.parts = parts
+    dashboard.mount(app, settings)
+    return app
+
+
+def openapi_schema() -> dict[str, Any]:
+    """Returns the API's description, as GET /openapi.json serves it; needs no database."""
+    return _bare_app(None).openapi()
+
+
+def _assemble(settings: Settings) -> Parts:
+    try:
+        settings.runs_dir.mkdir(parents=True, exist_ok=True)
+        tokens = Tokens(read_or_create_key(settings.home / "key"))
+    except OSError as error:
+        raise StartupError(f"can't use the folder {settings.home}: {error.strerror}; set NGD_HOME") from error
+    failpoint = Failpoint(settings.failpoint)
+    store = SQLStore(settings.resolved_database_url)
+    dispatcher = LocalDispatcher(
+        runs_dir=settings.runs_dir,
+        data_dir=settings.data_dir,
+        url=settings.url,
+        command=settings.driver_command,
+        failpoint=failpoint,
+    )
+    reconciler = Reconciler(
+        store=store,
+        dispatcher=dispatcher,
+        token_of=tokens.of_attempt,
+        policy=Policy(settings.retry_backoff_s, settings.cancel_grace_s, settings.interrupt_grace_s),
+        max_running_jobs=settings.max_running_jobs,
+        tick_s=settings.tick_s,
+        lease_s=settings.lease_s,
+        failpoint=failpoint,
+    )
+    return Parts(
+        settings=settings,
+        store=store,
+        tokens=tokens,
+        dispatcher=dispatcher,
+        reconciler=reconciler,
+        jobs=Jobs(store, tokens, reconciler.wake),
+        closing=threading.Event(),
+    )
+
+
+def _bare_app(lifespan: Any) -> FastAPI:
+    app = FastAPI(
+        title="ngd-dist",
+        version=version("ngd-dist"),
+        description="Distributed large-batch training with SP-NGD: jobs, their progress and their metrics.",
+        lifespan=lifespan,
+        max_body_size=MAX_BODY_BYTES,
+        responses=problems.PROBLEM_RESPONSES,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    problems.install(app)
+    app.add_middleware(problems.RequestId)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, spec = models_json_schema([(JobSpec, "validation")], ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= spec["$defs"]
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,226 @@
+"""Attempts as processes of this machine, each in a session of its own, so that they outlive the controller.
+
+A driver is found again by its pid and start time; if the controller died between starting it and noting its pid, by
+the last word of its command line, which is the attempt's own folder.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ValidationError
+
+from service.dispatchers.base import AttemptRef, DispatchError, Launch, Seen
+from service.failpoint import Failpoint
+from service.job_state import Process
+from workers.events import Numbered, numbered
+from workers.rundir import AttemptDir, Facts, read_json, write_json
+from workers.spec import JobSpec
+
+__all__ = ["LocalDispatcher"]
+
+log = logging.getLogger(__name__)
+
+START_TIME_TOLERANCE_S = 2.0  # the kernel's clock of start times moves a little when the wall clock is corrected
+LINGER_S = 30.0  # for a driver that has written its outcome to leave by itself
+BATCH_EVENTS = 512
+TAIL_BYTES = 1 << 20  # the most of a log that is served at once
+
+
+class DriverProcess(BaseModel):
+    """process.json: which process the driver is. A pid alone may be another process's by now."""
+
+    pid: int
+    started_at_s: float
+
+
+class LocalDispatcher:
+    """A `Dispatcher` that starts `command ATTEMPT_DIR`."""
+
+    def __init__(
+        self, *, runs_dir: Path, data_dir: Path | None, url: str, command: Sequence[str], failpoint: Failpoint
+    ) -> None:
+        self._runs_dir = runs_dir
+        self._data_dir = data_dir
+        self._url = url
+        self._command = tuple(command)
+        self._failpoint = failpoint
+        self._children: dict[int, subprocess.Popen[bytes]] = {}  # to be waited for, lest they stay as zombies
+
+    def submit(self, launch: Launch) -> None:
+        folder = self._folder(launch.ref)
+        try:
+            folder.path.mkdir(parents=True)
+        except FileExistsError:
+            if self.inspect(launch.ref).process is not Process.UNKNOWN:
+                return
+        except OSError as error:
+            raise DispatchError(f"can't create {folder.path}: {error.strerror}; check NGD_HOME") from error
+        try:
+            write_json(folder.spec, JobSpec.model_validate(launch.spec))
+            write_json(folder.facts, self._facts(launch))
+            self._start(folder)
+        except OSError as error:
+            raise DispatchError(f"can't start {self._command[0]} in {folder.path}: {error.strerror}") from error
+
+    def inspect(self, ref: AttemptRef) -> Seen:
+        folder = self._folder(ref)
+        driver = self._driver(folder)
+        outcome = folder.read_outcome()
+        if driver is not None and outcome is not None and _age_s(folder.outcome) > LINGER_S:
+            log.warning("driver_lingers attempt=%s pid=%s", ref.attempt_id, driver.pid)
+            self.kill(ref)
+            driver = None
+        if driver is not None:
+            self._announce(folder)
+            return Seen(Process.RUNNING)
+        was_started = outcome is not None or folder.process.exists()
+        return Seen(Process.EXITED if was_started else Process.UNKNOWN, outcome)
+
+    def interrupt(self, ref: AttemptRef) -> None:
+        driver = self._driver(self._folder(ref))
+        if driver is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                driver.send_signal(signal.SIGINT)
+
+    def kill(self, ref: AttemptRef) -> None:
+        folder = self._folder(ref)
+        driver = self._driver(folder)
+        noted = read_json(folder.process, DriverProcess)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendants = driver.children(recursive=True) if driver else []
+            for process in descendants:  # those that have left the group
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        group = driver.pid if driver else noted.pid if noted else None
+        # While any member lives the kernel gives the group's number to no new process: a process that has it and is
+        # not the driver means that the group is gone.
+        if group is not None and (driver is not None or not psutil.pid_exists(group)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+    def undelivered(self, ref: AttemptRef, after_seq: int) -> Iterator[list[Numbered]]:
+        batch: list[Numbered] = []
+        for event in _spooled(self._folder(ref).spool):
+            if event.seq > after_seq:
+                batch.append(event)
+            if len(batch) == BATCH_EVENTS:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def read_log(self, ref: AttemptRef, offset: int, limit: int) -> bytes:
+        try:
+            with self._folder(ref).log.open("rb") as file:
+                file.seek(offset)
+                return file.read(limit)
+        except FileNotFoundError:
+            return b""
+
+    def tail_log(self, ref: AttemptRef, lines: int | None) -> tuple[bytes, int]:
+        path = self._folder(ref).log
+        size = path.stat().st_size if path.exists() else 0
+        start = max(0, size - TAIL_BYTES)
+        text = self.read_log(ref, start, size - start)
+        if start > 0:
+            text = text[text.find(b"\n") + 1 :]  # the first line is cut
+        if lines is not None:
+            text = b"".join(text.splitlines(keepends=True)[-lines:]) if lines else b""
+        return text, size
+
+    def _folder(self, ref: AttemptRef) -> AttemptDir:
+        return AttemptDir.of(self._runs_dir / ref.job_id, ref.number)
+
+    def _facts(self, launch: Launch) -> Facts:
+        return Facts(
+            attempt_id=launch.ref.attempt_id,
+            attempt=launch.ref.number,
+            job_id=launch.ref.job_id,
+            url=self._url,
+            token=launch.token,
+            run_dir=self._runs_dir / launch.ref.job_id,
+            data_dir=self._data_dir,
+        )
+
+    def _start(self, folder: AttemptDir) -> None:
+        with folder.log.open("ab") as output:
+            child = subprocess.Popen(
+                [*self._command, str(folder.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._children[child.pid] = child
+        self._failpoint.reach("after_spawn")
+        self._note(folder, psutil.Process(child.pid))
+
+    def _note(self, folder: AttemptDir, driver: psutil.Process) -> None:
+        write_json(folder.process, DriverProcess(pid=driver.pid, started_at_s=driver.create_time()))
+
+    def _driver(self, folder: AttemptDir) -> psutil.Process | None:
+        """Returns the driver if it lives."""
+        noted = read_json(folder.process, DriverProcess)
+        if noted is not None:
+            self._reap(noted.pid)
+            return _living(noted)
+        if not folder.path.exists():
+            return None
+        found = _find(folder.path)
+        if found is not None:
+            self._note(folder, found)
+        return found
+
+    def _reap(self, pid: int) -> None:
+        child = self._children.get(pid)
+        if child is not None and child.poll() is not None:
+            del self._children[pid]
+
+    def _announce(self, folder: AttemptDir) -> None:
+        """Tells a driver that an earlier controller started where this one listens."""
+        facts = folder.read_facts()
+        if facts.url != self._url:
+            write_json(folder.facts, facts.model_copy(update={"url": self._url}))
+
+
+def _living(noted: DriverProcess) -> psutil.Process | None:
+    try:
+        process = psutil.Process(noted.pid)
+        is_same = abs(process.create_time() - noted.started_at_s) < START_TIME_TOLERANCE_S
+        return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _find(folder: Path) -> psutil.Process | None:
+    """Returns the oldest process whose command line ends in the folder: the driver; its forks are younger."""
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline", "create_time"])
+        if process.info["cmdline"] and process.info["cmdline"][-1] == str(folder)
+    ]
+    return min(found, key=lambda process: float(process.info["create_time"]), default=None)
+
+
+def _spooled(path: Path) -> Iterator[Numbered]:
+    """Yields the spool's complete lines; the last one is torn if its writer was killed."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield numbered.validate_json(line)
+    except FileNotFoundError:
+        return
+    except ValidationError as error:
+        log.error("spool_unreadable path=%s error=%s", path, error)
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime

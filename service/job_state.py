@@ -1,0 +1,207 @@
+"""Pure: the phases of a job and the one table of what follows from what is seen.
+
+A user sets the desired state, the reconciler sets the phase by `decide`, workers only add events.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from workers.rundir import Outcome
+
+__all__ = [
+    "ACTIVE",
+    "TERMINAL",
+    "TRANSITIONS",
+    "Action",
+    "AttemptState",
+    "Decision",
+    "Desired",
+    "JobState",
+    "Observation",
+    "Phase",
+    "Policy",
+    "Process",
+    "decide",
+]
+
+
+class Phase(StrEnum):
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    RECOVERING = "RECOVERING"
+    CANCELLING = "CANCELLING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class Desired(StrEnum):
+    RUNNING = "RUNNING"
+    CANCELLED = "CANCELLED"
+
+
+class Process(StrEnum):
+    """What the dispatcher knows of an attempt's process."""
+
+    UNKNOWN = "unknown"  # never started here
+    RUNNING = "running"
+    EXITED = "exited"
+
+
+class Action(StrEnum):
+    """What the reconciler does once the decision is stored."""
+
+    NONE = "none"
+    NEW_ATTEMPT = "new_attempt"
+    SUBMIT = "submit"
+    INTERRUPT = "interrupt"
+    KILL = "kill"
+
+
+ENDS = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
+TERMINAL = ENDS
+ACTIVE = frozenset({Phase.STARTING, Phase.RUNNING, Phase.RECOVERING, Phase.CANCELLING})  # these hold one of the slots
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.QUEUED: frozenset({Phase.STARTING, Phase.CANCELLED}),
+    Phase.STARTING: frozenset({Phase.RUNNING, Phase.RECOVERING, Phase.CANCELLING}) | ENDS,
+    Phase.RUNNING: frozenset({Phase.RECOVERING, Phase.CANCELLING}) | ENDS,
+    Phase.RECOVERING: frozenset({Phase.STARTING, Phase.CANCELLED}),
+    Phase.CANCELLING: ENDS,
+    Phase.SUCCEEDED: frozenset(),
+    Phase.FAILED: frozenset(),
+    Phase.CANCELLED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    phase: Phase
+    desired: Desired
+    max_attempts: int
+    cancel_requested_at: datetime | None = None
+    retry_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptState:
+    """The newest attempt, while it has not ended."""
+
+    number: int
+    is_submitted: bool
+    has_started: bool  # its workers have reported
+    stop: Action = Action.NONE  # the strongest signal sent so far
+    stop_sent_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    now: datetime
+    process: Process = Process.UNKNOWN
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    retry_backoff_s: float
+    cancel_grace_s: float
+    interrupt_grace_s: float
+    max_backoff_s: float = 300.0
+
+    def backoff(self, attempt: int) -> timedelta:
+        """Returns the wait after attempt number `attempt` has died."""
+        exponent = min(attempt - 1, 32)  # a double holds 2**32 times any sensible backoff
+        return timedelta(seconds=min(self.retry_backoff_s * 2.0**exponent, self.max_backoff_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    phase: Phase | None = None  # None: stays as it is
+    reason: str | None = None
+    message: str | None = None
+    action: Action = Action.NONE
+    ends_attempt: bool = False
+    retry_at: datetime | None = None
+
+
+NOTHING = Decision()
+CANCELLED_BY_USER = Decision(Phase.CANCELLED, "UserCancelled", "cancelled by the user")
+
+
+def decide(job: JobState, attempt: AttemptState | None, seen: Observation, policy: Policy) -> Decision:
+    """Returns what follows for a job from its state, its live attempt (None: there is none) and what is seen.
+
+    A job that waits in QUEUED is put to this question only when it is next and a slot is free.
+    """
+    if job.phase in TERMINAL:
+        return NOTHING
+    if attempt is None:
+        return _without_attempt(job, seen)
+    if seen.process is Process.RUNNING:
+        return _while_running(job, attempt, seen, policy)
+    if seen.process is Process.UNKNOWN and not attempt.is_submitted:
+        if job.desired is Desired.CANCELLED:
+            return _end(CANCELLED_BY_USER)
+        return Decision(action=Action.SUBMIT)
+    return _after_exit(job, attempt, seen, policy)
+
+
+def _without_attempt(job: JobState, seen: Observation) -> Decision:
+    if job.desired is Desired.CANCELLED:
+        return CANCELLED_BY_USER
+    if job.retry_at is not None and seen.now < job.retry_at:
+        return NOTHING
+    return Decision(Phase.STARTING, action=Action.NEW_ATTEMPT)
+
+
+def _while_running(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> Decision:
+    if job.desired is Desired.CANCELLED:
+        phase = None if job.phase is Phase.CANCELLING else Phase.CANCELLING
+        action = _stop_signal(job, attempt, seen.now, policy)
+        return Decision(phase, "UserCancelled", "waiting for the workers to stop", action)
+    if job.phase is Phase.STARTING and attempt.has_started:
+        return Decision(Phase.RUNNING)
+    return NOTHING
+
+
+def _stop_signal(job: JobState, attempt: AttemptState, now: datetime, policy: Policy) -> Action:
+    """Returns the next rung of the ladder: the workers' own stop, then SIGINT, then SIGKILL."""
+    if attempt.stop is Action.NONE:
+        asked_at = job.cancel_requested_at or now
+        has_had_grace = now >= asked_at + timedelta(seconds=policy.cancel_grace_s)
+        # Before they report, the workers can't be told that the job is cancelled: waiting would be in vain.
+        return Action.INTERRUPT if has_had_grace or not attempt.has_started else Action.NONE
+    sent_at = attempt.stop_sent_at or now
+    return Action.KILL if now >= sent_at + timedelta(seconds=policy.interrupt_grace_s) else Action.NONE
+
+
+def _after_exit(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> Decision:
+    outcome = seen.outcome
+    if outcome is not None and outcome.result == "succeeded":
+        return _end(Decision(Phase.SUCCEEDED))
+    if outcome is not None and outcome.result == "failed" and not outcome.retryable:
+        return _end(Decision(Phase.FAILED, outcome.reason or "WorkerFailed", outcome.message))
+    if job.desired is Desired.CANCELLED:
+        return _end(CANCELLED_BY_USER)
+    what = _what_happened(attempt, outcome)
+    if attempt.number >= job.max_attempts:
+        limit = f"{what}; failure.max_attempts is {job.max_attempts}; the job's log tells more"
+        return _end(Decision(Phase.FAILED, "MaxAttemptsExceeded", limit))
+    backoff = policy.backoff(attempt.number)
+    reason = (outcome.reason if outcome else None) or "DriverLost"
+    message = f"{what}; the next one starts in {backoff.total_seconds():g} s"
+    return _end(Decision(Phase.RECOVERING, reason, message, retry_at=seen.now + backoff))
+
+
+def _what_happened(attempt: AttemptState, outcome: Outcome | None) -> str:
+    if outcome is None:
+        return f"attempt {attempt.number} died without a result"
+    if outcome.result == "cancelled":
+        return f"attempt {attempt.number} was stopped from outside at step {outcome.step}"
+    return f"attempt {attempt.number} failed: {outcome.message}"
+
+
+def _end(decision: Decision) -> Decision:
+    return Decision(decision.phase, decision.reason, decision.message, ends_attempt=True, retry_at=decision.retry_at)

@@ -1,0 +1,75 @@
+"""What a user may ask of the service, against the Store protocol. Sets what is desired; phases are the reconciler's."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+
+from ulid import ULID
+
+from service.errors import InvalidParameterError, NotFoundError
+from service.job_state import Phase
+from service.resources import ProblemItem
+from service.store.base import JobRecord, KeyedRequest, Store
+from service.tokens import Tokens
+from service.validation import did_you_mean
+from workers.spec import JobSpec
+
+__all__ = ["Jobs"]
+
+
+class Jobs:
+    """The user's side of jobs. wake: called after a change that the reconciler should see soon."""
+
+    def __init__(self, store: Store, tokens: Tokens, wake: Callable[[], None]) -> None:
+        self._store = store
+        self._tokens = tokens
+        self._wake = wake
+
+    def create(self, spec: JobSpec, idempotency_key: str | None) -> tuple[JobRecord, bool]:
+        """Returns the job and whether the same request had made it before. Raises: IdempotencyError."""
+        body = spec.model_dump(mode="json")
+        keyed = None if idempotency_key is None else KeyedRequest(idempotency_key, _fingerprint(body))
+        job, is_replay = self._store.create_job(f"job_{ULID()}", spec.name, body, datetime.now(UTC), keyed)
+        self._wake()
+        return job, is_replay
+
+    def get(self, job_id: str) -> JobRecord:
+        """Returns the job. Raises: NotFoundError."""
+        return _found(self._store.get_job(job_id), job_id)
+
+    def list(self, *, phases: Collection[str], page_size: int, page_token: str) -> tuple[list[JobRecord], str]:
+        """Returns a page, newest first, and the next page's token ("": none). Raises: problems of the parameters."""
+        wanted = sorted({_phase(name) for name in phases})
+        query = ",".join(wanted)
+        before_id = self._tokens.before_id(page_token, query) if page_token else None
+        jobs = self._store.list_jobs(phases=wanted, before_id=before_id, limit=page_size + 1)
+        page = jobs[:page_size]
+        return page, self._tokens.page(page[-1].id, query) if len(jobs) > page_size else ""
+
+    def cancel(self, job_id: str) -> JobRecord:
+        """Returns the job, with CANCELLED desired unless it has ended. Raises: NotFoundError."""
+        job = _found(self._store.request_cancel(job_id, datetime.now(UTC)), job_id)
+        self._wake()
+        return job
+
+
+def _found(job: JobRecord | None, job_id: str) -> JobRecord:
+    if job is None:
+        raise NotFoundError(f"there is no job {job_id!r}; GET /api/v1/jobs lists those there are")
+    return job
+
+
+def _fingerprint(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _phase(name: str) -> Phase:
+    try:
+        return Phase(name.upper())
+    except ValueError:
+        detail = f"phase must be one of {', '.join(Phase)}, got {name!r}"
+        item = ProblemItem(
+            pointer="phase", code="invalid_choice", detail=detail, hint=did_you_mean(name.upper(), Phase)
+        )
+        raise InvalidParameterError(detail, [item]) from None

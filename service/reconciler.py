@@ -1,0 +1,149 @@
+"""Makes phase follow desired: claim, observe, decide, apply, act. The only writer of phases.
+
+Slow work lies outside transactions; what is stored is guarded by the lease; what is done can be done twice. So the
+controller may die between any two lines, and the next one goes on from there.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from ulid import ULID
+
+from service.dispatchers.base import AttemptRef, Dispatcher, DispatchError, Launch, Seen
+from service.errors import StoreUnavailableError
+from service.failpoint import Failpoint
+from service.job_state import Action, Decision, Observation, Phase, Policy, Process, decide
+from service.store.base import Claim, Store
+
+__all__ = ["Reconciler"]
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Looks after all jobs, once per tick_s and whenever it is woken."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        dispatcher: Dispatcher,
+        token_of: Callable[[str], str],
+        policy: Policy,
+        max_running_jobs: int,
+        tick_s: float,
+        lease_s: float,
+        failpoint: Failpoint,
+    ) -> None:
+        self._store = store
+        self._dispatcher = dispatcher
+        self._token_of = token_of
+        self._policy = policy
+        self._max_running_jobs = max_running_jobs
+        self._tick_s = tick_s
+        self._lease_s = lease_s
+        self._failpoint = failpoint
+        self._woken = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+        self._ticked_at = time.monotonic()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the loop after the tick in progress; running jobs go on."""
+        self._stopping.set()
+        self._woken.set()
+        self._thread.join()
+
+    def wake(self) -> None:
+        """Lets the next tick begin now."""
+        self._woken.set()
+
+    @property
+    def tick_age_s(self) -> float:
+        """Seconds since the last tick that came to its end."""
+        return time.monotonic() - self._ticked_at
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.tick()
+                self._ticked_at = time.monotonic()
+            except StoreUnavailableError as error:
+                log.error("tick_failed error=%s", error)
+            except Exception:  # the boundary of this thread: the next tick tries again
+                log.exception("tick_failed")
+            self._woken.wait(self._tick_s)
+            self._woken.clear()
+
+    def tick(self) -> None:
+        """Looks once at each job that may need something."""
+        claims = self._store.claim(
+            lease_token=str(ULID()), now=datetime.now(UTC), lease_s=self._lease_s, max_running=self._max_running_jobs
+        )
+        for claim in claims:
+            try:
+                self._reconcile(claim)
+            finally:
+                self._store.release(claim)
+
+    def _reconcile(self, claim: Claim) -> None:
+        ref = AttemptRef(claim.job.id, claim.job.attempt)
+        seen = self._dispatcher.inspect(ref) if claim.attempt else Seen(Process.UNKNOWN)
+        decision = self._decide(claim, seen)
+        if decision.ends_attempt:
+            self._settle(ref, claim)
+        if decision.phase is not None and not self._apply(claim, decision, seen):
+            return
+        try:
+            self._act(ref, claim, decision)
+        except DispatchError as error:
+            failed = Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True)
+            self._apply(claim, failed, seen)
+
+    def _decide(self, claim: Claim, seen: Seen) -> Decision:
+        attempt = claim.attempt.state if claim.attempt else None
+        observation = Observation(now=datetime.now(UTC), process=seen.process, outcome=seen.outcome)
+        return decide(claim.job.state, attempt, observation, self._policy)
+
+    def _settle(self, ref: AttemptRef, claim: Claim) -> None:
+        """Ends what the attempt left running, and takes in what it could not deliver while no controller was up."""
+        if claim.attempt is None:
+            return
+        self._dispatcher.kill(ref)
+        for events in self._dispatcher.undelivered(ref, claim.attempt.acknowledged_seq):
+            self._store.ingest(claim.attempt.id, events)
+
+    def _apply(self, claim: Claim, decision: Decision, seen: Seen) -> bool:
+        is_stored = self._store.apply(claim, decision, datetime.now(UTC), seen.outcome)
+        log.info(
+            "phase job_id=%s from=%s to=%s reason=%s stored=%s",
+            claim.job.id,
+            claim.job.state.phase,
+            decision.phase,
+            decision.reason,
+            is_stored,
+        )
+        self.wake()
+        return is_stored
+
+    def _act(self, ref: AttemptRef, claim: Claim, decision: Decision) -> None:
+        match decision.action:
+            case Action.NEW_ATTEMPT:
+                # The next tick submits it: after a crash right here the same code goes the same way.
+                self._failpoint.reach("after_attempt_commit")
+            case Action.SUBMIT:
+                self._dispatcher.submit(Launch(ref, claim.job.spec, self._token_of(ref.attempt_id)))
+                self._failpoint.reach("after_submit")
+                self._store.mark_submitted(claim)
+            case Action.INTERRUPT:
+                self._dispatcher.interrupt(ref)
+                self._store.mark_stopped(claim, Action.INTERRUPT, datetime.now(UTC))
+            case Action.KILL:
+                self._dispatcher.kill(ref)
+                self._store.mark_stopped(claim, Action.KILL, datetime.now(UTC))

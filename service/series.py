@@ -1,0 +1,96 @@
+"""Pure: curves of a job from its stored steps and evaluations, thinned out so that nothing seen is lost."""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+from pydantic_core import from_json
+
+from service.resources import Series, Statistics
+from service.store.base import PointRecord
+
+__all__ = ["curves", "statistics", "thin"]
+
+SCALARS = ("loss", "accuracy", "lr", "samples_per_s", "epoch", "time_s", "failed_inversions")
+GROUPS = ("seconds", "bytes_sent")
+TESTED = ("test_loss", "test_accuracy")
+
+
+def curves(
+    steps: Iterable[PointRecord], evaluations: Iterable[PointRecord], names: Collection[str], max_points: int
+) -> dict[str, Series]:
+    """Returns the named curves, all if no name is given, each of at most about max_points points."""
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for point in steps:
+        for name, value in _step_values(from_json(point.json), names):
+            _append(columns, name, point.step, value)
+    for point in evaluations:
+        record = from_json(point.json)
+        for name in TESTED:
+            if _is_wanted(name, names):
+                _append(columns, name, point.step, float(record[name]))
+    return {name: thin(*column, max_points=max_points) for name, column in columns.items()}
+
+
+def thin(steps: Sequence[int], values: Sequence[float], *, max_points: int) -> Series:
+    """Returns the curve with the smallest, the largest and each non-finite end of every bucket; first and last stay."""
+    if len(steps) <= max_points:
+        return Series(steps=list(steps), values=list(values))
+    num_buckets = max(1, (max_points - 2) // 2)
+    kept = {0, len(steps) - 1}
+    for bucket in range(num_buckets):
+        start, end = (len(steps) * (bucket + i) // num_buckets for i in (0, 1))
+        kept |= _extremes(values, range(start, end))
+    indices = sorted(kept)
+    return Series(steps=[steps[i] for i in indices], values=[values[i] for i in indices])
+
+
+def statistics(names: Sequence[str], steps: Sequence[PointRecord], max_points: int) -> Statistics:
+    """Returns ages and intervals at the last step of each column, and how often each was refreshed within it."""
+    num_columns = min(len(steps), max_points)
+    ends = [len(steps) * (column + 1) // num_columns for column in range(num_columns)]
+    result = Statistics(
+        names=list(names),
+        steps=[steps[end - 1].step for end in ends],
+        ages=[[] for _ in names],
+        intervals=[[] for _ in names],
+        refreshes=[[] for _ in names],
+        last_step=steps[-1].step if steps else 0,
+    )
+    start = 0
+    for end in ends:
+        records = [from_json(point.json) for point in steps[start:end]]
+        for row in range(len(names)):
+            result.ages[row].append(records[-1]["ages"][row])
+            result.intervals[row].append(records[-1]["intervals"][row])
+            result.refreshes[row].append(sum(record["ages"][row] == 0 for record in records))
+        start = end
+    return result
+
+
+def _extremes(values: Sequence[float], indices: range) -> set[int]:
+    """Returns where the bucket is lowest and highest; where it is not a number, that instead of one of the two."""
+    finite = [i for i in indices if math.isfinite(values[i])]
+    ends = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else set()
+    lost = next((i for i in indices if not math.isfinite(values[i])), None)
+    return ends if lost is None else {lost, *list(ends)[:1]}
+
+
+def _step_values(record: dict[str, Any], names: Collection[str]) -> Iterator[tuple[str, float]]:
+    for name in SCALARS:
+        if _is_wanted(name, names):
+            yield name, float(record[name])
+    for group in GROUPS:
+        for part, value in record[group].items():
+            if _is_wanted(f"{group}.{part}", names) or group in names:
+                yield f"{group}.{part}", float(value)
+
+
+def _is_wanted(name: str, names: Collection[str]) -> bool:
+    return not names or name in names
+
+
+def _append(columns: dict[str, tuple[list[int], list[float]]], name: str, step: int, value: float) -> None:
+    steps, values = columns.setdefault(name, ([], []))
+    steps.append(step)
+    values.append(value)

@@ -1,0 +1,78 @@
+"""Runs the app on a socket of this machine until it is told to stop."""
+
+import fcntl
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_app
+from service.errors import StartupError
+from service.settings import Settings
+
+__all__ = ["serve"]
+
+STREAMS_END_WITHIN_S = 3
+
+
+def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _settings: None) -> None:
+    """Serves until SIGINT or SIGTERM; running jobs go on. announce: told where, once the port is open.
+
+    Raises: StartupError with one sentence, before anything is created.
+    """
+    with _bound(settings) as listener:
+        port = listener.getsockname()[1]
+        settings = settings.model_copy(update={"port": port})
+        with _sole_owner(settings):
+            app = create_app(settings)
+            announce(settings)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STREAMS_END_WITHIN_S)
+            _Server(config, app.state.parts.closing.set).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Ends the event streams when it is told to stop: they would otherwise hold it up until the job has ended."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_exit()
+        super().handle_exit(sig, frame)
+
+
+@contextmanager
+def _bound(settings: Settings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+            listener.listen()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise StartupError(
+                f"can't listen on {settings.url}: {reason}; stop what listens there, or choose another port with --port"
+            ) from error
+        yield listener
+
+
+@contextmanager
+def _sole_owner(settings: Settings) -> Iterator[None]:
+    """Holds the home's lock: two controllers with one folder of runs would both look after its processes."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        lock = (settings.home / "controller.lock").open("a")
+    except OSError as error:
+        raise StartupError(f"can't use the folder {settings.home}: {error.strerror}; set NGD_HOME") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartupError(
+                f"another service uses the folder {settings.home}; stop it, or give this one its own with NGD_HOME"
+            ) from error
+        yield

@@ -1,0 +1,87 @@
+"""How the service is set up. The only module that reads the environment: NGD_HOST, NGD_PORT, NGD_HOME ..."""
+
+import ipaddress
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import StartupError
+from service.failpoint import Place
+
+__all__ = ["Settings", "load_settings"]
+
+
+class Settings(BaseSettings):
+    """Every setting of the service; each is read from the variable NGD_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix="NGD_", frozen=True, validate_default=True)
+
+    host: str = Field("127.0.0.1", description="Loopback address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="0: any free port.")
+    home: Path = Field(Path("~/.ngd"), description="Folder of runs and of the default database.")
+    database_url: str = Field("", description="SQLAlchemy URL of SQLite or PostgreSQL; empty: a file in home.")
+    data_dir: Path | None = Field(None, description="What a relative data directory in a spec is relative to.")
+    max_running_jobs: int = Field(1, ge=1, description="Jobs that run at once; the rest wait in order of creation.")
+    tick_s: float = Field(1.0, gt=0, description="Seconds between two looks at the running jobs.")
+    lease_s: float = Field(10.0, gt=0, description="Seconds after which another controller may take over a job.")
+    retry_backoff_s: float = Field(2.0, ge=0, description="Wait before attempt 2; doubles each time, up to 300.")
+    cancel_grace_s: float = Field(30.0, ge=0, description="Seconds a cancelled job has to stop by itself.")
+    interrupt_grace_s: float = Field(10.0, ge=0, description="Seconds between SIGINT and SIGKILL.")
+    driver_command: tuple[str, ...] = Field(
+        (sys.executable, "-m", "workers.driver"), description="Command of an attempt; its folder is appended."
+    )
+    failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
+
+    @field_validator("home", "data_dir")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path if path is None else path.expanduser().absolute()
+
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, host: str) -> str:
+        if host == "localhost":
+            return "127.0.0.1"
+        try:
+            is_loopback = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            is_loopback = False
+        if not is_loopback:
+            raise ValueError(
+                f"host must be a loopback address (127.0.0.1, ::1 or localhost), got {host!r}: there are no API keys "
+                "yet, so the service may be reached from this machine alone; use an SSH tunnel from elsewhere"
+            )
+        return host
+
+    @property
+    def url(self) -> str:
+        """Where the service answers, for its own workers and for people."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'ngd.sqlite'}"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.home / "runs"
+
+
+def load_settings(**given: Any) -> Settings:
+    """Returns the settings; `given` wins over the environment. Raises: StartupError with one sentence per setting."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise StartupError("; ".join(_sentence(item) for item in error.errors())) from error
+
+
+def _sentence(item: Any) -> str:
+    name = str(item["loc"][0])
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message
+    message = message[0].lower() + message[1:]
+    return f"setting {name} (NGD_{name.upper()}): {message}, got {item['input']!r}"

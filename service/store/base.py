@@ -1,0 +1,164 @@
+"""The contract of a store, and the records it returns. Every method is one transaction; times are aware and in UTC."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from service.job_state import Action, AttemptState, Decision, Desired, JobState
+from workers.events import Numbered
+from workers.rundir import Outcome
+
+__all__ = [
+    "AttemptRecord",
+    "Claim",
+    "EventRecord",
+    "Ingested",
+    "JobRecord",
+    "KeyedRequest",
+    "PointRecord",
+    "Store",
+    "attempt_id",
+]
+
+
+def attempt_id(job_id: str, number: int) -> str:
+    """Returns the attempt's id, which is also its reference at the dispatcher: known before anything is started."""
+    return f"{job_id}-a{number}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    id: str
+    name: str
+    spec: dict[str, Any]
+    state: JobState
+    reason: str | None
+    message: str | None
+    attempt: int
+    progress: dict[str, Any]  # step, total_steps, epoch, step_s; empty until the workers have started
+    metrics_latest: dict[str, float]
+    result: Outcome | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    resource_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    id: str
+    job_id: str
+    state: AttemptState
+    acknowledged_seq: int
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    id: int
+    job_id: str
+    attempt: int | None
+    seq: int | None
+    kind: str
+    time: datetime
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PointRecord:
+    """One step or one evaluation: JSON of a StepRecord or an Evaluation."""
+
+    step: int
+    json: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedRequest:
+    """An Idempotency-Key and the fingerprint of the request that came with it."""
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that this controller alone may change until the lease ends; `attempt` is the live one, if any."""
+
+    job: JobRecord
+    attempt: AttemptRecord | None
+    lease_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    desired: Desired
+    acknowledged_seq: int
+    new_events: int
+
+
+class Store(Protocol):
+    """What the controller needs of a database. Raises: StoreUnavailableError if it does not answer."""
+
+    def create_job(
+        self, job_id: str, name: str, spec: Mapping[str, Any], now: datetime, keyed: KeyedRequest | None = None
+    ) -> tuple[JobRecord, bool]:
+        """Returns the job and whether it is an older one of the same key. Raises: IdempotencyError (other request)."""
+        ...
+
+    def get_job(self, job_id: str) -> JobRecord | None: ...
+
+    def list_jobs(self, *, phases: Collection[str], before_id: str | None, limit: int) -> list[JobRecord]:
+        """Returns jobs older than before_id, newest first; no phases: all."""
+        ...
+
+    def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
+        """Returns the job with CANCELLED desired; a job that has ended stays as it is. None: no such job."""
+        ...
+
+    def claim(self, *, lease_token: str, now: datetime, lease_s: float, max_running: int) -> list[Claim]:
+        """Returns the jobs to look at, each with its live attempt, under a lease of lease_s.
+
+        They are the active ones, cancelled ones that wait, and the oldest waiting ones that fit beside the active
+        within max_running. Jobs under the lease of another claim are left out.
+        """
+        ...
+
+    def apply(self, claim: Claim, decision: Decision, now: datetime, outcome: Outcome | None = None) -> bool:
+        """Returns whether the lease still held and the decision was stored: phase, event and attempt together."""
+        ...
+
+    def mark_submitted(self, claim: Claim) -> bool: ...
+
+    def mark_stopped(self, claim: Claim, signal: Action, now: datetime) -> bool: ...
+
+    def release(self, claim: Claim) -> None:
+        """Ends the lease, if it is still this claim's."""
+        ...
+
+    def get_attempt(self, attempt_id: str) -> AttemptRecord | None:
+        """Returns the attempt, ended or not; None: there is none."""
+        ...
+
+    def ingest(self, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
+        """Stores what is new by (attempt, seq); a repeated delivery changes nothing.
+
+        Raises: NotFoundError, StaleAttemptError (the attempt has ended or a later one has taken over).
+        """
+        ...
+
+    def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]: ...
+
+    def newest_event(self, job_id: str, kind: str) -> EventRecord | None: ...
+
+    def steps(self, job_id: str, from_step: int) -> list[PointRecord]:
+        """Returns one StepRecord per step; a step redone by a later attempt stands as that attempt did it."""
+        ...
+
+    def evaluations(self, job_id: str, from_step: int) -> list[PointRecord]: ...
+
+    def check(self) -> None:
+        """Raises: StoreUnavailableError if the database does not answer or its schema is not the newest."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,67 @@
+"""How a database is opened and how its transactions begin and fail."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+
+from service.errors import StartupError, StoreUnavailableError
+
+__all__ = ["READ_ONLY", "describe", "open_engine", "reported"]
+
+BUSY_TIMEOUT_S = 30.0
+READ_ONLY = "ngd_read_only"  # execution option of connections that only read
+
+
+def open_engine(url: str) -> sa.Engine:
+    """Returns the engine; nothing is connected yet. Raises: StartupError for a URL that names no known database."""
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            return _sqlite(parsed)
+        if parsed.get_backend_name() == "postgresql":
+            return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise StartupError(f"can't use NGD_DATABASE_URL: {error}") from error
+    raise StartupError(
+        f"NGD_DATABASE_URL must be a URL of sqlite or postgresql, got {parsed.get_backend_name()!r}; "
+        "leave it out for a file in NGD_HOME"
+    )
+
+
+def _sqlite(url: URL) -> sa.Engine:
+    # isolation_level=None: the driver begins no transaction by itself, so that the BEGIN below is the only one.
+    engine = sa.create_engine(url, connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_S})
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        # A transaction that reads and then writes would fail when another has written in between: lock at once.
+        is_read_only = connection.get_execution_options().get(READ_ONLY, False)
+        connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns the database's trouble into StoreUnavailableError; a broken constraint goes to the caller."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except SQLAlchemyError as error:
+        raise StoreUnavailableError(f"the database does not answer: {describe(error)}") from error
+
+
+def describe(error: SQLAlchemyError) -> str:
+    """Returns the first line of what the database itself said."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return str(cause).strip().partition("\n")[0]

@@ -1,0 +1,122 @@
+"""What one delivery of an attempt's events changes, within a transaction that sql.py has begun."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from service.errors import NotFoundError, StaleAttemptError
+from service.job_state import Desired
+from service.store import tables as t
+from service.store.base import Ingested
+from service.store.progress import Standing, advance, summary
+from workers.events import Evaluation, Numbered, Steps
+
+__all__ = ["ingest"]
+
+INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+ROWS_PER_STATEMENT = 500  # times five columns stays far below SQLite's 32,766 variables
+
+
+def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
+    """Returns what to answer. Only events whose seq is not there yet have an effect, so a replay has none."""
+    attempt, job = _lock(connection, attempt_id)
+    fresh = _unseen(connection, attempt_id, delivered)
+    if fresh:
+        _insert_events(connection, attempt, fresh)
+        _insert_points(connection, attempt, fresh)
+        _advance_job(connection, job, fresh)
+    acknowledged = _acknowledged(connection, attempt)
+    has_started = attempt.has_started or any(numbered.event.kind == "started" for numbered in fresh)
+    change = {"acknowledged_seq": acknowledged, "has_started": has_started}
+    connection.execute(sa.update(t.attempts).where(t.attempts.c.id == attempt_id).values(change))
+    return Ingested(Desired(job.desired), acknowledged, len(fresh))
+
+
+def _lock(connection: sa.Connection, attempt_id: str) -> tuple[Any, Any]:
+    owner = sa.select(t.attempts.c.job_id).where(t.attempts.c.id == attempt_id).scalar_subquery()
+    job = connection.execute(sa.select(t.jobs).where(t.jobs.c.id == owner).with_for_update()).one_or_none()
+    if job is None:
+        raise NotFoundError(f"there is no attempt {attempt_id!r}")
+    attempt = connection.execute(sa.select(t.attempts).where(t.attempts.c.id == attempt_id)).one()
+    if attempt.ended_at is not None or attempt.number != job.attempt:
+        raise StaleAttemptError(f"attempt {attempt.number} of {job.id} has ended; its reports no longer count")
+    return attempt, job
+
+
+def _unseen(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbered]) -> list[Numbered]:
+    if not delivered:
+        return []
+    of_seq = {numbered.seq: numbered for numbered in delivered}
+    within = t.events.c.seq.between(min(of_seq), max(of_seq))
+    query = sa.select(t.events.c.seq).where(t.events.c.attempt_id == attempt_id, within)
+    seen = set(connection.execute(query).scalars())
+    return [of_seq[seq] for seq in sorted(of_seq.keys() - seen)]
+
+
+def _insert_events(connection: sa.Connection, attempt: Any, fresh: Sequence[Numbered]) -> None:
+    rows = [
+        {
+            "job_id": attempt.job_id,
+            "attempt_id": attempt.id,
+            "attempt": attempt.number,
+            "seq": numbered.seq,
+            "kind": numbered.event.kind,
+            "time": datetime.fromtimestamp(numbered.time_s, UTC),
+            "data": summary(numbered),
+        }
+        for numbered in fresh
+    ]
+    connection.execute(sa.insert(t.events), rows)
+
+
+def _insert_points(connection: sa.Connection, attempt: Any, fresh: Sequence[Numbered]) -> None:
+    """Of two values for a step that of the later attempt stands, then of the later event, however they come in."""
+    points: dict[sa.Table, dict[int, dict[str, Any]]] = {t.steps: {}, t.evaluations: {}}
+    for numbered in fresh:
+        where = {"job_id": attempt.job_id, "attempt": attempt.number, "seq": numbered.seq}
+        match numbered.event:
+            case Steps(records=records):
+                for record in records:
+                    points[t.steps][record.step] = where | {"step": record.step, "json": record.model_dump_json()}
+            case Evaluation() as done:
+                points[t.evaluations][done.step] = where | {"step": done.step, "json": done.model_dump_json()}
+    for table, of_step in points.items():
+        rows = list(of_step.values())
+        for start in range(0, len(rows), ROWS_PER_STATEMENT):
+            _upsert(connection, table, rows[start : start + ROWS_PER_STATEMENT])
+
+
+def _upsert(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    insert = INSERT[connection.dialect.name](table).values(rows)
+    new = insert.excluded
+    is_later = (new.attempt > table.c.attempt) | ((new.attempt == table.c.attempt) & (new.seq > table.c.seq))
+    change = {"attempt": new.attempt, "seq": new.seq, "json": new.json}
+    connection.execute(insert.on_conflict_do_update(index_elements=["job_id", "step"], set_=change, where=is_later))
+
+
+def _advance_job(connection: sa.Connection, job: Any, fresh: Sequence[Numbered]) -> None:
+    standing = Standing(job.progress, job.metrics_latest)
+    for numbered in fresh:
+        standing = advance(standing, numbered)
+    change = {
+        "progress": dict(standing.progress),
+        "metrics_latest": dict(standing.metrics),
+        "resource_version": t.jobs.c.resource_version + 1,
+    }
+    connection.execute(sa.update(t.jobs).where(t.jobs.c.id == job.id).values(change))
+
+
+def _acknowledged(connection: sa.Connection, attempt: Any) -> int:
+    """Returns the last seq up to which none is missing."""
+    query = sa.select(t.events.c.seq).where(
+        t.events.c.attempt_id == attempt.id, t.events.c.seq > attempt.acknowledged_seq
+    )
+    acknowledged = int(attempt.acknowledged_seq)
+    for seq in connection.execute(query.order_by(t.events.c.seq)).scalars():
+        if seq != acknowledged + 1:
+            break
+        acknowledged = seq
+    return acknowledged

@@ -1,0 +1,298 @@
+"""The store on SQLite and PostgreSQL. With the other modules of this folder, the only one that knows SQL.
+
+SQLite: one writer at a time (BEGIN IMMEDIATE), readers beside it (WAL). PostgreSQL: whoever writes a job's events
+locks the job's row first, so that within a job event ids are committed in order and a cursor never skips one.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from service.errors import IdempotencyError, StartupError, StoreUnavailableError
+from service.job_state import ACTIVE, TERMINAL, Action, Decision, Desired, Phase
+from service.store import tables as t
+from service.store.base import (
+    AttemptRecord,
+    Claim,
+    EventRecord,
+    Ingested,
+    JobRecord,
+    KeyedRequest,
+    PointRecord,
+    attempt_id,
+)
+from service.store.engine import READ_ONLY, describe, open_engine, reported
+from service.store.ingest import ingest
+from service.store.rows import attempt_record, event_record, job_record
+from service.store.schema import is_newest, upgrade
+from workers.events import Numbered
+from workers.rundir import Outcome
+
+__all__ = ["SQLStore"]
+
+log = logging.getLogger(__name__)
+
+KEY_LIFETIME = timedelta(hours=24)
+
+
+class SQLStore:
+    """A `Store` in a database; safe to share between threads."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the database and brings its schema up to date. Raises: StartupError with one sentence."""
+        self._writers = open_engine(url)
+        self._readers = self._writers.execution_options(**{READ_ONLY: True})
+        try:
+            with self._writers.begin() as connection:
+                upgrade(connection)
+        except DBAPIError as error:
+            shown = self._writers.url.render_as_string(hide_password=True)
+            raise StartupError(
+                f"can't open the database {shown}: {describe(error)}; check NGD_DATABASE_URL, or NGD_HOME for the "
+                "default file, and that this user may write there"
+            ) from error
+
+    def close(self) -> None:
+        self._writers.dispose()
+
+    def check(self) -> None:
+        with self._read() as connection:
+            if not is_newest(connection):
+                raise StoreUnavailableError("the database's schema is not this version's; restart the service")
+
+    def create_job(
+        self, job_id: str, name: str, spec: Mapping[str, Any], now: datetime, keyed: KeyedRequest | None = None
+    ) -> tuple[JobRecord, bool]:
+        try:
+            return self._create_job(job_id, name, spec, now, keyed)
+        except IntegrityError:  # another request with the same key was faster: its job is there now
+            log.info("idempotency_key_race job_id=%s", job_id)
+            return self._create_job(job_id, name, spec, now, keyed)
+
+    def _create_job(
+        self, job_id: str, name: str, spec: Mapping[str, Any], now: datetime, keyed: KeyedRequest | None
+    ) -> tuple[JobRecord, bool]:
+        with self._write() as connection:
+            older = _job_of_key(connection, keyed, now) if keyed else None
+            if older is not None:
+                return older, True
+            _insert_job(connection, job_id, name, spec, now)
+            if keyed:
+                row = {"key": keyed.key, "fingerprint": keyed.fingerprint, "job_id": job_id, "created_at": now}
+                connection.execute(sa.insert(t.idempotency_keys).values(row))
+            return _existing_job(connection, job_id), False
+
+    def get_job(self, job_id: str) -> JobRecord | None:
+        with self._read() as connection:
+            return _job(connection, job_id)
+
+    def list_jobs(self, *, phases: Collection[str], before_id: str | None, limit: int) -> list[JobRecord]:
+        query = sa.select(t.jobs).order_by(t.jobs.c.id.desc()).limit(limit)
+        if phases:
+            query = query.where(t.jobs.c.phase.in_(phases))
+        if before_id is not None:
+            query = query.where(t.jobs.c.id < before_id)
+        with self._read() as connection:
+            return [job_record(row) for row in connection.execute(query)]
+
+    def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
+        may_change = (t.jobs.c.desired != Desired.CANCELLED) & t.jobs.c.phase.not_in(TERMINAL)
+        change = {"desired": Desired.CANCELLED, "cancel_requested_at": now, **_touched()}
+        with self._write() as connection:
+            connection.execute(sa.update(t.jobs).where(t.jobs.c.id == job_id, may_change).values(change))
+            return _job(connection, job_id)
+
+    def claim(self, *, lease_token: str, now: datetime, lease_s: float, max_running: int) -> list[Claim]:
+        lease = {"lease_token": lease_token, "lease_expires_at": now + timedelta(seconds=lease_s)}
+        with self._write() as connection:
+            slots = max_running - _num_taken(connection, now)
+            query = sa.select(t.jobs).where(_is_free(now), _needs_a_look(slots)).order_by(t.jobs.c.id)
+            rows = connection.execute(query.with_for_update(skip_locked=True)).all()
+            ids = [row.id for row in rows]
+            connection.execute(sa.update(t.jobs).where(t.jobs.c.id.in_(ids)).values(lease))
+            live = sa.select(t.attempts).where(t.attempts.c.job_id.in_(ids), t.attempts.c.ended_at.is_(None))
+            attempt_of = {row.job_id: attempt_record(row) for row in connection.execute(live)}
+            return [Claim(job_record(row), attempt_of.get(row.id), lease_token) for row in rows]
+
+    def apply(self, claim: Claim, decision: Decision, now: datetime, outcome: Outcome | None = None) -> bool:
+        number = claim.job.attempt + (decision.action is Action.NEW_ATTEMPT)
+        with self._write() as connection:
+            if not _change_leased(connection, claim, _job_change(claim.job, decision, number, now, outcome)):
+                return False
+            if decision.ends_attempt and claim.attempt is not None:
+                ended = sa.update(t.attempts).where(t.attempts.c.id == claim.attempt.id)
+                connection.execute(ended.values(ended_at=now))
+            if decision.action is Action.NEW_ATTEMPT:
+                _insert_attempt(connection, claim.job.id, number, now)
+            if decision.phase is not None:
+                _insert_phase_event(connection, claim.job, decision, number, now)
+            return True
+
+    def mark_submitted(self, claim: Claim) -> bool:
+        return self._change_attempt(claim, {"is_submitted": True})
+
+    def mark_stopped(self, claim: Claim, signal: Action, now: datetime) -> bool:
+        return self._change_attempt(claim, {"stop": signal, "stop_sent_at": now})
+
+    def release(self, claim: Claim) -> None:
+        with self._write() as connection:
+            _change_leased(connection, claim, {"lease_token": None, "lease_expires_at": None})
+
+    def _change_attempt(self, claim: Claim, change: Mapping[str, Any]) -> bool:
+        with self._write() as connection:
+            if claim.attempt is None or not _change_leased(connection, claim, _touched()):
+                return False
+            connection.execute(sa.update(t.attempts).where(t.attempts.c.id == claim.attempt.id).values(**change))
+            return True
+
+    def get_attempt(self, attempt_id: str) -> AttemptRecord | None:
+        with self._read() as connection:
+            row = connection.execute(sa.select(t.attempts).where(t.attempts.c.id == attempt_id)).one_or_none()
+            return None if row is None else attempt_record(row)
+
+    def ingest(self, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
+        with self._write() as connection:
+            return ingest(connection, attempt_id, delivered)
+
+    def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]:
+        query = sa.select(t.events).where(t.events.c.job_id == job_id, t.events.c.id > after)
+        with self._read() as connection:
+            return [event_record(row) for row in connection.execute(query.order_by(t.events.c.id).limit(limit))]
+
+    def newest_event(self, job_id: str, kind: str) -> EventRecord | None:
+        query = sa.select(t.events).where(t.events.c.job_id == job_id, t.events.c.kind == kind)
+        with self._read() as connection:
+            row = connection.execute(query.order_by(t.events.c.id.desc()).limit(1)).one_or_none()
+            return None if row is None else event_record(row)
+
+    def steps(self, job_id: str, from_step: int) -> list[PointRecord]:
+        return self._points(t.steps, job_id, from_step)
+
+    def evaluations(self, job_id: str, from_step: int) -> list[PointRecord]:
+        return self._points(t.evaluations, job_id, from_step)
+
+    def _points(self, table: sa.Table, job_id: str, from_step: int) -> list[PointRecord]:
+        query = sa.select(table.c.step, table.c.json).where(table.c.job_id == job_id, table.c.step >= from_step)
+        with self._read() as connection:
+            return [PointRecord(row.step, row.json) for row in connection.execute(query.order_by(table.c.step))]
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        with reported(), self._writers.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with reported(), self._readers.begin() as connection:
+            yield connection
+
+
+def _touched() -> dict[str, Any]:
+    return {"resource_version": t.jobs.c.resource_version + 1}
+
+
+def _job(connection: sa.Connection, job_id: str) -> JobRecord | None:
+    row = connection.execute(sa.select(t.jobs).where(t.jobs.c.id == job_id)).one_or_none()
+    return None if row is None else job_record(row)
+
+
+def _existing_job(connection: sa.Connection, job_id: str) -> JobRecord:
+    return job_record(connection.execute(sa.select(t.jobs).where(t.jobs.c.id == job_id)).one())
+
+
+def _insert_job(connection: sa.Connection, job_id: str, name: str, spec: Mapping[str, Any], now: datetime) -> None:
+    row = {
+        "id": job_id,
+        "name": name,
+        "spec": dict(spec),
+        "desired": Desired.RUNNING,
+        "phase": Phase.QUEUED,
+        "attempt": 0,
+        "max_attempts": spec["failure"]["max_attempts"],
+        "progress": {},
+        "metrics_latest": {},
+        "created_at": now,
+        "resource_version": 1,
+    }
+    connection.execute(sa.insert(t.jobs).values(row))
+    first = {"from": None, "to": Phase.QUEUED, "reason": None, "message": None}
+    connection.execute(sa.insert(t.events).values(job_id=job_id, kind="phase", time=now, data=first))
+
+
+def _job_of_key(connection: sa.Connection, keyed: KeyedRequest, now: datetime) -> JobRecord | None:
+    keys = t.idempotency_keys
+    connection.execute(sa.delete(keys).where(keys.c.created_at < now - KEY_LIFETIME))
+    row = connection.execute(sa.select(keys).where(keys.c.key == keyed.key)).one_or_none()
+    if row is None:
+        return None
+    if row.fingerprint != keyed.fingerprint:
+        raise IdempotencyError(
+            f"Idempotency-Key {keyed.key!r} was used for another request, which made {row.job_id}; use a new key"
+        )
+    return _existing_job(connection, row.job_id)
+
+
+def _is_free(now: datetime) -> sa.ColumnElement[bool]:
+    return t.jobs.c.lease_token.is_(None) | (t.jobs.c.lease_expires_at < now)
+
+
+def _num_taken(connection: sa.Connection, now: datetime) -> int:
+    """Slots held: by active jobs, and by waiting ones that another claim is about to start."""
+    is_starting = (t.jobs.c.phase == Phase.QUEUED) & ~_is_free(now)
+    query = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE) | is_starting)
+    return int(connection.execute(query).scalar_one())
+
+
+def _needs_a_look(slots: int) -> sa.ColumnElement[bool]:
+    """Active jobs, cancelled waiting ones, and of the waiting ones the oldest that fit into the free slots."""
+    is_waiting = t.jobs.c.phase == Phase.QUEUED
+    oldest = sa.select(t.jobs.c.id).where(is_waiting, t.jobs.c.desired == Desired.RUNNING).order_by(t.jobs.c.id)
+    is_next = t.jobs.c.id.in_(sa.select(oldest.limit(max(slots, 0)).subquery().c.id))
+    return t.jobs.c.phase.in_(ACTIVE) | (is_waiting & (t.jobs.c.desired == Desired.CANCELLED)) | is_next
+
+
+def _change_leased(connection: sa.Connection, claim: Claim, change: Mapping[str, Any]) -> bool:
+    mine = (t.jobs.c.id == claim.job.id) & (t.jobs.c.lease_token == claim.lease_token)
+    return connection.execute(sa.update(t.jobs).where(mine).values(**change)).rowcount == 1
+
+
+def _job_change(
+    job: JobRecord, decision: Decision, number: int, now: datetime, outcome: Outcome | None
+) -> dict[str, Any]:
+    change: dict[str, Any] = {"retry_at": decision.retry_at, **_touched()}
+    if decision.phase is not None:
+        change |= {"phase": decision.phase, "reason": decision.reason, "message": decision.message}
+    if decision.phase in TERMINAL:
+        change["finished_at"] = now
+    if decision.phase is Phase.SUCCEEDED and outcome is not None:
+        change["result"] = outcome.model_dump_json()
+    if decision.action is Action.NEW_ATTEMPT:
+        change |= {"attempt": number, "started_at": job.started_at or now}
+    return change
+
+
+def _insert_attempt(connection: sa.Connection, job_id: str, number: int, now: datetime) -> None:
+    row = {
+        "id": attempt_id(job_id, number),
+        "job_id": job_id,
+        "number": number,
+        "is_submitted": False,
+        "has_started": False,
+        "stop": Action.NONE,
+        "acknowledged_seq": 0,
+        "created_at": now,
+    }
+    connection.execute(sa.insert(t.attempts).values(row))
+
+
+def _insert_phase_event(
+    connection: sa.Connection, job: JobRecord, decision: Decision, number: int, now: datetime
+) -> None:
+    data = {"from": job.state.phase, "to": decision.phase, "reason": decision.reason, "message": decision.message}
+    row = {"job_id": job.id, "attempt": number or None, "kind": "phase", "time": now, "data": data}
+    connection.execute(sa.insert(t.events).values(row))

@@ -1,0 +1,65 @@
+"""Secrets of one installation: a key in its home, and what is derived from it, so that nothing has to be stored."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from service.errors import PageTokenError, StartupError
+
+__all__ = ["Tokens", "read_or_create_key"]
+
+KEY_BYTES = 32
+SIGNATURE_BYTES = 16
+
+
+def read_or_create_key(path: Path) -> bytes:
+    """Returns the installation's key; the first call writes it, mode 0600. Raises: StartupError, OSError."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        key = path.read_bytes()
+    else:
+        key = secrets.token_bytes(KEY_BYTES)
+        with os.fdopen(handle, "wb") as file:
+            file.write(key)
+    if len(key) != KEY_BYTES:
+        raise StartupError(f"{path} must hold {KEY_BYTES} bytes, got {len(key)}; delete it, and running jobs with it")
+    return key
+
+
+class Tokens:
+    """Bearer tokens of attempts and signed page tokens."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def of_attempt(self, attempt_id: str) -> str:
+        """Returns the attempt's bearer token: the same after a restart, another for each attempt."""
+        return self._sign("attempt", attempt_id).hex()
+
+    def is_of_attempt(self, attempt_id: str, token: str) -> bool:
+        return hmac.compare_digest(self.of_attempt(attempt_id).encode(), token.encode())
+
+    def page(self, before_id: str, query: str) -> str:
+        """Returns the token of the page that begins before `before_id`, good for the same `query` alone."""
+        return base64.urlsafe_b64encode(
+            self._sign("page", query, before_id)[:SIGNATURE_BYTES] + before_id.encode()
+        ).decode()
+
+    def before_id(self, page_token: str, query: str) -> str:
+        """Returns where the page begins. Raises: PageTokenError."""
+        try:
+            raw = base64.urlsafe_b64decode(page_token.encode())
+            before_id = raw[SIGNATURE_BYTES:].decode()
+        except (binascii.Error, UnicodeError) as error:
+            raise PageTokenError(f"page_token {page_token!r} is not one of this service's") from error
+        if not hmac.compare_digest(raw[:SIGNATURE_BYTES], self._sign("page", query, before_id)[:SIGNATURE_BYTES]):
+            raise PageTokenError("page_token belongs to a list with other filters; start again without it")
+        return before_id
+
+    def _sign(self, *parts: str) -> bytes:
+        return hmac.digest(self._key, "\0".join(parts).encode(), hashlib.sha256)
