@@ -24,10 +24,10 @@ def build(choice: SmallCNN, shape: Shape) -> nn.Module:
     return nn.Sequential(
         OrderedDict(
             block1=_block(shape.channels, narrow),
+            pool1=nn.MaxPool2d(2),
             block2=_block(narrow, wide),
             pool2=nn.MaxPool2d(2),
             block3=_block(wide, wide),
-            pool3=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
             hidden=nn.Linear(features, choice.hidden),
             relu=nn.ReLU(),
