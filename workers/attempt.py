@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from ngd_dist.comm import Communicator
 from workers.context import TrainContext, device_of
+from workers.ending import EXIT_STATUS, conclude, failure
 from workers.errors import SpecError, WorkerError
-from workers.events import Cancelled, Done, Event, Failed, WorkersRestarted
+from workers.events import WorkersRestarted
 from workers.loop import train
 from workers.reporter import Reporter, SilentReporter, SpoolingReporter
 from workers.rundir import AttemptDir, Facts, Outcome, write_json
 from workers.spec import JobSpec
 from workers.spec_file import load_spec
 
-__all__ = ["EXIT_STATUS", "conclude", "failure", "main", "run_rank"]
+__all__ = ["main", "run_rank"]
 
-EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
 SAME_ON_RESUME = {"model", "data", "optimizer", "schedule", "batch", "seed"}
 
 
@@ -45,19 +45,6 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
         return failure(error)
     finally:
         reporter.close()
-
-
-def failure(error: WorkerError) -> Outcome:
-    """Returns the outcome of an attempt that ended with this error."""
-    return Outcome(result="failed", reason=error.reason, message=str(error), retryable=error.retryable)
-
-
-def conclude(attempt_dir: AttemptDir, outcome: Outcome) -> None:
-    """Reports the attempt's last event and writes outcome.json. Called once, when no rank writes events any more."""
-    reporter = SpoolingReporter(attempt_dir)
-    reporter.report(_last_event(outcome))
-    reporter.close()
-    write_json(attempt_dir.outcome, outcome)
 
 
 def main() -> None:
@@ -142,11 +129,3 @@ def _open_reporter(attempt_dir: AttemptDir) -> Reporter:
     if reporter.is_restart:
         reporter.report(WorkersRestarted(message="the workers were started again after some of them died"))
     return reporter
-
-
-def _last_event(outcome: Outcome) -> Event:
-    if outcome.result == "cancelled":
-        return Cancelled(step=outcome.step)
-    if outcome.result == "failed":
-        return Failed(reason=outcome.reason or "", message=outcome.message or "", retryable=outcome.retryable)
-    return Done.model_validate(outcome.model_dump(include=set(Done.model_fields) - {"kind"}))

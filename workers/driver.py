@@ -1,6 +1,7 @@
 """Runs one attempt on Ray: ``python -m workers.driver ATTEMPT_DIR``. START HERE: `main`. The only user of Ray Train.
 
 The driver outlives the service: it needs it for nothing, and ends with outcome.json, the truth of how it ended.
+Torch and Ray are imported late, so that a signal in the seconds that takes ends the attempt in order too.
 """
 
 import argparse
@@ -13,19 +14,21 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-import torch.distributed as dist
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from workers.attempt import EXIT_STATUS, conclude, failure, run_rank
+from workers.ending import EXIT_STATUS, conclude, failure
 from workers.errors import ClusterError, SpecError, WorkerError
-from workers.rundir import AttemptDir, Facts, Outcome
+from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec import JobSpec
+from workers.spec_file import explain
 
 __all__ = ["main", "run_worker"]
 
 log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=BaseModel)
 
 OBJECT_STORE_BYTES = 100 * 1024**2  # nothing large goes through Ray; its default is 30 % of the memory
 RAY_SETTINGS = {
@@ -35,6 +38,8 @@ RAY_SETTINGS = {
     "RAY_DEDUP_LOGS": "0",  # each rank's lines in full
     "RAY_AUTH_MODE": "token",  # Ray's default, said aloud: leaving it out makes Ray warn in the job's log
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a cluster of one machine
+    # Ray's cleaner asks the dashboard, which is off, and without an address trips over any second Ray on the machine.
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -44,17 +49,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workers.driver", description="Run one attempt of a job on Ray.")
     parser.add_argument("attempt_dir", type=Path)
     attempt_dir = AttemptDir(parser.parse_args().attempt_dir.resolve())
+    if not attempt_dir.path.is_dir():
+        parser.error(f"no attempt directory {attempt_dir.path}; the service makes it")
     _log_to_stderr()
     outcome = attempt_dir.read_outcome()
     if outcome is None:
+        _stop_in_order_on_signals(attempt_dir)
         outcome = _run(attempt_dir)
-        conclude(attempt_dir, outcome)
-        log.info("%s %s", outcome.result, outcome.message or f"test accuracy {outcome.test_accuracy}")
+        log.info("%s: %s", outcome.result, outcome.message or f"test accuracy {outcome.test_accuracy}")
     sys.exit(EXIT_STATUS[outcome.result])
 
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Runs on each rank, inside the process group that Ray Train made. Returns the outcome, as JSON would hold it."""
+    import torch.distributed as dist
+
+    from workers.attempt import run_rank
+
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
     return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
 
@@ -65,13 +76,30 @@ def _log_to_stderr(prefix: str = "") -> None:
 
 def _run(attempt_dir: AttemptDir) -> Outcome:
     try:
-        spec, facts = attempt_dir.read_spec(), attempt_dir.read_facts()
-    except ValidationError as error:
-        return failure(SpecError(f"{attempt_dir.path} holds an invalid file: {error}"))
+        facts = _read(attempt_dir.facts, Facts)
+    except SpecError as error:
+        outcome = failure(error)
+        write_json(attempt_dir.outcome, outcome)  # nothing says which service to tell
+        return outcome
     try:
-        return _run_on_ray(attempt_dir, spec, facts)
+        outcome = _run_on_ray(attempt_dir, _read(attempt_dir.spec, JobSpec), facts)
     except WorkerError as error:
-        return failure(error)
+        outcome = failure(error)
+    except Exception as error:
+        log.exception("the driver failed")
+        outcome = failure(ClusterError(f"the driver failed with {type(error).__name__}: {_last_line(error)}"))
+    conclude(attempt_dir, outcome)
+    return outcome
+
+
+def _read(path: Path, model: type[Model]) -> Model:
+    try:
+        found = read_json(path, model)
+    except ValidationError as error:
+        raise SpecError(f"{path} is invalid: " + "; ".join(explain(error, {}))) from error
+    if found is None:
+        raise SpecError(f"no file {path}; whoever starts the driver writes it first")
+    return found
 
 
 def _run_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
@@ -82,7 +110,9 @@ def _run_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome
     temporary = tempfile.mkdtemp(prefix="ngd-", dir="/tmp")
     try:
         _start_cluster(spec, temporary)
-        _stop_in_order_on_signals(attempt_dir)
+        _stop_in_order_on_signals(attempt_dir)  # again: Ray has put its own handlers there
+        if attempt_dir.stop.exists():
+            return Outcome(result="cancelled", step=_saved_step(spec, facts))
         return _fit(attempt_dir, spec, facts)
     finally:
         ray.shutdown()
@@ -150,6 +180,12 @@ def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
     except TrainingFailedError as error:
         raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
     return Outcome.model_validate(result.return_value)
+
+
+def _saved_step(spec: JobSpec, facts: Facts) -> int:
+    from workers.checkpoints import Checkpoints
+
+    return Checkpoints(facts.run_dir / "checkpoints", facts.attempt, spec.checkpoint.keep).newest_step()
 
 
 def _gpus(count: int) -> dict[str, float]:

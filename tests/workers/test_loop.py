@@ -11,7 +11,7 @@ CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
 OPTIMIZERS = {
     "sgd": {"kind": "sgd", "lr": 0.1},
     "adamw": {"kind": "adamw", "lr": 0.003},
-    "ngd": {"kind": "ngd", "lr": 0.05, "damping": 0.01},
+    "ngd": {"kind": "ngd", "lr": 0.01, "damping": 0.01},
 }
 
 

@@ -12,7 +12,7 @@ from workers.spec import JobSpec
 pytestmark = pytest.mark.ranks
 
 CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
-OPTIMIZERS = {"sgd": {"kind": "sgd", "lr": 0.1}, "ngd": {"kind": "ngd", "lr": 0.05, "damping": 0.01}}
+OPTIMIZERS = {"sgd": {"kind": "sgd", "lr": 0.1}, "ngd": {"kind": "ngd", "lr": 0.01, "damping": 0.01}}
 
 
 def run(rank: int, world_size: int, attempt_dir: AttemptDir) -> dict[str, object]:

@@ -1,0 +1,31 @@
+"""How an attempt's end is recorded: the last event, then outcome.json. Imports without torch."""
+
+from workers.errors import WorkerError
+from workers.events import Cancelled, Done, Event, Failed
+from workers.reporter import SpoolingReporter
+from workers.rundir import AttemptDir, Outcome, write_json
+
+__all__ = ["EXIT_STATUS", "conclude", "failure"]
+
+EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
+
+
+def failure(error: WorkerError) -> Outcome:
+    """Returns the outcome of an attempt that ended with this error."""
+    return Outcome(result="failed", reason=error.reason, message=str(error), retryable=error.retryable)
+
+
+def conclude(attempt_dir: AttemptDir, outcome: Outcome) -> None:
+    """Reports the attempt's last event and writes outcome.json. Called once, when no rank writes events any more."""
+    reporter = SpoolingReporter(attempt_dir)
+    reporter.report(_last_event(outcome))
+    reporter.close()
+    write_json(attempt_dir.outcome, outcome)
+
+
+def _last_event(outcome: Outcome) -> Event:
+    if outcome.result == "cancelled":
+        return Cancelled(step=outcome.step)
+    if outcome.result == "failed":
+        return Failed(reason=outcome.reason or "", message=outcome.message or "", retryable=outcome.retryable)
+    return Done.model_validate(outcome.model_dump(include=set(Done.model_fields) - {"kind"}))
