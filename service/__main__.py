@@ -1,7 +1,8 @@
 """python -m service: the same as `ngd serve`."""
 
-from service.server import serve
-from service.settings import load_settings
+import sys
+
+from service.cli import main
 
 if __name__ == "__main__":
-    serve(load_settings())
+    main(["serve", *sys.argv[1:]])

@@ -14,7 +14,7 @@ from service import dashboard
 from service.api import events, health, internal, jobs, logs, metrics, problems
 from service.api.parts import Parts
 from service.dispatchers.local import LocalDispatcher
-from service.errors import MAX_BODY_BYTES, StartupError
+from service.errors import StartupError
 from service.failpoint import Failpoint
 from service.job_state import Policy
 from service.jobs import Jobs
@@ -96,12 +96,10 @@ def _bare_app(lifespan: Any) -> FastAPI:
         version=version("ngd-dist"),
         description="Distributed large-batch training with SP-NGD: jobs, their progress and their metrics.",
         lifespan=lifespan,
-        max_body_size=MAX_BODY_BYTES,
         responses=problems.PROBLEM_RESPONSES,
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    app.add_middleware(problems.RequestId)
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -32,10 +32,10 @@ JobId = Annotated[str, typer.Argument(help="The job's id.")]
 SpecFile = Annotated[Path, typer.Argument(help="A job in YAML or JSON.", exists=True, dir_okay=False, readable=True)]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a foreseeable failure is one message on stderr and its exit code."""
     try:
-        app()
+        app(arguments)
     except StartupError as error:
         _complain(error)
         sys.exit(error.exit_code)

@@ -16,10 +16,10 @@ __all__ = ["did_you_mean", "explain", "explain_parameter", "parse_spec"]
 
 SHOWN_CHARACTERS = 80  # of a value in a message
 BOUNDS = {
-    "greater_than": "must be > {gt}",
-    "greater_than_equal": "must be >= {ge}",
-    "less_than": "must be < {lt}",
-    "less_than_equal": "must be <= {le}",
+    "greater_than": "must be > {gt:g}",
+    "greater_than_equal": "must be >= {ge:g}",
+    "less_than": "must be < {lt:g}",
+    "less_than_equal": "must be <= {le:g}",
     "finite_number": "must be a finite number",
 }
 CHOICES = {"literal_error": "must be {expected}", "string_pattern_mismatch": "must match {pattern}"}

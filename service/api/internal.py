@@ -9,11 +9,11 @@ from service.api.parts import PartsDep
 from service.errors import UnauthorizedError
 from workers.events import EventBatch, EventReply
 
-__all__ = ["router"]
+__all__ = ["INTERNAL_PREFIX", "MAX_BATCH_BYTES", "router"]
 
 MAX_BATCH_BYTES = 16 << 20  # one event of 64 steps with 10,000 statistics each; the reporter's batches are far smaller
-
-router = APIRouter(prefix="/api/v1/internal", tags=["internal"])
+INTERNAL_PREFIX = "/api/v1/internal"
+router = APIRouter(prefix=INTERNAL_PREFIX, tags=["internal"])
 bearer = HTTPBearer(auto_error=False, description="The attempt's own token.")
 
 
@@ -29,7 +29,7 @@ def _authorized(
     return attempt_id
 
 
-@router.post("/attempts/{attempt_id}/events", max_body_size=MAX_BATCH_BYTES)
+@router.post("/attempts/{attempt_id}/events")
 def post_events(parts: PartsDep, attempt_id: Annotated[str, Depends(_authorized)], batch: EventBatch) -> EventReply:
     """Stores what an attempt reports; a repeated delivery changes nothing. The reply says what the user wants."""
     stored = parts.store.ingest(attempt_id, batch.events)

@@ -14,7 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
+from service.api.internal import INTERNAL_PREFIX, MAX_BATCH_BYTES
 from service.errors import (
+    MAX_BODY_BYTES,
     BodyTooLargeError,
     InvalidParameterError,
     MalformedBodyError,
@@ -25,7 +27,7 @@ from service.errors import (
 from service.resources import Problem
 from service.validation import explain_parameter
 
-__all__ = ["PROBLEM_RESPONSES", "RequestId", "install"]
+__all__ = ["PROBLEM_RESPONSES", "install"]
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,32 @@ class RequestId:
         return await self._app(scope, receive, send_with_id)
 
 
+class BodyLimit:
+    """Refuses bodies above a limit as they arrive; the framework's own limit answers in plain text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        left = MAX_BATCH_BYTES if scope["path"].startswith(INTERNAL_PREFIX) else MAX_BODY_BYTES
+
+        async def receive_some() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            return message
+
+        return await self._app(scope, receive_some, send)
+
+
 def install(app: FastAPI) -> None:
     """Makes the app answer every error as a problem."""
+    app.add_middleware(BodyLimit)
+    app.add_middleware(RequestId)
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

@@ -1,0 +1,113 @@
+"""The main job, end to end: a service, SP-NGD on two workers over HTTP, SGD beside it. `make demo` runs this."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from service.client import Client, ServiceError
+from service.follow import follow
+from service.resources import Job
+
+ROOT = Path(__file__).parents[1]
+HOME = ROOT / ".ngd" / "demo"
+RECIPES = {"SP-NGD": "digits.yaml", "SGD with momentum": "digits-sgd.yaml"}
+START_S = 60.0
+STOP_S = 30.0
+
+
+def main() -> int:
+    """Returns 0 only if both jobs succeeded and SP-NGD reached the accuracy that its recipe expects."""
+    console = Console()
+    shutil.rmtree(HOME, ignore_errors=True)
+    with _service() as client:
+        console.print(f"dashboard: {client.base_url} (while this runs)", highlight=False)
+        jobs = {method: _run(client, recipe, console) for method, recipe in RECIPES.items()}
+    console.print(_table(jobs))
+    console.print("These runs again, in a dashboard that stays: NGD_HOME=.ngd/demo make serve", highlight=False)
+    failures = [job.status.message or job.status.phase for job in jobs.values() if job.status.phase != "SUCCEEDED"]
+    if not failures and _target_step(jobs["SP-NGD"]) is None:
+        failures = [f"SP-NGD did not reach its target, test accuracy {_target(jobs['SP-NGD'])}"]
+    for failure in failures:
+        console.print(f"failed: {failure}", style="red", highlight=False)
+    return 1 if failures else 0
+
+
+@contextmanager
+def _service() -> Iterator[Client]:
+    """A service of its own, stopped at the end; jobs that still run are cancelled, for they would survive it."""
+    HOME.mkdir(parents=True)
+    log = HOME / "service.log"
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "service", "--port", "0", "--home", str(HOME)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        with Client(_url(process, log)) as client:
+            try:
+                yield client
+            finally:
+                _cancel_all(client)
+    finally:
+        process.terminate()
+        process.wait(STOP_S)
+
+
+def _url(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        _, found, rest = log.read_text().partition("serves on ")
+        if found and ";" in rest:
+            return rest.partition(";")[0]
+        time.sleep(0.1)
+    raise SystemExit(f"the service did not start within {START_S:.0f} s: {log.read_text().strip()}")
+
+
+def _cancel_all(client: Client) -> None:
+    for job in client.list_jobs(page_size=1000).jobs:
+        if not job.status.is_terminal:
+            client.cancel(job.id)
+            client.wait(job.id, timeout_s=STOP_S)
+
+
+def _run(client: Client, recipe: str, console: Console) -> Job:
+    job = client.submit((ROOT / "workers" / "recipes" / recipe).read_text())
+    return follow(client, job.id, console)
+
+
+def _target(job: Job) -> float | None:
+    return (job.spec["target"] or {}).get("test_accuracy")
+
+
+def _target_step(job: Job) -> int | None:
+    """Returns the step that reached the target; without a target the last one stands for it."""
+    result = job.status.result
+    if result is None:
+        return None
+    return result.step if _target(job) is None else result.target_step
+
+
+def _table(jobs: dict[str, Job]) -> Table:
+    target = max((_target(job) or 0 for job in jobs.values()), default=0)
+    table = Table("optimizer", "test accuracy", "steps", f"steps to {target:.0%}", "seconds of training", box=None)
+    for method, job in jobs.items():
+        result = job.status.result
+        accuracy = "-" if result is None or result.test_accuracy is None else f"{result.test_accuracy:.4f}"
+        seconds = "-" if result is None or result.seconds is None else f"{result.seconds:.1f}"
+        reached = "not reached" if _target_step(job) is None else str(_target_step(job))
+        table.add_row(method, accuracy, str(job.status.progress.step), reached, seconds)
+    return table
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ServiceError as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,70 @@
+"""A service with a fault driver, shared by the tests that only talk to it, and stores on real databases."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from service.client import Client
+from service.store.sql import SQLStore
+from tests.support.service_process import ServiceProcess
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts controllers on one home, one after the other."""
+    started: list[ServiceProcess] = []
+
+    def start(**settings: Any) -> ServiceProcess:
+        started.append(ServiceProcess(tmp_path / "home", **settings))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.close()
+
+
+@pytest.fixture(scope="session")
+def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(tmp_path_factory.mktemp("service"), max_running_jobs=4, interrupt_grace_s=0.5)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def client(shared_service: ServiceProcess) -> Client:
+    return shared_service.client
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where there is no XDG_RUNTIME_DIR its import says so
+        import pgserver
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind that a store may be on."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.sqlite'}"
+    url = make_url(request.getfixturevalue("postgres_url")).set(drivername="postgresql+psycopg")
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    engine.dispose()
+    return url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[SQLStore]:
+    store = SQLStore(database_url)
+    yield store
+    store.close()

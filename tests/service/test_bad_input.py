@@ -1,0 +1,206 @@
+"""Bad input gets one problem that says what, the value, the bound and what to do; nothing is created."""
+
+import json
+from typing import Any
+
+import pytest
+
+from service.client import Client, InvalidRequestError, NotFoundError
+from service.resources import Problem, ProblemItem
+from tests.support.attempts import small_spec
+
+GOOD = small_spec(name="steps").model_dump(mode="json")
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The good job with one place changed; None: taken out."""
+    spec: dict[str, Any] = json.loads(json.dumps(small_spec().model_dump(mode="json")))
+    *parents, last = path.split(".")
+    place = spec
+    for part in parents:
+        place = place[part]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return spec
+
+
+def refusal(client: Client, spec: Any) -> Problem:
+    before = [job.id for job in client.list_jobs(page_size=1000).jobs]
+    with pytest.raises(InvalidRequestError) as caught:
+        client.submit(spec)
+    assert [job.id for job in client.list_jobs(page_size=1000).jobs] == before
+    assert "Traceback" not in str(caught.value)
+    return caught.value.problem
+
+
+def only_item(client: Client, spec: Any) -> ProblemItem:
+    problem = refusal(client, spec)
+    assert (problem.status, problem.code) == (422, "invalid_spec")
+    (item,) = problem.errors
+    return item
+
+
+NGD = {"kind": "ngd"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "pointer", "code", "rule"),
+    [
+        ("modle", {}, "/modle", "unknown_field", "a job has no field 'modle'"),
+        ("batch.global_siz", 8, "/batch/global_siz", "unknown_field", "batch has no field 'global_siz'"),
+        ("model", {"kind": "small_cn"}, "/model/kind", "unknown_kind",
+         'must be one of small_cnn, mlp, function, got "small_cn"'),
+        ("model", {"hidden": [3]}, "/model/kind", "missing", "is missing"),
+        ("model", {"kind": "mlp", "hidden": [0]}, "/model/hidden/0", "out_of_range", "must be >= 1, got 0"),
+        ("model", {"kind": "function", "function": "nothing"}, "/model/function", "invalid_choice",
+         'must match ^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$, got "nothing"'),
+        ("optimizer", NGD | {"damping": 0}, "/optimizer/damping", "out_of_range", "must be > 0, got 0"),
+        ("optimizer", NGD | {"lr": "fast"}, "/optimizer/lr", "wrong_type", 'must be a number, got "fast"'),
+        ("optimizer", NGD | {"staleness": {"kind": "fixed", "steps": 0}}, "/optimizer/staleness/steps", "out_of_range",
+         "must be >= 1, got 0"),
+        ("optimizer", NGD | {"micro_batches": 2}, "/optimizer", "invalid",
+         "optimizer: micro_batches and loss_reduction follow from batch.global_size and batch.micro_size in a job; "
+         "leave them out of optimizer"),
+        ("batch.global_size", "many", "/batch/global_size", "wrong_type", 'must be a whole number, got "many"'),
+        ("batch.global_size", 2.5, "/batch/global_size", "wrong_type", "must be a whole number, got 2.5"),
+        ("batch", 7, "/batch", "wrong_type", "must be an object of fields, got 7"),
+        ("resources", {"workers": 3}, "", "invalid",
+         "batch.global_size must be a multiple of resources.workers (3), got 64; the nearest are 63 and 66"),
+        ("batch.micro_size", 7, "", "invalid",
+         "batch.micro_size must divide a worker's share, 64 (= batch.global_size 64 / resources.workers 1), got 7"),
+        ("name", "No Name", "/name", "invalid_choice",
+         'must match ^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$, got "No Name"'),
+        ("name", None, "/name", "missing", "is missing"),
+        ("schedule", {}, "/schedule", "invalid",
+         "schedule: give exactly one of epochs and steps, got epochs=None and steps=None"),
+        ("target", {"test_accuracy": 1.5}, "/target/test_accuracy", "out_of_range", "must be <= 1, got 1.5"),
+    ],
+)  # fmt: skip
+def test_wrong_field_is_named_with_its_bound_and_value(
+    client: Client, path: str, value: Any, pointer: str, code: str, rule: str
+) -> None:
+    item = only_item(client, changed(path, value))
+
+    name = pointer.strip("/").replace("/", ".")
+    assert (item.pointer, item.code) == (pointer, code)
+    assert item.detail == (f"{name} {rule}" if rule.startswith(("must", "is missing")) else rule)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "hint"),
+    [
+        ("modle", {}, "did you mean 'model'?"),
+        ("model", {"kind": "small_cn"}, "did you mean 'small_cnn'?"),
+        ("optimizer", NGD | {"dampign": 1}, "did you mean 'damping'?"),
+        ("optimizer", NGD | {"damping": 0}, "The default is 0.001."),
+        ("batch.zzz", 1, "its fields are global_size, micro_size"),
+    ],
+)
+def test_hint_says_what_to_do(client: Client, path: str, value: Any, hint: str) -> None:
+    assert hint in (only_item(client, changed(path, value)).hint or "")
+
+
+def test_all_that_is_wrong_is_said_at_once(client: Client) -> None:
+    spec = changed("batch.global_size", 0) | {"name": "", "seed": -1}
+
+    assert {item.pointer for item in refusal(client, spec).errors} == {"/batch/global_size", "/name", "/seed"}
+
+
+@pytest.mark.parametrize(
+    ("body", "media_type", "status", "code", "detail"),
+    [
+        (b"{", "application/json", 400, "malformed_body", "the body is no JSON"),
+        (b"\xff", "application/json", 400, "malformed_body", "the body is no JSON"),
+        (b"[" * 100_000, "application/json", 400, "malformed_body", "the body is no JSON"),
+        (b"a: [", "application/yaml", 400, "malformed_body", "line 1"),
+        (b"a: &x 1\nb: *x", "application/yaml", 400, "malformed_body", "aliases"),
+        (b"[]", "application/json", 422, "invalid_spec", "must be an object of fields, got []"),
+        (b"", "application/yaml", 422, "invalid_spec", "got null"),
+        (b"{}", "text/plain", 415, "unsupported_media_type", "'text/plain'"),
+        (b'{"seed": NaN}', "application/json", 422, "invalid_spec", "seed"),
+        (b" " * (1 << 20) + b"{}", "application/json", 413, "body_too_large", "1 MiB"),
+    ],
+)
+def test_body_that_is_no_job_is_refused(
+    client: Client, body: bytes, media_type: str, status: int, code: str, detail: str
+) -> None:
+    answer = client._http.post("/api/v1/jobs", content=body, headers={"Content-Type": media_type})
+
+    problem = Problem.model_validate_json(answer.content)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (answer.status_code, problem.status, problem.code) == (status, status, code)
+    assert detail in problem.detail
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/api/v1/jobs/job_none", 404, "not_found"),
+        ("POST", "/api/v1/jobs/job_none:cancel", 404, "not_found"),
+        ("GET", "/api/v1/jobs/job_none/events", 404, "not_found"),
+        ("GET", "/api/v1/jobs/job_none/events/stream", 404, "not_found"),
+        ("GET", "/api/v1/jobs/job_none/metrics", 404, "not_found"),
+        ("GET", "/api/v1/jobs/job_none/statistics", 404, "not_found"),
+        ("GET", "/api/v1/jobs/job_none/logs", 404, "not_found"),
+        ("GET", "/api/v1/nothing", 404, "not_found"),
+        ("DELETE", "/api/v1/jobs", 405, "method_not_allowed"),
+        ("GET", "/api/v1/jobs?page_size=0", 422, "invalid_parameter"),
+        ("GET", "/api/v1/jobs?phase=RUNING", 422, "invalid_parameter"),
+        ("GET", "/api/v1/jobs?page_token=abc", 400, "page_token_mismatch"),
+        ("GET", "/api/v1/jobs?page_token=%C3%A9", 400, "page_token_mismatch"),
+        ("GET", "/api/v1/jobs/job_none?wait_for=ever", 422, "invalid_parameter"),
+        ("POST", "/api/v1/internal/attempts/none-a1/events", 401, "unauthorized"),
+    ],
+)
+def test_every_error_is_a_problem(client: Client, method: str, path: str, status: int, code: str) -> None:
+    answer = client._http.request(method, path, headers={"X-Request-ID": "mine"})
+
+    problem = Problem.model_validate_json(answer.content)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-request-id"] == problem.request_id == "mine"
+    assert (answer.status_code, problem.status, problem.code) == (status, status, code)
+    assert problem.instance == path.partition("?")[0]
+
+
+def test_parameter_out_of_range_is_named(client: Client) -> None:
+    answer = client._http.get("/api/v1/jobs", params={"page_size": "0"})
+
+    assert answer.json()["errors"][0] == {
+        "pointer": "page_size",
+        "code": "out_of_range",
+        "detail": 'page_size must be >= 1, got "0"',
+        "hint": None,
+    }
+
+
+def test_page_token_of_another_filter_is_refused(client: Client) -> None:
+    for _ in range(2):
+        client.cancel(client.submit(GOOD).id)
+    token = client.list_jobs(page_size=1).next_page_token
+
+    with pytest.raises(InvalidRequestError, match="other filters"):
+        client.list_jobs(page_size=1, page_token=token, phase="FAILED")
+
+
+def test_idempotency_key_with_another_body_is_refused(client: Client) -> None:
+    client.submit(GOOD, idempotency_key="key-of-bad-input")
+
+    with pytest.raises(InvalidRequestError, match="'key-of-bad-input'"):
+        client.submit(GOOD | {"seed": 5}, idempotency_key="key-of-bad-input")
+
+
+def test_check_without_creating_gives_the_whole_spec(client: Client) -> None:
+    before = len(client.list_jobs(page_size=1000).jobs)
+
+    checked = client.validate("name: small\nmodel: {kind: mlp}\ndata: {kind: digits}\noptimizer: {kind: ngd}\n"
+                              "schedule: {epochs: 1}\nbatch: {global_size: 32}\n")  # fmt: skip
+
+    assert checked.spec["optimizer"]["damping"] == 0.001
+    assert len(client.list_jobs(page_size=1000).jobs) == before
+
+
+def test_unknown_job_is_not_found_by_the_client(client: Client) -> None:
+    with pytest.raises(NotFoundError, match="'job_none'"):
+        client.get("job_none")

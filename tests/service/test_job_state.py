@@ -1,0 +1,200 @@
+"""The transition table, row by row, and what holds for every sequence of observations."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.job_state import (
+    ACTIVE,
+    TERMINAL,
+    TRANSITIONS,
+    Action,
+    AttemptState,
+    Decision,
+    Desired,
+    JobState,
+    Observation,
+    Phase,
+    Policy,
+    Process,
+    decide,
+)
+from workers.rundir import Outcome
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+POLICY = Policy(retry_backoff_s=2, cancel_grace_s=30, interrupt_grace_s=10)
+SUCCEEDED = Outcome(result="succeeded", step=9)
+HOPELESS = Outcome(result="failed", reason="DataNotFound", message="no data", retryable=False)
+UNLUCKY = Outcome(result="failed", reason="WorkerLost", message="lost", retryable=True)
+STOPPED = Outcome(result="cancelled", step=4)
+
+GONE = {"process": Process.EXITED}
+UP = {"process": Process.RUNNING}
+UNSENT = {"is_submitted": False}
+SILENT = {"has_started": False}
+
+
+def job(phase: Phase, desired: Desired = Desired.RUNNING, **given: object) -> JobState:
+    asked = NOW if desired is Desired.CANCELLED else None
+    return replace(JobState(phase, desired, max_attempts=3, cancel_requested_at=asked), **given)
+
+
+def cancelled(phase: Phase, **given: object) -> JobState:
+    return job(phase, Desired.CANCELLED, **given)
+
+
+def attempt(number: int = 1, **given: object) -> AttemptState:
+    return replace(AttemptState(number, is_submitted=True, has_started=True), **given)
+
+
+def seen(**given: object) -> Observation:
+    return replace(Observation(now=NOW), **given)
+
+
+@pytest.mark.parametrize(
+    ("state", "live", "observed", "phase", "action"),
+    [
+        (job(Phase.QUEUED), None, seen(), Phase.STARTING, Action.NEW_ATTEMPT),
+        (cancelled(Phase.QUEUED), None, seen(), Phase.CANCELLED, Action.NONE),
+        (job(Phase.STARTING), attempt(**UNSENT), seen(), None, Action.SUBMIT),
+        (cancelled(Phase.STARTING), attempt(**UNSENT), seen(), Phase.CANCELLED, Action.NONE),
+        (job(Phase.STARTING), attempt(**SILENT), seen(**UP), None, Action.NONE),
+        (job(Phase.STARTING), attempt(), seen(**UP), Phase.RUNNING, Action.NONE),
+        (job(Phase.STARTING), attempt(), seen(**GONE, outcome=SUCCEEDED), Phase.SUCCEEDED, Action.NONE),
+        (job(Phase.RUNNING), attempt(), seen(**UP), None, Action.NONE),
+        (job(Phase.RUNNING), attempt(), seen(**GONE, outcome=SUCCEEDED), Phase.SUCCEEDED, Action.NONE),
+        (job(Phase.RUNNING), attempt(), seen(**GONE, outcome=HOPELESS), Phase.FAILED, Action.NONE),
+        (job(Phase.RUNNING), attempt(), seen(**GONE, outcome=UNLUCKY), Phase.RECOVERING, Action.NONE),
+        (job(Phase.RUNNING), attempt(), seen(**GONE, outcome=STOPPED), Phase.RECOVERING, Action.NONE),
+        (job(Phase.RUNNING), attempt(), seen(**GONE), Phase.RECOVERING, Action.NONE),
+        (job(Phase.RUNNING), attempt(), seen(process=Process.UNKNOWN), Phase.RECOVERING, Action.NONE),
+        (job(Phase.RUNNING), attempt(3), seen(**GONE), Phase.FAILED, Action.NONE),
+        (cancelled(Phase.RUNNING), attempt(), seen(**UP), Phase.CANCELLING, Action.NONE),
+        (cancelled(Phase.STARTING), attempt(**SILENT), seen(**UP), Phase.CANCELLING, Action.INTERRUPT),
+        (cancelled(Phase.CANCELLING), attempt(), seen(**GONE, outcome=STOPPED), Phase.CANCELLED, Action.NONE),
+        (cancelled(Phase.CANCELLING), attempt(), seen(**GONE, outcome=SUCCEEDED), Phase.SUCCEEDED, Action.NONE),
+        (cancelled(Phase.CANCELLING), attempt(), seen(**GONE, outcome=HOPELESS), Phase.FAILED, Action.NONE),
+        (cancelled(Phase.CANCELLING), attempt(), seen(**GONE), Phase.CANCELLED, Action.NONE),
+        (job(Phase.RECOVERING, retry_at=NOW + timedelta(seconds=1)), None, seen(), None, Action.NONE),
+        (job(Phase.RECOVERING, retry_at=NOW), None, seen(), Phase.STARTING, Action.NEW_ATTEMPT),
+        (cancelled(Phase.RECOVERING), None, seen(), Phase.CANCELLED, Action.NONE),
+    ],
+)  # fmt: skip
+def test_what_follows(
+    state: JobState, live: AttemptState | None, observed: Observation, phase: Phase | None, action: Action
+) -> None:
+    decision = decide(state, live, observed, POLICY)
+
+    assert (decision.phase, decision.action) == (phase, action)
+
+
+@pytest.mark.parametrize(
+    ("sent", "after_s", "action"),
+    [
+        (attempt(), 29, Action.NONE),
+        (attempt(), 30, Action.INTERRUPT),
+        (attempt(stop=Action.INTERRUPT, stop_sent_at=NOW + timedelta(seconds=30)), 39, Action.NONE),
+        (attempt(stop=Action.INTERRUPT, stop_sent_at=NOW + timedelta(seconds=30)), 40, Action.KILL),
+        (attempt(stop=Action.KILL, stop_sent_at=NOW + timedelta(seconds=40)), 50, Action.KILL),
+    ],
+)
+def test_stop_signals_grow_stronger_with_time(sent: AttemptState, after_s: int, action: Action) -> None:
+    state = cancelled(Phase.CANCELLING)
+
+    decision = decide(state, sent, seen(**UP, now=NOW + timedelta(seconds=after_s)), POLICY)
+
+    assert (decision.phase, decision.action) == (None, action)
+
+
+def test_backoff_doubles_up_to_its_limit() -> None:
+    assert [POLICY.backoff(number).total_seconds() for number in (1, 2, 3, 9, 1000)] == [2, 4, 8, 300, 300]
+
+
+def test_last_failure_says_how_often_and_why() -> None:
+    decision = decide(job(Phase.RUNNING), attempt(3), seen(**GONE, outcome=UNLUCKY), POLICY)
+
+    assert decision.reason == "MaxAttemptsExceeded"
+    assert decision.message == "attempt 3 failed: lost; failure.max_attempts is 3; the job's log tells more"
+
+
+outcomes = st.sampled_from([None, SUCCEEDED, HOPELESS, UNLUCKY, STOPPED])
+sights = st.builds(
+    lambda process, outcome, delay_s: (process, outcome if process is Process.EXITED else None, delay_s),
+    st.sampled_from(Process),
+    outcomes,
+    st.integers(0, 400),
+)
+
+
+class Run:
+    """A job under the reconciler's rules, as the store keeps it."""
+
+    def __init__(self) -> None:
+        self.job = JobState(Phase.QUEUED, Desired.RUNNING, max_attempts=3)
+        self.live: AttemptState | None = None
+        self.attempts = 0
+        self.phases = [Phase.QUEUED]
+        self.now = NOW
+
+    def cancel(self) -> None:
+        if self.job.phase not in TERMINAL:
+            self.job = replace(self.job, desired=Desired.CANCELLED, cancel_requested_at=self.now)
+
+    def look(self, process: Process, outcome: Outcome | None) -> Decision:
+        decision = decide(self.job, self.live, Observation(self.now, process, outcome), POLICY)
+        if decision.ends_attempt:
+            self.live = None
+        if decision.phase is not None:
+            assert decision.phase in TRANSITIONS[self.job.phase]
+            self.job = replace(self.job, phase=decision.phase, retry_at=decision.retry_at)
+            self.phases.append(decision.phase)
+        if decision.action is Action.NEW_ATTEMPT:
+            assert self.live is None
+            self.attempts += 1
+            self.live = AttemptState(self.attempts, is_submitted=False, has_started=False)
+        elif self.live and decision.action is Action.SUBMIT:
+            self.live = replace(self.live, is_submitted=True)
+        elif self.live and decision.action in (Action.INTERRUPT, Action.KILL):
+            self.live = replace(self.live, stop=decision.action, stop_sent_at=self.now)
+        return decision
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(sights, max_size=30), st.integers(0, 30))
+def test_every_path_is_legal_and_an_end_is_final(
+    path: list[tuple[Process, Outcome | None, int]], cancel_at: int
+) -> None:
+    run = Run()
+    for index, (process, outcome, delay_s) in enumerate(path):
+        run.now += timedelta(seconds=delay_s)
+        if index == cancel_at:
+            run.cancel()
+        had_ended, phases = run.job.phase in TERMINAL, len(run.phases)
+        decision = run.look(process, outcome)
+        if had_ended:
+            assert decision == Decision()
+            assert len(run.phases) == phases
+
+    assert run.attempts <= run.job.max_attempts
+    assert (run.live is not None) <= (run.job.phase in ACTIVE)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(sights, max_size=15))
+def test_cancelled_job_always_ends(path: list[tuple[Process, Outcome | None, int]]) -> None:
+    run = Run()
+    for process, outcome, delay_s in path:
+        run.now += timedelta(seconds=delay_s)
+        run.look(process, outcome)
+    run.cancel()
+
+    was_killed = False
+    for _ in range(200):
+        run.now += timedelta(seconds=1)
+        process = Process.EXITED if was_killed else Process.RUNNING
+        was_killed |= run.look(process, None).action is Action.KILL
+
+    assert run.job.phase in TERMINAL

@@ -1,0 +1,275 @@
+"""What every store must do, on each database it may be on."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from ulid import ULID
+
+from service.errors import IdempotencyError, NotFoundError, StaleAttemptError
+from service.job_state import Action, Decision, Phase
+from service.store.base import Claim, JobRecord, KeyedRequest, Store
+from service.store.sql import SQLStore
+from service.store.tables import metadata
+from tests.support.attempts import small_spec
+from tests.support.fault_driver import step_record
+from workers.events import Evaluation, Event, Numbered, Steps
+
+NOW = datetime(2030, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+SPEC = small_spec().model_dump(mode="json")
+
+
+def create(store: Store, **given: Any) -> JobRecord:
+    return store.create_job(f"job_{ULID()}", "small", SPEC, NOW, **given)[0]
+
+
+def claim_all(store: Store, token: str = "lease", now: datetime = NOW, max_running: int = 1) -> list[Claim]:
+    return store.claim(lease_token=token, now=now, lease_s=10, max_running=max_running)
+
+
+def start(store: Store) -> Claim:
+    """A job with a live attempt, under lease."""
+    create(store)
+    (claim,) = claim_all(store)
+    assert store.apply(claim, Decision(Phase.STARTING, action=Action.NEW_ATTEMPT), NOW)
+    store.release(claim)
+    return claim_all(store)[0]
+
+
+def steps(seq: int, *numbers: int, loss: float = 1.0) -> Numbered:
+    records = [step_record(number, loss) for number in numbers]
+    return Numbered(seq=seq, time_s=NOW.timestamp(), event=Steps(records=records))
+
+
+def event(seq: int, fact: Event) -> Numbered:
+    return Numbered(seq=seq, time_s=NOW.timestamp(), event=fact)
+
+
+def seqs(store: Store, job_id: str) -> list[int | None]:
+    return [record.seq for record in store.events_after(job_id, 0, 100) if record.seq is not None]
+
+
+def losses(store: Store, job_id: str) -> Iterable[tuple[int, str]]:
+    return [(point.step, point.json.partition('"loss":')[2].partition(",")[0]) for point in store.steps(job_id, 0)]
+
+
+def test_job_reads_back_as_it_was_created(store: SQLStore) -> None:
+    job = create(store)
+
+    assert store.get_job(job.id) == job
+    assert (job.spec, job.created_at, job.state.phase) == (SPEC, NOW, Phase.QUEUED)
+    assert [record.data["to"] for record in store.events_after(job.id, 0, 10)] == ["QUEUED"]
+
+
+def test_jobs_are_listed_newest_first_and_by_phase(store: SQLStore) -> None:
+    first, second = create(store), create(store)
+    store.request_cancel(first.id, NOW)
+
+    assert [job.id for job in store.list_jobs(phases=[], before_id=None, limit=9)] == [second.id, first.id]
+    assert [job.id for job in store.list_jobs(phases=[], before_id=second.id, limit=9)] == [first.id]
+    assert store.list_jobs(phases=[Phase.RUNNING], before_id=None, limit=9) == []
+
+
+def test_same_key_and_request_give_the_same_job(store: SQLStore) -> None:
+    keyed = KeyedRequest("k", "f")
+
+    job = create(store, keyed=keyed)
+
+    assert store.create_job("job_other", "small", SPEC, NOW, keyed)[0].id == job.id
+    assert store.get_job("job_other") is None
+
+
+def test_same_key_with_another_request_is_refused(store: SQLStore) -> None:
+    create(store, keyed=KeyedRequest("k", "f"))
+
+    with pytest.raises(IdempotencyError, match="'k'"):
+        create(store, keyed=KeyedRequest("k", "g"))
+
+
+def test_key_is_forgotten_after_a_day(store: SQLStore) -> None:
+    keyed = KeyedRequest("k", "f")
+    job = create(store, keyed=keyed)
+
+    later = store.create_job("job_later", "small", SPEC, NOW + timedelta(hours=25), keyed)[0]
+
+    assert later.id != job.id
+
+
+def test_many_requests_with_one_key_at_once_make_one_job(store: SQLStore) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: create(store, keyed=KeyedRequest("k", "f")).id, range(8)))
+
+    assert len(set(made)) == 1
+    assert len(store.list_jobs(phases=[], before_id=None, limit=99)) == 1
+
+
+def test_claim_gives_out_waiting_jobs_in_order_up_to_the_limit(store: SQLStore) -> None:
+    ids = [create(store).id for _ in range(3)]
+
+    claimed = [claim.job.id for claim in claim_all(store, max_running=2)]
+
+    assert claimed == ids[:2]
+    assert claim_all(store, "other", max_running=2) == []
+
+
+def test_lease_that_has_run_out_passes_to_another_and_the_first_may_no_longer_write(store: SQLStore) -> None:
+    create(store)
+    (late,) = claim_all(store, "late")
+
+    (taken,) = claim_all(store, "taken", now=NOW + timedelta(seconds=11))
+
+    decision = Decision(Phase.STARTING, action=Action.NEW_ATTEMPT)
+    assert not store.apply(late, decision, NOW)
+    assert store.apply(taken, decision, NOW)
+    assert store.get_attempt(f"{taken.job.id}-a1") is not None
+
+
+def test_transition_stores_phase_event_and_attempt_together(store: SQLStore) -> None:
+    claim = start(store)
+
+    job = store.get_job(claim.job.id)
+
+    assert job is not None
+    assert (job.state.phase, job.attempt, job.started_at) == (Phase.STARTING, 1, NOW)
+    assert claim.attempt is not None
+    assert claim.attempt.id == f"{job.id}-a1"
+    assert [record.data["to"] for record in store.events_after(job.id, 0, 10)] == ["QUEUED", "STARTING"]
+
+
+def test_cancelled_waiting_job_is_claimed_without_a_slot(store: SQLStore) -> None:
+    job = create(store)
+    store.request_cancel(job.id, NOW)
+
+    assert [claim.job.id for claim in claim_all(store, max_running=0)] == [job.id]
+
+
+def test_cancelling_twice_changes_nothing(store: SQLStore) -> None:
+    job = create(store)
+
+    once = store.request_cancel(job.id, NOW)
+
+    assert store.request_cancel(job.id, NOW + timedelta(seconds=5)) == once
+    assert store.request_cancel("job_none", NOW) is None
+
+
+def test_repeated_delivery_changes_nothing(store: SQLStore) -> None:
+    claim = start(store)
+    delivery = [steps(1, 1, 2), steps(2, 3)]
+    first = store.ingest(f"{claim.job.id}-a1", delivery)
+    before = store.get_job(claim.job.id), store.steps(claim.job.id, 0), store.events_after(claim.job.id, 0, 100)
+
+    again = store.ingest(f"{claim.job.id}-a1", [*delivery, *delivery])
+
+    after = store.get_job(claim.job.id), store.steps(claim.job.id, 0), store.events_after(claim.job.id, 0, 100)
+    assert (first.new_events, again.new_events, again.acknowledged_seq) == (2, 0, 2)
+    assert after == before
+
+
+def test_acknowledged_seq_is_the_last_without_a_gap(store: SQLStore) -> None:
+    claim = start(store)
+    attempt = f"{claim.job.id}-a1"
+
+    assert store.ingest(attempt, [steps(1, 1), steps(3, 3)]).acknowledged_seq == 1
+    assert store.ingest(attempt, [steps(2, 2)]).acknowledged_seq == 3
+    assert sorted(seqs(store, claim.job.id)) == [1, 2, 3]
+    assert store.ingest(attempt, []).acknowledged_seq == 3
+
+
+def test_step_redone_after_a_resume_replaces_the_old_one_in_whatever_order_they_come(store: SQLStore) -> None:
+    claim = start(store)
+    attempt = f"{claim.job.id}-a1"
+
+    store.ingest(attempt, [steps(2, 1, loss=22.0), steps(3, 2, loss=33.0)])
+    store.ingest(attempt, [steps(1, 1, 2, loss=11.0)])
+
+    assert losses(store, claim.job.id) == [(1, "22.0"), (2, "33.0")]
+
+
+def test_numbers_that_are_not_finite_survive(store: SQLStore) -> None:
+    claim = start(store)
+
+    store.ingest(f"{claim.job.id}-a1", [steps(1, 1, loss=float("nan"))])
+
+    job = store.get_job(claim.job.id)
+    assert job is not None
+    assert job.metrics_latest["loss"] == "NaN"
+    assert losses(store, claim.job.id) == [(1, '"NaN"')]
+
+
+def test_progress_and_newest_metrics_follow_the_events(store: SQLStore) -> None:
+    claim = start(store)
+    tested = Evaluation(step=2, epoch=0.2, test_loss=0.5, test_accuracy=0.8)
+
+    store.ingest(f"{claim.job.id}-a1", [steps(1, 1, 2, loss=0.25), event(2, tested)])
+
+    job = store.get_job(claim.job.id)
+    assert job is not None
+    assert job.progress["step"] == 2
+    assert (job.metrics_latest["loss"], job.metrics_latest["test_accuracy"]) == (0.25, 0.8)
+    assert [point.step for point in store.evaluations(claim.job.id, 0)] == [2]
+
+
+def test_reports_of_an_ended_attempt_are_refused(store: SQLStore) -> None:
+    claim = start(store)
+    store.apply(claim, Decision(Phase.RECOVERING, ends_attempt=True), NOW)
+
+    with pytest.raises(StaleAttemptError, match="attempt 1"):
+        store.ingest(f"{claim.job.id}-a1", [steps(1, 1)])
+    assert store.steps(claim.job.id, 0) == []
+
+
+def test_reports_of_an_unknown_attempt_are_refused(store: SQLStore) -> None:
+    with pytest.raises(NotFoundError, match="'job_x-a1'"):
+        store.ingest("job_x-a1", [])
+
+
+def test_event_ids_grow_and_none_is_skipped_by_a_cursor_while_others_write(store: SQLStore) -> None:
+    claim = start(store)
+    attempt = f"{claim.job.id}-a1"
+    with ThreadPoolExecutor(4) as pool:
+        deliveries = [pool.submit(store.ingest, attempt, [steps(seq, seq)]) for seq in range(1, 41)]
+        seen, cursor = list[int | None](), 0
+        while len(seen) < 42:
+            news = store.events_after(claim.job.id, cursor, 7)
+            seen += [record.seq for record in news]
+            cursor = news[-1].id if news else cursor
+        for delivery in deliveries:
+            delivery.result()
+
+    assert sorted(seq for seq in seen if seq is not None) == list(range(1, 41))
+
+
+def test_large_delivery_is_stored_whole(store: SQLStore) -> None:
+    claim = start(store)
+
+    store.ingest(f"{claim.job.id}-a1", [steps(1, *range(1, 1501))])
+
+    assert [point.step for point in store.steps(claim.job.id, 1400)] == list(range(1400, 1501))
+
+
+def test_migrations_make_exactly_the_tables(database_url: str) -> None:
+    SQLStore(database_url).close()
+
+    engine = sa.create_engine(database_url)
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), metadata)
+    engine.dispose()
+
+    assert differences == []
+
+
+def test_opening_a_database_again_keeps_what_is_in_it(database_url: str) -> None:
+    first = SQLStore(database_url)
+    job = create(first)
+    first.close()
+
+    second = SQLStore(database_url)
+
+    assert second.get_job(job.id) == job
+    second.check()
+    second.close()
