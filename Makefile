@@ -37,10 +37,12 @@ check: $(STAMP) ## lint, format, types, import layers
 	$(BIN)/lint-imports
 
 gpu: $(STAMP) ## run the oracles on CUDA and time a first step; says so where there is no GPU
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/pytest -m gpu tests/ngd_dist/test_cuda.py
+	$(BIN)/python -m benchmarks.step_overhead --device cuda --models mlp resnet50 --hardware gpu
 
-bench: $(STAMP) ## measure: writes benchmarks/results/
-	$(BIN)/python -m benchmarks
+bench: $(STAMP) ## measure on this CPU, for an hour or more; writes benchmarks/results/; needs NGD_DATA_DIR
+	$(BIN)/python -m benchmarks.step_overhead --hardware cpu
+	$(BIN)/python -m benchmarks.steps_to_accuracy --data-dir "$${NGD_DATA_DIR:?the folder that holds fashion-mnist/}" --work .ngd/bench
 
 # The end-to-end test drives Debian's Chromium; only root may install it, and only where apt is.
 browser:
