@@ -1,6 +1,6 @@
 """What does one training step with SP-NGD cost beside SGD's?
 
-Both run in this process on the same model and batch, in alternating blocks; the figure is the ratio of their medians.
+Both run in this process on the same model and batch, in alternating blocks; the figure is the ratio of their means.
 Three schedules: every statistic refreshed every step, every tenth step, and practically never (what applying costs).
 
     python -m benchmarks.step_overhead --device cuda

@@ -22,7 +22,7 @@ from benchmarks.record import folder_for, write
 RECIPE = Path(__file__).parent.parent / "workers/recipes/fashion-mnist.yaml"
 EVALUATE_EVERY_STEPS = 5  # the resolution of every count below
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
-SHORT, LONG = 140, 280  # 10 and 20 epochs: lr falls linearly to 0 over the whole length
+SHORT, LONG = 140, 210  # 10 and 15 epochs: lr falls linearly to 0 over the whole length
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ngd": [
