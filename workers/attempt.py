@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ngd_dist.comm import Communicator
 from workers.context import TrainContext, device_of
-from workers.ending import EXIT_STATUS, conclude, failure
+from workers.ending import EXIT_STATUS, conclude, failure, summary
 from workers.errors import SpecError, WorkerError
 from workers.events import WorkersRestarted
 from workers.loop import train
@@ -71,7 +71,7 @@ def _run_command(spec_file: Path, run_dir: Path, data_dir: Path) -> Outcome:
     outcome = run_rank(attempt_dir)
     if comm.rank == 0:
         conclude(attempt_dir, outcome)
-        logging.info("%s", outcome.message or f"{outcome.result}: test accuracy {outcome.test_accuracy}")
+        logging.info("%s", summary(outcome))
     if dist.is_initialized():
         dist.destroy_process_group()
     return outcome

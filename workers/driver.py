@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from workers.ending import EXIT_STATUS, conclude, failure
+from workers.ending import EXIT_STATUS, conclude, failure, summary
 from workers.errors import ClusterError, SpecError, WorkerError
 from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec import JobSpec
@@ -56,7 +56,7 @@ def main() -> None:
     if outcome is None:
         _stop_in_order_on_signals(attempt_dir)
         outcome = _run(attempt_dir)
-        log.info("%s: %s", outcome.result, outcome.message or f"test accuracy {outcome.test_accuracy}")
+        log.info("%s", summary(outcome))
     sys.exit(EXIT_STATUS[outcome.result])
 
 
@@ -106,17 +106,20 @@ def _run_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome
     os.environ.update(RAY_SETTINGS)
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     # A socket's path may have 107 bytes, and Ray puts some 60 of its own below this.
     temporary = tempfile.mkdtemp(prefix="ngd-", dir="/tmp")
-    try:
-        _start_cluster(spec, temporary)
-        _stop_in_order_on_signals(attempt_dir)  # again: Ray has put its own handlers there
-        if attempt_dir.stop.exists():
-            return Outcome(result="cancelled", step=_saved_step(spec, facts))
-        return _fit(attempt_dir, spec, facts)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
+    # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread:
+        try:
+            thread.submit(_start_cluster, spec, temporary).result()
+            _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
+            if attempt_dir.stop.exists():
+                return Outcome(result="cancelled", step=_saved_step(spec, facts))
+            return thread.submit(_fit, attempt_dir, spec, facts).result()
+        finally:
+            ray.shutdown()
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _start_cluster(spec: JobSpec, temporary: str) -> None:
@@ -174,9 +177,7 @@ def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
         ),
     )
     try:
-        # In the main thread Ray Train would take SIGINT for itself and abort.
-        with ThreadPoolExecutor(1, thread_name_prefix="fit") as executor:
-            result = executor.submit(trainer.fit).result()
+        result = trainer.fit()
     except TrainingFailedError as error:
         raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
     return Outcome.model_validate(result.return_value)

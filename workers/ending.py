@@ -5,7 +5,7 @@ from workers.events import Cancelled, Done, Event, Failed
 from workers.reporter import SpoolingReporter
 from workers.rundir import AttemptDir, Outcome, write_json
 
-__all__ = ["EXIT_STATUS", "conclude", "failure"]
+__all__ = ["EXIT_STATUS", "conclude", "failure", "summary"]
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
 
@@ -21,6 +21,15 @@ def conclude(attempt_dir: AttemptDir, outcome: Outcome) -> None:
     reporter.report(_last_event(outcome))
     reporter.close()
     write_json(attempt_dir.outcome, outcome)
+
+
+def summary(outcome: Outcome) -> str:
+    """Returns the outcome as a line for a log."""
+    if outcome.result == "failed":
+        return f"failed: {outcome.reason}: {outcome.message}"
+    if outcome.result == "cancelled":
+        return f"cancelled after step {outcome.step}"
+    return f"succeeded after step {outcome.step}: test accuracy {outcome.test_accuracy:.4f}"
 
 
 def _last_event(outcome: Outcome) -> Event:
