@@ -9,7 +9,7 @@ from ngd_dist.cost import Cost, LayerShape
 from ngd_dist.damping import pi_split
 from ngd_dist.inversion import Ending, invert
 from ngd_dist.kronecker import precondition, second_moment
-from ngd_dist.layers import Rows
+from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics import StatisticSpec, packed_size
 

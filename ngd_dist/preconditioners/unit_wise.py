@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ngd_dist.cost import Cost, LayerShape
 from ngd_dist.inversion import Ending
-from ngd_dist.layers import Rows
+from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics import StatisticSpec
 

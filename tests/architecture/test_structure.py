@@ -1,0 +1,100 @@
+"""The structure that the documents promise, held by reading the code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(p for package in ("ngd_dist", "workers", "service") for p in (ROOT / package).rglob("*.py"))
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+# Which file alone may import a module: everything else goes through it.
+ONLY_HERE = {
+    "ray": ("workers/driver.py",),
+    "sqlalchemy": ("service/store/",),
+    "alembic": ("service/store/",),
+}
+COLLECTIVES = {"all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_object", "broadcast"}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_import_layers_hold() -> None:
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("module", ONLY_HERE)
+def test_a_library_is_known_in_one_place(module: str) -> None:
+    knowing = {
+        str(path.relative_to(ROOT))
+        for path in SHIPPED
+        if any(name == module or name.startswith(module + ".") for name in imports(path))
+    }
+
+    assert {path for path in knowing if not path.startswith(ONLY_HERE[module])} == set()
+    assert knowing
+
+
+def test_only_comm_calls_collectives() -> None:
+    calling = {
+        str(path.relative_to(ROOT))
+        for path in SHIPPED
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr in COLLECTIVES
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "dist"
+    }
+
+    assert calling == {"ngd_dist/comm.py"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    reading = {str(p.relative_to(ROOT)) for p in SHIPPED if "os.environ" in p.read_text() or "getenv" in p.read_text()}
+
+    assert reading <= {"service/settings.py", "service/dispatchers/local.py", "workers/driver.py"}
+
+
+def test_no_module_is_a_dumping_ground() -> None:
+    names = {part for path in SHIPPED for part in path.relative_to(ROOT).with_suffix("").parts}
+
+    assert not names & {"utils", "helpers", "common", "misc", "core", "manager"}
+
+
+def test_public_names_change_only_on_purpose() -> None:
+    import ngd_dist
+    from ngd_dist import config
+
+    assert set(ngd_dist.__all__) == {"NGD", "NGDConfig"}
+    assert set(config.NGDConfig.model_fields) == {
+        "preconditioner", "staleness", "strategy", "lr", "momentum", "weight_decay", "damping", "ema_decay", "stagger",
+        "statistics_wire", "micro_batches", "loss_reduction",
+    }  # fmt: skip
