@@ -3,15 +3,11 @@
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 
 from service import dashboard
-from service.api import events, health, internal, jobs, logs, metrics, problems
+from service.api.application import api_application
 from service.api.parts import Parts
 from service.dispatchers.local import LocalDispatcher
 from service.errors import StartupError
@@ -22,11 +18,8 @@ from service.reconciler import Reconciler
 from service.settings import Settings
 from service.store.sql import SQLStore
 from service.tokens import Tokens, read_or_create_key
-from workers.spec import JobSpec
 
-__all__ = ["create_app", "openapi_schema"]
-
-ROUTERS = (jobs.router, events.router, metrics.router, logs.router, internal.router, health.router)
+__all__ = ["create_app"]
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -43,15 +36,10 @@ def create_app(settings: Settings) -> FastAPI:
             parts.reconciler.stop()
             parts.store.close()
 
-    app = _bare_app(lifespan)
+    app = api_application(lifespan)
     app.state.parts = parts
     dashboard.mount(app, settings)
     return app
-
-
-def openapi_schema() -> dict[str, Any]:
-    """Returns the API's description, as GET /openapi.json serves it; needs no database."""
-    return _bare_app(None).openapi()
 
 
 def _assemble(settings: Settings) -> Parts:
@@ -88,28 +76,3 @@ def _assemble(settings: Settings) -> Parts:
         jobs=Jobs(store, tokens, reconciler.wake),
         closing=threading.Event(),
     )
-
-
-def _bare_app(lifespan: Any) -> FastAPI:
-    app = FastAPI(
-        title="ngd-dist",
-        version=version("ngd-dist"),
-        description="Distributed large-batch training with SP-NGD: jobs, their progress and their metrics.",
-        lifespan=lifespan,
-        responses=problems.PROBLEM_RESPONSES,
-        generate_unique_id_function=lambda route: route.name,
-    )
-    problems.install(app)
-    for router in ROUTERS:
-        app.include_router(router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return app
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        _, spec = models_json_schema([(JobSpec, "validation")], ref_template="#/components/schemas/{model}")
-        schema["components"]["schemas"] |= spec["$defs"]
-        app.openapi_schema = schema
-    return app.openapi_schema

@@ -33,7 +33,10 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
 
 
 class _Server(uvicorn.Server):
-    """Ends the event streams when it is told to stop: they would otherwise hold it up until the job has ended."""
+    """Ends the event streams when it is told to stop, for they last as long as their jobs, and exits with 0.
+
+    uvicorn itself dies of the signal it was sent once it has cleaned up. A second signal ends it at once.
+    """
 
     def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
         super().__init__(config)
@@ -41,7 +44,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_exit()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 @contextmanager

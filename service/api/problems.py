@@ -27,7 +27,7 @@ from service.errors import (
 from service.resources import Problem
 from service.validation import explain_parameter
 
-__all__ = ["PROBLEM_RESPONSES", "install"]
+__all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "install"]
 
 log = logging.getLogger(__name__)
 

@@ -51,7 +51,7 @@ class LocalDispatcher:
         self._url = url
         self._command = tuple(command)
         self._failpoint = failpoint
-        self._children: dict[int, subprocess.Popen[bytes]] = {}  # to be waited for, lest they stay as zombies
+        self._children: list[subprocess.Popen[bytes]] = []  # to be waited for, lest they stay as zombies
 
     def submit(self, launch: Launch) -> None:
         folder = self._folder(launch.ref)
@@ -158,7 +158,7 @@ class LocalDispatcher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._children[child.pid] = child
+        self._children.append(child)
         self._failpoint.reach("after_spawn")
         self._note(folder, psutil.Process(child.pid))
 
@@ -167,9 +167,9 @@ class LocalDispatcher:
 
     def _driver(self, folder: AttemptDir) -> psutil.Process | None:
         """Returns the driver if it lives."""
+        self._reap()
         noted = read_json(folder.process, DriverProcess)
         if noted is not None:
-            self._reap(noted.pid)
             return _living(noted)
         if not folder.path.exists():
             return None
@@ -178,10 +178,8 @@ class LocalDispatcher:
             self._note(folder, found)
         return found
 
-    def _reap(self, pid: int) -> None:
-        child = self._children.get(pid)
-        if child is not None and child.poll() is not None:
-            del self._children[pid]
+    def _reap(self) -> None:
+        self._children = [child for child in self._children if child.poll() is None]
 
     def _announce(self, folder: AttemptDir) -> None:
         """Tells a driver that an earlier controller started where this one listens."""

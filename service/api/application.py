@@ -1,0 +1,53 @@
+"""The REST API as an app, without the controller behind it. python -m service.api.application prints its OpenAPI."""
+
+import json
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.types import Lifespan
+
+from service.api import events, health, internal, jobs, logs, metrics, problems
+from workers.spec import JobSpec
+
+__all__ = ["api_application"]
+
+ROUTERS = (jobs.router, events.router, metrics.router, logs.router, internal.router, health.router)
+PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
+
+
+def api_application(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """Returns the app with its routes and its errors; `app.state.parts` is for the caller to set."""
+    app = FastAPI(
+        title="ngd-dist",
+        version=version("ngd-dist"),
+        description="Distributed large-batch training with SP-NGD: jobs, their progress and their metrics.",
+        lifespan=lifespan,
+        responses=problems.PROBLEM_RESPONSES,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    problems.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
+    return app
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """Returns the OpenAPI document, with the JobSpec, which its route reads by itself, and the problems' media type."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, spec = models_json_schema([(JobSpec, "validation")], ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= spec["$defs"]
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"]["default"]["content"] = {problems.MEDIA_TYPE: {"schema": PROBLEM_SCHEMA}}
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(api_application().openapi(), indent=2) + "\n")

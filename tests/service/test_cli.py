@@ -1,0 +1,104 @@
+"""The `ngd` command against a real service: what it prints, and its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.attempts import small_spec
+from tests.support.service_process import ServiceProcess
+
+NGD = (sys.executable, "-c", "from service.cli import main; main()")
+
+
+def ngd(*arguments: str, url: str | None = None, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from service.cli import main; main()",
+        *arguments,
+        *(["--url", url] if url else []),
+    ]
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False)
+
+
+@pytest.fixture
+def url(shared_service: ServiceProcess) -> str:
+    return shared_service.url
+
+
+def spec_file(folder: Path, name: str, **changes: object) -> str:
+    path = folder / f"{name}.json"
+    path.write_text(small_spec(name=name, schedule={"steps": 20}, **changes).model_dump_json())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("steps", 0, "steps SUCCEEDED at step 20, test accuracy 0.9000"),
+        ("refuses", 1, "refuses FAILED - DataNotFound: no folder 'x'; set NGD_DATA_DIR"),
+    ],
+)
+def test_submit_and_follow_ends_as_the_job_does(tmp_path: Path, url: str, name: str, status: int, words: str) -> None:
+    result = ngd("submit", spec_file(tmp_path, name), "--follow", url=url)
+
+    assert result.returncode == status, result.stderr
+    assert words in result.stdout
+
+
+def test_following_a_job_that_is_cancelled_ends_with_3(tmp_path: Path, shared_service: ServiceProcess) -> None:
+    command = [sys.executable, "-c", "from service.cli import main; main()", "submit", spec_file(tmp_path, "waits")]
+    with subprocess.Popen(
+        [*command, "--follow", "--url", shared_service.url], stdout=subprocess.PIPE, text=True
+    ) as shown:
+        assert shown.stdout is not None
+        job_id = shown.stdout.readline().split()[0]
+        shared_service.client.cancel(job_id)
+        shown.stdout.read()
+
+    assert shown.returncode == 3
+
+
+def test_job_is_listed_shown_and_its_log_printed(tmp_path: Path, url: str) -> None:
+    job_id = ngd("submit", spec_file(tmp_path, "steps"), url=url).stdout.split()[0]
+    followed = ngd("logs", job_id, "--follow", url=url)
+
+    assert "attempt 1 of steps" in followed.stdout
+    assert job_id in ngd("jobs", url=url).stdout
+    assert json.loads(ngd("get", job_id, url=url).stdout)["id"] == job_id
+    assert ngd("logs", job_id, "--tail", "1", url=url).stdout == followed.stdout.splitlines(keepends=True)[-1]
+    assert "SUCCEEDED" in ngd("cancel", job_id, url=url).stdout
+
+
+def test_bad_spec_is_explained_field_by_field(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nmodel: {kind: small_cn}\n")
+
+    result = ngd("submit", str(path), url=url)
+
+    assert result.returncode == 1
+    assert 'model.kind must be one of small_cnn, mlp, function, got "small_cn" (did you mean' in result.stderr
+    assert "data is missing" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_service_that_is_not_there_is_said_in_one_sentence() -> None:
+    result = ngd("jobs", url="http://127.0.0.1:1")
+
+    assert result.returncode == 1
+    assert "no service answers at http://127.0.0.1:1" in result.stderr
+    assert "ngd serve" in result.stderr
+
+
+def test_training_needs_no_service(tmp_path: Path) -> None:
+    path = spec_file(tmp_path, "alone")
+
+    result = ngd("train", path, "--run-dir", str(tmp_path / "run"), timeout_s=120)
+
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "attempts" / "1" / "outcome.json").read_text())["result"] == "succeeded"

@@ -1,0 +1,139 @@
+"""What keeps the service from starting is said in one sentence with exit code 2, and nothing is created."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from service.errors import StartupError
+from service.settings import load_settings
+from tests.support.attempts import small_spec
+from tests.support.service_process import ServiceProcess
+
+SPEC = small_spec(name="steps", schedule={"steps": 10_000}).model_dump(mode="json")
+
+
+def serve(home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service"],
+        env=os.environ | {"NGD_HOME": str(home), "NGD_PORT": "0"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org", ""])
+def test_address_that_others_could_reach_is_refused(host: str) -> None:
+    with pytest.raises(StartupError, match=r"must be a loopback address .* no API keys"):
+        load_settings(host=host)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("localhost", "http://127.0.0.1:8000"), ("127.0.0.2", "http://127.0.0.2:8000"), ("::1", "http://[::1]:8000")],
+)
+def test_loopback_addresses_are_taken(host: str, url: str) -> None:
+    assert load_settings(host=host).url == url
+
+
+def test_wrong_setting_is_named_with_its_variable_and_value() -> None:
+    with pytest.raises(StartupError, match=r"NGD_MAX_RUNNING_JOBS.*greater than or equal to 1.*got 0"):
+        load_settings(max_running_jobs=0)
+
+
+def test_foreign_address_ends_the_command(tmp_path: Path) -> None:
+    result = serve(tmp_path / "home", NGD_HOST="0.0.0.0")
+
+    assert_refused(result, "'0.0.0.0'", "SSH tunnel")
+    assert not (tmp_path / "home").exists()
+
+
+def test_port_in_use_ends_the_command(tmp_path: Path, taken_port: int) -> None:
+    result = serve(tmp_path / "home", NGD_PORT=str(taken_port))
+
+    assert_refused(result, f"http://127.0.0.1:{taken_port}", "address already in use", "--port")
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("sqlite:////nowhere/at/all.sqlite", "unable to open database file"),
+        ("postgresql://nobody:hush@127.0.0.1:1/none", "onnection"),
+        ("mysql://localhost/x", "sqlite or postgresql"),
+        ("nonsense", "NGD_DATABASE_URL"),
+    ],
+)
+def test_database_that_can_not_be_opened_ends_the_command(tmp_path: Path, url: str, word: str) -> None:
+    result = serve(tmp_path / "home", NGD_DATABASE_URL=url)
+
+    assert_refused(result, word)
+    assert "hush" not in result.stderr
+
+
+def test_file_that_is_no_database_ends_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("these are only notes, " * 100)
+
+    assert_refused(serve(tmp_path / "home", NGD_DATABASE_URL=f"sqlite:///{file}"), "file is not a database")
+
+
+def test_home_that_is_a_file_ends_the_command(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("")
+
+    assert_refused(serve(tmp_path / "home"), "NGD_HOME")
+
+
+def test_service_stops_in_order_while_a_stream_is_open(
+    start_service: Callable[..., ServiceProcess], tmp_path: Path
+) -> None:
+    service = start_service()
+    job = service.client.submit(SPEC)
+    with service.client._http.stream("GET", f"/api/v1/jobs/{job.id}/events/stream") as stream:
+        next(stream.iter_lines())
+        service.client.cancel(job.id)
+        service.process.terminate()
+        service.process.wait(timeout=20)
+
+    assert service.process.returncode == 0
+    assert "Traceback" not in (tmp_path / "home" / "serve.txt").read_text()
+
+
+def test_importing_the_service_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, service.app, service.cli, service.server; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+    assert result.stdout == "[]\n"
+
+
+def test_command_line_loads_no_server() -> None:
+    code = "import sys, service.cli; print([m for m in ('fastapi', 'sqlalchemy', 'nicegui') if m in sys.modules])"
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+    assert result.stdout == "[]\n"
