@@ -5,6 +5,7 @@ ProblemError                        an answer with a status of 4xx or 5xx
     MalformedBodyError      400     the body is no JSON or YAML
     PageTokenError          400     a page token of another list, or altered
     UnauthorizedError       401     no attempt's token, or another attempt's
+    ForeignPageError        403     a page of another site, or another name for this machine
     NotFoundError           404     no such job or attempt
     StaleAttemptError       409     a later attempt has taken over
     BodyTooLargeError       413     more than MAX_BODY_BYTES
@@ -56,6 +57,10 @@ class PageTokenError(ProblemError, ValueError):
 class UnauthorizedError(ProblemError, PermissionError):
     status, code = HTTPStatus.UNAUTHORIZED, "unauthorized"
     headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
+
+
+class ForeignPageError(ProblemError, PermissionError):
+    status, code = HTTPStatus.FORBIDDEN, "foreign_page"
 
 
 class NotFoundError(ProblemError, LookupError):

@@ -89,6 +89,10 @@ class Reconciler:
         for claim in claims:
             try:
                 self._reconcile(claim)
+            except StoreUnavailableError:
+                raise
+            except Exception:  # one job's trouble must not keep the others waiting
+                log.exception("reconcile_failed job_id=%s", claim.job.id)
             finally:
                 self._store.release(claim)
 

@@ -1,6 +1,7 @@
 """Runs the app on a socket of this machine until it is told to stop."""
 
 import fcntl
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
         port = listener.getsockname()[1]
         settings = settings.model_copy(update={"port": port})
         with _sole_owner(settings):
+            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
+            logging.getLogger("service").setLevel(logging.INFO)
             app = create_app(settings)
             announce(settings)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STREAMS_END_WITHIN_S)

@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
 from service.api import events, health, internal, jobs, logs, metrics, problems
+from service.api.local_pages import LocalPagesOnly
 from workers.spec import JobSpec
 
 __all__ = ["api_application"]
@@ -30,6 +31,7 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
+    app.add_middleware(LocalPagesOnly)
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]

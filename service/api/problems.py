@@ -27,7 +27,7 @@ from service.errors import (
 from service.resources import Problem
 from service.validation import explain_parameter
 
-__all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "install"]
+__all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "answer", "install"]
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_unexpected)
 
 
-def _answer(request: Request, error: ProblemError, headers: Mapping[str, str] | None = None) -> Response:
+def answer(request: Request, error: ProblemError, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns the problem as the response to a request."""
     request_id = getattr(request.state, "request_id", f"req_{ULID()}")
     problem = as_problem(error, instance=request.url.path, request_id=request_id)
     merged = {"X-Request-ID": request_id, **error.headers, **(headers or {})}
@@ -99,7 +100,7 @@ def _answer(request: Request, error: ProblemError, headers: Mapping[str, str] | 
 async def _on_problem(request: Request, error: Exception) -> Response:
     if not isinstance(error, ProblemError):
         raise error
-    return _answer(request, error)
+    return answer(request, error)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
@@ -107,21 +108,21 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
         raise error
     broken = next((item for item in error.errors() if item["type"] == "json_invalid"), None)
     if broken is not None:
-        return _answer(request, MalformedBodyError(f"the body is no JSON: {broken['ctx']['error']}"))
+        return answer(request, MalformedBodyError(f"the body is no JSON: {broken['ctx']['error']}"))
     items = [explain_parameter(item) for item in error.errors()]
-    return _answer(request, InvalidParameterError("; ".join(item.detail for item in items), items))
+    return answer(request, InvalidParameterError("; ".join(item.detail for item in items), items))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    return _answer(request, _of_framework(request, HTTPStatus(error.status_code), str(error.detail)), error.headers)
+    return answer(request, _of_framework(request, HTTPStatus(error.status_code), str(error.detail)), error.headers)
 
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:
     log.error("request_failed method=%s path=%s", request.method, request.url.path, exc_info=error)
     detail = "the service made a mistake; its log tells more under this request_id"
-    return _answer(request, problem_of_status(HTTPStatus.INTERNAL_SERVER_ERROR, detail))
+    return answer(request, problem_of_status(HTTPStatus.INTERNAL_SERVER_ERROR, detail))
 
 
 def _of_framework(request: Request, status: HTTPStatus, detail: str) -> ProblemError:

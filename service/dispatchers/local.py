@@ -20,7 +20,7 @@ from service.dispatchers.base import AttemptRef, DispatchError, Launch, Seen
 from service.failpoint import Failpoint
 from service.job_state import Process
 from workers.events import Numbered, numbered
-from workers.rundir import AttemptDir, Facts, read_json, write_json
+from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec import JobSpec
 
 __all__ = ["LocalDispatcher"]
@@ -72,7 +72,7 @@ class LocalDispatcher:
     def inspect(self, ref: AttemptRef) -> Seen:
         folder = self._folder(ref)
         driver = self._driver(folder)
-        outcome = folder.read_outcome()
+        outcome = _outcome(folder)
         if driver is not None and outcome is not None and _age_s(folder.outcome) > LINGER_S:
             log.warning("driver_lingers attempt=%s pid=%s", ref.attempt_id, driver.pid)
             self.kill(ref)
@@ -186,6 +186,15 @@ class LocalDispatcher:
         facts = folder.read_facts()
         if facts.url != self._url:
             write_json(folder.facts, facts.model_copy(update={"url": self._url}))
+
+
+def _outcome(folder: AttemptDir) -> Outcome | None:
+    """Returns how the attempt ended; a file that can't be read counts as none, so that the job goes on."""
+    try:
+        return folder.read_outcome()
+    except ValidationError as error:
+        log.error("outcome_unreadable path=%s error=%s", folder.outcome, error)
+        return None
 
 
 def _living(noted: DriverProcess) -> psutil.Process | None:

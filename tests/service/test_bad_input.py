@@ -204,3 +204,19 @@ def test_check_without_creating_gives_the_whole_spec(client: Client) -> None:
 def test_unknown_job_is_not_found_by_the_client(client: Client) -> None:
     with pytest.raises(NotFoundError, match="'job_none'"):
         client.get("job_none")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "rebound.example:8000"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "["}],
+)
+def test_web_page_of_another_site_is_refused(client: Client, headers: dict[str, str]) -> None:
+    answer = client._http.post("/api/v1/jobs/job_none:cancel", headers=headers)
+
+    assert (answer.status_code, answer.json()["code"]) == (403, "foreign_page")
+
+
+def test_page_of_this_machine_is_served(client: Client) -> None:
+    headers = {"Host": "localhost:8000", "Origin": "http://localhost:8000"}
+
+    assert client._http.get("/api/v1/jobs", headers=headers).status_code == 200

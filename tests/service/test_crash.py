@@ -45,11 +45,11 @@ def drivers(service: ServiceProcess, job_id: str) -> list[psutil.Process]:
     folder = str(service.home / "runs" / job_id)
     found = psutil.process_iter(["cmdline", "status"])
     living = [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
-    return [process for process in living if process.info["cmdline"] and folder in process.info["cmdline"][-1]]
+    return [process for process in living if (process.info["cmdline"] or [""])[-1].startswith(folder)]
 
 
-def wait_for_step(client: Client, job_id: str, step: int) -> None:
-    wait_until(lambda: client.get(job_id).status.progress.step >= step, f"step {step}")
+def wait_for_step(client: Client, job_id: str, step: int, timeout_s: float = 40) -> None:
+    wait_until(lambda: client.get(job_id).status.progress.step >= step, f"step {step}", timeout_s=timeout_s)
 
 
 def test_job_goes_on_while_the_controller_is_dead_and_is_found_again(start_service: Start) -> None:

@@ -1,0 +1,76 @@
+"""A database that stops answering is a 503 that says to try again; a mistake of ours is a 500 without a traceback."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from service.api.parts import Parts
+from service.app import create_app
+from service.settings import load_settings
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[FastAPI]:
+    """The app with its controller at rest."""
+    app = create_app(load_settings(home=tmp_path / "home"))
+    yield app
+    app.state.parts.store.close()
+
+
+def get(app: FastAPI, path: str) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+def parts(app: FastAPI) -> Parts:
+    found: Parts = app.state.parts
+    return found
+
+
+def drop_tables(app: FastAPI) -> None:
+    parts(app).store.close()
+    (parts(app).settings.home / "ngd.sqlite").write_bytes(b"no longer a database" * 100)
+
+
+def test_lost_database_is_a_problem_to_try_again(app: FastAPI) -> None:
+    drop_tables(app)
+
+    answer = get(app, "/api/v1/jobs")
+
+    assert (answer.status_code, answer.json()["code"], answer.json()["retryable"]) == (503, "store_unavailable", True)
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_lost_database_makes_the_service_not_ready_but_alive(app: FastAPI) -> None:
+    drop_tables(app)
+
+    ready = get(app, "/readyz")
+
+    assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+    assert "database" in ready.json()["checks"]["database"]
+    assert get(app, "/healthz").status_code == 200
+
+
+def test_reconciler_that_hangs_makes_the_service_not_ready(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts(app).reconciler, "_ticked_at", parts(app).reconciler._ticked_at - 3600)
+
+    assert "last tick 36" in get(app, "/readyz").json()["checks"]["reconciler"]
+
+
+def test_our_own_mistake_is_a_problem_without_a_traceback(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(parts(app).jobs), "get", lambda *_: 1 / 0)
+
+    answer = get(app, "/api/v1/jobs/job_x")
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_server_error")
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert "Zero" not in answer.text
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
