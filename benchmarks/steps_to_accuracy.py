@@ -31,7 +31,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"lr": 0.2, "damping": 0.1, "steps": SHORT},
         {"lr": 0.05, "damping": 0.01, "steps": SHORT},
         {"lr": 0.1, "damping": 0.1, "steps": LONG},
-        {"lr": 0.2, "damping": 0.3, "steps": SHORT},
+        {"lr": 0.01, "damping": 0.001, "steps": SHORT},
     ],
     "sgd": [{"lr": lr, "momentum": 0.9, "steps": steps} for steps in (SHORT, LONG) for lr in (0.1, 0.3, 1.0)],
     "adamw": [{"lr": lr, "steps": steps} for steps in (SHORT, LONG) for lr in (0.003, 0.01, 0.03)],

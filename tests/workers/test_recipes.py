@@ -1,7 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
+from tests.support.attempts import make_attempt, records, spooled
+from workers.attempt import run_rank
 from workers.errors import SpecError
 from workers.spec_file import load_spec
 
@@ -30,6 +33,33 @@ def test_baseline_differs_from_its_recipe_in_the_optimizer_alone():
 
     same = {"name": "", "optimizer": ngd.optimizer}
     assert ngd.model_copy(update=same) == sgd.model_copy(update=same)
+
+
+def test_digits_recipe_learns_and_its_intervals_grow_past_one(tmp_path):
+    spec = load_spec(next(path for path in RECIPES if path.stem == "digits"))
+    alone = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
+    attempt = make_attempt(tmp_path, alone)
+
+    outcome = run_rank(attempt)
+
+    events = spooled(attempt)
+    last = records(events)[-1]
+    grown = {name for name, interval in zip(events[0].statistics, last.intervals, strict=True) if interval > 1}
+    assert {"block2.conv.A", "block3.conv.A", "hidden.A"} <= grown
+    assert outcome.target_step is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NGD_DATA_DIR" not in os.environ, reason="NGD_DATA_DIR is not set: no fashion-mnist/")
+def test_fashion_mnist_recipe_reaches_its_target(tmp_path):
+    spec = load_spec(next(path for path in RECIPES if path.stem == "fashion-mnist"))
+    alone = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
+
+    outcome = run_rank(make_attempt(tmp_path, alone, data_dir=Path(os.environ["NGD_DATA_DIR"])))
+
+    assert outcome.target_step is not None
+    assert outcome.test_accuracy is not None
+    assert outcome.test_accuracy >= 0.90
 
 
 @pytest.mark.parametrize(
