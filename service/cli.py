@@ -70,7 +70,7 @@ def submit(
     """Post a job. With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled."""
     with _client(url) as client:
         job = client.submit(file.read_text())
-        out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", highlight=False)
+        out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", highlight=False, soft_wrap=True)
         if should_follow:
             raise typer.Exit(EXIT_CODES.get(follow(client, job.id, out).status.phase, 1))
 
@@ -154,7 +154,7 @@ def _client(url: str | None) -> Client:
 
 
 def _announce(settings: "Settings") -> None:
-    out.print(f"ngd-dist serves on {settings.url}; its runs are in {settings.home}", highlight=False)
+    out.print(f"ngd-dist serves on {settings.url}; its runs are in {settings.home}", highlight=False, soft_wrap=True)
 
 
 def _complain(error: Exception) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.dispatchers.base import AttemptRef, Dispatcher, DispatchError, Launch
+from service.dispatchers import local
+from service.dispatchers.base import AttemptRef, Dispatcher, DispatchError, Launch, Seen
 from service.dispatchers.local import DriverProcess, LocalDispatcher
 from service.failpoint import Failpoint
 from service.job_state import Process
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import FAULT_DRIVER
-from workers.rundir import AttemptDir, write_json
+from workers.rundir import AttemptDir, Outcome, write_json
 
 REF = AttemptRef("job_x", 1)
 Make = Callable[..., LocalDispatcher]
@@ -191,3 +192,26 @@ def test_log_is_read_in_pieces_and_from_its_end(make: Make, tmp_path: Path) -> N
     assert dispatcher.tail_log(REF, 2) == (b"two\nthree\n", 14)
     assert dispatcher.tail_log(REF, 0) == (b"", 14)
     assert make().read_log(AttemptRef("job_none", 1), 0, 9) == b""
+
+
+def test_driver_that_stays_after_its_outcome_is_ended(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "LINGER_S", -1.0)
+    dispatcher = make()
+    dispatcher.submit(launch("deaf"))
+    wait_for_log(dispatcher)
+    write_json(folder(tmp_path).outcome, Outcome(result="succeeded", step=7))
+
+    seen = dispatcher.inspect(REF)
+
+    assert (seen.process, seen.outcome) == (Process.EXITED, Outcome(result="succeeded", step=7))
+    wait_until(lambda: not is_running(dispatcher), "the driver is gone")
+
+
+def test_outcome_that_can_not_be_read_counts_as_none(make: Make, tmp_path: Path) -> None:
+    folder(tmp_path).path.mkdir(parents=True)
+    folder(tmp_path).process.write_text('{"pid": 1, "started_at_s": 0}')
+    folder(tmp_path).outcome.write_text('{"result": "succ')
+
+    assert make().inspect(REF) == Seen(Process.EXITED, None)

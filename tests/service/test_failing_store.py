@@ -7,7 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
+from service.api.local_pages import LocalPagesOnly
 from service.api.parts import Parts
 from service.app import create_app
 from service.settings import load_settings
@@ -74,3 +76,25 @@ def test_our_own_mistake_is_a_problem_without_a_traceback(app: FastAPI, monkeypa
     assert answer.headers["content-type"] == "application/problem+json"
     assert "Zero" not in answer.text
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_let_in"),
+    [({"host": "localhost:8000", "origin": "http://localhost:8000"}, True), ({"host": "evil.example"}, False)],
+)
+def test_socket_that_a_page_of_another_site_opens_is_closed(headers: dict[str, str], is_let_in: bool) -> None:
+    sent: list[Message] = []
+
+    async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(LocalPagesOnly(inside)({"type": "websocket", "headers": raw}, receive, send))
+
+    assert [message["type"] for message in sent] == ["websocket.accept" if is_let_in else "websocket.close"]
