@@ -6,12 +6,14 @@ the second forward pass of activation checkpointing count for nothing. Hooks sit
 module backward hooks break under an in-place activation that follows (pytorch/pytorch#61519).
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.errors import CaptureError
 from ngd_dist.layers import Layer, Rows
@@ -41,8 +43,8 @@ class Capture:
         self._due: dict[str, frozenset[str]] = {}
         self._values: dict[Key, Tensor] = {}
         self._runs: dict[str, int] = {}
-        for layer in layers:
-            layer.module.register_forward_hook(partial(self._on_forward, layer), with_kwargs=True)
+        handles = [_watch(layer, weakref.ref(self)) for layer in layers]
+        weakref.finalize(self, _remove, handles)
 
     def arm(self, due: Sequence[Key]) -> None:
         """Starts a new step in which these statistics, and no others, are captured."""
@@ -64,11 +66,9 @@ class Capture:
                 )
         return dict(self._values)
 
-    def _on_forward(
-        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
+    def on_forward(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+        """Notes that the layer has run; called by its forward hook."""
         if layer.name in self._due and torch.is_grad_enabled() and output.requires_grad:
-            x = args[0] if args else kwargs["input"]
             output.register_hook(partial(self._on_backward, layer, x.detach()))
 
     @torch.no_grad()
@@ -84,3 +84,20 @@ class Capture:
                 key, share = Key(layer.name, name), value / self._micro_batches
                 self._values[key] = self._values[key] + share if key in self._values else share
         self._runs[layer.name] = self._runs.get(layer.name, 0) + 1
+
+
+def _watch(layer: Layer, capture: "weakref.ref[Capture]") -> RemovableHandle:
+    """Hooks the layer's module. The model outlives the optimizer, so its hook must not keep the capture alive."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        alive = capture()
+        # A deep copy of the model carries this very hook: what the copy sees is not the layer's.
+        if alive is not None and module is layer.module:
+            alive.on_forward(layer, args[0] if args else kwargs["input"], output)
+
+    return layer.module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,6 +1,7 @@
 """`NGD` as a torch optimizer, and what its hooks count and do not count."""
 
 import copy
+import gc
 import subprocess
 import sys
 from typing import Any
@@ -106,6 +107,26 @@ def test_forward_passes_without_a_backward_count_for_nothing() -> None:
     assert found == {}
     found = statistics_after(model, with_others)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_copy_of_the_model_is_not_watched() -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model)
+
+    F.cross_entropy(copy.deepcopy(model)(x), y).backward()
+
+    assert optimizer._capture.take() == {}
+
+
+def test_hooks_go_with_the_optimizer() -> None:
+    model, *_ = model_and_batch()
+    optimizer = NGD(model)
+    assert model[0]._forward_hooks
+
+    del optimizer
+    gc.collect()
+
+    assert not model[0]._forward_hooks
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
