@@ -21,7 +21,7 @@ __all__ = ["BYTES", "PLAIN", "SECONDS", "SHARE", "ChartPanel", "Curve", "Curves"
 Points = Sequence[tuple[float, float | None]]
 
 DASHES = ("solid", [6, 4], [2, 3], [10, 3, 2, 3])
-SERIES_COLOURS = 8
+SERIES_COLOURS = 10
 INK, MUTED, LINE, SURFACE = "var(--ink)", "var(--muted)", "var(--line)", "var(--surface)"
 NO_DATA = {
     "text": "No data yet",
@@ -114,14 +114,14 @@ class ChartPanel(ABC):
     """A titled panel that shows a chart or, at the press of a button, the same numbers as a table."""
 
     def __init__(self, title: str, options: dict[str, Any], *, classes: str = "", height_px: int = 250) -> None:
-        with panel(title, classes) as head:
+        with panel(title, classes) as self.head:
             self.note = ui.label().classes("panel-note digits")
             with ui.element("div").classes("panel-body"):
                 with ui.element("div").props(f'role=img aria-label="{title}: no data yet"') as self.figure:
                     self.chart = ui.echart(options, renderer="svg").classes("chart").style(f"height: {height_px}px")
                 self.table = ui.table(rows=[], columns=[], row_key="key", pagination=10).classes("dense fill")
                 self.table.props("flat dense").set_visibility(False)
-        with head:
+        with self.head:
             ui.element("div").classes("spread")
             self.toggle = (
                 ui.button(icon="grid_on", color=None, on_click=self._turn).props("flat round dense").classes("plain")
@@ -175,6 +175,7 @@ class Curves(ChartPanel):
         curves: Mapping[str, Curve] | None = None,
         stacked: bool = False,
         axis_name: str = "",
+        may_be_log: bool = False,
     ) -> None:
         self.unit = unit
         self.curves = dict(curves or {})
@@ -203,6 +204,8 @@ class Curves(ChartPanel):
             "series": [],
         }
         super().__init__(title, options)
+        if may_be_log:
+            self._add_log_button()
         self._lay_out()
 
     def replace(self, points: Mapping[str, Points]) -> None:
@@ -245,6 +248,19 @@ class Curves(ChartPanel):
                 row = by_step.setdefault(step, {"key": int(step)})
                 row[key] = "not finite" if value is None or not math.isfinite(value) else self.unit.words(value)
         return [by_step[step] for step in sorted(by_step, reverse=True)]
+
+    def _add_log_button(self) -> None:
+        def turn() -> None:
+            height = self.chart.options["yAxis"][0]
+            is_log = height["type"] == "value"
+            height["type"] = "log" if is_log else "value"
+            button.props(f"aria-pressed={str(is_log).lower()}").text = "log" if is_log else "linear"
+            self.chart.update()
+
+        with self.head:
+            button = ui.button("linear", color=None, on_click=turn).props("flat dense no-caps").classes("plain")
+            button.props(f'aria-label="{self.title} on a logarithmic axis" aria-pressed=false')
+            button.move(target_index=2)
 
     def _curve(self, key: str) -> Curve:
         return self.curves.get(key) or Curve(key.replace("_", " "))

@@ -11,15 +11,15 @@ __all__ = ["Training", "aligned"]
 MAX_POINTS = 1_000  # about one a pixel; twice as many held: they are asked for again, thinned
 NAMES = ("loss", "accuracy", "samples_per_s", "lr", "test_loss", "test_accuracy", "seconds", "bytes_sent")
 Points = list[tuple[float, float | None]]
-TEST = Curve("test", dotted=True)
+TRAINING, TEST = Curve("training"), Curve("test", dotted=True)
 
 
 class Training:
     """All curves over steps; they share one cursor and one zoom."""
 
     def __init__(self) -> None:
-        self.loss = Curves("Loss", axis_name="loss", curves={"loss": Curve("training"), "test_loss": TEST})
-        self.accuracy = Curves("Accuracy", unit=SHARE, curves={"accuracy": Curve("training"), "test_accuracy": TEST})
+        self.loss = Curves("Loss", axis_name="loss", curves={"loss": TRAINING, "test_loss": TEST}, may_be_log=True)
+        self.accuracy = Curves("Accuracy", unit=SHARE, curves={"accuracy": TRAINING, "test_accuracy": TEST})
         self.rate = Curves("Throughput", axis_name="samples/s", curves={"samples_per_s": Curve("throughput")})
         self.seconds = Curves("Time per step, by phase", unit=SECONDS, stacked=True)
         self.bytes_sent = Curves("Sent per step, by kind", unit=BYTES, stacked=True)

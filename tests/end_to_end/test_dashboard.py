@@ -1,0 +1,182 @@
+"""A browser on the real thing: service, job, workers, pages. Nothing in it is simulated."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from service.client import Client, ServiceError
+from service.resources import Job
+from tests.support.deadline import wait_until
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = [
+    "--no-sandbox",  # tests may run as root, whom Chromium's sandbox refuses
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+START_MS, TRAIN_MS = 180_000, 120_000  # two cores that others use too
+POINTS = """title => {
+  const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === title);
+  const chart = getElement(panel.querySelector('.nicegui-echart').id.slice(1)).chart;
+  return chart.getOption().series.map(series => [series.name, series.data]);
+}"""
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium to drive: apt-get install chromium"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    url: str
+    client: Client
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """A service of its own; its jobs are cancelled before it stops, for they would survive it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"NGD_HOME": str(tmp_path / "home"), "NGD_PORT": str(port)}
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment)
+    with Client(url) as client:
+        try:
+            wait_until(lambda: process.poll() is not None or _answers(client), "the service starts", timeout_s=60)
+            assert process.poll() is None, "the service ended at once"
+            yield Service(url, client)
+            _end_jobs(client)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page of a headless browser that may not ask anything of another address, nor complain."""
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.on("request", lambda request: None if _is_local(request.url) else complaints.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        yield page
+        browser.close()
+    assert complaints == []
+
+
+def test_dashboard_shows_a_job_live_and_cancels_another(service: Service, page: Page) -> None:
+    _open_without_jobs(service, page)
+    job = service.client.submit(_spec("digits-live", epochs=6))
+    _see_it_in_the_table(page, job)
+    _follow_it_to_its_end(service, page, job)
+
+    second = service.client.submit(_spec("digits-long", epochs=100_000))
+    _cancel_on_its_page(service, page, second)
+
+
+def _open_without_jobs(service: Service, page: Page) -> None:
+    page.goto(service.url)
+    expect(page.get_by_text("No jobs yet")).to_be_visible()
+    expect(page.get_by_text("ngd submit")).to_be_visible()
+
+
+def _see_it_in_the_table(page: Page, job: Job) -> None:
+    row = page.get_by_role("row").filter(has_text=job.name)
+    expect(row.get_by_text("Running")).to_be_visible(timeout=START_MS)
+    expect(row.get_by_role("progressbar")).not_to_have_attribute("aria-valuenow", "0", timeout=START_MS)
+    row.get_by_role("link", name=job.name).click()
+
+
+def _follow_it_to_its_end(service: Service, page: Page, job: Job) -> None:
+    expect(page.get_by_role("heading", name=job.name)).to_be_visible()
+    expect(page.get_by_role("img", name="Loss: training")).to_be_visible(timeout=START_MS)
+    expect(page.locator(".phase.large", has_text="Succeeded")).to_be_visible(timeout=TRAIN_MS)
+    expect(page.get_by_text("Final")).to_be_visible()
+    ended = service.client.get(job.id)
+    metrics = service.client.metrics(job.id)
+    for title, names in (
+        ("Loss", {"training": "loss", "test": "test_loss"}),
+        ("Accuracy", {"training": "accuracy", "test": "test_accuracy"}),
+        ("Throughput", {"throughput": "samples_per_s"}),
+    ):
+        drawn = dict(page.evaluate(POINTS, title))
+        for label, name in names.items():
+            series = metrics.series[name]
+            assert [point[0] for point in drawn[label]] == series.steps, f"{title}, {label}"
+            assert [point[1] for point in drawn[label]] == pytest.approx(series.values), f"{title}, {label}"
+    statistics = service.client.statistics(job.id, max_points=20)
+    cells = dict(page.evaluate(POINTS, "Age of the statistics in use"))["age"]
+    assert {cell[1] for cell in cells} == set(range(len(statistics.names)))
+    assert metrics.last_step == ended.status.progress.step
+    expect(page.get_by_text(f"Checkpoint of step {ended.status.progress.step} saved")).to_be_attached()
+    expect(page.get_by_role("button", name="Cancel job")).to_be_hidden()
+    page.get_by_role("button", name="Loss as a table").click()
+    expect(page.get_by_role("cell", name=str(metrics.last_step), exact=True).first).to_be_visible()
+
+
+def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:
+    page.goto(f"{service.url}/jobs/{job.id}")
+    expect(page.locator(".phase.large", has_text="Running")).to_be_visible(timeout=START_MS)
+    page.get_by_role("button", name="Cancel job").click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel job").click()
+    expect(page.get_by_role("button", name="Cancel job")).to_be_hidden()
+    expect(page.locator(".phase.large", has_text="Cancelled")).to_be_visible(timeout=TRAIN_MS)
+    assert service.client.get(job.id).status.phase == "CANCELLED"
+
+
+def test_dashboard_says_that_a_job_does_not_exist(service: Service, page: Page) -> None:
+    page.goto(f"{service.url}/jobs/job_00000000000000000000000000")
+
+    expect(page.get_by_text("There is no such job")).to_be_visible()
+    expect(page.get_by_role("link", name="All jobs", exact=True)).to_be_visible()
+
+
+def _spec(name: str, *, epochs: int) -> dict[str, object]:
+    return {
+        "name": name,
+        "model": {"kind": "small_cnn", "channels": 4, "hidden": 16},
+        "data": {"kind": "digits"},
+        "optimizer": {"kind": "ngd"},
+        "schedule": {"epochs": epochs},
+        "batch": {"global_size": 128},
+        "resources": {"workers": 1},
+    }
+
+
+def _end_jobs(client: Client) -> None:
+    for job in client.list_jobs().jobs:
+        if not job.status.is_terminal:
+            client.cancel(job.id)
+            client.wait(job.id, timeout_s=60)
+
+
+def _answers(client: Client) -> bool:
+    try:
+        return client.ready().status == "ok"
+    except ServiceError:
+        return False
+
+
+def _is_local(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.hostname == "127.0.0.1" or parts.scheme in ("data", "blob")
