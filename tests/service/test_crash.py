@@ -70,7 +70,7 @@ def test_job_goes_on_while_the_controller_is_dead_and_is_found_again(start_servi
 
 def test_job_that_ends_while_the_controller_is_dead_is_counted_as_it_ended(start_service: Start) -> None:
     first = start_service()
-    job = first.client.submit(spec(steps=60))
+    job = first.client.submit(spec())
     wait_for_step(first.client, job.id, 10)
 
     first.kill()
@@ -79,6 +79,7 @@ def test_job_that_ends_while_the_controller_is_dead_is_counted_as_it_ended(start
     ended = second.client.wait(job.id, timeout_s=60)
 
     assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1)
+    assert ended.status.progress.step == STEPS
     assert ended.status.result is not None
     assert ended.status.result.test_accuracy == pytest.approx(0.9)
     assert_nothing_lost_or_doubled(second, ended)
