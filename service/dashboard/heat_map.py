@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from service.dashboard.charts import LINE, MUTED, NO_DATA, SURFACE, ChartPanel, axis
+from service.dashboard.chart_panel import MUTED, NO_DATA, TOOLTIP, ChartPanel, axis
 from service.dashboard.units import number
 from service.resources import Statistics
 
@@ -120,13 +120,7 @@ def _options() -> dict[str, Any]:
         "animation": False,
         "title": dict(NO_DATA),
         "grid": {"left": 120, "right": 18, "top": 40, "bottom": 46},
-        "tooltip": {
-            "renderMode": "richText",
-            "confine": True,
-            "backgroundColor": SURFACE,
-            "borderColor": LINE,
-            "textStyle": {"color": "var(--ink)", "fontSize": 12.5},
-        },
+        "tooltip": TOOLTIP | {"renderMode": "richText"},
         "visualMap": {
             "type": "continuous",
             "seriesIndex": 0,

@@ -8,7 +8,7 @@ from nicegui import ui
 
 from service.client import AsyncClient, NotFoundError, ServiceError
 from service.dashboard.activity import LOG_LINES, EventPanel, LogPanel
-from service.dashboard.charts import Mark
+from service.dashboard.curves import Mark
 from service.dashboard.heat_map import HeatMap, columns_for
 from service.dashboard.summary import Summary
 from service.dashboard.theme import Freshness, empty, page_frame, panel

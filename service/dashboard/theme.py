@@ -119,7 +119,8 @@ class ThemeButton:
         self.mode = ui.dark_mode(None)
         self.button = ui.button(color=None, on_click=self._turn).props("flat round dense").classes("plain")
         self._show("auto")
-        ui.timer(0, self._restore, once=True)
+        ui.on("theme", lambda event: self._show(event.args) if event.args in THEMES else None)
+        ui.run_javascript("emitEvent('theme', localStorage.getItem('theme'))")
 
     def _show(self, name: str) -> None:
         self.name = name
@@ -130,8 +131,3 @@ class ThemeButton:
         names = list(THEMES)
         self._show(names[(names.index(self.name) + 1) % len(names)])
         ui.run_javascript(f"localStorage.setItem('theme', '{self.name}')")
-
-    async def _restore(self) -> None:
-        name = await ui.run_javascript("localStorage.getItem('theme')")
-        if name in THEMES:
-            self._show(name)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from service.client import AsyncClient
-from service.dashboard.charts import BYTES, SECONDS, SHARE, Curve, Curves, Mark, connect
+from service.dashboard.curves import BYTES, SECONDS, SHARE, Curve, Curves, Mark, connect
 from service.resources import Metrics
 
 __all__ = ["Training", "aligned"]

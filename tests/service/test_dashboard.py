@@ -8,7 +8,7 @@ import pytest
 from nicegui import Client, ui
 
 from service.dashboard.activity import unseen, words
-from service.dashboard.charts import BYTES, Curve, Curves, Mark
+from service.dashboard.curves import BYTES, Curve, Curves, Mark
 from service.dashboard.heat_map import MAX_CELLS, HeatMap, columns_for
 from service.dashboard.job import marks
 from service.dashboard.jobs import row

@@ -1,41 +1,22 @@
-"""Panels with a chart, its sentence for those who cannot see it, and its table. Colours come from theme.css.
-
-ECharts draws SVG, because SVG understands CSS variables: one chart serves light and dark. A chart gets its whole
-data once and then only the new points.
-"""
+"""Curves over steps. A chart gets its whole data once and then only the new points."""
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nicegui import ui
 
-from service.dashboard.theme import panel
+from service.dashboard.chart_panel import LINE, MUTED, NO_DATA, TOOLTIP, ChartPanel, axis
 from service.dashboard.units import binary_bytes, number, percent
 
-__all__ = ["BYTES", "PLAIN", "SECONDS", "SHARE", "ChartPanel", "Curve", "Curves", "Mark", "Unit", "axis", "connect"]
+__all__ = ["BYTES", "PLAIN", "SECONDS", "SHARE", "Curve", "Curves", "Mark", "Unit", "connect"]
 
 Points = Sequence[tuple[float, float | None]]
 
 DASHES = ("solid", [6, 4], [2, 3], [10, 3, 2, 3])
 SERIES_COLOURS = 10
-INK, MUTED, LINE, SURFACE = "var(--ink)", "var(--muted)", "var(--line)", "var(--surface)"
-NO_DATA = {
-    "text": "No data yet",
-    "left": "center",
-    "top": "middle",
-    "textStyle": {"color": MUTED, "fontSize": 13, "fontWeight": "normal"},
-}
-TOOLTIP = {
-    "trigger": "axis",
-    "backgroundColor": SURFACE,
-    "borderColor": LINE,
-    "textStyle": {"color": INK, "fontSize": 12.5},
-    "confine": True,
-}
 STEP_POINTER = {"label": {":formatter": "p => 'step ' + Math.round(p.value)"}, "lineStyle": {"color": MUTED}}
 LEGEND = {
     "type": "scroll",
@@ -110,60 +91,6 @@ MARK_STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-class ChartPanel(ABC):
-    """A titled panel that shows a chart or, at the press of a button, the same numbers as a table."""
-
-    def __init__(self, title: str, options: dict[str, Any], *, classes: str = "", height_px: int = 250) -> None:
-        with panel(title, classes) as self.head:
-            self.note = ui.label().classes("panel-note digits")
-            with ui.element("div").classes("panel-body"):
-                with ui.element("div").props(f'role=img aria-label="{title}: no data yet"') as self.figure:
-                    self.chart = ui.echart(options, renderer="svg").classes("chart").style(f"height: {height_px}px")
-                self.table = ui.table(rows=[], columns=[], row_key="key", pagination=10).classes("dense fill")
-                self.table.props("flat dense").set_visibility(False)
-        with self.head:
-            ui.element("div").classes("spread")
-            self.toggle = (
-                ui.button(icon="grid_on", color=None, on_click=self._turn).props("flat round dense").classes("plain")
-            )
-        self.title = title
-        self.toggle.props(f'aria-label="{title} as a table" title="Table" aria-pressed=false')
-
-    @abstractmethod
-    def columns(self) -> list[tuple[str, str]]:
-        """The table's columns as (key, label)."""
-
-    @abstractmethod
-    def rows(self) -> list[dict[str, Any]]:
-        """The table's rows."""
-
-    def describe(self, sentence: str) -> None:
-        """Says in words what the chart shows: under its title, and to screen readers."""
-        if sentence != self.note.text:
-            self.note.set_text(sentence)
-            self.figure.props(f'aria-label="{self.title}: {sentence}"')
-        if self.table.visible:
-            self._fill_table()
-
-    def _turn(self) -> None:
-        as_table = not self.table.visible
-        if as_table:
-            self._fill_table()
-        self.table.set_visibility(as_table)
-        self.figure.set_visibility(not as_table)
-        self.toggle.props(
-            f"icon={'show_chart' if as_table else 'grid_on'} aria-pressed={str(as_table).lower()} "
-            f'title="{"Chart" if as_table else "Table"}"'
-        )
-
-    def _fill_table(self) -> None:
-        self.table.columns = [
-            {"name": key, "label": label, "field": key, "align": "left" if i == 0 else "right"}
-            for i, (key, label) in enumerate(self.columns())
-        ]
-        self.table.rows = self.rows()
-
-
 class Curves(ChartPanel):
     """Values over steps, one line per series; stacked areas when `stacked`. Series may appear while it runs."""
 
@@ -189,7 +116,7 @@ class Curves(ChartPanel):
             "title": dict(NO_DATA),
             "grid": {"left": 74, "right": 18, "top": 34, "bottom": 40},
             "legend": LEGEND | ({"itemWidth": 11, "itemHeight": 11, "icon": "roundRect"} if stacked else {}),
-            "tooltip": TOOLTIP | {":valueFormatter": unit.browser},
+            "tooltip": TOOLTIP | {"trigger": "axis", ":valueFormatter": unit.browser},
             "dataZoom": [{"type": "inside", "zoomOnMouseWheel": "ctrl", "moveOnMouseMove": "shift"}],
             "xAxis": axis(
                 "step",
@@ -360,20 +287,6 @@ class Curves(ChartPanel):
             total = sum(value or 0 for values in self.points.values() for step, value in values[-1:] if step == last)
             return f"{self.unit.words(total)} in total at step {int(last):,}"
         return "; ".join(said)
-
-
-def axis(name: str, **more: Any) -> dict[str, Any]:
-    """A value axis with its unit, in the theme's colours."""
-    return {
-        "type": "value",
-        "name": name,
-        "nameTextStyle": {"color": MUTED, "fontSize": 12},
-        "axisLabel": {"color": MUTED, "fontSize": 12, "hideOverlap": True},
-        "axisLine": {"lineStyle": {"color": LINE}},
-        "axisTick": {"lineStyle": {"color": LINE}},
-        "splitLine": {"lineStyle": {"color": LINE}},
-        "axisPointer": {"lineStyle": {"color": MUTED}},
-    } | more
 
 
 def _value_axis(name: str, unit: Unit, **more: Any) -> dict[str, Any]:
