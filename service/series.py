@@ -1,8 +1,7 @@
 """Pure: curves of a job from its stored steps and evaluations, thinned out so that nothing seen is lost."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from pydantic_core import from_json
 
@@ -17,31 +16,29 @@ TESTED = ("test_loss", "test_accuracy")
 
 
 def curves(
-    steps: Iterable[PointRecord], evaluations: Iterable[PointRecord], names: Collection[str], max_points: int
+    steps: Sequence[PointRecord], evaluations: Sequence[PointRecord], names: Collection[str], max_points: int
 ) -> dict[str, Series]:
-    """Returns the named curves, all if no name is given, each of at most about max_points points."""
-    columns: dict[str, tuple[list[int], list[float]]] = {}
-    for point in steps:
-        for name, value in _step_values(from_json(point.json), names):
-            _append(columns, name, point.step, value)
-    for point in evaluations:
-        record = from_json(point.json)
-        for name in TESTED:
-            if _is_wanted(name, names):
-                _append(columns, name, point.step, float(record[name]))
-    return {name: thin(*column, max_points=max_points) for name, column in columns.items()}
+    """Returns the named curves, all if no name is given, each of at most about max_points points.
+
+    The parts of a group have the same steps, so that they can be stacked: those that matter to their sum.
+    """
+    trained = [(point.step, from_json(point.json)) for point in steps]
+    tested = [(point.step, from_json(point.json)) for point in evaluations]
+    found: dict[str, Series] = {}
+    for records, scalars in ((trained, SCALARS), (tested, TESTED)):
+        for name in scalars:
+            if records and _is_wanted(name, names):
+                found[name] = thin(
+                    [step for step, _ in records], [float(r[name]) for _, r in records], max_points=max_points
+                )
+    for group in GROUPS:
+        found |= _stack(group, [(step, record[group]) for step, record in trained], names, max_points)
+    return found
 
 
 def thin(steps: Sequence[int], values: Sequence[float], *, max_points: int) -> Series:
     """Returns the curve with the smallest, the largest and each non-finite end of every bucket; first and last stay."""
-    if len(steps) <= max_points:
-        return Series(steps=list(steps), values=list(values))
-    num_buckets = max(1, (max_points - 2) // 2)
-    kept = {0, len(steps) - 1}
-    for bucket in range(num_buckets):
-        start, end = (len(steps) * (bucket + i) // num_buckets for i in (0, 1))
-        kept |= _extremes(values, range(start, end))
-    indices = sorted(kept)
+    indices = _kept(values, max_points)
     return Series(steps=[steps[i] for i in indices], values=[values[i] for i in indices])
 
 
@@ -76,21 +73,33 @@ def _extremes(values: Sequence[float], indices: range) -> set[int]:
     return ends if lost is None else {lost, *list(ends)[:1]}
 
 
-def _step_values(record: dict[str, Any], names: Collection[str]) -> Iterator[tuple[str, float]]:
-    for name in SCALARS:
-        if _is_wanted(name, names):
-            yield name, float(record[name])
-    for group in GROUPS:
-        for part, value in record[group].items():
-            if _is_wanted(f"{group}.{part}", names) or group in names:
-                yield f"{group}.{part}", float(value)
+def _stack(
+    group: str, records: Sequence[tuple[int, dict[str, float]]], names: Collection[str], max_points: int
+) -> dict[str, Series]:
+    """Returns the wanted parts of a group; a part that a step lacks is 0 there."""
+    parts = [
+        part
+        for part in dict.fromkeys(part for _, record in records for part in record)
+        if _is_wanted(f"{group}.{part}", names) or group in names
+    ]
+    kept = [records[i] for i in _kept([sum(record.values()) for _, record in records], max_points)]
+    steps = [step for step, _ in kept]
+    return {
+        f"{group}.{part}": Series(steps=steps, values=[float(record.get(part, 0.0)) for _, record in kept])
+        for part in parts
+    }
+
+
+def _kept(values: Sequence[float], max_points: int) -> list[int]:
+    if len(values) <= max_points:
+        return list(range(len(values)))
+    num_buckets = max(1, (max_points - 2) // 2)
+    kept = {0, len(values) - 1}
+    for bucket in range(num_buckets):
+        start, end = (len(values) * (bucket + i) // num_buckets for i in (0, 1))
+        kept |= _extremes(values, range(start, end))
+    return sorted(kept)
 
 
 def _is_wanted(name: str, names: Collection[str]) -> bool:
     return not names or name in names
-
-
-def _append(columns: dict[str, tuple[list[int], list[float]]], name: str, step: int, value: float) -> None:
-    steps, values = columns.setdefault(name, ([], []))
-    steps.append(step)
-    values.append(value)

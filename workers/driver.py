@@ -72,6 +72,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def _log_to_stderr(prefix: str = "") -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {prefix}%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
 
 def _run(attempt_dir: AttemptDir) -> Outcome:

@@ -215,6 +215,8 @@ class Run:
 
     def _report_step(self, score: Score, lr: float, seconds: float) -> None:
         stats = step_stats(self.learner.optimizer)
+        phases = self._stopwatch.take() | stats.seconds
+        phases["forward_backward"] -= phases.get("capture", 0.0)  # the hooks run inside: phases add up, none twice
         self.context.reporter.report(
             StepRecord(
                 step=self.progress.step,
@@ -224,7 +226,7 @@ class Run:
                 accuracy=score.accuracy,
                 lr=lr,
                 samples_per_s=self.spec.batch.global_size / seconds,
-                seconds=self._stopwatch.take() | stats.seconds,
+                seconds=phases,
                 bytes_sent=self.learner.gradient_bytes() | stats.bytes_sent,
                 ages=list(stats.ages),
                 intervals=list(stats.intervals),

@@ -27,6 +27,8 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
         version=version("ngd-dist"),
         description="Distributed large-batch training with SP-NGD: jobs, their progress and their metrics.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from a CDN; /openapi.json needs none
+        redoc_url=None,
         responses=problems.PROBLEM_RESPONSES,
         generate_unique_id_function=lambda route: route.name,
     )

@@ -66,3 +66,18 @@ def test_job_without_steps_has_an_empty_matrix() -> None:
     matrix = statistics(["A"], [], 100)
 
     assert (matrix.steps, matrix.ages, matrix.last_step) == ([], [[]], 0)
+
+
+def test_thinned_parts_of_a_group_keep_the_same_steps_and_the_peaks_of_their_sum() -> None:
+    records = [
+        PointRecord(p.step, json.dumps(json.loads(p.json) | {"seconds": {"data": p.step % 7, "refresh": p.step % 5}}))
+        for p in points(200)
+    ]
+    records[100] = PointRecord(101, json.dumps(json.loads(records[100].json) | {"seconds": {"data": 99.0}}))
+
+    series = curves(records, [], {"seconds"}, 20)
+
+    data, refresh = series["seconds.data"], series["seconds.refresh"]
+    assert data.steps == refresh.steps
+    assert len(data.steps) <= 20
+    assert (data.values[data.steps.index(101)], refresh.values[refresh.steps.index(101)]) == (99.0, 0.0)
