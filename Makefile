@@ -15,7 +15,7 @@ $(BIN)/uv:
 	$(BIN)/pip install --quiet "uv>=0.9"
 
 $(STAMP): $(BIN)/uv pyproject.toml uv.lock
-	$(BIN)/uv sync --frozen --quiet
+	$(BIN)/uv sync --frozen --quiet --extra dev
 	@touch $@
 
 demo: $(STAMP) ## run the main job: a service, a training job on two workers, its result beside SGD's
