@@ -60,8 +60,7 @@ def spec_of(optimizer: str, setting: dict[str, Any], seed: int) -> dict[str, Any
 def run(name: str, spec: dict[str, Any], work: Path, data_dir: Path, port: int) -> dict[str, Any]:
     """Returns the outcome of one training run on the recipe's workers, from disk if it is there."""
     folder = work / name
-    outcome = folder / "run/attempts/1/outcome.json"
-    if not outcome.exists():
+    if not outcomes(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
         workers = str(spec["resources"]["workers"])
@@ -72,8 +71,14 @@ def run(name: str, spec: dict[str, Any], work: Path, data_dir: Path, port: int) 
                 [*launcher, "--master-port", str(port), *loop, "--data-dir", str(data_dir)],
                 stdout=log, stderr=subprocess.STDOUT, check=False,
             )  # fmt: skip
-    found: dict[str, Any] = json.loads(outcome.read_text())
+    if not outcomes(folder):
+        raise SystemExit(f"{name} left no outcome; see {folder / 'log.txt'}")
+    found: dict[str, Any] = json.loads(outcomes(folder)[-1].read_text())
     return {key: found.get(key) for key in ("result", "step", "target_step", "test_accuracy", "message", "seconds")}
+
+
+def outcomes(folder: Path) -> list[Path]:
+    return sorted(folder.glob("run/attempts/*/outcome.json"))
 
 
 def describe(setting: dict[str, Any]) -> str:
