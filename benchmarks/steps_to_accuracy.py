@@ -42,7 +42,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"lr": 0.3, "steps": LONG},
         {"lr": 0.1, "steps": 2 * LONG, "warmup_steps": 40},
     ],
-    "adamw": [{"lr": lr, "steps": steps} for steps in (SHORT, LONG) for lr in (0.003, 0.01, 0.03)],
+    "adamw": [
+        {"lr": 0.003, "steps": SHORT},
+        {"lr": 0.01, "steps": SHORT},
+        {"lr": 0.01, "steps": 2 * LONG, "warmup_steps": 40},
+        {"lr": 0.003, "steps": LONG},
+        {"lr": 0.01, "steps": LONG},
+        {"lr": 0.003, "steps": 2 * LONG, "warmup_steps": 40},
+    ],
 }
 
 
