@@ -233,7 +233,7 @@ def test_a_state_of_another_model_or_optimizer_is_refused() -> None:
 
 def test_torchs_schedulers_drive_lr_and_damping_is_a_group_setting() -> None:
     model, x, y = model_and_batch()
-    optimizer = NGD(model, NGDConfig(lr=0.1))
+    optimizer = NGD(model, NGDConfig(lr=0.1, damping=1e-3))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
 
     train(optimizer, model, x, y, 1)
