@@ -301,7 +301,9 @@ def test_a_factor_that_cannot_be_inverted_keeps_its_old_inverse_and_is_counted()
     train(optimizer, model, x, y, 1)
 
     # G of a softmax is singular: its columns sum to 0. A's empty pixels stand alone on its diagonal and do no harm.
-    assert {r.statistic: r.ending for r in optimizer.stats.refreshes} == {".A": "OK", ".G": "NOT_POSITIVE_DEFINITE"}
+    endings = {refresh.statistic: refresh.ending for refresh in optimizer.stats.refreshes}
+    assert endings[".A"] == "OK"
+    assert endings[".G"] in ("NOT_POSITIVE_DEFINITE", "INACCURATE")  # rounding decides which
     assert optimizer.stats.failed_inversions == 1
     assert torch.equal((optimizer._caches[""] or {})["G"], old["G"])
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
