@@ -53,22 +53,20 @@ class Capture:
         self._due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
 
     def take(self) -> dict[Key, Tensor]:
-        """Returns what was captured since `arm`. Layers that did not run are absent.
+        """Returns what was captured since `arm`. Layers that did not run, or not once per micro-batch, are absent."""
+        wrong = self.miscounted()
+        return {key: value for key, value in self._values.items() if key.layer not in wrong}
 
-        Raises: CaptureError if a layer ran more, or less, often than there are micro-batches.
-        """
-        for layer, runs in self._runs.items():
-            if runs != self._micro_batches:
-                raise CaptureError(
-                    f"layer {layer!r} was differentiated {runs} times in one optimizer step, but micro_batches is "
-                    f"{self._micro_batches}; set micro_batches to the number of backward passes per step. A module "
-                    "that runs several times in one forward pass is not supported: give each run its own module"
-                )
-        return dict(self._values)
+    def miscounted(self) -> dict[str, int]:
+        """Returns the layers that were differentiated another number of times than there are micro-batches."""
+        return {layer: runs for layer, runs in self._runs.items() if runs != self._micro_batches}
 
     def on_forward(self, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Notes that the layer has run; called by its forward hook."""
+        """Notes that the layer has run; called by its forward hook. Raises: CaptureError for an unfit input."""
         if layer.name in self._due and torch.is_grad_enabled() and output.requires_grad:
+            expected = layer.expected_input(x)
+            if expected is not None:
+                raise CaptureError(f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}")
             output.register_hook(partial(self._on_backward, layer, x.detach()))
 
     @torch.no_grad()
@@ -76,7 +74,8 @@ class Capture:
         due = self._due.get(layer.name)
         if due is None:
             return
-        with self._stopwatch.phase("capture"):
+        # Autocast, where backward runs under it, would form the products in 16 bits.
+        with self._stopwatch.phase("capture"), torch.autocast(g.device.type, enabled=False):
             # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
             scale = float(x.shape[0] * self._micro_batches) if self._is_mean else 1.0
             estimates = self._preconditioners[layer.name].estimate(Rows(layer, x, g, scale), due)

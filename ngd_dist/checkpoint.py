@@ -9,9 +9,9 @@ from ngd_dist.comm import Communicator
 from ngd_dist.errors import CheckpointError
 from ngd_dist.preconditioners import Cache
 from ngd_dist.staleness import Schedule, Track
-from ngd_dist.statistics import Key, Statistic
+from ngd_dist.statistics import Key, Statistic, StatisticSpec
 
-__all__ = ["LayerState", "gather", "restore"]
+__all__ = ["check", "gather", "restore"]
 
 FORMAT = 1
 LayerState = dict[str, Any]
@@ -44,6 +44,26 @@ def gather(
     }
 
 
+def check(saved: Mapping[str, Any], specs: Mapping[Key, StatisticSpec]) -> None:
+    """Returns if a gathered state fits these statistics.
+
+    Raises: CheckpointError if it was saved by another format, or for other layers or shapes.
+    """
+    if saved.get("format") != FORMAT:
+        raise CheckpointError(f"the state's format must be {FORMAT}, got {saved.get('format')}; save it again")
+    expected, found = {str(key) for key in specs}, set(saved["tracks"])
+    if expected != found:
+        raise CheckpointError(
+            f"the state is of another model: missing {sorted(expected - found)}, unknown {sorted(found - expected)}"
+        )
+    for key, spec in specs.items():
+        value = saved["layers"][key.layer]["statistics"][key.statistic]["value"]
+        if value is not None and value.numel() != spec.numbers:
+            raise CheckpointError(
+                f"the state is of another model: {key} must have {spec.numbers} numbers, got {value.numel()}"
+            )
+
+
 def restore(
     saved: Mapping[str, Any],
     statistics: Mapping[Key, Statistic],
@@ -51,17 +71,7 @@ def restore(
     schedule: Schedule,
     device: torch.device,
 ) -> None:
-    """Takes over a gathered state; `statistics` and `caches` are those this rank holds.
-
-    Raises: CheckpointError if it was saved by another format or for other layers.
-    """
-    if saved.get("format") != FORMAT:
-        raise CheckpointError(f"the state's format must be {FORMAT}, got {saved.get('format')}; save it again")
-    expected, found = {str(key) for key in schedule.tracks}, set(saved["tracks"])
-    if expected != found:
-        raise CheckpointError(
-            f"the state is of another model: missing {sorted(expected - found)}, unknown {sorted(found - expected)}"
-        )
+    """Takes over a gathered state that was checked; `statistics` and `caches` are those this rank holds."""
     for key in schedule.tracks:
         schedule.tracks[key] = Track(**saved["tracks"][str(key)])
     for key, statistic in statistics.items():

@@ -74,7 +74,9 @@ class Communicator:
 
     def barrier(self, name: str) -> None:
         """Collective. Returns when every rank has called it."""
-        self.all_reduce(name, torch.zeros(1, device=self.device))
+        arrived = torch.zeros(1, device=self.device)
+        self.all_reduce(name, arrived)
+        arrived.item()  # NCCL only queues: reading the result waits for it
 
     @property
     def device(self) -> torch.device:

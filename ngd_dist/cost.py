@@ -1,9 +1,9 @@
-"""What one layer costs, counted from its shape alone. Imports without torch: the service plans with it too."""
+"""The shape of a layer, from which every cost is counted. Imports without torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Cost", "LayerShape"]
+__all__ = ["LayerShape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +17,3 @@ class LayerShape:
     fisher: Literal["kronecker", "unit_wise"]
     inputs: int
     outputs: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Counts for one layer: floating-point operations, and numbers (not bytes) kept or sent."""
-
-    refresh_flops: int
-    apply_flops: int
-    statistic_numbers: int
-    cache_numbers: int

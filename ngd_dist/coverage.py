@@ -9,24 +9,26 @@ from ngd_dist.layers import LAYERS, Layer
 __all__ = ["cover"]
 
 
-def cover(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
-    """Returns the covered layers in registration order, and for every other trainable parameter the reason.
+def cover(model: nn.Module, updated: set[nn.Parameter]) -> tuple[list[Layer], dict[str, str]]:
+    """Returns the covered layers in registration order, and for every other updated parameter of the model the reason.
 
-    A module is covered as a whole or not at all: all its parameters train and belong to it alone.
+    A module is covered as a whole or not at all: all its parameters are updated and belong to it alone.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        trainable = {key: p for key, p in own.items() if p.requires_grad}
-        if not trainable:
+        trained = {key: p for key, p in own.items() if p in updated}
+        if not trained:
             continue
         kind = LAYERS.get(type(module))
         if kind is None:
             reason = f"no layer kind covers {type(module).__name__}"
-        elif len(trainable) < len(own):
-            reason = f"{type(module).__name__} is partly frozen"
+        elif not own.keys() <= {"weight", "bias"}:
+            reason = f"{type(module).__name__} has parameters of its own: {', '.join(sorted(own))}"
+        elif len(trained) < len(own):
+            reason = f"{type(module).__name__} is partly frozen, or partly outside param_groups"
         elif any(uses[id(p)] > 1 for p in own.values()):
             reason = f"{type(module).__name__} shares a parameter with another module"
         else:
@@ -34,5 +36,5 @@ def cover(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
         if kind is not None and not reason:
             layers.append(kind(name, module))
         else:
-            reasons |= {f"{name}.{key}" if name else key: reason for key in trainable}
+            reasons |= {f"{name}.{key}" if name else key: reason for key in trained}
     return layers, reasons

@@ -22,7 +22,9 @@ class Verdict(IntEnum):
     CHANGED = 0
     MOVING = 1
     SETTLED = 2
-    UNSEEN = 3
+    UNSEEN = 3  # no rank captured it: its layer did not run
+    UNUSABLE = 4  # not finite, or not invertible: the old inverse stays in use
+    MISCOUNTED = 5  # some rank captured it another number of times than there are micro-batches
 
 
 def judge(change: Change, threshold: float) -> Verdict:
@@ -38,22 +40,23 @@ def judge(change: Change, threshold: float) -> Verdict:
 
 
 def adaptive_interval(verdict: Verdict, last: int, before: int) -> int:
-    """Returns the next interval: half the last one after a change, the same while moving, else the sum of both.
+    """Returns the next interval: the same while moving, the sum of the last two once settled, else half the last.
 
     Identical statistics give 1, 1, 2, 3, 5, 8, ... Source: [OT20], stale statistics.
     """
-    if verdict is Verdict.CHANGED:
-        return max(1, last // 2)
     if verdict is Verdict.MOVING:
         return last
-    return last + before
+    if verdict is Verdict.SETTLED:
+        return last + before
+    return max(1, last // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Track:
     """The schedule of one statistic, in optimizer steps; step numbers start at 1.
 
-    `due` may lie before `refreshed + interval` (staggering). `refreshed` is 0 until the first refresh.
+    `due` is at most `interval` after the last try (staggering may make it less). `refreshed` is the step of the value
+    that is in use: 0 until there is one, and unmoved by a try that gave nothing usable.
     """
 
     due: int = 1
@@ -87,7 +90,8 @@ class Schedule:
                 self.tracks[key] = replace(track, due=step + 1)
                 continue
             interval = self._interval(verdict, track)
-            planned = replace(track, refreshed=step, interval=interval, interval_before=track.interval)
+            refreshed = track.refreshed if verdict is Verdict.UNUSABLE else step
+            planned = replace(track, refreshed=refreshed, interval=interval, interval_before=track.interval)
             self.tracks[key] = replace(planned, due=self._quietest(key, step, interval))
 
     def state(self) -> list[dict[str, int]]:

@@ -92,9 +92,10 @@ class Statistic:
         self._before: Tensor | None = None
 
     def fold(self, new: Tensor) -> Change:
-        """Averages in the newest value, which it may keep; returns how far the average moved.
+        """Averages in the newest value, which it may keep; returns how far that value is from the last averages.
 
-        Where the statistic does not remember, nothing is measured and the change is infinite.
+        The value itself is compared, since an average with a long memory hardly moves when its statistic jumps. Where
+        the statistic does not remember, nothing is measured and the change is infinite.
         """
         past = self.ema_decay * self.weight
         last, self.weight = self.value, past + 1.0
@@ -103,7 +104,7 @@ class Statistic:
             return Change(float("inf"), float("inf"))
         before = None if self._before is None else self.spec.expand(self._before)
         self._before = None if last is None else self.spec.flatten(last)
-        return Change(_relative(self.value, last), _relative(self.value, before))
+        return Change(_relative(new, last), _relative(new, before))
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: flat tensors and the weight."""

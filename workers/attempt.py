@@ -65,6 +65,7 @@ def main() -> None:
 def _run_command(spec_file: Path, run_dir: Path, data_dir: Path) -> Outcome:
     spec = load_spec(spec_file)
     if dist.is_torchelastic_launched():
+        device_of(spec.resources)  # before the first collective: NCCL takes the current device
         dist.init_process_group("nccl" if spec.resources.gpus_per_worker else "gloo")
     comm = Communicator()
     attempt_dir = _next_attempt(_for_world(spec, comm.world_size), run_dir, data_dir, comm)

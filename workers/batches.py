@@ -3,6 +3,7 @@
 A pure function of (seed, step): no state to save, and any number of ranks sees the same global batches.
 """
 
+import random
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from workers.errors import SpecError
 
-__all__ = ["Batches", "seed_step"]
+__all__ = ["Batches", "seed_everything", "seed_step"]
 
 
 @dataclass(slots=True)
@@ -46,6 +47,13 @@ class Batches:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
             self._order = epoch, torch.randperm(self.num_samples, generator=generator)
         return self._order[1]
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch, numpy and Python, for a model's first weights and for users' functions."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

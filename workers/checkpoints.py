@@ -62,7 +62,9 @@ class Checkpoints:
         size, digest = _measure(unfinished / STATE)
         manifest = Manifest(step=step, attempt=self.attempt, world_size=world_size, bytes=size, sha256=digest)
         write_json(unfinished / MANIFEST, manifest)
-        shutil.rmtree(self.path(step), ignore_errors=True)  # a damaged one, or one this attempt has stepped back behind
+        for path in self._complete():
+            if _step(path) >= step:  # damaged, or else the run would have resumed from it
+                shutil.rmtree(path)
         unfinished.rename(self.path(step))
         _sync_folder(self.folder)
         self._prune()

@@ -52,7 +52,7 @@ class InvalidDataError(WorkerError, ValueError):
 
 
 class UserCodeError(WorkerError, RuntimeError):
-    """The user's own function failed before the first step."""
+    """The user's own function or model failed."""
 
     reason = "UserCodeError"
 

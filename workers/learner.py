@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ngd_dist.comm import Communicator
+from ngd_dist.errors import CaptureError
 from workers.data import Dataset
 from workers.errors import IncompatibleCheckpointError, UserCodeError
 from workers.optimizers import build_optimizer
@@ -67,23 +68,29 @@ class Learner:
             self._forward = DistributedDataParallel(model)
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns [sum of losses, number correct] over this rank's samples, float64; leaves the mean's gradient."""
+        """Returns [sum of losses, number correct] over this rank's samples, float64; leaves the mean's gradient.
+
+        Raises: UserCodeError.
+        """
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         micro_batches = list(zip(x.split(self._micro_size), y.split(self._micro_size), strict=True))
         for index, (micro_x, micro_y) in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_averaging():
-                logits = self._forward(micro_x)
+                logits = self._logits(micro_x)
                 loss = F.cross_entropy(logits, micro_y)
                 (loss / len(micro_batches)).backward()
             totals += _totals(loss.detach() * len(micro_y), logits, micro_y)
         return totals
 
     def update(self, lr: float) -> None:
-        """Collective under NGD. Takes one optimizer step with the gradients at hand."""
+        """Collective under NGD. Takes one optimizer step with the gradients at hand. Raises: UserCodeError."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except CaptureError as error:  # of the model's making, and raised on all ranks
+            raise UserCodeError(f"the model doesn't fit optimizer ngd: {error}") from error
         self.optimizer.zero_grad()
 
     def gradient_bytes(self) -> dict[str, int]:
@@ -131,6 +138,16 @@ class Learner:
             raise IncompatibleCheckpointError(
                 f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
             ) from error
+
+    def _logits(self, x: Tensor) -> Tensor:
+        try:
+            logits: Tensor = self._forward(x)
+        except Exception as error:
+            # DDP's forward talks to other ranks: what fails there may be a peer's death, which another start mends.
+            if isinstance(self._forward, DistributedDataParallel) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserCodeError(f"the model failed in training with {type(error).__name__}: {error}") from error
+        return logits
 
     def _no_averaging(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._forward, DistributedDataParallel):

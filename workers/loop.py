@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ngd_dist.telemetry import Stopwatch
-from workers.batches import Batches, seed_step
+from workers.batches import Batches, seed_everything, seed_step
 from workers.checkpoints import Checkpoints
 from workers.context import TrainContext, commit, versions
 from workers.data import Dataset, load_dataset
@@ -145,6 +145,8 @@ class Run:
         start_s = time.perf_counter()
         score = self.score = self.learner.evaluate(self.dataset)
         self.progress.seconds += time.perf_counter() - start_s
+        if not math.isfinite(score.loss):
+            raise NonFiniteLossError(self._divergence(score.loss, "test"))
         step, report = self.progress.step, self.context.reporter.report
         report(Evaluation(step=step, epoch=self.epoch, test_loss=score.loss, test_accuracy=score.accuracy))
         self._log_evaluation(score)
@@ -199,17 +201,17 @@ class Run:
         size = self.spec.batch.global_size
         score = Score(loss_sum / size, correct / size)
         if not math.isfinite(score.loss):
-            raise NonFiniteLossError(self._divergence(score.loss))
+            raise NonFiniteLossError(self._divergence(score.loss, "training"))
         if stop_code == STOP_CODES["superseded"]:
             raise _superseded(self.context.attempt)
         self.is_cancelled = stop_code == STOP_CODES["cancelled"]
         return score
 
-    def _divergence(self, loss: float) -> str:
+    def _divergence(self, loss: float, which: str) -> str:
         spec = self.spec
         damping = f", raise optimizer.damping ({spec.optimizer.damping:g})" if spec.optimizer.kind == "ngd" else ""
         return (
-            f"the training loss is {loss} at step {self.progress.step}; lower optimizer.lr ({spec.optimizer.lr:g})"
+            f"the {which} loss is {loss} at step {self.progress.step}; lower optimizer.lr ({spec.optimizer.lr:g})"
             f"{damping} or lengthen schedule.warmup_steps ({spec.schedule.warmup_steps})"
         )
 
@@ -263,6 +265,7 @@ def _prepare(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, to
 
 
 def _build(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, torch.nn.Module]:
+    seed_everything(spec.seed)  # a user's function may draw: the same on every rank, and again after a restart
     dataset = load_dataset(spec.data, context.data_dir)
     batches = Batches(len(dataset.train_y), spec.batch.global_size, spec.seed)
     torch.manual_seed(spec.seed)

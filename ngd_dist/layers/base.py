@@ -30,6 +30,11 @@ class Layer(ABC):
         """Returns why this module can't be described by this kind, or None if it can."""
         return None
 
+    @classmethod
+    @abstractmethod
+    def expected_input(cls, x: Tensor) -> str | None:
+        """Returns the shape that the module's input must have, if this one has another."""
+
     @property
     @abstractmethod
     def shape(self) -> LayerShape:

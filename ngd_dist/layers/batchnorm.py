@@ -22,6 +22,10 @@ class BatchNorm(Layer):
     def uncovered(cls, module: nn.Module) -> str | None:
         return None if module.bias is not None else "BatchNorm2d without bias"
 
+    @classmethod
+    def expected_input(cls, x: Tensor) -> str | None:
+        return None if x.ndim == 4 else "[samples, channels, height, width]"
+
     @property
     def shape(self) -> LayerShape:
         return LayerShape(self.name, "unit_wise", 2, self._weight.shape[0])

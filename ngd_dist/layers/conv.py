@@ -19,6 +19,10 @@ class Conv(Layer):
         assert isinstance(module, nn.Conv2d)
         return f"Conv2d with groups={module.groups}" if module.groups != 1 else None
 
+    @classmethod
+    def expected_input(cls, x: Tensor) -> str | None:
+        return None if x.ndim == 4 else "[samples, channels, height, width]"
+
     @property
     def shape(self) -> LayerShape:
         weight = self._weight

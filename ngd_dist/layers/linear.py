@@ -11,6 +11,10 @@ __all__ = ["Linear"]
 class Linear(Layer):
     """x [N, ..., I] -> y [N, ..., O]. Positions are shared weights in the `expand` sense ([E23])."""
 
+    @classmethod
+    def expected_input(cls, x: Tensor) -> str | None:
+        return None if x.ndim >= 2 else "[samples, ..., inputs]"
+
     @property
     def shape(self) -> LayerShape:
         outputs, inputs = self._weight.shape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ngd_dist.cost import Cost, LayerShape
+from ngd_dist.cost import LayerShape
 from ngd_dist.inversion import Ending
 from ngd_dist.layers.base import Rows
 from ngd_dist.statistics import StatisticSpec
@@ -50,5 +50,5 @@ class Preconditioner(ABC):
         """Returns the direction (F + damping I)^-1 grad, [O, I]. O(n^2), every step; called on the layer's owners."""
 
     @abstractmethod
-    def cost(self) -> Cost:
-        """Returns what the layer costs, for placement and for staggering."""
+    def refresh_flops(self) -> int:
+        """Returns the floating-point operations of one refresh, for placement and for staggering."""

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ngd_dist.config import KFAC as KFACConfig
-from ngd_dist.cost import Cost, LayerShape
+from ngd_dist.cost import LayerShape
 from ngd_dist.damping import pi_split
 from ngd_dist.inversion import Ending, invert
 from ngd_dist.kronecker import precondition, second_moment
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
-from ngd_dist.statistics import StatisticSpec, packed_size
+from ngd_dist.statistics import StatisticSpec
 
 __all__ = ["KFAC"]
 
@@ -52,8 +52,6 @@ class KFAC(Preconditioner):
     def apply(self, cache: Cache, grad_OI: Tensor) -> Tensor:
         return precondition(cache["A"], cache["G"], grad_OI)
 
-    def cost(self) -> Cost:
-        i, o = self.shape.inputs, self.shape.outputs
-        numbers = packed_size(i) + packed_size(o)
+    def refresh_flops(self) -> int:
         # Cholesky and the inverse from it: n^3 / 3 + 2 n^3 / 3 multiply-adds, two operations each.
-        return Cost(2 * (i**3 + o**3), 2 * i * o * (i + o), numbers, i * i + o * o)
+        return 2 * (self.shape.inputs**3 + self.shape.outputs**3)

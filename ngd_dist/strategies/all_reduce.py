@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Report, Strategy, captured_means, split_like
+from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Report, Strategy, collected, split_like
 
 __all__ = ["AllReduce"]
 
@@ -25,13 +25,13 @@ class AllReduce(Strategy):
         plain: list[Tensor],
     ) -> Collected:
         statistics = self._sum("statistics", list(due.values()), self.wire_dtype)
-        averaged = [*gradients.values(), *plain] if self.averages_gradients else []
-        sums = self._sum("gradients", [*counts.values(), *averaged], self.dtype)
+        travelling = [] if self.gradient_scale is None else [*gradients.values(), *plain]
+        sums = self._sum("gradients", [*counts.values(), *travelling], self.dtype)
         summed_counts = dict(zip(counts, sums, strict=False))
-        if averaged:
-            means = [total.div_(self.comm.world_size) for total in sums[len(counts) :]]
+        if self.gradient_scale is not None:
+            means = [total.mul_(self.gradient_scale) for total in sums[len(counts) :]]
             gradients, plain = dict(zip(gradients, means, strict=False)), means[len(gradients) :]
-        return Collected(captured_means(dict(zip(due, statistics, strict=True)), summed_counts), dict(gradients), plain)
+        return collected(dict(zip(due, statistics, strict=True)), summed_counts, gradients, plain)
 
     def publish(
         self,

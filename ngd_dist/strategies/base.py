@@ -1,5 +1,6 @@
 """The contract of a movement, and the flat buffers that all of them send."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ngd_dist.placement import Placement
 from ngd_dist.staleness import Verdict
 from ngd_dist.statistics import Key
 
-__all__ = ["Collected", "Report", "Strategy", "captured_means", "split_like"]
+__all__ = ["Collected", "Report", "Strategy", "collected", "split_like"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,11 @@ REPORT_NUMBERS = 3
 class Collected:
     """Means over the global batch, of the layers that this rank owns (statistics, gradients) and of all (plain).
 
-    `statistics` lacks the due ones that no rank captured: their module did not run.
+    `statistics` lacks the due ones that no rank captured, because their module did not run, and those of `miscounted`
+    layers.
     """
 
+    miscounted: frozenset[str]
     statistics: dict[Key, Tensor]
     gradients: dict[str, Tensor]
     plain: list[Tensor]
@@ -61,18 +64,19 @@ class Strategy(ABC):
         dtype: torch.dtype,
         wire_dtype: torch.dtype,
         device: torch.device,
-        averages_gradients: bool,
+        gradient_scale: float | None,
     ) -> None:
         """`dtype` is that of gradients and directions on the way, `wire_dtype` that of statistics.
 
-        `averages_gradients` is false where an engine (DDP) has averaged them already.
+        Gradients are summed over ranks and multiplied by `gradient_scale`; None leaves them as they are, where an
+        engine (DDP) has averaged them already.
         """
         self.comm = comm
         self.placement = placement
         self.dtype = dtype
         self.wire_dtype = wire_dtype
         self.device = device
-        self.averages_gradients = averages_gradients
+        self.gradient_scale = gradient_scale
 
     @abstractmethod
     def holds(self, layer: str) -> bool:
@@ -92,8 +96,9 @@ class Strategy(ABC):
     ) -> Collected:
         """Collective. Returns the means over ranks.
 
-        `due` holds this rank's flat value of every due statistic (zeros where it captured none); `counts` whether it
-        captured each due layer, 1 or 0, [1]; `gradients` grad_OI of every layer; `plain` all other gradients.
+        `due` holds this rank's flat value of every due statistic (zeros where it captured none); `counts`, [1] each,
+        whether it captured a due layer: 1 or 0, or NaN if not once per micro-batch; `gradients` grad_OI of every layer;
+        `plain` all other gradients.
         """
 
     @abstractmethod
@@ -125,10 +130,14 @@ def split_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def captured_means(sums: Mapping[Key, Tensor], counts: Mapping[str, Tensor]) -> dict[Key, Tensor]:
-    """Returns each summed statistic divided by the number of ranks that captured it, without those that none did.
+def collected(
+    sums: Mapping[Key, Tensor], counts: Mapping[str, Tensor], gradients: Mapping[str, Tensor], plain: list[Tensor]
+) -> Collected:
+    """Returns each summed statistic divided by the number of ranks that captured it, beside the gradients.
 
     Reads one number per due layer back to the host: what was captured decides what is refreshed.
     """
-    captured = {layer: int(count) for layer, count in counts.items()}
-    return {key: total / captured[key.layer] for key, total in sums.items() if captured[key.layer] > 0}
+    captured = {layer: float(count) for layer, count in counts.items()}
+    means = {key: total / captured[key.layer] for key, total in sums.items() if captured[key.layer] > 0}
+    miscounted = frozenset(layer for layer, count in captured.items() if math.isnan(count))
+    return Collected(miscounted, means, dict(gradients), plain)

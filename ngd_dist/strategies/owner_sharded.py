@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Report, Strategy, captured_means, split_like
+from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Report, Strategy, collected, split_like
 
 __all__ = ["OwnerSharded"]
 
@@ -30,16 +30,16 @@ class OwnerSharded(Strategy):
     ) -> Collected:
         sums = self._reduce("statistics", due, self.wire_dtype)
         travelling = {Key(layer, "count"): count for layer, count in counts.items()}
-        if self.averages_gradients:
+        if self.gradient_scale is not None:
             travelling |= {Key(layer, "gradient"): gradient for layer, gradient in gradients.items()}
         own = self._reduce("gradients", travelling, self.dtype)
         own_counts = {key.layer: total for key, total in own.items() if key.statistic == "count"}
-        if self.averages_gradients:
-            scale = 1 / self.comm.world_size
+        if self.gradient_scale is not None:
+            scale = self.gradient_scale
             gradients = {key.layer: total * scale for key, total in own.items() if key.statistic == "gradient"}
-            plain = self._average(plain)
+            plain = self._combine(plain, scale)
         held = {layer: gradient for layer, gradient in gradients.items() if self.holds(layer)}
-        return Collected(captured_means(sums, own_counts), held, plain)
+        return collected(sums, own_counts, held, plain)
 
     def publish(
         self,
@@ -87,12 +87,12 @@ class OwnerSharded(Strategy):
         keys = owned[self.comm.rank]
         return dict(zip(keys, split_like(own, [tensors[key] for key in keys]), strict=True))
 
-    def _average(self, plain: list[Tensor]) -> list[Tensor]:
+    def _combine(self, plain: list[Tensor], scale: float) -> list[Tensor]:
         if not plain:
             return []
         buffer = self.flatten(plain, self.dtype)
         self.comm.all_reduce("plain gradients", buffer, kind="gradients")
-        return split_like(buffer.div_(self.comm.world_size), plain)
+        return split_like(buffer.mul_(scale), plain)
 
 
 def _length(layers: Sequence[str], keys: Sequence[Key], shapes: Mapping[str, tuple[int, int]]) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import Collected, Report, Strategy, captured_means
+from ngd_dist.strategies.base import Collected, Report, Strategy, collected
 
 __all__ = ["Single"]
 
@@ -23,7 +23,7 @@ class Single(Strategy):
         gradients: Mapping[str, Tensor],
         plain: list[Tensor],
     ) -> Collected:
-        return Collected(captured_means(due, counts), dict(gradients), plain)
+        return collected(due, counts, gradients, plain)
 
     def publish(
         self,

@@ -18,6 +18,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
 from ngd_dist.layers import LAYERS
+from ngd_dist.statistics import Key
 
 F64 = torch.float64
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -172,7 +173,7 @@ def test_what_is_not_covered_takes_the_plain_step_and_says_why(caplog: pytest.Lo
         "0.bias": "Conv2d with groups=2",
         "2.weight": "Linear shares a parameter with another module",
         "3.weight": "Linear shares a parameter with another module",
-        "4.bias": "Linear is partly frozen",
+        "4.bias": "Linear is partly frozen, or partly outside param_groups",
         "6.weight": "no layer kind covers PReLU",
     }
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -227,6 +228,14 @@ def test_a_state_of_another_model_or_optimizer_is_refused() -> None:
 
     with pytest.raises(CheckpointError, match=r"missing \['0.A', '0.G', '2.A', '2.G'\]|unknown \['2.A', '2.G'\]"):
         other.load_state_dict(optimizer.state_dict())
+    wider = NGD(nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)).double())
+    before = copy.deepcopy(wider.state_dict())
+    trained, x, y = model_and_batch()
+    donor = NGD(trained)
+    train(donor, trained, x, y, 1)
+    with pytest.raises(CheckpointError, match=r"0\.G must have 28 numbers, got 21"):
+        wider.load_state_dict(donor.state_dict())
+    assert str(wider.state_dict()) == str(before)
     with pytest.raises(CheckpointError, match="has the key 'ngd'"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
 
@@ -272,6 +281,118 @@ def test_param_groups_have_their_own_settings() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.2]
 
 
+def test_momentum_and_decay_are_those_of_sgd_on_plain_parameters() -> None:
+    ours, theirs = (nn.PReLU(3, init=0.3).double() for _ in range(2))
+    decay, lr = 0.1, 0.2
+    optimizer = NGD(ours, NGDConfig(lr=lr, momentum=0.9, weight_decay=decay))
+    sgd = torch.optim.SGD(theirs.parameters(), lr=lr, momentum=0.9)
+
+    for step in range(4):
+        x = torch.linspace(-2, 1, 6, dtype=F64).view(2, 3) * (step + 1)
+        for model, method in ((ours, optimizer), (theirs, sgd)):
+            method.zero_grad()
+            model(x).square().sum().backward()
+        with torch.no_grad():
+            theirs.weight *= 1 - lr * decay
+        optimizer.step()
+        sgd.step()
+
+        torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-14, atol=0)
+
+
+def test_parameters_outside_the_groups_are_left_alone() -> None:
+    model, x, y = model_and_batch()
+    frozen = [p.detach().clone() for p in model[0].parameters()]
+    optimizer = NGD(model, param_groups=[{"params": list(model[2].parameters())}])
+
+    train(optimizer, model, x, y, 2)
+
+    assert [layer.name for layer in optimizer.layers] == ["2"]
+    assert all(torch.equal(a, b) for a, b in zip(model[0].parameters(), frozen, strict=True))
+    with pytest.raises(ConfigError, match="build a new one after unfreezing"):
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+
+
+def test_a_parameter_that_is_not_the_models_takes_the_plain_step() -> None:
+    model, x, y = model_and_batch()
+    scale = nn.Parameter(torch.ones((), dtype=F64))
+    optimizer = NGD(model, NGDConfig(lr=0.5, momentum=0.0), param_groups=[{"params": [*model.parameters(), scale]}])
+
+    F.cross_entropy(scale * model(x), y).backward()
+    gradient = scale.grad.clone() if scale.grad is not None else None
+    optimizer.step()
+
+    assert optimizer.plain_parameters == {"1 in param_groups": "not a parameter of the model"}
+    assert gradient is not None
+    torch.testing.assert_close(scale.detach(), 1 - 0.5 * gradient)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_reparametrised_layer_takes_the_plain_step() -> None:
+    optimizer = NGD(nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2))))
+
+    assert set(optimizer.plain_parameters) == {"0.bias", "0.weight_g", "0.weight_v"}
+
+
+def test_a_layer_whose_weights_are_used_past_its_module_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model)
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        hidden = F.relu(F.linear(x, model[0].weight, model[0].bias))
+        F.cross_entropy(model[2](hidden), y).backward()
+        optimizer.step()
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "layer '0' takes a plain gradient step: its weights are used without its module"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "message"),
+    [
+        (nn.Linear(3, 2), torch.ones(3), r"layer '' needs an input of shape \[samples, ..., inputs\], got \[3\]"),
+        (nn.Conv2d(1, 2, 2), torch.ones(1, 4, 4), r"\[samples, channels, height, width\], got \[1, 4, 4\]"),
+    ],
+)
+def test_an_input_without_samples_is_refused(module: nn.Module, x: Tensor, message: str) -> None:
+    NGD(module)
+
+    with pytest.raises(CaptureError, match=message):
+        module(x)
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"use DistributedDataParallel"):
+        NGD(nn.DataParallel(nn.Linear(2, 2)))
+
+
+def test_a_grad_scaler_is_refused() -> None:
+    model, x, y = model_and_batch()
+    model.float()
+    optimizer = NGD(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(F.cross_entropy(model(x.float()), y)).backward()
+
+    with pytest.raises(ConfigError, match="GradScaler"):
+        scaler.step(optimizer)
+
+
+def test_statistics_are_formed_in_full_precision_under_autocast() -> None:
+    model, x, y = model_and_batch()
+    model.float()
+    optimizer = NGD(model)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        F.cross_entropy(model(x.float()), y).backward()
+        A = optimizer._capture.take()[Key("0", "A")]
+
+    rows = torch.cat([x, torch.ones(8, 1, dtype=F64)], dim=1).to(torch.bfloat16).double()
+    assert A.dtype == torch.float32
+    torch.testing.assert_close(A.double(), rows.T @ rows / 8, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -295,7 +416,7 @@ def test_a_factor_that_cannot_be_inverted_keeps_its_old_inverse_and_is_counted()
     model = nn.Linear(64, 10)
     optimizer = NGD(model, NGDConfig(damping=0.1, staleness=FixedInterval(steps=1)))
     train(optimizer, model, x, y, 1)
-    old = {name: value.clone() for name, value in (optimizer._caches[""] or {}).items()}
+    old = {name: value.clone() for name, value in (optimizer._curvature.caches[""] or {}).items()}
     optimizer.param_groups[0]["damping"] = 1e-30
 
     train(optimizer, model, x, y, 1)
@@ -305,7 +426,7 @@ def test_a_factor_that_cannot_be_inverted_keeps_its_old_inverse_and_is_counted()
     assert endings[".A"] == "OK"
     assert endings[".G"] in ("NOT_POSITIVE_DEFINITE", "INACCURATE")  # rounding decides which
     assert optimizer.stats.failed_inversions == 1
-    assert torch.equal((optimizer._caches[""] or {})["G"], old["G"])
+    assert torch.equal((optimizer._curvature.caches[""] or {})["G"], old["G"])
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
+from ngd_dist.errors import CaptureError
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -25,9 +26,11 @@ CASES: dict[str, tuple[Settings, Settings, int, torch.dtype]] = {
     "all_reduce adaptive": (AllReduce(), ADAPTIVE, 1, torch.float64),
     "owner_sharded adaptive": (OwnerSharded(), ADAPTIVE, 1, torch.float64),
     "owner_sharded micro-batches": (OwnerSharded(), ADAPTIVE, 2, torch.float64),
+    "all_reduce micro-batches": (AllReduce(), ADAPTIVE, 2, torch.float64),
     "all_reduce float32": (AllReduce(), REFRESH_ALWAYS, 1, torch.float32),
     "owner_sharded float32": (OwnerSharded(), REFRESH_ALWAYS, 1, torch.float32),
 }
+RESUMED = ("owner_sharded adaptive", "all_reduce adaptive", "owner_sharded float32")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -91,12 +94,13 @@ def train_every_case(rank: int, world_size: int) -> dict[str, Any]:
         optimizer = NGD(model, config(case))
         train(model, optimizer, range(STEPS), rank, world_size)
         found[case] = weights(model)
-        if case == "owner_sharded adaptive":
-            found["state"] = copy.deepcopy(optimizer.state_dict())  # as torch's: its tensors are the live ones
-            found["model"] = copy.deepcopy(model.state_dict())
+        if case in RESUMED:
+            # As torch's, the state's tensors are the live ones.
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
             train(model, optimizer, range(STEPS, STEPS + 1), rank, world_size)
-            found["next"] = weights(model)
-    found["reloaded"] = resume(rank, world_size, found["model"], found["state"], "owner_sharded adaptive")
+            found[f"saved {case}"] = saved
+            found[f"next {case}"] = weights(model)
+            found[f"reloaded {case}"] = resume(rank, world_size, *saved, case)
     found["bytes"] = {case: bytes_of_a_refresh(case, rank, world_size) for case in ("all_reduce", "owner_sharded")}
     return found
 
@@ -135,18 +139,30 @@ def test_ranks_do_not_drift_apart_by_a_single_bit(ranks: list[dict[str, Any]]) -
             assert all(torch.equal(a, b) for a, b in zip(ranks[0][case], other[case], strict=True)), case
 
 
-def test_a_reloaded_run_takes_the_same_next_step(ranks: list[dict[str, Any]]) -> None:
-    first = ranks[0]
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_reloaded_run_takes_the_same_next_step(ranks: list[dict[str, Any]], case: str) -> None:
+    for rank in ranks:
+        pairs = zip(rank[f"next {case}"], rank[f"reloaded {case}"], strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
-    assert all(torch.equal(a, b) for a, b in zip(first["next"], first["reloaded"], strict=True))
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_state_loads_at_another_world_size(ranks: list[dict[str, Any]], case: str) -> None:
+    alone = resume(0, 1, *ranks[0][f"saved {case}"], case)
+
+    tolerance = TOLERANCE[CASES[case][3]]
+    for ours, theirs in zip(alone, ranks[0][f"next {case}"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_a_state_loads_at_another_world_size(ranks: list[dict[str, Any]]) -> None:
-    first = ranks[0]
+@pytest.mark.parametrize("case", ["all_reduce", "owner_sharded"])
+def test_a_strategy_for_many_works_in_one_process(case: str) -> None:
+    model = build_model(torch.float64)
+    optimizer = NGD(model, config(case))
 
-    alone = resume(0, 1, first["model"], first["state"], "owner_sharded adaptive")
+    train(model, optimizer, range(STEPS), 0, 1)
 
-    for ours, theirs in zip(alone, first["next"], strict=True):
+    for ours, theirs in zip(weights(model), single_process(case, STEPS), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -172,18 +188,54 @@ def test_a_state_of_one_process_loads_on_two_ranks() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def wrapped_and_bare(rank: int, world_size: int) -> tuple[list[Tensor], list[Tensor]]:
-    found = []
+def wrapped_and_bare(rank: int, world_size: int) -> tuple[list[Tensor], list[Tensor], dict[str, int]]:
+    found: list[list[Tensor]] = []
+    sent: dict[str, int] = {}
     for wraps in (True, False):
         model = build_model(torch.float64)
         forward = DistributedDataParallel(model) if wraps else model
         optimizer = NGD(forward, config("owner_sharded"))
         train(forward, optimizer, range(2), rank, world_size)
         found.append(weights(model))
-    return found[0], found[1]
+        sent = optimizer.stats.bytes_sent if wraps else sent
+    return found[0], found[1], sent
 
 
-def half_the_ranks_use_a_layer(rank: int, world_size: int) -> tuple[list[Tensor], list[int]]:
+def summed(rank: int, world_size: int) -> list[Tensor]:
+    """Trains on a loss that is summed, not averaged, over the samples."""
+    model = build_model(torch.float64)
+    optimizer = NGD(model, config("owner_sharded", loss_reduction="sum", lr=0.01, **alone(world_size)))
+    for step in range(3):
+        x, y = (part.chunk(world_size)[rank] for part in batch(step, torch.float64))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+        optimizer.step()
+    return weights(model)
+
+
+def alone(world_size: int) -> dict[str, Any]:
+    return {"strategy": None} if world_size == 1 else {}
+
+
+def one_rank_runs_a_layer_twice(rank: int, world_size: int) -> list[str]:
+    """Returns what each of two steps raised: the second one is in order again."""
+    layer = nn.Linear(3, 3).double()
+    optimizer = NGD(layer, config("owner_sharded"))
+    raised = []
+    for step in range(2):
+        optimizer.zero_grad()
+        x = torch.ones(4, 3, dtype=torch.float64)
+        out = layer(layer(x)) if (rank, step) == (0, 0) else layer(x)
+        out.square().sum(1).mean().backward()
+        try:
+            optimizer.step()
+            raised.append("nothing")
+        except CaptureError as error:
+            raised.append(str(error))
+    return raised
+
+
+def half_the_ranks_use_a_layer(rank: int, world_size: int) -> tuple[list[Tensor], list[int], dict[str, Tensor]]:
     model = nn.ModuleDict({"used": nn.Linear(3, 2), "sometimes": nn.Linear(3, 2)}).double()
     for p in model.parameters():
         nn.init.constant_(p, 0.1)
@@ -191,8 +243,10 @@ def half_the_ranks_use_a_layer(rank: int, world_size: int) -> tuple[list[Tensor]
     x = torch.full((4, 3), 1.0 + rank, dtype=torch.float64)
     out = model["used"](x) + (model["sometimes"](x) if rank == 0 else 0)
     (out**2).sum(1).mean().backward()
+    own = {str(key): value for key, value in optimizer._capture.take().items()}
     optimizer.step()
-    return weights(model), optimizer.stats.ages
+    held = {str(key): s.value for key, s in optimizer._curvature.statistics.items() if s.value is not None}
+    return weights(model), optimizer.stats.ages, {"own": own, "held": held}
 
 
 def bfloat16_wire(rank: int, world_size: int) -> tuple[dict[str, int], list[Tensor]]:
@@ -209,6 +263,8 @@ def variants(rank: int, world_size: int) -> dict[str, Any]:
         "bfloat16": bfloat16_wire(rank, world_size),
         "bytes": {case: bytes_of_a_refresh(case, rank, world_size) for case in ("all_reduce", "owner_sharded")},
         "single": refuses_single(),
+        "summed": summed(rank, world_size),
+        "twice": one_rank_runs_a_layer_twice(rank, world_size),
     }
 
 
@@ -226,17 +282,36 @@ def pair() -> list[dict[str, Any]]:
 
 
 def test_ddp_averages_the_gradients_once(pair: list[dict[str, Any]]) -> None:
-    wrapped, bare = pair[0]["wrapped"]
+    wrapped, bare, sent = pair[0]["wrapped"]
 
+    assert sent["gradients"] < 100  # bytes: the counts of captured layers alone
     for ours, theirs in zip(wrapped, bare, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_a_layer_that_only_some_ranks_use_neither_hangs_nor_drifts(pair: list[dict[str, Any]]) -> None:
-    (first, ages), (second, _) = (rank["unused"] for rank in pair)
+    (first, ages, seen), (second, _, elsewhere) = (rank["unused"] for rank in pair)
 
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert ages == [0, 0, 0, 0]
+    held = seen["held"] | elsewhere["held"]
+    for name in ("sometimes.A", "sometimes.G"):  # the mean over the ranks that ran it: rank 0's own
+        torch.testing.assert_close(held[name], seen["own"][name])
+
+
+def test_a_summed_loss_gives_the_single_process_weights(pair: list[dict[str, Any]]) -> None:
+    for ours, theirs in zip(pair[0]["summed"], summed(0, 1), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_that_one_rank_runs_twice_is_an_error_on_all_and_the_next_step_is_not(
+    pair: list[dict[str, Any]],
+) -> None:
+    here, there = pair[0]["twice"], pair[1]["twice"]
+
+    assert "layer '' was differentiated 2 times" in here[0]
+    assert "on another rank" in there[0]
+    assert here[1] == there[1] == "nothing"
 
 
 def test_an_owner_receives_less_than_an_all_reduce_sends(pair: list[dict[str, Any]]) -> None:

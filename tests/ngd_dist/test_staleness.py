@@ -55,6 +55,24 @@ def test_intervals_grow_only_if_the_threshold_exceeds_the_sampling_noise_of_two_
     assert measured_intervals(draws(0.09))[-1] == 1
 
 
+def test_a_long_memory_does_not_hide_a_jump() -> None:
+    statistic = Statistic(StatisticSpec("A", (3, 3), is_symmetric=True), ema_decay=0.95, remembers=True)
+    for _ in range(20):
+        statistic.fold(torch.eye(3))
+
+    assert judge(statistic.fold(2.5 * torch.eye(3)), 0.1) is Verdict.CHANGED
+
+
+def test_what_gave_nothing_usable_leaves_the_age_and_comes_again_sooner() -> None:
+    key = Key("layer", "A")
+    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(), stagger=0)
+    for step, verdict in [(1, Verdict.CHANGED), (2, Verdict.MOVING), (3, Verdict.SETTLED), (5, Verdict.UNUSABLE)]:
+        schedule.advance(step, {key: verdict})
+
+    assert schedule.tracks[key].refreshed == 3
+    assert schedule.due(6) == [key]
+
+
 def test_a_nan_is_a_change() -> None:
     assert judge(Change(float("nan"), 0.0), 0.1) is Verdict.CHANGED
 

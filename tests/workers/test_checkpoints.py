@@ -56,6 +56,16 @@ def test_checkpoint_without_one_of_its_files_is_skipped(checkpoints, file):
     assert checkpoints.newest_step() == 1
 
 
+def test_a_damaged_one_does_not_take_the_place_of_the_one_just_written(tmp_path):
+    only_one = Checkpoints(tmp_path / "checkpoints", attempt=2, keep=1)
+    save(only_one, 100)
+    (only_one.path(100) / "state.pt").write_bytes(b"?")
+
+    save(only_one, 50)
+
+    assert only_one.newest_step() == 50
+
+
 def test_half_written_checkpoint_is_skipped_and_cleared_by_the_next(checkpoints):
     save(checkpoints, 1)
     torn = checkpoints.folder / "step-00000002.tmp-a1"

@@ -34,6 +34,21 @@ def wrong_classes(shape):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))
 
 
+def runs_a_layer_twice(shape):
+    square = torch.nn.Linear(64, 64)
+    return torch.nn.Sequential(torch.nn.Flatten(), square, square, torch.nn.Linear(64, shape.classes))
+
+
+def fails_in_training(shape):
+    class Failing(torch.nn.Linear):
+        def forward(self, x):
+            if self.training:
+                raise LookupError("only in training")
+            return super().forward(x.flatten(1))
+
+    return Failing(64, shape.classes)
+
+
 def no_model(shape):
     return "a string"
 
@@ -161,3 +176,19 @@ def test_hopeless_job_fails_with_one_clear_message(tmp_path, spec, reason, messa
     assert (outcome.result, outcome.reason, outcome.retryable) == ("failed", reason, False)
     assert outcome.message is not None
     assert re.search(message, outcome.message), outcome.message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs_a_layer_twice", "layer '1' was differentiated 2 times"),
+        ("fails_in_training", "failed in training with LookupError: only in training"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_fails_for_good_with_its_reason(tmp_path, name, message):
+    spec = small_spec(model=function(name), optimizer=OPTIMIZERS["ngd"])
+
+    outcome = run_rank(make_attempt(tmp_path, spec))
+
+    assert (outcome.result, outcome.reason, outcome.retryable) == ("failed", "UserCodeError", False)
+    assert message in outcome.message

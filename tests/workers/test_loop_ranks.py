@@ -2,10 +2,13 @@ import json
 import re
 
 import pytest
+import torch
 
+from ngd_dist.comm import Communicator
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.ranks import run_ranks
 from workers.attempt import run_rank
+from workers.learner import Learner
 from workers.rundir import AttemptDir
 from workers.spec import JobSpec
 
@@ -31,6 +34,21 @@ def split(workers: int, optimizer: str) -> JobSpec:
         batch={"global_size": 64, "micro_size": 32},
         resources={"workers": workers},
     )
+
+
+def averaged_buffers(rank: int, world_size: int, attempt_dir: AttemptDir) -> list[float]:
+    spec = attempt_dir.read_spec()
+    norm = torch.nn.BatchNorm2d(1)
+    learner = Learner(norm, spec, Communicator(), torch.device("cpu"))
+    norm.running_mean.fill_(float(rank))
+    learner.average_buffers()
+    return norm.running_mean.tolist()
+
+
+def test_running_statistics_become_the_mean_over_ranks(tmp_path):
+    attempt = make_attempt(tmp_path, split(2, "ngd"))
+
+    assert run_ranks(2, averaged_buffers, attempt) == [[0.5], [0.5]]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
