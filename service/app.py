@@ -1,5 +1,6 @@
 """START HERE. The service as a FastAPI app: what its parts are, and what runs while it is up."""
 
+import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from service.api.parts import Parts
 from service.dispatchers.local import LocalDispatcher
 from service.errors import StartupError
 from service.failpoint import Failpoint
+from service.home import KEY
 from service.job_state import Policy
 from service.jobs import Jobs
 from service.reconciler import Reconciler
@@ -23,7 +25,10 @@ __all__ = ["create_app"]
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Returns the app, its database open and up to date. Raises: StartupError with one sentence."""
+    """Returns the app, its database open and up to date. Raises: StartupError with one sentence.
+
+    The folder settings.home must be there.
+    """
     parts = _assemble(settings)
 
     @asynccontextmanager
@@ -42,14 +47,25 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _assemble(settings: Settings) -> Parts:
-    try:
-        settings.runs_dir.mkdir(parents=True, exist_ok=True)
-        tokens = Tokens(read_or_create_key(settings.home / "key"))
-    except OSError as error:
-        raise StartupError(f"can't use the folder {settings.home}: {error.strerror}; set NGD_HOME") from error
-    failpoint = Failpoint(settings.failpoint)
+def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
+    """Returns the store, bound to this installation, and the installation's tokens."""
     store = SQLStore(settings.resolved_database_url)
+    try:
+        settings.runs_dir.mkdir(exist_ok=True)
+        tokens = Tokens(read_or_create_key(settings.home / KEY))
+        store.bind(tokens.installation_id, f"{socket.gethostname()}:{settings.home}")
+    except OSError as error:
+        store.close()
+        raise StartupError(f"can't use the folder {settings.home}: {error.strerror}; set NGD_HOME") from error
+    except StartupError:
+        store.close()
+        raise
+    return store, tokens
+
+
+def _assemble(settings: Settings) -> Parts:
+    store, tokens = _open(settings)
+    failpoint = Failpoint(settings.failpoint)
     dispatcher = LocalDispatcher(
         runs_dir=settings.runs_dir,
         data_dir=settings.data_dir,

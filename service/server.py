@@ -1,6 +1,5 @@
 """Runs the app on a socket of this machine until it is told to stop."""
 
-import fcntl
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ import uvicorn
 
 from service.app import create_app
 from service.errors import StartupError
+from service.home import owned
 from service.settings import Settings
 
 __all__ = ["serve"]
@@ -26,7 +26,7 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
     with _bound(settings) as listener:
         port = listener.getsockname()[1]
         settings = settings.model_copy(update={"port": port})
-        with _sole_owner(settings):
+        with owned(settings.home):
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
             logging.getLogger("service").setLevel(logging.INFO)
             app = create_app(settings)
@@ -65,21 +65,3 @@ def _bound(settings: Settings) -> Iterator[socket.socket]:
                 f"can't listen on {settings.url}: {reason}; stop what listens there, or choose another port with --port"
             ) from error
         yield listener
-
-
-@contextmanager
-def _sole_owner(settings: Settings) -> Iterator[None]:
-    """Holds the home's lock: two controllers with one folder of runs would both look after its processes."""
-    try:
-        settings.home.mkdir(parents=True, exist_ok=True)
-        lock = (settings.home / "controller.lock").open("a")
-    except OSError as error:
-        raise StartupError(f"can't use the folder {settings.home}: {error.strerror}; set NGD_HOME") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StartupError(
-                f"another service uses the folder {settings.home}; stop it, or give this one its own with NGD_HOME"
-            ) from error
-        yield

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import StartupError
 from service.failpoint import Place
+from service.home import DATABASE, RUNS
 
 __all__ = ["Settings", "load_settings"]
 
@@ -63,11 +64,11 @@ class Settings(BaseSettings):
 
     @property
     def resolved_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.home / 'ngd.sqlite'}"
+        return self.database_url or f"sqlite:///{self.home / DATABASE}"
 
     @property
     def runs_dir(self) -> Path:
-        return self.home / "runs"
+        return self.home / RUNS
 
 
 def load_settings(**given: Any) -> Settings:

@@ -27,7 +27,9 @@ def read_or_create_key(path: Path) -> bytes:
         with os.fdopen(handle, "wb") as file:
             file.write(key)
     if len(key) != KEY_BYTES:
-        raise StartupError(f"{path} must hold {KEY_BYTES} bytes, got {len(key)}; delete it, and running jobs with it")
+        raise StartupError(
+            f"{path} must hold {KEY_BYTES} bytes, got {len(key)}; put the right one back, or delete it and the database"
+        )
     return key
 
 
@@ -36,6 +38,11 @@ class Tokens:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
+
+    @property
+    def installation_id(self) -> str:
+        """Tells this installation from any other, without giving the key away."""
+        return self._sign("installation").hex()
 
     def of_attempt(self, attempt_id: str) -> str:
         """Returns the attempt's bearer token: the same after a restart, another for each attempt."""

@@ -128,7 +128,9 @@ async def _on_unexpected(request: Request, error: Exception) -> Response:
 def _of_framework(request: Request, status: HTTPStatus, detail: str) -> ProblemError:
     match status:
         case HTTPStatus.NOT_FOUND:
-            return problem_of_status(status, f"there is nothing at {request.url.path}; see /openapi.json for what there is")
+            return problem_of_status(
+                status, f"there is nothing at {request.url.path}; see /openapi.json for what there is"
+            )
         case HTTPStatus.METHOD_NOT_ALLOWED:
             return problem_of_status(status, f"{request.url.path} does not take {request.method}; see the Allow header")
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:

@@ -14,7 +14,7 @@ from service.store.base import Ingested
 from service.store.progress import Standing, advance, summary
 from workers.events import Evaluation, Numbered, Steps
 
-__all__ = ["ingest"]
+__all__ = ["INSERT", "ingest"]
 
 INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 ROWS_PER_STATEMENT = 500  # times five columns stays far below SQLite's 32,766 variables

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from service.errors import IdempotencyError, StartupError, StoreUnavailableError
@@ -27,7 +28,7 @@ from service.store.base import (
     attempt_id,
 )
 from service.store.engine import READ_ONLY, describe, open_engine, reported
-from service.store.ingest import ingest
+from service.store.ingest import INSERT, ingest
 from service.store.rows import attempt_record, event_record, job_record
 from service.store.schema import is_newest, upgrade
 from workers.events import Numbered
@@ -50,12 +51,41 @@ class SQLStore:
         try:
             with self._writers.begin() as connection:
                 upgrade(connection)
-        except DBAPIError as error:
-            shown = self._writers.url.render_as_string(hide_password=True)
+        except (DBAPIError, CommandError) as error:
+            self.close()
+            raise StartupError(self._why_closed(error)) from error
+
+    def _why_closed(self, error: DBAPIError | CommandError) -> str:
+        if isinstance(error, CommandError):
+            return (
+                f"the database {self._shown_url} is of another version of ngd-dist ({error}); start the version that "
+                "made it, or a newer one, or give this one another with NGD_DATABASE_URL"
+            )
+        return (
+            f"can't open the database {self._shown_url}: {describe(error)}; check NGD_DATABASE_URL, or NGD_HOME for "
+            "the default file, and that this user may write there"
+        )
+
+    @property
+    def _shown_url(self) -> str:
+        return self._writers.url.render_as_string(hide_password=True)
+
+    def bind(self, installation_id: str, home: str) -> None:
+        """Makes the database this installation's for good: jobs' processes and folders are looked for in its home.
+
+        Raises: StartupError if it is another's, which would take this one's silence for the death of its jobs.
+        """
+        mine = {"number": 1, "id": installation_id, "home": home}
+        with self._write() as connection:
+            insert = INSERT[connection.dialect.name](t.installation).values(mine)
+            connection.execute(insert.on_conflict_do_nothing())
+            owner = connection.execute(sa.select(t.installation)).one()
+        if owner.id != installation_id:
             raise StartupError(
-                f"can't open the database {shown}: {describe(error)}; check NGD_DATABASE_URL, or NGD_HOME for the "
-                "default file, and that this user may write there"
-            ) from error
+                f"the database {self._shown_url} belongs to the service whose home is {owner.home}, and this one's is "
+                f"{home}, with another key: start with NGD_HOME set to the former, or give the latter a database of "
+                "its own with NGD_DATABASE_URL"
+            )
 
     def close(self) -> None:
         self._writers.dispose()

@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-__all__ = ["attempts", "evaluations", "events", "idempotency_keys", "jobs", "metadata", "steps"]
+__all__ = ["attempts", "evaluations", "events", "idempotency_keys", "installation", "jobs", "metadata", "steps"]
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -41,6 +41,14 @@ class UTCDateTime(TypeDecorator[datetime]):
 RowId = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself for INTEGER keys alone
 
 metadata = MetaData(naming_convention={"fk": "fk_%(table_name)s_%(column_0_name)s", "pk": "pk_%(table_name)s"})
+
+installation = Table(
+    "installation",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),  # 1: a database has one
+    Column("id", String(64), nullable=False),
+    Column("home", Text, nullable=False),
+)
 
 jobs = Table(
     "jobs",

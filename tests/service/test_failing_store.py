@@ -18,7 +18,7 @@ from service.settings import load_settings
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[FastAPI]:
     """The app with its controller at rest."""
-    app = create_app(load_settings(home=tmp_path / "home"))
+    app = create_app(load_settings(home=tmp_path))
     yield app
     app.state.parts.store.close()
 

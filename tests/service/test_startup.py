@@ -12,6 +12,7 @@ import pytest
 from service.errors import StartupError
 from service.settings import load_settings
 from tests.support.attempts import small_spec
+from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
 
 SPEC = small_spec(name="steps", schedule={"steps": 10_000}).model_dump(mode="json")
@@ -91,6 +92,7 @@ def test_database_that_can_not_be_opened_ends_the_command(tmp_path: Path, url: s
 
     assert_refused(result, word)
     assert "hush" not in result.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_file_that_is_no_database_ends_the_command(tmp_path: Path) -> None:
@@ -98,6 +100,29 @@ def test_file_that_is_no_database_ends_the_command(tmp_path: Path) -> None:
     file.write_text("these are only notes, " * 100)
 
     assert_refused(serve(tmp_path / "home", NGD_DATABASE_URL=f"sqlite:///{file}"), "file is not a database")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_start_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"short")
+    (tmp_path / "notes.txt").write_text("mine")
+
+    assert_refused(serve(tmp_path), "must hold 32 bytes, got 5")
+    assert sorted(os.listdir(tmp_path)) == ["key", "notes.txt"]
+
+
+def test_second_home_on_the_same_database_is_refused_while_jobs_of_the_first_run(
+    start_service: Callable[..., ServiceProcess], tmp_path: Path, database_url: str
+) -> None:
+    first = start_service(database_url=database_url)
+    job = first.client.submit(SPEC)
+    wait_until(lambda: first.client.get(job.id).status.progress.step > 0, "the job runs")
+
+    result = serve(tmp_path / "other", NGD_DATABASE_URL=database_url)
+
+    assert_refused(result, f":{tmp_path / 'home'}", f":{tmp_path / 'other'}", "NGD_HOME", "NGD_DATABASE_URL")
+    assert not (tmp_path / "other").exists()
+    assert first.client.get(job.id).status.attempt == 1
 
 
 def test_home_that_is_a_file_ends_the_command(tmp_path: Path) -> None:

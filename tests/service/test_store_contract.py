@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from ulid import ULID
 
-from service.errors import IdempotencyError, NotFoundError, StaleAttemptError
+from service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
 from service.job_state import Action, Decision, Phase
 from service.store.base import Claim, JobRecord, KeyedRequest, Store
 from service.store.sql import SQLStore
@@ -273,3 +273,19 @@ def test_opening_a_database_again_keeps_what_is_in_it(database_url: str) -> None
     assert second.get_job(job.id) == job
     second.check()
     second.close()
+
+
+def test_database_is_one_installations(store: SQLStore) -> None:
+    store.bind("first", "here:/a")
+    store.bind("first", "here:/a")
+
+    with pytest.raises(StartupError, match=r"here:/a, and this one's is there:/b.*NGD_HOME.*NGD_DATABASE_URL"):
+        store.bind("second", "there:/b")
+
+
+def test_database_of_a_newer_version_is_refused(store: SQLStore, database_url: str) -> None:
+    with store._writers.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+
+    with pytest.raises(StartupError, match=r"another version of ngd-dist .*'9999'.*NGD_DATABASE_URL"):
+        SQLStore(database_url)

@@ -1,4 +1,4 @@
-"""Jobs, attempts, events, steps, evaluations and idempotency keys."""
+"""The installation, jobs, attempts, events, steps, evaluations and idempotency keys."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,6 +11,13 @@ ROW_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
+    op.create_table(
+        "installation",
+        sa.Column("number", sa.Integer, autoincrement=False, nullable=False),
+        sa.Column("id", sa.String(64), nullable=False),
+        sa.Column("home", sa.Text, nullable=False),
+        sa.PrimaryKeyConstraint("number", name="pk_installation"),
+    )
     _jobs_and_attempts()
     _events()
     for table in ("steps", "evaluations"):
