@@ -69,7 +69,6 @@ class NGD(torch.optim.Optimizer):
         self._shapes = {layer.name: (layer.shape.outputs, layer.shape.inputs) for layer in self.layers}
         covered = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in updated if p not in covered]
-        self._report_plain(set(bare.parameters()))
 
         self.stats = StepStats()
         self._unseen: set[str] = set()
@@ -81,6 +80,7 @@ class NGD(torch.optim.Optimizer):
         }
         costs = {name: preconditioner.refresh_flops() for name, preconditioner in self._preconditioners.items()}
         self._strategy = self._build_strategy(costs, is_averaged_by_ddp=bare is not model)
+        self._report_plain(set(bare.parameters()))
         keys = [Key(name, spec.name) for name, p in self._preconditioners.items() for spec in p.statistics]
         self._schedule = Schedule(costs, keys, config.staleness, config.stagger)
         self._curvature = Curvature(self.layers, self._preconditioners, self._strategy, config, self._damping)
@@ -274,6 +274,10 @@ class NGD(torch.optim.Optimizer):
 
     def _report_plain(self, of_model: set[nn.Parameter]) -> None:
         strangers = sum(p not in of_model for p in self._plain)
+        if strangers and self._strategy.gradient_scale is None:
+            raise ConfigError(
+                f"DDP averages its model's gradients alone: {strangers} in param_groups are not of the model"
+            )
         if strangers:
             self.plain_parameters[f"{strangers} in param_groups"] = "not a parameter of the model"
         if self.plain_parameters:
