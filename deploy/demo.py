@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from service.client import Client, ServiceError
+from service.client import Client, ServiceError, ServiceUnreachableError
 from service.follow import follow
 from service.resources import Job
 
@@ -20,22 +20,23 @@ HOME = ROOT / ".ngd" / "demo"
 RECIPES = {"SP-NGD": "digits.yaml", "SGD with momentum": "digits-sgd.yaml"}
 START_S = 60.0
 STOP_S = 30.0
+PATIENCE_S = 5.0  # nobody starts this service again
 
 
 def main() -> int:
     """Returns 0 only if both jobs succeeded and SP-NGD reached the accuracy that its recipe expects."""
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     shutil.rmtree(HOME, ignore_errors=True)
     with _service() as client:
-        console.print(f"dashboard: {client.base_url} (while this runs)", highlight=False)
+        console.print(f"dashboard: {client.base_url} (while this runs)")
         jobs = {method: _run(client, recipe, console) for method, recipe in RECIPES.items()}
     console.print(_table(jobs))
-    console.print("These runs again, in a dashboard that stays: NGD_HOME=.ngd/demo make serve", highlight=False)
+    console.print("These runs again, in a dashboard that stays: NGD_HOME=.ngd/demo make serve")
     failures = [job.status.message or job.status.phase for job in jobs.values() if job.status.phase != "SUCCEEDED"]
     if not failures and _target_step(jobs["SP-NGD"]) is None:
         failures = [f"SP-NGD did not reach its target, test accuracy {_target(jobs['SP-NGD'])}"]
     for failure in failures:
-        console.print(f"failed: {failure}", style="red", highlight=False)
+        console.print(f"failed: {failure}", style="red")
     return 1 if failures else 0
 
 
@@ -46,13 +47,18 @@ def _service() -> Iterator[Client]:
     log = HOME / "service.log"
     with log.open("wb") as output:
         command = [sys.executable, "-m", "service", "--port", "0", "--home", str(HOME)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        # In a session of its own: Ctrl-C reaches this process alone, which cancels the jobs while the service is up.
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        with Client(_url(process, log)) as client:
+        with Client(_url(process, log), patience_s=PATIENCE_S) as client:
             try:
                 yield client
             finally:
                 _cancel_all(client)
+    except ServiceUnreachableError as error:
+        if process.poll() is None:
+            raise
+        raise SystemExit(f"demo: the service has ended with status {process.returncode}; see {log}") from error
     finally:
         process.terminate()
         process.wait(STOP_S)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 from service.resources import EventPage, Health, Job, JobPage, Metrics, Statistics, Validated
 
@@ -29,6 +30,10 @@ class Call(Generic[Answer]):
 
 def _text(body: bytes) -> str:
     return body.decode("utf-8", errors="replace")
+
+
+def _job(job_id: str) -> str:
+    return f"{PREFIX}/jobs/{quote(job_id, safe='')}"
 
 
 def _params(**values: object) -> dict[str, str]:
@@ -58,35 +63,35 @@ def list_jobs(page_size: int | None, page_token: str | None, phase: str | None) 
 
 
 def get(job_id: str) -> Call[Job]:
-    return Call("GET", f"{PREFIX}/jobs/{job_id}", Job.model_validate_json)
+    return Call("GET", f"{_job(job_id)}", Job.model_validate_json)
 
 
 def wait(job_id: str, timeout_s: float) -> Call[Job]:
     params = _params(wait_for="terminal", timeout_s=timeout_s)
-    return Call("GET", f"{PREFIX}/jobs/{job_id}", Job.model_validate_json, params=params, timeout_s=timeout_s + 10)
+    return Call("GET", f"{_job(job_id)}", Job.model_validate_json, params=params, timeout_s=timeout_s + 10)
 
 
 def cancel(job_id: str) -> Call[Job]:
-    return Call("POST", f"{PREFIX}/jobs/{job_id}:cancel", Job.model_validate_json)
+    return Call("POST", f"{_job(job_id)}:cancel", Job.model_validate_json)
 
 
 def events(job_id: str, after: int, limit: int | None) -> Call[EventPage]:
     params = _params(after=after, limit=limit)
-    return Call("GET", f"{PREFIX}/jobs/{job_id}/events", EventPage.model_validate_json, params=params)
+    return Call("GET", f"{_job(job_id)}/events", EventPage.model_validate_json, params=params)
 
 
 def metrics(job_id: str, names: Iterable[str], from_step: int | None, max_points: int | None) -> Call[Metrics]:
     params = _params(names=",".join(names) or None, from_step=from_step, max_points=max_points)
-    return Call("GET", f"{PREFIX}/jobs/{job_id}/metrics", Metrics.model_validate_json, params=params)
+    return Call("GET", f"{_job(job_id)}/metrics", Metrics.model_validate_json, params=params)
 
 
 def statistics(job_id: str, from_step: int | None, max_points: int | None) -> Call[Statistics]:
     params = _params(from_step=from_step, max_points=max_points)
-    return Call("GET", f"{PREFIX}/jobs/{job_id}/statistics", Statistics.model_validate_json, params=params)
+    return Call("GET", f"{_job(job_id)}/statistics", Statistics.model_validate_json, params=params)
 
 
 def logs(job_id: str, attempt: int | None, tail: int | None) -> Call[str]:
-    return Call("GET", f"{PREFIX}/jobs/{job_id}/logs", _text, params=_params(attempt=attempt, tail=tail))
+    return Call("GET", f"{_job(job_id)}/logs", _text, params=_params(attempt=attempt, tail=tail))
 
 
 def ready() -> Call[Health]:
@@ -95,9 +100,9 @@ def ready() -> Call[Health]:
 
 def event_stream(job_id: str, after: int) -> tuple[str, dict[str, str]]:
     """Returns path and headers of the event stream that goes on after event `after`."""
-    return f"{PREFIX}/jobs/{job_id}/events/stream", {"Last-Event-ID": str(after)} if after else {}
+    return f"{_job(job_id)}/events/stream", {"Last-Event-ID": str(after)} if after else {}
 
 
 def log_stream(job_id: str, attempt: int | None, tail: int | None) -> tuple[str, dict[str, str]]:
     """Returns path and parameters of the stream of an attempt's log."""
-    return f"{PREFIX}/jobs/{job_id}/logs", _params(attempt=attempt, tail=tail, follow="true")
+    return f"{_job(job_id)}/logs", _params(attempt=attempt, tail=tail, follow="true")

@@ -24,8 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 Url = Annotated[str | None, typer.Option("--url", help="Where the service listens [default: NGD_HOST and NGD_PORT].")]
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
@@ -70,7 +70,7 @@ def submit(
     """Post a job. With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled."""
     with _client(url) as client:
         job = client.submit(file.read_text())
-        out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", highlight=False, soft_wrap=True)
+        out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", soft_wrap=True)
         if should_follow:
             raise typer.Exit(EXIT_CODES.get(follow(client, job.id, out).status.phase, 1))
 
@@ -124,7 +124,7 @@ def cancel(job_id: JobId, url: Url = None) -> None:
     """Ask a job to stop; it saves a checkpoint first if it can."""
     with _client(url) as client:
         job = client.cancel(job_id)
-    out.print(f"{job.id} is {job.status.phase}; desired: {job.desired_state}", highlight=False)
+    out.print(f"{job.id} is {job.status.phase}; desired: {job.desired_state}")
 
 
 @app.command()
@@ -154,8 +154,8 @@ def _client(url: str | None) -> Client:
 
 
 def _announce(settings: "Settings") -> None:
-    out.print(f"ngd-dist serves on {settings.url}; its runs are in {settings.home}", highlight=False, soft_wrap=True)
+    out.print(f"ngd-dist serves on {settings.url}; its runs are in {settings.home}", soft_wrap=True)
 
 
 def _complain(error: Exception) -> None:
-    err.print(f"ngd: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"ngd: {error}", style="red", soft_wrap=True)

@@ -9,6 +9,7 @@ The error tree:
 
     ServiceError
         ServiceUnreachableError        nothing answers at the address
+        NotThisServiceError            something else answers there
         RequestRefusedError            the service answered with a problem
             InvalidRequestError        400, 413, 415, 422: change the request
             NotFoundError              404
@@ -16,8 +17,10 @@ The error tree:
             ServiceFailedError         5xx: the service's own trouble
 """
 
+import ipaddress
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Self, TypeVar
 
 import httpx
@@ -34,6 +37,7 @@ __all__ = [
     "ConflictError",
     "InvalidRequestError",
     "NotFoundError",
+    "NotThisServiceError",
     "RequestRefusedError",
     "ServiceError",
     "ServiceFailedError",
@@ -45,6 +49,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 30.0
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
+PATIENCE_S = 60.0  # a restart of the service takes seconds
 STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
 
 
@@ -54,6 +59,10 @@ class ServiceError(Exception):
 
 class ServiceUnreachableError(ServiceError, ConnectionError):
     """Nothing answers at the address."""
+
+
+class NotThisServiceError(ServiceError):
+    """What answers at the address is something else."""
 
 
 class RequestRefusedError(ServiceError):
@@ -81,6 +90,26 @@ class ServiceFailedError(RequestRefusedError):
     """The service's own trouble; `problem.retryable` says whether to try again."""
 
 
+def _base_url(given: str) -> httpx.URL:
+    """Returns the address of a service. Raises: ServiceUnreachableError for what is no address."""
+    try:
+        url = httpx.URL(given)
+        is_address = url.scheme in ("http", "https") and bool(url.host)
+    except httpx.InvalidURL:
+        is_address = False
+    if not is_address:
+        raise ServiceUnreachableError(f"{given!r} is no address of a service; give one such as {DEFAULT_URL}")
+    return url
+
+
+def _uses_proxies(url: httpx.URL) -> bool:
+    """Returns whether http_proxy and its like count: a proxy elsewhere can't reach this machine's own addresses."""
+    try:
+        return not (url.host == "localhost" or ipaddress.ip_address(url.host).is_loopback)
+    except ValueError:
+        return True
+
+
 def _refused(response: httpx.Response) -> RequestRefusedError:
     try:
         problem = Problem.model_validate_json(response.content)
@@ -101,7 +130,14 @@ def _refused(response: httpx.Response) -> RequestRefusedError:
     return kinds.get(response.status_code, default)(problem)
 
 
-def _unreachable(base_url: httpx.URL, error: httpx.TransportError) -> ServiceUnreachableError:
+def _not_this_service(response: httpx.Response) -> NotThisServiceError:
+    return NotThisServiceError(
+        f"what answers at {response.request.url} is not an ngd service; give the service's address with --url, or set "
+        "NGD_HOST and NGD_PORT"
+    )
+
+
+def _unreachable(base_url: httpx.URL, error: httpx.RequestError) -> ServiceUnreachableError:
     reason = str(error) or type(error).__name__
     return ServiceUnreachableError(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
 
@@ -119,16 +155,36 @@ def _request(client: httpx.Client | httpx.AsyncClient, call: Call[Answer]) -> ht
 
 
 def _read(response: httpx.Response, call: Call[Answer]) -> Answer:
+    _check(response)
+    try:
+        return call.read(response.content)
+    except ValidationError as error:
+        raise _not_this_service(response) from error
+
+
+def _check(response: httpx.Response) -> None:
     if response.status_code >= 400:
         raise _refused(response)
-    return call.read(response.content)
+    if not response.is_success:
+        raise _not_this_service(response)
 
 
 class Client:
-    """Talks to one service; use it as a context manager, or call close(). Safe to share between threads."""
+    """Talks to one service; use it as a context manager, or call close(). Safe to share between threads.
 
-    def __init__(self, base_url: str = DEFAULT_URL, *, transport: httpx.BaseTransport | None = None) -> None:
-        self._http = httpx.Client(base_url=base_url, transport=transport)
+    patience_s: for how long follow() and watch() look for a service that has gone.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        url = _base_url(base_url)
+        self._http = httpx.Client(base_url=url, transport=transport, trust_env=_uses_proxies(url))
+        self._patience_s = patience_s
 
     def __enter__(self) -> Self:
         return self
@@ -204,13 +260,13 @@ class Client:
     def follow_logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> Iterator[LogChunk]:
         """Yields the log as it grows, until the job has ended; goes on to later attempts if none was named."""
         path, params = calls.log_stream(job_id, attempt, tail)
-        with self._http.stream("GET", path, params=params, timeout=STREAM_TIMEOUT) as response:
-            if response.status_code >= 400:
-                response.read()
-                raise _refused(response)
-            for frame in frames(response.iter_lines()):
-                if frame.event == "log":
-                    yield LogChunk.model_validate_json(frame.data)
+        try:
+            with self._stream(path, params=params) as response:
+                for frame in frames(response.iter_lines()):
+                    if frame.event == "log":
+                        yield LogChunk.model_validate_json(frame.data)
+        except httpx.RequestError as error:
+            raise _unreachable(self._http.base_url, error) from error
 
     def ready(self) -> Health:
         return self._send(calls.ready())
@@ -218,32 +274,51 @@ class Client:
     def _send(self, call: Call[Answer]) -> Answer:
         try:
             return _read(self._http.send(_request(self._http, call)), call)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _unreachable(self._http.base_url, error) from error
 
     def _frames(self, job_id: str, after: int) -> Iterator[Frame]:
         """Yields the frames of the event stream; a broken connection is taken up again where it broke."""
+        lost_at: float | None = None
         while True:
             path, headers = calls.event_stream(job_id, after)
             try:
-                with self._http.stream("GET", path, headers=headers, timeout=STREAM_TIMEOUT) as response:
-                    if response.status_code >= 400:
-                        response.read()
-                        raise _refused(response)
+                with self._stream(path, headers=headers) as response:
                     for frame in frames(response.iter_lines()):
+                        lost_at = None
                         after = frame.cursor or after
                         yield frame
                         if frame.event == "end":
                             return
-            except (httpx.TransportError, ServiceFailedError):
-                time.sleep(RECONNECT_S)
+                trouble: ServiceError = ServiceUnreachableError(f"{self.base_url} ends its streams; try again later")
+            except httpx.RequestError as error:
+                trouble = _unreachable(self._http.base_url, error)
+            except ServiceFailedError as error:
+                trouble = error
+            lost_at = time.monotonic() if lost_at is None else lost_at
+            if time.monotonic() - lost_at >= self._patience_s:
+                raise trouble
+            time.sleep(RECONNECT_S)
+
+    @contextmanager
+    def _stream(
+        self, path: str, *, params: dict[str, str] | None = None, headers: dict[str, str] | None = None
+    ) -> Iterator[httpx.Response]:
+        with self._http.stream("GET", path, params=params, headers=headers, timeout=STREAM_TIMEOUT) as response:
+            if response.status_code >= 400:
+                response.read()
+            _check(response)
+            if response.headers.get("content-type", "").partition(";")[0] != "text/event-stream":
+                raise _not_this_service(response)
+            yield response
 
 
 class AsyncClient:
     """`Client` for programs that run an event loop; the same methods, awaited."""
 
     def __init__(self, base_url: str = DEFAULT_URL, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self._http = httpx.AsyncClient(base_url=base_url, transport=transport)
+        url = _base_url(base_url)
+        self._http = httpx.AsyncClient(base_url=url, transport=transport, trust_env=_uses_proxies(url))
 
     async def __aenter__(self) -> Self:
         return self
@@ -290,5 +365,5 @@ class AsyncClient:
     async def _send(self, call: Call[Answer]) -> Answer:
         try:
             return _read(await self._http.send(_request(self._http, call)), call)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _unreachable(self._http.base_url, error) from error

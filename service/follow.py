@@ -28,7 +28,7 @@ def follow(client: Client, job_id: str, console: Console) -> Job:
             progress.update(
                 task, completed=at.step, total=at.total_steps or 0, phase=job.status.phase, metrics=_metrics(job)
             )
-    console.print(_ending(job), highlight=False)
+    console.print(_ending(job), markup=False, emoji=False, highlight=False)
     return job
 
 

@@ -29,6 +29,7 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load their scripts from a CDN; /openapi.json needs none
         redoc_url=None,
+        redirect_slashes=False,
         responses=problems.PROBLEM_RESPONSES,
         generate_unique_id_function=lambda route: route.name,
     )

@@ -41,7 +41,7 @@ def spec_file(folder: Path, name: str, **changes: object) -> str:
     ("name", "status", "words"),
     [
         ("steps", 0, "steps SUCCEEDED at step 20, test accuracy 0.9000"),
-        ("refuses", 1, "refuses FAILED - DataNotFound: no folder 'x'; set NGD_DATA_DIR"),
+        ("refuses", 1, "refuses FAILED - DataNotFound: no folder '[/x]'; set NGD_DATA_DIR"),
     ],
 )
 def test_submit_and_follow_ends_as_the_job_does(tmp_path: Path, url: str, name: str, status: int, words: str) -> None:

@@ -94,7 +94,7 @@ def test_failure_that_would_repeat_ends_the_job_with_its_own_words(client: Clien
     ended = client.wait(client.submit(spec("refuses")).id, timeout_s=60)
 
     assert (ended.status.phase, ended.status.reason, ended.status.attempt) == ("FAILED", "DataNotFound", 1)
-    assert ended.status.message == "no folder 'x'; set NGD_DATA_DIR"
+    assert ended.status.message == "no folder '[/x]'; set NGD_DATA_DIR"
 
 
 def test_same_idempotency_key_gives_the_same_job(client: Client) -> None:

@@ -39,7 +39,7 @@ class FaultDriver:
         sys.stdout.write(f"attempt {self.attempt} of {self.spec.name}\n")
         sys.stdout.flush()
         if self.spec.name == "refuses":
-            self.finish(Outcome(result="failed", reason="DataNotFound", message="no folder 'x'; set NGD_DATA_DIR"))
+            self.finish(Outcome(result="failed", reason="DataNotFound", message="no folder '[/x]'; set NGD_DATA_DIR"))
         self.start()
         if self.spec.name in ("waits", "deaf"):
             self.interrupted.wait()

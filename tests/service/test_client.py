@@ -1,0 +1,105 @@
+"""What the client makes of an address where no service answers, or something else does."""
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from service.client import Client, NotFoundError, NotThisServiceError, ServiceError, ServiceUnreachableError
+from tests.service.test_cli import ngd
+from tests.support.attempts import small_spec
+from tests.support.service_process import ServiceProcess
+
+NOBODY = "http://127.0.0.1:1"
+
+
+class OtherProgram(BaseHTTPRequestHandler):
+    """Answers everything with a page, or sends the caller elsewhere."""
+
+    def do_GET(self) -> None:
+        is_moved = "moved" in self.path
+        self.send_response(302 if is_moved else 200)
+        self.send_header("Location" if is_moved else "Content-Type", "/elsewhere" if is_moved else "text/html")
+        self.end_headers()
+        self.wfile.write(b"<p>hello</p>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def other_program() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), OtherProgram)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+CALLS: list[Callable[[Client], object]] = [
+    lambda client: client.get("job_x"),
+    lambda client: client.get("moved"),
+    lambda client: list(client.watch("job_x")),
+    lambda client: list(client.follow("moved")),
+    lambda client: list(client.follow_logs("job_x")),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_another_program_at_the_address_is_told_apart(other_program: str, call: Callable[[Client], object]) -> None:
+    with Client(other_program) as client, pytest.raises(NotThisServiceError, match=r"is not an ngd service.*--url"):
+        call(client)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nobody_at_the_address_is_said_once_patience_is_over(call: Callable[[Client], object]) -> None:
+    with Client(NOBODY, patience_s=0) as client, pytest.raises(ServiceUnreachableError, match="no service answers"):
+        call(client)
+
+
+def test_follower_gives_up_when_the_service_does_not_come_back(start_service: Callable[..., ServiceProcess]) -> None:
+    service = start_service()
+    spec = small_spec(name="waits").model_dump(mode="json")
+    with Client(service.url, patience_s=0.5) as client:
+        running = client.watch(client.submit(spec).id)
+        next(running)
+        service.kill()
+
+        with pytest.raises(ServiceUnreachableError, match="no service answers"):
+            list(running)
+    start_service()  # whose end stops the job
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "ftp://127.0.0.1", "http://", "http://127.0.0.1:port"])
+def test_address_that_is_none_is_shown(url: str) -> None:
+    with pytest.raises(ServiceError, match=r"no address of a service; give one such as http"):
+        Client(url)
+
+
+@pytest.mark.parametrize("job_id", ["a/b", "../../healthz", "a?b", "a#b", "ü", "a b", ""])
+def test_id_is_never_more_than_one_part_of_the_path(client: Client, job_id: str) -> None:
+    with pytest.raises(NotFoundError):
+        client.get(job_id)
+
+
+def test_proxy_of_the_environment_does_not_stand_between(
+    shared_service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", NOBODY)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+
+    with Client(shared_service.url) as client:
+        assert client.ready().status == "ok"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("logs", "job_x", "-f"), ("logs", "job_x"), ("get", "job_x"), ("cancel", "job_x"), ("jobs",)]
+)
+def test_command_ends_with_one_message(arguments: tuple[str, ...]) -> None:
+    result = ngd(*arguments, url=NOBODY)
+
+    assert result.returncode == 1
+    assert "no service answers" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
