@@ -21,7 +21,7 @@ from ngd_dist.placement import longest_first
 from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.staleness import Schedule, Verdict
 from ngd_dist.statistics import Key
-from ngd_dist.strategies import STRATEGIES, Collected, Report, Strategy
+from ngd_dist.strategies import STRATEGIES, Collected, Local, Report, Strategy
 from ngd_dist.telemetry import Refresh, StepStats, Stopwatch
 
 __all__ = ["NGD"]
@@ -66,7 +66,6 @@ class NGD(torch.optim.Optimizer):
         updated = [p for group in self.param_groups for p in group["params"]]
         self.layers, self.plain_parameters = cover(bare, set(updated))
         self._layer = {layer.name: layer for layer in self.layers}
-        self._shapes = {layer.name: (layer.shape.outputs, layer.shape.inputs) for layer in self.layers}
         covered = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in updated if p not in covered]
 
@@ -124,7 +123,7 @@ class NGD(torch.optim.Optimizer):
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
-                directions, reports = self._strategy.publish(directions, self._shapes, reports, due)
+                directions, reports = self._strategy.publish(directions, reports, due)
             self._check_counts(reports)
             with phase("update"):
                 update.apply_(self.param_groups, self._by_parameter(directions, means.plain), self.state)
@@ -191,7 +190,7 @@ class NGD(torch.optim.Optimizer):
         count = dict.fromkeys((key.layer for key in captured), 1.0) | dict.fromkeys(wrong, float("nan"))
         counts = {key.layer: torch.full((1,), count.get(key.layer, 0.0), device=self._device) for key in due}
         gradients = {layer.name: layer.join([_gradient(p) for p in layer.parameters]) for layer in self.layers}
-        return self._strategy.collect(values, counts, gradients, [_gradient(p) for p in self._plain])
+        return self._strategy.collect(Local(values, counts, gradients, [_gradient(p) for p in self._plain]))
 
     def _check_counts(self, reports: Mapping[Key, Report]) -> None:
         """Raises CaptureError on every rank, since every rank has the same reports; arms again for who goes on."""
@@ -266,6 +265,7 @@ class NGD(torch.optim.Optimizer):
         return STRATEGIES[choice.kind](
             self._comm,
             longest_first(costs, self._comm.world_size),
+            {layer.name: (layer.shape.outputs, layer.shape.inputs) for layer in self.layers},
             dtype=dtype,
             wire_dtype=torch.float64 if dtype == torch.float64 else wire,
             device=self._device,

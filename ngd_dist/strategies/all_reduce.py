@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Report, Strategy, collected, split_like
+from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Local, Report, Strategy, collected, split_like
 
 __all__ = ["AllReduce"]
 
@@ -17,28 +17,19 @@ class AllReduce(Strategy):
     def holds(self, layer: str) -> bool:
         return True
 
-    def collect(
-        self,
-        due: Mapping[Key, Tensor],
-        counts: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        plain: list[Tensor],
-    ) -> Collected:
-        statistics = self._sum("statistics", list(due.values()), self.wire_dtype)
-        travelling = [] if self.gradient_scale is None else [*gradients.values(), *plain]
-        sums = self._sum("gradients", [*counts.values(), *travelling], self.dtype)
-        summed_counts = dict(zip(counts, sums, strict=False))
-        if self.gradient_scale is not None:
-            means = [total.mul_(self.gradient_scale) for total in sums[len(counts) :]]
+    def collect(self, local: Local) -> Collected:
+        statistics = self._sum("statistics", list(local.due.values()), self.wire_dtype)
+        gradients, plain, scale = local.gradients, local.plain, self.gradient_scale
+        travelling = [] if scale is None else [*gradients.values(), *plain]
+        sums = self._sum("gradients", [*local.counts.values(), *travelling], self.dtype)
+        counts = dict(zip(local.counts, sums, strict=False))
+        if scale is not None:
+            means = [total.mul_(scale) for total in sums[len(counts) :]]
             gradients, plain = dict(zip(gradients, means, strict=False)), means[len(gradients) :]
-        return collected(dict(zip(due, statistics, strict=True)), summed_counts, gradients, plain)
+        return collected(dict(zip(local.due, statistics, strict=True)), counts, gradients, plain)
 
     def publish(
-        self,
-        directions: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, int]],
-        reports: Mapping[Key, Report],
-        due: Sequence[Key],
+        self, directions: Mapping[str, Tensor], reports: Mapping[Key, Report], due: Sequence[Key]
     ) -> tuple[dict[str, Tensor], dict[Key, Report]]:
         """Only the reports travel, on steps that have any: a sum in which all but the reporting rank put zeros."""
         if not due:

@@ -14,7 +14,7 @@ from ngd_dist.placement import Placement
 from ngd_dist.staleness import Verdict
 from ngd_dist.statistics import Key
 
-__all__ = ["Collected", "Report", "Strategy", "collected", "split_like"]
+__all__ = ["Collected", "Local", "Report", "Strategy", "collected", "split_like"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,21 @@ REPORT_NUMBERS = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Local:
+    """What one rank brings to a step.
+
+    `due` holds the flat value of every due statistic (zeros where none was captured); `counts`, [1] each, whether a
+    due layer was captured: 1 or 0, or NaN if not once per micro-batch; `gradients` grad_OI of every layer; `plain` all
+    other gradients.
+    """
+
+    due: Mapping[Key, Tensor]
+    counts: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    plain: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Collected:
     """Means over the global batch, of the layers that this rank owns (statistics, gradients) and of all (plain).
 
@@ -60,19 +75,21 @@ class Strategy(ABC):
         self,
         comm: Communicator,
         placement: Placement,
+        shapes: Mapping[str, tuple[int, int]],
         *,
         dtype: torch.dtype,
         wire_dtype: torch.dtype,
         device: torch.device,
         gradient_scale: float | None,
     ) -> None:
-        """`dtype` is that of gradients and directions on the way, `wire_dtype` that of statistics.
+        """Takes [O, I] of every layer, and the dtypes on the way: of gradients and directions, and of statistics.
 
         Gradients are summed over ranks and multiplied by `gradient_scale`; None leaves them as they are, where an
         engine (DDP) has averaged them already.
         """
         self.comm = comm
         self.placement = placement
+        self.shapes = shapes
         self.dtype = dtype
         self.wire_dtype = wire_dtype
         self.device = device
@@ -87,31 +104,16 @@ class Strategy(ABC):
         return self.placement.owners(layer)[0] == self.comm.rank
 
     @abstractmethod
-    def collect(
-        self,
-        due: Mapping[Key, Tensor],
-        counts: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        plain: list[Tensor],
-    ) -> Collected:
-        """Collective. Returns the means over ranks.
-
-        `due` holds this rank's flat value of every due statistic (zeros where it captured none); `counts`, [1] each,
-        whether it captured a due layer: 1 or 0, or NaN if not once per micro-batch; `gradients` grad_OI of every layer;
-        `plain` all other gradients.
-        """
+    def collect(self, local: Local) -> Collected:
+        """Collective. Returns the means over ranks."""
 
     @abstractmethod
     def publish(
-        self,
-        directions: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, int]],
-        reports: Mapping[Key, Report],
-        due: Sequence[Key],
+        self, directions: Mapping[str, Tensor], reports: Mapping[Key, Report], due: Sequence[Key]
     ) -> tuple[dict[str, Tensor], dict[Key, Report]]:
         """Collective. Returns all layers' directions, and the counting report on every due statistic.
 
-        `directions` and `reports` are this rank's; `shapes` gives [O, I] of every layer.
+        `directions` and `reports` are this rank's.
         """
 
     def flatten(self, tensors: Sequence[Tensor], dtype: torch.dtype, size: int | None = None) -> Tensor:

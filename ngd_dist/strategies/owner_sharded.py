@@ -5,12 +5,13 @@ Ranks are data-parallel until the gradients are there and layer-parallel from th
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Report, Strategy, collected, split_like
+from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Local, Report, Strategy, collected, split_like
 
 __all__ = ["OwnerSharded"]
 
@@ -21,57 +22,48 @@ class OwnerSharded(Strategy):
     def holds(self, layer: str) -> bool:
         return self.comm.rank in self.placement.owners(layer)
 
-    def collect(
-        self,
-        due: Mapping[Key, Tensor],
-        counts: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        plain: list[Tensor],
-    ) -> Collected:
-        sums = self._reduce("statistics", due, self.wire_dtype)
-        travelling = {Key(layer, "count"): count for layer, count in counts.items()}
-        if self.gradient_scale is not None:
+    def collect(self, local: Local) -> Collected:
+        sums = self._reduce("statistics", local.due, self.wire_dtype)
+        gradients, plain, scale = local.gradients, local.plain, self.gradient_scale
+        travelling = {Key(layer, "count"): count for layer, count in local.counts.items()}
+        if scale is not None:
             travelling |= {Key(layer, "gradient"): gradient for layer, gradient in gradients.items()}
         own = self._reduce("gradients", travelling, self.dtype)
-        own_counts = {key.layer: total for key, total in own.items() if key.statistic == "count"}
-        if self.gradient_scale is not None:
-            scale = self.gradient_scale
+        counts = {key.layer: total for key, total in own.items() if key.statistic == "count"}
+        if scale is not None:
             gradients = {key.layer: total * scale for key, total in own.items() if key.statistic == "gradient"}
             plain = self._combine(plain, scale)
         held = {layer: gradient for layer, gradient in gradients.items() if self.holds(layer)}
-        return collected(sums, own_counts, held, plain)
+        return collected(sums, counts, held, plain)
 
     def publish(
-        self,
-        directions: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, int]],
-        reports: Mapping[Key, Report],
-        due: Sequence[Key],
+        self, directions: Mapping[str, Tensor], reports: Mapping[Key, Report], due: Sequence[Key]
     ) -> tuple[dict[str, Tensor], dict[Key, Report]]:
         """The reports ride at the end of each owner's part."""
-        parts = [self._part(rank, shapes, due) for rank in range(self.comm.world_size)]
+        parts = [self._part(rank, due) for rank in range(self.comm.world_size)]
         layers, keys = parts[self.comm.rank]
         numbers = [number for key in keys for number in reports[key].numbers()]
         tensors = [directions[layer] for layer in layers] + [torch.tensor(numbers, device=self.device)]
-        longest = max(_length(layers, keys, shapes) for layers, keys in parts)
+        longest = max(self._length(layers, keys) for layers, keys in parts)
         buffer = self.comm.all_gather("directions", self.flatten(tensors, self.dtype, longest), kind="directions")
 
         gathered: dict[str, Tensor] = {}
         findings: dict[Key, Report] = {}
         for (layers, keys), part in zip(parts, buffer.view(len(parts), longest), strict=True):
-            sizes = [shapes[layer][0] * shapes[layer][1] for layer in layers] + [REPORT_NUMBERS * len(keys)]
+            sizes = [prod(self.shapes[layer]) for layer in layers] + [REPORT_NUMBERS * len(keys)]
             *flat, tail = part[: sum(sizes)].split(sizes)
-            gathered |= {layer: flat[i].view(shapes[layer]) for i, layer in enumerate(layers)}
+            gathered |= {layer: flat[i].view(self.shapes[layer]) for i, layer in enumerate(layers)}
             rows = tail.view(-1, REPORT_NUMBERS).tolist()
             findings |= {key: Report.parse(row) for key, row in zip(keys, rows, strict=True)}
         return gathered, findings
 
-    def _part(
-        self, rank: int, shapes: Mapping[str, tuple[int, int]], due: Sequence[Key]
-    ) -> tuple[list[str], list[Key]]:
+    def _part(self, rank: int, due: Sequence[Key]) -> tuple[list[str], list[Key]]:
         """Returns the layers whose directions, and the keys whose reports, this rank sends."""
-        layers = [layer for layer in shapes if self.placement.owners(layer)[0] == rank]
+        layers = [layer for layer in self.shapes if self.placement.owners(layer)[0] == rank]
         return layers, [key for key in due if self.placement.owners(key.layer)[0] == rank]
+
+    def _length(self, layers: Sequence[str], keys: Sequence[Key]) -> int:
+        return sum(prod(self.shapes[layer]) for layer in layers) + REPORT_NUMBERS * len(keys)
 
     def _reduce(self, name: str, tensors: Mapping[Key, Tensor], dtype: torch.dtype) -> dict[Key, Tensor]:
         """Returns the sums over ranks of those tensors whose layer this rank owns."""
@@ -93,7 +85,3 @@ class OwnerSharded(Strategy):
         buffer = self.flatten(plain, self.dtype)
         self.comm.all_reduce("plain gradients", buffer, kind="gradients")
         return split_like(buffer.mul_(scale), plain)
-
-
-def _length(layers: Sequence[str], keys: Sequence[Key], shapes: Mapping[str, tuple[int, int]]) -> int:
-    return sum(shapes[layer][0] * shapes[layer][1] for layer in layers) + REPORT_NUMBERS * len(keys)

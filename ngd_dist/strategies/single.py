@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import Collected, Report, Strategy, collected
+from ngd_dist.strategies.base import Collected, Local, Report, Strategy, collected
 
 __all__ = ["Single"]
 
@@ -16,20 +16,10 @@ class Single(Strategy):
     def holds(self, layer: str) -> bool:
         return True
 
-    def collect(
-        self,
-        due: Mapping[Key, Tensor],
-        counts: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        plain: list[Tensor],
-    ) -> Collected:
-        return collected(due, counts, gradients, plain)
+    def collect(self, local: Local) -> Collected:
+        return collected(local.due, local.counts, local.gradients, local.plain)
 
     def publish(
-        self,
-        directions: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, int]],
-        reports: Mapping[Key, Report],
-        due: Sequence[Key],
+        self, directions: Mapping[str, Tensor], reports: Mapping[Key, Report], due: Sequence[Key]
     ) -> tuple[dict[str, Tensor], dict[Key, Report]]:
         return dict(directions), dict(reports)
