@@ -1,5 +1,6 @@
 """What each call of the REST API sends and how its answer is read: the one place both clients take paths from."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -41,9 +42,18 @@ def _params(**values: object) -> dict[str, str]:
 
 
 def _with_spec(spec: Spec) -> dict[str, Any]:
-    if isinstance(spec, str):  # YAML text travels as it is, so that the service's messages name the user's own lines
-        return {"content": spec.encode(), "headers": {"Content-Type": "application/yaml"}}
+    if isinstance(spec, str):  # text travels as it is, so that the service's messages name the user's own lines
+        return {"content": spec.encode(), "headers": {"Content-Type": _media_type(spec)}}
     return {"json": dict(spec)}
+
+
+def _media_type(text: str) -> str:
+    """Returns JSON's for what is JSON: a reader of YAML takes some of its texts and numbers for others."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return "application/yaml"
+    return "application/json"
 
 
 def submit(spec: Spec, idempotency_key: str | None) -> Call[Job]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from service.client import Client, ServiceError
 from service.errors import StartupError
 from service.follow import EXIT_CODES, follow, mark
+from workers.errors import SpecError
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     except StartupError as error:
         _complain(error)
         sys.exit(error.exit_code)
-    except ServiceError as error:
+    except (ServiceError, SpecError) as error:
         _complain(error)
         sys.exit(1)
 
@@ -69,7 +70,7 @@ def submit(
 ) -> None:
     """Post a job. With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled."""
     with _client(url) as client:
-        job = client.submit(file.read_text())
+        job = client.submit(_text(file))
         out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", soft_wrap=True)
         if should_follow:
             raise typer.Exit(EXIT_CODES.get(follow(client, job.id, out).status.phase, 1))
@@ -145,6 +146,15 @@ def train(
         raise typer.Exit(subprocess.run(command, check=False).returncode)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"the spec {file} is not UTF-8 ({error.reason} at byte {error.start}); save it as such"
+        ) from error
 
 
 def _client(url: str | None) -> Client:

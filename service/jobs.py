@@ -12,8 +12,8 @@ from service.job_state import Phase
 from service.resources import ProblemItem
 from service.store.base import JobRecord, KeyedRequest, Store
 from service.tokens import Tokens
-from service.validation import did_you_mean
 from workers.spec import JobSpec
+from workers.spec_problems import did_you_mean
 
 __all__ = ["Jobs"]
 

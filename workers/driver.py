@@ -22,7 +22,7 @@ from workers.ending import EXIT_STATUS, conclude, failure, summary
 from workers.errors import ClusterError, SpecError, WorkerError
 from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec import JobSpec
-from workers.spec_file import explain
+from workers.spec_problems import explain
 
 __all__ = ["main", "run_worker"]
 
@@ -97,7 +97,9 @@ def _read(path: Path, model: type[Model]) -> Model:
     try:
         found = read_json(path, model)
     except ValidationError as error:
-        raise SpecError(f"{path} is invalid: " + "; ".join(explain(error, {}))) from error
+        raise SpecError(
+            f"{path} is invalid: " + "; ".join(problem.detail for problem in explain(error, model))
+        ) from error
     if found is None:
         raise SpecError(f"no file {path}; whoever starts the driver writes it first")
     return found

@@ -3,16 +3,57 @@
 The same file is the body of ``POST /api/v1/jobs``, the argument of ``ngd submit`` and ``ngd train``, and a recipe.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ngd_dist.config import NGDConfig
+from ngd_dist.config import NGDConfig, Single
 
 __all__ = ["JobSpec"]
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # RFC 1035 label
 FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+MAX_DEPTH = 16
+MAX_INT = 2**63 - 1
+
+
+def _json_value(value: object, where: str = "options", depth: int = 0) -> object:
+    """Returns the value if JSON and a database can hold it as it is. Raises: ValueError."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"values may lie {MAX_DEPTH} levels deep, and one lies deeper; flatten them")
+    match value:
+        case None | bool():
+            pass
+        case int() if abs(value) > MAX_INT:
+            raise ValueError(f"{where} must fit in 64 bits; give it as a text")
+        case float() if not math.isfinite(value):
+            raise ValueError(f"{where} must be a finite number, got {value}")
+        case int() | float():
+            pass
+        case str():
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"{where} must be valid Unicode, got {value!a}")
+        case list():
+            for index, item in enumerate(value):
+                _json_value(item, f"{where}[{index}]", depth + 1)
+        case dict():
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{where} must have texts as names, got {key!r}; quote it")
+                _json_value(key, f"a name in {where}", depth + 1)
+                _json_value(item, f"{where}.{key}", depth + 1)
+        case _:
+            kinds = "a text, a finite number, true, false, null, a list or an object"
+            raise ValueError(f"{where} must be {kinds}, got a {type(value).__name__}")
+    return value
+
+
+Options = Annotated[
+    dict[str, Any], BeforeValidator(_json_value), Field(description="Keyword arguments passed to the function.")
+]
 
 
 class SpecModel(BaseModel):
@@ -36,7 +77,11 @@ class MLP(SpecModel):
     """Linear layers with ReLU between them."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((128,), description="Units of each hidden layer.")
+    hidden: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65536)], ...],
+        BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),  # YAML has no tuples
+        Field(description="Units of each hidden layer."),
+    ] = (128,)
 
 
 class UserModel(SpecModel):
@@ -44,7 +89,7 @@ class UserModel(SpecModel):
 
     kind: Literal["function"] = "function"
     function: str = Field(pattern=FUNCTION_PATTERN, description="package.module:function, importable by the workers.")
-    options: dict[str, Any] = Field({}, description="Keyword arguments passed to the function.")
+    options: Options = {}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -71,7 +116,7 @@ class UserData(SpecModel):
 
     kind: Literal["function"] = "function"
     function: str = Field(pattern=FUNCTION_PATTERN, description="package.module:function, importable by the workers.")
-    options: dict[str, Any] = Field({}, description="Keyword arguments passed to the function.")
+    options: Options = {}
 
 
 # --- optimizer, schedule ----------------------------------------------------------------------------------------------
@@ -207,6 +252,16 @@ class JobSpec(SpecModel):
     failure: Failure = Failure()
     target: Target | None = None
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _strategy_reaches_all_workers(self) -> Self:
+        strategy = self.optimizer.strategy if isinstance(self.optimizer, NGDOptimizer) else None
+        if isinstance(strategy, Single) and self.resources.workers > 1:
+            raise ValueError(
+                f"optimizer.strategy single takes resources.workers 1, got {self.resources.workers}; take "
+                "owner_sharded or all_reduce, or leave optimizer.strategy out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

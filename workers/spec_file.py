@@ -1,51 +1,72 @@
-"""Reads a JobSpec from a YAML or JSON file, and words what is wrong with it. Imports without torch."""
+"""Reads a JobSpec from YAML or JSON. Imports without torch."""
 
+import json
+import re
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
+import yaml
 
 from workers.errors import SpecError
 from workers.spec import JobSpec
+from workers.spec_problems import SpecProblemsError, parse_spec
 
-__all__ = ["explain", "load_spec"]
+__all__ = ["load_spec", "parse_json", "parse_yaml"]
+
+
+class _SpecLoader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of nested ones stand for billions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.get_mark()
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+# YAML 1.1 wants a point in a number with an exponent, and takes 1e-3 for a text.
+_SpecLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def load_spec(path: Path) -> JobSpec:
-    """Returns the spec in the file; JSON is YAML. Raises: SpecError with one line per problem."""
-    import yaml
-
+    """Returns the spec in the file. Raises: SpecError with one line per problem."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except OSError as error:
         raise SpecError(f"can't read the spec {path}: {error.strerror}; give a YAML or JSON file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"the spec {path} is neither YAML nor JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SpecError(f"the spec {path} must be a mapping with name, model, data ..., got {type(content).__name__}")
     try:
-        return JobSpec.model_validate(content)
-    except ValidationError as error:
-        raise SpecError(f"the spec {path} is invalid:\n  " + "\n  ".join(explain(error, content))) from error
+        return parse_spec(_parse(text))
+    except SpecProblemsError as error:
+        lines = "\n  ".join(str(problem) for problem in error.problems)
+        raise SpecError(f"the spec {path} is invalid:\n  {lines}") from error
+    except ValueError as error:
+        raise SpecError(f"the spec {path} is {error}") from error
 
 
-def explain(error: ValidationError, content: Any) -> list[str]:
-    """Returns one line for each problem: where, what is wanted, what was given."""
-    return [_explain(problem["loc"], problem["msg"], problem["input"], content) for problem in error.errors()]
+def parse_json(text: bytes) -> object:
+    """Returns the value. Raises: ValueError that begins with "no JSON"."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from error
 
 
-def _explain(loc: tuple[int | str, ...], message: str, given: Any, content: Any) -> str:
-    where = _address(loc, content)
-    shown = "" if isinstance(given, dict) else f", got {given!r}"
-    return (f"{where}: " if where else "") + message.removeprefix("Value error, ") + shown
+def parse_yaml(text: bytes) -> object:
+    """Returns the value. Raises: ValueError that begins with "no YAML" and says where."""
+    try:
+        return yaml.load(text, Loader=_SpecLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"no YAML: {error.problem}{where}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no YAML: {reason}") from error
 
 
-def _address(loc: tuple[int | str, ...], content: Any) -> str:
-    """Returns the path in the user's own file: pydantic's also names the choice taken under `kind`."""
-    parts: list[str] = []
-    for part in loc:
-        if isinstance(content, dict) and content.get("kind") == part and part not in content:
-            continue
-        parts.append(str(part))
-        content = content.get(part) if isinstance(content, dict) else None
-    return ".".join(parts)
+def _parse(text: bytes) -> object:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return parse_yaml(text)

@@ -5,13 +5,14 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
 from service.api import events, health, internal, jobs, logs, metrics, problems
 from service.api.local_pages import LocalPagesOnly
+from service.api.query import known_parameters_only
 from workers.spec import JobSpec
 
 __all__ = ["api_application"]
@@ -36,7 +37,7 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     problems.install(app)
     app.add_middleware(LocalPagesOnly)
     for router in ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(known_parameters_only)])
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 

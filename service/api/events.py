@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 
-from service.api.parts import JobId, Parts, PartsDep
+from service.api.parts import MAX_CURSOR, JobId, Parts, PartsDep
 from service.api.present import event_resource, job_resource
 from service.job_state import TERMINAL
 from service.resources import EventPage
@@ -23,7 +23,7 @@ STREAM_POLL_S = 0.25  # at most four redraws a second
 STREAM_BATCH = 500
 KEEP_ALIVE_S = 15.0
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-After = Annotated[int, Query(ge=0, description="Only events after this id.")]
+After = Annotated[int, Query(ge=0, le=MAX_CURSOR, description="Only events after this id.")]
 
 
 @router.get("")
@@ -45,7 +45,9 @@ async def stream_events(
     parts: PartsDep,
     job_id: JobId,
     after: After = 0,
-    last_event_id: Annotated[int | None, Header(ge=0, description="As `after`; browsers send it.")] = None,
+    last_event_id: Annotated[
+        int | None, Header(ge=0, le=MAX_CURSOR, description="As `after`; browsers send it.")
+    ] = None,
 ) -> StreamingResponse:
     """Streams the job and its events as they come, until it has ended.
 

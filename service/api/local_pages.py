@@ -17,7 +17,8 @@ __all__ = ["LocalPagesOnly"]
 class LocalPagesOnly:
     """Refuses requests that name this machine otherwise than as loopback, or that a page from elsewhere sends.
 
-    The first stops DNS rebinding, the second cross-site requests; programs send no Origin and pass.
+    The first stops DNS rebinding, the second cross-site requests, also those of a page that another port of this
+    machine serves; programs send no Origin and pass.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -38,8 +39,8 @@ class LocalPagesOnly:
 def _refusal(host: str, origin: str | None) -> str | None:
     if not _is_loopback(f"//{host}"):
         return f"the service answers to loopback addresses alone, got Host {host!r}; call it as 127.0.0.1 or localhost"
-    if origin is not None and not _is_loopback(origin):
-        return f"the service takes no requests from pages of other sites, got Origin {origin!r}"
+    if origin is not None and origin.partition("://")[2].lower() != host.lower():
+        return f"the service takes no requests from pages of other addresses than {host}, got Origin {origin!r}"
     return None
 
 

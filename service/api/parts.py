@@ -13,7 +13,7 @@ from service.settings import Settings
 from service.store.base import Store
 from service.tokens import Tokens
 
-__all__ = ["FromStep", "JobId", "MaxPoints", "Parts", "PartsDep"]
+__all__ = ["MAX_CURSOR", "FromStep", "JobId", "MaxPoints", "Parts", "PartsDep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,13 @@ def _parts(request: Request) -> Parts:
     return cast(Parts, request.app.state.parts)
 
 
+MAX_CURSOR = 2**63 - 1  # of a database's integers
+
 PartsDep = Annotated[Parts, Depends(_parts)]
-JobId = Annotated[str, Path(description="The job's id.", examples=["job_01K3ZV5N1V4S6T9Q0C8W2XJ7RD"])]
-FromStep = Annotated[int, Query(ge=0, description="First step wanted; a client that has some asks for the rest.")]
+JobId = Annotated[
+    str, Path(pattern=r"^[^\x00]*$", description="The job's id.", examples=["job_01K3ZV5N1V4S6T9Q0C8W2XJ7RD"])
+]
+FromStep = Annotated[
+    int, Query(ge=0, le=MAX_CURSOR, description="First step wanted; a client that has some asks for the rest.")
+]
 MaxPoints = Annotated[int, Query(ge=10, le=10_000, description="Points per curve, or columns; the last stays raw.")]

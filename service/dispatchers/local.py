@@ -21,7 +21,7 @@ from service.failpoint import Failpoint
 from service.job_state import Process
 from workers.events import Numbered, numbered
 from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
-from workers.spec import JobSpec
+from workers.spec_problems import SpecProblemsError, parse_spec
 
 __all__ = ["LocalDispatcher"]
 
@@ -56,6 +56,10 @@ class LocalDispatcher:
     def submit(self, launch: Launch) -> None:
         folder = self._folder(launch.ref)
         try:
+            spec = parse_spec(launch.spec)
+        except SpecProblemsError as error:
+            raise DispatchError(f"this version does not take the stored spec: {error}; submit it anew") from error
+        try:
             folder.path.mkdir(parents=True)
         except FileExistsError:
             if self.inspect(launch.ref).process is not Process.UNKNOWN:
@@ -63,7 +67,7 @@ class LocalDispatcher:
         except OSError as error:
             raise DispatchError(f"can't create {folder.path}: {error.strerror}; check NGD_HOME") from error
         try:
-            write_json(folder.spec, JobSpec.model_validate(launch.spec))
+            write_json(folder.spec, spec)
             write_json(folder.facts, self._facts(launch))
             self._start(folder)
         except OSError as error:

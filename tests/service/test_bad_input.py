@@ -1,7 +1,9 @@
 """Bad input gets one problem that says what, the value, the bound and what to do; nothing is created."""
 
+import functools
 import json
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -43,6 +45,8 @@ def only_item(client: Client, spec: Any) -> ProblemItem:
 
 
 NGD = {"kind": "ngd"}
+FUNCTION = {"kind": "function", "function": "package.module:make"}
+NESTED: Any = functools.reduce(lambda inner, _: [inner], range(400), 0)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +79,35 @@ NGD = {"kind": "ngd"}
         ("name", None, "/name", "missing", "is missing"),
         ("schedule", {}, "/schedule", "invalid",
          "schedule: give exactly one of epochs and steps, got epochs=None and steps=None"),
+        ("schedule", {"epochs": True}, "/schedule/epochs", "wrong_type", "must be a whole number, got true"),
+        ("batch.global_size", "64", "/batch/global_size", "wrong_type", 'must be a whole number, got "64"'),
+        ("optimizer", NGD | {"staleness": {"kind": "adaptive", "thresholds": {"A": "1"}}},
+         "/optimizer/staleness/thresholds/A", "wrong_type", 'must be a number, got "1"'),
+        ("model", {"kind": "mlp", "hidden": [True]}, "/model/hidden/0", "wrong_type",
+         "must be a whole number, got true"),
+        ("model", FUNCTION | {"options": {"a": [float("nan")]}}, "/model/options", "invalid",
+         "model.options: options.a[0] must be a finite number, got nan"),
+        ("model", FUNCTION | {"options": {"a": "\ud800"}}, "/model/options", "invalid",
+         "model.options: options.a must be valid Unicode, got '\\ud800'"),
+        ("model", FUNCTION | {"options": {"\ud800": 1}}, "/model/options", "invalid",
+         "model.options: a name in options must be valid Unicode, got '\\ud800'"),
+        ("data", FUNCTION | {"options": {"a": NESTED}}, "/data/options", "invalid",
+         "data.options: values may lie 16 levels deep, and one lies deeper; flatten them"),
+        ("model", FUNCTION | {"options": {"a": 2**63}}, "/model/options", "invalid",
+         "model.options: options.a must fit in 64 bits; give it as a text"),
+        ("optimizer", NGD | {"strategy": {"kind": "single"}}, "", "invalid",
+         "optimizer.strategy single takes resources.workers 1, got 2; take owner_sharded or all_reduce, or leave "
+         "optimizer.strategy out"),
         ("target", {"test_accuracy": 1.5}, "/target/test_accuracy", "out_of_range", "must be <= 1, got 1.5"),
     ],
 )  # fmt: skip
 def test_wrong_field_is_named_with_its_bound_and_value(
     client: Client, path: str, value: Any, pointer: str, code: str, rule: str
 ) -> None:
-    item = only_item(client, changed(path, value))
+    spec = changed(path, value)
+    if "strategy" in str(value):
+        spec["resources"]["workers"] = 2
+    item = only_item(client, json.dumps(spec))
 
     name = pointer.strip("/").replace("/", ".")
     assert (item.pointer, item.code) == (pointer, code)
@@ -94,7 +120,7 @@ def test_wrong_field_is_named_with_its_bound_and_value(
         ("modle", {}, "did you mean 'model'?"),
         ("model", {"kind": "small_cn"}, "did you mean 'small_cnn'?"),
         ("optimizer", NGD | {"dampign": 1}, "did you mean 'damping'?"),
-        ("optimizer", NGD | {"damping": 0}, "The default is 0.001."),
+        ("optimizer", NGD | {"damping": 0}, "The default is 0.1."),
         ("batch.zzz", 1, "its fields are global_size, micro_size"),
     ],
 )
@@ -120,6 +146,15 @@ def test_all_that_is_wrong_is_said_at_once(client: Client) -> None:
         (b"", "application/yaml", 422, "invalid_spec", "got null"),
         (b"{}", "text/plain", 415, "unsupported_media_type", "'text/plain'"),
         (b'{"seed": NaN}', "application/json", 422, "invalid_spec", "seed"),
+        (b'{"\\ud800": 1}', "application/json", 422, "invalid_spec", "a job must be valid Unicode"),
+        (b'{"name": "\\ud800"}', "application/json", 422, "invalid_spec", "name must be valid Unicode"),
+        (b'{"seed": ' + b"[" * 400 + b"]" * 400 + b"}", "application/json", 422, "invalid_spec", "seed must be"),
+        (b"name: !!binary YWJj", "application/yaml", 422, "invalid_spec", "name must be a text"),
+        (b"seed: 0x" + b"f" * 5000, "application/yaml", 422, "invalid_spec", "seed must be"),
+        (b"? [a]\n: 1", "application/yaml", 400, "malformed_body", "unhashable key at line 1"),
+        (b"1: 2", "application/yaml", 422, "invalid_spec", "1 must be a text, got 1"),
+        (b"name: 2020-99-99", "application/yaml", 400, "malformed_body", "month"),
+        (b"\xff", "application/yaml", 400, "malformed_body", "unacceptable character"),
         (b" " * (1 << 20) + b"{}", "application/json", 413, "body_too_large", "1 MiB"),
     ],
 )
@@ -132,6 +167,12 @@ def test_body_that_is_no_job_is_refused(
     assert answer.headers["content-type"] == "application/problem+json"
     assert (answer.status_code, problem.status, problem.code) == (status, status, code)
     assert detail in problem.detail
+
+
+def test_body_without_a_type_is_refused(client: Client) -> None:
+    answer = client._http.post("/api/v1/jobs", content=json.dumps(GOOD).encode())
+
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +192,11 @@ def test_body_that_is_no_job_is_refused(
         ("GET", "/api/v1/jobs?page_token=abc", 400, "page_token_mismatch"),
         ("GET", "/api/v1/jobs?page_token=%C3%A9", 400, "page_token_mismatch"),
         ("GET", "/api/v1/jobs/job_none?wait_for=ever", 422, "invalid_parameter"),
+        ("GET", f"/api/v1/jobs/job_none/events?after={2**63}", 422, "invalid_parameter"),
+        ("GET", f"/api/v1/jobs/job_none/events/stream?after={2**63}", 422, "invalid_parameter"),
+        ("GET", f"/api/v1/jobs/job_none/metrics?from_step={2**63}", 422, "invalid_parameter"),
+        ("GET", f"/api/v1/jobs/job_none/statistics?from_step={2**63}", 422, "invalid_parameter"),
+        ("GET", "/api/v1/jobs/job_%00", 422, "invalid_parameter"),
         ("POST", "/api/v1/internal/attempts/none-a1/events", 401, "unauthorized"),
     ],
 )
@@ -161,7 +207,30 @@ def test_every_error_is_a_problem(client: Client, method: str, path: str, status
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["x-request-id"] == problem.request_id == "mine"
     assert (answer.status_code, problem.status, problem.code) == (status, status, code)
-    assert problem.instance == path.partition("?")[0]
+    assert problem.instance == unquote(path.partition("?")[0])
+
+
+def test_cursor_that_no_database_holds_is_refused(client: Client) -> None:
+    answer = client._http.get("/api/v1/jobs/job_none/events/stream", headers={"Last-Event-ID": str(2**63)})
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_parameter")
+
+
+def test_unknown_parameter_is_refused_before_anything_is_created(client: Client) -> None:
+    before = len(client.list_jobs(page_size=1000).jobs)
+
+    answer = client._http.post("/api/v1/jobs?validate_onyl=true", json=GOOD)
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {
+            "pointer": "validate_onyl",
+            "code": "unknown_parameter",
+            "detail": "POST /api/v1/jobs has no parameter 'validate_onyl'",
+            "hint": "did you mean 'validate_only'?",
+        }
+    ]
+    assert len(client.list_jobs(page_size=1000).jobs) == before
 
 
 def test_parameter_out_of_range_is_named(client: Client) -> None:
@@ -197,7 +266,7 @@ def test_check_without_creating_gives_the_whole_spec(client: Client) -> None:
     checked = client.validate("name: small\nmodel: {kind: mlp}\ndata: {kind: digits}\noptimizer: {kind: ngd}\n"
                               "schedule: {epochs: 1}\nbatch: {global_size: 32}\n")  # fmt: skip
 
-    assert checked.spec["optimizer"]["damping"] == 0.001
+    assert checked.spec["optimizer"]["damping"] == 0.1
     assert len(client.list_jobs(page_size=1000).jobs) == before
 
 
@@ -208,7 +277,15 @@ def test_unknown_job_is_not_found_by_the_client(client: Client) -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Host": "rebound.example:8000"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "["}],
+    [
+        {"Host": "rebound.example:8000"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Host": "["},
+        {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:3000"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://localhost:8000"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1"},
+    ],
 )
 def test_web_page_of_another_site_is_refused(client: Client, headers: dict[str, str]) -> None:
     answer = client._http.post("/api/v1/jobs/job_none:cancel", headers=headers)

@@ -87,6 +87,36 @@ def test_bad_spec_is_explained_field_by_field(tmp_path: Path, url: str) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_training_alone_explains_a_bad_spec_in_the_same_words(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nmodel: {kind: small_cn}\nschedule: {epochs: true}\n")
+
+    posted, trained = ngd("submit", str(path), url=url), ngd("train", str(path), "--run-dir", str(tmp_path / "run"))
+
+    lines = posted.stderr.strip().removeprefix("ngd: ").splitlines()
+    assert len(lines) >= 3
+    assert [line for line in lines if line not in trained.stderr] == []
+    assert "Traceback" not in trained.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_spec_that_is_not_text_is_said(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"name: \xe9\n")
+
+    result = ngd("submit", str(path), url=url)
+
+    assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
+    assert "job.yaml is not UTF-8" in result.stderr
+
+
+def test_json_is_sent_as_json(shared_service: ServiceProcess) -> None:
+    text = small_spec(data={"kind": "function", "function": "a:b"}).model_dump_json()
+    face = text.replace('"options":{}', '"options":{"face":"\\ud83d\\ude00"}')
+
+    assert shared_service.client.validate(face).spec["data"]["options"] == {"face": "\U0001f600"}
+
+
 def test_service_that_is_not_there_is_said_in_one_sentence() -> None:
     result = ngd("jobs", url="http://127.0.0.1:1")
 

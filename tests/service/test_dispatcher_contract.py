@@ -183,6 +183,14 @@ def test_command_that_is_not_there_is_said_in_one_sentence(make: Make) -> None:
         make(command=("/nowhere/driver",)).submit(launch())
 
 
+def test_stored_spec_that_is_none_any_more_is_refused(make: Make, tmp_path: Path) -> None:
+    spec = small_spec().model_dump(mode="json") | {"modle": 1}
+
+    with pytest.raises(DispatchError, match="does not take the stored spec: a job has no field 'modle'"):
+        make().submit(Launch(REF, spec, "token"))
+    assert not folder(tmp_path).path.exists()
+
+
 def test_log_is_read_in_pieces_and_from_its_end(make: Make, tmp_path: Path) -> None:
     folder(tmp_path).path.mkdir(parents=True)
     folder(tmp_path).log.write_bytes(b"one\ntwo\nthree\n")

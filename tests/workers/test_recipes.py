@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.attempts import make_attempt, records, spooled
+from tests.support.attempts import make_attempt, records, small_spec, spooled
 from workers.attempt import run_rank
 from workers.errors import SpecError
 from workers.spec_file import load_spec
@@ -65,10 +65,13 @@ def test_fashion_mnist_recipe_reaches_its_target(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("{kind: ngd}", "{kind: ngd, damping: 0}"), r"optimizer\.damping: .*greater than 0, got 0"),
-        (("{kind: mlp}", "{kind: mpl}"), r"model: .*'mpl'.*'mlp'"),
-        (("batch:", "bach:"), r"bach: Extra inputs"),
-        (("global_size: 64", "global_size: many"), r"batch\.global_size: .*integer.*got 'many'"),
+        (
+            ("{kind: ngd}", "{kind: ngd, damping: 0}"),
+            r"optimizer\.damping must be > 0, got 0 .*squared per-sample gradient",
+        ),
+        (("{kind: mlp}", "{kind: mpl}"), r"model\.kind must be one of .*, got \"mpl\" \(did you mean 'mlp'"),
+        (("batch:", "bach:"), r"a job has no field 'bach' \(did you mean 'batch'"),
+        (("global_size: 64", "global_size: many"), r"batch\.global_size must be a whole number, got \"many\""),
         (("{global_size: 64}", "{global_size: 9}\nresources: {workers: 2}"), "multiple of .* got 9; .* 8 and 10"),
         (("{global_size: 64}", "{global_size: 64, micro_size: 24}"), "must divide a worker's share, 64 .* got 24"),
         (("{epochs: 1}", "{epochs: 1, steps: 2}"), "exactly one of epochs and steps"),
@@ -82,10 +85,13 @@ def test_wrong_spec_says_where_what_and_the_bound(tmp_path, change, message):
         load_spec(path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "neither YAML nor JSON"), ("- 1", "must be a mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "no YAML: .* at line 1, column 5"), ("- 1", "must be an object of fields"), (b"\xff", "no YAML")],
+)
 def test_file_that_is_no_spec_is_refused(tmp_path, text, message):
     path = tmp_path / "job.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
     with pytest.raises(SpecError, match=message):
         load_spec(path)
@@ -94,3 +100,22 @@ def test_file_that_is_no_spec_is_refused(tmp_path, text, message):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(SpecError, match=r"absent\.yaml: No such file"):
         load_spec(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.e-3", "0.001", ".1e-2"])
+def test_number_with_an_exponent_is_no_text(tmp_path, text):
+    path = tmp_path / "job.yaml"
+    path.write_text(GOOD.replace("{kind: ngd}", f"{{kind: ngd, damping: {text}}}"))
+
+    assert load_spec(path).optimizer.damping == 0.001
+
+
+def test_json_is_read_as_json(tmp_path):
+    path = tmp_path / "job.json"
+    path.write_text(
+        small_spec(data={"kind": "function", "function": "a:b"})
+        .model_dump_json()
+        .replace('"options":{}', '"options":{"face":"\\ud83d\\ude00"}')
+    )
+
+    assert load_spec(path).data.options == {"face": "\U0001f600"}

@@ -1,0 +1,198 @@
+"""Words what is wrong with a spec so that a person can act on it: what, the value, the bound, what to do.
+
+`ngd submit`, `ngd train` and the driver say the same of the same spec. Imports without torch.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from workers.spec import JobSpec
+
+__all__ = ["SpecProblem", "SpecProblemsError", "did_you_mean", "explain", "parse_spec", "rule", "shown"]
+
+SHOWN_CHARACTERS = 80  # of a value in a message
+BOUNDS = {
+    "greater_than": "must be > {gt:g}",
+    "greater_than_equal": "must be >= {ge:g}",
+    "less_than": "must be < {lt:g}",
+    "less_than_equal": "must be <= {le:g}",
+    "finite_number": "must be a finite number",
+}
+CHOICES = {"literal_error": "must be {expected}", "string_pattern_mismatch": "must match {pattern}"}
+TYPES = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "string": "must be a text",
+    "invalid_key": "must be a text",
+    "string_unicode": "must be valid Unicode",
+    "bool": "must be true or false",
+    "dict": "must be an object of fields",
+    "model": "must be an object of fields",
+    "model_attributes": "must be an object of fields",
+    "list": "must be a list",
+    "tuple": "must be a list",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SpecProblem:
+    """One thing that is wrong. pointer: JSON Pointer to it; code: a word for machines; hint: what to do."""
+
+    pointer: str
+    code: str
+    detail: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return self.detail + (f" ({self.hint})" if self.hint else "")
+
+
+class SpecProblemsError(ValueError):
+    """All that is wrong with a spec."""
+
+    def __init__(self, problems: Sequence[SpecProblem]) -> None:
+        super().__init__("; ".join(problem.detail for problem in problems))
+        self.problems = list(problems)
+
+
+def parse_spec(value: object) -> JobSpec:
+    """Returns the spec; a text is no number, nor is true.
+
+    Raises: SpecProblemsError that lists each thing that is wrong.
+    """
+    if not isinstance(value, dict):
+        detail = f"a job must be an object of fields, got {shown(value)}; see the recipes for examples"
+        raise SpecProblemsError([SpecProblem("", "wrong_type", detail)])
+    try:
+        return JobSpec.model_validate(value, strict=True)
+    except ValidationError as error:
+        raise SpecProblemsError(list(explain(error, JobSpec))) from error
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str | None:
+    """Returns "did you mean ...?" if one of the known names is close to the given one."""
+    close = difflib.get_close_matches(given, [str(name) for name in known], n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[SpecProblem]:
+    """Yields one item for each thing that is wrong with a `model`."""
+    for item in error.errors(include_url=False):
+        yield _explain(item, _Place.of(item["loc"], model))
+
+
+class _Place:
+    """Where an error lies: the path as the user wrote it, and the models that may stand there."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.path: list[str | int] = []
+        self.models: list[type[BaseModel]] = [model]
+        self.siblings: list[str] = []
+        self.field: FieldInfo | None = None
+
+    @classmethod
+    def of(cls, loc: Sequence[str | int], model: type[BaseModel]) -> "_Place":
+        place = cls(model)
+        for part in loc:
+            chosen = [member for member in place.models if _kind(member) == part]
+            if chosen and len(place.models) > 1:  # pydantic names the chosen member of a union; the user did not
+                place.models = chosen
+            else:
+                place._enter(part)
+        return place
+
+    def _enter(self, part: str | int) -> None:
+        self.path.append(part)
+        fields = self.models[0].model_fields if self.models else {}
+        self.siblings = sorted(fields)
+        self.field = fields.get(str(part))
+        self.models = list(_models_in(self.field.annotation)) if self.field else []
+
+    @property
+    def name(self) -> str:
+        return ".".join(str(part) for part in self.path)
+
+    def item(self, code: str, detail: str, hint: str | None = None) -> SpecProblem:
+        pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in self.path)
+        return SpecProblem(pointer=pointer, code=code, detail=detail, hint=hint)
+
+
+def _explain(error: Mapping[str, Any], place: _Place) -> SpecProblem:
+    kind, ctx = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_field(place)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _unknown_kind(place, ctx.get("tag"))
+    if kind == "missing":
+        return place.item("missing", f"{place.name} is missing", _advice(place))
+    if kind == "value_error":
+        prefix = f"{place.name}: " if place.path else ""
+        return place.item("invalid", prefix + str(ctx["error"]))
+    code, must = rule(kind, ctx, error["msg"])
+    return place.item(code, f"{place.name or 'a job'} {must}, got {shown(error['input'])}", _advice(place))
+
+
+def rule(kind: str, ctx: Mapping[str, Any], message: str) -> tuple[str, str]:
+    """Returns a word for machines, and what must be, for one of pydantic's kinds of error."""
+    if kind in BOUNDS:
+        return "out_of_range", BOUNDS[kind].format(**ctx)
+    if kind in CHOICES:
+        return "invalid_choice", CHOICES[kind].format(**ctx)
+    type_name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float")
+    if type_name in TYPES:
+        return "wrong_type", TYPES[type_name]
+    return "invalid", message[:1].lower() + message[1:]
+
+
+def _unknown_field(place: _Place) -> SpecProblem:
+    *parents, name = place.path
+    where = ".".join(str(part) for part in parents) or "a job"
+    hint = did_you_mean(str(name), place.siblings) or f"its fields are {', '.join(place.siblings)}"
+    return place.item("unknown_field", f"{where} has no field {str(name)!r}", hint)
+
+
+def _unknown_kind(place: _Place, given: object) -> SpecProblem:
+    known = [kind for kind in map(_kind, place.models) if kind]
+    choices = ", ".join(known)
+    place.path.append("kind")
+    if given is None:
+        return place.item("missing", f"{place.name} is missing", f"it is one of {choices}")
+    detail = f"{place.name} must be one of {choices}, got {shown(given)}"
+    return place.item("unknown_kind", detail, did_you_mean(str(given), known))
+
+
+def _advice(place: _Place) -> str | None:
+    """Returns the field's description and its default, as far as it has them."""
+    if place.field is None:
+        return None
+    parts = [] if place.field.description is None else [place.field.description]
+    if not place.field.is_required() and isinstance(place.field.default, bool | int | float | str):
+        parts.append(f"The default is {shown(place.field.default)}.")
+    return " ".join(parts) or None
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _kind(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    return None if field is None else str(field.default)
+
+
+def shown(value: object) -> str:
+    """Returns the value as JSON, cut where it is long."""
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # odd keys, thousands of digits or of levels
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
