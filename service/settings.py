@@ -1,12 +1,13 @@
 """How the service is set up. The only module that reads the environment: NGD_HOST, NGD_PORT, NGD_HOME ..."""
 
 import ipaddress
+import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import StartupError
 from service.failpoint import Place
@@ -31,15 +32,33 @@ class Settings(BaseSettings):
     retry_backoff_s: float = Field(2.0, ge=0, description="Wait before attempt 2; doubles each time, up to 300.")
     cancel_grace_s: float = Field(30.0, ge=0, description="Seconds a cancelled job has to stop by itself.")
     interrupt_grace_s: float = Field(10.0, ge=0, description="Seconds between SIGINT and SIGKILL.")
-    driver_command: tuple[str, ...] = Field(
-        (sys.executable, "-m", "workers.driver"), description="Command of an attempt; its folder is appended."
+    driver_command: Annotated[tuple[str, ...], NoDecode] = Field(
+        (sys.executable, "-m", "workers.driver"),
+        min_length=1,
+        description="Command of an attempt, a JSON list; its folder is appended.",
     )
     failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
 
     @field_validator("home", "data_dir")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        return path if path is None else path.expanduser().absolute()
+        try:
+            return path if path is None else path.expanduser().absolute()
+        except RuntimeError as error:
+            raise ValueError(f"the folder {path} names a user whose home is not known; give the whole path") from error
+
+    @field_validator("driver_command", mode="before")
+    @classmethod
+    def _words(cls, command: object) -> object:
+        if not isinstance(command, str):
+            return command
+        try:
+            return tuple(json.loads(command))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"driver_command (NGD_DRIVER_COMMAND) must be a JSON list of texts, got {command!r}; "
+                f"its default is {json.dumps([sys.executable, '-m', 'workers.driver'])}"
+            ) from error
 
     @field_validator("host")
     @classmethod

@@ -33,7 +33,7 @@ def mount(app: FastAPI, settings: Settings) -> None:
         return
     # A request whose handler fails is answered with the API's problem, as it would be over a socket.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    api = AsyncClient(f"http://{settings.host}:{settings.port}", transport=transport)
+    api = AsyncClient(settings.url, transport=transport)
     jobs.register(api)
     job.register(api)
     ui.run_with(app, title="ngd-dist", favicon=FAVICON, dark=None, tailwind=False, show_welcome_message=False)

@@ -11,10 +11,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import psutil
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from service.dispatchers.base import AttemptRef, DispatchError, Launch, Seen
 from service.failpoint import Failpoint
@@ -38,6 +39,11 @@ class DriverProcess(BaseModel):
 
     pid: int
     started_at_s: float
+    machine: str = Field("", description="Boot and pid namespace in which the pid counts.")
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> "DriverProcess":
+        return cls(pid=process.pid, started_at_s=process.create_time(), machine=_machine())
 
 
 class LocalDispatcher:
@@ -102,12 +108,9 @@ class LocalDispatcher:
             for process in descendants:  # those that have left the group
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        group = driver.pid if driver else noted.pid if noted else None
-        # While any member lives the kernel gives the group's number to no new process: a process that has it and is
-        # not the driver means that the group is gone.
-        if group is not None and (driver is not None or not psutil.pid_exists(group)):
+        if noted is not None and (driver is not None or _has_its_group(noted)):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
+                os.killpg(noted.pid, signal.SIGKILL)
 
     def undelivered(self, ref: AttemptRef, after_seq: int) -> Iterator[list[Numbered]]:
         batch: list[Numbered] = []
@@ -167,7 +170,7 @@ class LocalDispatcher:
         self._note(folder, psutil.Process(child.pid))
 
     def _note(self, folder: AttemptDir, driver: psutil.Process) -> None:
-        write_json(folder.process, DriverProcess(pid=driver.pid, started_at_s=driver.create_time()))
+        write_json(folder.process, DriverProcess.of(driver))
 
     def _driver(self, folder: AttemptDir) -> psutil.Process | None:
         """Returns the driver if it lives."""
@@ -204,10 +207,36 @@ def _outcome(folder: AttemptDir) -> Outcome | None:
 def _living(noted: DriverProcess) -> psutil.Process | None:
     try:
         process = psutil.Process(noted.pid)
-        is_same = abs(process.create_time() - noted.started_at_s) < START_TIME_TOLERANCE_S
-        return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+        return process if _is_same(process, noted) and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
+
+
+def _is_same(process: psutil.Process, noted: DriverProcess) -> bool:
+    return abs(process.create_time() - noted.started_at_s) < START_TIME_TOLERANCE_S
+
+
+def _has_its_group(noted: DriverProcess) -> bool:
+    """Returns whether the group of the driver's number, if there is one, is still the driver's.
+
+    While any member lives the kernel gives the number to no new process: one that has it and is not the driver, which
+    may be a zombie by now, means that the group is gone. After a boot any group may have the number.
+    """
+    if noted.machine != _machine():
+        return False
+    try:
+        return _is_same(psutil.Process(noted.pid), noted)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@cache
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{psutil.boot_time():.0f}"
 
 
 def _find(folder: Path) -> psutil.Process | None:

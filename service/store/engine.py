@@ -6,7 +6,15 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+    TimeoutError,
+)
 
 from service.errors import StartupError, StoreUnavailableError
 
@@ -53,12 +61,10 @@ def _sqlite(url: URL) -> sa.Engine:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns the database's trouble into StoreUnavailableError; a broken constraint goes to the caller."""
+    """Turns trouble that may pass into StoreUnavailableError; a mistake, ours or in the data, goes to the caller."""
     try:
         yield
-    except IntegrityError:
-        raise
-    except SQLAlchemyError as error:
+    except (OperationalError, InterfaceError, TimeoutError) as error:
         raise StoreUnavailableError(f"the database does not answer: {describe(error)}") from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from alembic.util import CommandError
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from service.errors import IdempotencyError, StartupError, StoreUnavailableError
 from service.job_state import ACTIVE, TERMINAL, Action, Decision, Desired, Phase
@@ -91,9 +91,13 @@ class SQLStore:
         self._writers.dispose()
 
     def check(self) -> None:
-        with self._read() as connection:
-            if not is_newest(connection):
-                raise StoreUnavailableError("the database's schema is not this version's; restart the service")
+        try:
+            with self._read() as connection:
+                is_current = is_newest(connection)
+        except SQLAlchemyError as error:
+            raise StoreUnavailableError(f"the database can't be read: {describe(error)}") from error
+        if not is_current:
+            raise StoreUnavailableError("the database's schema is not this version's; restart the service")
 
     def create_job(
         self, job_id: str, name: str, spec: Mapping[str, Any], now: datetime, keyed: KeyedRequest | None = None

@@ -1,5 +1,6 @@
 """What every dispatcher must do; the local one is shown on real processes."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
     for dispatcher in made:
         dispatcher.kill(REF)
         wait_until(lambda dispatcher=dispatcher: not is_running(dispatcher), "the driver is gone")
-        dispatcher.inspect(REF)  # takes leave of the child that the look before has seen die
+        # A zombie can be waited for once its last thread has ended.
+        wait_until(lambda dispatcher=dispatcher: dispatcher.inspect(REF) and not dispatcher._children, "it is reaped")
 
 
 def launch(name: str = "waits", steps: int = 10) -> Launch:
@@ -159,7 +161,56 @@ def test_kill_ends_what_a_dead_driver_has_left_behind(make: Make, tmp_path: Path
 
     dispatcher.kill(REF)
 
-    wait_until(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, "its child is gone")
+    wait_until(lambda: has_ended(left), "its child is gone")
+
+
+LEAVES_A_CHILD = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
+
+
+@pytest.fixture
+def dead_driver(tmp_path: Path) -> Iterator[tuple[psutil.Process, psutil.Process]]:
+    """A driver that has ended but that nobody has waited for, and the child that it left behind."""
+    folder(tmp_path).path.mkdir(parents=True)
+    driver = subprocess.Popen(
+        ["python3", "-c", LEAVES_A_CHILD], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert driver.stdout is not None
+    left, process = psutil.Process(int(driver.stdout.readline())), psutil.Process(driver.pid)
+    wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE, "the driver ends")
+    yield process, left
+    if left.is_running():
+        left.kill()
+    driver.communicate()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_child_of_a_zombie_is_ended(
+    make: Make, tmp_path: Path, dead_driver: tuple[psutil.Process, psutil.Process]
+) -> None:
+    driver, left = dead_driver
+    write_json(folder(tmp_path).process, DriverProcess.of(driver))
+    dispatcher = make()
+    assert dispatcher.inspect(REF).process is Process.EXITED
+    assert left.is_running()
+
+    dispatcher.kill(REF)
+
+    wait_until(lambda: has_ended(left), "its child is gone")
+
+
+def test_group_noted_before_the_last_boot_is_another_s(
+    make: Make, tmp_path: Path, dead_driver: tuple[psutil.Process, psutil.Process]
+) -> None:
+    driver, left = dead_driver
+    noted = DriverProcess.of(driver).model_copy(update={"machine": "before the boot"})
+    write_json(folder(tmp_path).process, noted)
+
+    make().kill(REF)
+
+    assert not has_ended(left)
 
 
 def test_undelivered_events_stop_before_a_torn_line(make: Make, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A database that stops answering is a 503 that says to try again; a mistake of ours is a 500 without a traceback."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -37,13 +37,21 @@ def parts(app: FastAPI) -> Parts:
     return found
 
 
-def drop_tables(app: FastAPI) -> None:
+def lose(app: FastAPI) -> None:
+    """The disk of the database is gone for now."""
+    parts(app).store.close()
+    file = parts(app).settings.home / "ngd.sqlite"
+    file.rename(file.with_name("elsewhere"))
+    file.mkdir()
+
+
+def spoil(app: FastAPI) -> None:
     parts(app).store.close()
     (parts(app).settings.home / "ngd.sqlite").write_bytes(b"no longer a database" * 100)
 
 
 def test_lost_database_is_a_problem_to_try_again(app: FastAPI) -> None:
-    drop_tables(app)
+    lose(app)
 
     answer = get(app, "/api/v1/jobs")
 
@@ -51,8 +59,18 @@ def test_lost_database_is_a_problem_to_try_again(app: FastAPI) -> None:
     assert answer.headers["retry-after"] == "1"
 
 
-def test_lost_database_makes_the_service_not_ready_but_alive(app: FastAPI) -> None:
-    drop_tables(app)
+def test_spoilt_database_is_no_problem_to_try_again(app: FastAPI) -> None:
+    spoil(app)
+
+    answer = get(app, "/api/v1/jobs")
+
+    assert (answer.status_code, answer.json()["retryable"]) == (500, False)
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize("harm", [lose, spoil])
+def test_lost_database_makes_the_service_not_ready_but_alive(app: FastAPI, harm: Callable[[FastAPI], None]) -> None:
+    harm(app)
 
     ready = get(app, "/readyz")
 

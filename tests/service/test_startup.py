@@ -64,6 +64,32 @@ def test_wrong_setting_is_named_with_its_variable_and_value() -> None:
         load_settings(max_running_jobs=0)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("NGD_DRIVER_COMMAND", "foo", ["NGD_DRIVER_COMMAND", "JSON list", "'foo'"]),
+        ("NGD_DRIVER_COMMAND", "7", ["NGD_DRIVER_COMMAND", "JSON list", "'7'"]),
+        ("NGD_DRIVER_COMMAND", "[]", ["NGD_DRIVER_COMMAND", "at least 1 item"]),
+        ("NGD_HOME", "~nosuch/x", ["~nosuch/x", "whole path"]),
+        ("NGD_PORT", "high", ["NGD_PORT", "'high'"]),
+    ],
+)
+def test_setting_that_can_not_be_read_ends_the_command(
+    tmp_path: Path, variable: str, value: str, words: list[str]
+) -> None:
+    assert_refused(serve(tmp_path / "home", **{variable: value}), *words)
+    assert not (tmp_path / "home").exists()
+
+
+def test_service_on_ipv6_serves_its_pages(start_service: Callable[..., ServiceProcess]) -> None:
+    service = start_service(host="::1")
+
+    page = service.client._http.get("/")
+
+    assert service.url.startswith("http://[::1]:")
+    assert page.status_code == 200
+
+
 def test_foreign_address_ends_the_command(tmp_path: Path) -> None:
     result = serve(tmp_path / "home", NGD_HOST="0.0.0.0")
 
