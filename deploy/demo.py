@@ -1,5 +1,6 @@
 """The main job, end to end: a service, SP-NGD on two workers over HTTP, SGD beside it. `make demo` runs this."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,14 @@ def _service() -> Iterator[Client]:
     with log.open("wb") as output:
         command = [sys.executable, "-m", "service", "--port", "0", "--home", str(HOME)]
         # In a session of its own: Ctrl-C reaches this process alone, which cancels the jobs while the service is up.
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"NGD_DATABASE_URL": ""},  # a database that another home owns would be refused
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         with Client(_url(process, log), patience_s=PATIENCE_S) as client:
             try:
