@@ -139,7 +139,8 @@ def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:
     expect(page.locator(".phase.large", has_text="Running")).to_be_visible(timeout=START_MS)
     page.get_by_role("button", name="Cancel job").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel job").click()
-    expect(page.get_by_role("button", name="Cancel job")).to_be_hidden()
+    expect(page.get_by_role("dialog")).to_be_hidden(timeout=TRAIN_MS)  # it fades out
+    expect(page.get_by_role("button", name="Cancel job")).to_be_hidden(timeout=TRAIN_MS)
     expect(page.locator(".phase.large", has_text="Cancelled")).to_be_visible(timeout=TRAIN_MS)
     assert service.client.get(job.id).status.phase == "CANCELLED"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.attempts import records, small_spec, spooled
-from tests.support.ranks import free_port
 from workers.rundir import AttemptDir, write_json
 
 pytestmark = pytest.mark.ranks
@@ -17,17 +16,19 @@ pytestmark = pytest.mark.ranks
 def test_two_processes_make_one_attempt_and_the_next_call_resumes_it(tmp_path: Path) -> None:
     spec = small_spec(optimizer={"kind": "ngd", "lr": 0.01}, resources={"workers": 2})
     write_json(tmp_path / "spec.json", spec)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     for _ in range(2):
-        subprocess.run(
-            [*command, str(free_port()), "-m", "workers.loop", "spec.json", "--run-dir", "run"],
+        ended = subprocess.run(
+            [*command, "-m", "workers.loop", "spec.json", "--run-dir", "run"],
             cwd=tmp_path,
             env=_environment(),
-            check=True,
+            check=False,
             capture_output=True,
+            text=True,
             timeout=120,
         )
+        assert ended.returncode == 0, ended.stderr
 
     first, second = (AttemptDir.of(tmp_path / "run", number) for number in (1, 2))
     assert [record.step for record in records(spooled(first))] == list(range(1, 9))
