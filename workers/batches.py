@@ -3,10 +3,11 @@
 A pure function of (seed, step): no state to save, and any number of ranks sees the same global batches.
 """
 
+import contextlib
+import hashlib
 import random
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,11 @@ class Batches:
 def seed_everything(seed: int) -> None:
     """Seeds torch, numpy and Python, for a model's first weights and for users' functions."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
     random.seed(seed)
+    with contextlib.suppress(ImportError):  # the loop itself does without numpy
+        import numpy as np
+
+        np.random.seed(seed)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -62,4 +66,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _mix(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """Returns a seed below 2**63 in which every bit of every number counts."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1

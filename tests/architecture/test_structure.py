@@ -98,3 +98,20 @@ def test_public_names_change_only_on_purpose() -> None:
         "preconditioner", "staleness", "strategy", "lr", "momentum", "weight_decay", "damping", "ema_decay", "stagger",
         "statistics_wire", "micro_batches", "loss_reduction",
     }  # fmt: skip
+
+
+def test_the_training_loop_needs_torch_and_pydantic_alone() -> None:
+    """A machine with a GPU may have nothing else; data formats and launchers import what they need when used."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"numpy", "yaml", "httpx", "ray", "sklearn", "torchvision", "fastapi", "psutil"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import warnings
+warnings.simplefilter("ignore")  # torch misses numpy
+import ngd_dist.optimizer, workers.loop
+"""
+
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
