@@ -24,8 +24,9 @@ demo: $(STAMP) ## run the main job: a service, a training job on two workers, it
 serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:8000
 	$(BIN)/ngd serve
 
+# Most tests wait for processes to start: two files at a time keep two cores busy.
 test: $(STAMP) browser ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 3600
