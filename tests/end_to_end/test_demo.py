@@ -65,7 +65,8 @@ def test_status_is_0_only_if_both_jobs_succeeded_and_reached_the_target(
 
 
 def the_service() -> psutil.Process:
-    return next(child for child in psutil.Process().children() if "service" in child.cmdline())
+    """Returns the demo's own: other tests may keep one in this process too."""
+    return next(child for child in psutil.Process().children() if str(demo.HOME) in child.cmdline())
 
 
 def test_service_that_dies_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
