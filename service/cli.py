@@ -86,6 +86,7 @@ def jobs(
     with _client(url) as client:
         page = client.list_jobs(page_size=limit, phase=phase)
     table = Table("id", "name", "phase", "step", "loss", "accuracy", "created", box=None)
+    table.columns[0].no_wrap = True  # an id that is cut in two can be neither copied nor piped
     for job in page.jobs:
         progress, metrics = job.status.progress, job.metrics_latest
         step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else "-"
