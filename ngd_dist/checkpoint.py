@@ -1,6 +1,6 @@
 """What `NGD.state_dict` keeps beside torch's own state: keyed by layer name, so that it fits any world size."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,13 +69,15 @@ def restore(
     statistics: Mapping[Key, Statistic],
     caches: dict[str, Cache | None],
     schedule: Schedule,
+    holds: Callable[[str], bool],
     device: torch.device,
 ) -> None:
-    """Takes over a gathered state that was checked; `statistics` and `caches` are those this rank holds."""
+    """Takes over a gathered state that was checked: the whole schedule, and of the layers those that this rank holds."""
     for key in schedule.tracks:
         schedule.tracks[key] = Track(**saved["tracks"][str(key)])
     for key, statistic in statistics.items():
-        statistic.load(saved["layers"][key.layer]["statistics"][key.statistic], device)
-    for layer in caches:
+        if holds(key.layer):
+            statistic.load(saved["layers"][key.layer]["statistics"][key.statistic], device)
+    for layer in filter(holds, caches):
         cache = saved["layers"][layer]["cache"]
         caches[layer] = None if cache is None else {name: value.to(device) for name, value in cache.items()}

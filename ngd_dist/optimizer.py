@@ -154,7 +154,10 @@ class NGD(torch.optim.Optimizer):
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})
         except ValueError as error:
             raise CheckpointError(f"the state's param_groups don't fit: {error}") from error
-        checkpoint.restore(saved, self._curvature.statistics, self._curvature.caches, self._schedule, self._device)
+        held = self._strategy.holds
+        checkpoint.restore(
+            saved, self._curvature.statistics, self._curvature.caches, self._schedule, held, self._device
+        )
         self.stats = StepStats(step=saved["step"], failed_inversions=saved["failed_inversions"])
         self._arm(self.stats.step + 1)
 

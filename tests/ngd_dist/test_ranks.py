@@ -101,8 +101,15 @@ def train_every_case(rank: int, world_size: int) -> dict[str, Any]:
             found[f"saved {case}"] = saved
             found[f"next {case}"] = weights(model)
             found[f"reloaded {case}"] = resume(rank, world_size, *saved, case)
+            found[f"held {case}"] = held_after_loading(saved[1], case)
     found["bytes"] = {case: bytes_of_a_refresh(case, rank, world_size) for case in ("all_reduce", "owner_sharded")}
     return found
+
+
+def held_after_loading(state: Any, case: str) -> set[str]:
+    optimizer = NGD(build_model(CASES[case][3]), config(case))
+    optimizer.load_state_dict(copy.deepcopy(state))
+    return {key.layer for key, statistic in optimizer._curvature.statistics.items() if statistic.value is not None}
 
 
 def resume(rank: int, world_size: int, model_state: Any, state: Any, case: str) -> list[Tensor]:
@@ -144,6 +151,13 @@ def test_a_reloaded_run_takes_the_same_next_step(ranks: list[dict[str, Any]], ca
     for rank in ranks:
         pairs = zip(rank[f"next {case}"], rank[f"reloaded {case}"], strict=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_a_rank_loads_the_layers_that_it_owns_and_no_others(ranks: list[dict[str, Any]]) -> None:
+    held = [rank["held owner_sharded adaptive"] for rank in ranks]
+
+    assert sum(len(layers) for layers in held) == len(set.union(*held)) == 5
+    assert all(len(rank["held all_reduce adaptive"]) == 5 for rank in ranks)
 
 
 @pytest.mark.parametrize("case", RESUMED)
