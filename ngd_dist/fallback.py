@@ -1,0 +1,87 @@
+"""What updates the parameters that no preconditioned layer covers, where the config names an optimizer for them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngd_dist.config import AdamWFallback
+from ngd_dist.errors import CheckpointError
+
+__all__ = ["Fallback"]
+
+
+class Fallback:
+    """torch.optim.AdamW over the plain parameters; a group's lr follows that of NGD's group.
+
+    groups: NGD's param groups.
+    names: the plain parameters, each with the name, unlike any other's, under which its state is saved. May be empty.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], names: Mapping[nn.Parameter, str], config: AdamWFallback
+    ) -> None:
+        self._names = dict(names)
+        self._lr = config.lr
+        self._adamw = torch.optim.AdamW(
+            [{"params": [p for p in group["params"] if p in names]} for group in groups],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+    def step(self, groups: Sequence[Mapping[str, Any]], gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Moves every plain parameter by AdamW's rule, at config.lr * lr / first_lr; leaves each `grad` as it was.
+
+        groups: NGD's param groups as they are now: an optimizer's `load_state_dict` puts new ones in the old's place.
+        gradients: the mean over all ranks, of every plain parameter.
+        """
+        for ours, group in zip(self._adamw.param_groups, groups, strict=True):
+            ours["lr"] = self._lr * _lr_ratio(group)
+        before = {p: p.grad for p in self._names}
+        try:
+            for p in self._names:
+                p.grad = gradients[p].to(p)
+            self._adamw.step()
+        finally:
+            for p, gradient in before.items():
+                p.grad = gradient
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Returns AdamW's state by parameter name, empty before the first step. The tensors are in use, as torch's."""
+        return {name: dict(self._adamw.state[p]) for p, name in self._names.items() if p in self._adamw.state}
+
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes over a copy of a saved state. Raises: CheckpointError if it is of other parameters."""
+        expected = set(self._names.values())
+        if saved and saved.keys() != expected:
+            raise CheckpointError(
+                "the fallback's state is of another model: "
+                f"missing {sorted(expected - saved.keys())}, unknown {sorted(saved.keys() - expected)}"
+            )
+        loaded = {p: _state_for(p, name, saved[name]) for p, name in self._names.items() if name in saved}
+        self._adamw.state.clear()
+        for p, state in loaded.items():
+            self._adamw.state[p] = state
+
+
+def _lr_ratio(group: Mapping[str, Any]) -> float:
+    """Returns lr / first_lr. A group that began at 0 gives no scale: 1 from when its lr is above 0."""
+    lr, first = group["lr"], group["first_lr"]
+    return float(lr / first if first > 0 else lr > 0)
+
+
+def _state_for(parameter: nn.Parameter, name: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if saved[moment].shape != parameter.shape:
+            raise CheckpointError(
+                f"the fallback's state is of another model: {moment} of {name!r} must be of shape "
+                f"{tuple(parameter.shape)}, got {tuple(saved[moment].shape)}"
+            )
+    # AdamW keeps its count of steps on the CPU in float32, where reading it does not wait for the device.
+    return {
+        key: value.to("cpu", copy=True) if key == "step" else value.to(parameter, copy=True)
+        for key, value in saved.items()
+    }
