@@ -1,102 +1,324 @@
 """Hooks that turn what a covered layer sees into statistics, only for layers that have one due.
 
-A forward hook keeps the input of each run of the module and puts a hook on its output; when the output's gradient
-arrives, the two meet and become statistics. So a forward pass without gradient, one that is never differentiated, and
-the second forward pass of activation checkpointing count for nothing. Hooks sit on the output tensor because
-module backward hooks break under an in-place activation that follows (pytorch/pytorch#61519).
+A forward hook notes each run of a layer and puts a hook on its output; when the output's gradient arrives, the two
+meet and become statistics. So a forward pass without gradient, one that is never differentiated, and the second
+forward pass of activation checkpointing count for nothing. Hooks sit on the output tensor because module backward
+hooks break under an in-place activation that follows (pytorch/pytorch#61519).
+
+A layer may run several times in one forward pass (shared modules, siamese batches): the runs of one backward pass
+belong together, and count as positions. Backward passes are told apart by autograd's own number for them.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from ngd_dist.config import NGDConfig
 from ngd_dist.errors import CaptureError
-from ngd_dist.layers import Layer, Rows
-from ngd_dist.preconditioners import Preconditioner
+from ngd_dist.layers import Layer, OnRun, Rows, Run
+from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.statistics import Key
 from ngd_dist.telemetry import Stopwatch
 
 __all__ = ["Capture"]
 
+OUTSIDE_BACKWARD = -1
+
+
+class Source(Enum):
+    """Whose gradients statistics are made of."""
+
+    LOSS = "the training loss"
+    FISHER = "labels drawn from the model, or all of them"
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One backward pass: of the loss, or one of those that make up the Fisher of a micro-batch, with its weight."""
+
+    source: Source
+    is_first: bool = True
+    weight: float = 1.0
+
+
+LOSS_PASS = _Pass(Source.LOSS)
+
+
+@dataclass(slots=True)
+class _Micro:
+    """What one layer has seen of the micro-batch that is under way."""
+
+    forward_runs: int = 0
+    is_differentiated: bool = False
+    task: int = OUTSIDE_BACKWARD
+    arrived: list[Run] = field(default_factory=list)
+
 
 class Capture:
-    """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples."""
+    """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples.
+
+    `keeps_rows`: whether the rows of the loss's own backward pass are kept until the next `arm`. `shared_of`: the cache
+    entries of a layer that every rank has. `loss_scale`: what the loss is multiplied by before it is differentiated.
+    """
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Sequence[Layer],
         preconditioners: Mapping[str, Preconditioner],
+        config: NGDConfig,
         *,
-        micro_batches: int,
-        loss_reduction: str,
+        keeps_rows: bool,
+        shared_of: Callable[[str], Cache],
+        loss_scale: Callable[[], float],
         stopwatch: Stopwatch,
     ) -> None:
+        self._layers = {layer.name: layer for layer in layers}
         self._preconditioners = preconditioners
-        self._micro_batches = micro_batches
-        self._is_mean = loss_reduction == "mean"
+        self._config = config
+        self._keeps_rows = keeps_rows
+        self._shared_of = shared_of
+        self._loss_scale = loss_scale
         self._stopwatch = stopwatch
-        self._due: dict[str, frozenset[str]] = {}
-        self._values: dict[Key, Tensor] = {}
-        self._runs: dict[str, int] = {}
-        handles = [_watch(layer, weakref.ref(self)) for layer in layers]
+        self._samples: int | None = None
+        self._is_paused = False
+        self._pass = LOSS_PASS
+        self._edges: list[GradientEdge] = []
+        self._fisher_passes = 0
+        self._clear([])
+        own = weakref.ref(self)
+        handles = [model.register_forward_pre_hook(_note_model(own, model), with_kwargs=True)]
+        handles += [handle for layer in layers for handle in layer.watch(_note_run(own, layer))]
         weakref.finalize(self, _remove, handles)
 
     def arm(self, due: Sequence[Key]) -> None:
         """Starts a new step in which these statistics, and no others, are captured."""
-        self._values.clear()
-        self._runs.clear()
-        self._due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
+        self._clear(due)
 
     def take(self) -> dict[Key, Tensor]:
         """Returns what was captured since `arm`. Layers that did not run, or not once per micro-batch, are absent."""
+        self._finish_all()
         wrong = self.miscounted()
         return {key: value for key, value in self._values.items() if key.layer not in wrong}
 
-    def miscounted(self) -> dict[str, int]:
-        """Returns the layers that were differentiated another number of times than there are micro-batches."""
-        return {layer: runs for layer, runs in self._runs.items() if runs != self._micro_batches}
+    def rows(self, layer: str) -> list[Rows]:
+        """Returns the rows of the layer's micro-batches, where they are kept."""
+        self._finish_all()
+        return self._rows.get(layer, [])
 
-    def on_forward(self, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Notes that the layer has run; called by its forward hook. Raises: CaptureError for an unfit input."""
-        if layer.name in self._due and torch.is_grad_enabled() and output.requires_grad:
-            expected = layer.expected_input(x)
-            if expected is not None:
-                raise CaptureError(f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}")
-            output.register_hook(partial(self._on_backward, layer, x.detach()))
+    def miscounted(self) -> dict[str, int]:
+        """Returns the layers that were differentiated in another number of backward passes than micro-batches."""
+        wanted = self._config.micro_batches
+        return {layer: passes for layer, passes in self._passes.items() if passes != wanted}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing that runs inside the block."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    @property
+    def fisher_passes(self) -> int:
+        """How many micro-batches of this step have had their Fisher passes."""
+        return self._fisher_passes
+
+    @property
+    def needs_fisher_pass(self) -> bool:
+        """Whether a due statistic reads the Fisher's own gradients."""
+        return self._source is Source.FISHER
+
+    def fisher_pass(self, output: Tensor, gradients: Iterable[Tensor], weight: float) -> None:
+        """Runs one backward pass per gradient of the output, each in units of a sample's own loss, to the due layers.
+
+        Statistics that read gradients are summed over the passes, times `weight`. No parameter's gradient is touched:
+        autograd stops at the outputs of the layers. Raises: CaptureError if none of them has run.
+        """
+        if not self._edges:
+            raise CaptureError(
+                "no layer with a due statistic has run since the last call; call fisher_backward(output) once after "
+                "each forward pass, on what that pass returned, outside torch.no_grad()"
+            )
+        self._finish_all()
+        # As small as the loss's own gradients, which is what a GradScaler has made room for.
+        units = 1 / self._scale(self._samples or output.shape[0])
+        for number, gradient in enumerate(gradients):
+            self._pass = _Pass(Source.FISHER, number == 0, weight)
+            try:
+                torch.autograd.grad(output, self._edges, gradient * units, retain_graph=True, allow_unused=True)
+                self._finish_all()
+            finally:
+                self._pass = LOSS_PASS
+        self._edges = []
+        self._fisher_passes += 1
+
+    def on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes how many samples the model is given; called before its forward pass."""
+        if self._is_paused:
+            return
+        first = next(_tensors((args, kwargs)), None)
+        dim = self._config.batch_dim
+        if first is not None and first.ndim > dim:
+            self._samples = first.shape[dim]
+
+    def on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+        """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
+        is_due = layer.name in self._due
+        if self._is_paused or not (self._keeps_rows or is_due):
+            return
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            return
+        expected = layer.expected_input(x)
+        if expected is not None:
+            raise CaptureError(f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}")
+        with torch.no_grad():
+            run = Run(layer.keep(x.detach(), output.detach()), self._samples_of(layer, x))
+        if _backward_task() == OUTSIDE_BACKWARD:  # else it is the second forward pass of activation checkpointing
+            micro = self._micros.setdefault(layer.name, _Micro())
+            if micro.is_differentiated:
+                self._finish(layer.name)
+                micro = self._micros[layer.name] = _Micro()
+            micro.forward_runs += 1
+            if is_due and self._source is Source.FISHER:
+                self._edges.append(get_gradient_edge(output))
+        output.register_hook(partial(self._on_gradient, layer.name, run))
 
     @torch.no_grad()
-    def _on_backward(self, layer: Layer, x: Tensor, g: Tensor) -> None:
-        due = self._due.get(layer.name)
-        if due is None:
+    def _on_gradient(self, name: str, run: Run, g: Tensor) -> None:
+        is_source = self._pass.source is self._source and name in self._due
+        if not is_source and not (self._keeps_rows and self._pass.source is Source.LOSS):
             return
-        # Autocast, where backward runs under it, would form the products in 16 bits.
-        with self._stopwatch.phase("capture"), torch.autocast(g.device.type, enabled=False):
-            # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
-            scale = float(x.shape[0] * self._micro_batches) if self._is_mean else 1.0
-            estimates = self._preconditioners[layer.name].estimate(Rows(layer, x, g, scale), due)
-            for name, value in estimates.items():
-                key, share = Key(layer.name, name), value / self._micro_batches
-                self._values[key] = self._values[key] + share if key in self._values else share
-        self._runs[layer.name] = self._runs.get(layer.name, 0) + 1
+        micro = self._micros.setdefault(name, _Micro())
+        micro.is_differentiated = True
+        task = _backward_task()
+        if micro.task != task:
+            self._finish(name)
+            micro.task = task
+        micro.arrived.append(Run(run.kept, run.samples, g, run.slope))
+        if len(micro.arrived) >= micro.forward_runs:
+            self._finish(name)
+
+    def _finish_all(self) -> None:
+        for name in list(self._micros):
+            self._finish(name)
+
+    @torch.no_grad()
+    def _finish(self, name: str) -> None:
+        """Turns the runs that have arrived, which are those of one backward pass, into statistics and kept rows."""
+        micro = self._micros[name]
+        if not micro.arrived:
+            return
+        runs, micro.arrived = micro.arrived, []
+        rows = Rows(self._layers[name], runs, self._scale(runs[0].samples))
+        if self._keeps_rows and self._pass.source is Source.LOSS:
+            self._rows.setdefault(name, []).append(rows)
+        if self._pass.source is self._source and name in self._due:
+            # Autocast, where backward runs under it, would form the products in 16 bits.
+            with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
+                self._estimate(name, rows)
+
+    def _estimate(self, name: str, rows: Rows) -> None:
+        preconditioner, due = self._preconditioners[name], self._due[name]
+        gradient_statistics = {spec.name for spec in preconditioner.statistics if spec.reads_gradients}
+        if self._pass.is_first:
+            self._passes[name] = self._passes.get(name, 0) + 1
+        else:
+            due &= gradient_statistics
+        for statistic, value in preconditioner.estimate(rows, due, self._shared_of(name)).items():
+            weight = self._pass.weight if statistic in gradient_statistics else 1.0
+            key, share = Key(name, statistic), value * (weight / self._config.micro_batches)
+            self._values[key] = self._values[key] + share if key in self._values else share
+
+    def _clear(self, due: Sequence[Key]) -> None:
+        self._values: dict[Key, Tensor] = {}
+        self._passes: dict[str, int] = {}
+        self._micros: dict[str, _Micro] = {}
+        self._rows: dict[str, list[Rows]] = {}
+        self._edges = []
+        self._fisher_passes = 0
+        self._due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
+        reads = any(
+            spec.reads_gradients
+            for layer, names in self._due.items()
+            for spec in self._preconditioners[layer].statistics
+            if spec.name in names
+        )
+        # What reads the forward pass alone needs no pass of the Fisher's own.
+        self._source = Source.FISHER if reads and self._config.fisher.kind != "empirical" else Source.LOSS
+
+    def _samples_of(self, layer: Layer, x: Tensor) -> int:
+        """Returns N: that of the model's input where the layer's own first dimension counts parts of samples too."""
+        own = x.shape[layer.batch_dim]
+        samples = self._samples or own
+        if own % samples:
+            raise CaptureError(
+                f"layer {layer.name!r} is given {own} samples where the model is given {samples}: which rows belong to "
+                f"one sample can't be told; set batch_dim=1 if dimension 1 counts samples, or name the layer in exclude"
+            )
+        return samples
+
+    def _scale(self, samples: int) -> float:
+        """Returns what makes the gradient of the loss, as it is differentiated, that of one sample's own loss."""
+        # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
+        mean = samples * self._config.micro_batches if self._config.loss_reduction == "mean" else 1
+        return mean / self._loss_scale()
 
 
-def _watch(layer: Layer, capture: "weakref.ref[Capture]") -> RemovableHandle:
-    """Hooks the layer's module. The model outlives the optimizer, so its hook must not keep the capture alive."""
+def _backward_task() -> int:
+    """Returns autograd's number for the backward pass that this thread is in, or OUTSIDE_BACKWARD.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    Not in torch's public API, but what torch.utils.checkpoint itself tells backward passes apart by.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
+def _note_model(capture: "weakref.ref[Capture]", model: nn.Module) -> Callable[..., None]:
+    """Returns a hook. The model outlives the optimizer, so that its hooks must not keep the capture alive."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         alive = capture()
-        # A deep copy of the model carries this very hook: what the copy sees is not the layer's.
-        if alive is not None and module is layer.module:
-            alive.on_forward(layer, args[0] if args else kwargs["input"], output)
+        if alive is not None and module is model:
+            alive.on_model(args, kwargs)
 
-    return layer.module.register_forward_hook(hook, with_kwargs=True)
+    return hook
+
+
+def _note_run(capture: "weakref.ref[Capture]", layer: Layer) -> OnRun:
+    def on_run(x: Tensor, output: Tensor) -> None:
+        alive = capture()
+        if alive is not None:
+            alive.on_run(layer, x, output)
+
+    return on_run
+
+
+def _device_type(runs: Sequence[Run]) -> str:
+    return next((run.g.device.type for run in runs if run.g is not None), "cpu")
 
 
 def _remove(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors of nested arguments, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -3,17 +3,37 @@
 Each choice is its own class, told apart by ``kind``; an unknown field is an error, never ignored.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "EKFAC",
     "KFAC",
+    "LNGD",
+    "AdamWFallback",
     "AdaptiveInterval",
     "AllReduce",
+    "Bernoulli",
+    "Categorical",
+    "ConstantDamping",
+    "Empirical",
+    "Exact",
+    "ExponentialDamping",
     "FixedInterval",
+    "Gaussian",
+    "GivenLength",
+    "KLClip",
+    "LayerWise",
+    "LevenbergMarquardt",
+    "MonteCarlo",
     "NGDConfig",
+    "NormClip",
     "OwnerSharded",
+    "PolynomialDamping",
+    "QuadraticModel",
+    "SGDFallback",
+    "Settings",
     "Single",
     "Thresholds",
 ]
@@ -25,16 +45,104 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# --- preconditioner: the approximation of a layer's Fisher block ----------------------------------------------------
+
+Sharing = Literal["expand", "reduce"]
+SHARING = (
+    "How a weight used at several positions of a sample (pixels, tokens) is treated. expand: each position counts as a "
+    "sample; reduce: inputs are averaged and gradients summed over positions first, which is right where the positions "
+    "are pooled into one prediction ([E23])."
+)
+
+
 class KFAC(Settings):
-    """Kronecker factors A and G per layer, inverted after damping with the pi split ([MG15] 6.3)."""
+    """Kronecker factors A and G per layer ([MG15])."""
 
     kind: Literal["kfac"] = "kfac"
-    sharing: Literal["expand", "reduce"] = Field(
-        "expand",
-        description="How a weight used at several positions of a sample (pixels, tokens) is treated. expand: each "
-        "position counts as a sample; reduce: inputs are averaged and gradients summed over positions first, which is "
-        "right where the positions are pooled into one prediction ([E23]).",
+    sharing: Sharing = Field("expand", description=SHARING)
+    damping_form: Literal["pi", "exact"] = Field(
+        "pi",
+        description="pi: multiples of I are added to A and to G, and both inverted by Cholesky ([MG15] 6.3). exact: "
+        "lambda is added to the eigenvalues of their product; the direction is (A (x) G + lambda I)^-1 grad, for an "
+        "eigendecomposition at each refresh and twice the work at each step.",
     )
+
+
+class EKFAC(Settings):
+    """Per-entry second moments in the eigenbasis of K-FAC's factors ([GLB18]). Damping is exact."""
+
+    kind: Literal["ekfac"] = "ekfac"
+    sharing: Sharing = Field("expand", description=SHARING)
+
+
+class LNGD(Settings):
+    """Layer-wise sampling: one dense factor, one diagonal one, both from the forward pass alone ([L24]).
+
+    Its damping is its own: the mean eigenvalue of each factor, kept within bounds. NGDConfig.damping is then that of
+    the other kinds of layer (normalisation, embedding).
+    """
+
+    kind: Literal["lngd"] = "lngd"
+    min_damping: float = Field(1e-5, gt=0, description="nu_1: the least that is added to a factor.")
+    max_damping: float = Field(1e-2, gt=0, description="nu_2: the most that is added to a factor.")
+
+
+# --- Fisher: whose gradients the statistics are made of ---------------------------------------------------------------
+
+
+class Categorical(Settings):
+    """The model's output are logits of one class: softmax with cross-entropy."""
+
+    kind: Literal["categorical"] = "categorical"
+    class_dim: int = Field(-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W].")
+
+
+class Bernoulli(Settings):
+    """Each output is the logit of one independent event: binary cross-entropy with logits."""
+
+    kind: Literal["bernoulli"] = "bernoulli"
+
+
+class Gaussian(Settings):
+    """The output is the mean of a normal distribution: squared error / (2 variance), summed over a sample's outputs."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    variance: float = Field(
+        1.0, gt=0, description="1/2 for the plain squared error; outputs / 2 for torch's mse_loss, which averages them."
+    )
+
+
+LikelihoodChoice = Annotated[Categorical | Bernoulli | Gaussian, Field(discriminator="kind")]
+Positions = Literal["mean", "sum"]
+POSITIONS = "How a sample's loss reduces over its positions (tokens, pixels), if its output has any."
+
+
+class Empirical(Settings):
+    """The gradients of the training loss: no further backward pass. Vanishes as the loss does."""
+
+    kind: Literal["empirical"] = "empirical"
+
+
+class MonteCarlo(Settings):
+    """Gradients for labels drawn from the model's own prediction: one more backward pass per sample, when due."""
+
+    kind: Literal["monte_carlo"] = "monte_carlo"
+    likelihood: LikelihoodChoice = Categorical()
+    positions: Positions = Field("mean", description=POSITIONS)
+    samples: int = Field(1, ge=1, le=100, description="Labels drawn per prediction.")
+    seed: int = Field(0, ge=0, lt=2**31, description="With step and rank, decides what is drawn.")
+
+
+class Exact(Settings):
+    """Type-2: the expectation over all labels, by one backward pass per output of a sample. For small outputs."""
+
+    kind: Literal["exact"] = "exact"
+    likelihood: LikelihoodChoice = Categorical()
+    positions: Positions = Field("mean", description=POSITIONS)
+    max_outputs: int = Field(128, ge=1, description="Outputs per sample, and so backward passes, that are accepted.")
+
+
+# --- staleness --------------------------------------------------------------------------------------------------------
 
 
 class Thresholds(Settings):
@@ -44,8 +152,11 @@ class Thresholds(Settings):
     two independent draws differ by that much even when nothing has changed, and the interval then never grows.
     """
 
-    A: float = Field(0.1, gt=0, description="Second moment of layer inputs.")
-    G: float = Field(0.1, gt=0, description="Second moment of output gradients.")
+    A: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
+    G: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
+    S: float = Field(0.1, gt=0, description="EKFAC: second moments in the eigenbasis.")
+    Phi: float = Field(0.1, gt=0, description="LNGD: weighted second moment of layer inputs.")
+    Psi: float = Field(0.1, gt=0, description="LNGD: weighted second moments of outputs.")
     F: float = Field(0.1, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
 
 
@@ -62,6 +173,9 @@ class FixedInterval(Settings):
 
     kind: Literal["fixed"] = "fixed"
     steps: int = Field(1, ge=1, description="Optimizer steps between two refreshes of one statistic.")
+
+
+# --- strategy ---------------------------------------------------------------------------------------------------------
 
 
 class Single(Settings):
@@ -82,8 +196,131 @@ class OwnerSharded(Settings):
     kind: Literal["owner_sharded"] = "owner_sharded"
 
 
+# --- damping over time ------------------------------------------------------------------------------------------------
+
+
+class ConstantDamping(Settings):
+    """The damping of each param group, until somebody sets another."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class ExponentialDamping(Settings):
+    """damping * factor ** (step / every), never below `minimum`."""
+
+    kind: Literal["exponential"] = "exponential"
+    factor: float = Field(gt=0, le=1, description="What damping is multiplied by over `every` steps.")
+    every: int = Field(1, ge=1, description="Optimizer steps.")
+    minimum: float = Field(1e-8, gt=0)
+
+
+class PolynomialDamping(Settings):
+    """From damping to `end` over `steps` steps: end + (damping - end) * (1 - step / steps) ** power; then `end`."""
+
+    kind: Literal["polynomial"] = "polynomial"
+    end: float = Field(gt=0)
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    power: float = Field(1.0, gt=0)
+
+
+class LevenbergMarquardt(Settings):
+    """Damping follows how well the quadratic model predicted the loss ([MG15] 6.5). `NGD.step` needs an objective.
+
+    rho = (change of the loss) / (change of the model); above `high` damping is multiplied by decay ** every, below
+    `low` divided by it.
+    """
+
+    kind: Literal["levenberg_marquardt"] = "levenberg_marquardt"
+    decay: float = Field(0.95, gt=0, lt=1, description="omega, per step.")
+    every: int = Field(5, ge=1, description="Optimizer steps between two adaptations.")
+    low: float = Field(0.25, gt=0, lt=1)
+    high: float = Field(0.75, gt=0, lt=1)
+    minimum: float = Field(1e-8, gt=0)
+    maximum: float = Field(1e4, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low must be < high, got {self.low} and {self.high}")
+        if self.minimum >= self.maximum:
+            raise ValueError(f"minimum must be < maximum, got {self.minimum} and {self.maximum}")
+        return self
+
+
+# --- length of a step, clipping ---------------------------------------------------------------------------------------
+
+
+class GivenLength(Settings):
+    """Each param group's lr and momentum."""
+
+    kind: Literal["given"] = "given"
+
+
+class LayerWise(Settings):
+    """lr times a factor per layer: d^T grad / (d^T F d + mu), F the empirical Fisher ([L24] eq. 12-13).
+
+    Keeps the inputs and output gradients of every layer until the step.
+    """
+
+    kind: Literal["layer_wise"] = "layer_wise"
+    mu: float = Field(1e-8, gt=0, description="Keeps the quotient finite; squared gradient units.")
+
+
+class QuadraticModel(Settings):
+    """lr and momentum that minimise the exact quadratic model of the loss in the plane of the direction and the last
+    step ([MG15] 7). `NGD.step` needs an objective; each param group's lr and momentum are set to what was chosen.
+    """
+
+    kind: Literal["quadratic_model"] = "quadratic_model"
+
+
+class KLClip(Settings):
+    """Preconditioned layers' directions are scaled so that lr^2 d^T F d, twice the step's KL divergence, is bounded.
+
+    d^T F d is taken to be <d, gradient>, as it is for d = F^-1 gradient; damping makes it less.
+    """
+
+    kind: Literal["kl"] = "kl"
+    max_kl: float = Field(1e-3, gt=0, description="Bound on the sum over preconditioned layers.")
+
+
+class NormClip(Settings):
+    """Preconditioned layers' directions are scaled so that their norm as one vector stays bounded."""
+
+    kind: Literal["norm"] = "norm"
+    max_norm: float = Field(1.0, gt=0)
+
+
+# --- parameters outside any covered layer -----------------------------------------------------------------------------
+
+
+class SGDFallback(Settings):
+    """The gradient takes the direction's place: lr, momentum and weight decay are the param group's."""
+
+    kind: Literal["sgd"] = "sgd"
+
+
+class AdamWFallback(Settings):
+    """torch.optim.AdamW. Its lr falls and rises in proportion with the param group's lr; weight decay is its own."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="Where the param group's lr is the one that it began with.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+PreconditionerChoice = Annotated[KFAC | EKFAC | LNGD, Field(discriminator="kind")]
+FisherChoice = Annotated[Empirical | MonteCarlo | Exact, Field(discriminator="kind")]
 StalenessChoice = Annotated[AdaptiveInterval | FixedInterval, Field(discriminator="kind")]
 StrategyChoice = Annotated[Single | AllReduce | OwnerSharded, Field(discriminator="kind")]
+DampingChoice = Annotated[
+    ConstantDamping | ExponentialDamping | PolynomialDamping | LevenbergMarquardt, Field(discriminator="kind")
+]
+LengthChoice = Annotated[GivenLength | LayerWise | QuadraticModel, Field(discriminator="kind")]
+ClipChoice = Annotated[KLClip | NormClip, Field(discriminator="kind")]
+FallbackChoice = Annotated[SGDFallback | AdamWFallback, Field(discriminator="kind")]
 
 
 class NGDConfig(Settings):
@@ -93,20 +330,39 @@ class NGDConfig(Settings):
     (benchmarks/results). The empirical Fisher shrinks with the loss, so let lr fall towards 0 over the run.
     """
 
-    preconditioner: KFAC = KFAC()
+    preconditioner: PreconditionerChoice = KFAC()
+    fisher: FisherChoice = Empirical()
     staleness: StalenessChoice = AdaptiveInterval()
     strategy: StrategyChoice | None = Field(
         None, description="None: `single` in one process, `owner_sharded` in several."
     )
     lr: float = Field(0.1, gt=0, description="eta: weights move by -lr times the momentum buffer.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Buffer = momentum * buffer + direction, as torch's SGD.")
+    momentum_mode: Literal["correct", "proportional"] = Field(
+        "correct",
+        description="correct: momentum stays, and a smaller lr shrinks the past's share of the next step too, as in "
+        "SP-NGD's code. proportional: momentum * lr / (first lr), as in its paper ([OT20]).",
+    )
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled: weights shrink by lr * weight_decay each step; the direction is untouched."
+    )
+    weight_rescaling: Literal["off", "always", "shrink"] = Field(
+        "off",
+        description="After each step, weights of linear and convolution layers get the norm sqrt(2 outputs): always, "
+        "or only where theirs is larger (shrink) ([OT20]).",
     )
     damping: float = Field(
         0.1,
         gt=0,
-        description="lambda, in units of squared per-sample gradient; sqrt(lambda) is added to each factor (pi split).",
+        description="lambda, in units of squared per-sample gradient: the Fisher block is F + lambda I. With the pi "
+        "split, sqrt(lambda) is shared between the factors.",
+    )
+    damping_rule: DampingChoice = ConstantDamping()
+    step_length: LengthChoice | None = Field(None, description="None: `layer_wise` under LNGD, else `given`.")
+    clip: ClipChoice | None = Field(None, description="None: directions are taken as they are.")
+    burn_in: int = Field(0, ge=0, description="First steps, which gather statistics and leave the weights alone.")
+    fallback: FallbackChoice = Field(
+        SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
     )
     ema_decay: float = Field(
         0.0,
@@ -121,6 +377,17 @@ class NGDConfig(Settings):
         description="Fraction of an interval by which a refresh may come early, so that layers refresh on different "
         "steps; 0 turns staggering off.",
     )
+    max_dense: int = Field(
+        8192, ge=1, description="Factors with more rows than this are kept as their diagonal: wide heads, first layers."
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="Names of layers to leave to the fallback; * stands for anything, as in 'head*'."
+    )
+    batch_dim: Literal[0, 1] = Field(
+        0,
+        description="Dimension of the model's inputs, and of what its layers read, that counts samples. torch's "
+        "modules with batch_first say so themselves.",
+    )
     statistics_wire: Literal["float32", "bfloat16"] = Field(
         "float32", description="Dtype in which statistics cross the network; float64 models always send float64."
     )
@@ -130,3 +397,42 @@ class NGDConfig(Settings):
     loss_reduction: Literal["mean", "sum"] = Field(
         "mean", description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g."
     )
+    non_finite: Literal["raise", "skip"] = Field(
+        "raise",
+        description="What all ranks do together with a gradient that is NaN or infinite on any of them. Under a "
+        "GradScaler such steps are always skipped.",
+    )
+
+    @property
+    def length(self) -> GivenLength | LayerWise | QuadraticModel:
+        """How long steps are, after the default is settled."""
+        if self.step_length is not None:
+            return self.step_length
+        return LayerWise() if isinstance(self.preconditioner, LNGD) else GivenLength()
+
+    @property
+    def needs_objective(self) -> bool:
+        """Whether `NGD.step` must be able to evaluate the loss again."""
+        return isinstance(self.length, QuadraticModel) or isinstance(self.damping_rule, LevenbergMarquardt)
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Self:
+        """Refuses what another setting would make be ignored."""
+        if isinstance(self.length, QuadraticModel):
+            chosen = {"lr", "momentum"} & self.model_fields_set
+            if chosen:
+                raise ValueError(f"step_length quadratic_model chooses lr and momentum: leave out {sorted(chosen)}")
+            if self.clip is not None:
+                raise ValueError(f"step_length quadratic_model chooses the length: leave out clip {self.clip.kind}")
+            if isinstance(self.fallback, AdamWFallback):
+                raise ValueError("step_length quadratic_model moves every parameter: leave out fallback adamw")
+            if self.momentum_mode != "correct":
+                raise ValueError("step_length quadratic_model chooses momentum: leave out momentum_mode")
+        if isinstance(self.preconditioner, LNGD):
+            if not isinstance(self.damping_rule, ConstantDamping):
+                raise ValueError(
+                    f"preconditioner lngd has its own damping: leave out damping_rule {self.damping_rule.kind}"
+                )
+            if not isinstance(self.fisher, Empirical):
+                raise ValueError(f"preconditioner lngd reads no output gradients: leave out fisher {self.fisher.kind}")
+        return self

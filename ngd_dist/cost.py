@@ -8,12 +8,21 @@ __all__ = ["LayerShape"]
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """The gradient matrix of a layer is [outputs, inputs]; a bias is the last input column.
+    """The gradient of a layer is [blocks, outputs, inputs]; a bias is the last input column.
 
-    `fisher` says which block of the Fisher the layer has: Kronecker-factored, or one small block per unit.
+    The layer's Fisher block is itself block-diagonal with `blocks` equal parts: the groups of a convolution, the three
+    projections of attention; 1 for most layers. `fisher` says what each part is: Kronecker-factored, or one small
+    matrix per output unit. `has_one_hot_inputs`: each input row is a single 1, so that A is exactly diagonal.
     """
 
     name: str
     fisher: Literal["kronecker", "unit_wise"]
     inputs: int
     outputs: int
+    blocks: int = 1
+    has_one_hot_inputs: bool = False
+
+    @property
+    def gradient(self) -> tuple[int, int, int]:
+        """The shape of grad_BOI."""
+        return self.blocks, self.outputs, self.inputs

@@ -1,40 +1,112 @@
 """Which modules of a model are covered by which kind of layer, and why each other parameter is left out."""
 
 from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ngd_dist.layers import LAYERS, Layer
+from ngd_dist.config import NGDConfig
+from ngd_dist.errors import ConfigError
+from ngd_dist.layers import Layer, kind_of
 
-__all__ = ["cover"]
+__all__ = ["cover", "is_averaged_by_ddp", "unwrap"]
 
 
-def cover(model: nn.Module, updated: set[nn.Parameter]) -> tuple[list[Layer], dict[str, str]]:
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the model inside torch.compile's and DDP's wrappers. Raises: ConfigError for nn.DataParallel."""
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ConfigError(
+                "NGD can't see into nn.DataParallel's copies; use DistributedDataParallel or the bare model"
+            )
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_averaged_by_ddp(model: nn.Module) -> bool:
+    """Returns whether DDP is among the model's wrappers: it then averages the gradients in backward."""
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return False
+        model = inner
+    return True
+
+
+def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tuple[list[Layer], dict[str, str]]:
     """Returns the covered layers in registration order, and for every other updated parameter of the model the reason.
 
     A module is covered as a whole or not at all: all its parameters are updated and belong to it alone.
+    Raises: ConfigError for an `exclude` that names nothing.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    batch_dims = _batch_dims(model, config.batch_dim)
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
+    covered: set[nn.Parameter] = set()
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p not in covered}
         trained = {key: p for key, p in own.items() if p in updated}
         if not trained:
             continue
-        kind = LAYERS.get(type(module))
-        if kind is None:
-            reason = f"no layer kind covers {type(module).__name__}"
-        elif not own.keys() <= {"weight", "bias"}:
-            reason = f"{type(module).__name__} has parameters of its own: {', '.join(sorted(own))}"
-        elif len(trained) < len(own):
-            reason = f"{type(module).__name__} is partly frozen, or partly outside param_groups"
-        elif any(uses[id(p)] > 1 for p in own.values()):
-            reason = f"{type(module).__name__} shares a parameter with another module"
-        else:
-            reason = kind.uncovered(module) or ""
-        if kind is not None and not reason:
-            layers.append(kind(name, module))
-        else:
+        parts: list[Layer] = []
+        reason = _uncovered(module)
+        if not reason and any(fnmatchcase(name, pattern) for pattern in config.exclude):
+            reason = "excluded"
+        if not reason:
+            parts = _parts(name, module, batch_dims[module])
+            held = [p for part in parts for p in part.parameters]
+            if any(p not in updated for p in held):
+                reason = f"{type(module).__name__} is partly frozen, or partly outside param_groups"
+            elif any(uses[id(p)] > 1 for p in held):
+                reason = f"{type(module).__name__} shares a parameter with another module"
+            elif not set(own.values()) <= set(held):
+                extra = sorted(key for key, p in own.items() if p not in set(held))
+                reason = f"{type(module).__name__} has parameters of its own: {', '.join(extra)}"
+        if reason:
             reasons |= {f"{name}.{key}" if name else key: reason for key in trained}
+        else:
+            layers += parts
+            covered.update(p for part in parts for p in part.parameters)
+    _check_exclude(model, config.exclude)
     return layers, reasons
+
+
+def _uncovered(module: nn.Module) -> str:
+    kind = kind_of(module)
+    if kind is None:
+        return f"no layer kind covers {type(module).__name__}"
+    if not isinstance(getattr(module, "weight", nn.Parameter()), nn.Parameter | None):
+        return f"{type(module).__name__} computes its weight from other parameters"
+    return kind.uncovered(module) or ""
+
+
+def _parts(name: str, module: nn.Module, batch_dim: int) -> list[Layer]:
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.parts(name, module, batch_dim=batch_dim)
+
+
+def _batch_dims(model: nn.Module, default: int) -> dict[nn.Module, int]:
+    """Returns the dimension that counts samples in each module: torch's sequence modules say it for what is in them."""
+    found: dict[nn.Module, int] = {}
+    for module in model.modules():  # parents before children
+        batch_first = getattr(module, "batch_first", None)
+        found.setdefault(module, default)
+        if isinstance(batch_first, bool):
+            for inner in module.modules():
+                found[inner] = 0 if batch_first else 1
+    return found
+
+
+def _check_exclude(model: nn.Module, patterns: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"exclude names no module: {pattern!r}; take a name of model.named_modules(), such as {names[-1]!r}"
+            )

@@ -1,13 +1,14 @@
 """Everything this library can raise.
 
 NgdError
-+-- ConfigError (ValueError)         settings that contradict the model or the process group
-+-- CaptureError (RuntimeError)      a layer ran in a way its statistics can't describe
-+-- CollectiveError (RuntimeError)   a collective failed or timed out; names itself and the rank
-+-- CheckpointError (ValueError)     a state that doesn't fit this model
++-- ConfigError (ValueError)             settings that contradict the model or the process group
++-- CaptureError (RuntimeError)          a layer ran in a way its statistics can't describe
++-- CollectiveError (RuntimeError)       a collective failed or timed out; names itself, the rank and who is to blame
++-- NonFiniteError (FloatingPointError)  a gradient is NaN or infinite
++-- CheckpointError (ValueError)         a state that doesn't fit this model
 """
 
-__all__ = ["CaptureError", "CheckpointError", "CollectiveError", "ConfigError", "NgdError"]
+__all__ = ["CaptureError", "CheckpointError", "CollectiveError", "ConfigError", "NgdError", "NonFiniteError"]
 
 
 class NgdError(Exception):
@@ -24,6 +25,10 @@ class CaptureError(NgdError, RuntimeError):
 
 class CollectiveError(NgdError, RuntimeError):
     """A collective failed or timed out."""
+
+
+class NonFiniteError(NgdError, FloatingPointError):
+    """A gradient is NaN or infinite."""
 
 
 class CheckpointError(NgdError, ValueError):

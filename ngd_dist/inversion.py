@@ -1,4 +1,7 @@
-"""Inverse of one damped factor. How it went is part of the result; nothing is printed or raised."""
+"""Inverse and eigenbasis of the blocks of one factor. How it went is part of the result; nothing is printed or raised.
+
+A factor is [B, n, n], symmetric. It succeeds or fails as a whole: its blocks are refreshed together.
+"""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -7,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Ending", "Inverse", "invert"]
+__all__ = ["Eigen", "Ending", "Inverse", "eigen", "invert", "invert_diagonal"]
 
 
 class Ending(IntEnum):
@@ -17,6 +20,7 @@ class Ending(IntEnum):
     NON_FINITE = 1
     NOT_POSITIVE_DEFINITE = 2
     INACCURATE = 3
+    NOT_CONVERGED = 4
 
     @property
     def advice(self) -> str:
@@ -29,6 +33,7 @@ _ADVICE = {
     Ending.NON_FINITE: "the statistic has NaN or infinity: the loss diverged, or activations overflowed; lower lr",
     Ending.NOT_POSITIVE_DEFINITE: "the damped factor is not positive definite in its precision; raise damping",
     Ending.INACCURATE: "the inverse leaves too large a residual: the factor is too ill-conditioned; raise damping",
+    Ending.NOT_CONVERGED: "the eigendecomposition did not converge, in float64 neither; the old one stays in use",
 }
 
 # ||I - X inverse||_F / sqrt(n) above which an inverse is not used: a direction could be off by as much.
@@ -38,24 +43,27 @@ PROBES = 4
 
 @dataclass(frozen=True, slots=True)
 class Inverse:
-    """The inverse where there is one, how the inversion ended, and ||I - X inverse||_F / sqrt(n), estimated."""
+    """The inverse where there is one, how the inversion ended, and ||I - X inverse||_F / sqrt(n), estimated.
+
+    The residual is the largest over the blocks.
+    """
 
     value: Tensor | None
     ending: Ending
     residual: float = float("nan")
 
 
-def invert(matrix: Tensor, damping: Tensor) -> Inverse:
-    """Returns the inverse of matrix + damping * I by Cholesky, in the dtype of the matrix (float32 or float64).
+def invert(factor: Tensor, damping: Tensor) -> Inverse:
+    """Returns the inverse of factor + damping * I by Cholesky, in the dtype of the factor (float32 or float64).
 
-    matrix [D, D] symmetric; damping 0-d. Reads three numbers back to the host, once per refresh of a factor.
+    factor [B, n, n] symmetric; damping [B]. Reads three numbers back to the host, once per refresh of a factor.
     """
-    damped = matrix.clone()
-    damped.diagonal().add_(damping)
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     if not bool(torch.isfinite(damped).all()):
         return Inverse(None, Ending.NON_FINITE)
     triangle, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
+    if bool(info.any()):
         return Inverse(None, Ending.NOT_POSITIVE_DEFINITE)
     value = torch.cholesky_inverse(triangle)
     residual = _residual(damped, value)
@@ -64,13 +72,49 @@ def invert(matrix: Tensor, damping: Tensor) -> Inverse:
     return Inverse(value, Ending.OK, residual)
 
 
+def invert_diagonal(factor: Tensor, damping: Tensor) -> Inverse:
+    """Returns the inverse of a diagonal factor [B, n] + damping [B], entry by entry."""
+    value = (factor + damping.unsqueeze(-1)).reciprocal()
+    if bool(torch.isfinite(value).all()):
+        return Inverse(value, Ending.OK, 0.0)
+    finite = bool(torch.isfinite(factor).all())
+    return Inverse(None, Ending.NOT_POSITIVE_DEFINITE if finite else Ending.NON_FINITE)
+
+
+@dataclass(frozen=True, slots=True)
+class Eigen:
+    """Eigenvalues [B, n], clamped at 0, and eigenvectors as columns [B, n, n]; None where it failed."""
+
+    values: Tensor | None
+    vectors: Tensor | None
+    ending: Ending
+
+
+def eigen(factor: Tensor) -> Eigen:
+    """Returns the eigendecomposition of a symmetric factor [B, n, n], in its dtype; in float64 if that fails.
+
+    Clustered eigenvalues can keep the float32 routine from converging (facebookresearch/optimizers#13).
+    """
+    if not bool(torch.isfinite(factor).all()):
+        return Eigen(None, None, Ending.NON_FINITE)
+    for dtype in dict.fromkeys((factor.dtype, torch.float64)):
+        try:
+            values, vectors = torch.linalg.eigh(factor.to(dtype))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
+            return Eigen(values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype), Ending.OK)
+    return Eigen(None, None, Ending.NOT_CONVERGED)
+
+
 def _residual(matrix: Tensor, inverse: Tensor) -> float:
     """Returns ||V - X (inverse V)||_F / ||V||_F for a few random columns V: O(n^2), where the full product is O(n^3).
 
     Its square has the mean ||I - X inverse||_F^2 / n.
     """
-    probes = _probes(matrix.shape[0], matrix.dtype, matrix.device)
-    return float(torch.linalg.vector_norm(probes - matrix @ (inverse @ probes)) / torch.linalg.vector_norm(probes))
+    probes = _probes(matrix.shape[-1], matrix.dtype, matrix.device)
+    rest = torch.linalg.vector_norm(probes - matrix @ (inverse @ probes), dim=(-2, -1))
+    return float(rest.max() / torch.linalg.vector_norm(probes))
 
 
 @lru_cache(maxsize=256)

@@ -1,19 +1,55 @@
 """Pure functions on rows and Kronecker factors.
 
-Shapes: N samples, P positions (1 when dense), I inputs (+1 with bias), O outputs.
+Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias), O outputs. A factor is dense,
+[B, n, n], or diagonal, [B, n]; a basis is [B, n, n] with a vector in each column, or None for the standard basis.
 """
 
+import torch
 from torch import Tensor
 
-__all__ = ["precondition", "second_moment"]
+__all__ = ["from_basis", "mean_diagonal", "outer", "precondition", "second_moment", "square_moment", "to_basis"]
 
 
-def second_moment(rows_NPD: Tensor, scale: float) -> Tensor:
-    """Returns scale * sum over n and p of r r^T, [D, D], in the dtype of the rows."""
-    rows = rows_NPD.flatten(0, 1)
-    return (rows.T @ rows).mul_(scale)
+def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
+    """Returns scale * sum over n and p of r r^T, [B, D, D], in the dtype of the rows. scale: a number, or [B]."""
+    rows = rows_BNPD.flatten(1, 2)
+    return rows.mT @ rows * _per_block(scale, rows, 2)
 
 
-def precondition(A_inverse_II: Tensor, G_inverse_OO: Tensor, grad_OI: Tensor) -> Tensor:
-    """Returns G^-1 grad A^-1, [O, I]: (A (x) G)^-1 vec(grad) for a row-major gradient. Source: [MG15]."""
-    return G_inverse_OO @ grad_OI @ A_inverse_II
+def square_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
+    """Returns scale * sum over n and p of r^2, [B, D]: the diagonal of `second_moment`."""
+    return rows_BNPD.square().sum((1, 2)) * _per_block(scale, rows_BNPD, 1)
+
+
+def mean_diagonal(factor: Tensor) -> Tensor:
+    """Returns the mean eigenvalue of a dense or diagonal factor, [B]."""
+    return (factor.diagonal(dim1=-2, dim2=-1) if factor.ndim == 3 else factor).mean(-1)
+
+
+def precondition(A_inverse: Tensor, G_inverse: Tensor, grad_BOI: Tensor) -> Tensor:
+    """Returns G^-1 grad A^-1, [B, O, I]: (G (x) A)^-1 vec(grad) for a row-major gradient. Source: [MG15]."""
+    right = grad_BOI @ A_inverse if A_inverse.ndim == 3 else grad_BOI * A_inverse.unsqueeze(-2)
+    return G_inverse @ right if G_inverse.ndim == 3 else G_inverse.unsqueeze(-1) * right
+
+
+def to_basis(A_basis: Tensor | None, G_basis: Tensor | None, grad_BOI: Tensor) -> Tensor:
+    """Returns U_G^T grad U_A, [B, O, I]: the gradient's entries in the two bases."""
+    right = grad_BOI if A_basis is None else grad_BOI @ A_basis
+    return right if G_basis is None else G_basis.mT @ right
+
+
+def from_basis(A_basis: Tensor | None, G_basis: Tensor | None, entries_BOI: Tensor) -> Tensor:
+    """Returns U_G entries U_A^T, [B, O, I]: the inverse of `to_basis`."""
+    right = entries_BOI if A_basis is None else entries_BOI @ A_basis.mT
+    return right if G_basis is None else G_basis @ right
+
+
+def outer(values_BO: Tensor, values_BI: Tensor) -> Tensor:
+    """Returns the products of two factors' eigenvalues, [B, O, I]."""
+    return values_BO.unsqueeze(-1) * values_BI.unsqueeze(-2)
+
+
+def _per_block(scale: float | Tensor, like: Tensor, dims: int) -> float | Tensor:
+    if not isinstance(scale, torch.Tensor):
+        return scale
+    return scale.to(like.device, like.dtype).view(-1, *[1] * dims)

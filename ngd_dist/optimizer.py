@@ -1,4 +1,4 @@
-"""START HERE. `NGD.step()` is one step of distributed natural gradient descent in six lines."""
+"""START HERE. `NGD.step()` is one step of distributed natural gradient descent in a few lines."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -7,22 +7,30 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ngd_dist import checkpoint, update
+from ngd_dist.adaptation import Adaptation, Objective
 from ngd_dist.capture import Capture
 from ngd_dist.comm import Communicator
-from ngd_dist.config import NGDConfig, OwnerSharded, Single
-from ngd_dist.coverage import cover
+from ngd_dist.config import AdamWFallback, ConstantDamping, LevenbergMarquardt, NGDConfig
+from ngd_dist.coverage import cover, is_averaged_by_ddp, unwrap
 from ngd_dist.curvature import Curvature
-from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
+from ngd_dist.damping import scheduled
+from ngd_dist.errors import CaptureError, CheckpointError, ConfigError, NonFiniteError
+from ngd_dist.explanation import explain
+from ngd_dist.fallback import Fallback
 from ngd_dist.inversion import Ending
+from ngd_dist.layers import Rows
+from ngd_dist.loss_scale import LossScale
+from ngd_dist.output_fisher import OutputFisher
+from ngd_dist.param_groups import check_group
 from ngd_dist.placement import longest_first
 from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.staleness import Schedule, Verdict
 from ngd_dist.statistics import Key
-from ngd_dist.strategies import STRATEGIES, Collected, Local, Report, Strategy
-from ngd_dist.telemetry import Refresh, StepStats, Stopwatch
+from ngd_dist.step_length import StepLength
+from ngd_dist.strategies import Collected, Findings, Local, Report, Shapes, Strategy, build_strategy
+from ngd_dist.telemetry import Adapted, Refresh, StepStats, Stopwatch
 
 __all__ = ["NGD"]
 
@@ -30,21 +38,22 @@ logger = logging.getLogger(__name__)
 
 
 class NGD(torch.optim.Optimizer):
-    """SP-NGD as a torch optimizer: preconditions covered layers, takes a plain gradient step elsewhere.
+    """Natural gradient descent as a torch optimizer: preconditions covered layers, leaves the rest to a fallback.
 
-    model: every rank has the same weights, and the first dimension of what its layers read counts samples. Bare, or
+    model: every rank has the same weights, and the first dimension of its inputs counts samples. Bare, compiled, or
         wrapped in DistributedDataParallel; for a bare model the strategy averages the gradients over ranks, for a
         wrapped one DDP has.
     config: the mathematics; see `NGDConfig`.
     param_groups: as for any torch optimizer, with lr, momentum, weight_decay and damping; default: one group with all
         trainable parameters. Parameters in no group are left alone. A layer's damping is that of its weight's group.
     process_group: the ranks that share a batch; default: the whole world.
+    grad_scaler: the GradScaler that scales the loss, where one does.
 
     Collective: every rank calls the constructor, `step`, `state_dict` and `load_state_dict`, in the same order.
     Raises: ConfigError for settings that contradict the model or the group.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler then shows itself in `step`, which refuses it
+    _step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to skip a step that overflowed
 
     def __init__(
         self,
@@ -53,9 +62,10 @@ class NGD(torch.optim.Optimizer):
         *,
         param_groups: Iterable[dict[str, Any]] | None = None,
         process_group: dist.ProcessGroup | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.config = config = config or NGDConfig()
-        bare = _unwrap(model)
+        bare = unwrap(model)
         trainable = [p for p in bare.parameters() if p.requires_grad]
         if not trainable:
             raise ConfigError("the model has no trainable parameter; NGD needs at least one")
@@ -64,32 +74,39 @@ class NGD(torch.optim.Optimizer):
         super().__init__(trainable if param_groups is None else param_groups, defaults)
         self._is_built = True
         updated = [p for group in self.param_groups for p in group["params"]]
-        self.layers, self.plain_parameters = cover(bare, set(updated))
+        self.layers, self.plain_parameters = cover(bare, set(updated), config)
         self._layer = {layer.name: layer for layer in self.layers}
+        self._names = dict(bare.named_parameters())
         covered = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in updated if p not in covered]
+        self._group_of = {name: self._group_index(layer.parameters[0]) for name, layer in self._layer.items()}
 
         self.stats = StepStats()
         self._unseen: set[str] = set()
         self._stopwatch = Stopwatch()
         self._comm = Communicator(process_group)
         self._device = trainable[0].device
-        self._preconditioners = {
-            layer.name: preconditioner_for(layer.shape, config.preconditioner) for layer in self.layers
-        }
-        costs = {name: preconditioner.refresh_flops() for name, preconditioner in self._preconditioners.items()}
-        self._strategy = self._build_strategy(costs, is_averaged_by_ddp=bare is not model)
-        self._report_plain(set(bare.parameters()))
-        keys = [Key(name, spec.name) for name, p in self._preconditioners.items() for spec in p.statistics]
-        self._schedule = Schedule(costs, keys, config.staleness, config.stagger)
+        self._preconditioners = {layer.name: preconditioner_for(layer.shape, config) for layer in self.layers}
+        self._costs = {name: preconditioner.refresh_flops() for name, preconditioner in self._preconditioners.items()}
+        self._strategy = self._build_strategy(is_averaged_by_ddp=is_averaged_by_ddp(model))
+        self._report_plain()
+        self._fallback = self._build_fallback()
+        self._schedule = self._build_schedule()
         self._curvature = Curvature(self.layers, self._preconditioners, self._strategy, config, self._damping)
+        self._loss_scale = LossScale(grad_scaler)
+        self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._rows)
         self._capture = Capture(
+            bare,
             self.layers,
             self._preconditioners,
-            micro_batches=config.micro_batches,
-            loss_reduction=config.loss_reduction,
+            config,
+            keeps_rows=self._length.needs_rows,
+            shared_of=self._curvature.shared_of,
+            loss_scale=self._loss_scale.factor,
             stopwatch=self._stopwatch,
         )
+        self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
+        self._adaptation = Adaptation(config, bare, self._comm, self._capture.paused)
         self._arm(1)
 
     @property
@@ -97,52 +114,63 @@ class NGD(torch.optim.Optimizer):
         """Returns "layer.statistic" for every statistic, in the order of `stats.ages` and `stats.intervals`."""
         return [str(key) for key in self._schedule.tracks]
 
+    def fisher_backward(self, output: Tensor) -> None:
+        """Gives the statistics the gradients of the model's own predictions, unless `config.fisher` is empirical.
+
+        Call it once per forward pass, between it and `loss.backward()`, with what the model returned. It runs the
+        backward passes that this step needs, often none, and touches no parameter's gradient.
+        Raises: ConfigError for an output with too many dimensions for the exact Fisher; CaptureError.
+        """
+        self._output_fisher.backward(output, self.stats.step + 1)
+
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, objective: Objective | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, objective: Objective | None = None) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, objective: Objective | None = None) -> float | None:
         """Collective. Updates the parameters from their gradients; returns the closure's loss, if one is given.
 
-        A parameter without a gradient counts as having a zero one. Raises: CaptureError, on every rank, if a layer was
-        not differentiated once per micro-batch; CollectiveError.
+        objective: returns (loss, output) of the batch, or a part of it, without differentiating: for the settings that
+            adapt to the loss, which evaluate it again (`config.needs_objective`).
+
+        A parameter without a gradient counts as having a zero one. Raises, on every rank: CaptureError if a layer was
+        not differentiated once per micro-batch; NonFiniteError; CollectiveError.
         """
-        if hasattr(self, "found_inf"):
-            raise ConfigError("NGD can't tell the scale of a GradScaler's gradients; use bfloat16 autocast without one")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_call(objective)
         due, phase = self._schedule.due(self.stats.step + 1), self._stopwatch.phase
         with torch.autocast(self._device.type, enabled=False):
             with phase("reduce"):
                 means = self._collect(due)
+            if not means.is_finite:
+                self._skip()
+                return loss
             with phase("refresh"):
                 reports = self._curvature.refresh(due, means)
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
-                directions, reports = self._strategy.publish(directions, reports, due)
-            self._check_counts(reports)
+                findings = self._strategy.publish(self._findings(directions, means, reports, due), due)
+            self._check_counts(findings.reports)
             with phase("update"):
-                update.apply_(self.param_groups, self._by_parameter(directions, means.plain), self.state)
-        self._finish(due, reports)
+                adapted = self._update(findings, means.plain, objective)
+        self._finish(due, findings, adapted)
         return loss
+
+    def explain(self) -> str:
+        """Returns a table of what each layer gets, and why the other parameters are left to the fallback."""
+        return explain(self.config, self.layers, self._preconditioners, self._strategy, self.plain_parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """Collective. Returns the whole state on every rank: torch's, and under "ngd" the layers' by name."""
-        mine = [key for key in self._schedule.tracks if self._strategy.reports(key.layer)]
-        return super().state_dict() | {
-            "ngd": checkpoint.gather(
-                self._comm,
-                {key: self._curvature.statistics[key] for key in mine},
-                {key.layer: self._curvature.caches[key.layer] for key in mine},
-                self._schedule,
-                self.stats.step,
-                self.stats.failed_inversions,
-            )
-        }
+        mine = [name for name in self._layer if self._strategy.reports(name)]
+        own = checkpoint.gather(self._comm, self._curvature, mine, self._schedule, self.stats)
+        fallback = {} if self._fallback is None else self._fallback.state_dict()
+        return super().state_dict() | {"ngd": own | {"fallback": fallback}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a state saved at any world size. Raises: CheckpointError if it is of another model or kind."""
@@ -154,11 +182,12 @@ class NGD(torch.optim.Optimizer):
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})
         except ValueError as error:
             raise CheckpointError(f"the state's param_groups don't fit: {error}") from error
-        held = self._strategy.holds
-        checkpoint.restore(
-            saved, self._curvature.statistics, self._curvature.caches, self._schedule, held, self._device
+        if self._fallback is not None:
+            self._fallback.load_state_dict(saved["fallback"])
+        checkpoint.restore(saved, self._curvature, self._schedule, self._strategy.holds, self._device)
+        self.stats = StepStats(
+            step=saved["step"], failed_inversions=saved["failed_inversions"], skipped_steps=saved["skipped_steps"]
         )
-        self.stats = StepStats(step=saved["step"], failed_inversions=saved["failed_inversions"])
         self._arm(self.stats.step + 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -169,20 +198,28 @@ class NGD(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        bounds = {
-            "lr": (group["lr"] >= 0, ">= 0"),
-            "momentum": (0 <= group["momentum"] < 1, ">= 0 and < 1"),
-            "weight_decay": (group["weight_decay"] >= 0, ">= 0"),
-            "damping": (group["damping"] > 0, "> 0"),
-        }
-        for name, (is_valid, bound) in bounds.items():
-            if not is_valid:
-                raise ConfigError(
-                    f"{name} must be {bound}, got {group[name]} in param group {len(self.param_groups) - 1}"
-                )
+        check_group(group, len(self.param_groups) - 1)
+        # What schedules of damping and of momentum start from; kept by `state_dict` with the group.
+        group.setdefault("first_lr", group["lr"])
+        group.setdefault("first_damping", group["damping"])
+
+    def _check_call(self, objective: Objective | None) -> None:
+        if self.config.needs_objective and objective is None:
+            raise ConfigError(
+                "step_length quadratic_model and damping_rule levenberg_marquardt evaluate the loss again: call "
+                "step(objective=...) with a function that returns (loss, output)"
+            )
+        if objective is not None and not self.config.needs_objective:
+            raise ConfigError("no setting of this config evaluates the loss again: leave out objective")
+        if self._capture.needs_fisher_pass and not self._capture.fisher_passes:
+            raise CaptureError(
+                f"fisher {self.config.fisher.kind!r} needs gradients of the model's predictions: call "
+                "optimizer.fisher_backward(output) after each forward pass, before loss.backward()"
+            )
 
     def _collect(self, due: list[Key]) -> Collected:
         """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
+        overflow = self._loss_scale.overflow(self)
         captured, wrong = self._capture.take(), self._capture.miscounted()
         values: dict[Key, Tensor] = {}
         for key in due:
@@ -192,8 +229,49 @@ class NGD(torch.optim.Optimizer):
             values[key] = spec.flatten(captured[key]) if key in captured else missing
         count = dict.fromkeys((key.layer for key in captured), 1.0) | dict.fromkeys(wrong, float("nan"))
         counts = {key.layer: torch.full((1,), count.get(key.layer, 0.0), device=self._device) for key in due}
-        gradients = {layer.name: layer.join([_gradient(p) for p in layer.parameters]) for layer in self.layers}
-        return self._strategy.collect(Local(values, counts, gradients, [_gradient(p) for p in self._plain]))
+        gradients = {layer.name: layer.join([self._gradient(p) for p in layer.parameters]) for layer in self.layers}
+        plain = [self._gradient(p) for p in self._plain]
+        return self._strategy.collect(Local(self._non_finite(overflow), values, counts, gradients, plain))
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        return self._loss_scale.unscaled(self, parameter.grad)
+
+    def _non_finite(self, overflow: Tensor | None) -> Tensor:
+        """Returns 1 if a gradient of this rank is not finite, [1], without reading it."""
+        if overflow is not None:
+            return overflow.to(self._device, torch.float32).sign().view(1)
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return torch.zeros(1, device=self._device)
+        largest = torch._foreach_norm(gradients, float("inf"))
+        return (~torch.stack([torch.isfinite(norm) for norm in largest]).all()).float().view(1)
+
+    def _skip(self) -> None:
+        """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
+        is_scaled = hasattr(self, "found_inf")
+        self._loss_scale.report_overflow(self)
+        self._arm(self.stats.step + 1)
+        self.stats.skipped_steps += 1
+        if is_scaled or self.config.non_finite == "skip":
+            return
+        grads = {name: p.grad for name, p in self._names.items() if p.grad is not None}
+        bad = next((name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())), None)
+        found = dict(enumerate(self._comm.all_gather_object("non-finite gradients", bad)))
+        rank, name = next((rank, name) for rank, name in found.items() if name is not None)
+        raise NonFiniteError(
+            f"the gradient of {name!r} is NaN or infinite on rank {rank} of {self._comm.world_size} in step "
+            f"{self.stats.step + 1}; no weight and no statistic was changed. Lower lr, raise damping, or set "
+            "non_finite='skip' to go on with the next batch"
+        )
+
+    def _findings(
+        self, directions: dict[str, Tensor], means: Collected, reports: dict[Key, Report], due: list[Key]
+    ) -> Findings:
+        like = torch.zeros((), dtype=self._strategy.dtype, device=self._device)
+        inner = self._length.inner(directions, means.gradients, like)
+        return Findings(directions, reports, inner, self._curvature.shared_by(due))
 
     def _check_counts(self, reports: Mapping[Key, Report]) -> None:
         """Raises CaptureError on every rank, since every rank has the same reports; arms again for who goes on."""
@@ -201,24 +279,53 @@ class NGD(torch.optim.Optimizer):
         if not wrong:
             return
         here = self._capture.miscounted().get(wrong[0])
-        times = f"{here} times" if here else "too often, or too rarely, on another rank"
+        times = f"in {here} backward passes" if here else "too often, or too rarely, on another rank"
         self._arm(self.stats.step + 1)
         raise CaptureError(
             f"layer {wrong[0]!r} was differentiated {times} in one optimizer step, but micro_batches is "
-            f"{self.config.micro_batches}; set micro_batches to the number of backward passes per step. A module that "
-            "runs several times in one forward pass is not supported: give each run its own module"
+            f"{self.config.micro_batches}; set micro_batches to the number of backward passes per step"
         )
 
-    def _by_parameter(self, directions: Mapping[str, Tensor], plain: list[Tensor]) -> dict[nn.Parameter, Tensor]:
-        steps = dict(zip(self._plain, plain, strict=True))
+    def _update(self, findings: Findings, plain: list[Tensor], objective: Objective | None) -> Adapted:
+        """Moves the weights, unless this step belongs to the burn-in."""
+        self._curvature.take_shared(findings.shared)
+        for group in self.param_groups:
+            group["damping"] = self._scheduled_damping(group)
+        if self.stats.step < self.config.burn_in:
+            return Adapted()
+        directions = self._length.scale(findings.directions, findings.inner)
+        steps: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
             steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
-        return {p: step.to(p.dtype) for p, step in steps.items()}
+        gradients = dict(zip(self._plain, plain, strict=True))
+        if self._fallback is None:
+            steps |= gradients
+        else:
+            self._fallback.step(self.param_groups, gradients)
+        steps = {p: step.to(p.dtype) for p, step in steps.items()}
+        return self._adaptation.move(self.stats.step + 1, self.param_groups, steps, self.state, objective, self._apply)
 
-    def _finish(self, due: list[Key], reports: Mapping[Key, Report]) -> None:
+    def _apply(self, steps: Mapping[nn.Parameter, Tensor]) -> None:
+        shapes = [layer.shape for layer in self.layers]
+        weights = [
+            layer
+            for layer, s in zip(self.layers, shapes, strict=True)
+            if s.fisher == "kronecker" and not s.has_one_hot_inputs
+        ]
+        update.apply_(
+            self.param_groups,
+            steps,
+            self.state,
+            momentum_mode=self._adaptation.momentum_mode,
+            rescaled={layer.parameters[0]: layer.shape.blocks * layer.shape.outputs for layer in weights},
+            rescaling=self.config.weight_rescaling,
+        )
+
+    def _finish(self, due: list[Key], findings: Findings, adapted: Adapted) -> None:
         """Plans the next refreshes from the reports, the same on every rank, and writes the step's statistics."""
-        step = self.stats.step + 1
-        self._report_unseen(key.layer for key in due if reports[key].verdict is Verdict.UNSEEN)
+        step, reports = self.stats.step + 1, findings.reports
+        unseen = (key.layer for key in due if reports[key].verdict is Verdict.UNSEEN)
+        self._report_unseen(name for name in unseen if self._strategy.reports(name))
         self._schedule.advance(step, {key: reports[key].verdict for key in due})
         tracks = self._schedule.tracks.values()
         failures = sum(report.ending is not Ending.OK for report in reports.values())
@@ -230,6 +337,11 @@ class NGD(torch.optim.Optimizer):
             intervals=[track.interval for track in tracks],
             refreshes=[Refresh(str(key), reports[key].change, reports[key].ending.name) for key in due],
             failed_inversions=self.stats.failed_inversions + failures,
+            skipped_steps=self.stats.skipped_steps,
+            lr=float(self.param_groups[0]["lr"]),
+            momentum=float(self.param_groups[0]["momentum"]),
+            damping=float(self.param_groups[0]["damping"]),
+            adapted=adapted,
         )
         self._arm(step + 1)
 
@@ -246,36 +358,57 @@ class NGD(torch.optim.Optimizer):
                 logger.warning("layer %r takes a plain gradient step: its weights are used without its module", name)
 
     def _arm(self, step: int) -> None:
+        self._loss_scale.begin()
         self._capture.arm(self._schedule.due(step))
 
-    def _damping(self, name: str) -> float:
-        weight = self._layer[name].parameters[0]
-        return next(float(group["damping"]) for group in self.param_groups if any(p is weight for p in group["params"]))
+    def _group_index(self, parameter: nn.Parameter) -> int:
+        return next(i for i, group in enumerate(self.param_groups) if any(p is parameter for p in group["params"]))
 
-    def _build_strategy(self, costs: Mapping[str, int], *, is_averaged_by_ddp: bool) -> Strategy:
-        sums = self.config.loss_reduction == "sum"
-        if sums and is_averaged_by_ddp:
-            raise ConfigError("loss_reduction 'sum' needs the bare model: DDP divides the sum by the number of ranks")
-        choice = self.config.strategy or (Single() if self._comm.world_size == 1 else OwnerSharded())
-        if isinstance(choice, Single) and self._comm.world_size > 1:
-            raise ConfigError(
-                f"strategy 'single' needs one process, got a group of {self._comm.world_size}; "
-                "choose all_reduce or owner_sharded, or leave strategy out"
-            )
-        dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain] + [torch.float32]
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        wire = torch.bfloat16 if self.config.statistics_wire == "bfloat16" else torch.float32
-        return STRATEGIES[choice.kind](
+    def _lr(self, name: str) -> float:
+        return float(self.param_groups[self._group_of[name]]["lr"])
+
+    def _damping(self, name: str) -> float:
+        return float(self.param_groups[self._group_of[name]]["damping"])
+
+    def _scheduled_damping(self, group: Mapping[str, Any]) -> float:
+        rule = self.config.damping_rule
+        if isinstance(rule, ConstantDamping | LevenbergMarquardt):
+            return float(group["damping"])  # as somebody, or the last adaptation, has set it
+        return scheduled(rule, group["first_damping"], self.stats.step + 1)
+
+    def _rows(self, name: str) -> list[Rows]:
+        return self._capture.rows(name)
+
+    def _build_schedule(self) -> Schedule:
+        specs = {Key(name, spec.name): spec for name, p in self._preconditioners.items() for spec in p.statistics}
+        in_basis = [key for key, spec in specs.items() if spec.in_basis]
+        return Schedule(self._costs, list(specs), self.config.staleness, self.config.stagger, in_basis)
+
+    def _build_fallback(self) -> Fallback | None:
+        choice = self.config.fallback
+        if not isinstance(choice, AdamWFallback):
+            return None
+        names = {p: name for name, p in self._names.items()}
+        plain = {p: names.get(p, f"param_groups parameter {i}") for i, p in enumerate(self._plain)}
+        return Fallback(self.param_groups, plain, choice)
+
+    def _build_strategy(self, *, is_averaged_by_ddp: bool) -> Strategy:
+        shared = {
+            name: {entry: p.cache_shapes[entry] for entry in p.shared} for name, p in self._preconditioners.items()
+        }
+        dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
+        return build_strategy(
+            self.config,
             self._comm,
-            longest_first(costs, self._comm.world_size),
-            {layer.name: (layer.shape.outputs, layer.shape.inputs) for layer in self.layers},
-            dtype=dtype,
-            wire_dtype=torch.float64 if dtype == torch.float64 else wire,
+            longest_first(self._costs, self._comm.world_size),
+            Shapes({layer.name: layer.shape.gradient for layer in self.layers}, shared),
+            dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
-            gradient_scale=None if is_averaged_by_ddp else 1.0 if sums else 1 / self._comm.world_size,
+            is_averaged_by_ddp=is_averaged_by_ddp,
         )
 
-    def _report_plain(self, of_model: set[nn.Parameter]) -> None:
+    def _report_plain(self) -> None:
+        of_model = set(self._names.values())
         strangers = sum(p not in of_model for p in self._plain)
         if strangers and self._strategy.gradient_scale is None:
             raise ConfigError(
@@ -285,16 +418,6 @@ class NGD(torch.optim.Optimizer):
             self.plain_parameters[f"{strangers} in param_groups"] = "not a parameter of the model"
         if self.plain_parameters:
             reasons = "; ".join(f"{name} ({reason})" for name, reason in self.plain_parameters.items())
-            logger.warning("plain gradient step for %d parameters: %s", len(self.plain_parameters), reasons)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    if isinstance(model, nn.DataParallel):
-        raise ConfigError("NGD can't see into nn.DataParallel's copies; use DistributedDataParallel or the bare model")
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    assert isinstance(bare, nn.Module)
-    return bare
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            logger.warning(
+                "fallback %s for %d parameters: %s", self.config.fallback.kind, len(self.plain_parameters), reasons
+            )

@@ -5,7 +5,7 @@ same verdicts, so that the due sets, which shape the next collectives, can't dif
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from math import ceil
@@ -13,7 +13,7 @@ from math import ceil
 from ngd_dist.config import AdaptiveInterval, FixedInterval
 from ngd_dist.statistics import Change, Key
 
-__all__ = ["Schedule", "Track", "Verdict", "adaptive_interval", "judge"]
+__all__ = ["REFRESHED", "Schedule", "Track", "Verdict", "adaptive_interval", "judge"]
 
 
 class Verdict(IntEnum):
@@ -65,14 +65,27 @@ class Track:
     interval_before: int = 1
 
 
+NEVER = 2**62
+REFRESHED = (Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED)
+
+
 class Schedule:
     """The tracks of all statistics: replicated on every rank, advanced by the same verdicts everywhere."""
 
     def __init__(
-        self, costs: Mapping[str, int], keys: list[Key], policy: AdaptiveInterval | FixedInterval, stagger: float
+        self,
+        costs: Mapping[str, int],
+        keys: list[Key],
+        policy: AdaptiveInterval | FixedInterval,
+        stagger: float,
+        in_basis: Collection[Key] = (),
     ) -> None:
-        """`costs` is that of refreshing each layer, in any unit; `keys` gives the order in which ties are broken."""
-        self.tracks: dict[Key, Track] = {key: Track() for key in keys}
+        """`costs` is that of refreshing each layer, in any unit; `keys` gives the order in which ties are broken.
+
+        The statistics `in_basis` are measured in what the others of their layer made, and start anew a step after.
+        """
+        self.tracks: dict[Key, Track] = {key: Track(due=NEVER if key in in_basis else 1) for key in keys}
+        self._in_basis = frozenset(in_basis)
         self._costs = costs
         self._policy = policy
         self._stagger = stagger
@@ -83,7 +96,14 @@ class Schedule:
 
     def advance(self, step: int, verdicts: Mapping[Key, Verdict]) -> None:
         """Plans the next refresh of every statistic that was due in this step."""
-        for key in self.due(step):
+        due = self.due(step)
+        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in REFRESHED}
+        for key in self._in_basis:
+            if key.layer in rebuilt:
+                self.tracks[key] = Track(due=step + 1)
+        for key in due:
+            if key in self._in_basis and key.layer in rebuilt:
+                continue
             verdict = verdicts[key]
             track = self.tracks[key]
             if verdict is Verdict.UNSEEN:

@@ -37,36 +37,49 @@ def packed_size(n: int) -> int:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """Returns the upper triangle of a symmetric [n, n] matrix, row by row, as [n (n + 1) / 2]."""
-    return matrix.flatten().index_select(0, _triangle(matrix.shape[0], matrix.device))
+    """Returns the upper triangles of symmetric [..., n, n] matrices, row by row, as [..., n (n + 1) / 2]."""
+    packed: Tensor = matrix.flatten(-2).index_select(-1, _triangle(matrix.shape[-1], matrix.device))
+    return packed
 
 
 def unpack(triangle: Tensor, n: int) -> Tensor:
-    """Returns the symmetric [n, n] matrix whose upper triangle was packed."""
-    upper = triangle.new_zeros(n * n).index_copy_(0, _triangle(n, triangle.device), triangle).view(n, n)
-    return upper + upper.triu(1).T
+    """Returns the symmetric [..., n, n] matrices whose upper triangles were packed."""
+    zeros = triangle.new_zeros(*triangle.shape[:-1], n * n)
+    upper = zeros.index_copy_(-1, _triangle(n, triangle.device), triangle).unflatten(-1, (n, n))
+    whole: Tensor = upper + upper.triu(1).mT
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
 class StatisticSpec:
-    """What a preconditioner says about one of its statistics. A symmetric one is a square matrix."""
+    """What a preconditioner says about one of its statistics.
+
+    A symmetric one is [..., n, n]. `reads_gradients`: whether it needs output gradients, of the loss or of the Fisher's
+    own backward pass, or the forward pass alone. `in_basis`: it is measured in what the cache holds at the time, and
+    starts anew when that changes.
+    """
 
     name: str
     shape: tuple[int, ...]
-    is_symmetric: bool
+    is_symmetric: bool = False
+    reads_gradients: bool = True
+    in_basis: bool = False
 
     @property
     def numbers(self) -> int:
         """Returns how many numbers travel and are kept."""
-        return packed_size(self.shape[0]) if self.is_symmetric else prod(self.shape)
+        return prod(self.shape[:-2]) * packed_size(self.shape[-1]) if self.is_symmetric else prod(self.shape)
 
     def flatten(self, value: Tensor) -> Tensor:
         """Returns the value as it travels: [numbers]."""
-        return pack(value) if self.is_symmetric else value.flatten()
+        return pack(value).flatten() if self.is_symmetric else value.flatten()
 
     def expand(self, flat: Tensor) -> Tensor:
         """Returns the value that was flattened."""
-        return unpack(flat, self.shape[0]) if self.is_symmetric else flat.view(self.shape)
+        if not self.is_symmetric:
+            return flat.view(self.shape)
+        n = self.shape[-1]
+        return unpack(flat.view(*self.shape[:-2], packed_size(n)), n)
 
 
 class Change(NamedTuple):
@@ -105,6 +118,10 @@ class Statistic:
         before = None if self._before is None else self.spec.expand(self._before)
         self._before = None if last is None else self.spec.flatten(last)
         return Change(_relative(new, last), _relative(new, before))
+
+    def reset(self) -> None:
+        """Forgets every value: what comes next is measured in another basis."""
+        self.weight, self.value, self._before = 0.0, None, None
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: flat tensors and the weight."""

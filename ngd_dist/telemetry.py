@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-__all__ = ["Refresh", "StepStats", "Stopwatch"]
+__all__ = ["Adapted", "Refresh", "StepStats", "Stopwatch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +18,22 @@ class Refresh:
     ending: str
 
 
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What a step that followed the loss found: rho, the loss's change over the model's; None where none was taken."""
+
+    reduction_ratio: float | None = None
+
+
 @dataclass(slots=True)
 class StepStats:
     """One step. `ages` and `intervals` follow the order of `NGD.statistic_names`.
 
     An age counts the steps since the statistic in use was measured; `intervals` are the steps it may stay in use.
     Seconds are host time on this rank: on CUDA, where work is queued, they show where the host waits. Bytes are what
-    this rank sends under ring algorithms, by kind. `failed_inversions` counts all steps so far over all ranks.
+    this rank sends under ring algorithms, by kind. `failed_inversions` counts all steps so far over all ranks, and
+    `skipped_steps` those that were given up for a gradient that was not finite. lr, momentum and damping are the first
+    param group's, after the step.
     """
 
     step: int = 0
@@ -34,6 +43,11 @@ class StepStats:
     intervals: list[int] = field(default_factory=list)
     refreshes: list[Refresh] = field(default_factory=list)
     failed_inversions: int = 0
+    skipped_steps: int = 0
+    lr: float = 0.0
+    momentum: float = 0.0
+    damping: float = 0.0
+    adapted: Adapted = Adapted()
 
 
 class Stopwatch:

@@ -1,14 +1,24 @@
-"""The contract of a module kind. Shapes: N samples, P positions, I inputs (+1 with bias), O outputs."""
+"""The contract of a module kind.
+
+Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias), O outputs.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.cost import LayerShape
 
-__all__ = ["Layer", "Rows", "statistics_dtype"]
+__all__ = ["Layer", "OnRun", "Rows", "Run", "statistics_dtype"]
+
+# Called with what a run of the layer was given and what it returned, for every run, in forward.
+OnRun = Callable[[Tensor, Tensor], None]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,47 +27,91 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Layer(ABC):
-    """One covered module: its parameters, its shape, and how its tensors become rows."""
+    """One covered part of a module: its parameters, its shape, and how its tensors become rows.
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    `batch_dim` is the dimension of the input and the output that counts samples: 0, or 1 where a sequence comes first.
+    """
+
+    def __init__(self, name: str, module: nn.Module, *, batch_dim: int = 0) -> None:
         self.name = name
         self.module = module
-        self.parameters: list[nn.Parameter] = [p for p in (self._weight, self._bias) if p is not None]
-        self.dtype = statistics_dtype(self._weight.dtype)
+        self.batch_dim = batch_dim
+        self.parameters: list[nn.Parameter] = self._own_parameters()
+        self.dtype = statistics_dtype(self.parameters[0].dtype)
+
+    @classmethod
+    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> "list[Layer]":
+        """Returns the layers that cover the module: one, for most kinds."""
+        return [cls(name, module, batch_dim=batch_dim)]
 
     @classmethod
     def uncovered(cls, module: nn.Module) -> str | None:
         """Returns why this module can't be described by this kind, or None if it can."""
         return None
 
-    @classmethod
+    def watch(self, on_run: OnRun) -> list[RemovableHandle]:
+        """Returns the handles of hooks that call `on_run` at every run of the layer."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            # A deep copy of the model carries this very hook: what the copy sees is not the layer's.
+            if module is self.module:
+                on_run(args[0] if args else kwargs["input"], output)
+
+        return [self.module.register_forward_hook(hook, with_kwargs=True)]
+
     @abstractmethod
-    def expected_input(cls, x: Tensor) -> str | None:
-        """Returns the shape that the module's input must have, if this one has another."""
+    def expected_input(self, x: Tensor) -> str | None:
+        """Returns the shape that the layer's input must have, if this one has another."""
 
     @property
     @abstractmethod
     def shape(self) -> LayerShape:
-        """The shape of the gradient matrix, and the kind of Fisher block."""
+        """The shape of the gradient, and the kind of Fisher block."""
+
+    def keep(self, x: Tensor, output: Tensor) -> Any:
+        """Returns what of a run is kept until its gradient arrives. Called in forward, without gradient."""
+        return x
 
     @abstractmethod
-    def inputs(self, x: Tensor) -> Tensor:
-        """Returns a_NPI in the statistics' dtype from what the module was given."""
+    def inputs(self, kept: Any) -> Tensor:
+        """Returns a_BNPI in the statistics' dtype from what was kept, with N the length of `batch_dim`."""
 
     @abstractmethod
     def output_gradients(self, g: Tensor) -> Tensor:
-        """Returns g_NPO in the statistics' dtype from the gradient of what the module returned, unscaled."""
+        """Returns g_BNPO in the statistics' dtype from a tensor of the shape that the layer returned."""
 
-    def join(self, gradients: list[Tensor]) -> Tensor:
-        """Returns grad_OI from the gradients of the parameters: the weight flattened to [O, -1], the bias last."""
+    def positions(self, kept: Any, g_BNPO: Tensor) -> tuple[int, ...]:
+        """Returns the positions of one run: one number for all blocks, or one for each. Rows beyond them are 0."""
+        return (g_BNPO.shape[2],)
+
+    def input_squares(self, kept: Any) -> Tensor:
+        """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T."""
+        return self.inputs(kept).square().sum((1, 2))
+
+    def along(self, a_BNPI: Tensor, g_BNPO: Tensor, direction_BOI: Tensor) -> Tensor:
+        """Returns <direction, sum over p of g a^T> of each sample, [N]."""
+        # The side with fewer numbers per row is projected.
+        if a_BNPI.shape[-1] > g_BNPO.shape[-1]:
+            return ((a_BNPI @ direction_BOI.mT.unsqueeze(1)) * g_BNPO).sum((0, 2, 3))
+        return ((g_BNPO @ direction_BOI.unsqueeze(1)) * a_BNPI).sum((0, 2, 3))
+
+    def join(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Returns grad_BOI from the gradients of the parameters, in the statistics' dtype.
+
+        Weights are flattened to [O, -1], the bias comes last; blocks are equal parts of O.
+        """
         rows = gradients[0].shape[0]
-        return torch.cat([gradient.reshape(rows, -1) for gradient in gradients], dim=1).to(self.dtype)
+        joined = torch.cat([gradient.reshape(rows, -1) for gradient in gradients], dim=1).to(self.dtype)
+        return joined.view(self.shape.gradient)
 
-    def split(self, direction_OI: Tensor) -> list[Tensor]:
+    def split(self, direction_BOI: Tensor) -> list[Tensor]:
         """Returns one tensor per parameter, in its shape and dtype: the inverse of `join`."""
         widths = [p.numel() // p.shape[0] for p in self.parameters]
-        columns = direction_OI.split(widths, dim=1)
+        columns = direction_BOI.reshape(-1, direction_BOI.shape[-1]).split(widths, dim=1)
         return [c.reshape(p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
+
+    def _own_parameters(self) -> list[nn.Parameter]:
+        return [p for p in (self._weight, self._bias) if p is not None]
 
     @property
     def _weight(self) -> nn.Parameter:
@@ -71,26 +125,79 @@ class Layer(ABC):
         assert bias is None or isinstance(bias, nn.Parameter)
         return bias
 
-    def _with_ones(self, a_NPI: Tensor) -> Tensor:
+    def _with_ones(self, a_BNPI: Tensor) -> Tensor:
         """Returns the rows with a last column of 1 if the module has a bias."""
         if self._bias is None:
-            return a_NPI
-        return torch.cat([a_NPI, a_NPI.new_ones(*a_NPI.shape[:-1], 1)], dim=-1)
+            return a_BNPI
+        return torch.cat([a_BNPI, a_BNPI.new_ones(*a_BNPI.shape[:-1], 1)], dim=-1)
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of a layer: what was kept of it, and its gradient once that is there.
+
+    `samples` is N of the whole model's batch. `slope` is the derivative of the activation that read the output, at
+    that output; None where no activation module did.
+    """
+
+    kept: Any
+    samples: int
+    g: Tensor | None = None
+    slope: Tensor | None = None
 
 
 class Rows:
-    """One micro-batch of one layer: a_NPI and g_NPO, made on first use, so that what no statistic reads costs nothing.
+    """One micro-batch of one layer: rows made on first use, so that what no statistic reads costs nothing.
 
-    g is per sample: the gradient of that sample's own loss, with any mean over the batch undone by `scale`.
+    The runs of a layer in one micro-batch, and whatever the model folds into the batch dimension (windows, frames),
+    count as positions. g is per sample: the gradient of that sample's own loss, with any mean over the batch undone by
+    `scale`.
     """
 
-    def __init__(self, layer: Layer, x: Tensor, g: Tensor, scale: float) -> None:
-        self._layer, self._x, self._g, self._scale = layer, x, g, scale
+    def __init__(self, layer: Layer, runs: Sequence[Run], scale: float) -> None:
+        self._layer, self._runs, self._scale = layer, runs, scale
+        self.samples = runs[0].samples
 
     @cached_property
-    def a_NPI(self) -> Tensor:
-        return self._layer.inputs(self._x)
+    def a_BNPI(self) -> Tensor:
+        return self._cat([self._layer.inputs(run.kept) for run in self._runs])
 
     @cached_property
-    def g_NPO(self) -> Tensor:
-        return self._layer.output_gradients(self._g) * self._scale
+    def g_BNPO(self) -> Tensor:
+        return self._cat(self._gradients) * self._scale
+
+    @cached_property
+    def slopes_BNPO(self) -> Tensor:
+        """Derivatives of the activation that reads the layer's output; 1 where none does."""
+        return self._cat(
+            [
+                torch.ones_like(g) if run.slope is None else self._layer.output_gradients(run.slope)
+                for run, g in zip(self._runs, self._gradients, strict=True)
+            ]
+        )
+
+    @cached_property
+    def positions_B(self) -> Tensor:
+        """Positions of a sample, [B] or [1], on the CPU: a block may have fewer than there are rows."""
+        counts = [
+            [p * g.shape[1] / self.samples for p in self._layer.positions(run.kept, g)]
+            for run, g in zip(self._runs, self._gradients, strict=True)
+        ]
+        return torch.tensor(counts, dtype=torch.float64).sum(0)
+
+    def along(self, direction_BOI: Tensor) -> Tensor:
+        """Returns <direction, gradient of the sample's own loss>, [N]."""
+        return self._layer.along(self.a_BNPI, self.g_BNPO, direction_BOI)
+
+    @cached_property
+    def input_squares_BI(self) -> Tensor:
+        """Sum over samples and positions of a^2."""
+        return torch.stack([self._layer.input_squares(run.kept) for run in self._runs]).sum(0)
+
+    @cached_property
+    def _gradients(self) -> list[Tensor]:
+        return [self._layer.output_gradients(run.g) for run in self._runs if run.g is not None]
+
+    def _cat(self, parts: list[Tensor]) -> Tensor:
+        grouped = [part.reshape(part.shape[0], self.samples, -1, part.shape[-1]) for part in parts]
+        return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)

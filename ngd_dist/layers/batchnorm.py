@@ -22,21 +22,20 @@ class BatchNorm(Layer):
     def uncovered(cls, module: nn.Module) -> str | None:
         return None if module.bias is not None else "BatchNorm2d without bias"
 
-    @classmethod
-    def expected_input(cls, x: Tensor) -> str | None:
+    def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim == 4 else "[samples, channels, height, width]"
 
     @property
     def shape(self) -> LayerShape:
         return LayerShape(self.name, "unit_wise", 2, self._weight.shape[0])
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def inputs(self, kept: Tensor) -> Tensor:
         norm = self.module
         uses_batch = norm.training or norm.running_mean is None
         mean, variance = (None, None) if uses_batch else (norm.running_mean, norm.running_var)
         # No running statistics are passed when the batch's are used: this second pass must not update them.
-        normalised = F.batch_norm(x.to(self.dtype), mean, variance, training=uses_batch, eps=norm.eps)
-        return normalised.flatten(2).mT
+        normalised = F.batch_norm(kept.to(self.dtype), mean, variance, training=uses_batch, eps=norm.eps)
+        return normalised.flatten(2).mT.unsqueeze(0)
 
     def output_gradients(self, g: Tensor) -> Tensor:
-        return g.flatten(2).mT.to(self.dtype)
+        return g.flatten(2).mT.to(self.dtype).unsqueeze(0)

@@ -19,8 +19,7 @@ class Conv(Layer):
         assert isinstance(module, nn.Conv2d)
         return f"Conv2d with groups={module.groups}" if module.groups != 1 else None
 
-    @classmethod
-    def expected_input(cls, x: Tensor) -> str | None:
+    def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim == 4 else "[samples, channels, height, width]"
 
     @property
@@ -29,15 +28,15 @@ class Conv(Layer):
         inputs = weight[0].numel() + (self._bias is not None)
         return LayerShape(self.name, "kronecker", inputs, weight.shape[0])
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def inputs(self, kept: Tensor) -> Tensor:
         conv = self.module
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        padded = F.pad(x.to(self.dtype), self._padding(), mode=mode)
+        padded = F.pad(kept.to(self.dtype), self._padding(), mode=mode)
         patches_NIP = F.unfold(padded, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
-        return self._with_ones(patches_NIP.mT)
+        return self._with_ones(patches_NIP.mT.unsqueeze(0))
 
     def output_gradients(self, g: Tensor) -> Tensor:
-        return g.flatten(2).mT.to(self.dtype)
+        return g.flatten(2).mT.to(self.dtype).unsqueeze(0)
 
     def _padding(self) -> list[int]:
         """Returns (left, right, top, bottom): F.pad counts from the last dimension."""

@@ -1,23 +1,29 @@
 """Approximations of a layer's Fisher block. Start at `base.Preconditioner`.
 
-A new method is one file, one config class, and one line here. Layers whose block is small per unit (batch norm)
-always take `UnitWise`; `kind` chooses the method of the others.
+A new method is one file, one config class, and one line here. Two kinds of layer have a block of their own whatever
+`kind` says: normalisation takes `UnitWise`, and one-hot inputs (embeddings) K-FAC with a diagonal A.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from ngd_dist.config import KFAC as KFACConfig
+from ngd_dist.config import NGDConfig
 from ngd_dist.cost import LayerShape
-from ngd_dist.preconditioners.base import Cache, Preconditioner
+from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.kfac import KFAC
 from ngd_dist.preconditioners.unit_wise import UnitWise
 
-__all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "preconditioner_for"]
+__all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "Refreshed", "preconditioner_for"]
 
-PRECONDITIONERS: dict[str, Callable[[LayerShape, Any], Preconditioner]] = {"kfac": KFAC}
+PRECONDITIONERS: dict[str, Callable[[LayerShape, Any, int], Preconditioner]] = {"kfac": KFAC}
 
 
-def preconditioner_for(shape: LayerShape, config: KFACConfig) -> Preconditioner:
-    """Returns the method for one layer: the configured one, or unit-wise where the layer's Fisher block is."""
-    return UnitWise(shape) if shape.fisher == "unit_wise" else PRECONDITIONERS[config.kind](shape, config)
+def preconditioner_for(shape: LayerShape, config: NGDConfig) -> Preconditioner:
+    """Returns the method for one layer: the configured one, unless the layer's Fisher block asks for its own."""
+    if shape.fisher == "unit_wise":
+        return UnitWise(shape)
+    chosen = config.preconditioner
+    if shape.has_one_hot_inputs and not isinstance(chosen, KFACConfig):
+        chosen = KFACConfig()
+    return PRECONDITIONERS[chosen.kind](shape, chosen, config.max_dense)

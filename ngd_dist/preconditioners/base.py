@@ -28,27 +28,45 @@ class Refreshed:
 
 
 class Preconditioner(ABC):
-    """How one layer's gradient becomes its direction. Holds no tensors."""
+    """How one layer's gradient becomes its direction. Holds no tensors.
+
+    `statistics`: what is averaged over samples, ranks and time. `cache_shapes`: the entries of a cache. `shared`: those
+    of them that `estimate` reads, and which every rank therefore gets.
+    """
 
     statistics: tuple[StatisticSpec, ...]
+    cache_shapes: Mapping[str, tuple[int, ...]]
+    shared: tuple[str, ...] = ()
 
-    @abstractmethod
     def __init__(self, shape: LayerShape) -> None:
-        """Sets `shape` and `statistics`."""
         self.shape = shape
 
     @abstractmethod
-    def estimate(self, rows: Rows, due: frozenset[str]) -> dict[str, Tensor]:
-        """Returns the due statistics of one micro-batch, each a mean over its samples. Called in backward."""
+    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        """Returns the due statistics of one micro-batch, each a mean over its samples. Called on every rank.
+
+        A statistic that does not read gradients must not touch those of `rows`. `shared` lacks what no refresh has
+        made yet; a statistic that needs it is left out.
+        """
 
     @abstractmethod
-    def refresh(self, statistics: Mapping[str, Tensor], damping: float, old: Cache | None) -> Refreshed:
-        """Returns the cache of these statistics. O(n^3), rare; called on the layer's owners."""
+    def refresh(
+        self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+    ) -> Refreshed:
+        """Returns the cache of these statistics. O(n^3), rare; called on the layer's owners.
+
+        `fresh` names those that are new since `old`; none are where only the damping changed. Statistics that are
+        measured in the cache's own basis may be absent.
+        """
 
     @abstractmethod
-    def apply(self, cache: Cache, grad_OI: Tensor) -> Tensor:
-        """Returns the direction (F + damping I)^-1 grad, [O, I]. O(n^2), every step; called on the layer's owners."""
+    def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
+        """Returns the direction (F + damping I)^-1 grad, [B, O, I]. O(n^2), every step; called on the owners."""
 
     @abstractmethod
     def refresh_flops(self) -> int:
         """Returns the floating-point operations of one refresh, for placement and for staggering."""
+
+    @abstractmethod
+    def apply_flops(self) -> int:
+        """Returns the floating-point operations of `apply`."""

@@ -1,12 +1,22 @@
 """Everything is averaged on all ranks; each rank does all the work, so directions need not travel."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Local, Report, Strategy, collected, split_like
+from ngd_dist.strategies.base import (
+    REPORT_NUMBERS,
+    Collected,
+    Findings,
+    Local,
+    Report,
+    Strategy,
+    collected,
+    split_like,
+)
 
 __all__ = ["AllReduce"]
 
@@ -20,25 +30,28 @@ class AllReduce(Strategy):
     def collect(self, local: Local) -> Collected:
         statistics = self._sum("statistics", list(local.due.values()), self.wire_dtype)
         gradients, plain, scale = local.gradients, local.plain, self.gradient_scale
-        travelling = [] if scale is None else [*gradients.values(), *plain]
+        # What DDP has averaged is finite on all ranks or on none.
+        travelling = [] if scale is None else [local.non_finite, *gradients.values(), *plain]
         sums = self._sum("gradients", [*local.counts.values(), *travelling], self.dtype)
-        counts = dict(zip(local.counts, sums, strict=False))
+        counts, rest = dict(zip(local.counts, sums, strict=False)), sums[len(local.counts) :]
+        non_finite = local.non_finite
         if scale is not None:
-            means = [total.mul_(scale) for total in sums[len(counts) :]]
+            non_finite, *totals = rest
+            means = [total.mul_(scale) for total in totals]
             gradients, plain = dict(zip(gradients, means, strict=False)), means[len(gradients) :]
-        return collected(dict(zip(local.due, statistics, strict=True)), counts, gradients, plain)
+        return collected(non_finite, dict(zip(local.due, statistics, strict=True)), counts, gradients, plain)
 
-    def publish(
-        self, directions: Mapping[str, Tensor], reports: Mapping[Key, Report], due: Sequence[Key]
-    ) -> tuple[dict[str, Tensor], dict[Key, Report]]:
+    def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
         """Only the reports travel, on steps that have any: a sum in which all but the reporting rank put zeros."""
         if not due:
-            return dict(directions), {}
+            return findings
         zeros = [0.0] * REPORT_NUMBERS
-        numbers = [reports[key].numbers() if self.reports(key.layer) else zeros for key in due]
+        numbers = [findings.reports[key].numbers() if self.reports(key.layer) else zeros for key in due]
         buffer = torch.tensor(numbers, dtype=self.dtype, device=self.device)
         self.comm.all_reduce("reports", buffer, kind="reports")
-        return dict(directions), {key: Report.parse(row) for key, row in zip(due, buffer.tolist(), strict=True)}
+        return replace(
+            findings, reports={key: Report.parse(row) for key, row in zip(due, buffer.tolist(), strict=True)}
+        )
 
     def _sum(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         if not tensors:

@@ -5,15 +5,42 @@ Ranks are data-parallel until the gradients are there and layer-parallel from th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import REPORT_NUMBERS, Collected, Local, Report, Strategy, collected, split_like
+from ngd_dist.strategies.base import (
+    REPORT_NUMBERS,
+    Collected,
+    Findings,
+    Local,
+    Report,
+    Strategy,
+    collected,
+    split_like,
+    split_shapes,
+)
 
 __all__ = ["OwnerSharded"]
+
+NON_FINITE = Key("", "non-finite")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one rank publishes: directions of its layers, what others need of its caches, reports, inner products."""
+
+    layers: list[str]
+    shared: list[tuple[str, str]]
+    keys: list[Key]
+    shapes: list[tuple[int, ...]]
+
+    @property
+    def numbers(self) -> int:
+        return sum(prod(shape) for shape in self.shapes)
 
 
 class OwnerSharded(Strategy):
@@ -26,44 +53,74 @@ class OwnerSharded(Strategy):
         sums = self._reduce("statistics", local.due, self.wire_dtype)
         gradients, plain, scale = local.gradients, local.plain, self.gradient_scale
         travelling = {Key(layer, "count"): count for layer, count in local.counts.items()}
+        non_finite = local.non_finite
         if scale is not None:
+            travelling |= {NON_FINITE: non_finite}
             travelling |= {Key(layer, "gradient"): gradient for layer, gradient in gradients.items()}
         own = self._reduce("gradients", travelling, self.dtype)
         counts = {key.layer: total for key, total in own.items() if key.statistic == "count"}
         if scale is not None:
+            # What DDP has averaged is finite on all ranks or on none; else every rank gets the sum in its part.
+            non_finite = own[NON_FINITE]
             gradients = {key.layer: total * scale for key, total in own.items() if key.statistic == "gradient"}
             plain = self._combine(plain, scale)
         held = {layer: gradient for layer, gradient in gradients.items() if self.holds(layer)}
-        return collected(sums, counts, held, plain)
+        return collected(non_finite, sums, counts, held, plain)
 
-    def publish(
-        self, directions: Mapping[str, Tensor], reports: Mapping[Key, Report], due: Sequence[Key]
-    ) -> tuple[dict[str, Tensor], dict[Key, Report]]:
-        """The reports ride at the end of each owner's part."""
-        parts = [self._part(rank, due) for rank in range(self.comm.world_size)]
-        layers, keys = parts[self.comm.rank]
-        numbers = [number for key in keys for number in reports[key].numbers()]
-        tensors = [directions[layer] for layer in layers] + [torch.tensor(numbers, device=self.device)]
-        longest = max(self._length(layers, keys) for layers, keys in parts)
-        buffer = self.comm.all_gather("directions", self.flatten(tensors, self.dtype, longest), kind="directions")
+    def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
+        """Reports, inner products and shared cache entries ride behind each owner's directions."""
+        parts = [self._part(rank, due, findings.inner) for rank in range(self.comm.world_size)]
+        longest = max(part.numbers for part in parts)
+        own = self._tensors(parts[self.comm.rank], findings)
+        buffer = self.comm.all_gather("directions", self.flatten(own, self.dtype, longest), kind="directions")
 
-        gathered: dict[str, Tensor] = {}
-        findings: dict[Key, Report] = {}
-        for (layers, keys), part in zip(parts, buffer.view(len(parts), longest), strict=True):
-            sizes = [prod(self.shapes[layer]) for layer in layers] + [REPORT_NUMBERS * len(keys)]
-            *flat, tail = part[: sum(sizes)].split(sizes)
-            gathered |= {layer: flat[i].view(self.shapes[layer]) for i, layer in enumerate(layers)}
-            rows = tail.view(-1, REPORT_NUMBERS).tolist()
-            findings |= {key: Report.parse(row) for key, row in zip(keys, rows, strict=True)}
-        return gathered, findings
+        inner = torch.zeros_like(findings.inner)
+        whole = Findings({}, {}, inner, {})
+        for part, numbers in zip(parts, buffer.view(len(parts), longest), strict=True):
+            tensors = iter(split_shapes(numbers, part.shapes))
+            for layer in part.layers:
+                whole.directions[layer] = next(tensors)
+            for layer, name in part.shared:
+                entry = next(tensors)
+                if name == _IS_THERE:
+                    whole.shared[layer] = {} if bool(entry) else None  # one host read per rebuilt basis
+                elif (cache := whole.shared[layer]) is not None:
+                    cache[name] = entry.clone()  # the buffer must not live as long as the cache
+            rows = next(tensors).tolist()
+            whole.reports.update({key: Report.parse(row) for key, row in zip(part.keys, rows, strict=True)})
+            inner += next(tensors)
+        return whole
 
-    def _part(self, rank: int, due: Sequence[Key]) -> tuple[list[str], list[Key]]:
-        """Returns the layers whose directions, and the keys whose reports, this rank sends."""
-        layers = [layer for layer in self.shapes if self.placement.owners(layer)[0] == rank]
-        return layers, [key for key in due if self.placement.owners(key.layer)[0] == rank]
+    def _part(self, rank: int, due: Sequence[Key], inner: Tensor) -> _Part:
+        layers = [layer for layer in self.shapes.gradients if self.placement.owners(layer)[0] == rank]
+        keys = [key for key in due if self.placement.owners(key.layer)[0] == rank]
+        shared = [
+            (layer, name)
+            for layer in dict.fromkeys(key.layer for key in keys)
+            if self.shapes.shared[layer]
+            for name in (_IS_THERE, *self.shapes.shared[layer])
+        ]
+        shapes = [
+            *(self.shapes.gradients[layer] for layer in layers),
+            *((1,) if name == _IS_THERE else self.shapes.shared[layer][name] for layer, name in shared),
+            (len(keys), REPORT_NUMBERS),
+            tuple(inner.shape),
+        ]
+        return _Part(layers, shared, keys, shapes)
 
-    def _length(self, layers: Sequence[str], keys: Sequence[Key]) -> int:
-        return sum(prod(self.shapes[layer]) for layer in layers) + REPORT_NUMBERS * len(keys)
+    def _tensors(self, part: _Part, findings: Findings) -> list[Tensor]:
+        """Returns what this rank sends, in the order of the part's shapes."""
+        tensors = [findings.directions[layer] for layer in part.layers]
+        for layer, name in part.shared:
+            cache = findings.shared[layer]
+            if name == _IS_THERE:
+                tensors.append(torch.full((1,), float(cache is not None), device=self.device))
+            else:
+                shape = self.shapes.shared[layer][name]
+                tensors.append(torch.zeros(shape, device=self.device) if cache is None else cache[name])
+        numbers = [findings.reports[key].numbers() for key in part.keys]
+        reports = torch.tensor(numbers, dtype=self.dtype, device=self.device).view(-1, REPORT_NUMBERS)
+        return [*tensors, reports, findings.inner]
 
     def _reduce(self, name: str, tensors: Mapping[Key, Tensor], dtype: torch.dtype) -> dict[Key, Tensor]:
         """Returns the sums over ranks of those tensors whose layer this rank owns."""
@@ -71,7 +128,8 @@ class OwnerSharded(Strategy):
             return {}
         owned: list[list[Key]] = [[] for _ in range(self.comm.world_size)]
         for key in tensors:
-            for rank in self.placement.owners(key.layer):
+            everyone = range(self.comm.world_size)
+            for rank in everyone if key == NON_FINITE else self.placement.owners(key.layer):
                 owned[rank].append(key)
         longest = max(sum(tensors[key].numel() for key in keys) for keys in owned)
         parts = [self.flatten([tensors[key] for key in keys], dtype, longest) for keys in owned]
@@ -85,3 +143,6 @@ class OwnerSharded(Strategy):
         buffer = self.flatten(plain, self.dtype)
         self.comm.all_reduce("plain gradients", buffer, kind="gradients")
         return split_like(buffer.mul_(scale), plain)
+
+
+_IS_THERE = "is there"

@@ -1,11 +1,9 @@
 """One process: nothing travels."""
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from ngd_dist.statistics import Key
-from ngd_dist.strategies.base import Collected, Local, Report, Strategy, collected
+from ngd_dist.strategies.base import Collected, Findings, Local, Strategy, collected
 
 __all__ = ["Single"]
 
@@ -17,9 +15,7 @@ class Single(Strategy):
         return True
 
     def collect(self, local: Local) -> Collected:
-        return collected(local.due, local.counts, local.gradients, local.plain)
+        return collected(local.non_finite, local.due, local.counts, local.gradients, local.plain)
 
-    def publish(
-        self, directions: Mapping[str, Tensor], reports: Mapping[Key, Report], due: Sequence[Key]
-    ) -> tuple[dict[str, Tensor], dict[Key, Report]]:
-        return dict(directions), dict(reports)
+    def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
+        return findings

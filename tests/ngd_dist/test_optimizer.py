@@ -52,14 +52,14 @@ def test_rows_give_back_autograds_gradient(case: str) -> None:
     g = torch.randn_like(out)
     out.backward(g)
 
-    a_NPI, g_NPO = layer.inputs(x), layer.output_gradients(g)
+    a_BNPI, g_BNPO = layer.inputs(layer.keep(x, out.detach())), layer.output_gradients(g)
 
     gradients = [p.grad for p in layer.parameters if p.grad is not None]
     if layer.shape.fisher == "unit_wise":
-        rebuilt = torch.stack([(a_NPI * g_NPO).sum((0, 1)), g_NPO.sum((0, 1))], dim=1)
+        rebuilt = torch.stack([(a_BNPI * g_BNPO).sum((1, 2)), g_BNPO.sum((1, 2))], dim=-1)
     else:
-        rebuilt = torch.einsum("npi,npo->oi", a_NPI, g_NPO)
-    assert rebuilt.shape == (layer.shape.outputs, layer.shape.inputs)
+        rebuilt = torch.einsum("bnpi,bnpo->boi", a_BNPI, g_BNPO)
+    assert rebuilt.shape == layer.shape.gradient
     torch.testing.assert_close(rebuilt, layer.join(gradients), rtol=1e-12, atol=1e-12)
     for part, gradient in zip(layer.split(layer.join(gradients)), gradients, strict=True):
         assert torch.equal(part, gradient)
@@ -145,14 +145,13 @@ def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=0)
 
 
-def test_a_module_that_runs_twice_is_an_error_that_names_it() -> None:
-    model, x, _ = model_and_batch()
-    square = nn.Linear(4, 4).double()
-    net = nn.Sequential(square, square, model)
-    optimizer = NGD(net)
-    net(x).sum(1).mean().backward()
+def test_a_second_backward_pass_in_a_step_is_an_error_that_names_the_layer() -> None:
+    model, x, y = model_and_batch()
+    optimizer = NGD(model)
+    for _ in range(2):
+        F.cross_entropy(model(x), y).backward()
 
-    with pytest.raises(CaptureError, match=r"layer '0' was differentiated 2 times.*micro_batches is 1"):
+    with pytest.raises(CaptureError, match=r"layer '0' was differentiated in 2 backward passes.*micro_batches is 1"):
         optimizer.step()
 
 
@@ -357,7 +356,7 @@ def test_a_layer_whose_weights_are_used_past_its_module_is_named_once(caplog: py
     ],
 )
 def test_an_input_without_samples_is_refused(module: nn.Module, x: Tensor, message: str) -> None:
-    NGD(module)
+    optimizer = NGD(module)  # its hooks go with it
 
     with pytest.raises(CaptureError, match=message):
         module(x)
@@ -368,14 +367,14 @@ def test_data_parallel_is_refused() -> None:
         NGD(nn.DataParallel(nn.Linear(2, 2)))
 
 
-def test_a_grad_scaler_is_refused() -> None:
+def test_a_grad_scaler_that_it_does_not_know_is_refused() -> None:
     model, x, y = model_and_batch()
     model.float()
     optimizer = NGD(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(F.cross_entropy(model(x.float()), y)).backward()
 
-    with pytest.raises(ConfigError, match="GradScaler"):
+    with pytest.raises(ConfigError, match="grad_scaler=scaler"):
         scaler.step(optimizer)
 
 
@@ -390,7 +389,7 @@ def test_statistics_are_formed_in_full_precision_under_autocast() -> None:
 
     rows = torch.cat([x, torch.ones(8, 1, dtype=F64)], dim=1).to(torch.bfloat16).double()
     assert A.dtype == torch.float32
-    torch.testing.assert_close(A.double(), rows.T @ rows / 8, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(A[0].double(), rows.T @ rows / 8, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -435,15 +434,11 @@ def test_a_statistic_that_is_not_finite_never_enters_the_average() -> None:
     optimizer = NGD(model, NGDConfig(ema_decay=0.9, staleness=FixedInterval(steps=1)))
     train(optimizer, model, x, y, 2)
     weights = [p.detach().clone() for p in model.parameters()]
-    train(optimizer, model, torch.full_like(x, float("inf")), y, 1)
+    # The gradients are finite, what they are made of overflows: (1e160)^2.
+    train(optimizer, model, x * 1e160, y, 1)
 
     assert optimizer.stats.failed_inversions > 0
-    for p, kept in zip(model.parameters(), weights, strict=True):
-        p.data.copy_(kept)
-        optimizer.state[p].clear()
-    train(optimizer, model, x, y, 1)
-
-    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert all(bool(torch.isfinite(s.value).all()) for s in optimizer._curvature.statistics.values())
 
 
 def test_a_layer_without_statistics_takes_a_plain_step() -> None:
