@@ -1,6 +1,7 @@
-"""What `NGD.explain` prints."""
+"""What `NGD.explain` prints: which layer gets what, at which cost, on which rank, and what is left to the fallback."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from ngd_dist.config import NGDConfig
 from ngd_dist.layers import Layer
@@ -8,6 +9,9 @@ from ngd_dist.preconditioners import Preconditioner
 from ngd_dist.strategies import Strategy
 
 __all__ = ["explain"]
+
+HEADER = ("layer", "kind", "gradient", "statistics", "rank", "refresh", "apply", "memory")
+UNITS = ("", "K", "M", "G", "T")
 
 
 def explain(
@@ -17,5 +21,80 @@ def explain(
     strategy: Strategy,
     plain_parameters: Mapping[str, str],
 ) -> str:
-    """Returns a table of the layers and their costs, and the reason why each other parameter is not among them."""
-    return ""
+    """Returns a table with a line per layer, the sums, and the reason why each other parameter is not among them.
+
+    gradient: [blocks x] outputs x inputs, a bias being the last input. refresh and apply: floating-point operations,
+    once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer.
+    """
+    rows = [_row(layer, preconditioners[layer.name], strategy) for layer in layers]
+    flops = [
+        (preconditioners[layer.name].refresh_flops(), preconditioners[layer.name].apply_flops()) for layer in layers
+    ]
+    total = sum(_bytes(layer, preconditioners[layer.name]) for layer in layers)
+    sums = ("all", "", "", "", "", *(_scaled(sum(column)) for column in zip(*flops, strict=True)), _scaled(total, 1024))
+    lines = [_head(config, strategy), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
+    if plain_parameters:
+        lines += ["", f"left to the fallback, {config.fallback.kind}:"]
+        lines += _table([(f"  {name}", reason) for name, reason in plain_parameters.items()])
+    return "\n".join(lines)
+
+
+def _head(config: NGDConfig, strategy: Strategy) -> str:
+    ranks = strategy.comm.world_size
+    averaged = "DistributedDataParallel" if strategy.gradient_scale is None else "the optimizer"
+    where = "in one process" if ranks == 1 else f"on {ranks} ranks; gradients are averaged by {averaged}"
+    kind = type(strategy).__name__
+    return f"{config.preconditioner.kind}, {config.fisher.kind} Fisher, {config.staleness.kind} refresh, {kind} {where}"
+
+
+def _row(layer: Layer, preconditioner: Preconditioner, strategy: Strategy) -> tuple[str, ...]:
+    blocks, outputs, inputs = layer.shape.gradient
+    statistics = ", ".join(f"{spec.name} {_size(spec.shape)}" for spec in preconditioner.statistics)
+    return (
+        layer.name or "(model)",
+        f"{type(layer.module).__name__}, {type(preconditioner).__name__}",
+        _size((blocks, outputs, inputs)),
+        statistics,
+        _ranks(layer.name, strategy),
+        _scaled(preconditioner.refresh_flops()),
+        _scaled(preconditioner.apply_flops()),
+        _scaled(_bytes(layer, preconditioner), 1024),
+    )
+
+
+def _ranks(name: str, strategy: Strategy) -> str:
+    """Returns the ranks that refresh and apply the layer's preconditioner."""
+    if strategy.is_replicated and strategy.comm.world_size > 1:
+        return "all"
+    return ", ".join(map(str, strategy.placement.owners(name)))
+
+
+def _bytes(layer: Layer, preconditioner: Preconditioner) -> int:
+    """Returns what statistics and cache take on a rank that holds the layer and reports on it.
+
+    A statistic is held whole, and its value before the newest as it travels (packed, where symmetric).
+    """
+    kept = sum(prod(spec.shape) + spec.numbers for spec in preconditioner.statistics)
+    cached = sum(prod(shape) for shape in preconditioner.cache_shapes.values())
+    return (kept + cached) * layer.dtype.itemsize
+
+
+def _size(shape: Sequence[int]) -> str:
+    """Returns 3x3 for (1, 3, 3) and 2x3x3 for (2, 3, 3): one block is the rule."""
+    lengths = shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
+    return "x".join(map(str, lengths))
+
+
+def _scaled(number: float, base: int = 1000) -> str:
+    """Returns three significant digits and a unit."""
+    power = 0
+    while number >= base and power < len(UNITS) - 1:
+        number /= base
+        power += 1
+    suffix = f"{UNITS[power]}{'i' if base == 1024 and power else ''}{'B' if base == 1024 else ''}"
+    return f"{number:.3g} {suffix}".strip()
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

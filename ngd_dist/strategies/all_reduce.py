@@ -24,6 +24,8 @@ __all__ = ["AllReduce"]
 class AllReduce(Strategy):
     """Most bytes and most work per rank; no rank waits for another's inverse."""
 
+    is_replicated = True
+
     def holds(self, layer: str) -> bool:
         return True
 

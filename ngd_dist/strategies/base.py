@@ -95,7 +95,12 @@ class Findings:
 
 
 class Strategy(ABC):
-    """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank."""
+    """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
+
+    `is_replicated`: every rank does every layer's work.
+    """
+
+    is_replicated: bool
 
     def __init__(
         self,

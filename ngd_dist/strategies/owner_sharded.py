@@ -46,6 +46,8 @@ class _Part:
 class OwnerSharded(Strategy):
     """Buffers are rank-major: one part per rank with what its layers need, padded to the longest part."""
 
+    is_replicated = False
+
     def holds(self, layer: str) -> bool:
         return self.comm.rank in self.placement.owners(layer)
 

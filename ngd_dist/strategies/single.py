@@ -11,6 +11,8 @@ __all__ = ["Single"]
 class Single(Strategy):
     """Every layer is this rank's own."""
 
+    is_replicated = True
+
     def holds(self, layer: str) -> bool:
         return True
 
