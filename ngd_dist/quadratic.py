@@ -49,8 +49,10 @@ DDP_AT_REST = {
 
 def curvature_products(
     model: nn.Module, objective: Objective, tangents: Sequence[Mapping[nn.Parameter, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Returns the loss, 0-d, and d_i^T F d_j for the given steps d in weight space, [k, k]; float64, on the device.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the loss, 0-d, d_i^T F d_j, [k, k], and d_i^T grad, [k], for steps d in weight space.
+
+    In float64, on the device; grad is that of the objective's loss.
 
     tangents: k steps; a parameter that a step doesn't name stays where it is. The objective is evaluated k + 1 times:
     J d by forward mode, then the loss. If an operation has no forward derivative, J d comes from differentiating the
@@ -70,10 +72,11 @@ def curvature_products(
         if changes is None or _reads_elsewhere(output, moved):
             changes = _output_changes_in_reverse(output, leaves, tangents, failure)
         curved = [_curvature_along(change, gradient, output) for change in changes]
+        slopes = [_dot(change, gradient.detach()) for change in changes]
     products = torch.zeros(len(tangents), len(tangents), dtype=F64, device=output.device)
     for i, j in combinations_with_replacement(range(len(tangents)), 2):
         products[i, j] = products[j, i] = _dot(changes[i], curved[j])
-    return loss.detach().to(F64), products
+    return loss.detach().to(F64), products, torch.stack(slopes)
 
 
 @torch.no_grad()

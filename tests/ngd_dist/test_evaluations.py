@@ -66,7 +66,7 @@ def test_all_evaluations_see_the_same_random_numbers_and_buffers() -> None:
     objective = objective_of(model, torch.randn(8, 4, dtype=F64), torch.randint(3, (8,)))
     step = random_steps(model, 1)[0]
 
-    loss, products = curvature_products(model, objective, [step, step])
+    loss, products, _ = curvature_products(model, objective, [step, step])
 
     # With other dropout masks per evaluation the two columns of J d would differ, and so would the losses.
     assert products.unique().numel() == 1
@@ -128,7 +128,7 @@ def test_a_model_under_ddp_trains_on(options: dict[str, bool], knows_wrapper: bo
     bare = network()
     x, y = torch.randn(6, 4, dtype=F64), torch.randint(3, (6,))
     steps = random_steps(bare)
-    _, expected = curvature_products(bare, objective_of(bare, x, y), steps)
+    _, expected, _ = curvature_products(bare, objective_of(bare, x, y), steps)
 
     with process_group():
         model = DistributedDataParallel(bare, **options)
@@ -141,7 +141,7 @@ def test_a_model_under_ddp_trains_on(options: dict[str, bool], knows_wrapper: bo
         for _ in range(3):
             F.cross_entropy(model(x), y).backward()
             before = ddp_state(model)
-            _, products = curvature_products(model if knows_wrapper else bare, objective, steps)
+            _, products, _ = curvature_products(model if knows_wrapper else bare, objective, steps)
             evaluate(bare, objective)
             assert ddp_state(model) == before
 
@@ -154,14 +154,14 @@ def test_a_compiled_model_is_evaluated_eagerly() -> None:
     bare = network()
     x, y = torch.randn(6, 4, dtype=F64), torch.randint(3, (6,))
     steps, runs = random_steps(bare), list[int]()
-    _, expected = curvature_products(bare, objective_of(bare, x, y), steps)
+    _, expected, _ = curvature_products(bare, objective_of(bare, x, y), steps)
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         return lambda *args: (runs.append(1), graph.forward(*args))[1]
 
     model = torch.compile(bare, backend=backend)
     model(x)
-    _, products = curvature_products(model, objective_of(model, x, y), steps)
+    _, products, _ = curvature_products(model, objective_of(model, x, y), steps)
 
     assert len(runs) == 1
     torch.testing.assert_close(products, expected, rtol=1e-12, atol=0)

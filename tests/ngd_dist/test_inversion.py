@@ -1,10 +1,12 @@
 """Inverses carry their ending and an honest residual."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from ngd_dist.inversion import Ending, invert
+from ngd_dist.inversion import Ending, eigen, invert
 
 
 def with_condition(kappa: float, n: int = 50, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,3 +71,43 @@ def test_an_inverse_that_rounding_spoiled_is_not_used() -> None:
 
     assert inverse.value is None
     assert inverse.ending in (Ending.NOT_POSITIVE_DEFINITE, Ending.INACCURATE)
+
+
+def test_eigh_is_tried_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = torch.linalg.eigh
+
+    def fails_in_float32(matrix: Tensor) -> Any:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return exact(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    matrix = with_condition(1e2).unsqueeze(0)
+
+    found = eigen(matrix)
+
+    assert found.ending is Ending.OK
+    assert found.values is not None
+    assert found.vectors is not None
+    rebuilt = found.vectors @ torch.diag_embed(found.values) @ found.vectors.mT
+    torch.testing.assert_close(rebuilt, matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_an_eigendecomposition_that_never_converges_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(matrix: Tensor) -> Any:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+
+    found = eigen(torch.eye(3).unsqueeze(0))
+
+    assert (found.values, found.vectors, found.ending) == (None, None, Ending.NOT_CONVERGED)
+    assert found.ending.advice
+
+
+def test_one_bad_block_fails_its_factor() -> None:
+    matrix = torch.stack([torch.eye(3), -torch.eye(3)])
+
+    inverse = invert(matrix, torch.zeros(2))
+
+    assert (inverse.value, inverse.ending) == (None, Ending.NOT_POSITIVE_DEFINITE)

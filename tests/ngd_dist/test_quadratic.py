@@ -161,9 +161,14 @@ def test_products_are_those_of_the_dense_gauss_newton_matrix(name: str) -> None:
     x, y = torch.randn(shape, dtype=F64), torch.randint(3, (6,))
     steps = random_steps(model)
 
-    loss, products = curvature_products(model, objective_of(model, x, y), steps)
+    loss, products, slopes = curvature_products(model, objective_of(model, x, y), steps)
 
-    torch.testing.assert_close(loss, F.cross_entropy(model(x), y).detach(), rtol=1e-12, atol=0)
+    exact = F.cross_entropy(model(x), y)
+    torch.testing.assert_close(loss, exact.detach(), rtol=1e-12, atol=0)
+    found = torch.autograd.grad(exact, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    gradients = dict(zip(model.parameters(), found, strict=True))
+    along = torch.stack([sum(((gradients[p] * d).sum() for p, d in step.items()), torch.zeros(())) for step in steps])
+    torch.testing.assert_close(slopes, along.double(), rtol=1e-10, atol=1e-12)
     expected = dense_products(model, F.cross_entropy, x, y, steps)
     torch.testing.assert_close(products, expected, rtol=1e-10, atol=1e-12)
 
@@ -179,7 +184,7 @@ def test_the_output_hessian_is_that_of_the_loss_given(loss: Any) -> None:
     x, y = torch.randn(6, 4, dtype=F64), torch.rand(6, 3, dtype=F64)
     steps = random_steps(model, 1)
 
-    _, products = curvature_products(model, objective_of(model, x, y, loss), steps)
+    _, products, _ = curvature_products(model, objective_of(model, x, y, loss), steps)
 
     torch.testing.assert_close(products, dense_products(model, loss, x, y, steps), rtol=1e-10, atol=1e-12)
 
@@ -192,8 +197,8 @@ def test_a_parameter_that_a_step_leaves_out_stays_where_it_is() -> None:
     full = random_steps(model, 1)[0]
     kept = {p: full[p] for p in model[2].parameters()}
 
-    _, partial = curvature_products(model, objective, [kept, {}])
-    _, padded = curvature_products(model, objective, [{p: full[p] * (p in kept) for p in full}])
+    _, partial, _ = curvature_products(model, objective, [kept, {}])
+    _, padded, _ = curvature_products(model, objective, [{p: full[p] * (p in kept) for p in full}])
 
     torch.testing.assert_close(partial[0, 0], padded[0, 0], rtol=1e-12, atol=0)
     assert partial[1].tolist() == [0.0, 0.0]
@@ -317,7 +322,7 @@ def test_the_newton_direction_reaches_the_minimum_of_a_linear_regression() -> No
     newton = -torch.linalg.solve(x.T @ x / 20, grad.flatten()).view(1, 4)
     D = torch.cat([newton, torch.randn(1, 4, dtype=F64)])
 
-    loss, DFD = curvature_products(model, objective, [{model.weight: d.view(1, 4)} for d in D])
+    loss, DFD, _ = curvature_products(model, objective, [{model.weight: d.view(1, 4)} for d in D])
     lengths = solve_lengths(DFD, D @ D.T, D @ grad.flatten(), 0.0)
     with torch.no_grad():
         model.weight.add_(lengths[0] * newton)
