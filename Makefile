@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.synced
 
+# With cached bytecode a process that imports torch starts in two thirds of the time, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check gpu bench browser
+.PHONY: help demo serve test test-slow check docs gpu bench browser
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +39,12 @@ check: $(STAMP) ## lint, format, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Material for MkDocs announces its successor on each start; the site is built with what uv.lock pins.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP) ## build the documentation into site/, after the settings' page that it holds
+	$(BIN)/python docs/reference/configuration_page.py > docs/configuration.md
+	$(BIN)/mkdocs build --strict
 
 gpu: $(STAMP) ## run the oracles on CUDA and time a first step; says so where there is no GPU
 	$(BIN)/pytest -m gpu tests/ngd_dist/test_cuda.py

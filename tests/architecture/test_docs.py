@@ -1,0 +1,59 @@
+"""The site builds without a warning, shows what the code says, and fetches nothing from elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIGURATION_PAGE = ROOT / "docs" / "reference" / "configuration_page.py"
+FETCHED = re.compile(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="?(https?:)?//')
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [str(Path(sys.executable).with_name("mkdocs")), "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, (
+        built.stdout + built.stderr
+    )  # --strict: a link, an anchor or a class that is not there
+    return folder
+
+
+def test_page_of_settings_is_current() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text()
+
+    generated = subprocess.run([sys.executable, str(CONFIGURATION_PAGE)], capture_output=True, text=True, check=True)
+
+    assert written == generated.stdout, "run: make docs"
+
+
+@pytest.mark.parametrize("page", ["optimizer.html", "layers.html", "preconditioners.html", "strategies.html"])
+def test_reference_shows_public_classes(site: Path, page: str) -> None:
+    text = (site / "reference" / page).read_text()
+
+    assert re.search(r'<h\d id="ngd_dist\.[\w.]+"', text)
+    assert "doc-class" in text
+
+
+def test_reference_lays_docstrings_out(site: Path) -> None:
+    text = (site / "reference" / "optimizer.html").read_text()
+
+    assert "<li>\n<p><code>model</code>: " in text
+    assert "<strong>Raises</strong>" in text
+
+
+def test_pages_fetch_nothing_from_elsewhere(site: Path) -> None:
+    fetching = {page.name for page in site.rglob("*.html") if FETCHED.search(page.read_text())}
+
+    assert fetching == set()
