@@ -231,7 +231,7 @@ class LevenbergMarquardt(Settings):
     """
 
     kind: Literal["levenberg_marquardt"] = "levenberg_marquardt"
-    decay: float = Field(0.95, gt=0, lt=1, description="omega, per step.")
+    decay: float = Field(0.9, gt=0, lt=1, description="omega, per step; 0.9 in kfac-jax, 0.95 in [MG15].")
     every: int = Field(5, ge=1, description="Optimizer steps between two adaptations.")
     low: float = Field(0.25, gt=0, lt=1)
     high: float = Field(0.75, gt=0, lt=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import FixedInterval
+from ngd_dist.config import FixedInterval, Gaussian, MonteCarlo
 from ngd_dist.errors import CaptureError
 from tests.reference.fisher import sample_gradients
 
@@ -70,11 +70,12 @@ def test_per_sample_gradients_are_summed_over_the_runs() -> None:
 
     F.cross_entropy(model(x), y).backward()
 
+    found = captured(optimizer)["norm.F"]
     names = [name for name, _ in model.named_parameters()]
     exact = dict(zip(names, sample_gradients(model, F.cross_entropy, x, y), strict=True))
     scale, shift = exact["norm.weight"], exact["norm.bias"]
     blocks = torch.stack([scale**2, scale * shift, shift**2], dim=-1).mean(0)
-    torch.testing.assert_close(captured(optimizer)["norm.F"], blocks, rtol=1e-11, atol=1e-16)
+    torch.testing.assert_close(found, blocks, rtol=1e-11, atol=1e-16)
 
 
 def test_a_siamese_pair_is_one_step() -> None:
@@ -203,3 +204,48 @@ def test_a_compiled_model_is_counted_as_the_bare_one(backend: str) -> None:
 
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+class Positioned(nn.Module):
+    """Adds a position embedding that is looked up once for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Linear(2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        where: Tensor = self.position(torch.eye(2, dtype=x.dtype).unsqueeze(0))
+        return x + where
+
+
+def test_a_run_that_all_samples_share_takes_the_square_of_their_sum() -> None:
+    torch.manual_seed(0)
+    model, x = Positioned().double(), torch.randn(4, 2, 3, dtype=F64)
+    optimizer = NGD(model)
+
+    model(x).square().sum((1, 2)).mean().backward()
+
+    g_NPO = 2 * model(x).detach()
+    found = captured(optimizer)
+    torch.testing.assert_close(found["position.A"][0], torch.eye(2, dtype=F64))
+    total = g_NPO.sum(0)
+    torch.testing.assert_close(found["position.G"][0], total.T @ total / (4 * 2))
+
+
+def test_the_shared_estimate_is_unbiased_for_a_sampled_fisher() -> None:
+    torch.manual_seed(0)
+    model, x = Positioned().double(), torch.zeros(4, 2, 3, dtype=F64)
+    likelihood = Gaussian()
+
+    draws = []
+    for seed in range(20):
+        optimizer = NGD(
+            model, NGDConfig(fisher=MonteCarlo(likelihood=likelihood, positions="sum", samples=100, seed=seed))
+        )
+        output = model(x)
+        optimizer.fisher_backward(output)
+        output.sum().backward()
+        draws.append(captured(optimizer)["position.G"][0])
+
+    # Every output has unit Fisher. 2,000 draws at two positions: sqrt(2 / 4000) = 2.2 %; four times that.
+    torch.testing.assert_close(torch.stack(draws).mean(0), torch.eye(3, dtype=F64), rtol=0, atol=0.09)
