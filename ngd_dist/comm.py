@@ -1,21 +1,34 @@
 """The only caller of torch.distributed: named collectives that count what they send.
 
 A collective here must be called by every rank of the group, with the same names in the same order and the same
-shapes. The group's timeout bounds each of them; an error names the collective and the rank.
+shapes.
+
+A rank that raises, hangs or dies never leaves the others waiting for ever. Under gloo a link that breaks, or else the
+group's timeout (`init_process_group(timeout=...)`, half an hour unless given), fails the collective on some rank;
+that rank then closes its own links, so that all others fail at once too, and each raises a CollectiveError that names
+the collective, this rank and who is to blame. The group is of no use after it. Under NCCL collectives are only
+queued: the watchdog of torch ends the process when the timeout is over, and a CollectiveError comes only where
+TORCH_NCCL_BLOCKING_WAIT=1 makes each collective wait.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ngd_dist.errors import CollectiveError
+from ngd_dist.postmortem import Postmortem, Store
 
 __all__ = ["Communicator"]
+
+# By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
+_postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
 
 
 class Communicator:
@@ -27,6 +40,7 @@ class Communicator:
         self.rank: int = dist.get_rank(group) if joined else 0
         self.world_size: int = dist.get_world_size(group) if joined else 1
         self._sent: Counter[str] = Counter()
+        self._postmortem = _postmortem_of(group or dist.group.WORLD) if self.world_size > 1 else None
 
     def all_reduce(self, name: str, tensor: Tensor, *, kind: str = "control") -> None:
         """Collective. Replaces the tensor, on every rank, by its sum over the ranks."""
@@ -78,6 +92,15 @@ class Communicator:
         self.all_reduce(name, arrived)
         arrived.item()  # NCCL only queues: reading the result waits for it
 
+    def post_error(self, message: str) -> None:
+        """Tells the other ranks why this one is about to raise: the errors of their collectives will quote `message`.
+
+        Not collective; returns within seconds. The next collective of this rank takes it back. It is lost if this
+        rank hosts the group's store, as rank 0 does without a launcher, and ends before the others have read it.
+        """
+        if self._postmortem is not None:
+            self._postmortem.raised(message)
+
     @property
     def device(self) -> torch.device:
         """Where tensors must lie: the current CUDA device under NCCL, else the CPU."""
@@ -96,9 +119,44 @@ class Communicator:
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
+        assert self._postmortem is not None  # of several ranks
+        self._postmortem.enter(name)
         try:
             yield
         except RuntimeError as error:
+            self._postmortem.failed(str(error))  # before the others fail by what follows, and look for it
+            self._close_links()
             raise CollectiveError(
-                f"collective {name!r} failed on rank {self.rank} of {self.world_size}: {error}"
+                f"collective {name!r} failed on {self._postmortem.rank_names[self.rank]} of {self.world_size}: "
+                f"{self._postmortem.explain()}. Torch says: {str(error).strip()}"
             ) from error
+        except Exception as error:  # before anything was sent: a value that can't be pickled
+            self._postmortem.raised(f"{type(error).__name__}: {error}")
+            raise
+
+    def _close_links(self) -> None:
+        """Makes the collectives of all other ranks fail now, not after their own timeouts, which may be long."""
+        if "cpu:gloo" not in dist.get_backend_config(self._group):
+            return
+        for peer in set(range(self.world_size)) - {self.rank}:
+            # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
+            with suppress(RuntimeError):
+                receive = dist.irecv(torch.empty(1), group=self._group, group_src=peer)
+                if receive is not None:
+                    receive.wait(timedelta(milliseconds=1))
+
+
+def _postmortem_of(group: dist.ProcessGroup | None) -> Postmortem:
+    assert group is not None  # there are several ranks
+    if group not in _postmortems:
+        weak = ref(group)
+
+        def store() -> Store:
+            if (alive := weak()) is None:
+                raise RuntimeError("the process group was destroyed")
+            return cast(Store, alive.get_group_store())
+
+        global_ranks = dist.get_process_group_ranks(group)
+        names = [f"rank {r}" + (f" (global rank {g})" if g != r else "") for r, g in enumerate(global_ranks)]
+        _postmortems[group] = Postmortem(dist.get_rank(group), names, store)
+    return _postmortems[group]

@@ -1,4 +1,7 @@
-"""Runs a function on several ranks of a gloo group, one process each, and brings back what each returned."""
+"""Runs a function on several ranks of a gloo group, one process each, and brings back what each returned.
+
+`run_ranks` is for ranks that all succeed; `run_survivors` for those of which some die, hang or raise on purpose.
+"""
 
 import datetime
 import os
@@ -22,16 +25,25 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _entry(rank: int, world_size: int, port: int, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _entry(
+    rank: int,
+    world_size: int,
+    port: int,
+    results: Any,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout_s: float = HANG_S / 2,
+    ends_together: bool = True,
+) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=HANG_S / 2)
-        )
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
         value = fn(rank, world_size, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if ends_together:
+            dist.barrier()
+            dist.destroy_process_group()
         # Pickled here: a queue of torch's would pass file descriptors, which die with this process.
         results.put((rank, True, pickle.dumps(value)))
     except BaseException:  # noqa: BLE001 - the boundary of the child process: everything goes to the parent as text
@@ -70,3 +82,36 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
                 process.kill()
             process.join()
     return [values[rank] for rank in range(world_size)]
+
+
+def run_survivors(
+    world_size: int, fn: Callable[..., Any], *args: Any, doomed: set[int], timeout_s: float
+) -> dict[int, Any]:
+    """Returns {rank: fn(rank, world_size, *args)} for the ranks that are not `doomed` to die or hang in fn.
+
+    `timeout_s` bounds the group's collectives; no process outlives this call. Raises: AssertionError with the
+    traceback of a rank, or if a survivor gives no result within HANG_S.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_entry, args=(rank, world_size, port, results, fn, args, timeout_s, False))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    values: dict[int, Any] = {}
+    try:
+        while set(values) != set(range(world_size)) - doomed:
+            rank, ok, value = results.get(timeout=HANG_S)
+            assert ok or rank in doomed, f"rank {rank} of {world_size} raised:\n{value}"
+            if ok:
+                values[rank] = pickle.loads(value)
+    except queue.Empty as error:
+        raise AssertionError(f"of {world_size} ranks, only {sorted(values)} gave a result in {HANG_S} s") from error
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return values

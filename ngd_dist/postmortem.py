@@ -1,0 +1,165 @@
+"""Who is to blame for a collective that failed: reports that the ranks leave in their group's key-value store.
+
+While all goes well nothing is written. A rank that raises, or whose collective fails, appends one line to the group's
+log; a rank whose collective failed then reads the log until every rank has reported, or until PATIENCE_S is over. Who
+has not reported by then never arrived. Every call here ends within a few seconds, whatever the store does.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+__all__ = ["PATIENCE_S", "Postmortem", "Store"]
+
+PATIENCE_S = 5.0  # for the reports of the other ranks: their collectives fail within milliseconds of each other
+LINGER_S = 0.5  # the rank that hosts the store must not end while the others still read
+QUOTED = 500  # characters of an error in a report
+LISTED = 8  # ranks in a message
+
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """What is used of a torch.distributed store; its failures are RuntimeErrors."""
+
+    def append(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def add(self, key: str, amount: int) -> int: ...
+
+
+class Kind(StrEnum):
+    RAISED = "raised"  # an error outside of any collective
+    FAILED = "failed"  # in a collective
+    WENT_ON = "went on"  # takes back this rank's earlier report
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of the log: what became of a rank in, or after, its `number`-th collective."""
+
+    rank: int
+    kind: Kind
+    number: int
+    collective: str
+    error: str
+
+
+class Postmortem:
+    """One rank's reports, shared by all that call collectives of one group: its count of them is what is compared."""
+
+    def __init__(self, rank: int, rank_names: Sequence[str], store: Callable[[], Store]) -> None:
+        """`store` is asked anew each time, since a reference to it would keep its server alive after the group."""
+        self.rank_names = rank_names
+        self._rank = rank
+        self._store = store
+        self._number = 0
+        self._collective = ""
+        self._own: Report | None = None
+        # A group that is formed again over the same store must not read what its predecessor left.
+        lives = _within(PATIENCE_S, lambda: store().add(f"ngd_dist/lives of {rank}", 1))
+        self._log = f"ngd_dist/failures in life {lives[0] if lives else 0}"
+
+    def enter(self, collective: str) -> None:
+        """Counts a collective, and takes back what this rank had reported: it went on."""
+        self._number += 1
+        self._collective = collective
+        if self._own is not None:
+            self._report(Kind.WENT_ON, "")
+            self._own = None
+
+    def raised(self, message: str) -> None:
+        """Reports an error of this rank, unless it only follows from a collective that failed."""
+        if self._own is None or self._own.kind is not Kind.FAILED:
+            self._report(Kind.RAISED, message)
+
+    def failed(self, message: str) -> None:
+        """Reports that this rank's collective failed."""
+        self._report(Kind.FAILED, message)
+
+    def explain(self) -> str:
+        """Returns who is to blame, in words. Called after `failed`."""
+        log = ""
+
+        def read() -> None:
+            nonlocal log
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
+                log = self._store().get(self._log).decode()
+                if len(_latest(log)) == len(self.rank_names):
+                    time.sleep(LINGER_S)
+                    return
+                time.sleep(0.05 + len(self.rank_names) / 500)  # the readers' load on the store grows as the square
+
+        if self._own is not None:
+            _within(PATIENCE_S + LINGER_S, read)
+        if self._own is None or not log:
+            return "who is to blame is unknown: the group's store, on rank 0 or the launcher, has died or hangs"
+        return self._verdict(self._own, _latest(log))
+
+    def _report(self, kind: Kind, error: str) -> None:
+        report = Report(self._rank, kind, self._number, self._collective, error[:QUOTED])
+        line = json.dumps(asdict(report)) + "\n"
+        is_written = _within(PATIENCE_S, lambda: self._store().append(self._log, line))
+        self._own = report if is_written else None
+
+    def _verdict(self, own: Report, reports: dict[int, Report]) -> str:
+        found = list(reports.values())
+        raised = [report for report in found if report.kind is Kind.RAISED]
+        missing = [name for rank, name in enumerate(self.rank_names) if rank not in reports]
+        strays = [r for r in found if r.number == own.number and r.collective != own.collective and r not in raised]
+        parts = []
+        if raised:
+            others = f" (and {len(raised) - 1} more)" if raised[1:] else ""
+            parts.append(f"{self.rank_names[raised[0].rank]}{others} raised: {raised[0].error}")
+        if missing:
+            names = ", ".join(missing[:LISTED]) + (f" and {len(missing) - LISTED} more" if missing[LISTED:] else "")
+            fate = "died, hang, or were" if missing[1:] else "died, hangs, or was"
+            parts.append(f"{names} did not arrive: {fate} still busy {PATIENCE_S:g} s later")
+        if strays:
+            parts.append(
+                f"{self.rank_names[strays[0].rank]} called {strays[0].collective!r} instead; every rank must call "
+                "the same collectives in the same order"
+            )
+        if not parts:
+            first = found[0]
+            cause = (
+                "this rank failed first"
+                if first == own
+                else f"{self.rank_names[first.rank]} failed first: {first.error}"
+            )
+            parts.append(f"every rank arrived, and {cause}")
+        return "; ".join(parts)
+
+
+def _latest(log: str) -> dict[int, Report]:
+    """Returns the last report of each rank that did not go on, the one that reported first in front."""
+    reports: dict[int, Report] = {}
+    for line in log.splitlines():
+        fields = json.loads(line)
+        report = Report(**fields | {"kind": Kind(fields["kind"])})
+        reports.pop(report.rank, None)
+        if report.kind is not Kind.WENT_ON:
+            reports[report.rank] = report
+    return reports
+
+
+def _within(seconds: float, task: Callable[[], T]) -> list[T]:
+    """Returns what the task returned, or nothing if it failed or takes longer.
+
+    In a thread, since a store on a machine that vanished blocks its clients for ever.
+    """
+    results: list[T] = []
+
+    def attempt() -> None:
+        with suppress(RuntimeError):
+            results.append(task())
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results

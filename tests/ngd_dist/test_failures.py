@@ -1,0 +1,209 @@
+"""A rank that raises, hangs or dies: the others end too, in bounded time, and say which rank and why."""
+
+import datetime
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ngd_dist import postmortem
+from ngd_dist.comm import Communicator
+from ngd_dist.errors import CaptureError, CollectiveError
+from ngd_dist.postmortem import Postmortem
+from tests.support.ranks import run_survivors
+
+TIMEOUT_S = 3.0
+BOUND_S = 60.0  # generous: what matters is that it is not the half hour of a group's default timeout
+ERROR = "layer 'fc': ran twice in one step"
+
+
+def fail(how: str, comm: Communicator) -> None:
+    """Ends, hangs or breaks this rank, as a user's process would."""
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "is stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how.startswith("raises"):
+        comm.post_error(ERROR)
+    if how == "raises and exits":
+        raise CaptureError(ERROR)
+    time.sleep(10 * BOUND_S)
+
+
+def failure_of_a_collective(comm: Communicator) -> tuple[float, str]:
+    """Returns how long the collective took to raise, and what."""
+    start_s = time.monotonic()
+    with pytest.raises(CollectiveError) as caught:
+        comm.all_reduce("directions", torch.ones(1000))
+    return time.monotonic() - start_s, str(caught.value)
+
+
+def meet_a_failure(rank: int, world_size: int, how: str, culprit: int) -> tuple[float, str]:
+    comm = Communicator()
+    comm.barrier("start")
+    if rank == culprit:
+        time.sleep(0.5)  # the others wait in the collective by then
+        fail(how, comm)
+    return failure_of_a_collective(comm)
+
+
+def survivors(world_size: int, how: str, *, culprit: int, timeout_s: float = TIMEOUT_S) -> dict[int, tuple[float, str]]:
+    return run_survivors(world_size, meet_a_failure, how, culprit, doomed={culprit}, timeout_s=timeout_s)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["raises and exits", "raises and hangs"])
+def test_the_error_of_one_rank_reaches_all_others(how: str) -> None:
+    for rank, (elapsed_s, message) in survivors(3, how, culprit=1).items():
+        assert f"collective 'directions' failed on rank {rank} of 3: rank 1 raised: {ERROR}" in message
+        assert "did not arrive" not in message
+        assert elapsed_s < BOUND_S
+
+
+@pytest.mark.ranks
+def test_a_rank_that_hangs_is_named_by_all_others() -> None:
+    for rank, (elapsed_s, message) in survivors(3, "hangs", culprit=2).items():
+        assert f"collective 'directions' failed on rank {rank} of 3: rank 2 did not arrive" in message
+        assert elapsed_s < BOUND_S
+
+
+@pytest.mark.ranks
+def test_a_rank_that_dies_is_named_by_all_others_before_the_timeout() -> None:
+    # In a ring of four, rank 0 exchanges with ranks 1 and 3 alone: they must pass on that rank 2 died.
+    for rank, (elapsed_s, message) in survivors(4, "is killed", culprit=2, timeout_s=2 * BOUND_S).items():
+        assert f"collective 'directions' failed on rank {rank} of 4: rank 2 did not arrive" in message
+        assert elapsed_s < BOUND_S
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["is killed", "is stopped"])
+def test_the_loss_of_the_store_is_said(how: str) -> None:
+    # Without a launcher rank 0 hosts the store. Stopped, it leaves the others with a store that never answers.
+    elapsed_s, message = survivors(2, how, culprit=0)[1]
+
+    assert "collective 'directions' failed on rank 1 of 2: who is to blame is unknown: the group's store" in message
+    assert elapsed_s < BOUND_S
+
+
+def arrive_late(rank: int, world_size: int) -> tuple[float, str]:
+    comm = Communicator()
+    comm.barrier("start")
+    time.sleep((TIMEOUT_S + 1) * rank)
+    return failure_of_a_collective(comm)
+
+
+@pytest.mark.ranks
+def test_a_rank_later_than_the_timeout_learns_who_gave_up() -> None:
+    _, message = run_survivors(2, arrive_late, doomed=set(), timeout_s=TIMEOUT_S)[1]
+
+    assert "failed on rank 1 of 2: every rank arrived, and rank 0 failed first" in message
+    assert "Timed out" in message
+
+
+def meet_a_failure_in_a_subgroup(rank: int, world_size: int) -> tuple[float, str] | None:
+    subgroup = dist.new_group([0, 2], timeout=datetime.timedelta(seconds=TIMEOUT_S))
+    if rank == 1:
+        return None
+    comm = Communicator(subgroup)
+    if rank == 2:
+        fail("raises and hangs", comm)
+    return failure_of_a_collective(comm)
+
+
+@pytest.mark.ranks
+def test_ranks_of_a_subgroup_are_told_apart_from_global_ones() -> None:
+    _, message = run_survivors(3, meet_a_failure_in_a_subgroup, doomed={2}, timeout_s=BOUND_S)[0]
+
+    assert f"failed on rank 0 of 2: rank 1 (global rank 2) raised: {ERROR}" in message
+
+
+def go_on_after_an_error(rank: int, world_size: int) -> tuple[float, str]:
+    Communicator().post_error("a bad batch on every rank, which the caller skips")
+    comm = Communicator()
+    comm.barrier("next")
+    if rank == 1:
+        fail("hangs", comm)
+    return failure_of_a_collective(comm)
+
+
+@pytest.mark.ranks
+def test_an_error_that_a_rank_survived_is_not_blamed_later() -> None:
+    _, message = run_survivors(2, go_on_after_an_error, doomed={1}, timeout_s=TIMEOUT_S)[0]
+
+    assert "rank 1 did not arrive" in message
+    assert "raised" not in message
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Postmortem]]:
+    """Returns a maker of the reports of `n` ranks in one process, over one store."""
+    monkeypatch.setattr(postmortem, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(postmortem, "LINGER_S", 0.0)
+    store = dist.HashStore()
+    return lambda n: [Postmortem(rank, [f"rank {r}" for r in range(n)], lambda: store) for rank in range(n)]
+
+
+def test_a_collective_called_out_of_order_is_named(board: Callable[[int], list[Postmortem]]) -> None:
+    ranks = board(2)
+    for rank, name in zip(ranks, ["A", "G"], strict=True):
+        rank.enter(name)
+        rank.failed("sizes differ")
+
+    assert ranks[0].explain().startswith("rank 1 called 'G' instead; every rank must call the same collectives")
+    assert ranks[1].explain().startswith("rank 0 called 'A' instead; every rank must call the same collectives")
+
+
+def test_the_first_of_many_errors_is_quoted_and_the_missing_are_listed(
+    board: Callable[[int], list[Postmortem]],
+) -> None:
+    ranks = board(16)
+    for rank in (3, 1, 2):
+        ranks[rank].raised(f"layer {rank}\nbroke")
+    ranks[0].enter("A")
+    ranks[0].failed("closed")
+
+    assert ranks[0].explain() == (
+        "rank 3 (and 2 more) raised: layer 3\nbroke; rank 4, rank 5, rank 6, rank 7, rank 8, rank 9, rank 10, rank 11 "
+        "and 4 more did not arrive: died, hang, or were still busy 0.3 s later"
+    )
+
+
+def test_an_error_that_follows_from_a_failed_collective_is_not_an_error_of_its_own(
+    board: Callable[[int], list[Postmortem]],
+) -> None:
+    ranks = board(2)
+    for rank in ranks:
+        rank.enter("A")
+        rank.failed("timed out")
+    ranks[0].raised("collective 'A' failed")
+
+    assert ranks[1].explain() == "every rank arrived, and rank 0 failed first: timed out"
+
+
+def test_a_group_formed_again_over_the_same_store_forgets_the_earlier_failure(
+    board: Callable[[int], list[Postmortem]],
+) -> None:
+    board(2)[1].raised("of an earlier life")
+
+    first, _ = board(2)
+    first.enter("A")
+    first.failed("closed")
+
+    assert first.explain() == "rank 1 did not arrive: died, hangs, or was still busy 0.3 s later"
+
+
+def test_the_wait_for_a_report_ends_when_it_comes(board: Callable[[int], list[Postmortem]]) -> None:
+    postmortem.PATIENCE_S = 30.0  # the fixture puts it back
+    first, second = board(2)
+    first.enter("A")
+    first.failed("closed")
+    threading.Timer(0.2, second.raised, ["late"]).start()
+    start_s = time.monotonic()
+
+    assert first.explain() == "rank 1 raised: late"
+    assert time.monotonic() - start_s < 15
