@@ -11,12 +11,16 @@ from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import NGDConfig
 from ngd_dist.cost import LayerShape
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
+from ngd_dist.preconditioners.ekfac import EKFAC
 from ngd_dist.preconditioners.kfac import KFAC
 from ngd_dist.preconditioners.unit_wise import UnitWise
 
 __all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "Refreshed", "preconditioner_for"]
 
-PRECONDITIONERS: dict[str, Callable[[LayerShape, Any, int], Preconditioner]] = {"kfac": KFAC}
+PRECONDITIONERS: dict[str, Callable[[LayerShape, Any, int], Preconditioner]] = {
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+}
 
 
 def preconditioner_for(shape: LayerShape, config: NGDConfig) -> Preconditioner:

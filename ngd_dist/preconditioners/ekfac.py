@@ -1,0 +1,98 @@
+"""EKFAC: the Fisher block's diagonal in the eigenbasis of K-FAC's factors."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ngd_dist.config import EKFAC as EKFACConfig
+from ngd_dist.cost import LayerShape
+from ngd_dist.inversion import Ending
+from ngd_dist.kronecker import from_basis, outer, to_basis
+from ngd_dist.layers.base import Rows
+from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
+from ngd_dist.preconditioners.factors import Factors
+from ngd_dist.statistics import StatisticSpec
+
+__all__ = ["EKFAC"]
+
+# Entries of per-sample gradients that exist at a time: 64 MiB in float32. One sample's are always whole.
+MAX_ENTRIES = 2**24
+
+
+class EKFAC(Preconditioner):
+    """S = (1/N) sum over samples of (U_G^T grad U_A)^2, entry by entry, grad being the sample's own. Source: [GLB18].
+
+    No diagonal in this basis is closer to the Fisher block in Frobenius norm. A sample's gradient is summed over its
+    positions before it is squared. In the step that makes a new basis, S has not been measured in it yet: the products
+    of the factors' eigenvalues take its place, which is K-FAC with exact damping. Where eigenvalues coincide, their
+    eigenvectors are any basis of the eigenspace, and S with them.
+    """
+
+    def __init__(self, shape: LayerShape, config: EKFACConfig, max_dense: int) -> None:
+        super().__init__(shape)
+        self._factors = Factors(shape, config.sharing, max_dense)
+        self.statistics = (*self._factors.specs, StatisticSpec("S", shape.gradient, in_basis=True))
+        self.cache_shapes = {**self._factors.bases, "S": shape.gradient, "damping": ()}
+        self.shared = tuple(self._factors.bases)
+
+    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        found = self._factors.estimate(rows, due)
+        if "S" in due and all(name in shared for name in self.shared):
+            a_BNPI, g_BNPO = self._factors.inputs(rows), self._factors.output_gradients(rows)
+            found["S"] = _squares_in_basis(a_BNPI, g_BNPO, shared.get("A"), shared.get("G")) / rows.samples
+        return found
+
+    def refresh(
+        self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+    ) -> Refreshed:
+        """Decomposes the factors only if one is new. An S measured before that belongs to the old basis."""
+        endings: Mapping[str, Ending]
+        if old is None or fresh - {"S"}:
+            found = self._factors.decompose(statistics)
+            endings = found.endings
+            if found.values is None or found.bases is None:
+                return Refreshed(old, endings)
+            bases, S = found.bases, outer(found.values["G"], found.values["A"])
+        else:
+            bases, S = {name: old[name] for name in self.shared}, statistics.get("S", old["S"])
+            endings = {"S": Ending.OK if bool(torch.isfinite(S).all()) else Ending.NON_FINITE}
+            if endings["S"] is not Ending.OK:
+                return Refreshed(old, endings)
+        return Refreshed({**bases, "S": S, "damping": S.new_tensor(damping)}, endings)
+
+    def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
+        A, G = cache.get("A"), cache.get("G")
+        return from_basis(A, G, to_basis(A, G, grad_BOI) / (cache["S"] + cache["damping"]))
+
+    def refresh_flops(self) -> int:
+        return self._factors.eigen_flops()
+
+    def apply_flops(self) -> int:
+        return 2 * self._factors.product_flops()
+
+
+def _squares_in_basis(a_BNPI: Tensor, g_BNPO: Tensor, A_basis: Tensor | None, G_basis: Tensor | None) -> Tensor:
+    """Returns the sum over n of (U_G^T (sum over p of g a^T) U_A)^2, [B, O, I]."""
+    B, _, P, I = a_BNPI.shape  # noqa: E741
+    O = g_BNPO.shape[-1]  # noqa: E741
+    if P == 1:  # the square of a product is the product of the squares: no sample's gradient is formed
+        a_BNI, g_BNO = _turned(a_BNPI, A_basis).squeeze(2), _turned(g_BNPO, G_basis).squeeze(2)
+        return g_BNO.square().mT @ a_BNI.square()
+    # Either basis is applied where there are fewer rows: P to a sample, or those of its gradient.
+    turns_a, turns_g = P <= O, P <= I
+    total = a_BNPI.new_zeros(B, O, I)
+    chunk = max(1, MAX_ENTRIES // total.numel())
+    for a_BnPI, g_BnPO in zip(a_BNPI.split(chunk, 1), g_BNPO.split(chunk, 1), strict=True):
+        a, g = _turned(a_BnPI, A_basis if turns_a else None), _turned(g_BnPO, G_basis if turns_g else None)
+        entries_BnOI = _turned(g.mT @ a, None if turns_a else A_basis)
+        entries_BnIO = _turned(entries_BnOI.mT, None if turns_g else G_basis)
+        total += entries_BnIO.square().sum(1).mT
+    return total
+
+
+def _turned(rows_BNKD: Tensor, basis_BDD: Tensor | None) -> Tensor:
+    """Returns every row times the basis of its block."""
+    if basis_BDD is None:
+        return rows_BNKD
+    return (rows_BNKD.flatten(1, 2) @ basis_BDD).view(rows_BNKD.shape)

@@ -1,0 +1,53 @@
+"""Rows of one layer as plain tensors, for tests of what is estimated from them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ngd_dist.layers import Rows
+
+
+@dataclass
+class GivenRows:
+    """Stands in for `ngd_dist.layers.Rows`."""
+
+    a_BNPI: Tensor  # noqa: N815
+    g_BNPO: Tensor  # noqa: N815
+    slopes_BNPO: Tensor  # noqa: N815
+
+    @property
+    def samples(self) -> int:
+        return self.a_BNPI.shape[1]
+
+    @cached_property
+    def positions_B(self) -> Tensor:
+        return torch.tensor([float(self.a_BNPI.shape[2])], dtype=torch.float64)
+
+    @property
+    def input_squares_BI(self) -> Tensor:
+        return self.a_BNPI.square().sum((1, 2))
+
+
+class ForwardRows(GivenRows):
+    """Rows of which nobody may ask for the output gradients."""
+
+    def __getattribute__(self, name: str) -> object:
+        assert name != "g_BNPO", "the forward pass alone was to be read"
+        return super().__getattribute__(name)
+
+
+def random_rows(
+    shape: tuple[int, int, int], *, samples: int, positions: int, seed: int = 0, kind: type[GivenRows] = GivenRows
+) -> Rows:
+    """Returns float64 rows for a gradient of shape [B, O, I], of which a and g of a sample are correlated."""
+    B, O, I = shape  # noqa: E741
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(width: int) -> Tensor:
+        return torch.randn(B, samples, positions, width, dtype=torch.float64, generator=generator)
+
+    length = draw(1).exp()  # heavy tails, the same of a and g: what makes A (x) G a poor Fisher block
+    return cast(Rows, kind(draw(I) * length, draw(O) * length, draw(O).abs()))
