@@ -20,7 +20,7 @@ from ngd_dist.strategies import Collected, Report, Strategy
 __all__ = ["Curvature"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
-# half of what Levenberg-Marquardt moves it by in one adaptation (0.95 ** 5 = 0.77).
+# less than what Levenberg-Marquardt moves it by in one adaptation (to 0.9 ** 5 = 0.59 of it).
 DAMPING_DRIFT = 0.1
 
 
@@ -67,12 +67,15 @@ class Curvature:
     def take_shared(self, caches: Mapping[str, Cache | None]) -> None:
         """Keeps what `estimate` reads of the caches of layers that other ranks hold."""
         for name, cache in caches.items():
-            shared = self._preconditioners[name].shared
-            self.shared[name] = None if cache is None or not shared else {entry: cache[entry] for entry in shared}
+            entries, dtype = self._preconditioners[name].shared, self._dtypes[name]
+            if entries and not self._strategy.holds(name):
+                # What has travelled has the widest dtype of all layers, and so have the gradients below.
+                self.shared[name] = None if cache is None else {entry: cache[entry].to(dtype) for entry in entries}
 
     def apply(self, name: str, grad_BOI: Tensor) -> Tensor:
         """Returns the direction, [B, O, I]; the gradient itself while the layer has no cache."""
         cache = self.caches[name]
+        grad_BOI = grad_BOI.to(self._dtypes[name])
         return grad_BOI if cache is None else self._preconditioners[name].apply(cache, grad_BOI)
 
     def refresh(self, due: Sequence[Key], means: Collected) -> dict[Key, Report]:
@@ -84,18 +87,13 @@ class Curvature:
         return reports
 
     def _refresh_layer(self, name: str, due: Sequence[Key], means: Collected) -> dict[Key, Report]:
-        """Folds in what is measured in the standard basis first: where that makes a new one, the rest starts anew."""
+        """Folds in what is due and rebuilds the cache; what was measured in a basis that is made anew starts anew."""
         in_basis = {spec.name for spec in self._preconditioners[name].statistics if spec.in_basis}
-        found = {key: self._fold(key, means) for key in due if key.statistic not in in_basis}
-        rebuilds = any(report.verdict in REFRESHED for report in found.values())
-        if rebuilds:
+        found = {key: self._fold(key, means) for key in due}
+        fresh = frozenset(key.statistic for key, report in found.items() if report.verdict in REFRESHED)
+        if fresh - in_basis:
             for statistic in in_basis:
                 self.statistics[Key(name, statistic)].reset()
-        for key in due:
-            if key.statistic in in_basis:
-                unseen = Report(Verdict.UNSEEN, Ending.OK, float("inf"))
-                found[key] = unseen if rebuilds else self._fold(key, means)
-        fresh = frozenset(key.statistic for key, report in found.items() if report.verdict in REFRESHED)
         endings = self._rebuild(name, fresh) if fresh else {}
         waiting = endings.keys() - {key.statistic for key in found}
         reports: dict[Key, Report] = {}

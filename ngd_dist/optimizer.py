@@ -8,19 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ngd_dist import checkpoint, update
+from ngd_dist import update
 from ngd_dist.adaptation import Adaptation, Objective
 from ngd_dist.capture import Capture
+from ngd_dist.checkpoint import SavedState
 from ngd_dist.comm import Communicator
-from ngd_dist.config import AdamWFallback, ConstantDamping, LevenbergMarquardt, NGDConfig
+from ngd_dist.config import AdamWFallback, ConstantDamping, LayerWise, LevenbergMarquardt, NGDConfig
 from ngd_dist.coverage import cover, is_averaged_by_ddp, unwrap
 from ngd_dist.curvature import Curvature
 from ngd_dist.damping import scheduled
-from ngd_dist.errors import CaptureError, CheckpointError, ConfigError, NonFiniteError
+from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
 from ngd_dist.fallback import Fallback
+from ngd_dist.gradients import Gradients
 from ngd_dist.inversion import Ending
-from ngd_dist.layers import Rows
 from ngd_dist.loss_scale import LossScale
 from ngd_dist.output_fisher import OutputFisher
 from ngd_dist.param_groups import check_group
@@ -77,6 +78,8 @@ class NGD(torch.optim.Optimizer):
         self.layers, self.plain_parameters = cover(bare, set(updated), config)
         self._layer = {layer.name: layer for layer in self.layers}
         self._names = dict(bare.named_parameters())
+        of_model = {p: name for name, p in self._names.items()}
+        self._updated = {p: of_model.get(p, f"param_groups parameter {i}") for i, p in enumerate(updated)}
         covered = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in updated if p not in covered]
         self._group_of = {name: self._group_index(layer.parameters[0]) for name, layer in self._layer.items()}
@@ -94,19 +97,21 @@ class NGD(torch.optim.Optimizer):
         self._schedule = self._build_schedule()
         self._curvature = Curvature(self.layers, self._preconditioners, self._strategy, config, self._damping)
         self._loss_scale = LossScale(grad_scaler)
-        self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._rows)
+        self._gradients = Gradients({name: p for p, name in self._updated.items()}, self._loss_scale, self._comm)
         self._capture = Capture(
             bare,
             self.layers,
             self._preconditioners,
             config,
-            keeps_rows=self._length.needs_rows,
+            keeps_rows=isinstance(config.length, LayerWise),
             shared_of=self._curvature.shared_of,
             loss_scale=self._loss_scale.factor,
             stopwatch=self._stopwatch,
         )
+        self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._capture.rows)
         self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
         self._adaptation = Adaptation(config, bare, self._comm, self._capture.paused)
+        self.saved_state = self._build_saved_state()
         self._arm(1)
 
     @property
@@ -167,27 +172,13 @@ class NGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Collective. Returns the whole state on every rank: torch's, and under "ngd" the layers' by name."""
-        mine = [name for name in self._layer if self._strategy.reports(name)]
-        own = checkpoint.gather(self._comm, self._curvature, mine, self._schedule, self.stats)
-        fallback = {} if self._fallback is None else self._fallback.state_dict()
-        return super().state_dict() | {"ngd": own | {"fallback": fallback}}
+        return super().state_dict() | {"ngd": self.saved_state.gather(self._comm, self.stats)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a state saved at any world size. Raises: CheckpointError if it is of another model or kind."""
-        if "ngd" not in state_dict:
-            raise CheckpointError(f"an NGD state has the key 'ngd', got {sorted(state_dict)}; was it saved by NGD?")
-        saved = state_dict["ngd"]
-        checkpoint.check(saved, {key: statistic.spec for key, statistic in self._curvature.statistics.items()})
-        try:
-            super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})
-        except ValueError as error:
-            raise CheckpointError(f"the state's param_groups don't fit: {error}") from error
-        if self._fallback is not None:
-            self._fallback.load_state_dict(saved["fallback"])
-        checkpoint.restore(saved, self._curvature, self._schedule, self._strategy.holds, self._device)
-        self.stats = StepStats(
-            step=saved["step"], failed_inversions=saved["failed_inversions"], skipped_steps=saved["skipped_steps"]
-        )
+        """Takes over a state saved at any world size. Raises: CheckpointError, with nothing changed, if it is unfit."""
+        self.saved_state.check(state_dict, self.param_groups)
+        self.stats = self.saved_state.restore(state_dict["ngd"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})
         self._arm(self.stats.step + 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -219,7 +210,6 @@ class NGD(torch.optim.Optimizer):
 
     def _collect(self, due: list[Key]) -> Collected:
         """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
-        overflow = self._loss_scale.overflow(self)
         captured, wrong = self._capture.take(), self._capture.miscounted()
         values: dict[Key, Tensor] = {}
         for key in due:
@@ -229,24 +219,12 @@ class NGD(torch.optim.Optimizer):
             values[key] = spec.flatten(captured[key]) if key in captured else missing
         count = dict.fromkeys((key.layer for key in captured), 1.0) | dict.fromkeys(wrong, float("nan"))
         counts = {key.layer: torch.full((1,), count.get(key.layer, 0.0), device=self._device) for key in due}
-        gradients = {layer.name: layer.join([self._gradient(p) for p in layer.parameters]) for layer in self.layers}
-        plain = [self._gradient(p) for p in self._plain]
-        return self._strategy.collect(Local(self._non_finite(overflow), values, counts, gradients, plain))
-
-    def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        if parameter.grad is None:
-            return torch.zeros_like(parameter)
-        return self._loss_scale.unscaled(self, parameter.grad)
-
-    def _non_finite(self, overflow: Tensor | None) -> Tensor:
-        """Returns 1 if a gradient of this rank is not finite, [1], without reading it."""
-        if overflow is not None:
-            return overflow.to(self._device, torch.float32).sign().view(1)
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return torch.zeros(1, device=self._device)
-        largest = torch._foreach_norm(gradients, float("inf"))
-        return (~torch.stack([torch.isfinite(norm) for norm in largest]).all()).float().view(1)
+        gradients = {
+            layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
+        }
+        plain = [self._gradients.of(self, p) for p in self._plain]
+        non_finite = self._gradients.non_finite(self, self._device)
+        return self._strategy.collect(Local(non_finite, values, counts, gradients, plain))
 
     def _skip(self) -> None:
         """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
@@ -256,15 +234,7 @@ class NGD(torch.optim.Optimizer):
         self.stats.skipped_steps += 1
         if is_scaled or self.config.non_finite == "skip":
             return
-        grads = {name: p.grad for name, p in self._names.items() if p.grad is not None}
-        bad = next((name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())), None)
-        found = dict(enumerate(self._comm.all_gather_object("non-finite gradients", bad)))
-        rank, name = next((rank, name) for rank, name in found.items() if name is not None)
-        raise NonFiniteError(
-            f"the gradient of {name!r} is NaN or infinite on rank {rank} of {self._comm.world_size} in step "
-            f"{self.stats.step + 1}; no weight and no statistic was changed. Lower lr, raise damping, or set "
-            "non_finite='skip' to go on with the next batch"
-        )
+        raise self._gradients.error(self.stats.step + 1)
 
     def _findings(
         self, directions: dict[str, Tensor], means: Collected, reports: dict[Key, Report], due: list[Key]
@@ -306,18 +276,14 @@ class NGD(torch.optim.Optimizer):
         return self._adaptation.move(self.stats.step + 1, self.param_groups, steps, self.state, objective, self._apply)
 
     def _apply(self, steps: Mapping[nn.Parameter, Tensor]) -> None:
-        shapes = [layer.shape for layer in self.layers]
-        weights = [
-            layer
-            for layer, s in zip(self.layers, shapes, strict=True)
-            if s.fisher == "kronecker" and not s.has_one_hot_inputs
-        ]
+        shapes = {layer.parameters[0]: layer.shape for layer in self.layers}
+        matrices = {p: s for p, s in shapes.items() if s.fisher == "kronecker" and not s.has_one_hot_inputs}
         update.apply_(
             self.param_groups,
             steps,
             self.state,
             momentum_mode=self._adaptation.momentum_mode,
-            rescaled={layer.parameters[0]: layer.shape.blocks * layer.shape.outputs for layer in weights},
+            rescaled={p: shape.blocks * shape.outputs for p, shape in matrices.items()},
             rescaling=self.config.weight_rescaling,
         )
 
@@ -376,9 +342,6 @@ class NGD(torch.optim.Optimizer):
             return float(group["damping"])  # as somebody, or the last adaptation, has set it
         return scheduled(rule, group["first_damping"], self.stats.step + 1)
 
-    def _rows(self, name: str) -> list[Rows]:
-        return self._capture.rows(name)
-
     def _build_schedule(self) -> Schedule:
         specs = {Key(name, spec.name): spec for name, p in self._preconditioners.items() for spec in p.statistics}
         in_basis = [key for key, spec in specs.items() if spec.in_basis]
@@ -388,9 +351,21 @@ class NGD(torch.optim.Optimizer):
         choice = self.config.fallback
         if not isinstance(choice, AdamWFallback):
             return None
-        names = {p: name for name, p in self._names.items()}
-        plain = {p: names.get(p, f"param_groups parameter {i}") for i, p in enumerate(self._plain)}
-        return Fallback(self.param_groups, plain, choice)
+        return Fallback(self.param_groups, {p: self._updated[p] for p in self._plain}, choice)
+
+    def _build_saved_state(self) -> SavedState:
+        return SavedState(
+            self.layers,
+            self._preconditioners,
+            self._curvature,
+            self._schedule,
+            self._strategy,
+            parameters={name: p for p, name in self._updated.items()},
+            plain=[self._updated[p] for p in self._plain],
+            fallback=self._fallback,
+            momentum_mode=self._adaptation.momentum_mode,
+            device=self._device,
+        )
 
     def _build_strategy(self, *, is_averaged_by_ddp: bool) -> Strategy:
         shared = {

@@ -55,8 +55,9 @@ def adaptive_interval(verdict: Verdict, last: int, before: int) -> int:
 class Track:
     """The schedule of one statistic, in optimizer steps; step numbers start at 1.
 
-    `due` is at most `interval` after the last try (staggering may make it less). `refreshed` is the step of the value
-    that is in use: 0 until there is one, and unmoved by a try that gave nothing usable.
+    `due` is at most `interval` after the last try: staggering may make it less, and the step for which a new basis is
+    left alone one more. `refreshed` is the step of the value that is in use: 0 until there is one, and unmoved by a
+    try that gave nothing usable.
     """
 
     due: int = 1
@@ -83,6 +84,7 @@ class Schedule:
         """`costs` is that of refreshing each layer, in any unit; `keys` gives the order in which ties are broken.
 
         The statistics `in_basis` are measured in what the others of their layer made, and start anew a step after.
+        The others leave them that step: made anew each time, a basis would never have anything measured in it.
         """
         self.tracks: dict[Key, Track] = {key: Track(due=NEVER if key in in_basis else 1) for key in keys}
         self._in_basis = frozenset(in_basis)
@@ -92,18 +94,15 @@ class Schedule:
 
     def due(self, step: int) -> list[Key]:
         """Returns the statistics to refresh in this step, in registration order."""
-        return [key for key, track in self.tracks.items() if track.due <= step]
+        due = [key for key, track in self.tracks.items() if track.due <= step]
+        # What is measured in the basis that this step replaces would be thrown away.
+        replaced = {key.layer for key in due if key not in self._in_basis}
+        return [key for key in due if key not in self._in_basis or key.layer not in replaced]
 
     def advance(self, step: int, verdicts: Mapping[Key, Verdict]) -> None:
         """Plans the next refresh of every statistic that was due in this step."""
         due = self.due(step)
-        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in REFRESHED}
-        for key in self._in_basis:
-            if key.layer in rebuilt:
-                self.tracks[key] = Track(due=step + 1)
         for key in due:
-            if key in self._in_basis and key.layer in rebuilt:
-                continue
             verdict = verdicts[key]
             track = self.tracks[key]
             if verdict is Verdict.UNSEEN:
@@ -113,10 +112,19 @@ class Schedule:
             refreshed = track.refreshed if verdict is Verdict.UNUSABLE else step
             planned = replace(track, refreshed=refreshed, interval=interval, interval_before=track.interval)
             self.tracks[key] = replace(planned, due=self._quietest(key, step, interval))
+        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in REFRESHED}
+        self._begin_anew({key.layer for key in self._in_basis} & rebuilt, step)
 
     def state(self) -> list[dict[str, int]]:
         """Returns the tracks as plain integers, in key order."""
         return [asdict(track) for track in self.tracks.values()]
+
+    def _begin_anew(self, layers: Collection[str], step: int) -> None:
+        """Plans the first measurements in these layers' new bases, which last until then."""
+        for key, track in self.tracks.items():
+            if key.layer in layers:
+                is_first = key in self._in_basis
+                self.tracks[key] = Track(due=step + 1) if is_first else replace(track, due=max(track.due, step + 2))
 
     def _interval(self, verdict: Verdict, track: Track) -> int:
         if isinstance(self._policy, FixedInterval):

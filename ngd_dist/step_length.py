@@ -47,33 +47,36 @@ class StepLength:
         scaled = dict(directions)
         if self.needs_rows and self.names:
             factors = self._layer_wise(directions, inner[0])
-            inner = inner * factors**2  # KL is quadratic in the direction
+            # Not squared: (alpha d)^T F (alpha d) = alpha d^T grad, since alpha is d^T grad / d^T F d.
+            inner = inner * factors
             scaled = {name: scaled[name] * factor for name, factor in zip(self.names, factors, strict=True)}
         factor = self._clip(scaled, inner)
         return scaled if factor is None else {name: direction * factor for name, direction in scaled.items()}
 
     def _layer_wise(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor:
-        """Returns d^T grad / (d^T F d + mu) per layer, F the empirical Fisher over all ranks' samples.
+        """Returns d^T grad / (d^T F d + mu) per layer, F the empirical Fisher of the loss over all ranks' samples.
 
-        A layer that did not run gets 1: its gradient is 0. Source: [L24] eq. 12-13.
+        It is what minimises the quadratic model alpha^2 / 2 d^T F d - alpha d^T grad. A layer of which no rank has
+        rows gets 1: it did not run, or its weights are used past its module. Source: [L24] eq. 12-13.
         """
         length = self.config.length
         assert isinstance(length, LayerWise)
         curvature = torch.stack([self._along(name, directions[name]).to(inner) for name in self.names])
         self.comm.all_reduce("curvature along directions", curvature, kind="step length")
-        curvature /= self.comm.world_size
-        return torch.where(inner == 0, torch.ones_like(inner), inner / (curvature + length.mu))
+        if self.config.loss_reduction == "mean":
+            curvature /= self.comm.world_size * self.config.micro_batches
+        return torch.where(curvature > 0, inner / (curvature + length.mu), 1.0)
 
     def _along(self, name: str, direction_BOI: Tensor) -> Tensor:
-        """Returns d^T F d over this rank's samples: the mean of (d^T gradient of the sample)^2, without forming any.
+        """Returns the sum over this rank's micro-batches of the mean of (d^T gradient of the sample)^2.
 
-        A sample's gradient is sum_p g_p a_p^T, and so d^T of it sum_p g_p^T D a_p.
+        Or, for a loss that is summed over samples, of their sum: its Fisher is that of all samples together.
         """
-        micro_batches = self.rows_of(name)
         total = direction_BOI.new_zeros(())
-        for rows in micro_batches:
-            total = total + rows.along(direction_BOI).square().mean()
-        return total / max(1, len(micro_batches))
+        for rows in self.rows_of(name):
+            squares = rows.along(direction_BOI).square()
+            total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * rows.sharers)
+        return total
 
     def _clip(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor | None:
         clip = self.config.clip

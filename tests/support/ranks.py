@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-HANG_S = 120.0
+HANG_S = 240.0  # a busy machine takes a minute to start four processes
 
 
 def free_port() -> int:
@@ -48,6 +48,8 @@ def _entry(
         results.put((rank, True, pickle.dumps(value)))
     except BaseException:  # noqa: BLE001 - the boundary of the child process: everything goes to the parent as text
         results.put((rank, False, traceback.format_exc()))
+        results.close()
+        results.join_thread()  # else the traceback would be lost with this process
         os._exit(1)  # the peers' sockets close at once, so that they fail too instead of waiting
 
 

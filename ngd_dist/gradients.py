@@ -1,0 +1,51 @@
+"""This rank's gradients: without a GradScaler's factor, and whether they are all finite."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngd_dist.comm import Communicator
+from ngd_dist.errors import NonFiniteError
+from ngd_dist.loss_scale import LossScale
+
+__all__ = ["Gradients"]
+
+
+class Gradients:
+    """Reads the `grad` of parameters, given by name."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], loss_scale: LossScale, comm: Communicator) -> None:
+        self._parameters = parameters
+        self._loss_scale = loss_scale
+        self._comm = comm
+
+    def of(self, optimizer: Any, parameter: nn.Parameter) -> Tensor:
+        """Returns the gradient of the loss; zeros where there is none."""
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        return self._loss_scale.unscaled(optimizer, parameter.grad)
+
+    def non_finite(self, optimizer: Any, device: torch.device) -> Tensor:
+        """Returns 1 if a gradient of this rank has NaN or infinity, else 0, as [1], without reading it."""
+        overflow = self._loss_scale.overflow(optimizer)
+        if overflow is not None:
+            return overflow.to(device, torch.float32).sign().view(1)
+        found = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if not found:
+            return torch.zeros(1, device=device)
+        largest = torch._foreach_norm(found, float("inf"))
+        return (~torch.stack([torch.isfinite(norm) for norm in largest]).all()).float().view(1)
+
+    def error(self, step: int) -> NonFiniteError:
+        """Collective. Returns the same error on every rank: it names the first bad parameter of the first bad rank."""
+        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        bad = next((name for name, grad in found.items() if not bool(torch.isfinite(grad).all())), None)
+        names = self._comm.all_gather_object("non-finite gradients", bad)
+        rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
+        return NonFiniteError(
+            f"the gradient of {name!r} is NaN or infinite on rank {rank} of {self._comm.world_size} in step {step}; "
+            "no weight and no statistic was changed. Lower lr, raise damping, or set non_finite='skip' to go on with "
+            "the next batch"
+        )
