@@ -9,8 +9,9 @@ from ngd_dist.config import NGDConfig
 
 if TYPE_CHECKING:
     from ngd_dist.optimizer import NGD
+    from ngd_dist.sharded_state import ShardedState
 
-__all__ = ["NGD", "NGDConfig"]
+__all__ = ["NGD", "NGDConfig", "ShardedState"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from ngd_dist.optimizer import NGD
 
         return NGD
+    if name == "ShardedState":
+        from ngd_dist.sharded_state import ShardedState
+
+        return ShardedState
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

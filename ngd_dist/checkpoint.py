@@ -1,87 +1,281 @@
-"""What `NGD.state_dict` keeps beside torch's own state: keyed by layer name, so that it fits any world size."""
+"""What a checkpoint has beside torch's own state: keyed by layer name, so that it fits any world size.
 
-from collections.abc import Callable, Mapping, Sequence
+Every statistic, cache, schedule and counter is saved; what a step captures is not. `NGD.state_dict` makes one state
+of it that is whole on every rank, `sharded_state` one part per rank.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ngd_dist.comm import Communicator
 from ngd_dist.curvature import Curvature
 from ngd_dist.errors import CheckpointError
+from ngd_dist.fallback import Fallback
+from ngd_dist.layers import Layer
+from ngd_dist.preconditioners import Preconditioner
 from ngd_dist.staleness import Schedule, Track
-from ngd_dist.statistics import Key, StatisticSpec
+from ngd_dist.statistics import Key
+from ngd_dist.strategies import Strategy
 from ngd_dist.telemetry import StepStats
+from ngd_dist.update import MomentumMode
 
-__all__ = ["check", "gather", "restore"]
+__all__ = ["LayerFormat", "SavedState", "check_format"]
 
-FORMAT = 2  # 1 had no damping beside the caches
-LayerState = dict[str, Any]
-
-
-def gather(
-    comm: Communicator, curvature: Curvature, mine: Sequence[str], schedule: Schedule, stats: StepStats
-) -> dict[str, Any]:
-    """Collective. Returns the whole state on every rank. `mine`: the layers that this rank reports on."""
-    own: dict[str, LayerState] = {name: _layer_state(curvature, name) for name in mine}
-    layers = {name: state for part in comm.all_gather_object("state_dict", own) for name, state in part.items()}
-    tracks = {str(key): track for key, track in zip(schedule.tracks, schedule.state(), strict=True)}
-    return {
-        "format": FORMAT,
-        "step": stats.step,
-        "failed_inversions": stats.failed_inversions,
-        "skipped_steps": stats.skipped_steps,
-        "layers": layers,
-        "tracks": tracks,
-    }
+FORMAT = 3  # 2 did not say what its momentum is a sum of, and 1 had no damping beside the caches
+SETTINGS = ("lr", "momentum", "weight_decay", "damping", "first_lr", "first_damping")
+State = dict[str, Any]
 
 
-def check(saved: Mapping[str, Any], specs: Mapping[Key, StatisticSpec]) -> None:
-    """Returns if a gathered state fits these statistics.
+@dataclass(frozen=True, slots=True)
+class LayerFormat:
+    """What is saved of one layer, and what of it this rank has: all if it holds the layer, else the `shared` entries.
 
-    Raises: CheckpointError if it was saved by another format, or for other layers or shapes.
+    `statistics`: how many numbers each has. `cache`: the shape of each entry. `remembers`: whether this rank has each
+    statistic's value before the newest.
     """
-    if saved.get("format") != FORMAT:
-        raise CheckpointError(f"the state's format must be {FORMAT}, got {saved.get('format')}; save it again")
-    expected, found = {str(key) for key in specs}, set(saved["tracks"])
-    if expected != found:
-        raise CheckpointError(
-            f"the state is of another model: missing {sorted(expected - found)}, unknown {sorted(found - expected)}"
-        )
-    for key, spec in specs.items():
-        value = saved["layers"][key.layer]["statistics"][key.statistic]["value"]
-        if value is not None and value.numel() != spec.numbers:
+
+    statistics: Mapping[str, int]
+    cache: Mapping[str, tuple[int, ...]]
+    shared: tuple[str, ...]
+    dtype: torch.dtype
+    is_held: bool
+    remembers: bool
+
+    @property
+    def own_cache(self) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shape of each entry that this rank has."""
+        return self.cache if self.is_held else {name: self.cache[name] for name in self.shared}
+
+
+class SavedState:
+    """Reads the state of one optimizer, checks a saved one, and takes it over.
+
+    parameters: all that the optimizer updates, by name, in the order of its param groups.
+    plain: the names of those that the fallback updates.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        preconditioners: Mapping[str, Preconditioner],
+        curvature: Curvature,
+        schedule: Schedule,
+        strategy: Strategy,
+        *,
+        parameters: Mapping[str, nn.Parameter],
+        plain: Sequence[str],
+        fallback: Fallback | None,
+        momentum_mode: MomentumMode,
+        device: torch.device,
+    ) -> None:
+        self.parameters = parameters
+        self.plain = plain if fallback is not None else []
+        self.formats = {layer.name: _format(layer, preconditioners[layer.name], strategy) for layer in layers}
+        self._curvature = curvature
+        self._schedule = schedule
+        self._fallback = fallback
+        self._momentum_mode = momentum_mode
+        self._device = device
+
+    def gather(self, comm: Communicator, stats: StepStats) -> State:
+        """Collective. Returns the whole state on every rank."""
+        own = {name: self._layer(name) for name, layer_format in self.formats.items() if layer_format.remembers}
+        layers = {name: state for part in comm.all_gather_object("state_dict", own) for name, state in part.items()}
+        return self._with_layers(layers, stats)
+
+    def local(self, stats: StepStats) -> State:
+        """Returns the state as far as this rank has it."""
+        return self._with_layers({name: self._layer(name) for name in self.formats}, stats)
+
+    def check(self, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Returns if a whole or local state, torch's own part with it, fits; changes nothing.
+
+        Raises: CheckpointError if it is of another format, of other layers, shapes or settings, or not complete.
+        """
+        if "ngd" not in state_dict:
             raise CheckpointError(
-                f"the state is of another model: {key} must have {spec.numbers} numbers, got {value.numel()}"
+                f"an NGD state has the key 'ngd', got {sorted(state_dict)}; was it saved by NGD? "
+                "torch.distributed.checkpoint.state_dict drops it: save ngd_dist.ShardedState(optimizer) instead"
+            )
+        saved = state_dict["ngd"]
+        check_format(saved.get("format"))
+        expected, found = {str(key) for key in self._schedule.tracks}, set(saved["tracks"])
+        if expected != found:
+            raise CheckpointError(
+                "the state is of another model or preconditioner: "
+                f"missing {sorted(expected - found)}, unknown {sorted(found - expected)}"
+            )
+        for name in self.formats:
+            self._check_layer(name, _entry(saved["layers"], name, "layers"))
+        _check_groups(state_dict["param_groups"], groups)
+        self._check_momentum(saved["momentum_mode"], state_dict)
+        self._check_fallback(saved["fallback"])
+
+    def check_cache(self, layer: str, entries: Collection[str]) -> None:
+        """Returns if these are the entries of the layer's cache. Raises: CheckpointError."""
+        expected = self.formats[layer].cache
+        if set(entries) != set(expected):
+            raise CheckpointError(
+                f"the cache of layer {layer!r} must have {sorted(expected)}, got {sorted(entries)}; "
+                "was it saved with another preconditioner or damping_form?"
             )
 
+    def restore(self, saved: Mapping[str, Any]) -> StepStats:
+        """Takes over a state that was checked, but for torch's own part; returns the counters.
 
-def restore(
-    saved: Mapping[str, Any],
-    curvature: Curvature,
-    schedule: Schedule,
-    holds: Callable[[str], bool],
-    device: torch.device,
-) -> None:
-    """Takes over a gathered state that was checked: the whole schedule, and of the layers what this rank needs."""
-    for key in schedule.tracks:
-        schedule.tracks[key] = Track(**saved["tracks"][str(key)])
-    for key, statistic in curvature.statistics.items():
-        if holds(key.layer):
-            statistic.load(saved["layers"][key.layer]["statistics"][key.statistic], device)
-    for layer in curvature.caches:
-        state = saved["layers"][layer]
-        cache = None if state["cache"] is None else {name: value.to(device) for name, value in state["cache"].items()}
-        curvature.damped_with[layer] = state["damping"]
-        if holds(layer):
-            curvature.caches[layer] = cache
-        else:
-            curvature.take_shared({layer: cache})
+        Raises: CheckpointError, having changed nothing, if the fallback's part does not fit.
+        """
+        if self._fallback is not None:
+            self._fallback.load_state_dict(saved["fallback"] or {})
+        for key in self._schedule.tracks:
+            self._schedule.tracks[key] = Track(**saved["tracks"][str(key)])
+        for name, layer_format in self.formats.items():
+            self._restore_layer(name, layer_format, saved["layers"][name])
+        return StepStats(
+            step=saved["step"], failed_inversions=saved["failed_inversions"], skipped_steps=saved["skipped_steps"]
+        )
+
+    def _with_layers(self, layers: dict[str, State], stats: StepStats) -> State:
+        return {
+            "format": FORMAT,
+            "step": stats.step,
+            "failed_inversions": stats.failed_inversions,
+            "skipped_steps": stats.skipped_steps,
+            "momentum_mode": self._momentum_mode,
+            "tracks": {
+                str(key): track for key, track in zip(self._schedule.tracks, self._schedule.state(), strict=True)
+            },
+            "fallback": None if self._fallback is None else self._fallback.state_dict(),
+            "layers": layers,
+        }
+
+    def _layer(self, name: str) -> State:
+        if not self.formats[name].is_held:
+            return {"cache": self._curvature.shared.get(name)}
+        cache = self._curvature.caches[name]
+        return {
+            "statistics": {
+                statistic: self._curvature.statistics[Key(name, statistic)].state()
+                for statistic in self.formats[name].statistics
+            },
+            "cache": None if cache is None else dict(cache),
+            "damping": self._curvature.damped_with.get(name, 0.0),
+        }
+
+    def _restore_layer(self, name: str, layer_format: LayerFormat, state: State) -> None:
+        def here(value: Tensor) -> Tensor:
+            return value.to(self._device, layer_format.dtype, copy=True)
+
+        curvature, cache = self._curvature, state["cache"]
+        own = None if cache is None else {entry: here(cache[entry]) for entry in layer_format.own_cache}
+        # On every rank: where this one holds the layer, entries of the time before must not outlive its cache.
+        curvature.take_shared({name: own})
+        if not layer_format.is_held:
+            return
+        curvature.caches[name] = own
+        curvature.damped_with[name] = state["damping"]
+        for statistic in layer_format.statistics:
+            values = state["statistics"][statistic]
+            moved = {key: None if values[key] is None else here(values[key]) for key in ("value", "before")}
+            curvature.statistics[Key(name, statistic)].load(moved | {"weight": values["weight"]}, self._device)
+
+    def _check_layer(self, name: str, state: Mapping[str, Any]) -> None:
+        layer_format = self.formats[name]
+        if layer_format.is_held or "statistics" in state:
+            statistics = _entry(state, "statistics", f"layer {name!r}")
+            _entry(state, "damping", f"layer {name!r}")
+            for statistic, numbers in layer_format.statistics.items():
+                where = f"{name}.{statistic}"
+                values = _entry(statistics, statistic, f"layer {name!r}")
+                _entry(values, "weight", where)
+                for value in (_entry(values, "value", where), _entry(values, "before", where)):
+                    if value is not None and value.numel() != numbers:
+                        raise CheckpointError(
+                            f"the state is of another model: {where} must have {numbers} numbers, got {value.numel()}"
+                        )
+        cache = _entry(state, "cache", f"layer {name!r}")
+        if cache is None:
+            return
+        if "statistics" in state:
+            self.check_cache(name, cache)
+        for entry, shape in layer_format.own_cache.items():
+            found = tuple(_entry(cache, entry, f"the cache of layer {name!r}").shape)
+            if found != shape:
+                raise CheckpointError(
+                    f"the state is of another model: {entry} in the cache of layer {name!r} must be of shape {shape}, "
+                    f"got {found}"
+                )
+
+    def _check_momentum(self, mode: str, state_dict: Mapping[str, Any]) -> None:
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        buffers = {
+            name: state_dict["state"][i]["momentum_buffer"]
+            for i, name in zip(ids, self.parameters, strict=True)
+            if "momentum_buffer" in state_dict["state"].get(i, {})
+        }
+        for name, buffer in buffers.items():
+            if buffer.shape != self.parameters[name].shape:
+                raise CheckpointError(
+                    f"the state is of another model: the momentum of {name!r} must be of shape "
+                    f"{tuple(self.parameters[name].shape)}, got {tuple(buffer.shape)}"
+                )
+        if buffers and _sums_steps(mode) != _sums_steps(self._momentum_mode):
+            raise CheckpointError(
+                f"the momentum was saved under momentum_mode {mode!r}, which does not mean the same under "
+                f"{self._momentum_mode!r}; keep the momentum_mode and step_length that it was saved with"
+            )
+
+    def _check_fallback(self, saved: Mapping[str, Any] | None) -> None:
+        if saved is None and self.plain:
+            raise CheckpointError(
+                "the state was saved without fallback adamw; keep the fallback that it was saved with"
+            )
+        if saved and self._fallback is None:
+            raise CheckpointError("the state was saved with fallback adamw; keep the fallback that it was saved with")
 
 
-def _layer_state(curvature: Curvature, name: str) -> LayerState:
-    cache = curvature.caches[name]
-    return {
-        "statistics": {key.statistic: s.state() for key, s in curvature.statistics.items() if key.layer == name},
-        "cache": None if cache is None else dict(cache),
-        "damping": curvature.damped_with.get(name, 0.0),
-    }
+def check_format(found: object) -> None:
+    """Returns if a state of this format can be read. Raises: CheckpointError."""
+    if found != FORMAT:
+        raise CheckpointError(
+            f"the state's format must be {FORMAT}, got {found}; resume with the version of ngd_dist that saved it"
+        )
+
+
+def _format(layer: Layer, preconditioner: Preconditioner, strategy: Strategy) -> LayerFormat:
+    return LayerFormat(
+        statistics={spec.name: spec.numbers for spec in preconditioner.statistics},
+        cache=preconditioner.cache_shapes,
+        shared=preconditioner.shared,
+        dtype=layer.dtype,
+        is_held=strategy.holds(layer.name),
+        remembers=strategy.reports(layer.name),
+    )
+
+
+def _sums_steps(mode: str) -> bool:
+    """Returns whether the momentum buffer is a sum of steps, lr in them, and not of directions."""
+    return mode != "correct"
+
+
+def _check_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    sizes, found = [len(group["params"]) for group in groups], [len(group["params"]) for group in saved]
+    if sizes != found:
+        raise CheckpointError(
+            f"the state's param_groups don't fit: they must have {sizes} parameters, got {found}; build the optimizer "
+            "with the param_groups that it was saved with"
+        )
+    for i, group in enumerate(saved):
+        for name in SETTINGS:
+            _entry(group, name, f"param_groups[{i}]")
+
+
+def _entry(mapping: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in mapping:
+        raise CheckpointError(f"the state is not complete: {where} has no {key!r}, got {sorted(mapping)}")
+    return mapping[key]

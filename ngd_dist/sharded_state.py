@@ -1,0 +1,147 @@
+"""NGD's state for torch.distributed.checkpoint: each rank writes and reads what it has, and nothing is gathered.
+
+That library loads in place into what `state_dict` returns, so the structure here depends on the model, the config and
+the ranks alone: what is not there yet is zeros, and plain values beside them say so. Values that are not tensors sit in
+tuples, which it stores whole and reads back as they were.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_dist.checkpoint import LayerFormat, check_format
+from ngd_dist.optimizer import NGD
+
+__all__ = ["ShardedState"]
+
+MOMENTUM = "momentum_buffer"
+ADAMW = ("step", "exp_avg", "exp_avg_sq")
+State = dict[str, Any]
+
+
+class ShardedState:
+    """NGD's state as torch.distributed.checkpoint takes it, in files that load at any world size:
+
+        dcp.save({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
+        dcp.load({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
+
+    A rank writes the layers that it holds, and what all ranks have alike (momentum, schedule, settings) is shared out
+    between them. At load a rank reads its own layers and what all need. All tensors here are copies in host memory, so
+    that training may go on after `dcp.async_save` has returned, and a load that fails leaves the optimizer as it was.
+
+    `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` is no way to save NGD. It keeps momentum and
+    param_groups but drops the statistics without a word; and where there is neither momentum nor a gradient yet, it
+    calls `step` with zeros, which counts as a step. `NGD.load_state_dict` refuses what it returns, and with it so does
+    `set_optimizer_state_dict`.
+    """
+
+    def __init__(self, optimizer: NGD) -> None:
+        self._optimizer = optimizer
+        self._saved = optimizer.saved_state
+
+    def state_dict(self) -> State:
+        """Returns what this rank has; not collective."""
+        # Of torch's own, not NGD's, which gathers.
+        torchs = torch.optim.Optimizer.state_dict(self._optimizer)
+        local = self._saved.local(self._optimizer.stats)
+        layers, fallback = local.pop("layers"), local.pop("fallback")
+        momentum = {name: torchs["state"].get(i, {}).get(MOMENTUM) for i, name in enumerate(self._saved.parameters)}
+        known = {
+            "param_groups": torchs["param_groups"],
+            "momentum": tuple(name for name, buffer in momentum.items() if buffer is not None),
+            "fallback": None if fallback is None else tuple(fallback),
+            "caches": {name: tuple(layer_format.cache) for name, layer_format in self._saved.formats.items()},
+        }
+        state: State = {
+            "everywhere": (local | known,),
+            "momentum": {name: _copy(momentum[name], p.shape, p.dtype) for name, p in self._saved.parameters.items()},
+            "fallback": self._fallback(fallback or {}),
+            **{kind: {} for kind in ("statistics", "before", "caches", "held", "cached", "remembered")},
+        }
+        for name, layer_format in self._saved.formats.items():
+            _add_layer(state, name, layer_format, layers[name])
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what `dcp.load` has read into a `state_dict`.
+
+        Raises: CheckpointError, with nothing changed, if it is of another format or other settings. For layers or
+        shapes that the checkpoint lacks dcp itself raises a CheckpointException, which names the missing key.
+        """
+        (everywhere,) = state_dict["everywhere"]
+        check_format(everywhere["format"])
+        for name in self._saved.formats:  # those of other ranks too, so that all ranks raise or none
+            self._saved.check_cache(name, everywhere["caches"].get(name, ()))
+        ngd = {key: value for key, value in everywhere.items() if key not in ("param_groups", "momentum", "caches")}
+        ngd["layers"] = {name: self._layer(name, state_dict) for name in self._saved.formats}
+        if everywhere["fallback"] is not None:
+            ngd["fallback"] = {name: _of(name, ADAMW, state_dict["fallback"]) for name in everywhere["fallback"]}
+        ids = chain.from_iterable(group["params"] for group in everywhere["param_groups"])
+        momentum = {
+            i: {MOMENTUM: state_dict["momentum"][name]}
+            for i, name in zip(ids, self._saved.parameters, strict=False)
+            if name in everywhere["momentum"]
+        }
+        self._optimizer.load_state_dict({"state": momentum, "param_groups": everywhere["param_groups"], "ngd": ngd})
+
+    def _fallback(self, fallback: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name in self._saved.plain:
+            p, state = self._saved.parameters[name], fallback.get(name, {})
+            tensors[f"{name}.step"] = _copy(state.get("step"), (), torch.float32)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{moment}"] = _copy(state.get(moment), p.shape, p.dtype)
+        return tensors
+
+    def _layer(self, name: str, state: Mapping[str, Any]) -> State:
+        layer_format, is_cached = self._saved.formats[name], state["cached"].get(name, False)
+        found: State = {"cache": _of(name, layer_format.own_cache, state["caches"]) if is_cached else None}
+        if not layer_format.is_held:
+            return found
+        values, before = (_of(name, layer_format.statistics, state[kind]) for kind in ("statistics", "before"))
+        found["damping"], weights = state["held"][name]
+        remembered = state["remembered"].get(name, ())
+        found["statistics"] = {
+            statistic: {
+                "value": values[statistic] if weight > 0 else None,
+                "before": before[statistic] if statistic in remembered else None,
+                "weight": weight,
+            }
+            for statistic, weight in zip(layer_format.statistics, weights, strict=True)
+        }
+        return found
+
+
+def _add_layer(state: State, name: str, layer_format: LayerFormat, layer: Mapping[str, Any]) -> None:
+    """Adds what this rank has of the layer. Layers are told apart from what is theirs by the last dot of a key."""
+    cache, dtype = layer["cache"], layer_format.dtype
+    for entry, shape in layer_format.own_cache.items():
+        state["caches"][f"{name}.{entry}"] = _copy((cache or {}).get(entry), shape, dtype)
+    if layer_format.own_cache:
+        state["cached"][name] = cache is not None
+    if not layer_format.is_held:
+        return
+    statistics = layer["statistics"]
+    state["held"][name] = (layer["damping"], tuple(values["weight"] for values in statistics.values()))
+    for statistic, numbers in layer_format.statistics.items():
+        values = statistics[statistic]
+        state["statistics"][f"{name}.{statistic}"] = _copy(values["value"], (numbers,), dtype)
+        if layer_format.remembers:
+            state["before"][f"{name}.{statistic}"] = _copy(values["before"], (numbers,), dtype)
+    if layer_format.remembers:
+        there = tuple(statistic for statistic, values in statistics.items() if values["before"] is not None)
+        state["remembered"][name] = there
+
+
+def _copy(value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if value is None:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return value.detach().to("cpu", dtype, copy=True)
+
+
+def _of(name: str, parts: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns those of the tensors that belong to a layer or parameter, by what follows the last dot of their key."""
+    return {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors}
