@@ -106,6 +106,7 @@ class NGD(torch.optim.Optimizer):
             keeps_rows=isinstance(config.length, LayerWise),
             shared_of=self._curvature.shared_of,
             loss_scale=self._loss_scale.factor,
+            post_error=self._comm.post_error,
             stopwatch=self._stopwatch,
         )
         self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._capture.rows)

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from ngd_dist import postmortem
+from ngd_dist import NGD, postmortem
 from ngd_dist.comm import Communicator
-from ngd_dist.errors import CaptureError, CollectiveError
+from ngd_dist.errors import CaptureError, CollectiveError, NgdError
 from ngd_dist.postmortem import Postmortem
 from tests.support.ranks import run_survivors
 
@@ -207,3 +208,26 @@ def test_the_wait_for_a_report_ends_when_it_comes(board: Callable[[int], list[Po
 
     assert first.explain() == "rank 1 raised: late"
     assert time.monotonic() - start_s < 15
+
+
+def refuses_an_input(rank: int, world_size: int) -> str:
+    """Rank 1 gives a layer an input that has no samples: its hook raises, and the others wait for its statistics."""
+    optimizer = NGD(model := nn.Linear(3, 2))
+    try:
+        for step in range(2):
+            optimizer.zero_grad()
+            x = torch.ones(3) if (rank, step) == (1, 1) else torch.ones(4, 3)
+            model(x).sum().backward()
+            optimizer.step()
+    except NgdError as error:
+        if isinstance(error, CaptureError):
+            os._exit(1)  # as a training script would end
+        return str(error)
+    return "nothing"
+
+
+def test_an_error_in_a_hook_of_one_rank_names_the_layer_on_all_others() -> None:
+    found = run_survivors(2, refuses_an_input, doomed={1}, timeout_s=20.0)
+
+    assert "failed on rank 0 of 2" in found[0]
+    assert "rank 1 raised: layer '' needs an input of shape [samples, ..., inputs], got [3]" in found[0]

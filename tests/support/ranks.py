@@ -19,6 +19,17 @@ import torch.multiprocessing as mp
 HANG_S = 240.0  # a busy machine takes a minute to start four processes
 
 
+# torch's optimizers import its compiler: seconds of each process's life, unless its parent has done it before.
+PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "torch.testing", "pytest", "ngd_dist.optimizer"]
+
+
+def _context() -> Any:
+    """Returns a context whose processes are forked from one that has imported torch, and run nothing of it."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -58,7 +69,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
     Raises: AssertionError with the first failing rank's traceback, or naming the ranks that hang.
     """
-    context = mp.get_context("spawn")
+    context = _context()
     results = context.Queue()
     port = free_port()
     processes = [
@@ -94,7 +105,7 @@ def run_survivors(
     `timeout_s` bounds the group's collectives; no process outlives this call. Raises: AssertionError with the
     traceback of a rank, or if a survivor gives no result within HANG_S.
     """
-    context = mp.get_context("spawn")
+    context = _context()
     results = context.Queue()
     port = free_port()
     processes = [
