@@ -13,6 +13,7 @@ from ngd_dist.cost import LayerShape
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.ekfac import EKFAC
 from ngd_dist.preconditioners.kfac import KFAC
+from ngd_dist.preconditioners.lngd import LNGD
 from ngd_dist.preconditioners.unit_wise import UnitWise
 
 __all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "Refreshed", "preconditioner_for"]
@@ -20,6 +21,7 @@ __all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "Refreshed", "precondit
 PRECONDITIONERS: dict[str, Callable[[LayerShape, Any, int], Preconditioner]] = {
     "kfac": KFAC,
     "ekfac": EKFAC,
+    "lngd": LNGD,
 }
 
 

@@ -31,12 +31,14 @@ class Preconditioner(ABC):
     """How one layer's gradient becomes its direction. Holds no tensors.
 
     `statistics`: what is averaged over samples, ranks and time. `cache_shapes`: the entries of a cache. `shared`: those
-    of them that `estimate` reads, and which every rank therefore gets.
+    of them that `estimate` reads, and which every rank therefore gets. `reads_slopes`: whether `estimate` reads
+    `Rows.slopes_BNPO`, for which activation modules are watched.
     """
 
     statistics: tuple[StatisticSpec, ...]
     cache_shapes: Mapping[str, tuple[int, ...]]
     shared: tuple[str, ...] = ()
+    reads_slopes: bool = False
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
