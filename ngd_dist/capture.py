@@ -12,16 +12,17 @@ belong together, and count as positions. Backward passes are told apart by autog
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from ngd_dist.activations import Activations
 from ngd_dist.config import NGDConfig
 from ngd_dist.errors import CaptureError
 from ngd_dist.layers import Layer, OnRun, Rows, Run
@@ -32,6 +33,7 @@ from ngd_dist.telemetry import Stopwatch
 __all__ = ["Capture"]
 
 OUTSIDE_BACKWARD = -1
+Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
 class Source(Enum):
@@ -68,6 +70,7 @@ class Capture:
 
     `keeps_rows`: whether the rows of the loss's own backward pass are kept until the next `arm`. `shared_of`: the cache
     entries of a layer that every rank has. `loss_scale`: what the loss is multiplied by before it is differentiated.
+    `post_error`: tells the other ranks of an error that may be this one's alone.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class Capture:
         keeps_rows: bool,
         shared_of: Callable[[str], Cache],
         loss_scale: Callable[[], float],
+        post_error: Callable[[str], None],
         stopwatch: Stopwatch,
     ) -> None:
+        self._post_error = post_error
         self._layers = {layer.name: layer for layer in layers}
         self._preconditioners = preconditioners
         self._config = config
@@ -95,6 +100,8 @@ class Capture:
         self._edges: list[GradientEdge] = []
         self._fisher_passes = 0
         self._clear([])
+        reads_slopes = any(preconditioner.reads_slopes for preconditioner in preconditioners.values())
+        self._activations = Activations(model) if reads_slopes else None
         own = weakref.ref(self)
         handles = [model.register_forward_pre_hook(_note_model(own, model), with_kwargs=True)]
         handles += [handle for layer in layers for handle in layer.watch(_note_run(own, layer))]
@@ -119,6 +126,11 @@ class Capture:
         """Returns the layers that were differentiated in another number of backward passes than micro-batches."""
         wanted = self._config.micro_batches
         return {layer: passes for layer, passes in self._passes.items() if passes != wanted}
+
+    @property
+    def activations(self) -> Mapping[str, str | None]:
+        """By layer that has run, the type of the activation that read it; empty where no method asks for slopes."""
+        return {} if self._activations is None else self._activations.found
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -146,7 +158,7 @@ class Capture:
         autograd stops at the outputs of the layers. Raises: CaptureError if none of them has run.
         """
         if not self._edges:
-            raise CaptureError(
+            raise self._error(
                 "no layer with a due statistic has run since the last call; call fisher_backward(output) once after "
                 "each forward pass, on what that pass returned, outside torch.no_grad()"
             )
@@ -181,9 +193,12 @@ class Capture:
             return
         expected = layer.expected_input(x)
         if expected is not None:
-            raise CaptureError(f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}")
+            raise self._error(f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}")
         with torch.no_grad():
-            run = Run(layer.keep(x.detach(), output.detach()), self._samples_of(layer, x))
+            kept = layer.keep(x.detach(), output.detach())
+            run = Run(kept, *self._samples_of(layer, x))
+        if self._activations is not None and is_due and self._preconditioners[layer.name].reads_slopes:
+            self._activations.expect(layer.name, output, run)
         if _backward_task() == OUTSIDE_BACKWARD:  # else it is the second forward pass of activation checkpointing
             micro = self._micros.setdefault(layer.name, _Micro())
             if micro.is_differentiated:
@@ -205,7 +220,7 @@ class Capture:
         if micro.task != task:
             self._finish(name)
             micro.task = task
-        micro.arrived.append(Run(run.kept, run.samples, g, run.slope))
+        micro.arrived.append(replace(run, g=g))
         if len(micro.arrived) >= micro.forward_runs:
             self._finish(name)
 
@@ -220,9 +235,15 @@ class Capture:
         if not micro.arrived:
             return
         runs, micro.arrived = micro.arrived, []
-        rows = Rows(self._layers[name], runs, self._scale(runs[0].samples))
+        first = runs[0]
+        # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
+        # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
+        scale = self._scale(first.samples * first.sharers) / first.sharers**0.5
         if self._keeps_rows and self._pass.source is Source.LOSS:
-            self._rows.setdefault(name, []).append(rows)
+            # Rows of their own: those of the statistics hold on to all that was made of the runs.
+            kept = [replace(run, slope=None) for run in runs]
+            self._rows.setdefault(name, []).append(Rows(self._layers[name], kept, scale))
+        rows = Rows(self._layers[name], runs, scale)
         if self._pass.source is self._source and name in self._due:
             # Autocast, where backward runs under it, would form the products in 16 bits.
             with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
@@ -257,16 +278,25 @@ class Capture:
         # What reads the forward pass alone needs no pass of the Fisher's own.
         self._source = Source.FISHER if reads and self._config.fisher.kind != "empirical" else Source.LOSS
 
-    def _samples_of(self, layer: Layer, x: Tensor) -> int:
-        """Returns N: that of the model's input where the layer's own first dimension counts parts of samples too."""
+    def _samples_of(self, layer: Layer, x: Tensor) -> tuple[int, int]:
+        """Returns N and how many samples share a run.
+
+        N is that of the model's input, since the layer's own first dimension may count parts of samples too.
+        """
         own = x.shape[layer.batch_dim]
         samples = self._samples or own
+        if own == 1:
+            return 1, samples
         if own % samples:
-            raise CaptureError(
+            raise self._error(
                 f"layer {layer.name!r} is given {own} samples where the model is given {samples}: which rows belong to "
                 f"one sample can't be told; set batch_dim=1 if dimension 1 counts samples, or name the layer in exclude"
             )
-        return samples
+        return samples, 1
+
+    def _error(self, message: str) -> CaptureError:
+        self._post_error(message)
+        return CaptureError(message)
 
     def _scale(self, samples: int) -> float:
         """Returns what makes the gradient of the loss, as it is differentiated, that of one sample's own loss."""
@@ -291,7 +321,7 @@ def _note_model(capture: "weakref.ref[Capture]", model: nn.Module) -> Callable[.
         if alive is not None and module is model:
             alive.on_model(args, kwargs)
 
-    return hook
+    return _uncompiled(hook)
 
 
 def _note_run(capture: "weakref.ref[Capture]", layer: Layer) -> OnRun:
@@ -300,7 +330,13 @@ def _note_run(capture: "weakref.ref[Capture]", layer: Layer) -> OnRun:
         if alive is not None:
             alive.on_run(layer, x, output)
 
-    return on_run
+    return _uncompiled(on_run)
+
+
+def _uncompiled(hook: Hook) -> Hook:
+    """Returns the hook as torch.compile leaves it alone: it breaks the graph at the hooked layers."""
+    left_alone: Hook = torch.compiler.disable(hook)
+    return left_alone
 
 
 def _device_type(runs: Sequence[Run]) -> str:

@@ -84,7 +84,9 @@ class LNGD(Settings):
 
     kind: Literal["lngd"] = "lngd"
     min_damping: float = Field(1e-5, gt=0, description="nu_1: the least that is added to a factor.")
-    max_damping: float = Field(1e-2, gt=0, description="nu_2: the most that is added to a factor.")
+    max_damping: float = Field(
+        1e-2, gt=0, description="nu_2: the most that is added to a factor, unless its rounding needs more."
+    )
 
 
 # --- Fisher: whose gradients the statistics are made of ---------------------------------------------------------------
@@ -259,7 +261,8 @@ class GivenLength(Settings):
 class LayerWise(Settings):
     """lr times a factor per layer: d^T grad / (d^T F d + mu), F the empirical Fisher ([L24] eq. 12-13).
 
-    Keeps the inputs and output gradients of every layer until the step.
+    A layer is then predicted to lower the loss by at most lr in a step, so take a smaller one: 0.01, say. Keeps the
+    inputs and output gradients of every layer until the step.
     """
 
     kind: Literal["layer_wise"] = "layer_wise"

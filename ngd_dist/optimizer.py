@@ -161,6 +161,7 @@ class NGD(torch.optim.Optimizer):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
                 findings = self._strategy.publish(self._findings(directions, means, reports, due), due)
+            self._curvature.take_shared(findings.shared)
             self._check_counts(findings.reports)
             with phase("update"):
                 adapted = self._update(findings, means.plain, objective)
@@ -259,7 +260,6 @@ class NGD(torch.optim.Optimizer):
 
     def _update(self, findings: Findings, plain: list[Tensor], objective: Objective | None) -> Adapted:
         """Moves the weights, unless this step belongs to the burn-in."""
-        self._curvature.take_shared(findings.shared)
         for group in self.param_groups:
             group["damping"] = self._scheduled_damping(group)
         if self.stats.step < self.config.burn_in:

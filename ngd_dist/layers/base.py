@@ -55,7 +55,7 @@ class Layer(ABC):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             # A deep copy of the model carries this very hook: what the copy sees is not the layer's.
             if module is self.module:
-                on_run(args[0] if args else kwargs["input"], output)
+                on_run(args[0] if args else next(iter(kwargs.values())), output)
 
         return [self.module.register_forward_hook(hook, with_kwargs=True)]
 
@@ -74,14 +74,23 @@ class Layer(ABC):
 
     @abstractmethod
     def inputs(self, kept: Any) -> Tensor:
-        """Returns a_BNPI in the statistics' dtype from what was kept, with N the length of `batch_dim`."""
+        """Returns a_BNPI in the statistics' dtype from what was kept, with N the length of `batch_dim`.
+
+        One-hot rows are never made: in their place stands the column of the 1, [B, N, P, 1] int64.
+        """
 
     @abstractmethod
-    def output_gradients(self, g: Tensor) -> Tensor:
-        """Returns g_BNPO in the statistics' dtype from a tensor of the shape that the layer returned."""
+    def output_gradients(self, kept: Any, g: Tensor) -> Tensor:
+        """Returns g_BNPO in the statistics' dtype from what was kept and a tensor of the shape that `on_run` was given.
 
-    def positions(self, kept: Any, g_BNPO: Tensor) -> tuple[int, ...]:
-        """Returns the positions of one run: one number for all blocks, or one for each. Rows beyond them are 0."""
+        Rows that have no part in the parameters' gradient are 0.
+        """
+
+    def positions(self, kept: Any, g_BNPO: Tensor) -> tuple[float, ...]:
+        """Returns the positions of one run, a mean over N: one number for all blocks, or one for each.
+
+        Rows that are 0 because they have no part in the gradient don't count.
+        """
         return (g_BNPO.shape[2],)
 
     def input_squares(self, kept: Any) -> Tensor:
@@ -136,12 +145,14 @@ class Layer(ABC):
 class Run:
     """One run of a layer: what was kept of it, and its gradient once that is there.
 
-    `samples` is N of the whole model's batch. `slope` is the derivative of the activation that read the output, at
-    that output; None where no activation module did.
+    `samples` is N of the whole model's batch, or 1 where one run serves all its samples (position embeddings), whose
+    number is then `sharers`. `slope` is the derivative of the activation that read the output, at that output; None
+    where no activation module did.
     """
 
     kept: Any
     samples: int
+    sharers: int = 1
     g: Tensor | None = None
     slope: Tensor | None = None
 
@@ -156,7 +167,7 @@ class Rows:
 
     def __init__(self, layer: Layer, runs: Sequence[Run], scale: float) -> None:
         self._layer, self._runs, self._scale = layer, runs, scale
-        self.samples = runs[0].samples
+        self.samples, self.sharers = runs[0].samples, runs[0].sharers
 
     @cached_property
     def a_BNPI(self) -> Tensor:
@@ -168,13 +179,10 @@ class Rows:
 
     @cached_property
     def slopes_BNPO(self) -> Tensor:
-        """Derivatives of the activation that reads the layer's output; 1 where none does."""
-        return self._cat(
-            [
-                torch.ones_like(g) if run.slope is None else self._layer.output_gradients(run.slope)
-                for run, g in zip(self._runs, self._gradients, strict=True)
-            ]
-        )
+        """Derivatives of the activation that reads the layer's output; 1 where none does. Reads no gradient."""
+        if all(run.slope is None for run in self._runs):
+            return self.a_BNPI.new_ones(()).expand(*self.a_BNPI.shape[:3], self._layer.shape.outputs)
+        return self._cat([self._layer.output_gradients(run.kept, _slope(run)) for run in self._runs])
 
     @cached_property
     def positions_B(self) -> Tensor:
@@ -186,8 +194,19 @@ class Rows:
         return torch.tensor(counts, dtype=torch.float64).sum(0)
 
     def along(self, direction_BOI: Tensor) -> Tensor:
-        """Returns <direction, gradient of the sample's own loss>, [N]."""
-        return self._layer.along(self.a_BNPI, self.g_BNPO, direction_BOI)
+        """Returns <direction, gradient of the sample's own loss>, [N].
+
+        Run by run, and keeps nothing of what it makes: the rows of all layers wait here for the step, and a
+        convolution's patches are many times its input.
+        """
+        layer = self._layer
+        direction_BOI = direction_BOI.to(layer.dtype)
+        parts = [
+            layer.along(layer.inputs(run.kept), layer.output_gradients(run.kept, run.g), direction_BOI)
+            for run in self._runs
+            if run.g is not None
+        ]
+        return torch.stack([part.view(self.samples, -1).sum(1) for part in parts]).sum(0) * self._scale
 
     @cached_property
     def input_squares_BI(self) -> Tensor:
@@ -196,8 +215,15 @@ class Rows:
 
     @cached_property
     def _gradients(self) -> list[Tensor]:
-        return [self._layer.output_gradients(run.g) for run in self._runs if run.g is not None]
+        return [self._layer.output_gradients(run.kept, run.g) for run in self._runs if run.g is not None]
 
     def _cat(self, parts: list[Tensor]) -> Tensor:
         grouped = [part.reshape(part.shape[0], self.samples, -1, part.shape[-1]) for part in parts]
         return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)
+
+
+def _slope(run: Run) -> Tensor:
+    if run.slope is not None:
+        return run.slope
+    assert run.g is not None
+    return torch.ones_like(run.g)

@@ -1,41 +1,78 @@
-"""nn.BatchNorm2d: one 2x2 Fisher block per channel, for its scale and its shift."""
+"""nn.BatchNorm1d, 2d, 3d and nn.SyncBatchNorm.
 
+In training mode the batch statistics couple the samples; taking them as given, as everyone does, makes "a sample's
+gradient" an approximation.
+"""
+
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ngd_dist.cost import LayerShape
-from ngd_dist.layers.base import Layer
+from ngd_dist.layers.norm import ChannelNorm
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "SyncBatchNorm", "normalisation_of"]
 
 
-class BatchNorm(Layer):
-    """x [N, C, H, W]; inputs are the normalised x, so that g * a is a sample's gradient of the scale.
+class BatchNorm(ChannelNorm):
+    """Normalises by the statistics of the batch or, in eval mode, by the running ones."""
 
-    The gradient matrix is [C, 2]: scale, shift. In training mode the batch statistics couple the samples; taking
-    them as given, as everyone does, makes "a sample's gradient" an approximation. Source: [OT20], unit-wise.
-    """
+    module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
-    module: nn.BatchNorm2d
+    def keep(self, x: Tensor, output: Tensor) -> tuple[Tensor, bool]:
+        return x, self.module.training or self.module.running_mean is None
 
-    @classmethod
-    def uncovered(cls, module: nn.Module) -> str | None:
-        return None if module.bias is not None else "BatchNorm2d without bias"
-
-    def expected_input(self, x: Tensor) -> str | None:
-        return None if x.ndim == 4 else "[samples, channels, height, width]"
-
-    @property
-    def shape(self) -> LayerShape:
-        return LayerShape(self.name, "unit_wise", 2, self._weight.shape[0])
-
-    def inputs(self, kept: Tensor) -> Tensor:
+    def _normalised(self, kept: tuple[Tensor, bool]) -> Tensor:
+        x, uses_batch = kept
         norm = self.module
-        uses_batch = norm.training or norm.running_mean is None
         mean, variance = (None, None) if uses_batch else (norm.running_mean, norm.running_var)
         # No running statistics are passed when the batch's are used: this second pass must not update them.
-        normalised = F.batch_norm(kept.to(self.dtype), mean, variance, training=uses_batch, eps=norm.eps)
-        return normalised.flatten(2).mT.unsqueeze(0)
+        return F.batch_norm(x.to(self.dtype), mean, variance, training=uses_batch, eps=norm.eps)
 
-    def output_gradients(self, g: Tensor) -> Tensor:
-        return g.flatten(2).mT.to(self.dtype).unsqueeze(0)
+
+class Normalisation(NamedTuple):
+    """What was done to each channel: (x - centre) * factor + constant. Each is [C]."""
+
+    centre: Tensor
+    factor: Tensor
+    constant: Tensor
+
+
+class SyncBatchNorm(ChannelNorm):
+    """Normalises by the statistics of all ranks' batches, which are read off its output."""
+
+    module: nn.SyncBatchNorm
+
+    def keep(self, x: Tensor, output: Tensor) -> tuple[Tensor, Normalisation]:
+        norm = self.module
+        mean, variance = norm.running_mean, norm.running_var
+        if norm.training or mean is None or variance is None:
+            # Now: what follows may overwrite the output in place.
+            return x, normalisation_of(x.to(self.dtype), output, self._weight, self._bias, norm.eps)
+        factor = (variance.to(self.dtype) + norm.eps).rsqrt()
+        return x, Normalisation(mean.to(self.dtype), factor, torch.zeros_like(factor))
+
+    def _normalised(self, kept: tuple[Tensor, Normalisation]) -> Tensor:
+        x, given = kept
+        centre, factor, constant = (value.view(-1, *[1] * (x.ndim - 2)) for value in given)
+        return (x.to(self.dtype) - centre) * factor + constant
+
+
+def normalisation_of(x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Normalisation:
+    """Returns what normalised x before it was scaled and shifted to become the output, in the dtype of x.
+
+    The output is linear in x, and its slope and its mean say by which statistics x was normalised. A channel whose
+    scale is 0, or too small beside its shift to be seen in the output, tells nothing: it is given the statistics of x.
+    """
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    variance, centre = torch.var_mean(x, dims, correction=0, keepdim=True)
+    y = output.to(x.dtype)
+    y_mean = y.mean(dims)
+    covariance = ((x - centre) * (y - y_mean.view_as(centre))).mean(dims)
+    variance, centre = variance.flatten(), centre.flatten()
+    slope = torch.where(variance > 0, covariance / variance, 0)
+    scale, shift = weight.to(x.dtype), torch.zeros_like(slope) if bias is None else bias.to(x.dtype)
+    is_seen = scale.abs() > torch.finfo(output.dtype).eps * shift.abs()
+    factor = torch.where(is_seen, slope / scale, (variance + eps).rsqrt())
+    return Normalisation(centre, factor, torch.where(is_seen, (y_mean - shift) / scale, 0))

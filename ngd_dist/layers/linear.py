@@ -1,11 +1,13 @@
-"""nn.Linear: positions are every dimension between the first and the last."""
+"""nn.Linear, and transformers' Conv1D: positions are every dimension between the first and the last."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ngd_dist.cost import LayerShape
 from ngd_dist.layers.base import Layer
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "TransposedLinear"]
 
 
 class Linear(Layer):
@@ -22,9 +24,26 @@ class Linear(Layer):
     def inputs(self, kept: Tensor) -> Tensor:
         return self._with_ones(self._rows(kept))
 
-    def output_gradients(self, g: Tensor) -> Tensor:
+    def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         return self._rows(g)
 
     def _rows(self, x: Tensor) -> Tensor:
         x = x.movedim(self.batch_dim, 0)
         return x.reshape(1, x.shape[0], -1, x.shape[-1]).to(self.dtype)
+
+
+class TransposedLinear(Linear):
+    """The same with a weight [I, O] and always a bias."""
+
+    @property
+    def shape(self) -> LayerShape:
+        inputs, outputs = self._weight.shape
+        return LayerShape(self.name, "kronecker", inputs + 1, outputs)
+
+    def join(self, gradients: Sequence[Tensor]) -> Tensor:
+        weight, bias = gradients
+        return super().join([weight.mT, bias])
+
+    def split(self, direction_BOI: Tensor) -> list[Tensor]:
+        direction_OI = direction_BOI[0].to(self._weight.dtype)
+        return [direction_OI[:, :-1].mT.contiguous(), direction_OI[:, -1].contiguous()]

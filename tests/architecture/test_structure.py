@@ -96,8 +96,10 @@ def test_public_names_change_only_on_purpose() -> None:
 
     assert set(ngd_dist.__all__) == {"NGD", "NGDConfig", "ShardedState"}
     assert set(config.NGDConfig.model_fields) == {
-        "preconditioner", "staleness", "strategy", "lr", "momentum", "weight_decay", "damping", "ema_decay", "stagger",
-        "statistics_wire", "micro_batches", "loss_reduction",
+        "preconditioner", "fisher", "staleness", "strategy", "lr", "momentum", "momentum_mode", "weight_decay",
+        "weight_rescaling", "damping", "damping_rule", "step_length", "clip", "burn_in", "fallback", "ema_decay",
+        "stagger", "max_dense", "exclude", "batch_dim", "statistics_wire", "micro_batches", "loss_reduction",
+        "non_finite",
     }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval
-from ngd_dist.placement import longest_first
 from ngd_dist.staleness import Schedule, Verdict, adaptive_interval, judge
 from ngd_dist.statistics import Change, Key, Statistic, StatisticSpec
 
@@ -145,23 +144,6 @@ def test_an_unseen_statistic_stays_due() -> None:
     schedule.advance(1, {key: Verdict.UNSEEN})
 
     assert schedule.due(2) == [key]
-
-
-@given(st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 10**6), min_size=1), st.integers(1, 9))
-def test_placement_covers_every_layer_and_stays_near_the_ideal(costs: dict[str, int], world_size: int) -> None:
-    placement = longest_first(costs, world_size)
-
-    load = [sum(costs[layer] for layer in placement.owned(rank)) for rank in range(world_size)]
-    assert sum(load) == sum(costs.values())
-    # Graham's bound for longest first: 4/3 of the optimum, which is at least the mean and the largest.
-    ideal = max(sum(costs.values()) / world_size, *costs.values(), _two_largest_together(costs, world_size))
-    assert max(load) <= 4 / 3 * ideal + 1e-9
-
-
-def _two_largest_together(costs: dict[str, int], world_size: int) -> int:
-    """Returns the least load of a rank that must take two of the world_size + 1 dearest layers."""
-    dearest = sorted(costs.values(), reverse=True)
-    return dearest[world_size - 1] + dearest[world_size] if len(dearest) > world_size else 0
 
 
 def test_moving_average_weighs_the_first_value_fully() -> None:

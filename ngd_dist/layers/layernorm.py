@@ -1,0 +1,59 @@
+"""nn.LayerNorm and nn.RMSNorm, and those of other libraries that normalise alike."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ngd_dist.layers.norm import ChannelNorm, Norm
+
+__all__ = ["ChannelLayerNorm", "ChannelRMSNorm", "LayerNorm", "RMSNorm"]
+
+
+class LayerNorm(Norm):
+    """x [N, ..., *units] is normalised over its last dimensions; units are their elements."""
+
+    def expected_input(self, x: Tensor) -> str | None:
+        units = self._weight.ndim
+        return None if x.ndim > units + self.batch_dim else f"[samples, ..., {', '.join(['units'] * units)}]"
+
+    def _normalised(self, kept: Tensor) -> Tensor:
+        return F.layer_norm(kept.to(self.dtype), self._weight.shape, eps=self._eps)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        x = x.movedim(self.batch_dim, 0)
+        return x.reshape(1, x.shape[0], -1, self._weight.numel())
+
+    @property
+    def _eps(self) -> float:
+        eps = self.module.eps
+        assert isinstance(eps, int | float)
+        return eps
+
+
+class RMSNorm(LayerNorm):
+    """Divided by the root of the mean square, without a mean taken off."""
+
+    def _normalised(self, kept: Tensor) -> Tensor:
+        # What scales by 1 + weight has the same gradient, and so the same rows.
+        module = self.module
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        # None stands for that of float32 where the input has 16 bits, which is the dtype that it has here.
+        assert eps is None or isinstance(eps, int | float)
+        return F.rms_norm(kept.to(self.dtype), self._weight.shape, eps=eps)
+
+
+class ChannelLayerNorm(ChannelNorm):
+    """x [N, C, ...] is normalised over the channels of each position."""
+
+    def _normalised(self, kept: Tensor) -> Tensor:
+        eps = self.module.eps
+        assert isinstance(eps, int | float)
+        return F.layer_norm(kept.to(self.dtype).movedim(1, -1), self._weight.shape, eps=eps).movedim(-1, 1)
+
+
+class ChannelRMSNorm(ChannelNorm):
+    """x [N, C, ...] is divided by the root of the mean square of the channels of each position."""
+
+    def _normalised(self, kept: Tensor) -> Tensor:
+        eps = self.module.eps
+        assert isinstance(eps, int | float)
+        return F.rms_norm(kept.to(self.dtype).movedim(1, -1), self._weight.shape, eps=eps).movedim(-1, 1)
