@@ -129,7 +129,7 @@ class MonteCarlo(Settings):
     """Gradients for labels drawn from the model's own prediction: one more backward pass per sample, when due."""
 
     kind: Literal["monte_carlo"] = "monte_carlo"
-    likelihood: LikelihoodChoice = Categorical()
+    likelihood: LikelihoodChoice = Field(Categorical(), description="What the model's output says about a label.")
     positions: Positions = Field("mean", description=POSITIONS)
     samples: int = Field(1, ge=1, le=100, description="Labels drawn per prediction.")
     seed: int = Field(0, ge=0, lt=2**31, description="With step and rank, decides what is drawn.")
@@ -139,7 +139,7 @@ class Exact(Settings):
     """Type-2: the expectation over all labels, by one backward pass per output of a sample. For small outputs."""
 
     kind: Literal["exact"] = "exact"
-    likelihood: LikelihoodChoice = Categorical()
+    likelihood: LikelihoodChoice = Field(Categorical(), description="What the model's output says about a label.")
     positions: Positions = Field("mean", description=POSITIONS)
     max_outputs: int = Field(128, ge=1, description="Outputs per sample, and so backward passes, that are accepted.")
 
@@ -166,12 +166,12 @@ class AdaptiveInterval(Settings):
     """SP-NGD's stale statistics: a statistic's interval grows while it stays similar ([OT20])."""
 
     kind: Literal["adaptive"] = "adaptive"
-    thresholds: Thresholds = Thresholds()
+    thresholds: Thresholds = Field(Thresholds(), description="By statistic.")
     max_interval: int = Field(1000, ge=1, description="Steps; no statistic stays unrefreshed for longer than this.")
 
 
 class FixedInterval(Settings):
-    """Every statistic is refreshed once in `steps` optimizer steps."""
+    """Every statistic is refreshed once in `steps` optimizer steps; under EKFAC a basis lasts for two at least."""
 
     kind: Literal["fixed"] = "fixed"
     steps: int = Field(1, ge=1, description="Optimizer steps between two refreshes of one statistic.")
@@ -213,16 +213,16 @@ class ExponentialDamping(Settings):
     kind: Literal["exponential"] = "exponential"
     factor: float = Field(gt=0, le=1, description="What damping is multiplied by over `every` steps.")
     every: int = Field(1, ge=1, description="Optimizer steps.")
-    minimum: float = Field(1e-8, gt=0)
+    minimum: float = Field(1e-8, gt=0, description="Damping never falls below.")
 
 
 class PolynomialDamping(Settings):
     """From damping to `end` over `steps` steps: end + (damping - end) * (1 - step / steps) ** power; then `end`."""
 
     kind: Literal["polynomial"] = "polynomial"
-    end: float = Field(gt=0)
+    end: float = Field(gt=0, description="Damping from step `steps` on.")
     steps: int = Field(ge=1, description="Optimizer steps.")
-    power: float = Field(1.0, gt=0)
+    power: float = Field(1.0, gt=0, description="1: a straight line.")
 
 
 class LevenbergMarquardt(Settings):
@@ -235,10 +235,10 @@ class LevenbergMarquardt(Settings):
     kind: Literal["levenberg_marquardt"] = "levenberg_marquardt"
     decay: float = Field(0.9, gt=0, lt=1, description="omega, per step; 0.9 in kfac-jax, 0.95 in [MG15].")
     every: int = Field(5, ge=1, description="Optimizer steps between two adaptations.")
-    low: float = Field(0.25, gt=0, lt=1)
-    high: float = Field(0.75, gt=0, lt=1)
-    minimum: float = Field(1e-8, gt=0)
-    maximum: float = Field(1e4, gt=0)
+    low: float = Field(0.25, gt=0, lt=1, description="rho below which damping rises.")
+    high: float = Field(0.75, gt=0, lt=1, description="rho above which damping falls.")
+    minimum: float = Field(1e-8, gt=0, description="Damping never falls below.")
+    maximum: float = Field(1e4, gt=0, description="Damping never rises above.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -291,7 +291,7 @@ class NormClip(Settings):
     """Preconditioned layers' directions are scaled so that their norm as one vector stays bounded."""
 
     kind: Literal["norm"] = "norm"
-    max_norm: float = Field(1.0, gt=0)
+    max_norm: float = Field(1.0, gt=0, description="Bound on the norm.")
 
 
 # --- parameters outside any covered layer -----------------------------------------------------------------------------
@@ -308,10 +308,10 @@ class AdamWFallback(Settings):
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="Where the param group's lr is the one that it began with.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="Of the mean of gradients.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Of the mean of their squares.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of that mean.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled, at the fallback's own lr.")
 
 
 PreconditionerChoice = Annotated[KFAC | EKFAC | LNGD, Field(discriminator="kind")]
@@ -333,9 +333,9 @@ class NGDConfig(Settings):
     (benchmarks/results). The empirical Fisher shrinks with the loss, so let lr fall towards 0 over the run.
     """
 
-    preconditioner: PreconditionerChoice = KFAC()
-    fisher: FisherChoice = Empirical()
-    staleness: StalenessChoice = AdaptiveInterval()
+    preconditioner: PreconditionerChoice = Field(KFAC(), description="The approximation of a layer's Fisher block.")
+    fisher: FisherChoice = Field(Empirical(), description="Whose gradients the statistics are made of.")
+    staleness: StalenessChoice = Field(AdaptiveInterval(), description="When a statistic is refreshed.")
     strategy: StrategyChoice | None = Field(
         None, description="None: `single` in one process, `owner_sharded` in several."
     )
@@ -360,7 +360,7 @@ class NGDConfig(Settings):
         description="lambda, in units of squared per-sample gradient: the Fisher block is F + lambda I. With the pi "
         "split, sqrt(lambda) is shared between the factors.",
     )
-    damping_rule: DampingChoice = ConstantDamping()
+    damping_rule: DampingChoice = Field(ConstantDamping(), description="How damping changes over the steps.")
     step_length: LengthChoice | None = Field(None, description="None: `layer_wise` under LNGD, else `given`.")
     clip: ClipChoice | None = Field(None, description="None: directions are taken as they are.")
     burn_in: int = Field(0, ge=0, description="First steps, which gather statistics and leave the weights alone.")

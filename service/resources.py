@@ -125,8 +125,9 @@ class Metrics(Resource):
     """Curves of a job; min and max of each bucket and the last raw point are always among the points."""
 
     series: dict[str, Series] = Field(
-        description="loss, accuracy, lr, samples_per_s, epoch, time_s, failed_inversions, seconds.<phase>, "
-        "bytes_sent.<kind>, test_loss, test_accuracy."
+        description="loss, accuracy, lr, momentum, damping, reduction_ratio, samples_per_s, epoch, time_s, "
+        "failed_inversions, skipped_steps, seconds.<phase>, bytes_sent.<kind>, test_loss, test_accuracy; what a job "
+        "does not have is left out."
     )
     last_step: int = Field(description="Newest step stored; the next call's from_step is this + 1.")
 

@@ -10,7 +10,19 @@ from service.store.base import PointRecord
 
 __all__ = ["curves", "statistics", "thin"]
 
-SCALARS = ("loss", "accuracy", "lr", "samples_per_s", "epoch", "time_s", "failed_inversions")
+SCALARS = (
+    "loss",
+    "accuracy",
+    "lr",
+    "momentum",
+    "damping",
+    "reduction_ratio",
+    "samples_per_s",
+    "epoch",
+    "time_s",
+    "failed_inversions",
+    "skipped_steps",
+)
 GROUPS = ("seconds", "bytes_sent")
 TESTED = ("test_loss", "test_accuracy")
 
@@ -27,10 +39,11 @@ def curves(
     found: dict[str, Series] = {}
     for records, scalars in ((trained, SCALARS), (tested, TESTED)):
         for name in scalars:
-            if records and _is_wanted(name, names):
-                found[name] = thin(
-                    [step for step, _ in records], [float(r[name]) for _, r in records], max_points=max_points
-                )
+            # Some steps lack some values: those of an earlier version, or of a setting that was not adapted.
+            known = [(step, float(r[name])) for step, r in records if r.get(name) is not None]
+            if known and _is_wanted(name, names):
+                steps_known, values = zip(*known, strict=True)
+                found[name] = thin(steps_known, values, max_points=max_points)
     for group in GROUPS:
         found |= _stack(group, [(step, record[group]) for step, record in trained], names, max_points)
     return found

@@ -64,7 +64,7 @@ class IncompatibleCheckpointError(WorkerError, ValueError):
 
 
 class NonFiniteLossError(WorkerError, ArithmeticError):
-    """The training loss is NaN or infinite; the same spec would end there again."""
+    """A loss or a gradient is NaN or infinite; the same spec would end there again."""
 
     reason = "NonFiniteLoss"
 

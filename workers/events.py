@@ -43,13 +43,20 @@ class StepRecord(Fact):
     time_s: float = Field(description="Seconds since the epoch (UTC) at the end of the step.")
     loss: float = Field(description="Mean training loss of the global batch.")
     accuracy: float = Field(description="Share of the global batch classified correctly.")
-    lr: float
+    lr: float = Field(description="As the schedule gave it, or the quadratic model chose it.")
     samples_per_s: float
     seconds: dict[str, float] = Field(description="Phase -> seconds on rank 0: data, forward_backward, reduce ...")
     bytes_sent: dict[str, int] = Field(description="Kind -> bytes sent by rank 0: gradients, statistics, directions.")
     ages: list[int] = Field(description="Steps since each statistic in use was measured; 0: in this step.")
     intervals: list[int] = Field(description="Steps that each statistic may stay unrefreshed.")
     failed_inversions: int = Field(description="Factors that kept an old inverse so far, over all ranks.")
+    # Optional: spools of earlier versions lack them.
+    skipped_steps: int = Field(0, description="Steps given up so far for a gradient that was NaN or infinite.")
+    damping: float | None = Field(None, description="lambda after the step; None: the optimizer has none.")
+    momentum: float | None = Field(None, description="As the quadratic model chose it; None: it stays.")
+    reduction_ratio: float | None = Field(
+        None, description="rho: the change of the loss over that of the quadratic model; None: not taken."
+    )
 
 
 class Steps(Fact):

@@ -4,6 +4,7 @@ Under NGD the optimizer averages gradients over ranks, else DistributedDataParal
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
+from ngd_dist import NGD
 from ngd_dist.comm import Communicator
-from ngd_dist.errors import CaptureError
 from workers.data import Dataset
 from workers.errors import IncompatibleCheckpointError, UserCodeError
-from workers.optimizers import build_optimizer
+from workers.optimizers import build_optimizer, chooses_lr, job_errors
 from workers.spec import JobSpec
 
 __all__ = ["Learner", "Score", "check_model", "trainable"]
@@ -70,7 +72,7 @@ class Learner:
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns [sum of losses, number correct] over this rank's samples, float64; leaves the mean's gradient.
 
-        Raises: UserCodeError.
+        Raises: UserCodeError, SpecError.
         """
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         micro_batches = list(zip(x.split(self._micro_size), y.split(self._micro_size), strict=True))
@@ -78,20 +80,43 @@ class Learner:
             is_last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_averaging():
                 logits = self._logits(micro_x)
+                if isinstance(self.optimizer, NGD):
+                    with job_errors():
+                        self.optimizer.fisher_backward(logits)
                 loss = F.cross_entropy(logits, micro_y)
                 (loss / len(micro_batches)).backward()
             totals += _totals(loss.detach() * len(micro_y), logits, micro_y)
         return totals
 
-    def update(self, lr: float) -> None:
-        """Collective under NGD. Takes one optimizer step with the gradients at hand. Raises: UserCodeError."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        try:
-            self.optimizer.step()
-        except CaptureError as error:  # of the model's making, and raised on all ranks
-            raise UserCodeError(f"the model doesn't fit optimizer ngd: {error}") from error
+    def update(self, x: Tensor, y: Tensor, lr: float) -> None:
+        """Collective under NGD. Takes one optimizer step with the gradients at hand, which are those of x and y.
+
+        lr: the schedule's; left alone where the optimizer chooses its own.
+        Raises: UserCodeError, SpecError, NonFiniteLossError.
+        """
+        if not chooses_lr(self.optimizer):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        with job_errors():
+            if isinstance(self.optimizer, NGD) and self.optimizer.config.needs_objective:
+                self.optimizer.step(objective=lambda: self.objective(x, y))
+            else:
+                self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the mean loss over this rank's samples and their logits, differentiable: what `backward` has seen.
+
+        All micro-batches, since with one of them the step would depend on how the batch is cut; and cut in the same
+        way, since batch norm depends on it. Memory stays that of one micro-batch: what the others have computed is
+        computed again, should somebody differentiate through the model.
+        """
+        parts = x.split(self._micro_size)
+        if len(parts) == 1:
+            logits = self._logits(x)
+        else:
+            logits = torch.cat([self._logits(part, self._recomputed) for part in parts])
+        return F.cross_entropy(logits, y), logits
 
     def gradient_bytes(self) -> dict[str, int]:
         """Returns what this rank sends a step to average gradients outside the optimizer, with a ring's arithmetic."""
@@ -139,9 +164,12 @@ class Learner:
                 f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
             ) from error
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _recomputed(self, x: Tensor) -> Any:
+        return checkpoint(self._forward, x, use_reentrant=False)
+
+    def _logits(self, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Tensor:
         try:
-            logits: Tensor = self._forward(x)
+            logits: Tensor = (forward or self._forward)(x)
         except Exception as error:
             # DDP's forward talks to other ranks: what fails there may be a peer's death, which another start mends.
             if isinstance(self._forward, DistributedDataParallel) or isinstance(error, torch.OutOfMemoryError):

@@ -16,10 +16,10 @@ from workers.errors import NonFiniteLossError, SupersededError, WorkerError
 from workers.events import CheckpointSaved, Evaluation, Started, StepRecord, TargetReached
 from workers.learner import Learner, Score, check_model, trainable
 from workers.models import build_model
-from workers.optimizers import step_stats
+from workers.optimizers import chooses_lr, step_stats
 from workers.rundir import Outcome
 from workers.schedules import lr_factor, total_steps
-from workers.spec import JobSpec
+from workers.spec import JobSpec, NGDOptimizer
 
 __all__ = ["train"]
 
@@ -135,10 +135,10 @@ class Run:
             score = self._reduce(totals)
         lr = self.spec.optimizer.lr * lr_factor(self.spec.schedule, self.progress.step, self.total_steps)
         with self._stopwatch.phase("update"):
-            self.learner.update(lr)
+            self.learner.update(x, y, lr)
         seconds = time.perf_counter() - start_s
         self.progress.seconds += seconds
-        self._report_step(score, lr, seconds)
+        self._report_step(score, seconds)
 
     def evaluate(self) -> None:
         """Collective. Scores the model on the test data and looks whether the target is reached."""
@@ -200,23 +200,32 @@ class Run:
         loss_sum, correct, stop_code = sums.tolist()
         size = self.spec.batch.global_size
         score = Score(loss_sum / size, correct / size)
-        if not math.isfinite(score.loss):
+        if not math.isfinite(score.loss) and not self._skips_non_finite:
             raise NonFiniteLossError(self._divergence(score.loss, "training"))
         if stop_code == STOP_CODES["superseded"]:
             raise _superseded(self.context.attempt)
         self.is_cancelled = stop_code == STOP_CODES["cancelled"]
         return score
 
-    def _divergence(self, loss: float, which: str) -> str:
-        spec = self.spec
-        damping = f", raise optimizer.damping ({spec.optimizer.damping:g})" if spec.optimizer.kind == "ngd" else ""
-        return (
-            f"the {which} loss is {loss} at step {self.progress.step}; lower optimizer.lr ({spec.optimizer.lr:g})"
-            f"{damping} or lengthen schedule.warmup_steps ({spec.schedule.warmup_steps})"
-        )
+    @property
+    def _skips_non_finite(self) -> bool:
+        # The gradients of such a loss are not finite either: the optimizer then gives the step up on all ranks.
+        optimizer = self.spec.optimizer
+        return isinstance(optimizer, NGDOptimizer) and optimizer.non_finite == "skip"
 
-    def _report_step(self, score: Score, lr: float, seconds: float) -> None:
-        stats = step_stats(self.learner.optimizer)
+    def _divergence(self, loss: float, which: str) -> str:
+        optimizer, schedule = self.spec.optimizer, self.spec.schedule
+        advice = []
+        if not chooses_lr(self.learner.optimizer):
+            advice += [f"lower optimizer.lr ({optimizer.lr:g})"]
+            advice += [f"lengthen schedule.warmup_steps ({schedule.warmup_steps})"]
+        if isinstance(optimizer, NGDOptimizer):
+            advice += [f"raise optimizer.damping ({optimizer.damping:g})"]
+        return f"the {which} loss is {loss} at step {self.progress.step}; {' or '.join(advice)}"
+
+    def _report_step(self, score: Score, seconds: float) -> None:
+        optimizer = self.learner.optimizer
+        stats, lr = step_stats(optimizer), optimizer.param_groups[0]["lr"]
         phases = self._stopwatch.take() | stats.seconds
         phases["forward_backward"] -= phases.get("capture", 0.0)  # the hooks run inside: phases add up, none twice
         self.context.reporter.report(
@@ -233,6 +242,10 @@ class Run:
                 ages=list(stats.ages),
                 intervals=list(stats.intervals),
                 failed_inversions=stats.failed_inversions,
+                skipped_steps=stats.skipped_steps,
+                damping=optimizer.param_groups[0].get("damping"),
+                momentum=optimizer.param_groups[0]["momentum"] if chooses_lr(optimizer) else None,
+                reduction_ratio=stats.adapted.reduction_ratio,
             )
         )
         now_s = time.monotonic()

@@ -1,16 +1,18 @@
-"""OptimizerSpec -> torch.optim.Optimizer, and what its newest step did."""
+"""OptimizerSpec -> torch.optim.Optimizer, what its newest step did, and its errors as a job's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn, optim
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.errors import NgdError
+from ngd_dist.config import QuadraticModel
+from ngd_dist.errors import CaptureError, ConfigError, NgdError, NonFiniteError
 from ngd_dist.telemetry import StepStats
-from workers.errors import SpecError
+from workers.errors import NonFiniteLossError, SpecError, UserCodeError
 from workers.spec import SGD, AdamW, JobSpec
 
-__all__ = ["build_optimizer", "step_stats"]
+__all__ = ["build_optimizer", "chooses_lr", "job_errors", "step_stats"]
 
 
 def build_optimizer(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
@@ -21,6 +23,24 @@ def build_optimizer(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
 def step_stats(optimizer: optim.Optimizer) -> StepStats:
     """Returns what the newest step did; torch's own optimizers have neither statistics nor phases."""
     return optimizer.stats if isinstance(optimizer, NGD) else StepStats()
+
+
+def chooses_lr(optimizer: optim.Optimizer) -> bool:
+    """Returns whether each step sets lr and momentum itself, so that nobody else may."""
+    return isinstance(optimizer, NGD) and isinstance(optimizer.config.length, QuadraticModel)
+
+
+@contextmanager
+def job_errors() -> Iterator[None]:
+    """Raises what NGD says of the model, the settings and the gradients as the worker's error that it is."""
+    try:
+        yield
+    except CaptureError as error:
+        raise UserCodeError(f"the model doesn't fit optimizer ngd: {error}") from error
+    except ConfigError as error:
+        raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
+    except NonFiniteError as error:
+        raise NonFiniteLossError(f"training diverged: {error}") from error
 
 
 def _ngd(model: nn.Module, spec: JobSpec) -> optim.Optimizer:

@@ -6,9 +6,18 @@ The same file is the body of ``POST /api/v1/jobs``, the argument of ``ngd submit
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from ngd_dist.config import NGDConfig, Single
+from ngd_dist.config import Categorical, Empirical, NGDConfig, QuadraticModel, Single
 
 __all__ = ["JobSpec"]
 
@@ -123,9 +132,14 @@ class UserData(SpecModel):
 
 
 class NGDOptimizer(NGDConfig):
-    """SP-NGD, by `ngd_dist.NGD`. `micro_batches` and `loss_reduction` are set from the batch, not here."""
+    """SP-NGD, by `ngd_dist.NGD`. `micro_batches`, `loss_reduction` and `batch_dim` follow from the job."""
 
     kind: Literal["ngd"] = "ngd"
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _list_is_tuple(cls, given: object) -> object:
+        return tuple(given) if isinstance(given, list) else given  # neither YAML nor JSON has tuples
 
     @model_validator(mode="after")
     def _loop_owns_accumulation(self) -> Self:
@@ -134,7 +148,34 @@ class NGDOptimizer(NGDConfig):
                 "micro_batches and loss_reduction follow from batch.global_size and batch.micro_size in a job; "
                 "leave them out of optimizer"
             )
+        if self.batch_dim != 0:
+            raise ValueError(
+                f"batch_dim must be 0 in a job, whose images are counted by dimension 0, got {self.batch_dim}; leave "
+                "it out of optimizer"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _fisher_is_that_of_the_loss(self) -> Self:
+        likelihood = Categorical() if isinstance(self.fisher, Empirical) else self.fisher.likelihood
+        if not isinstance(likelihood, Categorical):
+            raise ValueError(
+                f"fisher.likelihood must be categorical in a job, whose loss is the cross-entropy of one class, got "
+                f"{likelihood.kind}; leave it out"
+            )
+        if likelihood.class_dim not in (-1, 1):
+            raise ValueError(
+                f"fisher.likelihood.class_dim must be 1 or -1 in a job, whose models return one logit per class, got "
+                f"{likelihood.class_dim}; leave it out"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out lr and momentum where the quadratic model chooses them: read again, they would contradict it."""
+        content: dict[str, Any] = handler(self)
+        unread = {"lr", "momentum"} if isinstance(self.length, QuadraticModel) else set()
+        return {name: value for name, value in content.items() if name not in unread}
 
 
 class SGD(SpecModel):
@@ -260,6 +301,16 @@ class JobSpec(SpecModel):
             raise ValueError(
                 f"optimizer.strategy single takes resources.workers 1, got {self.resources.workers}; take "
                 "owner_sharded or all_reduce, or leave optimizer.strategy out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lr_is_set_once(self) -> Self:
+        given = isinstance(self.schedule.lr, PolynomialLR) or self.schedule.warmup_steps > 0
+        if given and isinstance(self.optimizer, NGDOptimizer) and isinstance(self.optimizer.length, QuadraticModel):
+            raise ValueError(
+                "optimizer.step_length quadratic_model chooses lr at every step, so schedule.lr must be constant and "
+                f"schedule.warmup_steps 0, got {self.schedule.lr.kind} and {self.schedule.warmup_steps}; leave both out"
             )
         return self
 

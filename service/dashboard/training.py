@@ -9,7 +9,7 @@ from service.resources import Metrics
 __all__ = ["Training", "aligned"]
 
 MAX_POINTS = 1_000  # about one a pixel; twice as many held: they are asked for again, thinned
-NAMES = ("loss", "accuracy", "samples_per_s", "lr", "test_loss", "test_accuracy", "seconds", "bytes_sent")
+NAMES = ("loss", "accuracy", "samples_per_s", "lr", "damping", "test_loss", "test_accuracy", "seconds", "bytes_sent")
 Points = list[tuple[float, float | None]]
 TRAINING, TEST = Curve("training"), Curve("test", dotted=True)
 
@@ -23,7 +23,8 @@ class Training:
         self.rate = Curves("Throughput", axis_name="samples/s", curves={"samples_per_s": Curve("throughput")})
         self.seconds = Curves("Time per step, by phase", unit=SECONDS, stacked=True)
         self.bytes_sent = Curves("Sent per step, by kind", unit=BYTES, stacked=True)
-        self.lr = Curves("Learning rate", axis_name="lr", curves={"lr": Curve("learning rate")})
+        settings = {"lr": Curve("learning rate"), "damping": Curve("damping")}
+        self.lr = Curves("Learning rate and damping", curves=settings, may_be_log=True)
         self.panels = (self.loss, self.accuracy, self.rate, self.seconds, self.bytes_sent, self.lr)
         self.last_step: int | None = None
         self.redone_until = 0

@@ -1,5 +1,6 @@
 """What the dashboard shows, from what the API says: words, numbers, marks and the data of its charts."""
 
+import asyncio
 import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,9 +13,9 @@ from service.dashboard.curves import BYTES, Curve, Curves, Mark
 from service.dashboard.heat_map import MAX_CELLS, HeatMap, columns_for
 from service.dashboard.job import marks
 from service.dashboard.jobs import row
-from service.dashboard.training import aligned
+from service.dashboard.training import NAMES, Training, aligned
 from service.dashboard.units import ago, binary_bytes, duration, number, percent
-from service.resources import Event, Job, Progress, Statistics, Status
+from service.resources import Event, Job, Metrics, Progress, Series, Statistics, Status
 
 NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
 
@@ -185,6 +186,24 @@ def test_stacked_parts_get_the_same_steps(*, is_thinned: bool, filled: list[floa
 
 
 @pytest.mark.usefixtures("page")
+class Recorded:
+    """Answers with a curve of two steps for each name that is asked for, under which a group has one part."""
+
+    async def metrics(self, job_id: str, *, names: Any, **_: Any) -> Metrics:
+        parts = [f"{name}.part" if name in ("seconds", "bytes_sent") else name for name in names]
+        return Metrics(series={part: Series(steps=[1, 2], values=[1.0, 0.5]) for part in parts}, last_step=2)
+
+
+def test_damping_is_drawn_beside_the_learning_rate(page: Client) -> None:
+    training = Training()
+    training.is_connected = True  # there is no browser whose charts could be connected
+
+    asyncio.run(training.refresh(Recorded(), "job_1"))
+
+    assert training.lr.points == {"lr": [(1, 1.0), (2, 0.5)], "damping": [(1, 1.0), (2, 0.5)]}
+    assert sum(len(panel.points) for panel in training.panels) == len(NAMES)
+
+
 def test_table_of_a_chart_has_its_points_newest_first() -> None:
     curves = Curves("Loss", curves={"loss": Curve("training"), "test_loss": Curve("test")})
     curves.replace({"loss": [(1, 2.0), (2, math.nan)], "test_loss": [(2, 1.5)]})

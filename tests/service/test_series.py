@@ -54,6 +54,19 @@ def test_evaluations_have_steps_of_their_own() -> None:
     assert math.isnan(series["test_loss"].values[0])
 
 
+def test_steps_that_lack_a_value_are_left_out_of_its_curve() -> None:
+    old, new = json.loads(points(1)[0].json), json.loads(points(2)[1].json) | {"damping": 0.5}
+    del old["damping"], old["skipped_steps"]  # of a version that did not record them
+
+    series = curves([PointRecord(1, json.dumps(old)), PointRecord(2, json.dumps(new))], [], {"lr", "damping"}, 10)
+
+    assert (series["lr"].steps, series["damping"].steps, series["damping"].values) == ([1, 2], [2], [0.5])
+
+
+def test_a_value_that_no_step_has_gives_no_curve() -> None:
+    assert set(curves(points(3), [], {"loss", "momentum"}, 10)) == {"loss"}
+
+
 def test_refreshes_between_two_columns_are_counted() -> None:
     matrix = statistics(["A", "G"], points(12), 3)
 

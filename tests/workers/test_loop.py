@@ -34,9 +34,19 @@ def wrong_classes(shape):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))
 
 
-def runs_a_layer_twice(shape):
-    square = torch.nn.Linear(64, 64)
-    return torch.nn.Sequential(torch.nn.Flatten(), square, square, torch.nn.Linear(64, shape.classes))
+def differentiates_itself(shape):
+    class Penalised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(64, shape.classes)
+
+        def forward(self, x):
+            logits = self.layer(x.flatten(1))
+            if self.training:
+                torch.autograd.grad(logits.square().sum(), self.layer.weight, retain_graph=True)
+            return logits
+
+    return Penalised()
 
 
 def fails_in_training(shape):
@@ -181,7 +191,7 @@ def test_hopeless_job_fails_with_one_clear_message(tmp_path, spec, reason, messa
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs_a_layer_twice", "layer '1' was differentiated 2 times"),
+        ("differentiates_itself", "layer 'layer' was differentiated in 2 backward passes"),
         ("fails_in_training", "failed in training with LookupError: only in training"),
     ],
 )

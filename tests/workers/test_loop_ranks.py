@@ -8,14 +8,27 @@ from ngd_dist.comm import Communicator
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.ranks import run_ranks
 from workers.attempt import run_rank
+from workers.context import TrainContext
 from workers.learner import Learner
+from workers.loop import Run
+from workers.reporter import SilentReporter
 from workers.rundir import AttemptDir
 from workers.spec import JobSpec
 
 pytestmark = pytest.mark.ranks
 
 CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
-OPTIMIZERS = {"sgd": {"kind": "sgd", "lr": 0.1}, "ngd": {"kind": "ngd", "lr": 0.01, "damping": 0.01}}
+OPTIMIZERS = {
+    "sgd": {"kind": "sgd", "lr": 0.1},
+    "ngd": {"kind": "ngd", "lr": 0.01, "damping": 0.01},
+    "adaptive": {
+        "kind": "ngd",
+        "damping": 1.0,
+        "fisher": {"kind": "exact"},  # labels drawn on a rank depend on the rank
+        "step_length": {"kind": "quadratic_model"},
+        "damping_rule": {"kind": "levenberg_marquardt", "every": 2},
+    },
+}
 
 
 def run(rank: int, world_size: int, attempt_dir: AttemptDir) -> dict[str, object]:
@@ -75,6 +88,36 @@ def test_ranks_go_on_from_a_checkpoint_of_another_number_of_ranks(tmp_path):
     run_ranks(2, run, second)
 
     assert curve(second) == pytest.approx(curve(whole)[6:], rel=1e-3)
+
+
+def trained(rank: int, world_size: int, attempt_dir: AttemptDir) -> tuple[dict[str, bytes], list[tuple[float, ...]]]:
+    """Returns the bits of the weights after each step's update, and lr, momentum and damping after it."""
+    context = TrainContext(
+        comm=Communicator(),
+        device=torch.device("cpu"),
+        run_dir=attempt_dir.read_facts().run_dir,
+        data_dir=None,
+        attempt=1,
+        reporter=SilentReporter(),
+    )
+    training = Run(attempt_dir.read_spec(), context)
+    adapted = []
+    while not training.is_finished:
+        training.step_once()
+        (group,) = training.learner.optimizer.param_groups
+        adapted.append((group["lr"], group["momentum"], group["damping"]))
+    weights = {name: p.detach().numpy().tobytes() for name, p in training.learner.model.named_parameters()}
+    return weights, adapted
+
+
+def test_ranks_that_adapt_do_not_drift_by_one_bit(tmp_path):
+    attempt = make_attempt(tmp_path, split(2, "adaptive"))
+
+    (first_weights, first_adapted), (second_weights, second_adapted) = run_ranks(2, trained, attempt)
+
+    assert first_adapted == second_adapted
+    assert first_weights == second_weights
+    assert len(set(first_adapted)) == 8
 
 
 def absent_on_rank_1(**options: object) -> object:

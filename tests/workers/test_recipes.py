@@ -6,10 +6,13 @@ import pytest
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from workers.attempt import run_rank
 from workers.errors import SpecError
+from workers.spec import JobSpec
 from workers.spec_file import load_spec
+from workers.spec_problems import parse_spec
 
 RECIPES = sorted((Path(__file__).parents[2] / "workers" / "recipes").glob("*.yaml"))
 
+QUADRATIC = "{kind: ngd, step_length: {kind: quadratic_model}}"
 GOOD = """
 name: job
 model: {kind: mlp}
@@ -29,7 +32,7 @@ def test_recipe_is_a_spec_of_its_file_s_name_with_a_target(path):
 
 
 def test_baseline_differs_from_its_recipe_in_the_optimizer_alone():
-    ngd, sgd = (load_spec(path) for path in RECIPES if path.stem.startswith("digits"))
+    ngd, sgd = (load_spec(path) for path in RECIPES if path.stem in ("digits", "digits-sgd"))
 
     same = {"name": "", "optimizer": ngd.optimizer}
     assert ngd.model_copy(update=same) == sgd.model_copy(update=same)
@@ -46,6 +49,20 @@ def test_digits_recipe_learns_and_its_intervals_grow_past_one(tmp_path):
     last = records(events)[-1]
     grown = {name for name, interval in zip(events[0].statistics, last.intervals, strict=True) if interval > 1}
     assert {"block2.conv.A", "block3.conv.A", "hidden.A"} <= grown
+    assert outcome.target_step is not None
+
+
+def test_adaptive_recipe_learns_within_four_epochs_without_an_lr(tmp_path):
+    spec = load_spec(next(path for path in RECIPES if path.stem == "digits-adaptive"))
+    schedule = spec.schedule.model_copy(update={"epochs": 4})
+    alone = spec.resources.model_copy(update={"workers": 1})
+    attempt = make_attempt(tmp_path, spec.model_copy(update={"resources": alone, "schedule": schedule}))
+
+    outcome = run_rank(attempt)
+
+    steps = records(spooled(attempt))
+    assert steps[-1].damping < spec.optimizer.damping
+    assert {step.momentum for step in steps} != {None}
     assert outcome.target_step is not None
 
 
@@ -75,6 +92,14 @@ def test_fashion_mnist_recipe_reaches_its_target(tmp_path):
         (("{global_size: 64}", "{global_size: 9}\nresources: {workers: 2}"), "multiple of .* got 9; .* 8 and 10"),
         (("{global_size: 64}", "{global_size: 64, micro_size: 24}"), "must divide a worker's share, 64 .* got 24"),
         (("{epochs: 1}", "{epochs: 1, steps: 2}"), "exactly one of epochs and steps"),
+        (
+            ("{kind: ngd}\nschedule: {epochs: 1", f"{QUADRATIC}\nschedule: {{epochs: 1, warmup_steps: 5"),
+            "schedule.lr must be constant and schedule.warmup_steps 0, got constant and 5; leave both out",
+        ),
+        (
+            ("{kind: ngd}\nschedule: {epochs: 1", f"{QUADRATIC}\nschedule: {{epochs: 1, lr: {{kind: polynomial}}"),
+            "schedule.lr must be constant and schedule.warmup_steps 0, got polynomial and 0; leave both out",
+        ),
     ],
 )
 def test_wrong_spec_says_where_what_and_the_bound(tmp_path, change, message):
@@ -83,6 +108,39 @@ def test_wrong_spec_says_where_what_and_the_bound(tmp_path, change, message):
 
     with pytest.raises(SpecError, match=message):
         load_spec(path)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            "fisher: {kind: montecarlo}",
+            r'fisher\.kind must be one of .*, got "montecarlo" \(did you mean \'monte_carlo\'',
+        ),
+        ("fisher: monte_carlo", r'optimizer\.fisher must be an object of fields, got "monte_carlo"'),
+        ("fisher: {kind: exact, samples: 2}", r"optimizer\.fisher has no field 'samples' \(.*max_outputs"),
+        ("fisher: {kind: exact, likelihood: {}}", r"optimizer\.fisher\.likelihood\.kind is missing \(it is one of cat"),
+        ("fisher: {kind: exact, likelihood: {kind: gaussian}}", "must be categorical in a job, .* got gaussian; leave"),
+        ("fisher: {kind: exact, likelihood: {kind: categorical, class_dim: 2}}", "must be 1 or -1 in a job, .* got 2"),
+        ("damping_rule: {kind: levenberg_marquardt, decay: 1}", r"damping_rule\.decay must be < 1, got 1 \(omega"),
+        ("damping_rule: {kind: levenberg_marquardt, low: 0.8}", "damping_rule: low must be < high, got 0.8 and 0.75"),
+        ("clip: {kind: kl, max_norm: 1}", r"optimizer\.clip has no field 'max_norm' \(its fields are kind, max_kl\)"),
+        ("fallback: {kind: adam}", r'fallback\.kind must be one of sgd, adamw, got "adam" \(did you mean \'adamw\''),
+        ("exclude: head", r'optimizer\.exclude must be a list, got "head"'),
+        ("exclude: [1]", r"optimizer\.exclude\.0 must be a text, got 1"),
+        ("non_finite: ignore", r"""optimizer\.non_finite must be 'raise' or 'skip', got "ignore\""""),
+        ("batch_dim: 1", "optimizer: batch_dim must be 0 in a job, .* got 1; leave it out"),
+        ("lr: 0.1, step_length: {kind: quadratic_model}", r"optimizer: .* chooses lr and momentum: leave out \['lr'\]"),
+    ],
+)
+def test_wrong_choice_says_where_what_and_the_bound(tmp_path, choice, message):
+    path = tmp_path / "job.yaml"
+    path.write_text(GOOD.replace("{kind: ngd}", f"{{kind: ngd, {choice}}}"))
+
+    with pytest.raises(SpecError, match=message) as caught:
+        load_spec(path)
+
+    assert len(str(caught.value).splitlines()) == 2  # the file, and one problem
 
 
 @pytest.mark.parametrize(
@@ -108,6 +166,18 @@ def test_number_with_an_exponent_is_no_text(tmp_path, text):
     path.write_text(GOOD.replace("{kind: ngd}", f"{{kind: ngd, damping: {text}}}"))
 
     assert load_spec(path).optimizer.damping == 0.001
+
+
+@pytest.mark.parametrize(
+    "optimizer", [QUADRATIC, "{kind: ngd, exclude: [output, 'block*']}", "{kind: ngd, preconditioner: {kind: lngd}}"]
+)
+def test_spec_as_the_service_keeps_it_is_the_spec(tmp_path, optimizer):
+    path = tmp_path / "job.yaml"
+    path.write_text(GOOD.replace("{kind: ngd}", optimizer))
+    spec = load_spec(path)
+
+    assert parse_spec(spec.model_dump(mode="json")) == spec
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
 def test_json_is_read_as_json(tmp_path):
