@@ -127,6 +127,15 @@ class Capture:
         wanted = self._config.micro_batches
         return {layer: passes for layer, passes in self._passes.items() if passes != wanted}
 
+    def miscount(self, layer: str) -> CaptureError:
+        """Returns the error for a layer that was differentiated too often, or too rarely, on some rank."""
+        here = self.miscounted().get(layer)
+        times = f"in {here} backward passes" if here else "too often, or too rarely, on another rank"
+        return CaptureError(
+            f"layer {layer!r} was differentiated {times} in one optimizer step, but micro_batches is "
+            f"{self._config.micro_batches}; set micro_batches to the number of backward passes per step"
+        )
+
     @property
     def activations(self) -> Mapping[str, str | None]:
         """By layer that has run, the type of the activation that read it; empty where no method asks for slopes."""

@@ -20,7 +20,7 @@ from ngd_dist.strategies import Collected, Report, Strategy
 __all__ = ["Curvature"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
-# less than what Levenberg-Marquardt moves it by in one adaptation (to 0.9 ** 5 = 0.59 of it).
+# less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
 DAMPING_DRIFT = 0.1
 
 

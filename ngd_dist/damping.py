@@ -1,13 +1,15 @@
 """How large lambda is at a step, and how it is shared between the two factors of a layer."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngd_dist.config import ConstantDamping, ExponentialDamping, LevenbergMarquardt, PolynomialDamping
+from ngd_dist.config import ConstantDamping, DampingChoice, ExponentialDamping, LevenbergMarquardt, PolynomialDamping
 
-__all__ = ["levenberg_marquardt", "pi_split", "reduction_ratio", "scheduled"]
+__all__ = ["damping_after", "levenberg_marquardt", "pi_split", "reduction_ratio", "scheduled"]
 
 
 def pi_split(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -34,6 +36,13 @@ def scheduled(rule: ConstantDamping | ExponentialDamping | PolynomialDamping, in
         left = max(0.0, 1 - step / rule.steps)
         return rule.end + (initial - rule.end) * math.pow(left, rule.power)
     return initial
+
+
+def damping_after(rule: DampingChoice, group: Mapping[str, Any], step: int) -> float:
+    """Returns a param group's lambda after `step` steps: scheduled, or as it was last set."""
+    if isinstance(rule, ConstantDamping | LevenbergMarquardt):
+        return float(group["damping"])
+    return scheduled(rule, group["first_damping"], step)
 
 
 def reduction_ratio(loss_change: float, model_change: float) -> float:

@@ -20,13 +20,15 @@ def explain(
     preconditioners: Mapping[str, Preconditioner],
     strategy: Strategy,
     plain_parameters: Mapping[str, str],
+    activations: Mapping[str, str | None],
 ) -> str:
     """Returns a table with a line per layer, the sums, and the reason why each other parameter is not among them.
 
     gradient: [blocks x] outputs x inputs, a bias being the last input. refresh and apply: floating-point operations,
     once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer.
+    `activations`: by layer that has run, what was found to read its output, where the method asks.
     """
-    rows = [_row(layer, preconditioners[layer.name], strategy) for layer in layers]
+    rows = [_row(layer, preconditioners[layer.name], strategy, activations) for layer in layers]
     flops = [
         (preconditioners[layer.name].refresh_flops(), preconditioners[layer.name].apply_flops()) for layer in layers
     ]
@@ -47,12 +49,15 @@ def _head(config: NGDConfig, strategy: Strategy) -> str:
     return f"{config.preconditioner.kind}, {config.fisher.kind} Fisher, {config.staleness.kind} refresh, {kind} {where}"
 
 
-def _row(layer: Layer, preconditioner: Preconditioner, strategy: Strategy) -> tuple[str, ...]:
+def _row(
+    layer: Layer, preconditioner: Preconditioner, strategy: Strategy, activations: Mapping[str, str | None]
+) -> tuple[str, ...]:
     blocks, outputs, inputs = layer.shape.gradient
+    read_by = f", read by {activations[layer.name]}" if layer.name in activations else ""
     statistics = ", ".join(f"{spec.name} {_size(spec.shape)}" for spec in preconditioner.statistics)
     return (
         layer.name or "(model)",
-        f"{type(layer.module).__name__}, {type(preconditioner).__name__}",
+        f"{type(layer.module).__name__}, {type(preconditioner).__name__}{read_by}",
         _size((blocks, outputs, inputs)),
         statistics,
         _ranks(layer.name, strategy),

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -13,10 +14,10 @@ from ngd_dist.adaptation import Adaptation, Objective
 from ngd_dist.capture import Capture
 from ngd_dist.checkpoint import SavedState
 from ngd_dist.comm import Communicator
-from ngd_dist.config import AdamWFallback, ConstantDamping, LayerWise, LevenbergMarquardt, NGDConfig
+from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
 from ngd_dist.coverage import cover, is_averaged_by_ddp, unwrap
 from ngd_dist.curvature import Curvature
-from ngd_dist.damping import scheduled
+from ngd_dist.damping import damping_after
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
 from ngd_dist.fallback import Fallback
@@ -82,7 +83,8 @@ class NGD(torch.optim.Optimizer):
         self._updated = {p: of_model.get(p, f"param_groups parameter {i}") for i, p in enumerate(updated)}
         covered = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in updated if p not in covered]
-        self._group_of = {name: self._group_index(layer.parameters[0]) for name, layer in self._layer.items()}
+        group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        self._group_of = {name: group_of[layer.parameters[0]] for name, layer in self._layer.items()}
 
         self.stats = StepStats()
         self._unseen: set[str] = set()
@@ -170,7 +172,14 @@ class NGD(torch.optim.Optimizer):
 
     def explain(self) -> str:
         """Returns a table of what each layer gets, and why the other parameters are left to the fallback."""
-        return explain(self.config, self.layers, self._preconditioners, self._strategy, self.plain_parameters)
+        return explain(
+            self.config,
+            self.layers,
+            self._preconditioners,
+            self._strategy,
+            self.plain_parameters,
+            self._capture.activations,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Collective. Returns the whole state on every rank: torch's, and under "ngd" the layers' by name."""
@@ -233,7 +242,14 @@ class NGD(torch.optim.Optimizer):
         is_scaled = hasattr(self, "found_inf")
         self._loss_scale.report_overflow(self)
         self._arm(self.stats.step + 1)
-        self.stats.skipped_steps += 1
+        self.stats = replace(
+            self.stats,
+            skipped_steps=self.stats.skipped_steps + 1,
+            seconds=self._stopwatch.take(),
+            bytes_sent=self._comm.take_sent(),
+            refreshes=[],
+            adapted=Adapted(),
+        )
         if is_scaled or self.config.non_finite == "skip":
             return
         raise self._gradients.error(self.stats.step + 1)
@@ -248,20 +264,15 @@ class NGD(torch.optim.Optimizer):
     def _check_counts(self, reports: Mapping[Key, Report]) -> None:
         """Raises CaptureError on every rank, since every rank has the same reports; arms again for who goes on."""
         wrong = sorted({key.layer for key, report in reports.items() if report.verdict is Verdict.MISCOUNTED})
-        if not wrong:
-            return
-        here = self._capture.miscounted().get(wrong[0])
-        times = f"in {here} backward passes" if here else "too often, or too rarely, on another rank"
-        self._arm(self.stats.step + 1)
-        raise CaptureError(
-            f"layer {wrong[0]!r} was differentiated {times} in one optimizer step, but micro_batches is "
-            f"{self.config.micro_batches}; set micro_batches to the number of backward passes per step"
-        )
+        if wrong:
+            error = self._capture.miscount(wrong[0])
+            self._arm(self.stats.step + 1)
+            raise error
 
     def _update(self, findings: Findings, plain: list[Tensor], objective: Objective | None) -> Adapted:
         """Moves the weights, unless this step belongs to the burn-in."""
         for group in self.param_groups:
-            group["damping"] = self._scheduled_damping(group)
+            group["damping"] = damping_after(self.config.damping_rule, group, self.stats.step + 1)
         if self.stats.step < self.config.burn_in:
             return Adapted()
         directions = self._length.scale(findings.directions, findings.inner)
@@ -328,20 +339,11 @@ class NGD(torch.optim.Optimizer):
         self._loss_scale.begin()
         self._capture.arm(self._schedule.due(step))
 
-    def _group_index(self, parameter: nn.Parameter) -> int:
-        return next(i for i, group in enumerate(self.param_groups) if any(p is parameter for p in group["params"]))
-
     def _lr(self, name: str) -> float:
         return float(self.param_groups[self._group_of[name]]["lr"])
 
     def _damping(self, name: str) -> float:
         return float(self.param_groups[self._group_of[name]]["damping"])
-
-    def _scheduled_damping(self, group: Mapping[str, Any]) -> float:
-        rule = self.config.damping_rule
-        if isinstance(rule, ConstantDamping | LevenbergMarquardt):
-            return float(group["damping"])  # as somebody, or the last adaptation, has set it
-        return scheduled(rule, group["first_damping"], self.stats.step + 1)
 
     def _build_schedule(self) -> Schedule:
         specs = {Key(name, spec.name): spec for name, p in self._preconditioners.items() for spec in p.statistics}

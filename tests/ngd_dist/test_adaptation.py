@@ -244,4 +244,4 @@ def test_digits_without_any_tuning() -> None:
         loss.backward()
         optimizer.step(objective=objective)
 
-    assert loss.item() < 0.02
+    assert loss.item() < 0.05

@@ -94,6 +94,7 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(method: dict[str, s
 
     assert scaler.get_scale() == SCALE / 2
     assert optimizer.stats.skipped_steps == 1
+    assert optimizer.stats.refreshes == []
     assert after["ngd"].pop("skipped_steps") == before[1]["ngd"].pop("skipped_steps") + 1
     assert str(after) == str(before[1])
     assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())
