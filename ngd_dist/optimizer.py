@@ -396,6 +396,5 @@ class NGD(torch.optim.Optimizer):
             self.plain_parameters[f"{strangers} in param_groups"] = "not a parameter of the model"
         if self.plain_parameters:
             reasons = "; ".join(f"{name} ({reason})" for name, reason in self.plain_parameters.items())
-            logger.warning(
-                "fallback %s for %d parameters: %s", self.config.fallback.kind, len(self.plain_parameters), reasons
-            )
+            kind = self.config.fallback.kind
+            logger.warning("fallback %s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
