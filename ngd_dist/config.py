@@ -341,7 +341,11 @@ class NGDConfig(Settings):
     strategy: StrategyChoice | None = Field(
         None, description="None: `single` in one process, `owner_sharded` in several."
     )
-    lr: float = Field(0.1, gt=0, description="eta: weights move by -lr times the momentum buffer.")
+    lr: float = Field(
+        0.1,
+        gt=0,
+        description="eta: weights move by -lr times the momentum buffer. Take 0.01 under LNGD and layer_wise.",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="Buffer = momentum * buffer + direction, as torch's SGD.")
     momentum_mode: Literal["correct", "proportional"] = Field(
         "correct",
@@ -386,7 +390,8 @@ class NGDConfig(Settings):
         8192, ge=1, description="Factors with more rows than this are kept as their diagonal: wide heads, first layers."
     )
     exclude: tuple[str, ...] = Field(
-        (), description="Names of layers to leave to the fallback; * stands for anything, as in 'head*'."
+        (),
+        description="Names of modules or layers to leave to the fallback, with all inside them; * stands for anything.",
     )
     batch_dim: Literal[0, 1] = Field(
         0,

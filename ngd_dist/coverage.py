@@ -16,6 +16,10 @@ __all__ = ["cover", "is_averaged_by_ddp", "unwrap"]
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside torch.compile's and DDP's wrappers. Raises: ConfigError for nn.DataParallel."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"NGD takes the model itself, got {type(model).__name__}; parameters go into param_groups=[...]"
+        )
     while True:
         if isinstance(model, nn.DataParallel):
             raise ConfigError(
@@ -48,19 +52,21 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
     covered: set[nn.Parameter] = set()
+    known = {name for name, _ in model.named_modules()}
     for name, module in model.named_modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if p not in covered}
         trained = {key: p for key, p in own.items() if p in updated}
         if not trained:
             continue
         parts: list[Layer] = []
-        reason = _uncovered(module)
-        if not reason and any(fnmatchcase(name, pattern) for pattern in config.exclude):
-            reason = "excluded"
+        reason = "excluded" if _is_excluded(name, config.exclude) else _uncovered(module)
         if not reason:
             parts = _parts(name, module, batch_dims[module])
+            known.update(part.name for part in parts)
             held = [p for part in parts for p in part.parameters]
-            if any(p not in updated for p in held):
+            if any(_is_excluded(part.name, config.exclude) for part in parts):
+                reason = "excluded"
+            elif any(p not in updated for p in held):
                 reason = f"{type(module).__name__} is partly frozen, or partly outside param_groups"
             elif any(uses[id(p)] > 1 for p in held):
                 reason = f"{type(module).__name__} shares a parameter with another module"
@@ -72,8 +78,19 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
         else:
             layers += parts
             covered.update(p for part in parts for p in part.parameters)
-    _check_exclude(model, config.exclude)
+    for pattern in config.exclude:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ConfigError(
+                f"exclude names no module or layer: {pattern!r}; explain() lists the layers, such as {max(known)!r}"
+            )
     return layers, reasons
+
+
+def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a pattern names the module or layer, or one that it is inside of."""
+    parts = name.split(".")
+    around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    return any(fnmatchcase(outer, pattern) for outer in around for pattern in patterns)
 
 
 def _uncovered(module: nn.Module) -> str:
@@ -101,12 +118,3 @@ def _batch_dims(model: nn.Module, default: int) -> dict[nn.Module, int]:
             for inner in module.modules():
                 found[inner] = 0 if batch_first else 1
     return found
-
-
-def _check_exclude(model: nn.Module, patterns: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"exclude names no module: {pattern!r}; take a name of model.named_modules(), such as {names[-1]!r}"
-            )

@@ -66,7 +66,7 @@ class NGD(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.config = config = config or NGDConfig()
+        self.config = config = NGDConfig.model_validate(config or {})
         bare = unwrap(model)
         trainable = [p for p in bare.parameters() if p.requires_grad]
         if not trainable:

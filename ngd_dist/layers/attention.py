@@ -117,7 +117,7 @@ class OutProjection(Projection):
 
     def watch(self, on_run: OnRun) -> list[RemovableHandle]:
         def on_linear(x: Tensor, weight: Tensor, output: Tensor, samples: int | None) -> None:
-            if weight is self._weight:
+            if weight is self.module.out_proj.weight:  # not a Parameter where the quadratic model stands in for it
                 # Positions and samples come flattened.
                 on_run(x if samples is None else x.unflatten(0, (-1, samples)), output)
 

@@ -245,3 +245,26 @@ def test_digits_without_any_tuning() -> None:
         optimizer.step(objective=objective)
 
     assert loss.item() < 0.05
+
+
+def test_torchs_attention_takes_steps_of_the_quadratic_model() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(24, 3)).double()
+    x, y = torch.randn(16, 3, 8, dtype=F64), torch.randint(3, (16,))
+    optimizer = NGD(model, NGDConfig(step_length=QuadraticModel(), damping_rule=LevenbergMarquardt(every=1)))
+
+    def objective() -> tuple[Tensor, Tensor]:
+        output = model(x)
+        return F.cross_entropy(output, y), output
+
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss, _ = objective()
+        loss.backward()
+        optimizer.step(objective=objective)
+        losses.append(loss.item())
+
+    assert losses == sorted(losses, reverse=True)
+    assert optimizer.stats.step == 4

@@ -428,3 +428,31 @@ def test_digits_intervals_grow_past_one() -> None:
 
     assert max(optimizer.stats.intervals) > 3
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_an_exclude_names_a_module_with_all_inside_it_or_a_layer() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    everything = {
+        f"{name}.{key}" for name, m in encoder.named_modules() for key, _ in m.named_parameters(recurse=False)
+    }
+
+    inner = NGD(encoder, NGDConfig(exclude=("self_attn.in_proj",))).plain_parameters
+    outer = NGD(nn.ModuleDict({"layer": encoder}), NGDConfig(exclude=("lay*",))).plain_parameters
+
+    attention = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
+    assert set(inner) == {f"self_attn.{name}" for name in attention}
+    assert set(outer) == {f"layer.{name}" for name in everything}
+    assert set(outer.values()) == {"excluded"}
+    with pytest.raises(ConfigError, match="exclude names no module or layer: 'head'"):
+        NGD(encoder, NGDConfig(exclude=("head",)))
+
+
+def test_parameters_in_place_of_the_model_are_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match="NGD takes the model itself, got generator; parameters go into param_groups"):
+        NGD(nn.Linear(2, 2).parameters())  # type: ignore[arg-type]
+
+
+def test_settings_may_be_a_mapping_and_are_checked_alike() -> None:
+    assert NGD(nn.Linear(2, 2), {"lr": 0.3}).config == NGDConfig(lr=0.3)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="learning_rate"):
+        NGD(nn.Linear(2, 2), {"learning_rate": 0.3})  # type: ignore[arg-type]
