@@ -3,6 +3,7 @@
 Source: [MG15] sections 6.5 and 7.
 """
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ngd_dist.comm import Communicator
 from ngd_dist.config import LevenbergMarquardt, NGDConfig, QuadraticModel
 from ngd_dist.damping import levenberg_marquardt, reduction_ratio
+from ngd_dist.errors import NonFiniteError
 from ngd_dist.quadratic import Objective, curvature_products, evaluate, predicted_change, solve_lengths
 from ngd_dist.telemetry import Adapted
 from ngd_dist.update import MomentumMode
@@ -39,8 +41,11 @@ class Adaptation:
         self._rule = config.damping_rule
         self._chooses = isinstance(config.length, QuadraticModel)
         self._momentum_mode: MomentumMode = "chosen" if self._chooses else config.momentum_mode
+        self._skips = config.non_finite == "skip"
         self._model = model
         self._comm = comm
+        # The objective of a summed loss is a sum over ranks too.
+        self._shares = 1 if config.loss_reduction == "sum" else comm.world_size
         self._unwatched = unwatched
 
     @property
@@ -65,6 +70,8 @@ class Adaptation:
             return Adapted()
         before = {p: p.detach().clone() for p in directions} if adapts else {}
         model = self._choose(groups, directions, state, objective) if self._chooses else None
+        if self._chooses and model is None:
+            return self._give_up(step)
         apply(directions)
         if rule is None or not adapts:
             return Adapted()
@@ -77,16 +84,30 @@ class Adaptation:
             group["damping"] = levenberg_marquardt(rule, group["damping"], rho)
         return Adapted(reduction_ratio=rho)
 
+    def _give_up(self, step: int) -> Adapted:
+        """Leaves the weights as they are. Raises: NonFiniteError, on all ranks, unless such steps are to be skipped."""
+        if self._skips:
+            return Adapted(reduction_ratio=math.nan)
+        raise NonFiniteError(
+            f"the quadratic model of the loss is NaN or infinite in step {step}; no weight was changed. Raise damping, "
+            "or set non_finite='skip' to go on with the next batch"
+        )
+
     def _choose(
         self, groups: Groups, directions: Steps, state: Mapping[Any, MutableMapping[str, Any]], objective: Objective
-    ) -> tuple[float, float]:
-        """Sets every group's lr and momentum; returns the loss and the change that the model predicts."""
+    ) -> tuple[float, float] | None:
+        """Sets every group's lr and momentum; returns the loss and the change that the model predicts.
+
+        None, on all ranks, if the model has NaN or infinity.
+        """
         down = {p: -direction for p, direction in directions.items()}
         last = {p: -state[p]["momentum_buffer"] for p in directions if "momentum_buffer" in state[p]}
         tangents = [down, last] if last else [down]
         loss, DFD, Dg = self._products(objective, tangents)
         DD = self._damped_products(groups, tangents)
         lengths = solve_lengths(DFD, DD, Dg, damping=1.0)
+        if not all(map(math.isfinite, lengths)):
+            return None
         for group in groups:
             group["lr"], group["momentum"] = lengths
         return loss, predicted_change(lengths[: len(tangents)], DFD, DD, Dg, damping=1.0)
@@ -109,14 +130,14 @@ class Adaptation:
         k = len(tangents)
         numbers = torch.cat([loss.view(1), DFD.flatten(), Dg])
         self._comm.all_reduce("quadratic model", numbers, kind="adaptation")
-        numbers = (numbers / self._comm.world_size).cpu()
+        numbers = (numbers / self._shares).cpu()
         return float(numbers[0]), numbers[1 : 1 + k * k].view(k, k), numbers[1 + k * k :]
 
     def _evaluate(self, objective: Objective) -> float:
         with self._unwatched():
             loss = evaluate(self._model, objective).view(1)
         self._comm.all_reduce("loss after the step", loss, kind="adaptation")
-        return float(loss) / self._comm.world_size
+        return float(loss) / self._shares
 
     def _damped_products(self, groups: Groups, tangents: Sequence[Steps]) -> Tensor:
         """Returns the sum over groups of damping D^T D, [k, k]."""

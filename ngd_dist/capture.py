@@ -45,11 +45,15 @@ class Source(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One backward pass: of the loss, or one of those that make up the Fisher of a micro-batch, with its weight."""
+    """One backward pass: of the loss, or one of those that make up the Fisher of a micro-batch, with its weight.
+
+    `scale` is what its gradients are multiplied by; None for those of the loss, where it follows from the batch.
+    """
 
     source: Source
     is_first: bool = True
     weight: float = 1.0
+    scale: float | None = None
 
 
 LOSS_PASS = _Pass(Source.LOSS)
@@ -98,7 +102,8 @@ class Capture:
         self._is_paused = False
         self._pass = LOSS_PASS
         self._edges: list[GradientEdge] = []
-        self._fisher_passes = 0
+        self._fisher_passes = self._pending_passes = 0
+        self._has_run = False
         self._clear([])
         reads_slopes = any(preconditioner.reads_slopes for preconditioner in preconditioners.values())
         self._activations = Activations(model) if reads_slopes else None
@@ -133,7 +138,8 @@ class Capture:
         times = f"in {here} backward passes" if here else "too often, or too rarely, on another rank"
         return CaptureError(
             f"layer {layer!r} was differentiated {times} in one optimizer step, but micro_batches is "
-            f"{self._config.micro_batches}; set micro_batches to the number of backward passes per step"
+            f"{self._config.micro_batches}; set micro_batches to the number of backward passes per "
+            "step; a module that runs in several checkpointed blocks needs use_reentrant=False"
         )
 
     @property
@@ -166,28 +172,33 @@ class Capture:
         Statistics that read gradients are summed over the passes, times `weight`. No parameter's gradient is touched:
         autograd stops at the outputs of the layers. Raises: CaptureError if none of them has run.
         """
-        if not self._edges:
+        if not self._has_run:
             raise self._error(
-                "no layer with a due statistic has run since the last call; call fisher_backward(output) once after "
+                "no covered layer has run since the last call; call fisher_backward(output) once after "
                 "each forward pass, on what that pass returned, outside torch.no_grad()"
             )
         self._finish_all()
         # As small as the loss's own gradients, which is what a GradScaler has made room for.
-        units = 1 / self._scale(self._samples or output.shape[0])
+        scale = self._scale(output.shape[0])
         for number, gradient in enumerate(gradients):
-            self._pass = _Pass(Source.FISHER, number == 0, weight)
+            self._pass = _Pass(Source.FISHER, number == 0, weight, scale)
             try:
-                torch.autograd.grad(output, self._edges, gradient * units, retain_graph=True, allow_unused=True)
+                if not self._edges:
+                    break  # none of the layers that are due took part
+                torch.autograd.grad(output, self._edges, gradient / scale, retain_graph=True, allow_unused=True)
                 self._finish_all()
             finally:
                 self._pass = LOSS_PASS
-        self._edges = []
+        self._edges, self._has_run, self._pending_passes = [], False, 0
         self._fisher_passes += 1
 
     def on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many samples the model is given; called before its forward pass."""
-        if self._is_paused:
+        if self._is_paused or not torch.is_grad_enabled():
             return
+        self._pending_passes += _backward_task() == OUTSIDE_BACKWARD
+        if self._pending_passes > max(2, self._config.micro_batches):
+            self._edges.clear()  # of passes that were never differentiated; an edge keeps its graph alive
         first = next(_tensors((args, kwargs)), None)
         dim = self._config.batch_dim
         if first is not None and first.ndim > dim:
@@ -195,10 +206,11 @@ class Capture:
 
     def on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
-        is_due = layer.name in self._due
-        if self._is_paused or not (self._keeps_rows or is_due):
+        if self._is_paused or not (torch.is_grad_enabled() and output.requires_grad):
             return
-        if not (torch.is_grad_enabled() and output.requires_grad):
+        self._has_run = True
+        is_due = layer.name in self._due
+        if not (self._keeps_rows or is_due):
             return
         expected = layer.expected_input(x)
         if expected is not None:
@@ -247,7 +259,8 @@ class Capture:
         first = runs[0]
         # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
         # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
-        scale = self._scale(first.samples * first.sharers) / first.sharers**0.5
+        scale = self._pass.scale or self._scale(first.samples * first.sharers)
+        scale /= first.sharers**0.5
         if self._keeps_rows and self._pass.source is Source.LOSS:
             # Rows of their own: those of the statistics hold on to all that was made of the runs.
             kept = [replace(run, slope=None) for run in runs]
@@ -276,7 +289,8 @@ class Capture:
         self._micros: dict[str, _Micro] = {}
         self._rows: dict[str, list[Rows]] = {}
         self._edges = []
-        self._fisher_passes = 0
+        self._has_run = False
+        self._fisher_passes = self._pending_passes = 0
         self._due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
         reads = any(
             spec.reads_gradients
@@ -294,6 +308,8 @@ class Capture:
         """
         own = x.shape[layer.batch_dim]
         samples = self._samples or own
+        if own == 0:
+            raise self._error(f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks")
         if own == 1:
             return 1, samples
         if own % samples:

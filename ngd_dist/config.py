@@ -88,6 +88,12 @@ class LNGD(Settings):
         1e-2, gt=0, description="nu_2: the most that is added to a factor, unless its rounding needs more."
     )
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_damping > self.max_damping:
+            raise ValueError(f"min_damping must be <= max_damping, got {self.min_damping} and {self.max_damping}")
+        return self
+
 
 # --- Fisher: whose gradients the statistics are made of ---------------------------------------------------------------
 
@@ -434,10 +440,18 @@ class NGDConfig(Settings):
                 raise ValueError(f"step_length quadratic_model chooses lr and momentum: leave out {sorted(chosen)}")
             if self.clip is not None:
                 raise ValueError(f"step_length quadratic_model chooses the length: leave out clip {self.clip.kind}")
+            if self.weight_decay > 0 or self.weight_rescaling != "off":
+                raise ValueError(
+                    "step_length quadratic_model predicts the whole step: leave out weight_decay and weight_rescaling"
+                )
             if isinstance(self.fallback, AdamWFallback):
                 raise ValueError("step_length quadratic_model moves every parameter: leave out fallback adamw")
             if self.momentum_mode != "correct":
                 raise ValueError("step_length quadratic_model chooses momentum: leave out momentum_mode")
+        if self.batch_dim != 0 and not isinstance(self.fisher, Empirical):
+            raise ValueError(
+                f"fisher {self.fisher.kind} counts samples by dimension 0 of the output: leave out batch_dim, or fisher"
+            )
         if isinstance(self.preconditioner, LNGD):
             if not isinstance(self.damping_rule, ConstantDamping):
                 raise ValueError(

@@ -86,6 +86,15 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
     return layers, reasons
 
 
+def _batch_first(module: nn.Module) -> object:
+    """Returns what torch's sequence modules say; those made of encoder or decoder layers keep it in their attention."""
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        module = next(iter(module.layers), module)
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    return getattr(module, "batch_first", None)
+
+
 def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
     """Returns whether a pattern names the module or layer, or one that it is inside of."""
     parts = name.split(".")
@@ -99,6 +108,8 @@ def _uncovered(module: nn.Module) -> str:
         return f"no layer kind covers {type(module).__name__}"
     if not isinstance(getattr(module, "weight", nn.Parameter()), nn.Parameter | None):
         return f"{type(module).__name__} computes its weight from other parameters"
+    if not isinstance(getattr(module, "bias", None), nn.Parameter | bool | None):
+        return f"{type(module).__name__} computes its bias from other parameters"
     return kind.uncovered(module) or ""
 
 
@@ -112,7 +123,7 @@ def _batch_dims(model: nn.Module, default: int) -> dict[nn.Module, int]:
     """Returns the dimension that counts samples in each module: torch's sequence modules say it for what is in them."""
     found: dict[nn.Module, int] = {}
     for module in model.modules():  # parents before children
-        batch_first = getattr(module, "batch_first", None)
+        batch_first = _batch_first(module)
         found.setdefault(module, default)
         if isinstance(batch_first, bool):
             for inner in module.modules():

@@ -106,6 +106,8 @@ class Curvature:
     def _fold(self, key: Key, means: Collected) -> Report:
         if key not in means.statistics:
             verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
+            if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and self.caches[key.layer] is None:
+                verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
             return Report(verdict, Ending.OK, float("inf"))
         mean = means.statistics[key].to(self._dtypes[key.layer])
         if not bool(torch.isfinite(mean).all()):  # one host read per refresh; a bad value must not enter the average

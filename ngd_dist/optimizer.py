@@ -200,7 +200,7 @@ class NGD(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_group(group, len(self.param_groups) - 1)
+        check_group(group, len(self.param_groups) - 1, self.config)
         # What schedules of damping and of momentum start from; kept by `state_dict` with the group.
         group.setdefault("first_lr", group["lr"])
         group.setdefault("first_damping", group["damping"])

@@ -20,7 +20,7 @@ from ngd_dist.config import (
     PolynomialDamping,
     QuadraticModel,
 )
-from ngd_dist.errors import ConfigError
+from ngd_dist.errors import ConfigError, NonFiniteError
 from tests.support.ranks import run_ranks
 
 F64 = torch.float64
@@ -182,6 +182,9 @@ def test_an_objective_is_asked_for_and_refused_by_name() -> None:
     ("settings", "message"),
     [
         ({"step_length": QuadraticModel(), "lr": 0.1}, r"leave out \['lr'\]"),
+        ({"step_length": QuadraticModel(), "weight_decay": 0.1}, "leave out weight_decay"),
+        ({"batch_dim": 1, "fisher": Exact()}, "leave out batch_dim"),
+        ({"preconditioner": {"kind": "lngd", "min_damping": 1.0}}, "min_damping must be <= max_damping, got 1.0"),
         ({"step_length": QuadraticModel(), "clip": {"kind": "kl"}}, "leave out clip kl"),
         ({"step_length": QuadraticModel(), "fallback": {"kind": "adamw"}}, "leave out fallback adamw"),
         ({"step_length": QuadraticModel(), "momentum_mode": "proportional"}, "leave out momentum_mode"),
@@ -202,6 +205,55 @@ def adapted_steps(rank: int, world_size: int) -> tuple[list[Tensor], float, floa
     for _ in range(4):
         step()
     return [p.detach() for p in model.parameters()], optimizer.param_groups[0]["lr"], optimizer.stats.damping
+
+
+def summed_steps(rank: int, world_size: int) -> tuple[list[Tensor], float]:
+    torch.manual_seed(0)
+    samples = slice(rank, None, world_size)
+    x, y = torch.randn(8, 4, dtype=F64)[samples], torch.randn(8, 2, dtype=F64)[samples]
+    model = nn.Linear(4, 2).double()
+    optimizer = NGD(model, NGDConfig(step_length=QuadraticModel(), loss_reduction="sum", damping=1.0))
+
+    def objective() -> tuple[Tensor, Tensor]:
+        output = model(x)
+        return F.mse_loss(output, y, reduction="sum"), output
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective()[0].backward()
+        optimizer.step(objective=objective)
+    return [p.detach() for p in model.parameters()], optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.ranks
+def test_a_summed_loss_is_modelled_alike_on_any_number_of_ranks() -> None:
+    alone, lr = summed_steps(0, 1)
+
+    for weights, its_lr in run_ranks(2, summed_steps):
+        assert its_lr == pytest.approx(lr, rel=1e-9)
+        for ours, theirs in zip(weights, alone, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("non_finite", ["raise", "skip"])
+def test_a_model_of_the_loss_that_is_not_finite_moves_nothing(non_finite: Any) -> None:
+    model = nn.Linear(4, 1).double()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    x, y = torch.randn(6, 4, dtype=F64), torch.arange(6, dtype=F64).unsqueeze(1)
+    optimizer = NGD(model, NGDConfig(step_length=QuadraticModel(), non_finite=non_finite))
+
+    def objective() -> tuple[Tensor, Tensor]:
+        output = model(x)
+        return (output - y).abs().pow(1.5).mean(), output  # no second derivative at the first sample's 0
+
+    objective()[0].backward()
+    if non_finite == "raise":
+        with pytest.raises(NonFiniteError, match="quadratic model of the loss is NaN or infinite in step 1"):
+            optimizer.step(objective=objective)
+    else:
+        optimizer.step(objective=objective)
+    assert not any(bool(p.any()) for p in model.parameters())
 
 
 @pytest.mark.ranks

@@ -249,3 +249,35 @@ def test_the_shared_estimate_is_unbiased_for_a_sampled_fisher() -> None:
 
     # Every output has unit Fisher. 2,000 draws at two positions: sqrt(2 / 4000) = 2.2 %; four times that.
     torch.testing.assert_close(torch.stack(draws).mean(0), torch.eye(3, dtype=F64), rtol=0, atol=0.09)
+
+
+def test_an_encoder_that_puts_the_sequence_first_is_read_as_it_is() -> None:
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first).double()
+
+        class Net(nn.Module):
+            def __init__(self, inner: nn.Module, transposes: bool) -> None:
+                super().__init__()
+                self.inner, self.transposes = inner, transposes
+
+            def forward(self, x: Tensor) -> Tensor:
+                y: Tensor = self.inner(x.transpose(0, 1)).transpose(0, 1) if self.transposes else self.inner(x)
+                return y
+
+        optimizer = NGD(model := Net(encoder, not batch_first))
+        x = torch.randn(4, 8, 8, dtype=F64)
+        (model(x) * torch.randn(4, 8, 8, dtype=F64)).sum((1, 2)).mean().backward()
+        found.append(captured(optimizer))
+
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_an_empty_batch_is_an_error_that_names_the_layer() -> None:
+    optimizer = NGD(model := nn.Sequential(nn.Linear(4, 2)))
+
+    with pytest.raises(CaptureError, match="layer '0' is given no samples"):
+        model(torch.randn(0, 4))
+    assert optimizer.layers

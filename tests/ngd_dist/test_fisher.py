@@ -217,3 +217,42 @@ def test_the_empirical_fisher_ignores_the_call() -> None:
     output.sum().backward()
 
     assert set(captured(optimizer)) == {"0.A", "0.G", "2.A", "2.G"}
+
+
+@pytest.mark.parametrize("is_differentiable", [False, True])
+def test_another_forward_pass_in_between_changes_nothing(is_differentiable: bool) -> None:
+    model, x = mlp(4, 5, 3), torch.randn(8, 4, dtype=F64)
+    plain = statistics_of(model, x, NGDConfig(fisher=Exact()))
+    optimizer = NGD(model, NGDConfig(fisher=Exact()))
+
+    output = model(x)
+    with torch.set_grad_enabled(is_differentiable):
+        model(torch.randn(2, 4, dtype=F64))
+    optimizer.fisher_backward(output)
+    output.sum().backward()
+
+    assert all(torch.equal(value, plain[name]) for name, value in captured(optimizer).items())
+
+
+def test_a_due_layer_that_did_not_run_needs_no_pass() -> None:
+    model = nn.ModuleDict({"used": mlp(4, 3), "unused": nn.Linear(4, 3).double()})
+    optimizer = NGD(model, NGDConfig(fisher=MonteCarlo(), staleness=FixedInterval(steps=3)))
+
+    for _ in range(4):
+        optimizer.zero_grad()
+        output = model["used"](torch.randn(8, 4, dtype=F64))
+        optimizer.fisher_backward(output)
+        F.cross_entropy(output, torch.randint(3, (8,))).backward()
+        optimizer.step()
+
+    assert optimizer.stats.step == 4
+
+
+def test_forward_passes_that_are_never_differentiated_do_not_pile_up() -> None:
+    model, x = mlp(4, 5, 3), torch.randn(8, 4, dtype=F64)
+    optimizer = NGD(model, NGDConfig(fisher=MonteCarlo()))
+
+    for _ in range(50):
+        model(x)
+
+    assert len(optimizer._capture._edges) <= 3 * len(optimizer.layers)
