@@ -155,6 +155,11 @@ def test_resnet50_has_the_sizes_of_the_paper() -> None:
     assert packed["G"] == pytest.approx(14.6e6, rel=5e-3)
     assert channels == 26_560
     assert packed["F"] == 3 * channels == 79_680
+    # A batch norm's whole block would have 2 C (2 C + 1) / 2 numbers.
+    whole = sum(s.outputs * (2 * s.outputs + 1) for s in (layer.shape for layer in optimizer.layers) if s.inputs == 2)
+    assert whole == pytest.approx(56.4e6, rel=1e-3)
+    traffic = 4 * (packed["A"] + packed["G"] + sum(p.numel() for p in optimizer.param_groups[0]["params"]))
+    assert traffic == pytest.approx(410e6, rel=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -250,3 +250,17 @@ def test_duplicating_the_batch_changes_no_statistic() -> None:
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-13, atol=1e-15)
+
+
+def test_reduced_inputs_may_be_means_or_sums_as_long_as_gradients_are_the_other() -> None:
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 5, 4, dtype=F64), torch.randn(6, 5, 3, dtype=F64)
+    model = nn.Linear(4, 3, bias=False).double()
+    optimizer = NGD(model, NGDConfig(preconditioner=KFAC(sharing="reduce")))
+
+    (model(x) * target).sum((1, 2)).mean().backward()
+
+    found = captured(optimizer)
+    summed, mean = x.sum(1), target.mean(1)  # the gradient of each output is its target
+    other = torch.kron(mean.T @ mean / 6, summed.T @ summed / 6)
+    torch.testing.assert_close(torch.kron(found[".G"][0], found[".A"][0]), other, rtol=1e-13, atol=1e-14)
