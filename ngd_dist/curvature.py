@@ -3,14 +3,14 @@
 Statistics are always current; a cache is rebuilt from them when one of its statistics was due.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import isclose
 
 import torch
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.inversion import Ending
+from ngd_dist.inversion import Ending, solve
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.staleness import REFRESHED, Verdict, judge
@@ -80,28 +80,24 @@ class Curvature:
 
     def refresh(self, due: Sequence[Key], means: Collected) -> dict[Key, Report]:
         """Returns a report on each due statistic of the layers held here, after folding it in and inverting."""
-        reports: dict[Key, Report] = {}
-        for name in dict.fromkeys(key.layer for key in due if self._strategy.holds(key.layer)):
-            reports |= self._refresh_layer(name, [key for key in due if key.layer == name], means)
-        self._damp_again()
-        return reports
+        found = {key: self._fold(key, means) for key in due if self._strategy.holds(key.layer)}
+        refreshed = [key for key, report in found.items() if report.verdict in REFRESHED]
+        fresh = {
+            name: frozenset(key.statistic for key in refreshed if key.layer == name)
+            for name in dict.fromkeys(key.layer for key in refreshed)
+        }
+        for name, statistics in fresh.items():
+            self._begin_anew(name, statistics)
+        # What fails where only the damping moved stays, until the next refresh.
+        endings = self._rebuild(fresh | dict.fromkeys(self._drifted(fresh), frozenset()))
+        return {key: _with_ending(key, report, found, endings.get(key.layer, {})) for key, report in found.items()}
 
-    def _refresh_layer(self, name: str, due: Sequence[Key], means: Collected) -> dict[Key, Report]:
-        """Folds in what is due and rebuilds the cache; what was measured in a basis that is made anew starts anew."""
+    def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
+        """Forgets what was measured in a basis that is about to be replaced."""
         in_basis = {spec.name for spec in self._preconditioners[name].statistics if spec.in_basis}
-        found = {key: self._fold(key, means) for key in due}
-        fresh = frozenset(key.statistic for key, report in found.items() if report.verdict in REFRESHED)
         if fresh - in_basis:
             for statistic in in_basis:
                 self.statistics[Key(name, statistic)].reset()
-        endings = self._rebuild(name, fresh) if fresh else {}
-        waiting = endings.keys() - {key.statistic for key in found}
-        reports: dict[Key, Report] = {}
-        for key, report in found.items():
-            ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | waiting)])
-            verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
-            reports[key] = Report(verdict, ending, report.change)
-        return reports
 
     def _fold(self, key: Key, means: Collected) -> Report:
         if key not in means.statistics:
@@ -118,21 +114,52 @@ class Curvature:
         threshold = getattr(staleness.thresholds, key.statistic) if staleness.kind == "adaptive" else float("inf")
         return Report(judge(change, threshold), Ending.OK, change.to_last)
 
-    def _rebuild(self, name: str, fresh: frozenset[str]) -> Mapping[str, Ending]:
-        """Rebuilds one layer's cache; does nothing until each of its statistics in the standard basis has a value."""
-        preconditioner = self._preconditioners[name]
-        values = {spec.name: self.statistics[Key(name, spec.name)].value for spec in preconditioner.statistics}
-        ready = {key: value for key, value in values.items() if value is not None}
-        if any(spec.name not in ready and not spec.in_basis for spec in preconditioner.statistics):
-            return {}
-        damping = self._damping_of(name)
-        refreshed = preconditioner.refresh(ready, fresh, damping, self.caches[name])
-        self.caches[name] = refreshed.cache
-        self.damped_with[name] = damping
-        return refreshed.endings
+    def _rebuild(self, fresh: Mapping[str, frozenset[str]]) -> dict[str, Mapping[str, Ending]]:
+        """Rebuilds the caches of these layers from their statistics; returns the endings by layer.
 
-    def _damp_again(self) -> None:
-        """Rebuilds the caches held here whose damping has moved. What fails stays, until the next refresh."""
-        for name, cache in self.caches.items():
-            if cache is not None and not isclose(self.damped_with[name], self._damping_of(name), rel_tol=DAMPING_DRIFT):
-                self._rebuild(name, frozenset())
+        A layer is left as it is until each of its statistics in the standard basis has a value.
+        """
+        arguments = {
+            name: (values, new, self._damping_of(name), self.caches[name])
+            for name, new in fresh.items()
+            if (values := self._ready(name)) is not None
+        }
+        problems = {
+            Key(name, statistic): problem
+            for name, given in arguments.items()
+            for statistic, problem in self._preconditioners[name].problems(*given).items()
+        }
+        solutions = solve(problems)
+        endings: dict[str, Mapping[str, Ending]] = {}
+        for name, given in arguments.items():
+            own = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
+            refreshed = self._preconditioners[name].refresh(*given, own)
+            self.caches[name], self.damped_with[name] = refreshed.cache, given[2]
+            endings[name] = refreshed.endings
+        return endings
+
+    def _ready(self, name: str) -> dict[str, Tensor] | None:
+        """Returns the layer's statistics; None if one that the cache can't do without has no value yet."""
+        specs = self._preconditioners[name].statistics
+        found = {spec.name: self.statistics[Key(name, spec.name)].value for spec in specs}
+        if any(found[spec.name] is None and not spec.in_basis for spec in specs):
+            return None
+        return {statistic: value for statistic, value in found.items() if value is not None}
+
+    def _drifted(self, refreshed: Collection[str]) -> list[str]:
+        """Returns the layers held here whose damping has moved, and which are not refreshed anyway."""
+        return [
+            name
+            for name, cache in self.caches.items()
+            if cache is not None
+            and name not in refreshed
+            and not isclose(self.damped_with[name], self._damping_of(name), rel_tol=DAMPING_DRIFT)
+        ]
+
+
+def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], endings: Mapping[str, Ending]) -> Report:
+    """Returns the report with how its inversion ended, or that of a statistic of its layer that was not due."""
+    waiting = endings.keys() - {other.statistic for other in found if other.layer == key.layer}
+    ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | waiting)])
+    verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
+    return Report(verdict, ending, report.change)

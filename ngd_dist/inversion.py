@@ -1,16 +1,31 @@
-"""Inverse and eigenbasis of the blocks of one factor. How it went is part of the result; nothing is printed or raised.
+"""Inverses and eigenbases of factors. How it went is part of the result; nothing is printed or raised.
 
-A factor is [B, n, n], symmetric. It succeeds or fails as a whole: its blocks are refreshed together.
+A factor is [B, n, n], symmetric, or [B, n], diagonal. It succeeds or fails as a whole: its blocks are refreshed
+together. `solve` gets all factors of a step at once.
 """
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Eigen", "Ending", "Inverse", "eigen", "invert", "invert_diagonal"]
+__all__ = [
+    "Eigen",
+    "Ending",
+    "Inverse",
+    "Problem",
+    "Solution",
+    "ToDecompose",
+    "ToInvert",
+    "eigen",
+    "invert",
+    "invert_diagonal",
+    "solve",
+]
 
 
 class Ending(IntEnum):
@@ -105,6 +120,38 @@ def eigen(factor: Tensor) -> Eigen:
         if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
             return Eigen(values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype), Ending.OK)
     return Eigen(None, None, Ending.NOT_CONVERGED)
+
+
+@dataclass(frozen=True, slots=True)
+class ToInvert:
+    """factor + damping * I is to be inverted: [B, n, n] or [B, n], damping [B]. `old` is the inverse in use, if any."""
+
+    factor: Tensor
+    damping: Tensor
+    old: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToDecompose:
+    """A symmetric factor [B, n, n] whose eigenvalues and eigenvectors are wanted."""
+
+    factor: Tensor
+
+
+Problem = ToInvert | ToDecompose
+Solution = Inverse | Eigen
+Name = TypeVar("Name", bound=Hashable)
+
+
+def solve(problems: Mapping[Name, Problem]) -> dict[Name, Solution]:
+    """Returns the solution of each problem."""
+    return {name: _solve(problem) for name, problem in problems.items()}
+
+
+def _solve(problem: Problem) -> Solution:
+    if isinstance(problem, ToDecompose):
+        return eigen(problem.factor)
+    return (invert if problem.factor.ndim == 3 else invert_diagonal)(problem.factor, problem.damping)
 
 
 def _residual(matrix: Tensor, inverse: Tensor) -> float:

@@ -1,17 +1,17 @@
 """The one contract of all methods. State (statistics) is always current; the cache is rebuilt now and then from it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ngd_dist.cost import LayerShape
-from ngd_dist.inversion import Ending
+from ngd_dist.inversion import Ending, Inverse, Problem, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.statistics import StatisticSpec
 
-__all__ = ["Cache", "Preconditioner", "Refreshed"]
+__all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]
 
 Cache = dict[str, Tensor]
 
@@ -51,11 +51,25 @@ class Preconditioner(ABC):
         made yet; a statistic that needs it is left out.
         """
 
+    def problems(
+        self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+    ) -> dict[str, Problem]:
+        """Returns what must be inverted or decomposed, by statistic, before `refresh` with the same arguments.
+
+        O(n^3), rare, and the same for many layers: so all of a step's are solved together. None unless overridden.
+        """
+        return {}
+
     @abstractmethod
     def refresh(
-        self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+        self,
+        statistics: Mapping[str, Tensor],
+        fresh: frozenset[str],
+        damping: float,
+        old: Cache | None,
+        solutions: Mapping[str, Solution],
     ) -> Refreshed:
-        """Returns the cache of these statistics. O(n^3), rare; called on the layer's owners.
+        """Returns the cache of these statistics, from the solutions of `problems`. Called on the layer's owners.
 
         `fresh` names those that are new since `old`; none are where only the damping changed. Statistics that are
         measured in the cache's own basis may be absent.
@@ -72,3 +86,14 @@ class Preconditioner(ABC):
     @abstractmethod
     def apply_flops(self) -> int:
         """Returns the floating-point operations of `apply`."""
+
+
+def with_inverses(old: Cache | None, solutions: Mapping[str, Solution], entries: Collection[str]) -> Refreshed:
+    """Returns the old cache with each inverse that there is in its place, for a cache of inverses alone."""
+    cache: Cache = dict(old or {})
+    for name, solution in solutions.items():
+        assert isinstance(solution, Inverse)
+        if solution.value is not None:
+            cache[name] = solution.value
+    endings = {name: solution.ending for name, solution in solutions.items()}
+    return Refreshed(cache if cache.keys() == set(entries) else None, endings)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ngd_dist.config import EKFAC as EKFACConfig
 from ngd_dist.cost import LayerShape
-from ngd_dist.inversion import Ending
+from ngd_dist.inversion import Ending, Problem, Solution
 from ngd_dist.kronecker import from_basis, outer, to_basis
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
@@ -43,13 +43,23 @@ class EKFAC(Preconditioner):
             found["S"] = _squares_in_basis(a_BNPI, g_BNPO, shared.get("A"), shared.get("G")) / rows.samples
         return found
 
-    def refresh(
+    def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+    ) -> dict[str, Problem]:
+        """Returns the factors only if one is new. An S measured before that belongs to the old basis."""
+        return self._factors.to_decompose(statistics) if _is_new_basis(fresh, old) else {}
+
+    def refresh(
+        self,
+        statistics: Mapping[str, Tensor],
+        fresh: frozenset[str],
+        damping: float,
+        old: Cache | None,
+        solutions: Mapping[str, Solution],
     ) -> Refreshed:
-        """Decomposes the factors only if one is new. An S measured before that belongs to the old basis."""
         endings: Mapping[str, Ending]
-        if old is None or fresh - {"S"}:
-            found = self._factors.decompose(statistics)
+        if old is None or _is_new_basis(fresh, old):
+            found = self._factors.decomposition(statistics, solutions)
             endings = found.endings
             if found.values is None or found.bases is None:
                 return Refreshed(old, endings)
@@ -70,6 +80,10 @@ class EKFAC(Preconditioner):
 
     def apply_flops(self) -> int:
         return 2 * self._factors.product_flops()
+
+
+def _is_new_basis(fresh: frozenset[str], old: Cache | None) -> bool:
+    return old is None or bool(fresh - {"S"})
 
 
 def _squares_in_basis(a_BNPI: Tensor, g_BNPO: Tensor, A_basis: Tensor | None, G_basis: Tensor | None) -> Tensor:

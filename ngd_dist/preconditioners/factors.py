@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ngd_dist.config import Sharing
 from ngd_dist.cost import LayerShape
-from ngd_dist.inversion import Ending, eigen
+from ngd_dist.inversion import Eigen, Ending, Problem, Solution, ToDecompose
 from ngd_dist.kronecker import second_moment, square_moment
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache
@@ -72,7 +72,11 @@ class Factors:
             found["G"] = (second_moment if G.is_symmetric else square_moment)(self.output_gradients(rows), weight)
         return found
 
-    def decompose(self, statistics: Mapping[str, Tensor]) -> Decomposition:
+    def to_decompose(self, statistics: Mapping[str, Tensor]) -> dict[str, Problem]:
+        """Returns those of A and G that are dense."""
+        return {spec.name: ToDecompose(statistics[spec.name]) for spec in self.specs if spec.is_symmetric}
+
+    def decomposition(self, statistics: Mapping[str, Tensor], solutions: Mapping[str, Solution]) -> Decomposition:
         """Returns the eigendecompositions of A and G. A diagonal factor is its own eigenvalues."""
         values: dict[str, Tensor] = {}
         bases: Cache = {}
@@ -83,7 +87,8 @@ class Factors:
                 values[spec.name] = factor
                 endings[spec.name] = Ending.OK if bool(torch.isfinite(factor).all()) else Ending.NON_FINITE
                 continue
-            found = eigen(factor)
+            found = solutions[spec.name]
+            assert isinstance(found, Eigen)
             endings[spec.name] = found.ending
             if found.values is not None and found.vectors is not None:
                 values[spec.name], bases[spec.name] = found.values, found.vectors

@@ -7,10 +7,10 @@ from torch import Tensor
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.cost import LayerShape
 from ngd_dist.damping import pi_split
-from ngd_dist.inversion import Ending, invert, invert_diagonal
+from ngd_dist.inversion import Problem, Solution, ToInvert
 from ngd_dist.kronecker import from_basis, mean_diagonal, outer, precondition, to_basis
 from ngd_dist.layers.base import Rows
-from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
+from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.preconditioners.factors import Factors
 
 __all__ = ["KFAC"]
@@ -31,22 +31,28 @@ class KFAC(Preconditioner):
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         return self._factors.estimate(rows, due)
 
-    def refresh(
+    def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
-    ) -> Refreshed:
-        """Rebuilds both factors if one is new: pi ties them, and the cache stays a function of what is current."""
+    ) -> dict[str, Problem]:
+        """Returns both factors if one is new: pi ties them, and the cache stays a function of what is current."""
         if self._is_exact:
-            return self._refresh_exact(statistics, damping, old)
+            return self._factors.to_decompose(statistics)
         A, G = statistics["A"], statistics["G"]
         damping_a, damping_g = pi_split(mean_diagonal(A), mean_diagonal(G), damping)
-        inverses = {
-            name: (invert if factor.ndim == 3 else invert_diagonal)(factor, own)
-            for name, factor, own in (("A", A, damping_a), ("G", G, damping_g))
-        }
-        endings: dict[str, Ending] = {name: inverse.ending for name, inverse in inverses.items()}
-        cache: Cache = dict(old or {})
-        cache |= {name: inverse.value for name, inverse in inverses.items() if inverse.value is not None}
-        return Refreshed(cache if cache.keys() == inverses.keys() else None, endings)
+        old = old or {}
+        return {"A": ToInvert(A, damping_a, old.get("A")), "G": ToInvert(G, damping_g, old.get("G"))}
+
+    def refresh(
+        self,
+        statistics: Mapping[str, Tensor],
+        fresh: frozenset[str],
+        damping: float,
+        old: Cache | None,
+        solutions: Mapping[str, Solution],
+    ) -> Refreshed:
+        if self._is_exact:
+            return self._refresh_exact(statistics, damping, old, solutions)
+        return with_inverses(old, solutions, self.cache_shapes)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         if not self._is_exact:
@@ -60,9 +66,11 @@ class KFAC(Preconditioner):
     def apply_flops(self) -> int:
         return self._factors.product_flops() * (2 if self._is_exact else 1)
 
-    def _refresh_exact(self, statistics: Mapping[str, Tensor], damping: float, old: Cache | None) -> Refreshed:
+    def _refresh_exact(
+        self, statistics: Mapping[str, Tensor], damping: float, old: Cache | None, solutions: Mapping[str, Solution]
+    ) -> Refreshed:
         """Returns bases and 1 / (d_G d_A^T + damping): the old ones unless both factors gave theirs."""
-        found = self._factors.decompose(statistics)
+        found = self._factors.decomposition(statistics, solutions)
         if found.values is None or found.bases is None:
             return Refreshed(old, found.endings)
         inverse = (outer(found.values["G"], found.values["A"]) + damping).reciprocal()

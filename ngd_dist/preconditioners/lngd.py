@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ngd_dist.config import LNGD as LNGDConfig
 from ngd_dist.cost import LayerShape
-from ngd_dist.inversion import Ending, invert, invert_diagonal
+from ngd_dist.inversion import Problem, Solution, ToInvert
 from ngd_dist.kronecker import mean_diagonal, precondition, second_moment, square_moment
 from ngd_dist.layers.base import Rows
-from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
+from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.statistics import StatisticSpec
 
 __all__ = ["LNGD"]
@@ -59,23 +59,27 @@ class LNGD(Preconditioner):
             found["Psi"] = square_moment(slopes_BNPO * lengths, weight)
         return found
 
-    def refresh(
+    def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+    ) -> dict[str, Problem]:
+        """Returns the factors that are new: nothing ties one to the other."""
+        old = old or {}
+        factors = {"Phi": statistics["Phi"], "Psi": _with_unit_trace(statistics["Psi"])}
+        return {
+            name: ToInvert(factor, self._own_damping(factor), old.get(name))
+            for name, factor in factors.items()
+            if name in fresh or name not in old
+        }
+
+    def refresh(
+        self,
+        statistics: Mapping[str, Tensor],
+        fresh: frozenset[str],
+        damping: float,
+        old: Cache | None,
+        solutions: Mapping[str, Solution],
     ) -> Refreshed:
-        """Inverts the factors that are new: nothing ties one to the other."""
-        cache: Cache = dict(old or {})
-        endings: dict[str, Ending] = {}
-        for spec in self.statistics:
-            name = spec.name
-            if name in cache and name not in fresh:
-                continue
-            factor = statistics[name] if name == "Phi" else _with_unit_trace(statistics[name])
-            own = self._own_damping(factor)
-            inverse = (invert if spec.is_symmetric else invert_diagonal)(factor, own)
-            endings[name] = inverse.ending
-            if inverse.value is not None:
-                cache[name] = inverse.value
-        return Refreshed(cache if cache.keys() == self.cache_shapes.keys() else None, endings)
+        return with_inverses(old, solutions, self.cache_shapes)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         return precondition(cache["Phi"], cache["Psi"], grad_BOI)

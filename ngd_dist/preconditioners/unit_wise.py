@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.cost import LayerShape
-from ngd_dist.inversion import Ending
+from ngd_dist.inversion import Ending, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics import StatisticSpec
@@ -38,7 +38,12 @@ class UnitWise(Preconditioner):
         return {"F": blocks.mean(0)}
 
     def refresh(
-        self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+        self,
+        statistics: Mapping[str, Tensor],
+        fresh: frozenset[str],
+        damping: float,
+        old: Cache | None,
+        solutions: Mapping[str, Solution],
     ) -> Refreshed:
         F = statistics["F"]
         if self._has_shift:

@@ -7,19 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ngd_dist import NGD, NGDConfig
+from ngd_dist import NGD, NGDConfig, inversion
 from ngd_dist.config import EKFAC as EKFACConfig
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import AdaptiveInterval, FixedInterval, Settings, Thresholds
 from ngd_dist.cost import LayerShape
 from ngd_dist.inversion import Eigen, Ending
 from ngd_dist.layers import Rows
-from ngd_dist.preconditioners import Cache, ekfac, factors
+from ngd_dist.preconditioners import Cache, ekfac
 from ngd_dist.preconditioners.ekfac import EKFAC
 from ngd_dist.preconditioners.kfac import KFAC
 from ngd_dist.staleness import REFRESHED, Schedule, Verdict
 from ngd_dist.statistics import Key
 from tests.reference import kronecker as dense
+from tests.support.refreshing import refresh
 from tests.support.rows import random_rows
 
 F64 = torch.float64
@@ -37,7 +38,7 @@ def method(sharing: str = "expand", max_dense: int = 8192) -> EKFAC:
 def measured(ours: EKFAC, rows: Rows) -> tuple[dict[str, Tensor], Cache]:
     """Returns all statistics of the rows, S in the basis of A and G, and the cache before S was measured."""
     statistics = ours.estimate(rows, BOTH, {})
-    basis = ours.refresh(statistics, BOTH, DAMPING, None).cache
+    basis = refresh(ours, statistics, BOTH, DAMPING, None).cache
     assert basis is not None
     shared = {name: basis[name] for name in ours.shared}
     return statistics | ours.estimate(rows, S_ALONE, shared), basis
@@ -105,7 +106,7 @@ def test_the_direction_is_the_dense_solve_and_neither_sgds_nor_kfacs(max_dense: 
     ours, grad = method(max_dense=max_dense), gradient()
     statistics, basis = measured(ours, rows)
 
-    cache = ours.refresh(statistics, S_ALONE, DAMPING, basis).cache
+    cache = refresh(ours, statistics, S_ALONE, DAMPING, basis).cache
     assert cache is not None
     direction = ours.apply(cache, grad)
 
@@ -123,7 +124,7 @@ def test_one_sample_gives_its_exact_fisher() -> None:
     ours, grad = method(), gradient()
     statistics, basis = measured(ours, rows)
 
-    cache = ours.refresh(statistics, S_ALONE, DAMPING, basis).cache
+    cache = refresh(ours, statistics, S_ALONE, DAMPING, basis).cache
 
     assert cache is not None
     for b, gradients in enumerate(dense.sample_gradients(rows.a_BNPI, rows.g_BNPO)):
@@ -145,8 +146,8 @@ def test_a_new_basis_begins_as_kfac_with_exact_damping() -> None:
     kfac = KFAC(SHAPE, KFACConfig(damping_form="exact"), 8192)
     statistics, basis = measured(method(), rows)
 
-    same = kfac.refresh(statistics, BOTH, DAMPING, None).cache
-    anew = method().refresh(statistics, frozenset("A"), DAMPING, basis).cache  # that S is of the last basis
+    same = refresh(kfac, statistics, BOTH, DAMPING, None).cache
+    anew = refresh(method(), statistics, frozenset("A"), DAMPING, basis).cache  # that S is of the last basis
 
     assert same is not None
     assert anew is not None
@@ -164,10 +165,10 @@ def test_between_two_bases_nothing_is_decomposed(monkeypatch: pytest.MonkeyPatch
     ours, grad = method(), gradient()
     statistics, basis = measured(ours, rows)
 
-    monkeypatch.setattr(factors, "eigen", refuse)
-    corrected = ours.refresh(statistics, S_ALONE, DAMPING, basis).cache
-    damped = ours.refresh(statistics, frozenset(), 10 * DAMPING, corrected).cache
-    before_s = ours.refresh({name: statistics[name] for name in BOTH}, frozenset(), 10 * DAMPING, basis).cache
+    monkeypatch.setattr(inversion, "eigen", refuse)
+    corrected = refresh(ours, statistics, S_ALONE, DAMPING, basis).cache
+    damped = refresh(ours, statistics, frozenset(), 10 * DAMPING, corrected).cache
+    before_s = refresh(ours, {name: statistics[name] for name in BOTH}, frozenset(), 10 * DAMPING, basis).cache
 
     assert corrected is not None
     assert damped is not None
@@ -183,12 +184,12 @@ def test_the_old_basis_stays_if_the_decomposition_fails(monkeypatch: pytest.Monk
     ours = method()
     statistics, basis = measured(ours, rows)
 
-    monkeypatch.setattr(factors, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
-    refreshed = ours.refresh(statistics, BOTH, DAMPING, basis)
+    monkeypatch.setattr(inversion, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
+    refreshed = refresh(ours, statistics, BOTH, DAMPING, basis)
 
     assert refreshed.cache is basis
     assert refreshed.endings == dict.fromkeys("AG", Ending.NOT_CONVERGED)
-    assert ours.refresh(statistics, BOTH, DAMPING, None).cache is None
+    assert refresh(ours, statistics, BOTH, DAMPING, None).cache is None
 
 
 VERDICTS = st.sampled_from([Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED, Verdict.UNSEEN, Verdict.UNUSABLE])
@@ -254,7 +255,7 @@ def test_a_run_goes_on_in_the_old_basis_if_the_decomposition_fails(monkeypatch: 
     due, optimizer, model = run(FixedInterval(steps=4), 4)
     before = optimizer._curvature.caches["0"]
 
-    monkeypatch.setattr(factors, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
+    monkeypatch.setattr(inversion, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
     due += train(model, optimizer, range(4, 6))
 
     after = optimizer._curvature.caches["0"]

@@ -12,6 +12,7 @@ from ngd_dist.inversion import Ending
 from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.statistics import Key
 from tests.reference.lngd import direction, factors, layer_fisher, sampled_squares
+from tests.support.refreshing import refresh
 from tests.support.slopes import CONFIG, F64, captured, two_layers, weighed, with_ones
 
 
@@ -188,7 +189,7 @@ def test_a_large_factor_without_full_rank_is_inverted_in_float32() -> None:
     rows = torch.randn(1, 50, 300, generator=torch.Generator().manual_seed(0)) + 1
     statistics = {"Phi": 1e4 * rows.mT @ rows, "Psi": torch.ones(1, 2)}
 
-    refreshed = method.refresh(statistics, frozenset(statistics), 0.1, None)
+    refreshed = refresh(method, statistics, frozenset(statistics), 0.1, None)
 
     assert refreshed.endings == {"Phi": Ending.OK, "Psi": Ending.OK}
 
@@ -196,10 +197,10 @@ def test_a_large_factor_without_full_rank_is_inverted_in_float32() -> None:
 def test_a_refresh_inverts_only_what_is_new() -> None:
     method = preconditioner_for(LayerShape("", "kronecker", inputs=3, outputs=2), CONFIG)
     statistics = {"Phi": torch.eye(3).unsqueeze(0), "Psi": torch.ones(1, 2)}
-    old = method.refresh(statistics, frozenset(statistics), 0.1, None).cache
+    old = refresh(method, statistics, frozenset(statistics), 0.1, None).cache
     assert old is not None
 
-    new = method.refresh({name: 2 * value for name, value in statistics.items()}, frozenset({"Phi"}), 0.1, old).cache
+    new = refresh(method, {name: 2 * value for name, value in statistics.items()}, frozenset({"Phi"}), 0.1, old).cache
 
     assert new is not None
     assert new["Psi"] is old["Psi"]

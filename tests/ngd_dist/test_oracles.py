@@ -16,6 +16,7 @@ from ngd_dist.damping import pi_split
 from ngd_dist.preconditioners.unit_wise import UnitWise
 from ngd_dist.statistics import pack, packed_size, unpack
 from tests.reference.fisher import block, damped_kfac_step, gauss_newton_blocks, sample_gradients
+from tests.support.refreshing import refresh
 
 F64 = torch.float64
 
@@ -156,7 +157,7 @@ def test_unit_wise_closed_form_solves_the_damped_2x2_system() -> None:
     grad = torch.randn(7, 2, dtype=F64)
     method = UnitWise(LayerShape("bn", "unit_wise", 2, 7))
 
-    cache = method.refresh({"F": statistic}, frozenset("F"), 1e-3, None).cache
+    cache = refresh(method, {"F": statistic}, frozenset("F"), 1e-3, None).cache
 
     assert cache is not None
     exact = torch.linalg.solve(blocks + 1e-3 * torch.eye(2, dtype=F64), grad)

@@ -17,6 +17,7 @@ from ngd_dist.cost import LayerShape
 from ngd_dist.inversion import Ending
 from ngd_dist.layers import Rows
 from ngd_dist.preconditioners import PRECONDITIONERS, Cache, Preconditioner, preconditioner_for
+from tests.support.refreshing import refresh
 from tests.support.rows import ForwardRows, GivenRows, random_rows
 
 CHOICES: dict[str, type[Settings]] = {
@@ -84,7 +85,7 @@ def refreshed(
     old: Cache | None,
     damping: float = DAMPING,
 ) -> Cache:
-    result = method.refresh(statistics, fresh, damping, old)
+    result = refresh(method, statistics, fresh, damping, old)
     assert result.cache is not None
     assert set(result.endings.values()) <= {Ending.OK}
     return result.cache
@@ -219,7 +220,7 @@ def test_a_refresh_leaves_the_statistics_and_the_old_cache_alone(case: str) -> N
     statistics, cache = estimated(method, rows_of(shape))
     before = {name: value.clone() for name, value in (statistics | cache).items()}
 
-    method.refresh(statistics, frozenset(statistics), 10 * DAMPING, cache)
+    refresh(method, statistics, frozenset(statistics), 10 * DAMPING, cache)
 
     assert all(torch.equal((statistics | cache)[name], value) for name, value in before.items())
 
@@ -231,7 +232,7 @@ def test_a_failed_refresh_keeps_the_old_part_and_says_so(case: str) -> None:
 
     for name, value in statistics.items():
         poisoned = statistics | {name: torch.full_like(value, float("nan"))}
-        result = method.refresh(poisoned, frozenset({name}), DAMPING, cache)
+        result = refresh(method, poisoned, frozenset({name}), DAMPING, cache)
 
         assert result.endings[name] is not Ending.OK
         assert result.endings[name].advice
@@ -250,7 +251,7 @@ def test_without_an_old_part_a_failed_refresh_gives_no_cache(case: str) -> None:
 
     for name, value in standard.items():
         poisoned = standard | {name: torch.full_like(value, float("nan"))}
-        result = method.refresh(poisoned, frozenset(standard), DAMPING, None)
+        result = refresh(method, poisoned, frozenset(standard), DAMPING, None)
 
         assert result.cache is None
         assert result.endings[name] is not Ending.OK
