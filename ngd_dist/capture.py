@@ -23,10 +23,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.activations import Activations
+from ngd_dist.comm import Communicator
 from ngd_dist.config import NGDConfig
 from ngd_dist.errors import CaptureError
-from ngd_dist.layers import Layer, OnRun, Rows, Run
-from ngd_dist.preconditioners import Cache, Preconditioner
+from ngd_dist.layers import Layer, OnRun, Replicate, Rows, Run
+from ngd_dist.preconditioners import Cache, Preconditioner, check_rows
 from ngd_dist.statistics import Key
 from ngd_dist.telemetry import Stopwatch
 
@@ -74,7 +75,6 @@ class Capture:
 
     `keeps_rows`: whether the rows of the loss's own backward pass are kept until the next `arm`. `shared_of`: the cache
     entries of a layer that every rank has. `loss_scale`: what the loss is multiplied by before it is differentiated.
-    `post_error`: tells the other ranks of an error that may be this one's alone.
     """
 
     def __init__(
@@ -84,16 +84,18 @@ class Capture:
         preconditioners: Mapping[str, Preconditioner],
         config: NGDConfig,
         *,
+        comm: Communicator,
         keeps_rows: bool,
         shared_of: Callable[[str], Cache],
         loss_scale: Callable[[], float],
-        post_error: Callable[[str], None],
         stopwatch: Stopwatch,
     ) -> None:
-        self._post_error = post_error
         self._layers = {layer.name: layer for layer in layers}
         self._preconditioners = preconditioners
         self._config = config
+        self._comm = comm
+        self._replicates = comm.world_size * config.micro_batches
+        check_rows(config, self._replicates)
         self._keeps_rows = keeps_rows
         self._shared_of = shared_of
         self._loss_scale = loss_scale
@@ -104,7 +106,7 @@ class Capture:
         self._edges: list[GradientEdge] = []
         self._fisher_passes = self._pending_passes = 0
         self._has_run = False
-        self._clear([])
+        self._clear([], 0)
         reads_slopes = any(preconditioner.reads_slopes for preconditioner in preconditioners.values())
         self._activations = Activations(model) if reads_slopes else None
         own = weakref.ref(self)
@@ -112,9 +114,9 @@ class Capture:
         handles += [handle for layer in layers for handle in layer.watch(_note_run(own, layer))]
         weakref.finalize(self, _remove, handles)
 
-    def arm(self, due: Sequence[Key]) -> None:
+    def arm(self, due: Sequence[Key], step: int) -> None:
         """Starts a new step in which these statistics, and no others, are captured."""
-        self._clear(due)
+        self._clear(due, step)
 
     def take(self) -> dict[Key, Tensor]:
         """Returns what was captured since `arm`. Layers that did not run, or not once per micro-batch, are absent."""
@@ -245,6 +247,12 @@ class Capture:
         if len(micro.arrived) >= micro.forward_runs:
             self._finish(name)
 
+    def _replicate(self, name: str) -> Replicate:
+        """Returns which part of the global batch the layer's next micro-batch is; too many are an error of the step."""
+        micro_batches = self._config.micro_batches
+        index = self._comm.rank * micro_batches + self._passes.get(name, 0) % micro_batches
+        return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
+
     def _finish_all(self) -> None:
         for name in list(self._micros):
             self._finish(name)
@@ -265,7 +273,7 @@ class Capture:
             # Rows of their own: those of the statistics hold on to all that was made of the runs.
             kept = [replace(run, slope=None) for run in runs]
             self._rows.setdefault(name, []).append(Rows(self._layers[name], kept, scale))
-        rows = Rows(self._layers[name], runs, scale)
+        rows = Rows(self._layers[name], runs, scale, self._replicate(name))
         if self._pass.source is self._source and name in self._due:
             # Autocast, where backward runs under it, would form the products in 16 bits.
             with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
@@ -283,7 +291,8 @@ class Capture:
             key, share = Key(name, statistic), value * (weight / self._config.micro_batches)
             self._values[key] = self._values[key] + share if key in self._values else share
 
-    def _clear(self, due: Sequence[Key]) -> None:
+    def _clear(self, due: Sequence[Key], step: int) -> None:
+        self._step = step
         self._values: dict[Key, Tensor] = {}
         self._passes: dict[str, int] = {}
         self._micros: dict[str, _Micro] = {}
@@ -320,7 +329,7 @@ class Capture:
         return samples, 1
 
     def _error(self, message: str) -> CaptureError:
-        self._post_error(message)
+        self._comm.post_error(message)
         return CaptureError(message)
 
     def _scale(self, samples: int) -> float:

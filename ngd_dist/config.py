@@ -66,6 +66,19 @@ class KFAC(Settings):
         "lambda is added to the eigenvalues of their product; the direction is (A (x) G + lambda I)^-1 grad, for an "
         "eigendecomposition at each refresh and twice the work at each step.",
     )
+    rows: int | None = Field(
+        None,
+        ge=1,
+        description="A factor at least twice as wide as this is kept as this many rows of the batch, of all ranks and "
+        "micro-batches together, drawn without replacement (all of a smaller batch, and then it is exact); its inverse "
+        "is applied by Woodbury's identity. Cheaper to refresh and to apply the fewer they are. None: matrices.",
+    )
+
+    @model_validator(mode="after")
+    def _rows_have_no_eigenbasis(self) -> Self:
+        if self.rows is not None and self.damping_form == "exact":
+            raise ValueError("rows are inverted by Woodbury's identity: leave out damping_form exact, or rows")
+        return self
 
 
 class EKFAC(Settings):
@@ -452,6 +465,11 @@ class NGDConfig(Settings):
             raise ValueError(
                 f"fisher {self.fisher.kind} counts samples by dimension 0 of the output: leave out batch_dim, or fisher"
             )
+        if isinstance(self.preconditioner, KFAC) and self.preconditioner.rows is not None:
+            if self.ema_decay > 0:
+                raise ValueError(f"rows are of the newest batch alone: leave out ema_decay {self.ema_decay}, or rows")
+            if isinstance(self.fisher, Exact) or (isinstance(self.fisher, MonteCarlo) and self.fisher.samples > 1):
+                raise ValueError("rows are of one backward pass: leave them out, or take fisher with one sample")
         if isinstance(self.preconditioner, LNGD):
             if not isinstance(self.damping_rule, ConstantDamping):
                 raise ValueError(

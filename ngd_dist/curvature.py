@@ -6,10 +6,10 @@ Statistics are always current; a cache is rebuilt from them when one of its stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import isclose
 
-import torch
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
+from ngd_dist.finite import is_finite
 from ngd_dist.inversion import Ending, solve
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
@@ -44,8 +44,11 @@ class Curvature:
         # What other ranks made and `estimate` reads; on the ranks that hold a layer its cache has it too.
         self.shared: dict[str, Cache | None] = {}
         self.damped_with: dict[str, float] = {}
+        adapts = config.staleness.kind == "adaptive"  # under a fixed interval nobody asks how far a value changed
         self.statistics = {
-            Key(name, spec.name): Statistic(spec, ema_decay=config.ema_decay, remembers=strategy.reports(name))
+            Key(name, spec.name): Statistic(
+                spec, ema_decay=config.ema_decay, remembers=strategy.reports(name) and adapts
+            )
             for name, preconditioner in preconditioners.items()
             for spec in preconditioner.statistics
         }
@@ -106,7 +109,7 @@ class Curvature:
                 verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
             return Report(verdict, Ending.OK, float("inf"))
         mean = means.statistics[key].to(self._dtypes[key.layer])
-        if not bool(torch.isfinite(mean).all()):  # one host read per refresh; a bad value must not enter the average
+        if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
             return Report(Verdict.UNUSABLE, Ending.NON_FINITE, float("inf"))
         statistic = self.statistics[key]
         change = statistic.fold(statistic.spec.expand(mean))

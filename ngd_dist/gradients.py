@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ngd_dist.comm import Communicator
 from ngd_dist.errors import NonFiniteError
+from ngd_dist.finite import all_finite, is_finite
 from ngd_dist.loss_scale import LossScale
 
 __all__ = ["Gradients"]
@@ -35,13 +36,12 @@ class Gradients:
         found = [p.grad for p in self._parameters.values() if p.grad is not None]
         if not found:
             return torch.zeros(1, device=device)
-        largest = torch._foreach_norm(found, float("inf"))
-        return (~torch.stack([torch.isfinite(norm) for norm in largest]).all()).float().view(1)
+        return (~all_finite(found)).float().view(1)
 
     def error(self, step: int) -> NonFiniteError:
         """Collective. Returns the same error on every rank: it names the first bad parameter of the first bad rank."""
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        bad = next((name for name, grad in found.items() if not bool(torch.isfinite(grad).all())), None)
+        bad = next((name for name, grad in found.items() if not is_finite(grad)), None)
         names = self._comm.all_gather_object("non-finite gradients", bad)
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
         return NonFiniteError(

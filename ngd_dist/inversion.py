@@ -13,6 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ngd_dist.finite import is_finite
+from ngd_dist.woodbury import damped_inverse, product_left
+
 __all__ = [
     "Eigen",
     "Ending",
@@ -21,9 +24,11 @@ __all__ = [
     "Solution",
     "ToDecompose",
     "ToInvert",
+    "ToInvertRows",
     "eigen",
     "invert",
     "invert_diagonal",
+    "invert_rows",
     "solve",
 ]
 
@@ -96,6 +101,20 @@ def invert_diagonal(factor: Tensor, damping: Tensor) -> Inverse:
     return Inverse(None, Ending.NOT_POSITIVE_DEFINITE if finite else Ending.NON_FINITE)
 
 
+def invert_rows(rows: Tensor, damping: Tensor) -> Inverse:
+    """Returns Z of `woodbury.damped_inverse` for rows [B, R, n] and damping [B]."""
+    value, info = damped_inverse(rows, damping)
+    if bool(info.any()):
+        return Inverse(None, Ending.NOT_POSITIVE_DEFINITE if is_finite(rows) else Ending.NON_FINITE)
+    probes = _probes(rows.shape[-1], rows.dtype, rows.device).expand(rows.shape[0], -1, -1)
+    solved = product_left(value, probes)
+    rest = probes - solved - rows.mT @ (rows @ solved) / damping.view(-1, 1, 1)
+    residual = float(torch.linalg.vector_norm(rest, dim=(-2, -1)).max() / torch.linalg.vector_norm(probes[0]))
+    if not residual <= MAX_RESIDUAL:
+        return Inverse(None, Ending.INACCURATE, residual)
+    return Inverse(value, Ending.OK, residual)
+
+
 @dataclass(frozen=True, slots=True)
 class Eigen:
     """Eigenvalues [B, n], clamped at 0, and eigenvectors as columns [B, n, n]; None where it failed."""
@@ -132,13 +151,21 @@ class ToInvert:
 
 
 @dataclass(frozen=True, slots=True)
+class ToInvertRows:
+    """X^T X + damping * I is to be inverted: `rows` X [B, R, n], R < n, damping [B]. The value is Woodbury's Z."""
+
+    rows: Tensor
+    damping: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ToDecompose:
     """A symmetric factor [B, n, n] whose eigenvalues and eigenvectors are wanted."""
 
     factor: Tensor
 
 
-Problem = ToInvert | ToDecompose
+Problem = ToInvert | ToInvertRows | ToDecompose
 Solution = Inverse | Eigen
 Name = TypeVar("Name", bound=Hashable)
 
@@ -151,6 +178,8 @@ def solve(problems: Mapping[Name, Problem]) -> dict[Name, Solution]:
 def _solve(problem: Problem) -> Solution:
     if isinstance(problem, ToDecompose):
         return eigen(problem.factor)
+    if isinstance(problem, ToInvertRows):
+        return invert_rows(problem.rows, problem.damping)
     return (invert if problem.factor.ndim == 3 else invert_diagonal)(problem.factor, problem.damping)
 
 

@@ -1,13 +1,26 @@
 """Pure functions on rows and Kronecker factors.
 
 Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias), O outputs. A factor is dense,
-[B, n, n], or diagonal, [B, n]; a basis is [B, n, n] with a vector in each column, or None for the standard basis.
+[B, n, n], diagonal, [B, n], or known by its rows, [B, R, n] with R < n; a basis is [B, n, n] with a vector in each
+column, or None for the standard basis.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["from_basis", "mean_diagonal", "outer", "precondition", "second_moment", "square_moment", "to_basis"]
+from ngd_dist.woodbury import product_left, product_right
+
+__all__ = [
+    "from_basis",
+    "is_rows",
+    "mean_diagonal",
+    "outer",
+    "precondition",
+    "sampled",
+    "second_moment",
+    "square_moment",
+    "to_basis",
+]
 
 
 def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
@@ -16,19 +29,47 @@ def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     return rows.mT @ rows * _per_block(scale, rows, 2)
 
 
+def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:
+    """Returns `count` of the R rows, drawn without replacement, times sqrt(R / count); all of them if they are fewer.
+
+    The mean of the sum of r r^T over draws is that over all rows. The same rows of all blocks, whatever the device.
+    """
+    rows = rows_BRD.shape[1]
+    if rows <= count:
+        return rows_BRD
+    chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count]
+    scale: float = (rows / count) ** 0.5
+    return rows_BRD.index_select(1, chosen.to(rows_BRD.device)) * scale
+
+
 def square_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     """Returns scale * sum over n and p of r^2, [B, D]: the diagonal of `second_moment`."""
     return rows_BNPD.square().sum((1, 2)) * _per_block(scale, rows_BNPD, 1)
 
 
 def mean_diagonal(factor: Tensor) -> Tensor:
-    """Returns the mean eigenvalue of a dense or diagonal factor, [B]."""
+    """Returns the mean eigenvalue of a factor, [B]."""
+    if is_rows(factor):
+        return factor.square().sum((-2, -1)) / factor.shape[-1]
     return (factor.diagonal(dim1=-2, dim2=-1) if factor.ndim == 3 else factor).mean(-1)
 
 
+def is_rows(factor: Tensor) -> bool:
+    """Returns whether this is X, [B, R, n] with R < n, for X^T X."""
+    return factor.ndim == 3 and factor.shape[-2] != factor.shape[-1]
+
+
 def precondition(A_inverse: Tensor, G_inverse: Tensor, grad_BOI: Tensor) -> Tensor:
-    """Returns G^-1 grad A^-1, [B, O, I]: (G (x) A)^-1 vec(grad) for a row-major gradient. Source: [MG15]."""
-    right = grad_BOI @ A_inverse if A_inverse.ndim == 3 else grad_BOI * A_inverse.unsqueeze(-2)
+    """Returns G^-1 grad A^-1, [B, O, I]: (G (x) A)^-1 vec(grad) for a row-major gradient. Source: [MG15].
+
+    An inverse is dense, diagonal, or Z of `woodbury.damped_inverse`, which leaves out 1 / damping.
+    """
+    if is_rows(A_inverse):
+        right = product_right(grad_BOI, A_inverse)
+    else:
+        right = grad_BOI @ A_inverse if A_inverse.ndim == 3 else grad_BOI * A_inverse.unsqueeze(-2)
+    if is_rows(G_inverse):
+        return product_left(G_inverse, right)
     return G_inverse @ right if G_inverse.ndim == 3 else G_inverse.unsqueeze(-1) * right
 
 

@@ -105,10 +105,10 @@ class NGD(torch.optim.Optimizer):
             self.layers,
             self._preconditioners,
             config,
+            comm=self._comm,
             keeps_rows=isinstance(config.length, LayerWise),
             shared_of=self._curvature.shared_of,
             loss_scale=self._loss_scale.factor,
-            post_error=self._comm.post_error,
             stopwatch=self._stopwatch,
         )
         self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._capture.rows)
@@ -337,7 +337,7 @@ class NGD(torch.optim.Optimizer):
 
     def _arm(self, step: int) -> None:
         self._loss_scale.begin()
-        self._capture.arm(self._schedule.due(step))
+        self._capture.arm(self._schedule.due(step), step)
 
     def _lr(self, name: str) -> float:
         return float(self.param_groups[self._group_of[name]]["lr"])

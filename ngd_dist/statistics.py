@@ -54,14 +54,15 @@ def unpack(triangle: Tensor, n: int) -> Tensor:
 class StatisticSpec:
     """What a preconditioner says about one of its statistics.
 
-    A symmetric one is [..., n, n]. `reads_gradients`: whether it needs output gradients, of the loss or of the Fisher's
-    own backward pass, or the forward pass alone. `in_basis`: it is measured in what the cache holds at the time, and
-    starts anew when that changes.
+    A symmetric one is [..., n, n]. A root is [..., R, n], rows X that stand for X^T X. `reads_gradients`: whether it
+    needs output gradients, of the loss or of the Fisher's own backward pass, or the forward pass alone. `in_basis`: it
+    is measured in what the cache holds at the time, and starts anew when that changes.
     """
 
     name: str
     shape: tuple[int, ...]
     is_symmetric: bool = False
+    is_root: bool = False
     reads_gradients: bool = True
     in_basis: bool = False
 
@@ -117,7 +118,8 @@ class Statistic:
             return Change(float("inf"), float("inf"))
         before = None if self._before is None else self.spec.expand(self._before)
         self._before = None if last is None else self.spec.flatten(last)
-        return Change(_relative(new, last), _relative(new, before))
+        relative = _relative_of_roots if self.spec.is_root else _relative
+        return Change(relative(new, last), relative(new, before))
 
     def reset(self) -> None:
         """Forgets every value: what comes next is measured in another basis."""
@@ -141,3 +143,16 @@ def _relative(value: Tensor, reference: Tensor | None) -> float:
     if reference is None:
         return float("inf")
     return float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+
+
+def _relative_of_roots(rows: Tensor, reference: Tensor | None) -> float:
+    """Returns ||X^T X - Y^T Y|| / ||Y^T Y|| from R x R products, without forming either: one host read."""
+    if reference is None:
+        return float("inf")
+    own, cross, other = (torch.linalg.vector_norm(x @ y.mT).square() for x, y in _pairs(rows, reference))
+    # Rounding may leave less than nothing of two that are alike.
+    return float(((own - 2 * cross + other).clamp(min=0) / other).sqrt())
+
+
+def _pairs(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    return (x, x), (x, y), (y, y)

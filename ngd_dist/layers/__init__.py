@@ -7,7 +7,7 @@ compute something else.
 from torch import nn
 
 from ngd_dist.layers.attention import InProjection
-from ngd_dist.layers.base import Layer, OnRun, Rows, Run
+from ngd_dist.layers.base import Layer, OnRun, Replicate, Rows, Run
 from ngd_dist.layers.batchnorm import BatchNorm, SyncBatchNorm
 from ngd_dist.layers.conv import Conv
 from ngd_dist.layers.embedding import Embedding
@@ -16,7 +16,7 @@ from ngd_dist.layers.layernorm import LayerNorm, RMSNorm
 from ngd_dist.layers.linear import Linear
 from ngd_dist.layers.other_libraries import LAYERS_BY_NAME
 
-__all__ = ["LAYERS", "LAYERS_BY_NAME", "Layer", "OnRun", "Rows", "Run", "kind_of"]
+__all__ = ["LAYERS", "LAYERS_BY_NAME", "Layer", "OnRun", "Replicate", "Rows", "Run", "kind_of"]
 
 LAYERS: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: Linear,

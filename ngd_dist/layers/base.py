@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.cost import LayerShape
 
-__all__ = ["Layer", "OnRun", "Rows", "Run", "statistics_dtype"]
+__all__ = ["Layer", "OnRun", "Replicate", "Rows", "Run", "statistics_dtype"]
 
 # Called with what a run of the layer was given and what it returned, for every run, in forward.
 OnRun = Callable[[Tensor, Tensor], None]
@@ -157,6 +157,15 @@ class Run:
     slope: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Which of the equal parts of a global batch rows are of: a rank's micro-batch. `seed` decides what is drawn."""
+
+    index: int = 0
+    count: int = 1
+    seed: int = 0
+
+
 class Rows:
     """One micro-batch of one layer: rows made on first use, so that what no statistic reads costs nothing.
 
@@ -165,8 +174,9 @@ class Rows:
     `scale`.
     """
 
-    def __init__(self, layer: Layer, runs: Sequence[Run], scale: float) -> None:
+    def __init__(self, layer: Layer, runs: Sequence[Run], scale: float, replicate: Replicate = Replicate()) -> None:
         self._layer, self._runs, self._scale = layer, runs, scale
+        self.replicate = replicate
         self.samples, self.sharers = runs[0].samples, runs[0].sharers
 
     @cached_property

@@ -10,13 +10,14 @@ from typing import Any
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import NGDConfig
 from ngd_dist.cost import LayerShape
+from ngd_dist.errors import ConfigError
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.ekfac import EKFAC
 from ngd_dist.preconditioners.kfac import KFAC
 from ngd_dist.preconditioners.lngd import LNGD
 from ngd_dist.preconditioners.unit_wise import UnitWise
 
-__all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "Refreshed", "preconditioner_for"]
+__all__ = ["PRECONDITIONERS", "Cache", "Preconditioner", "Refreshed", "check_rows", "preconditioner_for"]
 
 PRECONDITIONERS: dict[str, Callable[[LayerShape, Any, int], Preconditioner]] = {
     "kfac": KFAC,
@@ -33,3 +34,12 @@ def preconditioner_for(shape: LayerShape, config: NGDConfig) -> Preconditioner:
     if shape.has_one_hot_inputs and not isinstance(chosen, KFACConfig):
         chosen = KFACConfig()
     return PRECONDITIONERS[chosen.kind](shape, chosen, config.max_dense)
+
+
+def check_rows(config: NGDConfig, replicates: int) -> None:
+    """Returns if each micro-batch of each rank, `replicates` in all, has rows to give. Raises: ConfigError."""
+    rows = config.preconditioner.rows if isinstance(config.preconditioner, KFACConfig) else None
+    if rows is not None and rows < replicates:
+        raise ConfigError(
+            f"rows must be at least {replicates}, one for each micro-batch of each rank, got {rows}; raise it"
+        )

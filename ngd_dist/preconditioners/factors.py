@@ -9,8 +9,8 @@ from torch import Tensor
 from ngd_dist.config import Sharing
 from ngd_dist.cost import LayerShape
 from ngd_dist.inversion import Eigen, Ending, Problem, Solution, ToDecompose
-from ngd_dist.kronecker import second_moment, square_moment
-from ngd_dist.layers.base import Rows
+from ngd_dist.kronecker import sampled, second_moment, square_moment
+from ngd_dist.layers.base import Replicate, Rows
 from ngd_dist.preconditioners.base import Cache
 from ngd_dist.statistics import StatisticSpec
 
@@ -31,18 +31,20 @@ class Factors:
 
     With `sharing="reduce"` a is averaged and g summed over positions before, and P is 1. Source: [E23]. A factor wider
     than `max_dense` is kept as its diagonal, and so is the A of one-hot inputs, for which that is exact: its basis is
-    the standard one.
+    the standard one. With `rows` a factor at least twice as wide is kept as so many of its rows: X for X^T X, drawn
+    without replacement where there are more, so that X^T X has the factor for its mean.
     """
 
-    def __init__(self, shape: LayerShape, sharing: Sharing, max_dense: int) -> None:
-        B, I, O = shape.blocks, shape.inputs, shape.outputs  # noqa: E741
-        dense_a, dense_g = max_dense >= I and not shape.has_one_hot_inputs, max_dense >= O
+    def __init__(self, shape: LayerShape, sharing: Sharing, max_dense: int, rows: int | None = None) -> None:
         self._shape = shape
         self._reduces = sharing == "reduce" and not shape.has_one_hot_inputs
-        self.specs = (
-            StatisticSpec("A", (B, I, I) if dense_a else (B, I), is_symmetric=dense_a, reads_gradients=False),
-            StatisticSpec("G", (B, O, O) if dense_g else (B, O), is_symmetric=dense_g),
+        B, I, O = shape.blocks, shape.inputs, shape.outputs  # noqa: E741
+        A = (
+            StatisticSpec("A", (B, I), reads_gradients=False)
+            if shape.has_one_hot_inputs
+            else _spec("A", B, I, max_dense, rows, reads_gradients=False)
         )
+        self.specs = (A, _spec("G", B, O, max_dense, rows, reads_gradients=True))
 
     @property
     def bases(self) -> dict[str, tuple[int, ...]]:
@@ -66,10 +68,10 @@ class Factors:
         if "A" in due and self._shape.has_one_hot_inputs:
             found["A"] = rows.input_squares_BI / rows.samples
         elif "A" in due:
-            found["A"] = (second_moment if A.is_symmetric else square_moment)(self.inputs(rows), 1 / rows.samples)
+            found["A"] = _moment(A, self.inputs(rows), 1 / rows.samples, rows.replicate)
         if "G" in due:
             weight = 1 / rows.samples if self._reduces else 1 / (rows.samples * rows.positions_B)
-            found["G"] = (second_moment if G.is_symmetric else square_moment)(self.output_gradients(rows), weight)
+            found["G"] = _moment(G, self.output_gradients(rows), weight, rows.replicate)
         return found
 
     def to_decompose(self, statistics: Mapping[str, Tensor]) -> dict[str, Problem]:
@@ -107,7 +109,53 @@ class Factors:
     def product_flops(self) -> int:
         """Returns the operations of one product of the gradient with both factors, or with both bases."""
         entries = self._shape.blocks * self._shape.outputs * self._shape.inputs
-        return entries * sum(2 * spec.shape[-1] if spec.is_symmetric else 1 for spec in self.specs)
+        return entries * sum(_product_flops(spec) for spec in self.specs)
 
     def _cubes(self) -> int:
-        return sum(spec.shape[0] * spec.shape[-1] ** (3 if spec.is_symmetric else 1) for spec in self.specs)
+        return sum(spec.shape[0] * _cube(spec) for spec in self.specs)
+
+
+def _spec(
+    name: str, blocks: int, width: int, max_dense: int, rows: int | None, *, reads_gradients: bool
+) -> StatisticSpec:
+    if rows is not None and width >= 2 * rows:  # where a product with two thin matrices is the cheaper one
+        return StatisticSpec(name, (blocks, rows, width), is_root=True, reads_gradients=reads_gradients)
+    if width > max_dense:
+        return StatisticSpec(name, (blocks, width), reads_gradients=reads_gradients)
+    return StatisticSpec(name, (blocks, width, width), is_symmetric=True, reads_gradients=reads_gradients)
+
+
+def _moment(spec: StatisticSpec, rows_BNPD: Tensor, scale: float | Tensor, replicate: Replicate) -> Tensor:
+    """Returns scale * sum of r r^T in the form of the spec."""
+    if not spec.is_root:
+        return (second_moment if spec.is_symmetric else square_moment)(rows_BNPD, scale)
+    root = scale**0.5 if isinstance(scale, float) else scale.sqrt()
+    chosen = sampled(rows_BNPD.flatten(1, 2), spec.shape[1] // replicate.count, replicate.seed)
+    return _placed(chosen, root, spec, replicate)
+
+
+def _placed(rows_BRD: Tensor, scale: float | Tensor, spec: StatisticSpec, replicate: Replicate) -> Tensor:
+    """Returns the rows at this replicate's own place among zeros.
+
+    The mean over replicates is then their rows side by side, times what makes it the root of the mean of X^T X.
+    """
+    placed = rows_BRD.new_zeros(spec.shape)
+    first = replicate.index * (spec.shape[1] // replicate.count)
+    if isinstance(scale, torch.Tensor):
+        scale = scale.to(rows_BRD).view(-1, 1, 1)
+    placed[:, first : first + rows_BRD.shape[1]] = rows_BRD * (scale * replicate.count**0.5)
+    return placed
+
+
+def _product_flops(spec: StatisticSpec) -> int:
+    if spec.is_root:
+        return 4 * spec.shape[1]
+    return 2 * spec.shape[-1] if spec.is_symmetric else 1
+
+
+def _cube(spec: StatisticSpec) -> int:
+    """Returns n^3, or what takes its place: half of the operations of the inverse."""
+    width = spec.shape[-1]
+    if spec.is_root:  # a product of the rows with themselves, and a triangular solve: R^2 n multiply-adds each
+        return 2 * spec.shape[1] ** 2 * width
+    return width**3 if spec.is_symmetric else width

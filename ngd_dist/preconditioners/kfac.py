@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.cost import LayerShape
 from ngd_dist.damping import pi_split
-from ngd_dist.inversion import Problem, Solution, ToInvert
+from ngd_dist.inversion import Ending, Problem, Solution, ToInvert, ToInvertRows
 from ngd_dist.kronecker import from_basis, mean_diagonal, outer, precondition, to_basis
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
@@ -21,10 +22,13 @@ class KFAC(Preconditioner):
 
     def __init__(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> None:
         super().__init__(shape)
-        self._factors = Factors(shape, config.sharing, max_dense)
+        self._factors = Factors(shape, config.sharing, max_dense, config.rows)
         self._is_exact = config.damping_form == "exact"
         self.statistics = self._factors.specs
         self.cache_shapes = {spec.name: spec.shape for spec in self.statistics}
+        self._roots = [spec.name for spec in self.statistics if spec.is_root]
+        if self._roots:
+            self.cache_shapes = {**self.cache_shapes, "scale": (shape.blocks, 1, 1)}
         if self._is_exact:
             self.cache_shapes = self._factors.bases | {"inverse": shape.gradient}
 
@@ -37,10 +41,13 @@ class KFAC(Preconditioner):
         """Returns both factors if one is new: pi ties them, and the cache stays a function of what is current."""
         if self._is_exact:
             return self._factors.to_decompose(statistics)
-        A, G = statistics["A"], statistics["G"]
-        damping_a, damping_g = pi_split(mean_diagonal(A), mean_diagonal(G), damping)
         old = old or {}
-        return {"A": ToInvert(A, damping_a, old.get("A")), "G": ToInvert(G, damping_g, old.get("G"))}
+        return {
+            name: ToInvertRows(statistics[name], own)
+            if name in self._roots
+            else ToInvert(statistics[name], own, old.get(name))
+            for name, own in _split(statistics, damping).items()
+        }
 
     def refresh(
         self,
@@ -52,11 +59,19 @@ class KFAC(Preconditioner):
     ) -> Refreshed:
         if self._is_exact:
             return self._refresh_exact(statistics, damping, old, solutions)
-        return with_inverses(old, solutions, self.cache_shapes)
+        if not self._roots:
+            return with_inverses(old, solutions, self.cache_shapes)
+        if any(solution.ending is not Ending.OK for solution in solutions.values()):
+            # The scale goes with both inverses: neither is of use without the other.
+            return Refreshed(old, {name: solution.ending for name, solution in solutions.items()})
+        split = _split(statistics, damping)
+        scale = torch.stack([split[name] for name in self._roots]).prod(0).reciprocal().view(-1, 1, 1)
+        return with_inverses({**(old or {}), "scale": scale}, solutions, self.cache_shapes)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         if not self._is_exact:
-            return precondition(cache["A"], cache["G"], grad_BOI)
+            direction = precondition(cache["A"], cache["G"], grad_BOI)
+            return direction.mul_(cache["scale"]) if self._roots else direction
         A, G = cache.get("A"), cache.get("G")
         return from_basis(A, G, to_basis(A, G, grad_BOI) * cache["inverse"])
 
@@ -75,3 +90,9 @@ class KFAC(Preconditioner):
             return Refreshed(old, found.endings)
         inverse = (outer(found.values["G"], found.values["A"]) + damping).reciprocal()
         return Refreshed({**found.bases, "inverse": inverse}, found.endings)
+
+
+def _split(statistics: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+    """Returns what is added to each factor, [B]."""
+    damping_a, damping_g = pi_split(mean_diagonal(statistics["A"]), mean_diagonal(statistics["G"]), damping)
+    return {"A": damping_a, "G": damping_g}

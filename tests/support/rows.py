@@ -1,13 +1,13 @@
 """Rows of one layer as plain tensors, for tests of what is estimated from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ngd_dist.layers import Rows
+from ngd_dist.layers import Replicate, Rows
 
 
 @dataclass
@@ -17,6 +17,7 @@ class GivenRows:
     a_BNPI: Tensor  # noqa: N815
     g_BNPO: Tensor  # noqa: N815
     slopes_BNPO: Tensor  # noqa: N815
+    replicate: Replicate = field(default_factory=Replicate)
 
     @property
     def samples(self) -> int:

@@ -1,0 +1,28 @@
+"""The damped inverse of a factor that is known by its rows, X^T X with X [B, R, n] and R < n, without forming it.
+
+Woodbury's identity: (X^T X + d I)^-1 = (I - Z^T Z) / d with Z = L^-1 X and L L^T = X X^T + d I. The solve is R x R, and
+a product with the inverse takes 4 R operations an entry where the dense inverse takes 2 n.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["damped_inverse", "product_left", "product_right"]
+
+
+def damped_inverse(rows_BRn: Tensor, damping_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns Z, [B, R, n], and the info of the Cholesky factorisation, [B]: not 0 where it failed. damping_B: [B]."""
+    gram = rows_BRn @ rows_BRn.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(damping_B.unsqueeze(-1))
+    triangle, info = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve_triangular(triangle, rows_BRn, upper=False), info
+
+
+def product_right(matrix_BOn: Tensor, Z_BRn: Tensor) -> Tensor:
+    """Returns M (I - Z^T Z), [B, O, n]: d times the product with the damped inverse."""
+    return torch.baddbmm(matrix_BOn, matrix_BOn @ Z_BRn.mT, Z_BRn, alpha=-1)
+
+
+def product_left(Z_BRn: Tensor, matrix_BnI: Tensor) -> Tensor:
+    """Returns (I - Z^T Z) M, [B, n, I]: d times the product with the damped inverse."""
+    return torch.baddbmm(matrix_BnI, Z_BRn.mT, Z_BRn @ matrix_BnI, alpha=-1)
