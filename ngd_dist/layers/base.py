@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.cost import LayerShape
+from ngd_dist.kronecker import second_moment
 
 __all__ = ["Layer", "OnRun", "Replicate", "Rows", "Run", "statistics_dtype"]
 
@@ -96,6 +97,10 @@ class Layer(ABC):
     def input_squares(self, kept: Any) -> Tensor:
         """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T."""
         return self.inputs(kept).square().sum((1, 2))
+
+    def input_moment(self, kept: Any) -> Tensor:
+        """Returns the sum over n and p of a a^T, [B, I, I]."""
+        return second_moment(self.inputs(kept), 1.0)
 
     def along(self, a_BNPI: Tensor, g_BNPO: Tensor, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, sum over p of g a^T> of each sample, [N]."""
@@ -222,6 +227,13 @@ class Rows:
     def input_squares_BI(self) -> Tensor:
         """Sum over samples and positions of a^2."""
         return torch.stack([self._layer.input_squares(run.kept) for run in self._runs]).sum(0)
+
+    @cached_property
+    def input_moment_BII(self) -> Tensor:
+        """Sum over samples and positions of a a^T."""
+        if "a_BNPI" in vars(self):
+            return second_moment(self.a_BNPI, 1.0)
+        return torch.stack([self._layer.input_moment(run.kept) for run in self._runs]).sum(0)
 
     @cached_property
     def _gradients(self) -> list[Tensor]:

@@ -1,16 +1,26 @@
 """nn.Conv1d, 2d and 3d: positions are the output's pixels, inputs the flattened patch that each one sees."""
 
 from math import prod
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist.cost import LayerShape
+from ngd_dist.layers.autocorrelation import Window, is_worthwhile, patch_moment
 from ngd_dist.layers.base import Layer
 
 __all__ = ["Conv"]
 
 AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
+
+
+class _Read(NamedTuple):
+    """The pixels of an input that a convolution reads, and its windows on them."""
+
+    x: Tensor
+    windows: list[Window]
 
 
 class Conv(Layer):
@@ -56,9 +66,41 @@ class Conv(Layer):
         rows_BNPI: Tensor = rows_BINP.permute(0, 2, 3, 1)
         return rows_BNPI
 
+    def input_moment(self, kept: Tensor) -> Tensor:
+        read = self._read_with_stride_1(kept.to(self.dtype))
+        groups = self.module.groups
+        if read is None or not is_worthwhile(read.windows, read.x.shape[1] // groups, len(kept)):
+            return super().input_moment(kept)
+        moment = patch_moment(read.x, read.windows, groups)
+        return moment if self._bias is None else self._with_sums(moment, kept.to(self.dtype))
+
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         g_NBOP: Tensor = g.flatten(2).unflatten(1, (self.module.groups, -1))
         return g_NBOP.permute(1, 0, 3, 2).to(self.dtype)
+
+    def _read_with_stride_1(self, x: Tensor) -> _Read | None:
+        """Returns the pixels that are read and how, if strides leave none of them out but whole rows and columns."""
+        conv, sides = self.module, self._padding()
+        if conv.padding_mode != "zeros":
+            x, sides = self._padded(x), [0] * len(sides)
+        windows = []
+        for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+            start = len(sides) - 2 * (axis + 1)
+            padding = (sides[start], sides[start + 1])
+            if stride > 1:
+                if size > 1 or any(padding):
+                    return None
+                x = x.unfold(2 + axis, 1, stride).squeeze(-1)
+            windows.append(Window(x.shape[2 + axis], size, dilation, padding))
+        return _Read(x, windows)
+
+    def _with_sums(self, moment_BII: Tensor, x: Tensor) -> Tensor:
+        """Returns the moment of patches that end in a 1: with their sum beside it, and their number in the corner."""
+        patches = self._windows(self._padded(x.sum(0, keepdim=True)))[0]
+        space = range(1, 1 + len(self.module.kernel_size))
+        sum_BI1 = patches.sum(tuple(space)).view(len(moment_BII), -1, 1)
+        count = sum_BI1.new_full((len(moment_BII), 1, 1), len(x) * prod(patches.shape[axis] for axis in space))
+        return torch.cat([torch.cat([moment_BII, sum_BI1], 2), torch.cat([sum_BI1.mT, count], 2)], 1)
 
     def _windows(self, padded: Tensor) -> Tensor:
         """Returns the patches as a view, [N, C, *space, *kernel]."""
@@ -82,6 +124,6 @@ class Conv(Layer):
             if conv.padding == "same":
                 total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
                 sides += [total // 2, total - total // 2]
-            elif conv.padding != "valid":
-                sides += [int(conv.padding[axis])] * 2
+            else:
+                sides += [0 if conv.padding == "valid" else int(conv.padding[axis])] * 2
         return sides

@@ -67,6 +67,8 @@ class Factors:
         found: dict[str, Tensor] = {}
         if "A" in due and self._shape.has_one_hot_inputs:
             found["A"] = rows.input_squares_BI / rows.samples
+        elif "A" in due and A.is_symmetric and not self._reduces:
+            found["A"] = rows.input_moment_BII / rows.samples
         elif "A" in due:
             found["A"] = _moment(A, self.inputs(rows), 1 / rows.samples, rows.replicate)
         if "G" in due:

@@ -1,5 +1,7 @@
 """Statistics of single modules from derivatives alone: what a layer's weight sees is the slope of its output in it."""
 
+from itertools import product
+
 import torch
 from torch import Tensor, nn
 
@@ -42,3 +44,18 @@ def attention(
     scores = q @ k.mT / q.shape[-1] ** 0.5
     joint = (scores.softmax(-1) @ v).movedim(1, -2).flatten(-2)
     return joint @ weights[3].T + biases[3], projected, joint
+
+
+def patches(x: Tensor, kernel: list[int], dilation: list[int], padding: list[tuple[int, int]], groups: int) -> Tensor:
+    """Returns the patches that a convolution with stride 1 and zero padding sees, [groups, N positions, inputs]."""
+    sides = [side for pair in reversed(padding) for side in pair]
+    padded = torch.nn.functional.pad(x, sides)
+    spans = [step * (size - 1) + 1 for size, step in zip(kernel, dilation, strict=True)]
+    starts = [range(whole - span + 1) for whole, span in zip(padded.shape[2:], spans, strict=True)]
+    rows = []
+    for corner in product(*starts):
+        cut = padded
+        for axis, (start, span, step) in enumerate(zip(corner, spans, dilation, strict=True)):
+            cut = cut.narrow(2 + axis, start, span).index_select(2 + axis, torch.arange(0, span, step))
+        rows.append(cut.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1))
+    return torch.cat(rows, dim=1)

@@ -31,6 +31,10 @@ class GivenRows:
     def input_squares_BI(self) -> Tensor:
         return self.a_BNPI.square().sum((1, 2))
 
+    @property
+    def input_moment_BII(self) -> Tensor:
+        return torch.einsum("bnpi,bnpj->bij", self.a_BNPI, self.a_BNPI)
+
 
 class ForwardRows(GivenRows):
     """Rows of which nobody may ask for the output gradients."""
