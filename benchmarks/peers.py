@@ -98,14 +98,16 @@ class Peer:
     lacks: Callable[[], str | None] = lambda: None
 
 
-def build(name: str, model: nn.Module, refresh: Refresh = "1/1", *, sampled: bool = False) -> Trainer:
+def build(
+    name: str, model: nn.Module, refresh: Refresh = "1/1", *, sampled: bool = False, lr: float = STEP_LENGTH
+) -> Trainer:
     """Returns the optimizer of that name over this model. Raises: ValueError if it can't be built; see `why_not`."""
     if reason := why_not(name):
         raise ValueError(f"{name}: {reason}")
     peer = PEERS[name]
     if refresh not in peer.refreshes:
         raise ValueError(f"{name} has no refresh {refresh}; it offers {', '.join(peer.refreshes)}")
-    trainer: Trainer = peer.build(model, Setting(refresh, sampled))
+    trainer: Trainer = peer.build(model, Setting(refresh, sampled, lr))
     trainer.name = name
     return trainer
 
@@ -343,16 +345,17 @@ def _lacks_kaisa() -> str | None:
 
 
 class AsdlTraining(Training):
-    """ASDL runs forward and backward itself; on a step with new statistics the loss that it returns is the sum."""
+    """ASDL runs forward and backward itself; on a step with new statistics it returns the samples' sum as the loss."""
 
     def run(self, x: Tensor, y: Tensor) -> Tensor:
         self.model.zero_grad()
         maker = self.holders["maker"]  # type: ignore[index]
+        samples = len(x) if maker.do_update_curvature() else 1
         output = maker.setup_model_call(self.model, x)
         maker.setup_loss_call(F.cross_entropy, output, y)
         _, loss = maker.forward_and_backward()
         self.update(x, y)
-        return loss.detach()
+        return loss.detach() / samples
 
 
 def _asdl(fisher: str) -> Callable[[nn.Module, Setting], Training]:
