@@ -1,120 +1,347 @@
-"""What does one training step with SP-NGD cost beside SGD's?
+"""What does one training step cost beside SGD's?
 
-Both run in this process on the same model and batch, in alternating blocks; the figure is the ratio of their means.
-Three schedules: every statistic refreshed every step, every tenth step, and practically never (what applying costs).
+Ours and every rival that is importable, on the MLP 784-512-512-512-10 and ResNet-20, in this process with one thread.
+Blocks of steps alternate with blocks of SGD with momentum; a block's ratio is to the SGD blocks just before and after
+it, its clock this process's CPU time, so that the machine may be shared. The figure is the median over blocks; a block
+spans a whole refresh cycle, so that its mean holds each refresh's share. Batches are drawn outside the clock. The row
+"sgd" is SGD against itself: what it differs from 1 by is the method's error.
 
-    python -m benchmarks.step_overhead --device cuda
+    python -m benchmarks.step_overhead                # CPU: some ten minutes
+    python -m benchmarks.step_overhead --device cuda  # ResNet-50 and ViT-B/16 in bfloat16
 """
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.models import batches, model_of
+from benchmarks.peers import PEERS, Refresh, Trainer, build, refreshes, why_not
+from benchmarks.ranks import on_ranks
 from benchmarks.record import folder_for, write
-from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import FixedInterval
+from ngd_dist import NGD
 
-BLOCKS, STEPS = 5, 10
+CYCLE = 10  # steps of the longest fixed interval
+DENSE = ("kfac-pytorch eigen", "kfac-pytorch inverse", "asdl kfac", "asdl kfac 1mc", "dp-kfac inverse")
+DENSE += ("curvlinops kfac", "singd dense")
 
-
-def mlp() -> tuple[nn.Module, torch.Tensor]:
-    widths = [784, 512, 512, 512]
-    hidden = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(512, 10)), torch.randn(256, 784)
-
-
-def resnet50() -> tuple[nn.Module, torch.Tensor]:
-    from torchvision.models import resnet50
-
-    return resnet50(num_classes=10), torch.randn(64, 3, 224, 224)
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"mlp": mlp, "resnet50": resnet50}
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),
-    "ngd every 1": lambda model: NGD(model, NGDConfig(lr=1e-4, damping=0.1, staleness=FixedInterval(steps=1))),
-    "ngd every 10": lambda model: NGD(model, NGDConfig(lr=1e-4, damping=0.1, staleness=FixedInterval(steps=10))),
-    "ngd every 1000": lambda model: NGD(model, NGDConfig(lr=1e-4, damping=0.1, staleness=FixedInterval(steps=1000))),
+# What ours may cost at most at batch 256 in one thread: half the overhead of the best dense K-FAC, as measured when the
+# targets were set. The same bound from this run's rivals is computed beside it.
+TARGETS: dict[tuple[str, Refresh], float] = {
+    ("mlp", "1/1"): 3.6,
+    ("mlp", "1/10"): 2.4,
+    ("mlp", "10/10"): 2.0,
+    ("resnet20", "1/1"): 3.8,
+    ("resnet20", "1/10"): 3.8,
+    ("resnet20", "10/10"): 1.3,
 }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One model and batch, and how long to measure it: blocks, and steps of a block where there is no cycle.
+
+    settle: steps that an adaptive schedule takes before the clock starts.
+    """
+
+    model: str
+    batch: int
+    blocks: int
+    steps: int
+    settle: int
+    names: Sequence[str] = tuple(PEERS)
+
+
+FEW = ("sgd", "ngd", "ngd rows", "ngd sampled", "kfac-pytorch inverse", "asdl kfac", "singd dense", "torchzero soap")
+PLANS = (
+    Plan("mlp", 256, blocks=5, steps=4, settle=60),
+    Plan("resnet20", 256, blocks=3, steps=2, settle=40),
+    Plan("mlp", 2048, blocks=3, steps=2, settle=40, names=FEW),
+    Plan("resnet20", 2048, blocks=2, steps=1, settle=20, names=FEW[:6]),
+)
+RANKS_NAMES = ("sgd", "ngd", "kfac-pytorch eigen", "kfac-pytorch inverse")
+
+
 class Case:
-    """One optimizer with its own copy of the model."""
+    """One optimizer with its own copy of the model and the same stream of batches as every other."""
 
-    def __init__(self, model_name: str, optimizer_name: str, device: str) -> None:
-        torch.manual_seed(0)
-        model, x = MODELS[model_name]()
-        self.model, self.x = model.to(device), x.to(device)
-        self.y = torch.randint(10, (len(x),), device=device)
-        self.optimizer = OPTIMIZERS[optimizer_name](self.model)
+    def __init__(self, trainer: Trainer, refresh: Refresh, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
+        self.trainer, self.refresh, self.stream = trainer, refresh, stream
+        self.ratios: list[float] = []
         self.seconds: list[float] = []
+        self.refreshed: list[float] = []
+        self.loss = math.nan
 
-    def step(self) -> float:
-        """Returns the seconds of one whole training step, the device's queue drained."""
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.x), self.y).backward()
-        self.optimizer.step()
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def block(self, steps: int, clock: Callable[[], float]) -> float:
+        """Returns the mean seconds of one step; drawing the batches does not count."""
+        drawn = [next(self.stream) for _ in range(steps)]
+        start = clock()
+        for x, y in drawn:
+            loss = self.trainer.run(x, y)
+            self._note()
+        spent = clock() - start
+        self.loss = float(loss)
+        return spent / steps
 
+    def settle(self, steps: int) -> None:
+        """Takes steps before the clock starts: what is built at the first, and an adaptive schedule's beginning."""
+        self.block(steps, lambda: 0.0)
+        self.refreshed.clear()
 
-def measure(model_name: str, device: str) -> list[dict[str, Any]]:
-    """Returns one row per optimizer: the first step, the median and spread of the later ones, the ratio to SGD."""
-    cases = {name: Case(model_name, name, device) for name in OPTIMIZERS}
-    first = {name: case.step() for name, case in cases.items()}
-    for _ in range(BLOCKS):
-        for case in cases.values():
-            case.seconds += [case.step() for _ in range(STEPS)]
-    # The mean spreads each refresh over the steps that it serves; the median would hide it.
-    mean = {name: statistics.fmean(case.seconds) for name, case in cases.items()}
-    return [
-        {
-            "model": model_name,
-            "device": device,
-            "optimizer": name,
-            "first_ms": 1e3 * first[name],
-            "mean_ms": 1e3 * mean[name],
-            "median_ms": 1e3 * statistics.median(case.seconds),
-            "max_ms": 1e3 * max(case.seconds),
-            "ratio_to_sgd": mean[name] / mean["sgd"],
+    def _note(self) -> None:
+        optimizer = getattr(self.trainer, "holders", None)
+        if isinstance(optimizer, NGD):
+            self.refreshed.append(len(optimizer.stats.refreshes) / len(optimizer.stats.ages))
+
+    def row(self, plan: Plan, sgd_seconds: float) -> dict[str, Any]:
+        return {
+            "model": plan.model,
+            "batch": plan.batch,
+            "optimizer": self.trainer.name,
+            "refresh": self.refresh,
+            "ratio": statistics.median(self.ratios),
+            "spread": [min(self.ratios), max(self.ratios)],
+            "ms": 1e3 * statistics.median(self.seconds),
+            "sgd_ms": 1e3 * sgd_seconds,
+            "blocks": len(self.ratios),
+            "refreshed_share": statistics.fmean(self.refreshed) if self.refreshed else None,
+            "loss": self.loss if math.isfinite(self.loss) else None,
         }
-        for name, case in cases.items()
+
+
+def measure(plan: Plan, clock: Callable[[], float], make: Callable[[str, Refresh], Case]) -> list[dict[str, Any]]:
+    """Returns a row for each optimizer and refresh of the plan that can run here; who diverges has no loss."""
+    wanted = [(name, refresh) for name in plan.names if not why_not(name) for refresh in refreshes(name)]
+    sgd, cases = make("sgd", "1/1"), [make(name, refresh) for name, refresh in wanted]
+    for case in (sgd, *cases):
+        case.settle(plan.settle if case.refresh == "adaptive" else 2)
+    sgd_steps = max(2, plan.steps)
+    for _ in range(plan.blocks):
+        before = sgd.block(sgd_steps, clock)
+        for case in cases:
+            steps = plan.steps if case.refresh == "1/1" else CYCLE * (2 if case.refresh == "adaptive" else 1)
+            spent = case.block(steps, clock)
+            after = sgd.block(sgd_steps, clock)
+            case.ratios.append(2 * spent / (before + after))
+            case.seconds.append(spent)
+            sgd.seconds.append(after)
+            before = after
+    return [case.row(plan, statistics.median(sgd.seconds)) for case in cases]
+
+
+# --- one process, one thread ------------------------------------------------------------------------------------------
+
+
+def on_cpu(plan: Plan) -> list[dict[str, Any]]:
+    """Returns the plan's rows for one process with one thread."""
+    torch.set_num_threads(1)
+
+    def make(name: str, refresh: Refresh) -> Case:
+        trainer = build(name, model_of(plan.model), refresh)
+        return Case(trainer, refresh, batches(plan.model, plan.batch))
+
+    return [{"ranks": 1, **row} for row in measure(plan, time.process_time, make)]
+
+
+# --- two ranks --------------------------------------------------------------------------------------------------------
+
+
+def on_two_ranks(plan: Plan) -> list[dict[str, Any]]:
+    """Returns the plan's rows for two gloo ranks: CPU time of the busier one, to that of SGD under DDP."""
+    by_rank = on_ranks(2, _rank_rows, plan)
+    return [max(rows, key=lambda row: row["ratio"]) for rows in zip(*by_rank, strict=True)]
+
+
+def _rank_rows(rank: int, world_size: int, plan: Plan) -> list[dict[str, Any]]:
+    def make(name: str, refresh: Refresh) -> Case:
+        trainer = build(name, DistributedDataParallel(model_of(plan.model)), refresh)
+        return Case(trainer, refresh, batches(plan.model, plan.batch // world_size, seed=rank))
+
+    return [{"ranks": world_size, **row} for row in measure(plan, time.process_time, make)]
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+GPU_LIMIT = 1.10  # of SGD's step, at the adaptive schedule
+GPU_PLANS = (
+    Plan("resnet50", 256, blocks=5, steps=5, settle=60, names=("sgd", "ngd", "adamw")),
+    Plan("vit_b16", 256, blocks=5, steps=5, settle=60, names=("sgd", "ngd", "adamw")),
+)
+
+
+def on_cuda(plan: Plan, device: str = "cuda") -> list[dict[str, Any]]:
+    """Returns the plan's rows for one GPU, models in bfloat16 autocast; times between two points of its queue."""
+
+    def make(name: str, refresh: Refresh) -> Case:
+        model = model_of(plan.model).to(device, memory_format=torch.channels_last)
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        return Case(build(name, model, refresh), refresh, cycle(plan, device))
+
+    return [{"ranks": 1, **row} for row in measure(plan, cuda_clock if device == "cuda" else time.perf_counter, make)]
+
+
+def cycle(plan: Plan, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields a few batches over and over: drawing images takes a CPU longer than a step takes a GPU."""
+    stream = batches(plan.model, plan.batch)
+    kept = [(x.to(device, memory_format=torch.channels_last), y.to(device)) for x, y in (next(stream) for _ in "1234")]
+    while True:
+        yield from kept
+
+
+def cuda_clock() -> float:
+    """Returns the seconds at which the device has worked off all that is queued, by its own events."""
+    if not _EVENTS:
+        _EVENTS.append(torch.cuda.Event(enable_timing=True))
+        _EVENTS[0].record()
+    now = torch.cuda.Event(enable_timing=True)
+    now.record()
+    now.synchronize()
+    return _EVENTS[0].elapsed_time(now) / 1e3
+
+
+_EVENTS: list[Any] = []
+
+# --- does sampling cost steps? ----------------------------------------------------------------------------------------
+
+TARGET_LOSS = {"mlp": 0.9, "resnet20": 0.9}  # of labels a tenth of which are wrong
+OURS = ("ngd", "ngd rows", "ngd sampled")
+
+
+def steps_to_loss(name: str, model: str, seed: int, limit: int = 60) -> int | None:
+    """Returns how many steps at batch 256 bring the mean of the last three losses below the target, if `limit` do."""
+    trainer, stream = build(name, model_of(model, seed), "10/10", lr=0.03), batches(model, 256, seed)
+    losses: list[float] = []
+    for step in range(1, limit + 1):
+        losses.append(trainer.step(*next(stream)))
+        if len(losses) >= 3 and statistics.fmean(losses[-3:]) < TARGET_LOSS[model]:
+            return step
+    return None
+
+
+def sampling_rows(models: Sequence[str], seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, Any]]:
+    return [
+        {"model": model, "optimizer": name, "steps": [steps_to_loss(name, model, seed) for seed in seeds]}
+        for model in models
+        for name in OURS
+        if not why_not(name)
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["# Time of one training step beside SGD's", "", "| model | optimizer | first ms | mean ms | median ms | "]
-    lines[-1] += "max ms | times SGD (means) |"
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
-        figures = " | ".join(f"{row[key]:.1f}" for key in ("first_ms", "mean_ms", "median_ms", "max_ms"))
-        lines.append(f"| {row['model']} | {row['optimizer']} | {figures} | {row['ratio_to_sgd']:.2f} |")
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def half_of_best(rows: Sequence[dict[str, Any]], model: str, refresh: Refresh) -> float | None:
+    """Returns 1 + half the overhead of this run's best dense K-FAC at batch 256 on one rank, if one ran."""
+    of_rivals = [row["ratio"] for row in _at(rows, model) if row["optimizer"] in DENSE and row["refresh"] == refresh]
+    return 1 + (min(of_rivals) - 1) / 2 if of_rivals else None
+
+
+def _at(rows: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["model"], row["batch"], row["ranks"]) == (model, 256, 1)]
+
+
+def target_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns ours beside its targets, a row for each model and refresh.
+
+    NGD has one interval for statistics and inverses, so that its every-tenth-step row stands in both columns of ten.
+    """
+    found: list[dict[str, Any]] = []
+    for (model, refresh), limit in TARGETS.items():
+        own = "10/10" if refresh == "1/10" else refresh
+        ours = {
+            row["optimizer"]: row["ratio"]
+            for row in _at(rows, model)
+            if row["optimizer"] in OURS and row["refresh"] == own
+        }
+        if ours:
+            best = half_of_best(rows, model, refresh)
+            found.append({"model": model, "refresh": refresh, "at_most": limit, "half_of_best": best, "ours": ours})
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the whole result in Markdown."""
+    lines = ["# Time of one training step beside SGD's", "", (__doc__ or "").split("\n\n    ")[0], ""]
+    if result.get("targets"):
+        lines += ["## Ours beside the targets", "", "| model | refresh | at most | half of this run's best | ours |"]
+        lines += ["|---|---|---|---|---|"]
+        for row in result["targets"]:
+            ours = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ours"].items())
+            best = "-" if row["half_of_best"] is None else f"{row['half_of_best']:.2f}"
+            lines.append(f"| {row['model']} | {row['refresh']} | {row['at_most']} | {best} | {ours} |")
+        lines.append("")
+    groups = dict.fromkeys((row["model"], row["batch"], row["ranks"]) for row in result["rows"])
+    for model, batch, ranks in groups:
+        rows = [row for row in result["rows"] if (row["model"], row["batch"], row["ranks"]) == (model, batch, ranks)]
+        lines += [f"## {model}, batch {batch}, {ranks} rank{'s' * (ranks > 1)}: SGD {rows[0]['sgd_ms']:.1f} ms", ""]
+        lines += ["| optimizer | refresh | times SGD | least to most | ms | refreshed per step | last loss |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [_line(row) for row in rows] + [""]
+    if result.get("sampling"):
+        lines += [
+            "## Steps at batch 256 to the same loss, three seeds",
+            "",
+            "| model | optimizer | steps |",
+            "|---|---|---|",
+        ]
+        for row in result["sampling"]:
+            steps = ", ".join("not reached" if s is None else str(s) for s in row["steps"])
+            lines.append(f"| {row['model']} | {row['optimizer']} | {steps} |")
+        lines.append("")
+    lines += [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]
     return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    least, most = row["spread"]
+    share = "-" if row["refreshed_share"] is None else f"{row['refreshed_share']:.2f}"
+    loss = "diverged" if row["loss"] is None else f"{row['loss']:.3f}"
+    figures = f"{row['ratio']:.2f} | {least:.2f} to {most:.2f} | {row['ms']:.1f} | {share} | {loss}"
+    return f"| {row['optimizer']} | {row['refresh']} | {figures} |"
+
+
+def run(device: str, plans: Sequence[Plan], two_ranks: Sequence[Plan] = ()) -> dict[str, Any]:
+    """Returns the result of all plans: rows, targets, who was left out and why."""
+    rows: list[dict[str, Any]] = []
+    for plan in plans:
+        print(f"{plan.model}, batch {plan.batch}", flush=True)
+        rows += on_cuda(plan) if device == "cuda" else on_cpu(plan)
+    for plan in two_ranks:
+        print(f"{plan.model}, batch {plan.batch}, two ranks", flush=True)
+        rows += on_two_ranks(plan)
+    models = [] if device == "cuda" else list(dict.fromkeys(plan.model for plan in plans))
+    names = dict.fromkeys(name for plan in plans for name in plan.names)
+    return {
+        "rows": rows,
+        "targets": target_rows(rows),
+        "sampling": sampling_rows(models),
+        "left_out": {name: reason for name in names if (reason := why_not(name))},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["mlp"])
-    parser.add_argument("--hardware", required=True, help="the last word of the result's folder")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--models", nargs="+", help="default: all of the device")
+    parser.add_argument("--hardware", default="cpu2", help="the last word of the result's folder")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: the step timing is skipped; run make gpu on a machine with one")
         return
-    if arguments.device == "cpu":
-        torch.set_num_threads(1)
-    rows = [row for name in arguments.models for row in measure(name, arguments.device)]
-    write(folder_for("step-overhead", arguments.hardware), {"rows": rows}, table(rows))
-    print(table(rows))
+    plans = GPU_PLANS if arguments.device == "cuda" else PLANS
+    plans = tuple(plan for plan in plans if plan.model in (arguments.models or [plan.model]))
+    pairs = [] if arguments.device == "cuda" else [p for p in plans if p.batch == 256]
+    two_ranks = [Plan(p.model, 256, blocks=3, steps=p.steps, settle=p.settle, names=RANKS_NAMES) for p in pairs]
+    result = run(arguments.device, plans, two_ranks)
+    write(folder_for("step-overhead", arguments.hardware), result, table(result))
+    print(table(result))
 
 
 if __name__ == "__main__":
