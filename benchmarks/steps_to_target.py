@@ -3,7 +3,7 @@
 Each method gets up to six settings per batch size on one seed; the one with the fewest steps to the test accuracy is
 repeated on three other seeds. lr rises over a warm-up and falls in a line to 0 over a stated length, for every method.
 One run is one process with one thread, and its seconds are its CPU time without the evaluations. Resumable: a run whose
-outcome is on disk is kept.
+outcome is on disk is kept. Settings marked "explored" were tried before the six were chosen, on the same seed.
 
     python -m benchmarks.steps_to_target --data-dir DIR --work DIR
 """
@@ -130,7 +130,9 @@ def table(rows: list[Row], name: str, task: Task) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="the folder that holds fashion-mnist/")
-    parser.add_argument("--work", type=Path, required=True, help="where outcomes are kept; a later call goes on from there")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="where outcomes are kept; a later call goes on from there"
+    )
     parser.add_argument("--task", choices=list(TASKS), default="fashion-mnist")
     parser.add_argument("--batches", type=int, nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS[4096]), default=list(SETTINGS[4096]))

@@ -79,7 +79,13 @@ def _train(run: Run, task: Task, data: Data) -> dict[str, Any]:
     curve: list[dict[str, float]] = []
     losses: list[float] = []
     outcome: dict[str, Any] = {"method": run.method, "setting": str(run.setting), "batch": run.batch, "seed": run.seed}
-    outcome |= {"accuracy_step": None, "accuracy_seconds": None, "loss_step": None, "loss_seconds": None, "ending": "ran out"}
+    outcome |= {
+        "accuracy_step": None,
+        "accuracy_seconds": None,
+        "loss_step": None,
+        "loss_seconds": None,
+        "ending": "ran out",
+    }
     seconds = 0.0
     batches = _batches(data, run.batch, run.seed)
     for step in range(1, run.setting.steps + 1):
