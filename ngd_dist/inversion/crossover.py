@@ -8,7 +8,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import resources
 
@@ -80,7 +80,8 @@ def table_for(device: str) -> tuple[Worth, ...]:
     file = resources.files("ngd_dist.inversion").joinpath("tables", file_name(device))
     if not file.is_file():
         return ()
-    return tuple(Worth(**row) for row in json.loads(file.read_text())["rows"])
+    names = [field.name for field in fields(Worth)]  # the times that they come from are there to be read by people
+    return tuple(Worth(**{name: row[name] for name in names}) for row in json.loads(file.read_text())["rows"])
 
 
 def _at(table: Sequence[Worth], n: int, batch: int) -> Worth | None:

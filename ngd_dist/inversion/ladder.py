@@ -11,8 +11,8 @@ from ngd_dist.inversion.problem import MAX_RESIDUAL, Ending, Method
 
 __all__ = ["Attempt", "Estimate", "Terms", "after", "cold_iterations", "ending_of", "first", "warm_iterations"]
 
-# Spectral radius of I - X old above which `old` is no start: the estimate of it is a few per cent short, and at 1 the
-# iteration diverges.
+# Spectral radius of I - X old above which `old` is no start: the estimate of it is some per cent short, and from 1 on
+# the iteration diverges.
 MAX_RHO = 0.9
 # Condition numbers up to which the iteration is run from a multiple of I, by the update's dtype. Seen to converge and
 # to diverge: float16 at 1e5 and 1e6, bfloat16 at 1e4 (slowly) and 3e4. In float32 1e6 leaves a residual of 0.01.
