@@ -10,14 +10,14 @@ __all__ = ["seconds", "spectrum_of", "successor"]
 
 
 def spectrum_of(n: int, kappa: float, device: str, batch: int = 1) -> tuple[Tensor, Tensor]:
-    """Returns factors [batch, n, n], float32, with eigenvalues 1 / i in a random basis, and a damping [batch].
+    """Returns factors [batch, n, n], float32, with eigenvalues 1 / i^2 in a random basis, and a damping [batch].
 
-    The damping makes kappa the condition number of their sum.
+    The damping makes kappa, below n^2, the condition number of their sum.
     """
     generator = torch.Generator(device).manual_seed(n)
     basis = torch.linalg.qr(torch.randn(batch, n, n, generator=generator, device=device)).Q
-    values = 1 / torch.arange(1, n + 1, device=device, dtype=torch.float32)
-    damping = torch.full((batch,), float((1 - values[-1] * kappa) / (kappa - 1)), device=device).clamp_min(1e-6)
+    values = torch.arange(1, n + 1, device=device, dtype=torch.float32) ** -2
+    damping = torch.full((batch,), float((1 - values[-1] * kappa) / (kappa - 1)), device=device)
     return basis * values @ basis.mT, damping
 
 

@@ -1,7 +1,7 @@
 """What does each way to an inverse cost, on all factors of ResNet-50, ViT-B/16 and GPT-2 medium?
 
 The sizes are those that the library finds in the models. Each distinct size is measured once, on a factor with
-eigenvalues 1 / i in a random basis, damped to a condition number of 1,000, and counted as often as it occurs. Warm
+eigenvalues 1 / i^2 in a random basis, damped to a condition number of 1,000, and counted as often as it occurs. Warm
 starts, and SINGD's update, have the inverse from before 5% of the factor gave way to the mean of 4,096 new samples.
 Sizes above --largest are left out, and the share of the work (n^3) that the others are is told. CPUs compute 16-bit
 products in float32, which is no faster: those rows show there what the method does, not what it is for.
