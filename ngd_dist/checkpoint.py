@@ -163,7 +163,7 @@ class SavedState:
                 statistic: self._curvature.statistics[Key(name, statistic)].state()
                 for statistic in self.formats[name].statistics
             },
-            "cache": None if cache is None else dict(cache),
+            "cache": cache,
             "damping": self._curvature.damped_with.get(name, 0.0),
         }
 

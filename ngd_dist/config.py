@@ -14,8 +14,10 @@ __all__ = [
     "AdamWFallback",
     "AdaptiveInterval",
     "AllReduce",
+    "AutomaticInversion",
     "Bernoulli",
     "Categorical",
+    "CholeskyInversion",
     "ConstantDamping",
     "Empirical",
     "Exact",
@@ -23,11 +25,13 @@ __all__ = [
     "FixedInterval",
     "Gaussian",
     "GivenLength",
+    "InversionChoice",
     "KLClip",
     "LayerWise",
     "LevenbergMarquardt",
     "MonteCarlo",
     "NGDConfig",
+    "NewtonSchulzInversion",
     "NormClip",
     "OwnerSharded",
     "PolynomialDamping",
@@ -217,6 +221,42 @@ class OwnerSharded(Settings):
     kind: Literal["owner_sharded"] = "owner_sharded"
 
 
+# --- inversion of dense factors ---------------------------------------------------------------------------------------
+
+
+class AutomaticInversion(Settings):
+    """The fastest by a table measured on this kind of device; Cholesky in float32 where there is none, and on CPUs."""
+
+    kind: Literal["automatic"] = "automatic"
+
+
+class CholeskyInversion(Settings):
+    """Cholesky. What fails in float32 is tried in float64."""
+
+    kind: Literal["cholesky"] = "cholesky"
+    dtype: Literal["float32", "float64"] = Field("float32", description="float64 models always use float64.")
+
+
+class NewtonSchulzInversion(Settings):
+    """X <- X + X (I - A X), from the inverse in use where that is close; Cholesky where it would not converge."""
+
+    kind: Literal["newton_schulz"] = "newton_schulz"
+    update_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="To which the operands of X (I - A X) are rounded; sums are float32."
+    )
+    residual: Literal["float32", "split"] = Field(
+        "split",
+        description="How I - A X is computed: in float32, TF32 off; or by three products of numbers split into two "
+        "float16, as accurate up to a condition number of 1e4.",
+    )
+    max_iterations: int = Field(
+        20, ge=1, le=40, description="Factors that are expected to need more are inverted by Cholesky."
+    )
+    tolerance: float = Field(
+        1e-3, gt=0, le=0.05, description="Spectral norm of I - A X that the iteration is run down to."
+    )
+
+
 # --- damping over time ------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +382,7 @@ StrategyChoice = Annotated[Single | AllReduce | OwnerSharded, Field(discriminato
 DampingChoice = Annotated[
     ConstantDamping | ExponentialDamping | PolynomialDamping | LevenbergMarquardt, Field(discriminator="kind")
 ]
+InversionChoice = Annotated[AutomaticInversion | CholeskyInversion | NewtonSchulzInversion, Field(discriminator="kind")]
 LengthChoice = Annotated[GivenLength | LayerWise | QuadraticModel, Field(discriminator="kind")]
 ClipChoice = Annotated[KLClip | NormClip, Field(discriminator="kind")]
 FallbackChoice = Annotated[SGDFallback | AdamWFallback, Field(discriminator="kind")]
@@ -391,6 +432,18 @@ class NGDConfig(Settings):
     burn_in: int = Field(0, ge=0, description="First steps, which gather statistics and leave the weights alone.")
     fallback: FallbackChoice = Field(
         SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
+    )
+    inversion: InversionChoice = Field(AutomaticInversion(), description="How dense factors are inverted.")
+    inverse_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="What dense inverses are kept in between refreshes. float32: as they were computed. 16 bits halve "
+        "their memory, and at worst add to a direction its condition number times 2^-11 (float16) or 2^-8 (bfloat16).",
+    )
+    max_failed_inversions: int | None = Field(
+        None,
+        ge=0,
+        description="Inversions of the whole run, over all ranks, that may fail, the old inverse staying in use. None: "
+        "any number. One more, and every rank raises InversionError.",
     )
     ema_decay: float = Field(
         0.0,
@@ -444,6 +497,11 @@ class NGDConfig(Settings):
         """Whether `NGD.step` must be able to evaluate the loss again."""
         return isinstance(self.length, QuadraticModel) or isinstance(self.damping_rule, LevenbergMarquardt)
 
+    @property
+    def _decomposes(self) -> bool:
+        chosen = self.preconditioner
+        return isinstance(chosen, EKFAC) or (isinstance(chosen, KFAC) and chosen.damping_form == "exact")
+
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:
         """Refuses what another setting would make be ignored."""
@@ -470,6 +528,14 @@ class NGDConfig(Settings):
                 raise ValueError(f"rows are of the newest batch alone: leave out ema_decay {self.ema_decay}, or rows")
             if isinstance(self.fisher, Exact) or (isinstance(self.fisher, MonteCarlo) and self.fisher.samples > 1):
                 raise ValueError("rows are of one backward pass: leave them out, or take fisher with one sample")
+        if self._decomposes:
+            unread = [] if isinstance(self.inversion, AutomaticInversion) else [f"inversion {self.inversion.kind}"]
+            unread += [] if self.inverse_dtype == "float32" else [f"inverse_dtype {self.inverse_dtype}"]
+            if unread:
+                kind = self.preconditioner.kind
+                raise ValueError(
+                    f"preconditioner {kind} decomposes its factors and inverts none: leave out {unread[0]}"
+                )
         if isinstance(self.preconditioner, LNGD):
             if not isinstance(self.damping_rule, ConstantDamping):
                 raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ngd_dist.config import NGDConfig
 from ngd_dist.finite import is_finite
 from ngd_dist.inversion import Ending, solve
+from ngd_dist.inversion.storage import Caches
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.staleness import REFRESHED, Verdict, judge
@@ -39,8 +40,11 @@ class Curvature:
         self._preconditioners = preconditioners
         self._strategy = strategy
         self._staleness = config.staleness
+        self._inversion = config.inversion
         self._damping_of = damping_of
-        self.caches: dict[str, Cache | None] = {layer.name: None for layer in layers}
+        self.caches = Caches(
+            {layer.name: preconditioners[layer.name].inverses for layer in layers}, config.inverse_dtype
+        )
         # What other ranks made and `estimate` reads; on the ranks that hold a layer its cache has it too.
         self.shared: dict[str, Cache | None] = {}
         self.damped_with: dict[str, float] = {}
@@ -55,14 +59,15 @@ class Curvature:
 
     def shared_of(self, name: str) -> Cache:
         """Returns the entries of the layer's cache that `estimate` reads; empty before the first refresh."""
-        source = self.caches[name] or self.shared.get(name) or {}
-        return {entry: source[entry] for entry in self._preconditioners[name].shared if entry in source}
+        entries = self._preconditioners[name].shared
+        source = (self.caches[name] or self.shared.get(name) or {}) if entries else {}
+        return {entry: source[entry] for entry in entries if entry in source}
 
     def shared_by(self, due: Sequence[Key]) -> dict[str, Cache | None]:
         """Returns what the other ranks need of the due layers that are held here."""
         layers = dict.fromkeys(key.layer for key in due if self._preconditioners[key.layer].shared)
         return {
-            name: None if self.caches[name] is None else self.shared_of(name)
+            name: self.shared_of(name) if self.caches.has(name) else None
             for name in layers
             if self._strategy.holds(name)
         }
@@ -105,7 +110,7 @@ class Curvature:
     def _fold(self, key: Key, means: Collected) -> Report:
         if key not in means.statistics:
             verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
-            if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and self.caches[key.layer] is None:
+            if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
                 verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
             return Report(verdict, Ending.OK, float("inf"))
         mean = means.statistics[key].to(self._dtypes[key.layer])
@@ -132,7 +137,7 @@ class Curvature:
             for name, given in arguments.items()
             for statistic, problem in self._preconditioners[name].problems(*given).items()
         }
-        solutions = solve(problems)
+        solutions = solve(problems, self._inversion)
         endings: dict[str, Mapping[str, Ending]] = {}
         for name, given in arguments.items():
             own = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
@@ -153,8 +158,8 @@ class Curvature:
         """Returns the layers held here whose damping has moved, and which are not refreshed anyway."""
         return [
             name
-            for name, cache in self.caches.items()
-            if cache is not None
+            for name in self.caches
+            if self.caches.has(name)
             and name not in refreshed
             and not isclose(self.damped_with[name], self._damping_of(name), rel_tol=DAMPING_DRIFT)
         ]

@@ -4,11 +4,20 @@ NgdError
 +-- ConfigError (ValueError)             settings that contradict the model or the process group
 +-- CaptureError (RuntimeError)          a layer ran in a way its statistics can't describe
 +-- CollectiveError (RuntimeError)       a collective failed or timed out; names itself, the rank and who is to blame
++-- InversionError (ArithmeticError)     more inversions have failed than max_failed_inversions
 +-- NonFiniteError (FloatingPointError)  a gradient is NaN or infinite
 +-- CheckpointError (ValueError)         a state that doesn't fit this model
 """
 
-__all__ = ["CaptureError", "CheckpointError", "CollectiveError", "ConfigError", "NgdError", "NonFiniteError"]
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "CollectiveError",
+    "ConfigError",
+    "InversionError",
+    "NgdError",
+    "NonFiniteError",
+]
 
 
 class NgdError(Exception):
@@ -25,6 +34,10 @@ class CaptureError(NgdError, RuntimeError):
 
 class CollectiveError(NgdError, RuntimeError):
     """A collective failed or timed out."""
+
+
+class InversionError(NgdError, ArithmeticError):
+    """More inversions have failed than the settings allow."""
 
 
 class NonFiniteError(NgdError, FloatingPointError):

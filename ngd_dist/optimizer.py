@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ngd_dist import update
+from ngd_dist import failures, update
 from ngd_dist.adaptation import Adaptation, Objective
 from ngd_dist.capture import Capture
 from ngd_dist.checkpoint import SavedState
@@ -22,7 +22,6 @@ from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
 from ngd_dist.fallback import Fallback
 from ngd_dist.gradients import Gradients
-from ngd_dist.inversion import Ending
 from ngd_dist.loss_scale import LossScale
 from ngd_dist.output_fisher import OutputFisher
 from ngd_dist.param_groups import check_group
@@ -143,7 +142,7 @@ class NGD(torch.optim.Optimizer):
             adapt to the loss, which evaluate it again (`config.needs_objective`).
 
         A parameter without a gradient counts as having a zero one. Raises, on every rank: CaptureError if a layer was
-        not differentiated once per micro-batch; NonFiniteError; CollectiveError.
+        not differentiated once per micro-batch; NonFiniteError; InversionError; CollectiveError.
         """
         loss = None
         if closure is not None:
@@ -164,7 +163,7 @@ class NGD(torch.optim.Optimizer):
             with phase("publish"):
                 findings = self._strategy.publish(self._findings(directions, means, reports, due), due)
             self._curvature.take_shared(findings.shared)
-            self._check_counts(findings.reports)
+            self._check(findings.reports)
             with phase("update"):
                 adapted = self._update(findings, means.plain, objective)
         self._finish(due, findings, adapted)
@@ -261,11 +260,12 @@ class NGD(torch.optim.Optimizer):
         inner = self._length.inner(directions, means.gradients, like)
         return Findings(directions, reports, inner, self._curvature.shared_by(due))
 
-    def _check_counts(self, reports: Mapping[Key, Report]) -> None:
-        """Raises CaptureError on every rank, since every rank has the same reports; arms again for who goes on."""
+    def _check(self, reports: Mapping[Key, Report]) -> None:
+        """Raises on every rank or on none, since every rank has the same reports; arms again for who goes on."""
         wrong = sorted({key.layer for key, report in reports.items() if report.verdict is Verdict.MISCOUNTED})
-        if wrong:
-            error = self._capture.miscount(wrong[0])
+        bound, before = self.config.max_failed_inversions, self.stats.failed_inversions
+        error = self._capture.miscount(wrong[0]) if wrong else failures.error_beyond(bound, before, reports)
+        if error is not None:
             self._arm(self.stats.step + 1)
             raise error
 
@@ -306,7 +306,6 @@ class NGD(torch.optim.Optimizer):
         self._report_unseen(name for name in unseen if self._strategy.reports(name))
         self._schedule.advance(step, {key: reports[key].verdict for key in due})
         tracks = self._schedule.tracks.values()
-        failures = sum(report.ending is not Ending.OK for report in reports.values())
         self.stats = StepStats(
             step=step,
             seconds=self._stopwatch.take(),
@@ -314,7 +313,7 @@ class NGD(torch.optim.Optimizer):
             ages=[step - track.refreshed for track in tracks],
             intervals=[track.interval for track in tracks],
             refreshes=[Refresh(str(key), reports[key].change, reports[key].ending.name) for key in due],
-            failed_inversions=self.stats.failed_inversions + failures,
+            failed_inversions=failures.count(self.stats.failed_inversions, reports),
             skipped_steps=self.stats.skipped_steps,
             lr=float(self.param_groups[0]["lr"]),
             momentum=float(self.param_groups[0]["momentum"]),
@@ -328,7 +327,7 @@ class NGD(torch.optim.Optimizer):
         for name in set(layers):
             parameters = self._layer[name].parameters
             if (
-                self._curvature.caches[name] is None
+                not self._curvature.caches.has(name)
                 and name not in self._unseen
                 and any(p.grad is not None for p in parameters)
             ):

@@ -7,7 +7,7 @@ from torch import nn, optim
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import QuadraticModel
-from ngd_dist.errors import CaptureError, ConfigError, NgdError, NonFiniteError
+from ngd_dist.errors import CaptureError, ConfigError, InversionError, NgdError, NonFiniteError
 from ngd_dist.telemetry import StepStats
 from workers.errors import NonFiniteLossError, SpecError, UserCodeError
 from workers.spec import SGD, AdamW, JobSpec
@@ -39,7 +39,7 @@ def job_errors() -> Iterator[None]:
         raise UserCodeError(f"the model doesn't fit optimizer ngd: {error}") from error
     except ConfigError as error:
         raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
-    except NonFiniteError as error:
+    except (NonFiniteError, InversionError) as error:
         raise NonFiniteLossError(f"training diverged: {error}") from error
 
 

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from ngd_dist.cost import LayerShape
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution
+from ngd_dist.inversion.storage import Cache
 from ngd_dist.layers.base import Rows
 from ngd_dist.statistics import StatisticSpec
 
 __all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]
-
-Cache = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +30,15 @@ class Preconditioner(ABC):
     """How one layer's gradient becomes its direction. Holds no tensors.
 
     `statistics`: what is averaged over samples, ranks and time. `cache_shapes`: the entries of a cache. `shared`: those
-    of them that `estimate` reads, and which every rank therefore gets. `reads_slopes`: whether `estimate` reads
-    `Rows.slopes_BNPO`, for which activation modules are watched.
+    of them that `estimate` reads, and which every rank therefore gets. `inverses`: those that are dense inverses,
+    which may be kept in 16 bits. `reads_slopes`: whether `estimate` reads `Rows.slopes_BNPO`, for which activation
+    modules are watched.
     """
 
     statistics: tuple[StatisticSpec, ...]
     cache_shapes: Mapping[str, tuple[int, ...]]
     shared: tuple[str, ...] = ()
+    inverses: tuple[str, ...] = ()
     reads_slopes: bool = False
 
     def __init__(self, shape: LayerShape) -> None:

@@ -31,6 +31,8 @@ class KFAC(Preconditioner):
             self.cache_shapes = {**self.cache_shapes, "scale": (shape.blocks, 1, 1)}
         if self._is_exact:
             self.cache_shapes = self._factors.bases | {"inverse": shape.gradient}
+        else:
+            self.inverses = tuple(self._factors.bases)
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         return self._factors.estimate(rows, due)

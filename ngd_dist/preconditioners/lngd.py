@@ -47,6 +47,7 @@ class LNGD(Preconditioner):
             StatisticSpec("Psi", (B, O), reads_gradients=False),
         )
         self.cache_shapes = {spec.name: spec.shape for spec in self.statistics}
+        self.inverses = ("Phi",) if self._is_dense else ()
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         a_BNPI, slopes_BNPO, weight = rows.a_BNPI, rows.slopes_BNPO, 1 / rows.samples

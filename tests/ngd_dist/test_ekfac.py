@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ngd_dist import NGD, NGDConfig, inversion
+from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC as EKFACConfig
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import AdaptiveInterval, FixedInterval, Settings, Thresholds
 from ngd_dist.cost import LayerShape
-from ngd_dist.inversion import Eigen, Ending
+from ngd_dist.inversion import Eigen, Ending, solver
 from ngd_dist.layers import Rows
 from ngd_dist.preconditioners import Cache, ekfac
 from ngd_dist.preconditioners.ekfac import EKFAC
@@ -165,7 +165,7 @@ def test_between_two_bases_nothing_is_decomposed(monkeypatch: pytest.MonkeyPatch
     ours, grad = method(), gradient()
     statistics, basis = measured(ours, rows)
 
-    monkeypatch.setattr(inversion, "eigen", refuse)
+    monkeypatch.setattr(solver, "eigen", refuse)
     corrected = refresh(ours, statistics, S_ALONE, DAMPING, basis).cache
     damped = refresh(ours, statistics, frozenset(), 10 * DAMPING, corrected).cache
     before_s = refresh(ours, {name: statistics[name] for name in BOTH}, frozenset(), 10 * DAMPING, basis).cache
@@ -184,7 +184,7 @@ def test_the_old_basis_stays_if_the_decomposition_fails(monkeypatch: pytest.Monk
     ours = method()
     statistics, basis = measured(ours, rows)
 
-    monkeypatch.setattr(inversion, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
+    monkeypatch.setattr(solver, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
     refreshed = refresh(ours, statistics, BOTH, DAMPING, basis)
 
     assert refreshed.cache is basis
@@ -255,7 +255,7 @@ def test_a_run_goes_on_in_the_old_basis_if_the_decomposition_fails(monkeypatch: 
     due, optimizer, model = run(FixedInterval(steps=4), 4)
     before = optimizer._curvature.caches["0"]
 
-    monkeypatch.setattr(inversion, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
+    monkeypatch.setattr(solver, "eigen", lambda factor: Eigen(None, None, Ending.NOT_CONVERGED))
     due += train(model, optimizer, range(4, 6))
 
     after = optimizer._curvature.caches["0"]

@@ -1,0 +1,111 @@
+"""What is to be inverted or decomposed, and what came of it.
+
+A factor is [B, n, n], symmetric, or [B, n], diagonal, or known by its rows. It succeeds or fails as a whole: its blocks
+are refreshed together.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+__all__ = [
+    "MAX_RESIDUAL",
+    "Eigen",
+    "Ending",
+    "Inverse",
+    "Method",
+    "Problem",
+    "Solution",
+    "ToDecompose",
+    "ToInvert",
+    "ToInvertRows",
+]
+
+# ||I - X inverse||_F / sqrt(n) above which an inverse is not used: a direction could be off by as much.
+MAX_RESIDUAL = 0.05
+
+
+class Ending(IntEnum):
+    """How a refresh of a factor ended. The integer is what travels between ranks."""
+
+    OK = 0
+    NON_FINITE = 1
+    NOT_POSITIVE_DEFINITE = 2
+    INACCURATE = 3
+    NOT_CONVERGED = 4
+
+    @property
+    def advice(self) -> str:
+        """Returns the likely cause and what to try, as one sentence."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Ending.OK: "",
+    Ending.NON_FINITE: "the statistic has NaN or infinity: the loss diverged, or activations overflowed; lower lr",
+    Ending.NOT_POSITIVE_DEFINITE: "the damped factor is not positive definite in its precision; raise damping",
+    Ending.INACCURATE: "the inverse leaves too large a residual: the factor is too ill-conditioned; raise damping",
+    Ending.NOT_CONVERGED: "the eigendecomposition did not converge, in float64 neither; the old one stays in use",
+}
+
+
+class Method(IntEnum):
+    """How an inverse was made. Those of dense factors are numbered in the order in which they are tried."""
+
+    RECIPROCAL = 0
+    WARM_NEWTON_SCHULZ = 1
+    NEWTON_SCHULZ = 2
+    CHOLESKY = 3
+    CHOLESKY_FLOAT64 = 4
+    WOODBURY = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Inverse:
+    """The inverse where there is one, how the inversion ended, its residual, and the last method that was tried.
+
+    The residual is ||I - X inverse||_F / sqrt(n), estimated, the largest over the blocks.
+    """
+
+    value: Tensor | None
+    ending: Ending
+    residual: float = float("nan")
+    method: Method = Method.CHOLESKY
+
+
+@dataclass(frozen=True, slots=True)
+class Eigen:
+    """Eigenvalues [B, n], clamped at 0, and eigenvectors as columns [B, n, n]; None where it failed."""
+
+    values: Tensor | None
+    vectors: Tensor | None
+    ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class ToInvert:
+    """factor + damping * I is to be inverted: [B, n, n] or [B, n], damping [B]. `old` is the inverse in use, if any."""
+
+    factor: Tensor
+    damping: Tensor
+    old: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToInvertRows:
+    """X^T X + damping * I is to be inverted: `rows` X [B, R, n], R < n, damping [B]. The value is Woodbury's Z."""
+
+    rows: Tensor
+    damping: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ToDecompose:
+    """A symmetric factor [B, n, n] whose eigenvalues and eigenvectors are wanted."""
+
+    factor: Tensor
+
+
+Problem = ToInvert | ToInvertRows | ToDecompose
+Solution = Inverse | Eigen
