@@ -4,6 +4,7 @@ Statistics are always current; a cache is rebuilt from them when one of its stat
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from math import isclose
 
 from torch import Tensor
@@ -13,11 +14,11 @@ from ngd_dist.finite import is_finite
 from ngd_dist.inversion import Ending, solve
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
-from ngd_dist.staleness import REFRESHED, Verdict, judge
+from ngd_dist.staleness import REFRESHED, Schedule, Verdict, judge, threshold_for
 from ngd_dist.statistics import Key, Statistic
 from ngd_dist.strategies import Collected, Report, Strategy
 
-__all__ = ["Curvature"]
+__all__ = ["Curvature", "schedule_for"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
 # less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
@@ -107,15 +108,19 @@ class Curvature:
             verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
             if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and self.caches[key.layer] is None:
                 verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
-            return Report(verdict, Ending.OK, float("inf"))
+            return Report(verdict, Ending.OK)
+        tally, statistic = means.tallies[key.layer], self.statistics[key]
         mean = means.statistics[key].to(self._dtypes[key.layer])
         if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
-            return Report(Verdict.UNUSABLE, Ending.NON_FINITE, float("inf"))
-        statistic = self.statistics[key]
+            return Report(Verdict.UNUSABLE, Ending.NON_FINITE, rows=tally.rows)
+        spread = statistic.spread
         change = statistic.fold(statistic.spec.expand(mean))
-        staleness = self._staleness
-        threshold = getattr(staleness.thresholds, key.statistic) if staleness.kind == "adaptive" else float("inf")
-        return Report(judge(change, threshold), Ending.OK, change.to_last)
+        noise = tally.noise(key.statistic, change.norm)
+        threshold = threshold_for(self._staleness, key.statistic, noise * spread)
+        verdict = judge(change, threshold)
+        return Report(
+            verdict, Ending.OK, tally.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
+        )
 
     def _rebuild(self, fresh: Mapping[str, frozenset[str]]) -> dict[str, Mapping[str, Ending]]:
         """Rebuilds the caches of these layers from their statistics; returns the endings by layer.
@@ -160,9 +165,22 @@ class Curvature:
         ]
 
 
+def schedule_for(preconditioners: Mapping[str, Preconditioner], config: NGDConfig) -> Schedule:
+    """Returns the schedule of these layers' statistics, in the order of layers and of their statistics."""
+    specs = {Key(name, spec.name): spec for name, method in preconditioners.items() for spec in method.statistics}
+    return Schedule(
+        list(specs),
+        lambda layer, rows: preconditioners[layer].work(rows),
+        config.staleness,
+        stagger=config.stagger,
+        cap=config.refresh_cap,
+        in_basis=[key for key, spec in specs.items() if spec.in_basis],
+    )
+
+
 def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], endings: Mapping[str, Ending]) -> Report:
     """Returns the report with how its inversion ended, or that of a statistic of its layer that was not due."""
     waiting = endings.keys() - {other.statistic for other in found if other.layer == key.layer}
     ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | waiting)])
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
-    return Report(verdict, ending, report.change)
+    return replace(report, verdict=verdict, ending=ending)

@@ -94,9 +94,9 @@ class Layer(ABC):
         """
         return (g_BNPO.shape[2],)
 
-    def input_squares(self, kept: Any) -> Tensor:
+    def input_squares(self, a_BNPI: Tensor) -> Tensor:
         """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T."""
-        return self.inputs(kept).square().sum((1, 2))
+        return a_BNPI.square().sum((1, 2))
 
     def input_moment(self, kept: Any) -> Tensor:
         """Returns the sum over n and p of a a^T, [B, I, I]."""
@@ -226,7 +226,18 @@ class Rows:
     @cached_property
     def input_squares_BI(self) -> Tensor:
         """Sum over samples and positions of a^2."""
-        return torch.stack([self._layer.input_squares(run.kept) for run in self._runs]).sum(0)
+        return self._layer.input_squares(self.a_BNPI)
+
+    @property
+    def count(self) -> int:
+        """N P, padding and the like with it: what the work of estimating a statistic grows with."""
+        shape = self._layer.shape
+        return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
+
+    def halves(self) -> "tuple[Rows, Rows]":
+        """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
+        middle = self.samples // 2
+        return _Some(self, slice(0, middle)), _Some(self, slice(middle, self.samples))
 
     @cached_property
     def input_moment_BII(self) -> Tensor:
@@ -242,6 +253,31 @@ class Rows:
     def _cat(self, parts: list[Tensor]) -> Tensor:
         grouped = [part.reshape(part.shape[0], self.samples, -1, part.shape[-1]) for part in parts]
         return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)
+
+
+class _Some(Rows):
+    """Some of the samples of whole rows. What depends on all of a batch, as its normalisation does, stays as it is."""
+
+    def __init__(self, whole: Rows, samples: slice) -> None:
+        super().__init__(whole._layer, whole._runs, whole._scale)
+        self._whole, self._slice = whole, samples
+        self.samples = samples.stop - samples.start
+
+    @cached_property
+    def a_BNPI(self) -> Tensor:
+        return self._whole.a_BNPI[:, self._slice]
+
+    @cached_property
+    def g_BNPO(self) -> Tensor:
+        return self._whole.g_BNPO[:, self._slice]
+
+    @cached_property
+    def slopes_BNPO(self) -> Tensor:
+        return self._whole.slopes_BNPO[:, self._slice]
+
+    @cached_property
+    def positions_B(self) -> Tensor:
+        return self._whole.positions_B
 
 
 def _slope(run: Run) -> Tensor:

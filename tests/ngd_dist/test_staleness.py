@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from ngd_dist.config import AdaptiveInterval, FixedInterval
 from ngd_dist.staleness import Schedule, Verdict, adaptive_interval, judge
 from ngd_dist.statistics import Change, Key, Statistic, StatisticSpec
+from tests.support.work import together
 
 VERDICTS = st.sampled_from([Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED])
 
@@ -15,7 +16,7 @@ def measured_intervals(values: list[torch.Tensor], threshold: float = 0.1) -> li
     """Returns the interval after each refresh of a statistic that takes these values."""
     statistic = Statistic(StatisticSpec("A", tuple(values[0].shape), is_symmetric=True), ema_decay=0, remembers=True)
     key = Key("layer", "A")
-    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(), stagger=0)
+    schedule = Schedule([key], together({"layer": 1}), AdaptiveInterval(), stagger=0)
     intervals, step = [], 1
     for value in values:
         schedule.advance(step, {key: judge(statistic.fold(value), threshold)})
@@ -64,7 +65,7 @@ def test_a_long_memory_does_not_hide_a_jump() -> None:
 
 def test_what_gave_nothing_usable_leaves_the_age_and_comes_again_sooner() -> None:
     key = Key("layer", "A")
-    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(), stagger=0)
+    schedule = Schedule([key], together({"layer": 1}), AdaptiveInterval(), stagger=0)
     for step, verdict in [(1, Verdict.CHANGED), (2, Verdict.MOVING), (3, Verdict.SETTLED), (5, Verdict.UNUSABLE)]:
         schedule.advance(step, {key: verdict})
 
@@ -79,7 +80,7 @@ def test_a_nan_is_a_change() -> None:
 @given(verdicts=st.lists(VERDICTS, max_size=40))
 def test_intervals_are_at_least_one_and_within_the_bound(verdicts: list[Verdict]) -> None:
     key = Key("layer", "A")
-    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(max_interval=20), stagger=0.5)
+    schedule = Schedule([key], together({"layer": 1}), AdaptiveInterval(max_interval=20), stagger=0.5)
     for verdict in verdicts:
         schedule.advance(schedule.tracks[key].due, {key: verdict})
 
@@ -96,7 +97,7 @@ def test_adaptive_interval_follows_the_published_rule() -> None:
 def refreshes_per_step(stagger: float, steps: int) -> list[int]:
     layers = [f"layer{i}" for i in range(10)]
     keys = [Key(layer, name) for layer in layers for name in ("A", "G")]
-    schedule = Schedule(dict.fromkeys(layers, 1), keys, FixedInterval(steps=10), stagger)
+    schedule = Schedule(keys, together(dict.fromkeys(layers, 1)), FixedInterval(steps=10), stagger=stagger)
     counts = []
     for step in range(1, steps + 1):
         due = schedule.due(step)
@@ -112,7 +113,7 @@ def test_staggering_spreads_the_layers_over_the_interval() -> None:
 
 def test_both_factors_of_a_layer_share_a_step() -> None:
     keys = [Key("layer", "A"), Key("layer", "G")]
-    schedule = Schedule({"layer": 1}, keys, FixedInterval(steps=8), stagger=0.5)
+    schedule = Schedule(keys, together({"layer": 1}), FixedInterval(steps=8), stagger=0.5)
     for _ in range(5):
         step = min(track.due for track in schedule.tracks.values())
         schedule.advance(step, dict.fromkeys(schedule.due(step), Verdict.SETTLED))
@@ -126,7 +127,8 @@ def test_both_factors_of_a_layer_share_a_step() -> None:
 )
 def test_a_refresh_is_never_late_and_every_rank_plans_the_same(rounds: list[list[Verdict]], stagger: float) -> None:
     keys = [Key(layer, name) for layer in ("x", "y", "z") for name in ("A", "G")]
-    mine, theirs = (Schedule({"x": 5, "y": 3, "z": 1}, keys, AdaptiveInterval(), stagger) for _ in range(2))
+    costs = together({"x": 5, "y": 3, "z": 1})
+    mine, theirs = (Schedule(keys, costs, AdaptiveInterval(), stagger=stagger, cap=1.0) for _ in range(2))
     for step, verdicts in enumerate(rounds, start=1):
         answers = dict(zip(keys, verdicts, strict=True))
         for schedule in (mine, theirs):
@@ -139,7 +141,7 @@ def test_a_refresh_is_never_late_and_every_rank_plans_the_same(rounds: list[list
 
 def test_an_unseen_statistic_stays_due() -> None:
     key = Key("layer", "A")
-    schedule = Schedule({"layer": 1}, [key], AdaptiveInterval(), stagger=0.5)
+    schedule = Schedule([key], together({"layer": 1}), AdaptiveInterval(), stagger=0.5)
 
     schedule.advance(1, {key: Verdict.UNSEEN})
 
