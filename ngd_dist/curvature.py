@@ -14,15 +14,18 @@ from ngd_dist.finite import is_finite
 from ngd_dist.inversion import Ending, solve
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
-from ngd_dist.staleness import REFRESHED, Schedule, Verdict, judge, threshold_for
+from ngd_dist.staleness import REFRESHED, Schedule, Track, Verdict, judge, threshold_for
 from ngd_dist.statistics import Key, Statistic
 from ngd_dist.strategies import Collected, Report, Strategy
+from ngd_dist.telemetry import Refresh
 
 __all__ = ["Curvature", "schedule_for"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
 # less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
 DAMPING_DRIFT = 0.1
+# What telemetry takes from a report as it is.
+MEASURED = ("change", "change_to_before", "noise", "threshold", "error", "residual", "seconds")
 
 
 class Curvature:
@@ -95,6 +98,25 @@ class Curvature:
         # What fails where only the damping moved stays, until the next refresh.
         endings = self._rebuild(fresh | dict.fromkeys(self._drifted(fresh), frozenset()))
         return {key: _with_ending(key, report, found, endings.get(key.layer, {})) for key, report in found.items()}
+
+    def told(
+        self, reports: Mapping[Key, Report], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
+    ) -> list[Refresh]:
+        """Returns what telemetry says of each due statistic, from its report and from its track before and after."""
+        found = []
+        for key, report in reports.items():
+            measured = {name: getattr(report, name) for name in MEASURED}
+            found.append(
+                Refresh(
+                    str(key),
+                    **measured,
+                    ending=report.ending.name,
+                    age=step - before[key].refreshed,
+                    interval=after[key].interval,
+                    bytes_sent=self._strategy.statistic_bytes(self.statistics[key].spec.numbers),
+                )
+            )
+        return found
 
     def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
         """Forgets what was measured in a basis that is about to be replaced."""

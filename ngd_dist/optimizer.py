@@ -32,7 +32,7 @@ from ngd_dist.staleness import Verdict
 from ngd_dist.statistics import Key
 from ngd_dist.step_length import StepLength
 from ngd_dist.strategies import Collected, Findings, Local, Report, Shapes, Strategy, build_strategy
-from ngd_dist.telemetry import Adapted, Refresh, StepStats, Stopwatch
+from ngd_dist.telemetry import Adapted, StepStats, Stopwatch
 
 __all__ = ["NGD"]
 
@@ -304,6 +304,7 @@ class NGD(torch.optim.Optimizer):
         unseen = (key.layer for key in due if reports[key].verdict is Verdict.UNSEEN)
         self._report_unseen(name for name in unseen if self._strategy.reports(name))
         verdicts, rows = ({key: getattr(reports[key], name) for key in due} for name in ("verdict", "rows"))
+        before = dict(self._schedule.tracks)
         self._schedule.advance(step, verdicts, rows)
         tracks = self._schedule.tracks.values()
         failures = sum(report.ending is not Ending.OK for report in reports.values())
@@ -313,7 +314,7 @@ class NGD(torch.optim.Optimizer):
             bytes_sent=self._comm.take_sent(),
             ages=[step - track.refreshed for track in tracks],
             intervals=[track.interval for track in tracks],
-            refreshes=[Refresh(str(key), reports[key].change, reports[key].ending.name) for key in due],
+            refreshes=self._curvature.told({key: reports[key] for key in due}, before, self._schedule.tracks, step),
             failed_inversions=self.stats.failed_inversions + failures,
             skipped_steps=self.stats.skipped_steps,
             lr=float(self.param_groups[0]["lr"]),

@@ -179,6 +179,11 @@ class Strategy(ABC):
         """Returns whether this rank's reports on the layer count."""
         return self.placement.owners(layer)[0] == self.comm.rank
 
+    def statistic_bytes(self, numbers: int) -> int:
+        """Returns what each rank sends, under ring algorithms, of a statistic of so many numbers."""
+        ranks = self.comm.world_size
+        return numbers * self.wire_dtype.itemsize * (2 if self.is_replicated else 1) * (ranks - 1) // ranks
+
     @abstractmethod
     def collect(self, local: Local) -> Collected:
         """Collective. Returns the means over ranks."""
