@@ -167,7 +167,7 @@ class Exact(Settings):
 
 
 class Thresholds(Settings):
-    """Relative Frobenius change below which two values of a statistic count as similar, if its noise is no larger."""
+    """||X - Y|| / min(||X||, ||Y||) below which values of a statistic count as similar, if its noise is no larger."""
 
     A: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
     G: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
@@ -186,7 +186,7 @@ class AdaptiveInterval(Settings):
         1.5,
         ge=0,
         description="A threshold is at least this times the sampling noise that is measured of the change, sqrt(2) "
-        "times that of one batch without ema_decay, but at most 0.5. 0: thresholds are fixed, and a statistic whose "
+        "times that of one batch without ema_decay, but at most 1. 0: thresholds are fixed, and a statistic whose "
         "noise is above them is refreshed in every step.",
     )
     max_interval: int = Field(1000, ge=1, description="Steps; no longer interval is planned for a statistic.")

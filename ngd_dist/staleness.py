@@ -30,7 +30,8 @@ class Verdict(IntEnum):
 def judge(change: Change, threshold: float) -> Verdict:
     """Returns CHANGED if the newest value is unlike the last, MOVING if unlike the one before, else SETTLED.
 
-    X is like Y if ||X - Y||_F / ||Y||_F < threshold. A change of NaN is like nothing. Source: [OT20], stale statistics.
+    X is like Y if its relative change is below the threshold. A change of NaN is like nothing. Source: [OT20], stale
+    statistics.
     """
     if not change.to_last < threshold:
         return Verdict.CHANGED
@@ -39,8 +40,8 @@ def judge(change: Change, threshold: float) -> Verdict:
     return Verdict.SETTLED
 
 
-# A statistic that has halved has changed by 0.5, whatever its noise; by no more than 1 does one that has vanished.
-MAX_THRESHOLD_OF_NOISE = 0.5
+# A statistic that has doubled or halved has changed by 1, whatever its noise.
+MAX_THRESHOLD_OF_NOISE = 1.0
 
 
 def threshold_for(policy: AdaptiveInterval | FixedInterval, statistic: str, noise: float) -> float:

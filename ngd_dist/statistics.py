@@ -87,7 +87,8 @@ class StatisticSpec:
 class Change(NamedTuple):
     """Relative Frobenius change of a statistic against its last value and the one before; infinity where none is.
 
-    `norm` is that of the newest value.
+    Relative to the smaller of the two norms, where [OT20] has that of the earlier value: a statistic that vanishes
+    would change by 1 at most. `norm` is that of the newest value.
     """
 
     to_last: float
@@ -155,12 +156,13 @@ class Statistic:
 
 
 def _change(value: Tensor, last: Tensor | None, before: Tensor | None) -> Change:
-    """Returns ||value - reference|| / ||reference|| of both; infinity for a reference of 0. One host read."""
+    """Returns ||value - reference|| / min(||value||, ||reference||) of both; infinity by 0. One host read."""
     references = [reference for reference in (last, before) if reference is not None]
     tensors = [value, *(tensor for reference in references for tensor in (value - reference, reference))]
     norm, *pairs = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).tolist()
     changes = [
-        difference / length if length else math.inf for difference, length in zip(pairs[::2], pairs[1::2], strict=True)
+        difference / min(length, norm) if min(length, norm) else math.inf
+        for difference, length in zip(pairs[::2], pairs[1::2], strict=True)
     ]
     to_last, to_before, *_ = [*changes, math.inf, math.inf]
     return Change(to_last, to_before, norm)

@@ -131,7 +131,7 @@ def test_a_change_is_that_of_the_value_against_the_last_two_averages(decay: floa
 
 def _distance(value: Tensor, reference: Tensor | None) -> float:
     assert reference is not None
-    return float((value - reference).norm() / reference.norm())
+    return float((value - reference).norm() / min(value.norm(), reference.norm()))
 
 
 @patient

@@ -1,13 +1,14 @@
 """Intervals and staggering are pure functions with known answers."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngd_dist.config import AdaptiveInterval, FixedInterval
-from ngd_dist.staleness import Schedule, Verdict, adaptive_interval, judge
+from ngd_dist.config import AdaptiveInterval, FixedInterval, NGDConfig
+from ngd_dist.staleness import CAP_MARGIN, Schedule, Verdict, adaptive_interval, judge
 from ngd_dist.statistics import Change, Key, Statistic, StatisticSpec
-from tests.support.work import together
+from tests.support.work import apart, together
 
 VERDICTS = st.sampled_from([Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED])
 
@@ -137,6 +138,83 @@ def test_a_refresh_is_never_late_and_every_rank_plans_the_same(rounds: list[list
         assert mine.tracks == theirs.tracks
         for track in mine.tracks.values():
             assert step < track.due <= track.refreshed + track.interval
+
+
+LAYERS = [f"layer{i}" for i in range(6)]
+PAIRS = [Key(layer, name) for layer in LAYERS for name in ("A", "G")]
+COSTS = dict(zip(LAYERS, (40, 10, 10, 10, 10, 1), strict=True))
+
+
+def works(schedule: Schedule, steps: int, verdict: Verdict = Verdict.CHANGED) -> list[int]:
+    """Returns the work of each step, every statistic of which gives the same verdict."""
+    done = []
+    for step in range(1, steps + 1):
+        due = schedule.due(step)
+        done.append(sum(COSTS[key.layer] for key in due))
+        schedule.advance(step, dict.fromkeys(due, verdict))
+    return done
+
+
+@pytest.mark.parametrize("cap", [0.1, 0.3, None])
+def test_a_step_does_no_more_work_than_the_cap_unless_one_statistic_alone_takes_it(cap: float | None) -> None:
+    policy = AdaptiveInterval(max_interval=8)
+    done = works(Schedule(PAIRS, apart(COSTS), policy, stagger=0.5, cap=cap), 200, Verdict.SETTLED)
+
+    whole = 2 * sum(COSTS.values())
+    bound = whole * (CAP_MARGIN / 8 if cap is None else cap)
+    assert max(done[100:]) <= max(bound, *COSTS.values())
+    assert done[0] == whole  # what has no value yet does not wait
+
+
+def test_what_waits_comes_first_in_the_next_step_and_shows_its_age() -> None:
+    schedule = Schedule(PAIRS, apart(COSTS), AdaptiveInterval(), stagger=0, cap=0.4)
+    schedule.advance(1, dict.fromkeys(PAIRS, Verdict.CHANGED))
+
+    first = schedule.due(2)
+    schedule.advance(2, dict.fromkeys(first, Verdict.CHANGED))
+
+    assert first == [Key("layer0", "A")]  # 40 of 162, and G would make it 80: more than 0.4 of the whole
+    assert schedule.due(3)[0] == Key("layer0", "G")
+    assert schedule.tracks[Key("layer0", "G")].refreshed == 1
+
+
+@given(cap=st.sampled_from([0.01, 0.1, 0.5]), names=st.lists(VERDICTS, min_size=12, max_size=12))
+def test_no_statistic_starves_under_a_cap(cap: float, names: list[Verdict]) -> None:
+    schedule = Schedule(PAIRS, apart(COSTS), AdaptiveInterval(max_interval=5), stagger=0.5, cap=cap)
+    verdicts = dict(zip(PAIRS, names, strict=True))
+    for step in range(1, 101):
+        schedule.advance(step, {key: verdicts[key] for key in schedule.due(step)})
+
+    # 12 statistics, one a step at the least, and 5 steps of rest.
+    assert all(100 - track.refreshed <= 12 + 5 for track in schedule.tracks.values())
+
+
+def test_a_layer_that_does_not_run_does_not_hold_up_the_others() -> None:
+    schedule = Schedule(PAIRS, apart(COSTS), AdaptiveInterval(), stagger=0.5, cap=0.01)
+    schedule.advance(1, dict.fromkeys(PAIRS, Verdict.CHANGED))
+    for step in range(2, 40):
+        due = schedule.due(step)
+        asleep = dict.fromkeys(due, Verdict.UNSEEN)
+        schedule.advance(step, {k: v if k.layer == "layer0" else Verdict.CHANGED for k, v in asleep.items()})
+
+    assert all(track.refreshed > 20 for key, track in schedule.tracks.items() if key.layer != "layer0")
+
+
+def test_fixed_intervals_refuse_a_cap_that_they_cannot_keep() -> None:
+    NGDConfig(staleness=FixedInterval(steps=10), refresh_cap=0.1)
+
+    with pytest.raises(ValueError, match=r"at least that, got 0\.05"):
+        NGDConfig(staleness=FixedInterval(steps=10), refresh_cap=0.05)
+
+
+def test_work_counts_the_rows_that_were_seen() -> None:
+    """A layer with many rows costs more than its inverse: two of them don't meet on a step."""
+    keys = [Key(layer, "A") for layer in ("x", "y")]
+    schedule = Schedule(keys, lambda _, rows: 1 + sum(rows.values()), FixedInterval(steps=2), stagger=0.5)
+    schedule.advance(1, dict.fromkeys(keys, Verdict.CHANGED), dict.fromkeys(keys, 100))
+
+    assert [track.rows for track in schedule.tracks.values()] == [100, 100]
+    assert len({track.due for track in schedule.tracks.values()}) == 2
 
 
 def test_an_unseen_statistic_stays_due() -> None:
