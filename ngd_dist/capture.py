@@ -26,6 +26,7 @@ from ngd_dist.activations import Activations
 from ngd_dist.comm import Communicator
 from ngd_dist.config import NGDConfig
 from ngd_dist.errors import CaptureError
+from ngd_dist.estimates import Estimates
 from ngd_dist.layers import Layer, OnRun, Replicate, Rows, Run
 from ngd_dist.preconditioners import Cache, Preconditioner, check_rows
 from ngd_dist.statistics import Key
@@ -90,6 +91,7 @@ class Capture:
         loss_scale: Callable[[], float],
         stopwatch: Stopwatch,
     ) -> None:
+        self.estimates = Estimates(preconditioners, config, shared_of, is_alone=comm.world_size == 1)
         self._layers = {layer.name: layer for layer in layers}
         self._preconditioners = preconditioners
         self._config = config
@@ -97,7 +99,6 @@ class Capture:
         self._replicates = comm.world_size * config.micro_batches
         check_rows(config, self._replicates)
         self._keeps_rows = keeps_rows
-        self._shared_of = shared_of
         self._loss_scale = loss_scale
         self._stopwatch = stopwatch
         self._samples: int | None = None
@@ -122,7 +123,7 @@ class Capture:
         """Returns what was captured since `arm`. Layers that did not run, or not once per micro-batch, are absent."""
         self._finish_all()
         wrong = self.miscounted()
-        return {key: value for key, value in self._values.items() if key.layer not in wrong}
+        return {key: value for key, value in self.estimates.values().items() if key.layer not in wrong}
 
     def rows(self, layer: str) -> list[Rows]:
         """Returns the rows of the layer's micro-batches, where they are kept."""
@@ -132,7 +133,7 @@ class Capture:
     def miscounted(self) -> dict[str, int]:
         """Returns the layers that were differentiated in another number of backward passes than micro-batches."""
         wanted = self._config.micro_batches
-        return {layer: passes for layer, passes in self._passes.items() if passes != wanted}
+        return {layer: passes for layer, passes in self.estimates.passes.items() if passes != wanted}
 
     def miscount(self, layer: str) -> CaptureError:
         """Returns the error for a layer that was differentiated too often, or too rarely, on some rank."""
@@ -250,7 +251,7 @@ class Capture:
     def _replicate(self, name: str) -> Replicate:
         """Returns which part of the global batch the layer's next micro-batch is; too many are an error of the step."""
         micro_batches = self._config.micro_batches
-        index = self._comm.rank * micro_batches + self._passes.get(name, 0) % micro_batches
+        index = self._comm.rank * micro_batches + self.estimates.passes[name] % micro_batches
         return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
 
     def _finish_all(self) -> None:
@@ -277,24 +278,11 @@ class Capture:
         if self._pass.source is self._source and name in self._due:
             # Autocast, where backward runs under it, would form the products in 16 bits.
             with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
-                self._estimate(name, rows)
-
-    def _estimate(self, name: str, rows: Rows) -> None:
-        preconditioner, due = self._preconditioners[name], self._due[name]
-        gradient_statistics = {spec.name for spec in preconditioner.statistics if spec.reads_gradients}
-        if self._pass.is_first:
-            self._passes[name] = self._passes.get(name, 0) + 1
-        else:
-            due &= gradient_statistics
-        for statistic, value in preconditioner.estimate(rows, due, self._shared_of(name)).items():
-            weight = self._pass.weight if statistic in gradient_statistics else 1.0
-            key, share = Key(name, statistic), value * (weight / self._config.micro_batches)
-            self._values[key] = self._values[key] + share if key in self._values else share
+                self.estimates.add(name, rows, self._due[name], is_first=self._pass.is_first, weight=self._pass.weight)
 
     def _clear(self, due: Sequence[Key], step: int) -> None:
         self._step = step
-        self._values: dict[Key, Tensor] = {}
-        self._passes: dict[str, int] = {}
+        self.estimates.clear()
         self._micros: dict[str, _Micro] = {}
         self._rows: dict[str, list[Rows]] = {}
         self._edges = []

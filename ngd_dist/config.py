@@ -72,7 +72,7 @@ class KFAC(Settings):
     )
     rows: int | None = Field(
         None,
-        ge=1,
+        ge=2,
         description="A factor at least twice as wide as this is kept as this many rows of the batch, of all ranks and "
         "micro-batches together, drawn without replacement (all of a smaller batch, and then it is exact); its inverse "
         "is applied by Woodbury's identity. Cheaper to refresh and to apply the fewer they are. None: matrices.",
@@ -171,11 +171,7 @@ class Exact(Settings):
 
 
 class Thresholds(Settings):
-    """Relative Frobenius change below which two values of a statistic count as similar.
-
-    A threshold must exceed sqrt(2) times the relative sampling noise of its statistic at the batch size in use:
-    two independent draws differ by that much even when nothing has changed, and the interval then never grows.
-    """
+    """||X - Y|| / min(||X||, ||Y||) below which values of a statistic count as similar, if its noise is no larger."""
 
     A: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
     G: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
@@ -190,7 +186,14 @@ class AdaptiveInterval(Settings):
 
     kind: Literal["adaptive"] = "adaptive"
     thresholds: Thresholds = Field(Thresholds(), description="By statistic.")
-    max_interval: int = Field(1000, ge=1, description="Steps; no statistic stays unrefreshed for longer than this.")
+    noise_margin: float = Field(
+        1.5,
+        ge=0,
+        description="A threshold is at least this times the sampling noise that is measured of the change, sqrt(2) "
+        "times that of one batch without ema_decay, but at most 1. 0: thresholds are fixed, and a statistic whose "
+        "noise is above them is refreshed in every step.",
+    )
+    max_interval: int = Field(1000, ge=1, description="Steps; no longer interval is planned for a statistic.")
 
 
 class FixedInterval(Settings):
@@ -458,6 +461,14 @@ class NGDConfig(Settings):
         description="Fraction of an interval by which a refresh may come early, so that layers refresh on different "
         "steps; 0 turns staggering off.",
     )
+    refresh_cap: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The share of a refresh of all statistics that one step may do; what is most overdue goes first, "
+        "one layer at least, and the rest waits. None: somewhat more than the mean that the intervals ask for, or no "
+        "bound where stagger is 0. First refreshes don't wait.",
+    )
     max_dense: int = Field(
         8192, ge=1, description="Factors with more rows than this are kept as their diagonal: wide heads, first layers."
     )
@@ -493,6 +504,11 @@ class NGDConfig(Settings):
         return LayerWise() if isinstance(self.preconditioner, LNGD) else GivenLength()
 
     @property
+    def measures_noise(self) -> bool:
+        """Whether the sampling noise of statistics is asked for."""
+        return isinstance(self.staleness, AdaptiveInterval) and self.staleness.noise_margin > 0
+
+    @property
     def needs_objective(self) -> bool:
         """Whether `NGD.step` must be able to evaluate the loss again."""
         return isinstance(self.length, QuadraticModel) or isinstance(self.damping_rule, LevenbergMarquardt)
@@ -519,6 +535,12 @@ class NGDConfig(Settings):
                 raise ValueError("step_length quadratic_model moves every parameter: leave out fallback adamw")
             if self.momentum_mode != "correct":
                 raise ValueError("step_length quadratic_model chooses momentum: leave out momentum_mode")
+        cap, staleness = self.refresh_cap, self.staleness
+        if cap is not None and isinstance(staleness, FixedInterval) and cap * staleness.steps < 1:
+            raise ValueError(
+                f"staleness fixed with steps {staleness.steps} refreshes 1/{staleness.steps} of all statistics in a "
+                f"step: refresh_cap must be at least that, got {cap}"
+            )
         if self.batch_dim != 0 and not isinstance(self.fisher, Empirical):
             raise ValueError(
                 f"fisher {self.fisher.kind} counts samples by dimension 0 of the output: leave out batch_dim, or fisher"

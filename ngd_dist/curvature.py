@@ -4,6 +4,7 @@ Statistics are always current; a cache is rebuilt from them when one of its stat
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from math import isclose
 
 from torch import Tensor
@@ -14,15 +15,18 @@ from ngd_dist.inversion import Ending, solve
 from ngd_dist.inversion.storage import Caches
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
-from ngd_dist.staleness import REFRESHED, Verdict, judge
+from ngd_dist.staleness import REFRESHED, Schedule, Track, Verdict, judge, threshold_for
 from ngd_dist.statistics import Key, Statistic
 from ngd_dist.strategies import Collected, Report, Strategy
+from ngd_dist.telemetry import Refresh
 
-__all__ = ["Curvature"]
+__all__ = ["Curvature", "schedule_for"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
 # less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
 DAMPING_DRIFT = 0.1
+# What telemetry takes from a report as it is.
+MEASURED = ("change", "change_to_before", "noise", "threshold", "error", "residual", "seconds")
 
 
 class Curvature:
@@ -100,6 +104,25 @@ class Curvature:
         endings = self._rebuild(fresh | dict.fromkeys(self._drifted(fresh), frozenset()))
         return {key: _with_ending(key, report, found, endings.get(key.layer, {})) for key, report in found.items()}
 
+    def told(
+        self, reports: Mapping[Key, Report], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
+    ) -> list[Refresh]:
+        """Returns what telemetry says of each due statistic, from its report and from its track before and after."""
+        found = []
+        for key, report in reports.items():
+            measured = {name: getattr(report, name) for name in MEASURED}
+            found.append(
+                Refresh(
+                    str(key),
+                    **measured,
+                    ending=report.ending.name,
+                    age=step - before[key].refreshed,
+                    interval=after[key].interval,
+                    bytes_sent=self._strategy.statistic_bytes(self.statistics[key].spec.numbers),
+                )
+            )
+        return found
+
     def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
         """Forgets what was measured in a basis that is about to be replaced."""
         in_basis = {spec.name for spec in self._preconditioners[name].statistics if spec.in_basis}
@@ -112,15 +135,19 @@ class Curvature:
             verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
             if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
                 verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
-            return Report(verdict, Ending.OK, float("inf"))
+            return Report(verdict, Ending.OK)
+        tally, statistic = means.tallies[key.layer], self.statistics[key]
         mean = means.statistics[key].to(self._dtypes[key.layer])
         if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
-            return Report(Verdict.UNUSABLE, Ending.NON_FINITE, float("inf"))
-        statistic = self.statistics[key]
+            return Report(Verdict.UNUSABLE, Ending.NON_FINITE, rows=tally.rows)
+        spread = statistic.spread
         change = statistic.fold(statistic.spec.expand(mean))
-        staleness = self._staleness
-        threshold = getattr(staleness.thresholds, key.statistic) if staleness.kind == "adaptive" else float("inf")
-        return Report(judge(change, threshold), Ending.OK, change.to_last)
+        noise = tally.noise(key.statistic, change.norm)
+        threshold = threshold_for(self._staleness, key.statistic, noise * spread)
+        verdict = judge(change, threshold)
+        return Report(
+            verdict, Ending.OK, tally.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
+        )
 
     def _rebuild(self, fresh: Mapping[str, frozenset[str]]) -> dict[str, Mapping[str, Ending]]:
         """Rebuilds the caches of these layers from their statistics; returns the endings by layer.
@@ -165,9 +192,22 @@ class Curvature:
         ]
 
 
+def schedule_for(preconditioners: Mapping[str, Preconditioner], config: NGDConfig) -> Schedule:
+    """Returns the schedule of these layers' statistics, in the order of layers and of their statistics."""
+    specs = {Key(name, spec.name): spec for name, method in preconditioners.items() for spec in method.statistics}
+    return Schedule(
+        list(specs),
+        lambda layer, rows: preconditioners[layer].work(rows),
+        config.staleness,
+        stagger=config.stagger,
+        cap=config.refresh_cap,
+        in_basis=[key for key, spec in specs.items() if spec.in_basis],
+    )
+
+
 def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], endings: Mapping[str, Ending]) -> Report:
     """Returns the report with how its inversion ended, or that of a statistic of its layer that was not due."""
     waiting = endings.keys() - {other.statistic for other in found if other.layer == key.layer}
     ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | waiting)])
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
-    return Report(verdict, ending, report.change)
+    return replace(report, verdict=verdict, ending=ending)

@@ -16,7 +16,7 @@ from ngd_dist.checkpoint import SavedState
 from ngd_dist.comm import Communicator
 from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
 from ngd_dist.coverage import cover, is_averaged_by_ddp, unwrap
-from ngd_dist.curvature import Curvature
+from ngd_dist.curvature import Curvature, schedule_for
 from ngd_dist.damping import damping_after
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
@@ -27,11 +27,11 @@ from ngd_dist.output_fisher import OutputFisher
 from ngd_dist.param_groups import check_group
 from ngd_dist.placement import longest_first
 from ngd_dist.preconditioners import preconditioner_for
-from ngd_dist.staleness import Schedule, Verdict
+from ngd_dist.staleness import Verdict
 from ngd_dist.statistics import Key
 from ngd_dist.step_length import StepLength
 from ngd_dist.strategies import Collected, Findings, Local, Report, Shapes, Strategy, build_strategy
-from ngd_dist.telemetry import Adapted, Refresh, StepStats, Stopwatch
+from ngd_dist.telemetry import Adapted, StepStats, Stopwatch
 
 __all__ = ["NGD"]
 
@@ -95,7 +95,7 @@ class NGD(torch.optim.Optimizer):
         self._strategy = self._build_strategy(is_averaged_by_ddp=is_averaged_by_ddp(model))
         self._report_plain()
         self._fallback = self._build_fallback()
-        self._schedule = self._build_schedule()
+        self._schedule = schedule_for(self._preconditioners, config)
         self._curvature = Curvature(self.layers, self._preconditioners, self._strategy, config, self._damping)
         self._loss_scale = LossScale(grad_scaler)
         self._gradients = Gradients({name: p for p, name in self._updated.items()}, self._loss_scale, self._comm)
@@ -227,14 +227,13 @@ class NGD(torch.optim.Optimizer):
             dtype = self._layer[key.layer].dtype
             missing = torch.zeros(spec.numbers, dtype=dtype, device=self._device)
             values[key] = spec.flatten(captured[key]) if key in captured else missing
-        count = dict.fromkeys((key.layer for key in captured), 1.0) | dict.fromkeys(wrong, float("nan"))
-        counts = {key.layer: torch.full((1,), count.get(key.layer, 0.0), device=self._device) for key in due}
+        tallies = self._capture.estimates.tallies(due, wrong, self._device)
         gradients = {
             layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
         }
         plain = [self._gradients.of(self, p) for p in self._plain]
         non_finite = self._gradients.non_finite(self, self._device)
-        return self._strategy.collect(Local(non_finite, values, counts, gradients, plain))
+        return self._strategy.collect(Local(non_finite, values, tallies, gradients, plain))
 
     def _skip(self) -> None:
         """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
@@ -304,7 +303,9 @@ class NGD(torch.optim.Optimizer):
         step, reports = self.stats.step + 1, findings.reports
         unseen = (key.layer for key in due if reports[key].verdict is Verdict.UNSEEN)
         self._report_unseen(name for name in unseen if self._strategy.reports(name))
-        self._schedule.advance(step, {key: reports[key].verdict for key in due})
+        verdicts, rows = ({key: getattr(reports[key], name) for key in due} for name in ("verdict", "rows"))
+        before = dict(self._schedule.tracks)
+        self._schedule.advance(step, verdicts, rows)
         tracks = self._schedule.tracks.values()
         self.stats = StepStats(
             step=step,
@@ -312,7 +313,7 @@ class NGD(torch.optim.Optimizer):
             bytes_sent=self._comm.take_sent(),
             ages=[step - track.refreshed for track in tracks],
             intervals=[track.interval for track in tracks],
-            refreshes=[Refresh(str(key), reports[key].change, reports[key].ending.name) for key in due],
+            refreshes=self._curvature.told({key: reports[key] for key in due}, before, self._schedule.tracks, step),
             failed_inversions=failures.count(self.stats.failed_inversions, reports),
             skipped_steps=self.stats.skipped_steps,
             lr=float(self.param_groups[0]["lr"]),
@@ -343,11 +344,6 @@ class NGD(torch.optim.Optimizer):
 
     def _damping(self, name: str) -> float:
         return float(self.param_groups[self._group_of[name]]["damping"])
-
-    def _build_schedule(self) -> Schedule:
-        specs = {Key(name, spec.name): spec for name, p in self._preconditioners.items() for spec in p.statistics}
-        in_basis = [key for key, spec in specs.items() if spec.in_basis]
-        return Schedule(self._costs, list(specs), self.config.staleness, self.config.stagger, in_basis)
 
     def _build_fallback(self) -> Fallback | None:
         choice = self.config.fallback

@@ -3,6 +3,7 @@
 A symmetric statistic travels and is remembered as its packed upper triangle, row by row: n (n + 1) / 2 numbers.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -66,6 +67,22 @@ class StatisticSpec:
     reads_gradients: bool = True
     in_basis: bool = False
 
+    def norm(self, value: Tensor) -> Tensor:
+        """Returns the Frobenius norm of what the value stands for, []: of X^T X for a root."""
+        norm: Tensor = torch.linalg.vector_norm(value @ value.mT if self.is_root else value)
+        return norm
+
+    def distance(self, value: Tensor, other: Tensor) -> Tensor:
+        """Returns the norm of the difference, []; of roots from R x R products, without forming either X^T X."""
+        if not self.is_root:
+            difference: Tensor = torch.linalg.vector_norm(value - other)
+            return difference
+        own, cross, others = (
+            torch.linalg.vector_norm(x @ y.mT).square() for x, y in ((value, value), (value, other), (other, other))
+        )
+        squared: Tensor = (own - 2 * cross + others).clamp(min=0)  # rounding may leave less than nothing
+        return squared.sqrt()
+
     @property
     def numbers(self) -> int:
         """Returns how many numbers travel and are kept."""
@@ -84,10 +101,15 @@ class StatisticSpec:
 
 
 class Change(NamedTuple):
-    """Relative Frobenius change of a statistic against its last value and the one before; infinity where none is."""
+    """Relative Frobenius change of a statistic against its last value and the one before; infinity where none is.
+
+    Relative to the smaller of the two norms, where [OT20] has that of the earlier value: a statistic that vanishes
+    would change by 1 at most. `norm` is that of the newest value.
+    """
 
     to_last: float
     to_before: float
+    norm: float = float("inf")
 
 
 class Statistic:
@@ -118,8 +140,19 @@ class Statistic:
             return Change(float("inf"), float("inf"))
         before = None if self._before is None else self.spec.expand(self._before)
         self._before = None if last is None else self.spec.flatten(last)
-        relative = _relative_of_roots if self.spec.is_root else _relative
-        return Change(relative(new, last), relative(new, before))
+        return _change(self.spec, new, last, before)
+
+    @property
+    def spread(self) -> float:
+        """How much noisier the change of the next value is than the value: sqrt(2), or less against an average.
+
+        Values of equal noise, weighed by w_i, average to one of the relative variance sum w_i^2 / (sum w_i)^2; the
+        newest adds its own. For w_i = d^i both sums follow from d and the sum of weights w alone.
+        """
+        past, decay = self.weight, self.ema_decay
+        if past == 0:
+            return 1.0
+        return math.sqrt(1 + (2 - past * (1 - decay)) / ((1 + decay) * past))
 
     def reset(self) -> None:
         """Forgets every value: what comes next is measured in another basis."""
@@ -138,21 +171,14 @@ class Statistic:
         self._before = before.to(device) if self.remembers and before is not None else None
 
 
-def _relative(value: Tensor, reference: Tensor | None) -> float:
-    """Returns ||value - reference|| / ||reference||: one host read, once per refresh. Infinity without a reference."""
-    if reference is None:
-        return float("inf")
-    return float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
-
-
-def _relative_of_roots(rows: Tensor, reference: Tensor | None) -> float:
-    """Returns ||X^T X - Y^T Y|| / ||Y^T Y|| from R x R products, without forming either: one host read."""
-    if reference is None:
-        return float("inf")
-    own, cross, other = (torch.linalg.vector_norm(x @ y.mT).square() for x, y in _pairs(rows, reference))
-    # Rounding may leave less than nothing of two that are alike.
-    return float(((own - 2 * cross + other).clamp(min=0) / other).sqrt())
-
-
-def _pairs(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    return (x, x), (x, y), (y, y)
+def _change(spec: StatisticSpec, value: Tensor, last: Tensor | None, before: Tensor | None) -> Change:
+    """Returns ||value - reference|| / min(||value||, ||reference||) of both; infinity by 0. One host read."""
+    references = [reference for reference in (last, before) if reference is not None]
+    measured = [m for reference in references for m in (spec.distance(value, reference), spec.norm(reference))]
+    norm, *pairs = torch.stack([spec.norm(value), *measured]).tolist()
+    changes = [
+        difference / min(length, norm) if min(length, norm) else math.inf
+        for difference, length in zip(pairs[::2], pairs[1::2], strict=True)
+    ]
+    to_last, to_before, *_ = [*changes, math.inf, math.inf]
+    return Change(to_last, to_before, norm)

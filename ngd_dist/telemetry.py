@@ -11,11 +11,28 @@ __all__ = ["Adapted", "Refresh", "StepStats", "Stopwatch"]
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """One refreshed statistic: its relative change, and the name of the inversion's ending."""
+    """One statistic that was due. Infinity stands for what was not measured.
+
+    change, change_to_before: relative, against the values in use before. noise: the relative sampling error of the new
+    value. threshold: the change from which on it counted as changed. error: ||I - (X + damping) inverse|| / sqrt(n) of
+    the inverse that was in use for the new value X; of a basis, the share of X off its diagonal. residual: the same of
+    the new inverse. ending: of the inversion, by name. age: the steps for which the value before was in use.
+    interval: the steps until it is due again, at most. seconds: host time for estimating and inverting it, on the rank
+    that reports. bytes_sent: by each rank, for this statistic.
+    """
 
     statistic: str
     change: float
+    change_to_before: float
+    noise: float
+    threshold: float
+    error: float
+    residual: float
     ending: str
+    age: int
+    interval: int
+    seconds: float
+    bytes_sent: int
 
 
 @dataclass(frozen=True, slots=True)

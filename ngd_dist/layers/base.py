@@ -94,13 +94,17 @@ class Layer(ABC):
         """
         return (g_BNPO.shape[2],)
 
-    def input_squares(self, kept: Any) -> Tensor:
+    def input_squares(self, a_BNPI: Tensor) -> Tensor:
         """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T."""
-        return self.inputs(kept).square().sum((1, 2))
+        return a_BNPI.square().sum((1, 2))
 
     def input_moment(self, kept: Any) -> Tensor:
         """Returns the sum over n and p of a a^T, [B, I, I]."""
         return second_moment(self.inputs(kept), 1.0)
+
+    def some_samples(self, kept: Any, first: int, last: int, samples: int) -> Any | None:
+        """Returns what was kept of the samples from `first` to before `last`, of all; None where rows must tell."""
+        return None
 
     def along(self, a_BNPI: Tensor, g_BNPO: Tensor, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, sum over p of g a^T> of each sample, [N]."""
@@ -226,7 +230,18 @@ class Rows:
     @cached_property
     def input_squares_BI(self) -> Tensor:
         """Sum over samples and positions of a^2."""
-        return torch.stack([self._layer.input_squares(run.kept) for run in self._runs]).sum(0)
+        return self._layer.input_squares(self.a_BNPI)
+
+    @property
+    def count(self) -> int:
+        """N P, padding and the like with it: what the work of estimating a statistic grows with."""
+        shape = self._layer.shape
+        return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
+
+    def halves(self) -> "tuple[Rows, Rows]":
+        """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
+        middle = self.samples // 2
+        return _Some(self, slice(0, middle), 0), _Some(self, slice(middle, self.samples), 1)
 
     @cached_property
     def input_moment_BII(self) -> Tensor:
@@ -242,6 +257,40 @@ class Rows:
     def _cat(self, parts: list[Tensor]) -> Tensor:
         grouped = [part.reshape(part.shape[0], self.samples, -1, part.shape[-1]) for part in parts]
         return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)
+
+
+class _Some(Rows):
+    """Some of the samples of whole rows. What depends on all of a batch, as its normalisation does, stays as it is."""
+
+    def __init__(self, whole: Rows, samples: slice, half: int) -> None:
+        of = whole.replicate
+        super().__init__(whole._layer, whole._runs, whole._scale, Replicate(2 * of.index + half, 2 * of.count, of.seed))
+        self._whole, self._slice = whole, samples
+        self.samples = samples.stop - samples.start
+
+    @cached_property
+    def a_BNPI(self) -> Tensor:
+        return self._whole.a_BNPI[:, self._slice]
+
+    @cached_property
+    def g_BNPO(self) -> Tensor:
+        return self._whole.g_BNPO[:, self._slice]
+
+    @cached_property
+    def slopes_BNPO(self) -> Tensor:
+        return self._whole.slopes_BNPO[:, self._slice]
+
+    @cached_property
+    def positions_B(self) -> Tensor:
+        return self._whole.positions_B
+
+    @cached_property
+    def input_moment_BII(self) -> Tensor:
+        first, last = self._slice.start, self._slice.stop
+        kept = [self._layer.some_samples(run.kept, first, last, self._whole.samples) for run in self._runs]
+        if "a_BNPI" in vars(self._whole) or any(part is None for part in kept):
+            return second_moment(self.a_BNPI, 1.0)
+        return torch.stack([self._layer.input_moment(part) for part in kept]).sum(0)
 
 
 def _slope(run: Run) -> Tensor:

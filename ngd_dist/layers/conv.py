@@ -74,6 +74,10 @@ class Conv(Layer):
         moment = patch_moment(read.x, read.windows, groups)
         return moment if self._bias is None else self._with_sums(moment, kept.to(self.dtype))
 
+    def some_samples(self, kept: Tensor, first: int, last: int, samples: int) -> Tensor:
+        parts = kept.shape[0] // samples  # of a sample: the model may fold windows into dimension 0
+        return kept[first * parts : last * parts]
+
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         g_NBOP: Tensor = g.flatten(2).unflatten(1, (self.module.groups, -1))
         return g_NBOP.permute(1, 0, 3, 2).to(self.dtype)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
@@ -83,6 +84,16 @@ class Preconditioner(ABC):
     @abstractmethod
     def refresh_flops(self) -> int:
         """Returns the floating-point operations of one refresh, for placement and for staggering."""
+
+    def work(self, rows: Mapping[str, int]) -> int:
+        """Returns the operations of estimating these statistics, each from so many rows, and of the refresh they cause.
+
+        A model, for staggering. A cache is made anew as a whole unless a method says otherwise; what is measured in its
+        basis only fills it.
+        """
+        due = [spec for spec in self.statistics if spec.name in rows]
+        estimates = sum(2 * rows[spec.name] * prod(spec.shape) for spec in due)
+        return estimates + (0 if all(spec.in_basis for spec in due) else self.refresh_flops())
 
     @abstractmethod
     def apply_flops(self) -> int:

@@ -34,14 +34,14 @@ class AllReduce(Strategy):
         gradients, plain, scale = local.gradients, local.plain, self.gradient_scale
         # What DDP has averaged is finite on all ranks or on none.
         travelling = [] if scale is None else [local.non_finite, *gradients.values(), *plain]
-        sums = self._sum("gradients", [*local.counts.values(), *travelling], self.dtype)
-        counts, rest = dict(zip(local.counts, sums, strict=False)), sums[len(local.counts) :]
+        sums = self._sum("gradients", [*local.tallies.values(), *travelling], self.dtype)
+        tallies, rest = dict(zip(local.tallies, sums, strict=False)), sums[len(local.tallies) :]
         non_finite = local.non_finite
         if scale is not None:
             non_finite, *totals = rest
             means = [total.mul_(scale) for total in totals]
             gradients, plain = dict(zip(gradients, means, strict=False)), means[len(gradients) :]
-        return collected(non_finite, dict(zip(local.due, statistics, strict=True)), counts, gradients, plain)
+        return collected(non_finite, dict(zip(local.due, statistics, strict=True)), tallies, gradients, plain)
 
     def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
         """Only the reports travel, on steps that have any: a sum in which all but the reporting rank put zeros."""

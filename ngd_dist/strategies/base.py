@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from math import prod
 
 import torch
@@ -18,26 +18,69 @@ from ngd_dist.statistics import Key
 __all__ = ["Collected", "Findings", "Local", "Report", "Shapes", "Strategy", "collected", "split_like"]
 
 
+UNMEASURED = float("inf")
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the first owner of a layer found when one of its statistics was due. Travels as three numbers."""
+    """What the first owner of a layer found when one of its statistics was due. Travels as numbers.
+
+    `rows`: how many all ranks estimated it from. `change` and `change_to_before`: relative to the last value in use,
+    and to the one before. `noise`: the value's own relative sampling error. `threshold`: what the changes were held
+    against. `error`: of the inverse that was in use, for the new value. `residual`: of the new inverse. `seconds`: host
+    time on the owner, for estimating the statistic and for its inversion. Infinity stands for what was not measured.
+    """
 
     verdict: Verdict
     ending: Ending
-    change: float
+    rows: int = 0
+    change: float = UNMEASURED
+    change_to_before: float = UNMEASURED
+    noise: float = UNMEASURED
+    threshold: float = UNMEASURED
+    error: float = UNMEASURED
+    residual: float = UNMEASURED
+    seconds: float = 0.0
 
     def numbers(self) -> list[float]:
-        """Returns the report as it travels. An infinite change (no earlier value) travels as -1."""
-        return [float(self.verdict), float(self.ending), self.change if self.change < float("inf") else -1.0]
+        """Returns the report as it travels. Infinity travels as -1."""
+        return [-1.0 if number == UNMEASURED else float(number) for number in astuple(self)]
 
     @classmethod
     def parse(cls, numbers: Sequence[float]) -> "Report":
         """Returns the report that was sent."""
-        verdict, ending, change = numbers
-        return cls(Verdict(int(verdict)), Ending(int(ending)), float("inf") if change == -1.0 else change)
+        verdict, ending, rows, *measured = numbers
+        known = (UNMEASURED if number == -1.0 else number for number in measured)
+        return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), *known)
 
 
-REPORT_NUMBERS = 3
+REPORT_NUMBERS = len(fields(Report))
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What stands behind the means of one layer's due statistics, over all ranks.
+
+    `ranks` captured it, in so many `replicates` and `rows`. `squares`: by statistic, the mean over replicates of their
+    squared norms; empty where noise is not measured.
+    """
+
+    ranks: int
+    rows: int
+    replicates: int
+    squares: Mapping[str, float]
+
+    def noise(self, statistic: str, norm: float) -> float:
+        """Returns the relative sampling error of a mean of this norm; infinity where replicates can't tell it.
+
+        The K replicates X_k of a mean X scatter about it by mean_k ||X_k||^2 - ||X||^2; 1 / (K - 1) of that is the
+        expected squared error of X, for shares of any size.
+        """
+        square = self.squares.get(statistic, 0.0)
+        if self.replicates < 2 or not (0 < norm < UNMEASURED and 0 < square < UNMEASURED):
+            return UNMEASURED
+        scatter = max(0.0, square - norm**2)  # rounding may leave less than none
+        return math.sqrt(scatter / (self.replicates - 1)) / norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +96,14 @@ class Local:
     """What one rank brings to a step.
 
     `non_finite`, [1], is 1 if this rank's gradients have NaN or infinity. `due` holds the flat value of every due
-    statistic (zeros where none was captured); `counts`, [1] each, whether a due layer was captured: 1 or 0, or NaN if
-    not once per micro-batch; `gradients` grad_BOI of every layer; `plain` all other gradients.
+    statistic (zeros where none was captured); `tallies`, by due layer, the numbers of a `Tally`, whose sums over ranks
+    it is made of: 1 or 0 for whether it was captured, or NaN if not once per micro-batch, rows, replicates, and the
+    mean square of each due statistic; `gradients` grad_BOI of every layer; `plain` all other gradients.
     """
 
     non_finite: Tensor
     due: Mapping[Key, Tensor]
-    counts: Mapping[str, Tensor]
+    tallies: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     plain: list[Tensor]
 
@@ -69,11 +113,12 @@ class Collected:
     """Means over the global batch, of the layers that this rank owns (statistics, gradients) and of all (plain).
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers.
+    did not run, and those of `miscounted` layers. `tallies` has those of the layers that `statistics` has.
     """
 
     is_finite: bool
     miscounted: frozenset[str]
+    tallies: dict[str, Tally]
     statistics: dict[Key, Tensor]
     gradients: dict[str, Tensor]
     plain: list[Tensor]
@@ -134,6 +179,11 @@ class Strategy(ABC):
         """Returns whether this rank's reports on the layer count."""
         return self.placement.owners(layer)[0] == self.comm.rank
 
+    def statistic_bytes(self, numbers: int) -> int:
+        """Returns what each rank sends, under ring algorithms, of a statistic of so many numbers."""
+        ranks = self.comm.world_size
+        return numbers * self.wire_dtype.itemsize * (2 if self.is_replicated else 1) * (ranks - 1) // ranks
+
     @abstractmethod
     def collect(self, local: Local) -> Collected:
         """Collective. Returns the means over ranks."""
@@ -166,17 +216,25 @@ def split_shapes(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tens
 def collected(
     non_finite: Tensor,
     sums: Mapping[Key, Tensor],
-    counts: Mapping[str, Tensor],
+    tallies: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     plain: list[Tensor],
 ) -> Collected:
     """Returns each summed statistic divided by the number of ranks that captured it, beside the gradients.
 
-    Reads one number, and one per due layer, back to the host in one go: what was captured decides what is refreshed,
+    Reads one number, and a few per due layer, back to the host in one go: what was captured decides what is refreshed,
     and a step with a non-finite gradient must not begin. It is the one host read of a step without a refresh.
     """
-    bad, *found = torch.cat([non_finite, *counts.values()]).tolist()
-    captured = dict(zip(counts, found, strict=True))
-    means = {key: total / captured[key.layer] for key, total in sums.items() if captured[key.layer] > 0}
-    miscounted = frozenset(layer for layer, count in captured.items() if math.isnan(count))
-    return Collected(bad == 0, miscounted, means, dict(gradients), plain)
+    bad, *numbers = torch.cat([non_finite, *tallies.values()]).tolist()
+    found: dict[str, Tally] = {}
+    miscounted: set[str] = set()
+    for layer, tally in tallies.items():
+        (ranks, rows, replicates, *squares), numbers = numbers[: len(tally)], numbers[len(tally) :]
+        if math.isnan(ranks):
+            miscounted.add(layer)
+        elif ranks > 0:
+            due = [key.statistic for key in sums if key.layer == layer]
+            means = {statistic: square / ranks for statistic, square in zip(due, squares, strict=False)}
+            found[layer] = Tally(int(ranks), int(rows), int(replicates), means)
+    values = {key: total / found[key.layer].ranks for key, total in sums.items() if key.layer in found}
+    return Collected(bad == 0, frozenset(miscounted), found, values, dict(gradients), plain)

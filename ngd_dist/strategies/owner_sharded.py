@@ -54,20 +54,20 @@ class OwnerSharded(Strategy):
     def collect(self, local: Local) -> Collected:
         sums = self._reduce("statistics", local.due, self.wire_dtype)
         gradients, plain, scale = local.gradients, local.plain, self.gradient_scale
-        travelling = {Key(layer, "count"): count for layer, count in local.counts.items()}
+        travelling = {Key(layer, "tally"): tally for layer, tally in local.tallies.items()}
         non_finite = local.non_finite
         if scale is not None:
             travelling |= {NON_FINITE: non_finite}
             travelling |= {Key(layer, "gradient"): gradient for layer, gradient in gradients.items()}
         own = self._reduce("gradients", travelling, self.dtype)
-        counts = {key.layer: total for key, total in own.items() if key.statistic == "count"}
+        tallies = {key.layer: total for key, total in own.items() if key.statistic == "tally"}
         if scale is not None:
             # What DDP has averaged is finite on all ranks or on none; else every rank gets the sum in its part.
             non_finite = own[NON_FINITE]
             gradients = {key.layer: total * scale for key, total in own.items() if key.statistic == "gradient"}
             plain = self._combine(plain, scale)
         held = {layer: gradient for layer, gradient in gradients.items() if self.holds(layer)}
-        return collected(non_finite, sums, counts, held, plain)
+        return collected(non_finite, sums, tallies, held, plain)
 
     def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
         """Reports, inner products and shared cache entries ride behind each owner's directions."""

@@ -17,7 +17,7 @@ class Single(Strategy):
         return True
 
     def collect(self, local: Local) -> Collected:
-        return collected(local.non_finite, local.due, local.counts, local.gradients, local.plain)
+        return collected(local.non_finite, local.due, local.tallies, local.gradients, local.plain)
 
     def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
         return findings

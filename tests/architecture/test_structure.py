@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(p for package in ("ngd_dist", "workers", "service") for p in (ROOT / package).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-LONGER = {"ngd_dist/config.py": 560}  # a flat list of small classes, read like a table
+LONGER = {"ngd_dist/config.py": 620}  # a flat list of small classes, read like a table
 # Which file alone may import a module: everything else goes through it.
 ONLY_HERE = {
     "ray": ("workers/driver.py",),
@@ -98,9 +98,8 @@ def test_public_names_change_only_on_purpose() -> None:
     assert set(config.NGDConfig.model_fields) == {
         "preconditioner", "fisher", "staleness", "strategy", "lr", "momentum", "momentum_mode", "weight_decay",
         "weight_rescaling", "damping", "damping_rule", "step_length", "clip", "burn_in", "fallback", "ema_decay",
-        "inversion", "inverse_dtype", "max_failed_inversions",
-        "stagger", "max_dense", "exclude", "batch_dim", "statistics_wire", "micro_batches", "loss_reduction",
-        "non_finite",
+        "inversion", "inverse_dtype", "max_failed_inversions", "stagger", "refresh_cap", "max_dense", "exclude",
+        "batch_dim", "statistics_wire", "micro_batches", "loss_reduction", "non_finite",
     }  # fmt: skip
 
 

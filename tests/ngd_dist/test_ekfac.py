@@ -22,6 +22,7 @@ from ngd_dist.statistics import Key
 from tests.reference import kronecker as dense
 from tests.support.refreshing import refresh
 from tests.support.rows import random_rows
+from tests.support.work import together
 
 F64 = torch.float64
 B, O, I = 2, 4, 5  # noqa: E741
@@ -199,7 +200,8 @@ VERDICTS = st.sampled_from([Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED, Ve
 def test_a_new_basis_is_left_alone_until_s_is_measured_in_it(answers: list[list[Verdict]], stagger: float) -> None:
     keys = [Key(layer, name) for layer in ("x", "y") for name in ("A", "G", "S")]
     in_basis = [key for key in keys if key.statistic == "S"]
-    schedule = Schedule({"x": 3, "y": 1}, keys, AdaptiveInterval(), stagger, in_basis)
+    costs = together({"x": 3, "y": 1})
+    schedule = Schedule(keys, costs, AdaptiveInterval(), stagger=stagger, in_basis=in_basis)
     for step, verdicts in enumerate(answers, start=1):
         given_verdicts = {
             key: verdict for key, verdict in zip(keys, verdicts, strict=True) if key in schedule.due(step)
