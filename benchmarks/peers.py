@@ -136,7 +136,9 @@ NGD_KINDS = {
     ".caches": "inverses",
     "_caches": "inverses",
     "statistics": "statistics",
-    "_capture": "kept rows",
+    "._values": "statistics",  # of this step's passes
+    "._micros": "kept rows",
+    "._rows": "kept rows",
     "_strategy": "buffers",
     "_comm": "buffers",
 }
@@ -307,7 +309,7 @@ def _kaisa(method: str) -> Callable[[nn.Module, Setting], Training]:
             sgd.step()
 
         kinds = {"momentum_buffer": "momentum", "_inv": "inverses", "_q": "inverses", "_d": "inverses"}
-        kinds |= {"_factor": "statistics", "_batch": "statistics", "grad": "buffers"}
+        kinds |= {"_factor": "statistics", "_batch": "statistics"}
         return Training("", model, update, [sgd, preconditioner], kinds)
 
     return build
@@ -370,7 +372,8 @@ def _asdl(fisher: str) -> Callable[[nn.Module, Setting], Training]:
             preconditioner_upd_interval=setting.inverses_every,
         )
         maker = KfacGradientMaker(model, config, fisher_type=fisher)
-        sgd = _sgd(model, setting)
+        # Its average starts at 0 without a correction, its first inverses are 1 / ema_decay too large: 1e-3 diverges.
+        sgd = torch.optim.SGD(model.parameters(), lr=setting.lr / 10, momentum=MOMENTUM)
         kinds = {"momentum_buffer": "momentum", "inv": "inverses", "kron": "statistics", "unit": "statistics"}
         return AsdlTraining("", model, lambda x, y: sgd.step(), {"maker": maker, "sgd": sgd}, kinds)
 

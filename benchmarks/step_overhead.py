@@ -78,6 +78,7 @@ class Case:
         self.seconds: list[float] = []
         self.refreshed: list[float] = []
         self.loss = math.nan
+        self.failure: str | None = None
 
     def block(self, steps: int, clock: Callable[[], float]) -> float:
         """Returns the mean seconds of one step; drawing the batches does not count."""
@@ -95,6 +96,16 @@ class Case:
         self.block(steps, lambda: 0.0)
         self.refreshed.clear()
 
+    def attempt(self, fn: Callable[..., float | None], *args: Any) -> float | None:
+        """Returns fn(*args); on one rank a rival that raises is a row that says so, not the end of the run."""
+        try:
+            return fn(*args)
+        except Exception as error:
+            if torch.distributed.is_initialized():
+                raise
+            self.failure = f"{type(error).__name__}: {error}"[:150]
+            return None
+
     def _note(self) -> None:
         optimizer = getattr(self.trainer, "holders", None)
         if isinstance(optimizer, NGD):
@@ -106,13 +117,14 @@ class Case:
             "batch": plan.batch,
             "optimizer": self.trainer.name,
             "refresh": self.refresh,
-            "ratio": statistics.median(self.ratios),
-            "spread": [min(self.ratios), max(self.ratios)],
-            "ms": 1e3 * statistics.median(self.seconds),
+            "ratio": statistics.median(self.ratios) if self.ratios else None,
+            "spread": [min(self.ratios, default=None), max(self.ratios, default=None)],
+            "ms": 1e3 * statistics.median(self.seconds) if self.seconds else None,
             "sgd_ms": 1e3 * sgd_seconds,
             "blocks": len(self.ratios),
             "refreshed_share": statistics.fmean(self.refreshed) if self.refreshed else None,
             "loss": self.loss if math.isfinite(self.loss) else None,
+            "failure": self.failure,
         }
 
 
@@ -121,16 +133,17 @@ def measure(plan: Plan, clock: Callable[[], float], make: Callable[[str, Refresh
     wanted = [(name, refresh) for name in plan.names if not why_not(name) for refresh in refreshes(name)]
     sgd, cases = make("sgd", "1/1"), [make(name, refresh) for name, refresh in wanted]
     for case in (sgd, *cases):
-        case.settle(plan.settle if case.refresh == "adaptive" else 2)
+        case.attempt(case.settle, plan.settle if case.refresh == "adaptive" else 2)
     sgd_steps = max(2, plan.steps)
     for _ in range(plan.blocks):
         before = sgd.block(sgd_steps, clock)
-        for case in cases:
+        for case in (case for case in cases if not case.failure):
             steps = plan.steps if case.refresh == "1/1" else CYCLE * (2 if case.refresh == "adaptive" else 1)
-            spent = case.block(steps, clock)
+            spent = case.attempt(case.block, steps, clock)
             after = sgd.block(sgd_steps, clock)
-            case.ratios.append(2 * spent / (before + after))
-            case.seconds.append(spent)
+            if spent is not None:
+                case.ratios.append(2 * spent / (before + after))
+                case.seconds.append(spent)
             sgd.seconds.append(after)
             before = after
     return [case.row(plan, statistics.median(sgd.seconds)) for case in cases]
@@ -239,7 +252,8 @@ def sampling_rows(models: Sequence[str], seeds: Sequence[int] = (0, 1, 2)) -> li
 
 def half_of_best(rows: Sequence[dict[str, Any]], model: str, refresh: Refresh) -> float | None:
     """Returns 1 + half the overhead of this run's best dense K-FAC at batch 256 on one rank, if one ran."""
-    of_rivals = [row["ratio"] for row in _at(rows, model) if row["optimizer"] in DENSE and row["refresh"] == refresh]
+    rivals = [row for row in _at(rows, model) if row["optimizer"] in DENSE and row["refresh"] == refresh]
+    of_rivals = [row["ratio"] for row in rivals if row["ratio"] is not None]
     return 1 + (min(of_rivals) - 1) / 2 if of_rivals else None
 
 
@@ -300,6 +314,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
+    if row["failure"]:
+        return f"| {row['optimizer']} | {row['refresh']} | fails | | | | {row['failure']} |"
     least, most = row["spread"]
     share = "-" if row["refreshed_share"] is None else f"{row['refreshed_share']:.2f}"
     loss = "diverged" if row["loss"] is None else f"{row['loss']:.3f}"
