@@ -63,6 +63,7 @@ def _ngd_kfac(**fields: Any) -> Peer:
 
 
 PEERS: dict[str, Peer] = {
+    "sgd": RIVALS["sgd"],
     "ngd": Peer(_ngd(), "ngd_dist", NGD_REFRESHES),
     "ngd rows": _ngd_kfac(**ROWS),
     "ngd sampled": _ngd_kfac(**SAMPLING),
