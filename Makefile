@@ -3,6 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.synced
+BENCH_STAMP := $(VENV)/.synced-bench
+
+# What make bench measures beside steps_to_target, and the last word of its results' folders.
+QUESTIONS := step_overhead memory
+HARDWARE ?= cpu
 
 # With cached bytecode a process that imports torch starts in two thirds of the time, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -46,13 +51,18 @@ docs: $(STAMP) ## build the documentation into site/, after the settings' page t
 	$(BIN)/python docs/reference/configuration_page.py > docs/configuration.md
 	$(BIN)/mkdocs build --strict
 
-gpu: $(STAMP) ## run the oracles on CUDA and time a first step; says so where there is no GPU
-	$(BIN)/pytest -m gpu tests/ngd_dist/test_cuda.py
-	$(BIN)/python -m benchmarks.step_overhead --device cuda --models mlp resnet50 --hardware gpu
+gpu: $(STAMP) ## run what needs one GPU, in under ten minutes; says so where there is none
+	$(BIN)/python -m benchmarks.gpu_suite
 
-bench: $(STAMP) ## measure on this CPU, for an hour or more; writes benchmarks/results/; needs NGD_DATA_DIR
-	$(BIN)/python -m benchmarks.step_overhead --hardware cpu
-	$(BIN)/python -m benchmarks.steps_to_accuracy --data-dir "$${NGD_DATA_DIR:?the folder that holds fashion-mnist/}" --work .ngd/bench
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/uv sync --frozen --quiet --extra dev --extra bench
+	@touch $@
+
+bench: $(BENCH_STAMP) ## measure on this CPU, for two hours or more; writes benchmarks/results/; needs NGD_DATA_DIR
+	: "$${NGD_DATA_DIR:?the folder that holds fashion-mnist/}"
+	for question in $(QUESTIONS); do $(BIN)/python -m benchmarks.$$question --hardware $(HARDWARE) || exit; done
+	$(BIN)/python -m benchmarks.steps_to_target --data-dir "$$NGD_DATA_DIR" --work .ngd/bench --hardware $(HARDWARE)
+	$(BIN)/python -m benchmarks.report
 
 # The end-to-end test drives Debian's Chromium; only root may install it, and only where apt is.
 browser:

@@ -7,95 +7,68 @@ A rival whose package is missing is skipped by name with the reason (`why_not`).
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.held_bytes import held_bytes
+from benchmarks.rivals import RIVALS
+from benchmarks.trainer import DAMPING, STEP_LENGTH, Peer, Refresh, Setting, Trainer, Training
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, AdaptiveInterval, FixedInterval
 
-__all__ = ["PEERS", "Peer", "Refresh", "Setting", "Trainer", "build", "refreshes", "why_not"]
+__all__ = ["PEERS", "Peer", "Refresh", "Setting", "Trainer", "Training", "build", "refreshes", "why_not"]
 
-Refresh = Literal["1/1", "1/10", "10/10", "adaptive"]
-STEP_LENGTH, MOMENTUM, DAMPING = 1e-3, 0.9, 0.1  # of all: a timing asks for finite losses, not for the best ones
+ROWS: dict[str, Any] = {"rows": 128}
+SAMPLING: dict[str, Any] = {"rows_per_dimension": 2.0}
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What a timing varies: refresh intervals, and whether statistics are made of a sample of the positions."""
-
-    refresh: Refresh = "1/1"
-    sampled: bool = False
-    lr: float = STEP_LENGTH
-
-    @property
-    def statistics_every(self) -> int:
-        return int(self.refresh.split("/")[0])
-
-    @property
-    def inverses_every(self) -> int:
-        return int(self.refresh.split("/")[1])
+NGD_KINDS = {
+    "momentum_buffer": "momentum",
+    ".caches": "inverses",
+    "_caches": "inverses",
+    "statistics": "statistics",
+    "._values": "statistics",  # of this step's passes
+    "._micros": "kept rows",
+    "._rows": "kept rows",
+    "_strategy": "buffers",
+    "_comm": "buffers",
+}
 
 
-class Trainer(Protocol):
-    """One model with its optimizer, in one process."""
+def _ngd(**choices: Any) -> Callable[[nn.Module, Setting], Training]:
+    def build(model: nn.Module, setting: Setting) -> Training:
+        adaptive = setting.refresh == "adaptive"
+        staleness = AdaptiveInterval() if adaptive else FixedInterval(steps=setting.inverses_every)
+        settings: dict[str, Any] = {"lr": setting.lr, "damping": DAMPING, "staleness": staleness} | choices
+        if setting.sampled:
+            settings["preconditioner"] = KFAC(**ROWS)
+        optimizer = NGD(model, NGDConfig(**settings))
+        return Training("", model, lambda x, y: optimizer.step(), optimizer, NGD_KINDS)
 
-    name: str
-    model: nn.Module
-
-    def step(self, x: Tensor, y: Tensor) -> float:
-        """Takes one whole training step, gradients zeroed first; returns the loss."""
-
-    def run(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `step`, without waiting for the loss: on a GPU the queue stays full."""
-
-    def state_bytes(self) -> dict[str, int]:
-        """Returns bytes by kind: statistics, inverses, momentum, ... without the model and its gradients."""
+    return build
 
 
-@dataclass
-class Training:
-    """A training step of the common shape: forward, backward, `update`.
-
-    holders: what owns the optimizer's tensors. kinds: as for `held_bytes`.
-    """
-
-    name: str
-    model: nn.Module
-    update: Callable[[Tensor, Tensor], None]
-    holders: object
-    kinds: dict[str, str] = field(default_factory=dict)
-
-    def step(self, x: Tensor, y: Tensor) -> float:
-        return float(self.run(x, y))
-
-    def run(self, x: Tensor, y: Tensor) -> Tensor:
-        self.model.zero_grad()
-        loss = F.cross_entropy(self.model(x), y)
-        loss.backward()
-        self.update(x, y)
-        return loss.detach()
-
-    def state_bytes(self) -> dict[str, int]:
-        return held_bytes(self.holders, self.kinds, excluded=self.model)
+NGD_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10", "adaptive")
 
 
-@dataclass(frozen=True)
-class Peer:
-    """How one optimizer is built, and what it can do.
+def _kfac_lacks(*fields: str) -> Callable[[], str | None]:
+    missing = [name for name in fields if name not in KFAC.model_fields]
+    return lambda: f"this ngd_dist has no KFAC.{missing[0]}" if missing else None
 
-    needs: the module that has it. refreshes: those that it offers; without statistics they are all one.
-    lacks: returns why it can't run although `needs` is there, or None.
-    """
 
-    build: Callable[[nn.Module, Setting], Any]
-    needs: str = "torch"
-    refreshes: tuple[Refresh, ...] = ("1/1",)
-    lacks: Callable[[], str | None] = lambda: None
+def _ngd_kfac(**fields: Any) -> Peer:
+    def build(model: nn.Module, setting: Setting) -> Training:
+        return _ngd(preconditioner=KFAC(**fields))(model, setting)
+
+    return Peer(build, "ngd_dist", NGD_REFRESHES, _kfac_lacks(*fields))
+
+
+PEERS: dict[str, Peer] = {
+    "sgd": RIVALS["sgd"],
+    "ngd": Peer(_ngd(), "ngd_dist", NGD_REFRESHES),
+    "ngd rows": _ngd_kfac(**ROWS),
+    "ngd sampled": _ngd_kfac(**SAMPLING),
+    "ngd ekfac": Peer(_ngd(preconditioner=EKFAC()), "ngd_dist", NGD_REFRESHES),
+} | RIVALS
 
 
 def build(
@@ -127,308 +100,3 @@ def why_not(name: str) -> str | None:
     except ImportError as error:
         return f"{peer.needs} is not importable ({error})"
     return peer.lacks()
-
-
-# --- ours -------------------------------------------------------------------------------------------------------------
-
-NGD_KINDS = {
-    "momentum_buffer": "momentum",
-    ".caches": "inverses",
-    "_caches": "inverses",
-    "statistics": "statistics",
-    "_capture": "kept rows",
-    "_strategy": "buffers",
-    "_comm": "buffers",
-}
-
-
-def _ngd(**choices: Any) -> Callable[[nn.Module, Setting], Training]:
-    def build(model: nn.Module, setting: Setting) -> Training:
-        adaptive = setting.refresh == "adaptive"
-        staleness = AdaptiveInterval() if adaptive else FixedInterval(steps=setting.inverses_every)
-        settings: dict[str, Any] = {"lr": setting.lr, "damping": DAMPING, "staleness": staleness} | choices
-        if setting.sampled:
-            settings["preconditioner"] = KFAC(**SAMPLING)
-        optimizer = NGD(model, NGDConfig(**settings))
-        return Training("", model, lambda x, y: optimizer.step(), optimizer, NGD_KINDS)
-
-    return build
-
-
-SAMPLING: dict[str, Any] = {"rows_per_dimension": 2.0}
-ROWS: dict[str, Any] = {"rows": 128}
-NGD_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10", "adaptive")
-
-
-def _kfac_lacks(*fields: str) -> Callable[[], str | None]:
-    missing = [name for name in fields if name not in KFAC.model_fields]
-    return lambda: f"this ngd_dist has no KFAC.{missing[0]}" if missing else None
-
-
-def _ngd_kfac(**fields: Any) -> Peer:
-    def build(model: nn.Module, setting: Setting) -> Training:
-        return _ngd(preconditioner=KFAC(**fields))(model, setting)
-
-    return Peer(build, "ngd_dist", NGD_REFRESHES, _kfac_lacks(*fields))
-
-
-# --- first-order ------------------------------------------------------------------------------------------------------
-
-MOMENTS = {"momentum": "momentum", "exp_avg": "momentum"}
-
-
-def _plain(make: Callable[[nn.Module, Setting], Any], kinds: dict[str, str] = MOMENTS) -> Any:
-    def build(model: nn.Module, setting: Setting) -> Training:
-        optimizer = make(model, setting)
-        return Training("", model, lambda x, y: optimizer.step(), optimizer, kinds)
-
-    return build
-
-
-def _sgd(model: nn.Module, setting: Setting) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=MOMENTUM)
-
-
-def _lamb(model: nn.Module, setting: Setting) -> Any:
-    from pytorch_optimizer import Lamb
-
-    return Lamb(model.parameters(), lr=setting.lr)
-
-
-def _muon(model: nn.Module, setting: Setting) -> Any:
-    """Returns Muon for hidden weights; AdamW for the first and last weight, as its authors say, biases and scales."""
-    from pytorch_optimizer import Muon
-
-    weights = [p for p in model.parameters() if p.ndim >= 2]
-    hidden = weights[1:-1]
-    inner = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in inner]
-    return Muon([{"params": hidden, "lr": setting.lr, "use_muon": True}, {"params": rest, "use_muon": False}])
-
-
-def _heavyball_muon(model: nn.Module, setting: Setting) -> Any:
-    return _heavyball().Muon(model.parameters(), lr=setting.lr)
-
-
-# --- Shampoo's family: statistics at every step, roots or bases every so often ----------------------------------------
-
-SHAMPOO_KINDS = {
-    "exp_avg": "momentum",
-    "momentum": "momentum",
-    "graft": "momentum",
-    "GG": "statistics",
-    "accumulators": "statistics",
-    ".statistics": "statistics",
-    "Q": "inverses",
-    "preconditioners": "inverses",
-    "pre_conditioners": "inverses",
-}
-
-
-def _heavyball() -> Any:
-    import heavyball
-
-    heavyball.utils.compile_mode = None  # eager, as everything else here
-    return heavyball
-
-
-def _heavyball_soap(model: nn.Module, setting: Setting) -> Any:
-    return _heavyball().SOAP(model.parameters(), lr=setting.lr, precondition_frequency=setting.inverses_every)
-
-
-def _heavyball_psgd(model: nn.Module, setting: Setting) -> Any:
-    chance = 1 / setting.inverses_every
-    return _heavyball().PSGDKron(model.parameters(), lr=setting.lr, preconditioner_update_probability=chance)
-
-
-def _torchzero_soap(model: nn.Module, setting: Setting) -> Any:
-    import torchzero
-
-    soap = torchzero.m.SOAP(precond_freq=setting.inverses_every)
-    return torchzero.Optimizer(model.parameters(), soap, torchzero.m.LR(setting.lr))
-
-
-def _soap(model: nn.Module, setting: Setting) -> Any:
-    from pytorch_optimizer import SOAP
-
-    return SOAP(model.parameters(), lr=setting.lr, precondition_frequency=setting.inverses_every)
-
-
-def _shampoo(model: nn.Module, setting: Setting) -> Any:
-    from pytorch_optimizer import ScalableShampoo
-
-    every = setting.inverses_every
-    return ScalableShampoo(
-        model.parameters(), lr=setting.lr, start_preconditioning_step=1, preconditioning_compute_steps=every
-    )
-
-
-# --- K-FAC's family ---------------------------------------------------------------------------------------------------
-
-
-def _singd(structure: str) -> Callable[[nn.Module, Setting], Training]:
-    def build(model: nn.Module, setting: Setting) -> Training:
-        from singd.optim.optimizer import SINGD
-
-        structures = (structure, structure)
-        optimizer = SINGD(model, lr=setting.lr, T=setting.inverses_every, structures=structures, warn_unsupported=False)
-        covered = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        rest = [p for p in model.parameters() if id(p) not in covered]  # normalisation layers; SINGD leaves them alone
-        others = [torch.optim.SGD(rest, lr=setting.lr, momentum=MOMENTUM)] if rest else []
-
-        def update(x: Tensor, y: Tensor) -> None:
-            optimizer.step()
-            for other in others:
-                other.step()
-
-        kinds = {"momentum_buffer": "momentum", ".m_Ks": "inverses", ".m_Cs": "inverses"}
-        kinds |= {".Ks": "inverses", ".Cs": "inverses", ".H_": "statistics"}
-        return Training("", model, update, [optimizer, others], kinds)
-
-    return build
-
-
-def _kaisa(method: str) -> Callable[[nn.Module, Setting], Training]:
-    def build(model: nn.Module, setting: Setting) -> Training:
-        from kfac.preconditioner import KFACPreconditioner
-
-        sgd = _sgd(model, setting)
-        preconditioner = KFACPreconditioner(
-            model,
-            factor_update_steps=setting.statistics_every,
-            inv_update_steps=setting.inverses_every,
-            damping=DAMPING,
-            lr=setting.lr,
-            compute_method=method,
-        )
-
-        def update(x: Tensor, y: Tensor) -> None:
-            preconditioner.step()
-            sgd.step()
-
-        kinds = {"momentum_buffer": "momentum", "_inv": "inverses", "_q": "inverses", "_d": "inverses"}
-        kinds |= {"_factor": "statistics", "_batch": "statistics", "grad": "buffers"}
-        return Training("", model, update, [sgd, preconditioner], kinds)
-
-    return build
-
-
-def _dp_kfac(model: nn.Module, setting: Setting) -> Training:
-    from kfac import backend, get_kfac_module
-
-    backend.init("Horovod")
-    sgd = _sgd(model, setting)
-    preconditioner = get_kfac_module("inverse_dp")(
-        model,
-        lr=setting.lr,
-        damping=DAMPING,
-        fac_update_freq=setting.statistics_every,
-        kfac_update_freq=setting.inverses_every,
-    )
-
-    def update(x: Tensor, y: Tensor) -> None:
-        preconditioner.step()
-        sgd.step()
-
-    kinds = {"momentum_buffer": "momentum", "m_inv": "inverses", "m_A": "statistics", "m_G": "statistics"}
-    return Training("", model, update, [sgd, preconditioner], kinds)
-
-
-def _lacks_dp_kfac() -> str | None:
-    kfac = importlib.import_module("kfac")
-    return None if hasattr(kfac, "get_kfac_module") else "the kfac that is importable is kfac-pytorch, not DP-KFAC"
-
-
-def _lacks_kaisa() -> str | None:
-    kfac = importlib.import_module("kfac")
-    return None if hasattr(kfac, "preconditioner") else "the kfac that is importable is not kfac-pytorch"
-
-
-class AsdlTraining(Training):
-    """ASDL runs forward and backward itself; on a step with new statistics it returns the samples' sum as the loss."""
-
-    def run(self, x: Tensor, y: Tensor) -> Tensor:
-        self.model.zero_grad()
-        maker = self.holders["maker"]  # type: ignore[index]
-        samples = len(x) if maker.do_update_curvature() else 1
-        output = maker.setup_model_call(self.model, x)
-        maker.setup_loss_call(F.cross_entropy, output, y)
-        _, loss = maker.forward_and_backward()
-        self.update(x, y)
-        return loss.detach() / samples
-
-
-def _asdl(fisher: str) -> Callable[[nn.Module, Setting], Training]:
-    def build(model: nn.Module, setting: Setting) -> Training:
-        from asdl import KfacGradientMaker, PreconditioningConfig
-
-        config = PreconditioningConfig(
-            data_size=1,
-            damping=DAMPING,
-            ema_decay=0.05,
-            curvature_upd_interval=setting.statistics_every,
-            preconditioner_upd_interval=setting.inverses_every,
-        )
-        maker = KfacGradientMaker(model, config, fisher_type=fisher)
-        sgd = _sgd(model, setting)
-        kinds = {"momentum_buffer": "momentum", "inv": "inverses", "kron": "statistics", "unit": "statistics"}
-        return AsdlTraining("", model, lambda x, y: sgd.step(), {"maker": maker, "sgd": sgd}, kinds)
-
-    return build
-
-
-def _curvlinops(model: nn.Module, setting: Setting) -> Training:
-    """Returns SGD on K-FAC directions; the library computes its factors in a forward and backward pass of its own."""
-    from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
-
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    covered = [p for layer in layers for p in layer.parameters()]
-    sgd = _sgd(model, setting)
-    held: dict[str, Any] = {"sgd": sgd, "steps": 0}
-
-    def update(x: Tensor, y: Tensor) -> None:
-        gradients = [p.grad for p in covered]
-        if held["steps"] % setting.inverses_every == 0:
-            operator = KFACLinearOperator(
-                model, nn.CrossEntropyLoss(), covered, [(x, y)], fisher_type="empirical",
-                check_deterministic=False, separate_weight_and_bias=False, num_data=len(x),
-                num_per_example_loss_terms=1,
-            )  # fmt: skip
-            held["inverse"] = KFACInverseLinearOperator(operator, damping=DAMPING, use_heuristic_damping=True)
-        for parameter, direction in zip(covered, held["inverse"] @ gradients, strict=True):
-            parameter.grad = direction
-        held["steps"] += 1
-        sgd.step()
-
-    kinds = {"momentum_buffer": "momentum", "_inverse_": "inverses", "_covariances": "statistics"}
-    return Training("", model, update, held, kinds)
-
-
-ONE_INTERVAL: tuple[Refresh, ...] = ("1/1", "10/10")  # one number for both
-ROOTS: tuple[Refresh, ...] = ("1/1", "1/10")  # statistics at every step
-BOTH: tuple[Refresh, ...] = ("1/1", "1/10", "10/10")
-
-PEERS: dict[str, Peer] = {
-    "sgd": Peer(_plain(_sgd)),
-    "ngd": Peer(_ngd(), "ngd_dist", NGD_REFRESHES),
-    "ngd rows": _ngd_kfac(**ROWS),
-    "ngd sampled": _ngd_kfac(**SAMPLING),
-    "ngd ekfac": Peer(_ngd(preconditioner=EKFAC()), "ngd_dist", NGD_REFRESHES),
-    "kfac-pytorch eigen": Peer(_kaisa("eigen"), "kfac", BOTH, _lacks_kaisa),
-    "kfac-pytorch inverse": Peer(_kaisa("inverse"), "kfac", BOTH, _lacks_kaisa),
-    "asdl kfac": Peer(_asdl("fisher_emp"), "asdl", BOTH),
-    "asdl kfac 1mc": Peer(_asdl("fisher_mc"), "asdl", BOTH),
-    "dp-kfac inverse": Peer(_dp_kfac, "kfac", BOTH, _lacks_dp_kfac),
-    "curvlinops kfac": Peer(_curvlinops, "curvlinops", ONE_INTERVAL),
-    "singd dense": Peer(_singd("dense"), "singd", ONE_INTERVAL),
-    "singd diagonal": Peer(_singd("diagonal"), "singd", ONE_INTERVAL),
-    "torchzero soap": Peer(_plain(_torchzero_soap, SHAMPOO_KINDS), "torchzero", ROOTS),
-    "heavyball soap": Peer(_plain(_heavyball_soap, SHAMPOO_KINDS), "heavyball", ROOTS),
-    "heavyball psgd": Peer(_plain(_heavyball_psgd, SHAMPOO_KINDS), "heavyball", ONE_INTERVAL),
-    "heavyball muon": Peer(_plain(_heavyball_muon, SHAMPOO_KINDS), "heavyball"),
-    "pytorch_optimizer soap": Peer(_plain(_soap, SHAMPOO_KINDS), "pytorch_optimizer", ROOTS),
-    "pytorch_optimizer shampoo": Peer(_plain(_shampoo, SHAMPOO_KINDS), "pytorch_optimizer", ROOTS),
-    "pytorch_optimizer muon": Peer(_plain(_muon), "pytorch_optimizer"),
-    "pytorch_optimizer lamb": Peer(_plain(_lamb), "pytorch_optimizer"),
-    "adamw": Peer(_plain(lambda model, setting: torch.optim.AdamW(model.parameters(), lr=setting.lr))),
-}

@@ -1,0 +1,239 @@
+"""Writes docs/performance.md and its plots from benchmarks/results: the newest result of each question.
+
+python -m benchmarks.report
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+
+__all__ = ["Result", "newest", "page", "plots"]
+
+DOCS = Path(__file__).parent.parent / "docs"
+QUESTIONS = {
+    "step-overhead": "Time of a training step beside SGD's",
+    "step-jitter": "How even the steps are",
+    "steps-to-target": "Steps and seconds to a target",
+    "inversion": "Inverting the factors of real models",
+    "comm-volume": "Bytes between ranks",
+    "memory": "Bytes that training holds",
+    "crossover": "Which inversion is the faster, by width",
+    "profile": "Where the time goes",
+    "gpu-suite": "On a GPU",
+}
+INTRODUCTION = """# Performance
+
+Made by `python -m benchmarks.report` from `benchmarks/results/`; each question's command measures its baseline in the
+same run. Losing rows are shown. `make bench` measures again.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One folder of benchmarks/results: <date>_<question>_<hardware>."""
+
+    folder: Path
+
+    @property
+    def question(self) -> str:
+        return self.folder.name.split("_")[1]
+
+    @property
+    def document(self) -> dict[str, Any]:
+        path = self.folder / "result.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+    @property
+    def hardware(self) -> str:
+        return self.folder.name.split("_", 2)[2]
+
+    @property
+    def plot(self) -> str:
+        return f"performance/{self.question}_{self.hardware}.svg"
+
+
+def newest(root: Path = RESULTS) -> list[Result]:
+    """Returns the newest result of each question on each hardware, in the order of QUESTIONS."""
+    found: dict[tuple[str, str], Result] = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        result = Result(folder)
+        found[result.question, result.hardware] = result
+    order = list(QUESTIONS)
+    return sorted((r for r in found.values() if r.question in QUESTIONS), key=lambda r: order.index(r.question))
+
+
+def page(results: list[Result]) -> str:
+    """Returns docs/performance.md. A question without a result is named at the end."""
+    parts = [INTRODUCTION]
+    for result in results:
+        body = "\n".join(TABLES.get(result.question, readme)(result))
+        figure = [f"![{QUESTIONS[result.question]}]({result.plot})"] if _has_plot(result) else []
+        heading = f"## {QUESTIONS[result.question]} ({result.hardware})"
+        parts.append("\n\n".join([heading, body, *figure, _facts(result)]) + "\n")
+    missing = [question for question in QUESTIONS if question not in {result.question for result in results}]
+    if missing:
+        parts.append(f"Not measured yet: {', '.join(missing)}.\n")
+    return "\n".join(parts)
+
+
+def _facts(result: Result) -> str:
+    environment = result.document.get("environment", {})
+    facts = ", ".join(f"{key} {value}" for key, value in environment.items())
+    return f"From `benchmarks/results/{result.folder.name}`" + (f": {facts}." if facts else ".")
+
+
+def readme(result: Result) -> list[str]:
+    """Returns what the benchmark itself wrote for people, a level down, without its heading and facts."""
+    lines = (result.folder / "README.md").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("# ", "Measured on: "))]
+    return "\n".join(re.sub(r"^#", "##", line) for line in kept).strip().splitlines()
+
+
+def step_overhead(result: Result) -> list[str]:
+    """Returns ours beside the targets, then one table per model and batch with a column per refresh."""
+    document, lines = result.document, list[str]()
+    if document["targets"]:
+        lines += ["### Ours beside the targets", ""]
+        lines += ["| model | refresh | at most | half the overhead of this run's best dense K-FAC | ours |"]
+        lines += ["|---|---|---|---|---|"]
+        for row in document["targets"]:
+            ours = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ours"].items())
+            best = "-" if row["half_of_best"] is None else f"{row['half_of_best']:.2f}"
+            lines.append(f"| {row['model']} | {row['refresh']} | {row['at_most']} | {best} | {ours} |")
+        lines.append("")
+    for (model, batch, ranks), rows in _groups(document["rows"], "model", "batch", "ranks"):
+        refreshes = [r for r in ("1/1", "1/10", "10/10", "adaptive") if any(row["refresh"] == r for row in rows)]
+        lines += [f"### {model}, batch {batch}, {ranks} rank{'s' * (ranks > 1)}, times SGD", ""]
+        lines += [f"SGD's step takes {rows[0]['sgd_ms']:.1f} ms. In brackets: least and most of the blocks.", ""]
+        lines += [f"| optimizer | {' | '.join(refreshes)} |", "|---" * (len(refreshes) + 1) + "|"]
+        for (name,), own in _groups(rows, "optimizer"):
+            cells = {row["refresh"]: _ratio(row) for row in own}
+            lines.append(f"| {name} | {' | '.join(cells.get(r, '') for r in refreshes)} |")
+        lines.append("")
+    for row in document["sampling"]:
+        steps = ", ".join("not reached" if s is None else str(s) for s in row["steps"])
+        lines.append(f"- Steps to the same loss on {row['model']}, {row['optimizer']}: {steps}")
+    lines += ["", *(f"- Left out: {name}: {reason}" for name, reason in document["left_out"].items())]
+    return lines
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if row["ratio"] is None:
+        return f"fails: {row['failure'].split(':')[0]}"
+    return f"{row['ratio']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})"
+
+
+def _groups(rows: list[dict[str, Any]], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    for values in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        yield values, [row for row in rows if tuple(row[key] for key in keys) == values]
+
+
+TABLES: dict[str, Callable[[Result], list[str]]] = {"step-overhead": step_overhead}
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def plots(results: list[Result], folder: Path) -> list[Path]:
+    """Draws the plots that the page shows, as SVG; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same result gives the same file, so that the repository sees a change only where there is one.
+    matplotlib.rcParams.update({"svg.hashsalt": "ngd", "svg.fonttype": "none", "font.size": 9})
+    drawn = []
+    for result in (result for result in results if _has_plot(result)):
+        figure = PLOTS[result.question](result)
+        path = folder / result.plot
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        drawn.append(path)
+    return drawn
+
+
+def _has_plot(result: Result) -> bool:
+    needs = {"steps-to-target": "curves.json"}.get(result.question, "result.json")
+    return result.question in PLOTS and (result.folder / needs).exists()
+
+
+def _figure(columns: int, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * columns + 1.5, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def plot_overhead(result: Result) -> Any:
+    """Returns bars of times SGD at the smallest batch in one process, ours in another colour."""
+    rows = [row for row in result.document["rows"] if row["ranks"] == 1 and row["ratio"]]
+    smallest = min(row["batch"] for row in rows)
+    groups = list(_groups([row for row in rows if row["batch"] == smallest], "model"))
+    figure, axes = _figure(len(groups), 0.16 * max(len(own) for _, own in groups) + 1)
+    for axis, ((model,), own) in zip(axes, groups, strict=True):
+        own = sorted(own, key=lambda row: -row["ratio"])
+        names = [f"{row['optimizer']} {row['refresh']}" for row in own]
+        colours = ["#3949ab" if row["optimizer"].startswith("ngd") else "#b0bec5" for row in own]
+        axis.barh(names, [row["ratio"] for row in own], color=colours)
+        axis.set(xscale="log", title=f"{model}, batch {smallest}", xlabel="times SGD's step")
+        axis.tick_params(axis="y", labelsize=6)
+    return figure
+
+
+def plot_memory(result: Result) -> Any:
+    """Returns stacked bars of bytes by kind on rank 0, one process."""
+    rows = [row for row in result.document["rows"] if row["ranks"] == 1]
+    groups = list(_groups(rows, "model"))
+    figure, axes = _figure(len(groups), 0.2 * max(len(own) for _, own in groups) + 1.5)
+    for axis, ((model,), own) in zip(axes, groups, strict=True):
+        names, left = [row["optimizer"] for row in own], [0.0] * len(own)
+        for kind in own[0]["bytes"]:
+            counts = [row["bytes"][kind] / 1e6 for row in own]
+            axis.barh(names, counts, left=left, label=kind)
+            left = [a + b for a, b in zip(left, counts, strict=True)]
+        axis.set(title=model, xlabel="MB")
+        axis.tick_params(axis="y", labelsize=6)
+    axes[0].legend(fontsize=6)
+    return figure
+
+
+def plot_curves(result: Result) -> Any:
+    """Returns test accuracy by step of each method's best setting, one line per seed."""
+    runs = json.loads((result.folder / "curves.json").read_text())
+    groups = list(_groups(runs, "batch"))
+    figure, axes = _figure(len(groups), 3.2)
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    for axis, ((batch,), own) in zip(axes, groups, strict=True):
+        for (method,), of_method in _groups(own, "method"):
+            for number, run in enumerate(of_method):
+                points = [(point["step"], point["accuracy"]) for point in run["curve"]]
+                label = None if number else method
+                axis.plot(*zip(*points, strict=True), color=f"C{methods.index(method)}", lw=0.8, label=label)
+        axis.set(title=f"batch {batch}", xlabel="steps", ylabel="test accuracy", ylim=(0.7, None))
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+PLOTS: dict[str, Callable[[Result], Any]] = {
+    "step-overhead": plot_overhead,
+    "memory": plot_memory,
+    "steps-to-target": plot_curves,
+}
+
+
+def main() -> None:
+    results = newest()
+    (DOCS / "performance.md").write_text(page(results))
+    try:
+        drawn = plots(results, DOCS)
+    except ImportError as error:
+        raise SystemExit(f"wrote performance.md, but not its plots: {error}; install the extra bench") from error
+    print(f"wrote docs/performance.md and {len(drawn)} plots")
+
+
+if __name__ == "__main__":
+    main()

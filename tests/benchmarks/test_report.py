@@ -1,0 +1,58 @@
+"""docs/performance.md is what the command makes from the results in the tree."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import DOCS, Result, newest, page, plots
+
+
+def test_page_is_current() -> None:
+    assert (DOCS / "performance.md").read_text() == page(newest()), "run: python -m benchmarks.report"
+
+
+def test_plots_of_the_page_exist() -> None:
+    shown = [line.split("(", 1)[1].rstrip(")") for line in page(newest()).splitlines() if line.startswith("![")]
+
+    assert shown
+    assert all((DOCS / path).exists() for path in shown)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for date, total in (("2026-01-01", 1), ("2026-01-02", 2)):
+        folder = tmp_path / f"{date}_memory_cpu2"
+        folder.mkdir()
+        (folder / "README.md").write_text(f"# Bytes\n\n## mlp\n\n| total |\n|---|\n| {total} |\n\nMeasured on: x.\n")
+        row = {"model": "mlp", "ranks": 1, "optimizer": "sgd", "bytes": {"weights": total}}
+        (folder / "result.json").write_text(json.dumps({"environment": {"torch": "2"}, "rows": [row]}))
+    return tmp_path
+
+
+def test_the_newest_result_of_a_question_is_shown_and_missing_ones_are_named(results: Path) -> None:
+    text = page(newest(results))
+
+    assert "### mlp\n\n| total |\n|---|\n| 2 |" in text
+    assert "| 1 |" not in text
+    assert "From `benchmarks/results/2026-01-02_memory_cpu2`: torch 2." in text
+    assert "Not measured yet: step-overhead," in text
+
+
+def test_plots_are_drawn_the_same_twice(results: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("matplotlib")
+
+    first, second = (
+        [path.read_bytes() for path in plots(newest(results), tmp_path_factory.mktemp("docs"))] for _ in range(2)
+    )
+
+    assert first == second
+    assert b"<svg" in first[0]
+
+
+def test_a_folder_without_figures_is_named_by_its_readme(tmp_path: Path) -> None:
+    folder = tmp_path / "2026-01-01_profile_cpu2"
+    folder.mkdir()
+    (folder / "README.md").write_text("# Profile\n\nBatchNorm.\n")
+
+    assert "BatchNorm." in page([Result(folder)])
