@@ -155,6 +155,7 @@ def measure(n: int, device: str, repeats: int) -> list[dict[str, Any]]:
                 "n": n,
                 "method": name,
                 "rung": result.method.name if isinstance(result, Inverse) else None,
+                "iterations": result.iterations if isinstance(result, Inverse) else 0,
                 "median_ms": 1e3 * median(times),
                 "min_ms": 1e3 * min(times),
                 "max_ms": 1e3 * max(times),
@@ -176,10 +177,16 @@ def table(rows: list[dict[str, Any]], sizes: dict[str, Counter[int]], device: st
         sums = [sum(c * at[n, name]["median_ms"] for n, c in measured.items()) / 1e3 for name in names]
         of_all = f"{sum(measured.values())} of {sum(counts.values())}"
         lines.append(f"| {model} | {of_all} | {share:.0%} | {' | '.join(f'{s:.2f}' for s in sums)} |")
-    lines += ["", "| n | method | rung taken | median ms | min to max | residual |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| n | method | rung taken | iterations | median ms | min to max | residual |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         figures = f"{row['median_ms']:.2f} | {row['min_ms']:.2f} to {row['max_ms']:.2f} | {row['residual']:.1e}"
-        lines.append(f"| {row['n']} | {row['method']} | {row['rung'] or '-'} | {figures} |")
+        lines.append(
+            f"| {row['n']} | {row['method']} | {row['rung'] or '-'} | {row['iterations'] or '-'} | {figures} |"
+        )
     return "\n".join(lines)
 
 

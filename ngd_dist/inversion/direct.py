@@ -48,12 +48,12 @@ def invert_rows(rows: Tensor, damping: Tensor) -> Inverse:
     return judged(Method.WOODBURY, *_outcome(woodbury(rows, damping)))
 
 
-def judged(method: Method, value: Tensor, outcomes: list[list[float]]) -> Inverse:
+def judged(method: Method, value: Tensor, outcomes: list[list[float]], iterations: int = 0) -> Inverse:
     """Returns the inverse of one factor, if all of its blocks have one, from the outcomes of its blocks."""
     finite, definite, residuals = zip(*outcomes, strict=True)
     residual = max(residuals, key=lambda r: (r != r, r))  # NaN is the largest
     ending = ending_of(method, is_finite=all(finite), is_definite=all(definite), residual=residual)
-    return Inverse(value if ending is Ending.OK else None, ending, residual, method)
+    return Inverse(value if ending is Ending.OK else None, ending, residual, method, iterations)
 
 
 def damped(factor: Tensor, damping: Tensor) -> Tensor:

@@ -65,13 +65,15 @@ class Method(IntEnum):
 class Inverse:
     """The inverse where there is one, how the inversion ended, its residual, and the last method that was tried.
 
-    The residual is ||I - X inverse||_F / sqrt(n), estimated, the largest over the blocks.
+    The residual is ||I - X inverse||_F / sqrt(n), estimated, the largest over the blocks. `iterations`: those that
+    Newton-Schulz took, 0 for other methods.
     """
 
     value: Tensor | None
     ending: Ending
     residual: float = float("nan")
     method: Method = Method.CHOLESKY
+    iterations: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,22 +152,27 @@ def _run(batch: Sequence[_Case]) -> Found:
         factor,
         damping,
         torch.cat(olds) if method is Method.WARM_NEWTON_SCHULZ else None,
-        max(attempt.iterations for attempt in attempts),  # one more than needed does no harm
+        _iterations(batch),
         update_dtype=getattr(torch, terms.update_dtype),
         residual=terms.residual,
     )
 
 
+def _iterations(batch: Sequence[_Case]) -> int:
+    """Returns the most that a case of the batch needs: more than needed do no harm."""
+    return max(case.attempt.iterations for case in batch if case.attempt is not None)
+
+
 def _take(batch: Sequence[_Case], values: Tensor, outcomes: list[list[float]]) -> None:
     """Hands each case its own inverse, and decides what is tried on it next."""
-    begin = 0
+    begin, iterations = 0, _iterations(batch)
     for case in batch:
         assert case.attempt is not None
         end = begin + len(case.factor)
         # Of its own storage: a view would keep the whole batch alive for as long as this one inverse is in use.
         value = values[begin:end].clone() if len(batch) > 1 else values
         method = case.attempt.method
-        case.inverse = judged(method, value, outcomes[begin:end])
+        case.inverse = judged(method, value, outcomes[begin:end], iterations)
         case.attempt = after(case.terms, case.estimate, method, case.inverse.ending)
         begin = end
 
