@@ -22,7 +22,7 @@ from benchmarks.record import folder_for, write
 
 KINDS = ("weights", "gradients", "momentum", "statistics", "inverses", "kept rows", "buffers", "other")
 MODELS = ("mlp", "resnet20")
-ON_RANKS = ("sgd", "ngd", "ngd rows", "kfac-pytorch eigen", "kfac-pytorch inverse")
+ON_RANKS = ("sgd", "ngd", "ngd rows 128", "kfac-pytorch eigen", "kfac-pytorch inverse")
 STEPS = 3  # the third step finds the statistics of two earlier ones, where an optimizer keeps them
 
 

@@ -6,7 +6,6 @@ A rival whose package is missing is skipped by name with the reason (`why_not`).
 
 import importlib
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -18,69 +17,50 @@ from ngd_dist.config import EKFAC, KFAC, AdaptiveInterval, FixedInterval
 
 __all__ = ["PEERS", "Peer", "Refresh", "Setting", "Trainer", "Training", "build", "refreshes", "why_not"]
 
-ROWS: dict[str, Any] = {"rows": 128}
-SAMPLING: dict[str, Any] = {"rows_per_dimension": 2.0}
-
 NGD_KINDS = {
     "momentum_buffer": "momentum",
     ".caches": "inverses",
     "_caches": "inverses",
     "statistics": "statistics",
-    "._values": "statistics",  # of this step's passes
+    "._means": "statistics",  # of this step's passes
     "._micros": "kept rows",
-    "._rows": "kept rows",
     "_strategy": "buffers",
     "_comm": "buffers",
 }
 
 
-def _ngd(**choices: Any) -> Callable[[nn.Module, Setting], Training]:
+NGD_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10", "adaptive")
+
+
+def _ngd(**choices: Any) -> Peer:
     def build(model: nn.Module, setting: Setting) -> Training:
         adaptive = setting.refresh == "adaptive"
         staleness = AdaptiveInterval() if adaptive else FixedInterval(steps=setting.inverses_every)
         settings: dict[str, Any] = {"lr": setting.lr, "damping": DAMPING, "staleness": staleness} | choices
-        if setting.sampled:
-            settings["preconditioner"] = KFAC(**ROWS)
         optimizer = NGD(model, NGDConfig(**settings))
         return Training("", model, lambda x, y: optimizer.step(), optimizer, NGD_KINDS)
 
-    return build
+    return Peer(build, "ngd_dist", NGD_REFRESHES)
 
 
-NGD_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10", "adaptive")
-
-
-def _kfac_lacks(*fields: str) -> Callable[[], str | None]:
-    missing = [name for name in fields if name not in KFAC.model_fields]
-    return lambda: f"this ngd_dist has no KFAC.{missing[0]}" if missing else None
-
-
-def _ngd_kfac(**fields: Any) -> Peer:
-    def build(model: nn.Module, setting: Setting) -> Training:
-        return _ngd(preconditioner=KFAC(**fields))(model, setting)
-
-    return Peer(build, "ngd_dist", NGD_REFRESHES, _kfac_lacks(*fields))
-
-
+# Factors at least twice as wide as the rows are kept as rows: 256 are all samples of a batch of 256, 128 are half.
 PEERS: dict[str, Peer] = {
     "sgd": RIVALS["sgd"],
-    "ngd": Peer(_ngd(), "ngd_dist", NGD_REFRESHES),
-    "ngd rows": _ngd_kfac(**ROWS),
-    "ngd sampled": _ngd_kfac(**SAMPLING),
-    "ngd ekfac": Peer(_ngd(preconditioner=EKFAC()), "ngd_dist", NGD_REFRESHES),
+    "ngd": _ngd(),
+    "ngd rows 256": _ngd(preconditioner=KFAC(rows=256)),
+    "ngd rows 128": _ngd(preconditioner=KFAC(rows=128)),
+    "ngd ekfac": _ngd(preconditioner=EKFAC()),
 } | RIVALS
 
 
-def build(
-    name: str, model: nn.Module, refresh: Refresh = "1/1", *, sampled: bool = False, lr: float = STEP_LENGTH
-) -> Trainer:
+def build(name: str, model: nn.Module, refresh: Refresh = "1/1", *, lr: float = STEP_LENGTH) -> Trainer:
     """Returns the optimizer of that name over this model. Raises: ValueError if it can't be built; see `why_not`."""
     if reason := why_not(name):
         raise ValueError(f"{name}: {reason}")
     peer = PEERS[name]
     if refresh not in peer.refreshes:
         raise ValueError(f"{name} has no refresh {refresh}; it offers {', '.join(peer.refreshes)}")
-    trainer: Trainer = peer.build(model, Setting(refresh, sampled, lr))
+    trainer: Trainer = peer.build(model, Setting(refresh, lr))
     trainer.name = name
     return trainer
 

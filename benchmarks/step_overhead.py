@@ -61,14 +61,15 @@ class Plan:
     names: Sequence[str] = tuple(PEERS)
 
 
-FEW = ("sgd", "ngd", "ngd rows", "ngd sampled", "kfac-pytorch inverse", "asdl kfac", "singd dense", "torchzero soap")
+FEW = ("sgd", "ngd", "ngd rows 256", "ngd rows 128", "kfac-pytorch inverse", "asdl kfac", "singd dense")
+FEW += ("torchzero soap",)
 PLANS = (
     Plan("mlp", 256, blocks=3, steps=3, settle=40),
     Plan("resnet20", 256, blocks=3, steps=1, settle=25),
     Plan("mlp", 2048, blocks=3, steps=1, settle=25, names=FEW),
     Plan("resnet20", 2048, blocks=2, steps=1, settle=10, names=FEW[:5]),
 )
-RANKS_NAMES = ("sgd", "ngd", "kfac-pytorch eigen", "kfac-pytorch inverse")
+RANKS_NAMES = ("sgd", "ngd", "ngd rows 128", "kfac-pytorch eigen", "kfac-pytorch inverse")
 
 
 class Case:
@@ -225,7 +226,7 @@ _EVENTS: list[Any] = []
 # --- does sampling cost steps? ----------------------------------------------------------------------------------------
 
 TARGET_LOSS = {"mlp": 0.9, "resnet20": 0.9}  # of labels a tenth of which are wrong
-OURS = ("ngd", "ngd rows", "ngd sampled")
+OURS = ("ngd", "ngd rows 256", "ngd rows 128")
 
 
 def steps_to_loss(name: str, model: str, seed: int, limit: int = 50) -> int | None:

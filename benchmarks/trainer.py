@@ -17,10 +17,9 @@ STEP_LENGTH, MOMENTUM, DAMPING = 1e-3, 0.9, 0.1  # of all: a timing asks for fin
 
 @dataclass(frozen=True)
 class Setting:
-    """What a timing varies: refresh intervals, and whether wide factors are made of a sample of the rows."""
+    """What a timing varies."""
 
     refresh: Refresh = "1/1"
-    sampled: bool = False
     lr: float = STEP_LENGTH
 
     @property

@@ -22,7 +22,7 @@ from benchmarks.step_overhead import (
     target_rows,
 )
 
-NAMES = ("sgd", "ngd", "ngd rows", "adamw")
+NAMES = ("sgd", "ngd", "ngd rows 128", "adamw")
 
 
 def row(optimizer: str, refresh: str, ratio: float | None) -> dict[str, Any]:
