@@ -117,7 +117,8 @@ def step_overhead(result: Result) -> list[str]:
         lines.append("")
     for row in document["sampling"]:
         steps = ", ".join("not reached" if s is None else str(s) for s in row["steps"])
-        lines.append(f"- Steps to the same loss on {row['model']}, {row['optimizer']}: {steps}")
+        setting = f"{row['model']}, refresh {row['refresh']}, lr {row['lr']}"
+        lines.append(f"- Steps to the same loss on {setting}, {row['optimizer']}: {steps}")
     lines += ["", *(f"- Left out: {name}: {reason}" for name, reason in document["left_out"].items())]
     return lines
 

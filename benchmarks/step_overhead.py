@@ -27,6 +27,7 @@ from benchmarks.peers import PEERS, Refresh, Trainer, build, refreshes, why_not
 from benchmarks.ranks import on_ranks
 from benchmarks.record import folder_for, write
 from ngd_dist import NGD
+from ngd_dist.errors import NonFiniteError
 
 CYCLE = 10  # steps of the longest fixed interval
 DENSE = ("kfac-pytorch eigen", "kfac-pytorch inverse", "asdl kfac", "asdl kfac 1mc", "dp-kfac inverse")
@@ -227,23 +228,40 @@ _EVENTS: list[Any] = []
 
 TARGET_LOSS = {"mlp": 0.9, "resnet20": 0.9}  # of labels a tenth of which are wrong
 OURS = ("ngd", "ngd rows 256", "ngd rows 128")
+SAMPLED_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10")
+SAMPLED_LRS = {"mlp": (0.01, 0.03), "resnet20": (0.03,)}
 
 
-def steps_to_loss(name: str, model: str, seed: int, limit: int = 50) -> int | None:
+def steps_to_loss(name: str, model: str, refresh: Refresh, lr: float, seed: int, limit: int = 50) -> int | None:
     """Returns how many steps at batch 256 bring the mean of the last three losses below the target, if `limit` do."""
-    trainer, stream = build(name, model_of(model, seed), "10/10", lr=0.03), batches(model, 256, seed)
+    trainer, stream = build(name, model_of(model, seed), refresh, lr=lr), batches(model, 256, seed)
     losses: list[float] = []
     for step in range(1, limit + 1):
-        losses.append(trainer.step(*next(stream)))
+        try:
+            losses.append(trainer.step(*next(stream)))
+        except NonFiniteError:
+            return None
         if len(losses) >= 3 and statistics.fmean(losses[-3:]) < TARGET_LOSS[model]:
             return step
     return None
 
 
 def sampling_rows(models: Sequence[str], seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, Any]]:
-    return [
-        {"model": model, "optimizer": name, "steps": [steps_to_loss(name, model, seed) for seed in seeds]}
+    settings = [
+        (model, refresh, lr)
         for model in models
+        for refresh in SAMPLED_REFRESHES
+        for lr in SAMPLED_LRS.get(model, (0.03,))
+    ]
+    return [
+        {
+            "model": model,
+            "refresh": refresh,
+            "lr": lr,
+            "optimizer": name,
+            "steps": [steps_to_loss(name, model, refresh, lr, seed) for seed in seeds],
+        }
+        for model, refresh, lr in settings
         for name in OURS
         if not why_not(name)
     ]
@@ -304,12 +322,12 @@ def table(result: dict[str, Any]) -> str:
         lines += [
             "## Steps at batch 256 to the same loss, three seeds",
             "",
-            "| model | optimizer | steps |",
-            "|---|---|---|",
+            "| model | refresh | lr | optimizer | steps |",
+            "|---|---|---|---|---|",
         ]
         for row in result["sampling"]:
             steps = ", ".join("not reached" if s is None else str(s) for s in row["steps"])
-            lines.append(f"| {row['model']} | {row['optimizer']} | {steps} |")
+            lines.append(f"| {row['model']} | {row['refresh']} | {row['lr']} | {row['optimizer']} | {steps} |")
         lines.append("")
     lines += [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]
     return "\n".join(lines)

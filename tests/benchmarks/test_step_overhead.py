@@ -101,7 +101,7 @@ def test_the_gpu_path_trains_in_bfloat16_channels_last(tiny_model: str) -> None:
 
 def test_sampling_is_judged_by_steps_to_the_same_loss(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(step_overhead.TARGET_LOSS, tiny_model, 100.0)
-    assert step_overhead.steps_to_loss("ngd", tiny_model, seed=0) == 3
+    assert step_overhead.steps_to_loss("ngd", tiny_model, "10/10", 0.03, seed=0) == 3
 
     monkeypatch.setitem(step_overhead.TARGET_LOSS, tiny_model, 0.0)
-    assert step_overhead.steps_to_loss("ngd", tiny_model, seed=0, limit=4) is None
+    assert step_overhead.steps_to_loss("ngd", tiny_model, "10/10", 0.03, seed=0, limit=4) is None
