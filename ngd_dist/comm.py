@@ -1,7 +1,7 @@
 """The only caller of torch.distributed: named collectives that count what they send.
 
-A collective here must be called by every rank of the group, with the same names in the same order and the same
-shapes.
+A collective here must be called by every rank of the group, with the same names in the same order, and with shapes
+that fit. Those that `begin_` are under way until they are waited for; what they read and write is theirs until then.
 
 A rank that raises, hangs or dies never leaves the others waiting for ever. Under gloo a link that breaks, or else the
 group's timeout (`init_process_group(timeout=...)`, half an hour unless given), fails the collective on some rank;
@@ -12,10 +12,10 @@ TORCH_NCCL_BLOCKING_WAIT=1 makes each collective wait.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -23,12 +23,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ngd_dist.errors import CollectiveError
-from ngd_dist.postmortem import Postmortem, Store
+from ngd_dist.postmortem import Postmortem, Store, Ticket
 
-__all__ = ["Communicator"]
+__all__ = ["Communicator", "Pending"]
 
 # By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
 _postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
+
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """A collective under way. Every rank launches its collectives in one order; it may wait for them in any."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish = finish
+        self._found: list[T] = []
+
+    def wait(self) -> T:
+        """Returns what came of it, also when called again. Raises: CollectiveError that names the collective."""
+        if not self._found:
+            self._found.append(self._finish())
+        return self._found[0]
 
 
 class Communicator:
@@ -42,33 +59,49 @@ class Communicator:
         self._sent: Counter[str] = Counter()
         self._postmortem = _postmortem_of(group or dist.group.WORLD) if self.world_size > 1 else None
 
+    def begin_all_reduce(self, name: str, tensor: Tensor, *, kinds: Mapping[str, int]) -> Pending[Tensor]:
+        """Collective. Once waited for, the tensor is on every rank its sum over the ranks; it is not to be read before.
+
+        kinds: the bytes of the tensor, by what they are counted as.
+        """
+        if self.world_size == 1:
+            return Pending(lambda: tensor)
+        for kind, nbytes in kinds.items():
+            # A ring sends (P - 1) / P of the buffer twice: it scatters the sums, and gathers them.
+            self._sent[kind] += 2 * nbytes * (self.world_size - 1) // self.world_size
+        with self._named(name) as ticket:
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        return self._pending(ticket, work, lambda: tensor)
+
     def all_reduce(self, name: str, tensor: Tensor, *, kind: str = "control") -> None:
         """Collective. Replaces the tensor, on every rank, by its sum over the ranks."""
-        if self.world_size == 1:
-            return
-        self._count(kind, 2 * tensor.nbytes)
-        with self._named(name):
-            dist.all_reduce(tensor, group=self._group)
+        self.begin_all_reduce(name, tensor, kinds={kind: tensor.nbytes}).wait()
 
-    def reduce_scatter(self, name: str, parts: Tensor, *, kind: str) -> Tensor:
-        """Collective. Returns this rank's part of the sum; `parts` holds one part of equal size per rank, in order."""
-        if self.world_size == 1:
-            return parts
-        self._count(kind, parts.nbytes)
-        own = parts.new_empty(parts.numel() // self.world_size)
-        with self._named(name):
-            dist.reduce_scatter_tensor(own, parts, group=self._group)
-        return own
+    def begin_exchange(
+        self, name: str, parts: Sequence[Tensor], sizes: Sequence[int], *, kind: str
+    ) -> Pending[list[Tensor]]:
+        """Collective. Sends `parts[r]` to rank r. Once waited for, returns what each rank sent here, in rank order.
 
-    def all_gather(self, name: str, part: Tensor, *, kind: str) -> Tensor:
-        """Collective. Returns the parts of all ranks, in order; the parts are of equal size."""
+        parts: [any length] each, of one dtype. sizes: the length of what each rank sends here, which both sides know.
+        This rank's own part is handed over as it is: nothing else than what others need travels, and nothing is padded.
+        """
         if self.world_size == 1:
-            return part
-        self._count(kind, part.nbytes * self.world_size)
-        parts = part.new_empty(part.numel() * self.world_size)
-        with self._named(name):
-            dist.all_gather_into_tensor(parts, part, group=self._group)
-        return parts
+            return Pending(lambda: list(parts))
+        sent = [0 if r == self.rank else part.numel() for r, part in enumerate(parts)]
+        received = [0 if r == self.rank else size for r, size in enumerate(sizes)]
+        travelling = [part for r, part in enumerate(parts) if r != self.rank]
+        outgoing = travelling[0] if len(travelling) == 1 else torch.cat(travelling)
+        incoming = outgoing.new_empty(sum(received))
+        self._sent[kind] += outgoing.nbytes
+        with self._named(name) as ticket:
+            work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)
+
+        def finish() -> list[Tensor]:
+            found = list(incoming.split(received))
+            found[self.rank] = parts[self.rank]
+            return found
+
+        return self._pending(ticket, work, finish)
 
     def all_gather_object(self, name: str, value: Any) -> list[Any]:
         """Collective. Returns every rank's value, pickled on the way: for checkpoints, not for steps."""
@@ -113,22 +146,33 @@ class Communicator:
         sent, self._sent = dict(self._sent), Counter()
         return sent
 
-    def _count(self, kind: str, nbytes: int) -> None:
-        # A ring sends (P - 1) / P of a buffer for each of reduce-scatter and all-gather; all-reduce is both.
-        self._sent[kind] += nbytes * (self.world_size - 1) // self.world_size
+    def _pending(self, ticket: Ticket, work: dist.Work | None, finish: Callable[[], T]) -> Pending[T]:
+        def wait() -> T:
+            with self._blaming(ticket):
+                if work is not None:
+                    work.wait()
+            return finish()
+
+        return Pending(wait)
 
     @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
+    def _named(self, name: str) -> Iterator[Ticket]:
         assert self._postmortem is not None  # of several ranks
-        self._postmortem.enter(name)
+        ticket = self._postmortem.enter(name)
+        with self._blaming(ticket):
+            yield ticket
+
+    @contextmanager
+    def _blaming(self, ticket: Ticket) -> Iterator[None]:
+        assert self._postmortem is not None  # of several ranks
         try:
             yield
         except RuntimeError as error:
-            self._postmortem.failed(str(error))  # before the others fail by what follows, and look for it
+            self._postmortem.failed(str(error), ticket)  # before the others fail by what follows, and look for it
             self._close_links()
             raise CollectiveError(
-                f"collective {name!r} failed on {self._postmortem.rank_names[self.rank]} of {self.world_size}: "
-                f"{self._postmortem.explain()}. Torch says: {str(error).strip()}"
+                f"collective {ticket.collective!r} failed on {self._postmortem.rank_names[self.rank]} of "
+                f"{self.world_size}: {self._postmortem.explain()}. Torch says: {str(error).strip()}"
             ) from error
         except Exception as error:  # before anything was sent: a value that can't be pickled
             self._postmortem.raised(f"{type(error).__name__}: {error}")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-__all__ = ["PATIENCE_S", "Postmortem", "Store"]
+__all__ = ["PATIENCE_S", "Postmortem", "Store", "Ticket"]
 
 PATIENCE_S = 5.0  # for the reports of the other ranks: their collectives fail within milliseconds of each other
 LINGER_S = 0.5  # the rank that hosts the store must not end while the others still read
@@ -38,6 +38,13 @@ class Kind(StrEnum):
     WENT_ON = "went on"  # takes back this rank's earlier report
 
 
+class Ticket(NamedTuple):
+    """One collective of this rank: its name, and its number among all of the group's."""
+
+    number: int
+    collective: str
+
+
 @dataclass(frozen=True)
 class Report:
     """One line of the log: what became of a rank in, or after, its `number`-th collective."""
@@ -57,29 +64,28 @@ class Postmortem:
         self.rank_names = rank_names
         self._rank = rank
         self._store = store
-        self._number = 0
-        self._collective = ""
+        self._entered = Ticket(0, "")
         self._own: Report | None = None
         # A group that is formed again over the same store must not read what its predecessor left.
         lives = _within(PATIENCE_S, lambda: store().add(f"ngd_dist/lives of {rank}", 1))
         self._log = f"ngd_dist/failures in life {lives[0] if lives else 0}"
 
-    def enter(self, collective: str) -> None:
+    def enter(self, collective: str) -> Ticket:
         """Counts a collective, and takes back what this rank had reported: it went on."""
-        self._number += 1
-        self._collective = collective
+        self._entered = Ticket(self._entered.number + 1, collective)
         if self._own is not None:
             self._report(Kind.WENT_ON, "")
             self._own = None
+        return self._entered
 
     def raised(self, message: str) -> None:
         """Reports an error of this rank, unless it only follows from a collective that failed."""
         if self._own is None or self._own.kind is not Kind.FAILED:
             self._report(Kind.RAISED, message)
 
-    def failed(self, message: str) -> None:
-        """Reports that this rank's collective failed."""
-        self._report(Kind.FAILED, message)
+    def failed(self, message: str, ticket: Ticket) -> None:
+        """Reports that a collective failed on this rank, not always the last that it has entered."""
+        self._report(Kind.FAILED, message, ticket)
 
     def explain(self) -> str:
         """Returns who is to blame, in words. Called after `failed`."""
@@ -101,8 +107,9 @@ class Postmortem:
             return "who is to blame is unknown: the group's store, on rank 0 or the launcher, has died or hangs"
         return self._verdict(self._own, _latest(log))
 
-    def _report(self, kind: Kind, error: str) -> None:
-        report = Report(self._rank, kind, self._number, self._collective, error[:QUOTED])
+    def _report(self, kind: Kind, error: str, ticket: Ticket | None = None) -> None:
+        number, collective = ticket or self._entered
+        report = Report(self._rank, kind, number, collective, error[:QUOTED])
         line = json.dumps(asdict(report)) + "\n"
         is_written = _within(PATIENCE_S, lambda: self._store().append(self._log, line))
         self._own = report if is_written else None

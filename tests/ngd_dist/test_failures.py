@@ -152,8 +152,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Postmortem]]:
 def test_a_collective_called_out_of_order_is_named(board: Callable[[int], list[Postmortem]]) -> None:
     ranks = board(2)
     for rank, name in zip(ranks, ["A", "G"], strict=True):
-        rank.enter(name)
-        rank.failed("sizes differ")
+        rank.failed("sizes differ", rank.enter(name))
 
     assert ranks[0].explain().startswith("rank 1 called 'G' instead; every rank must call the same collectives")
     assert ranks[1].explain().startswith("rank 0 called 'A' instead; every rank must call the same collectives")
@@ -165,8 +164,7 @@ def test_the_first_of_many_errors_is_quoted_and_the_missing_are_listed(
     ranks = board(16)
     for rank in (3, 1, 2):
         ranks[rank].raised(f"layer {rank}\nbroke")
-    ranks[0].enter("A")
-    ranks[0].failed("closed")
+    ranks[0].failed("closed", ranks[0].enter("A"))
 
     assert ranks[0].explain() == (
         "rank 3 (and 2 more) raised: layer 3\nbroke; rank 4, rank 5, rank 6, rank 7, rank 8, rank 9, rank 10, rank 11 "
@@ -179,8 +177,7 @@ def test_an_error_that_follows_from_a_failed_collective_is_not_an_error_of_its_o
 ) -> None:
     ranks = board(2)
     for rank in ranks:
-        rank.enter("A")
-        rank.failed("timed out")
+        rank.failed("timed out", rank.enter("A"))
     ranks[0].raised("collective 'A' failed")
 
     assert ranks[1].explain() == "every rank arrived, and rank 0 failed first: timed out"
@@ -192,8 +189,7 @@ def test_a_group_formed_again_over_the_same_store_forgets_the_earlier_failure(
     board(2)[1].raised("of an earlier life")
 
     first, _ = board(2)
-    first.enter("A")
-    first.failed("closed")
+    first.failed("closed", first.enter("A"))
 
     assert first.explain() == "rank 1 did not arrive: died, hangs, or was still busy 0.3 s later"
 
@@ -201,8 +197,7 @@ def test_a_group_formed_again_over_the_same_store_forgets_the_earlier_failure(
 def test_the_wait_for_a_report_ends_when_it_comes(board: Callable[[int], list[Postmortem]]) -> None:
     postmortem.PATIENCE_S = 30.0  # the fixture puts it back
     first, second = board(2)
-    first.enter("A")
-    first.failed("closed")
+    first.failed("closed", first.enter("A"))
     threading.Timer(0.2, second.raised, ["late"]).start()
     start_s = time.monotonic()
 
