@@ -14,6 +14,7 @@ TORCH_NCCL_BLOCKING_WAIT=1 makes each collective wait.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from datetime import timedelta
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
@@ -29,6 +30,7 @@ __all__ = ["Communicator", "Pending"]
 
 # By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
 _postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
+_asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 T = TypeVar("T")
@@ -57,7 +59,23 @@ class Communicator:
         self.rank: int = dist.get_rank(group) if joined else 0
         self.world_size: int = dist.get_world_size(group) if joined else 1
         self._sent: Counter[str] = Counter()
-        self._postmortem = _postmortem_of(group or dist.group.WORLD) if self.world_size > 1 else None
+        self._is_aside = False
+        self._main = (group or dist.group.WORLD) if self.world_size > 1 else None
+        self._postmortem = None if self._main is None else _postmortem_of(self._main)
+
+    def aside(self) -> "Communicator":
+        """Collective. Returns these ranks over links of their own: collectives there and here may come in any order.
+
+        What is sent is counted together, and a failure of one ends both. All asides of a group share their links.
+        """
+        if self._main is None:
+            return self
+        if self._main not in _asides:
+            with self._named("links aside"):
+                _asides[self._main] = _group_like(self._main, self.device)
+        aside = copy(self)
+        aside._group, aside._is_aside = _asides[self._main], True
+        return aside
 
     def begin_all_reduce(self, name: str, tensor: Tensor, *, kinds: Mapping[str, int]) -> Pending[Tensor]:
         """Collective. Once waited for, the tensor is on every rank its sum over the ranks; it is not to be read before.
@@ -143,7 +161,8 @@ class Communicator:
 
     def take_sent(self) -> dict[str, int]:
         """Returns the bytes that this rank has sent since the last call, by kind."""
-        sent, self._sent = dict(self._sent), Counter()
+        sent = dict(self._sent)
+        self._sent.clear()
         return sent
 
     def _pending(self, ticket: Ticket, work: dist.Work | None, finish: Callable[[], T]) -> Pending[T]:
@@ -158,7 +177,7 @@ class Communicator:
     @contextmanager
     def _named(self, name: str) -> Iterator[Ticket]:
         assert self._postmortem is not None  # of several ranks
-        ticket = self._postmortem.enter(name)
+        ticket = self._postmortem.enter(name, is_aside=self._is_aside)
         with self._blaming(ticket):
             yield ticket
 
@@ -180,14 +199,28 @@ class Communicator:
 
     def _close_links(self) -> None:
         """Makes the collectives of all other ranks fail now, not after their own timeouts, which may be long."""
-        if "cpu:gloo" not in dist.get_backend_config(self._group):
-            return
-        for peer in set(range(self.world_size)) - {self.rank}:
-            # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
-            with suppress(RuntimeError):
-                receive = dist.irecv(torch.empty(1), group=self._group, group_src=peer)
-                if receive is not None:
-                    receive.wait(timedelta(milliseconds=1))
+        assert self._main is not None  # of several ranks
+        for group in (self._main, _asides.get(self._main)):
+            if group is None or "cpu:gloo" not in dist.get_backend_config(group):
+                continue
+            for peer in set(range(self.world_size)) - {self.rank}:
+                # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
+                with suppress(RuntimeError):
+                    receive = dist.irecv(torch.empty(1), group=group, group_src=peer)
+                    if receive is not None:
+                        receive.wait(timedelta(milliseconds=1))
+
+
+def _group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Collective over the group alone. Returns another group of the same ranks, in the same order."""
+    alike = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=group._get_backend(device).options._timeout,  # torch has no public way to ask for it
+        backend=dist.get_backend_config(group),
+        use_local_synchronization=True,
+        sort_ranks=False,
+    )
+    return cast(dist.ProcessGroup, alike)  # a number stands for the group only outside of it
 
 
 def _postmortem_of(group: dist.ProcessGroup | None) -> Postmortem:

@@ -502,8 +502,8 @@ class NGDConfig(Settings):
     bucket_mb: float = Field(
         25.0,
         ge=0,
-        description="Statistics leave during the backward pass, in buckets of so many MiB. 0: all at once, in `step`, "
-        "as always under DistributedDataParallel or with SyncBatchNorm, whose own collectives must not be overtaken.",
+        description="Statistics leave during the backward pass, in buckets of so many MiB, over links of their own. "
+        "0: all at once, in `step`, over those of the group.",
     )
     micro_batches: int = Field(
         1, ge=1, description="Backward passes per optimizer step; divide each micro-batch's mean loss by this."

@@ -91,7 +91,7 @@ class NGD(torch.optim.Optimizer):
         self._device = trainable[0].device
         self._preconditioners = {layer.name: preconditioner_for(layer.shape, config) for layer in self.layers}
         self._costs = {name: preconditioner.refresh_flops() for name, preconditioner in self._preconditioners.items()}
-        self._strategy = self._build_strategy(bare, is_averaged_by_ddp=is_averaged_by_ddp(model))
+        self._strategy = self._build_strategy(is_averaged_by_ddp=is_averaged_by_ddp(model))
         self._report_plain()
         self._fallback = self._build_fallback()
         self._schedule = schedule_for(self._preconditioners, config)
@@ -361,7 +361,7 @@ class NGD(torch.optim.Optimizer):
             device=self._device,
         )
 
-    def _build_strategy(self, model: nn.Module, *, is_averaged_by_ddp: bool) -> Strategy:
+    def _build_strategy(self, *, is_averaged_by_ddp: bool) -> Strategy:
         dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
         return build_strategy(
             self.config,
@@ -371,7 +371,6 @@ class NGD(torch.optim.Optimizer):
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
             is_averaged_by_ddp=is_averaged_by_ddp,
-            overlaps=not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()),
         )
 
     def _report_plain(self) -> None:

@@ -39,10 +39,11 @@ class Kind(StrEnum):
 
 
 class Ticket(NamedTuple):
-    """One collective of this rank: its name, and its number among all of the group's."""
+    """One collective of this rank: its name, and its number among the group's, or among those over links aside."""
 
     number: int
     collective: str
+    is_aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Report:
     kind: Kind
     number: int
     collective: str
+    is_aside: bool
     error: str
 
 
@@ -65,14 +67,16 @@ class Postmortem:
         self._rank = rank
         self._store = store
         self._entered = Ticket(0, "")
+        self._count = {False: 0, True: 0}  # by whether they are aside
         self._own: Report | None = None
         # A group that is formed again over the same store must not read what its predecessor left.
         lives = _within(PATIENCE_S, lambda: store().add(f"ngd_dist/lives of {rank}", 1))
         self._log = f"ngd_dist/failures in life {lives[0] if lives else 0}"
 
-    def enter(self, collective: str) -> Ticket:
+    def enter(self, collective: str, *, is_aside: bool = False) -> Ticket:
         """Counts a collective, and takes back what this rank had reported: it went on."""
-        self._entered = Ticket(self._entered.number + 1, collective)
+        self._count[is_aside] += 1
+        self._entered = Ticket(self._count[is_aside], collective, is_aside)
         if self._own is not None:
             self._report(Kind.WENT_ON, "")
             self._own = None
@@ -108,8 +112,7 @@ class Postmortem:
         return self._verdict(self._own, _latest(log))
 
     def _report(self, kind: Kind, error: str, ticket: Ticket | None = None) -> None:
-        number, collective = ticket or self._entered
-        report = Report(self._rank, kind, number, collective, error[:QUOTED])
+        report = Report(self._rank, kind, *(ticket or self._entered), error[:QUOTED])
         line = json.dumps(asdict(report)) + "\n"
         is_written = _within(PATIENCE_S, lambda: self._store().append(self._log, line))
         self._own = report if is_written else None
@@ -118,7 +121,12 @@ class Postmortem:
         found = list(reports.values())
         raised = [report for report in found if report.kind is Kind.RAISED]
         missing = [name for rank, name in enumerate(self.rank_names) if rank not in reports]
-        strays = [r for r in found if r.number == own.number and r.collective != own.collective and r not in raised]
+        strays = [
+            r
+            for r in found
+            if (r.is_aside, r.number) == (own.is_aside, own.number) and r.collective != own.collective
+            if r not in raised
+        ]
         parts = []
         if raised:
             others = f" (and {len(raised) - 1} more)" if raised[1:] else ""

@@ -31,11 +31,10 @@ def build_strategy(
     dtype: torch.dtype,
     device: torch.device,
     is_averaged_by_ddp: bool,
-    overlaps: bool,
 ) -> Strategy:
-    """Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
+    """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
 
-    costs: of refreshing each layer. overlaps: whether nothing else sends while the backward pass runs.
+    costs: of refreshing each layer.
     """
     sums = config.loss_reduction == "sum"
     if sums and is_averaged_by_ddp:
@@ -66,5 +65,4 @@ def build_strategy(
         device=device,
         gradient_scale=None if is_averaged_by_ddp else 1.0 if sums else 1 / comm.world_size,
         bucket_bytes=config.bucket_mb * MB,
-        overlaps=overlaps and comm.world_size > 1 and config.bucket_mb > 0 and not is_averaged_by_ddp,
     )

@@ -28,8 +28,8 @@ class _Bucket:
 class Buckets:
     """Owner by owner, sums over the ranks: each rank sends a statistic to its owner, which decodes and adds them up.
 
-    Collective: `begin` and `finish`; under `overlaps` also `offer`, which launches what has become complete.
-    limit_bytes: what a bucket may hold, unless one statistic has more.
+    Collective: `begin` and `finish`, and also `offer`, which launches what has become complete.
+    limit_bytes: what a bucket may hold, unless one statistic has more. 0: there is one bucket, and `launch` sends it.
     """
 
     def __init__(
@@ -40,14 +40,13 @@ class Buckets:
         device: torch.device,
         *,
         limit_bytes: float,
-        overlaps: bool,
     ) -> None:
         self._comm = comm
         self._wire = wire
         self._owners = owners
         self._device = device
         self._limit_bytes = limit_bytes
-        self._overlaps = overlaps
+        self._overlaps = limit_bytes > 0 and comm.world_size > 1
         self._values: dict[Key, Tensor] = {}
         self._buckets: list[_Bucket] = []
 
@@ -116,7 +115,7 @@ class Buckets:
         size = 0
         for key in keys:
             nbytes = self._wire.nbytes(key)
-            if bucket and size + nbytes > self._limit_bytes:
+            if bucket and 0 < self._limit_bytes < size + nbytes:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(key)

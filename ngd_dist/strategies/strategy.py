@@ -40,8 +40,8 @@ class Strategy:
 
     kind: what the config calls it. dtype: of gradients and directions on their way. gradient_scale: what sums of
     gradients over ranks are multiplied by; None leaves gradients as they are, where an engine (DDP) has averaged them
-    already. bucket_bytes: what a bucket of statistics may hold, 0 for no bound. overlaps: whether statistics leave
-    while the backward pass is running.
+    already. bucket_bytes: what a bucket of statistics may hold that leaves while the backward pass is running, over
+    links of its own, since the model or the training loop may send then too; 0: all of them leave in `collect`.
     """
 
     def __init__(
@@ -56,14 +56,12 @@ class Strategy:
         device: torch.device,
         gradient_scale: float | None,
         bucket_bytes: float,
-        overlaps: bool,
     ) -> None:
         self.comm = comm
         self.placement = placement
         self.kind = kind
         self.dtype = dtype
         self.gradient_scale = gradient_scale
-        self.overlaps = overlaps
         self._cargo = cargo
         self._wire = wire
         self._device = device
@@ -74,7 +72,8 @@ class Strategy:
         self._due: list[Key] = []
         self._small: dict[Key, Tensor] = {}
         owners = {name: role.owner for name, role in roles.items()}
-        self._buckets = Buckets(comm, wire, owners, device, limit_bytes=bucket_bytes or float("inf"), overlaps=overlaps)
+        beside_backward = comm.aside() if bucket_bytes else comm
+        self._buckets = Buckets(beside_backward, wire, owners, device, limit_bytes=bucket_bytes)
 
     def inverts(self, layer: str) -> bool:
         """Returns whether this rank folds the layer's statistics and refreshes its cache."""

@@ -205,6 +205,45 @@ def test_the_wait_for_a_report_ends_when_it_comes(board: Callable[[int], list[Po
     assert time.monotonic() - start_s < 15
 
 
+def fail_aside(rank: int, world_size: int, culprit: int) -> tuple[float, str]:
+    """Rank 1 waits over links aside for a rank that dies, rank 0 over those of the group for rank 1."""
+    comm = Communicator()
+    aside = comm.aside()
+    comm.barrier("start")
+    if rank == culprit:
+        time.sleep(0.5)
+        os._exit(1)
+    start_s = time.monotonic()
+    with pytest.raises(CollectiveError) as caught:
+        wait_for_the_next(rank, comm, aside)
+    return time.monotonic() - start_s, str(caught.value)
+
+
+def wait_for_the_next(rank: int, comm: Communicator, aside: Communicator) -> None:
+    if rank == 0:
+        comm.broadcast("first", torch.ones(9), src=1)
+    else:
+        aside.begin_exchange("statistics", [torch.ones(9)] * 3, [9] * 3, kind="A").wait()
+
+
+@pytest.mark.ranks
+def test_a_rank_that_dies_ends_what_waits_over_either_links_and_is_named() -> None:
+    found = run_survivors(3, fail_aside, 2, doomed={2}, timeout_s=1.5 * BOUND_S)
+
+    for rank, name in {0: "first", 1: "statistics"}.items():
+        elapsed_s, message = found[rank]
+        assert elapsed_s < BOUND_S  # not the group's timeout
+        assert f"collective {name!r} failed on rank {rank} of 3: rank 2 did not arrive" in message
+
+
+def test_collectives_over_other_links_are_not_compared(board: Callable[[int], list[Postmortem]]) -> None:
+    first, second = board(2)
+    first.failed("closed", first.enter("statistics", is_aside=True))
+    second.failed("closed", second.enter("gradients"))
+
+    assert second.explain() == "every rank arrived, and rank 0 failed first: closed"
+
+
 def refuses_an_input(rank: int, world_size: int) -> str:
     """Rank 1 gives a layer an input that has no samples: its hook raises, and the others wait for its statistics."""
     optimizer = NGD(model := nn.Linear(3, 2))

@@ -100,7 +100,7 @@ def launched(events: list[str]) -> list[str]:
     return [event for event in events if event.startswith("launch statistics")]
 
 
-@pytest.mark.parametrize("case", ["each", "micro-batches", "all_reduce"])
+@pytest.mark.parametrize("case", ["each", "micro-batches", "all_reduce", "ddp"])
 def test_statistics_leave_before_backward_has_reached_the_first_layer(
     events: list[dict[str, list[str]]], case: str
 ) -> None:
@@ -127,11 +127,8 @@ def test_statistics_of_a_sampled_fisher_leave_before_the_loss_is_differentiated(
     assert len(launched(found)) == len(launched(found[: found.index("backward")])) == 6
 
 
-@pytest.mark.parametrize("case", ["no overlap", "ddp"])
-def test_statistics_leave_in_step_where_others_send_during_backward(
-    events: list[dict[str, list[str]]], case: str
-) -> None:
-    found = events[0][case]
+def test_statistics_leave_in_step_where_buckets_are_off(events: list[dict[str, list[str]]]) -> None:
+    found = events[0]["no overlap"]
 
     assert launched(found)
     assert launched(found) == launched(found[found.index("step") :])
@@ -181,6 +178,36 @@ def test_what_is_left_unfinished_neither_hangs_nor_counts() -> None:
     assert first["skipped"] == second["skipped"] == 1
     assert first["ages"] == [0] * 6
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+
+
+def send_between_backward_and_step(rank: int, world_size: int) -> tuple[list[Tensor], list[float], bool]:
+    """Returns the weights after two steps in which rank 1 leaves the last layers out, sums, and if links are made once.
+
+    All ranks send something of their own between backward and step, as training loops do for their logs.
+    """
+    model = build_model()
+    optimizer = optimizer_of(model)
+    sums = []
+    for step in range(2):
+        x, _ = batch(step, rank, world_size)
+        optimizer.zero_grad()
+        output = model[:2](x) if rank == 1 else model(x)
+        output.square().sum(1).mean().backward()
+        loss = torch.ones(1)
+        dist.all_reduce(loss)
+        sums.append(loss.item())
+        optimizer.state_dict()
+        optimizer.step()
+    are_made_once = Communicator().aside()._group is Communicator().aside()._group
+    return [p.detach().clone() for p in model.parameters()], sums, are_made_once
+
+
+def test_what_others_send_may_come_between_though_a_layer_ran_on_one_rank_alone() -> None:
+    first, second = run_ranks(2, send_between_backward_and_step)
+
+    assert first[1] == second[1] == [2.0, 2.0]
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert first[2]
 
 
 SENT_CASES: dict[str, dict[str, Any]] = {
