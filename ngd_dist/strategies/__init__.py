@@ -62,6 +62,7 @@ def build_strategy(
         kind=choice.kind,
         dtype=dtype,
         wire=Wire(wire, exact, specs),
+        inverse_dtype=config.inverse_dtype,
         device=device,
         gradient_scale=None if is_averaged_by_ddp else 1.0 if sums else 1 / comm.world_size,
         bucket_bytes=config.bucket_mb * MB,

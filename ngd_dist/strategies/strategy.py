@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ngd_dist.comm import Communicator, Pending
+from ngd_dist.inversion.storage import InverseDtype
 from ngd_dist.placement import Placement
-from ngd_dist.statistics import Key, pack, packed_size, unpack
+from ngd_dist.statistics import Key
 from ngd_dist.strategies.base import (
     REPORT_NUMBERS,
     Cargo,
@@ -24,14 +25,14 @@ from ngd_dist.strategies.base import (
     tallied,
 )
 from ngd_dist.strategies.buckets import Buckets
+from ngd_dist.strategies.entries import Entries, Part
 from ngd_dist.strategies.exchange import Route, begin_exchange
 from ngd_dist.strategies.parcel import Field
 from ngd_dist.strategies.wire import Item, Wire
 
 __all__ = ["Strategy"]
 
-THERE, REPORTS, INNER = ("", "there"), ("", "reports"), ("", "inner")
-Part = tuple[str, str]  # a layer and an entry of its cache, or what a rank sends once
+THERE, REPORTS, INNER = ("", "there", ""), ("", "reports", ""), ("", "inner", "")
 Cache = dict[str, Tensor]
 
 
@@ -53,6 +54,7 @@ class Strategy:
         kind: str,
         dtype: torch.dtype,
         wire: Wire,
+        inverse_dtype: InverseDtype,
         device: torch.device,
         gradient_scale: float | None,
         bucket_bytes: float,
@@ -64,6 +66,7 @@ class Strategy:
         self.gradient_scale = gradient_scale
         self._cargo = cargo
         self._wire = wire
+        self._entries = Entries(cargo, inverse_dtype)
         self._device = device
         roles = placement.roles
         self._everywhere = {name for name in cargo if placement.is_everywhere(name)}
@@ -141,13 +144,18 @@ class Strategy:
         """Collective. Returns these entries as their layers' owners have made them, None where there is no cache.
 
         entries: those that may have changed, by layer, the same on every rank. A rank that holds a layer gets them
-        all, others the shared ones; layers of which nothing travels are left out. `caches`: those of this rank.
+        all but those that it made itself, others the shared ones; layers of which nothing travels are left out.
+        `caches`: those of this rank.
         """
         travelling = {name: list(changed) for name, changed in entries.items() if self._travels(name, changed)}
         if not travelling:
             return {}
         own = {name: caches[name] for name in travelling if self.reports(name)}
-        sent = {(name, e): self._packed(name, e, cache[e]) for name, cache in own.items() if cache for e in cache}
+        sent: dict[Part, Tensor] = {}
+        for name, cache in own.items():
+            if cache is not None:
+                for entry in travelling[name]:
+                    sent |= self._entries.encode(name, entry, cache[entry])
         sent[THERE] = torch.tensor([float(cache is not None) for cache in own.values()], device=self._device)
         route = self._cache_route(travelling)
         parts = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
@@ -155,7 +163,8 @@ class Strategy:
         found: dict[str, Cache | None] = {}
         for rank, part in enumerate(parts):
             for name in (name for name in travelling if self.placement.roles[name].owner == rank):
-                got = {e: self._unpacked(name, e, part[name, e]) for e in travelling[name] if (name, e) in part}
+                came = [entry for entry in travelling[name] if (name, entry, "") in part]
+                got = {entry: self._entries.decode(name, entry, part) for entry in came}
                 found[name] = got if there.pop(0) else None
         return found
 
@@ -165,7 +174,7 @@ class Strategy:
         if not (is_sharded or due) or self.comm.world_size == 1:
             return findings
         rows = [findings.reports[key].numbers() for key in due if self.reports(key.layer)]
-        sent = {(name, "direction"): direction for name, direction in findings.directions.items()}
+        sent = {(name, "direction", ""): direction for name, direction in findings.directions.items()}
         sent[REPORTS] = torch.tensor(rows, dtype=self.dtype, device=self._device).view(-1, REPORT_NUMBERS)
         counts = [float(self.reports(name)) for name in self._cargo]
         sent[INNER] = findings.inner * findings.inner.new_tensor(counts)  # of a layer with several holders, one's
@@ -174,7 +183,7 @@ class Strategy:
         parts = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
         directions = dict(findings.directions)
         for part in parts:
-            directions |= {name: direction for (name, what), direction in part.items() if what == "direction"}
+            directions |= {name: direction for (name, what, _), direction in part.items() if what == "direction"}
         reports: dict[Key, Report] = {}
         for rank, part in enumerate(parts):
             keys = [key for key in due if self.placement.roles[key.layer].owner == rank]
@@ -256,8 +265,8 @@ class Strategy:
             for name in owned:
                 cargo, is_held = self._cargo[name], target in self.placement.roles[name].holders
                 for entry in travelling[name]:
-                    if is_held or entry in cargo.shared:
-                        fields[name, entry] = self._packed_field(cargo, entry)
+                    if target != source and (is_held or entry in cargo.shared):
+                        fields |= self._entries.fields(name, entry)
             return fields
 
         return route
@@ -267,7 +276,7 @@ class Strategy:
 
         def route(source: int, target: int) -> dict[Part, Field]:
             fields: dict[Part, Field] = {
-                (name, "direction"): Field(cargo.gradient, self.dtype)
+                (name, "direction", ""): Field(cargo.gradient, self.dtype)
                 for name, cargo in self._cargo.items()
                 if target not in roles[name].holders and self.placement.supplier(name, target) == source
             }
@@ -277,17 +286,3 @@ class Strategy:
             return fields
 
         return route
-
-    def _packed_field(self, cargo: Cargo, entry: str) -> Field:
-        shape, dtype = cargo.cache[entry]
-        if entry not in cargo.symmetric:
-            return Field(shape, dtype)
-        return Field((*shape[:-2], packed_size(shape[-1])), dtype)
-
-    def _packed(self, layer: str, entry: str, value: Tensor) -> Tensor:
-        return pack(value) if entry in self._cargo[layer].symmetric else value
-
-    def _unpacked(self, layer: str, entry: str, value: Tensor) -> Tensor:
-        """Returns the entry, in memory of its own: what it arrived in must not live as long as the cache."""
-        shape, _ = self._cargo[layer].cache[entry]
-        return unpack(value, shape[-1]) if entry in self._cargo[layer].symmetric else value.clone()
