@@ -15,27 +15,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.activations import Activations
 from ngd_dist.comm import Communicator
 from ngd_dist.config import NGDConfig
 from ngd_dist.errors import CaptureError
 from ngd_dist.estimates import Estimates
+from ngd_dist.hooks import OUTSIDE_BACKWARD, backward_task, remove, tensors_in, uncompiled
 from ngd_dist.layers import Layer, OnRun, Replicate, Rows, Run
 from ngd_dist.preconditioners import Cache, Preconditioner, check_rows
 from ngd_dist.statistics import Key
 from ngd_dist.telemetry import Stopwatch
 
 __all__ = ["Capture"]
-
-OUTSIDE_BACKWARD = -1
-Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
 class Source(Enum):
@@ -76,6 +73,8 @@ class Capture:
 
     `keeps_rows`: whether the rows of the loss's own backward pass are kept until the next `arm`. `shared_of`: the cache
     entries of a layer that every rank has. `loss_scale`: what the loss is multiplied by before it is differentiated.
+    `on_ready` is given each statistic as soon as the passes that it is made of are over, as a rule while the backward
+    pass is still running.
     """
 
     def __init__(
@@ -89,9 +88,11 @@ class Capture:
         keeps_rows: bool,
         shared_of: Callable[[str], Cache],
         loss_scale: Callable[[], float],
+        on_ready: Callable[[Key, Tensor], None],
         stopwatch: Stopwatch,
     ) -> None:
         self.estimates = Estimates(preconditioners, config, shared_of, is_alone=comm.world_size == 1)
+        self._on_ready = on_ready
         self._layers = {layer.name: layer for layer in layers}
         self._preconditioners = preconditioners
         self._config = config
@@ -113,7 +114,7 @@ class Capture:
         own = weakref.ref(self)
         handles = [model.register_forward_pre_hook(_note_model(own, model), with_kwargs=True)]
         handles += [handle for layer in layers for handle in layer.watch(_note_run(own, layer))]
-        weakref.finalize(self, _remove, handles)
+        weakref.finalize(self, remove, handles)
 
     def arm(self, due: Sequence[Key], step: int) -> None:
         """Starts a new step in which these statistics, and no others, are captured."""
@@ -194,15 +195,18 @@ class Capture:
                 self._pass = LOSS_PASS
         self._edges, self._has_run, self._pending_passes = [], False, 0
         self._fisher_passes += 1
+        if self._source is Source.FISHER and self._fisher_passes == self._config.micro_batches:
+            for name in self.estimates.passes:
+                self._hand_over(name)
 
     def on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many samples the model is given; called before its forward pass."""
         if self._is_paused or not torch.is_grad_enabled():
             return
-        self._pending_passes += _backward_task() == OUTSIDE_BACKWARD
+        self._pending_passes += backward_task() == OUTSIDE_BACKWARD
         if self._pending_passes > max(2, self._config.micro_batches):
             self._edges.clear()  # of passes that were never differentiated; an edge keeps its graph alive
-        first = next(_tensors((args, kwargs)), None)
+        first = next(tensors_in((args, kwargs)), None)
         dim = self._config.batch_dim
         if first is not None and first.ndim > dim:
             self._samples = first.shape[dim]
@@ -223,7 +227,7 @@ class Capture:
             run = Run(kept, *self._samples_of(layer, x))
         if self._activations is not None and is_due and self._preconditioners[layer.name].reads_slopes:
             self._activations.expect(layer.name, output, run)
-        if _backward_task() == OUTSIDE_BACKWARD:  # else it is the second forward pass of activation checkpointing
+        if backward_task() == OUTSIDE_BACKWARD:  # else it is the second forward pass of activation checkpointing
             micro = self._micros.setdefault(layer.name, _Micro())
             if micro.is_differentiated:
                 self._finish(layer.name)
@@ -240,7 +244,7 @@ class Capture:
             return
         micro = self._micros.setdefault(name, _Micro())
         micro.is_differentiated = True
-        task = _backward_task()
+        task = backward_task()
         if micro.task != task:
             self._finish(name)
             micro.task = task
@@ -279,6 +283,13 @@ class Capture:
             # Autocast, where backward runs under it, would form the products in 16 bits.
             with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
                 self.estimates.add(name, rows, self._due[name], is_first=self._pass.is_first, weight=self._pass.weight)
+                # A pass too many makes all ranks give up what was handed over.
+                if self._source is Source.LOSS and self.estimates.passes[name] == self._config.micro_batches:
+                    self._hand_over(name)
+
+    def _hand_over(self, name: str) -> None:
+        for key, value in self.estimates.of(name).items():
+            self._on_ready(key, value)
 
     def _clear(self, due: Sequence[Key], step: int) -> None:
         self._step = step
@@ -327,14 +338,6 @@ class Capture:
         return mean / self._loss_scale()
 
 
-def _backward_task() -> int:
-    """Returns autograd's number for the backward pass that this thread is in, or OUTSIDE_BACKWARD.
-
-    Not in torch's public API, but what torch.utils.checkpoint itself tells backward passes apart by.
-    """
-    return int(torch._C._current_graph_task_id())
-
-
 def _note_model(capture: "weakref.ref[Capture]", model: nn.Module) -> Callable[..., None]:
     """Returns a hook. The model outlives the optimizer, so that its hooks must not keep the capture alive."""
 
@@ -343,7 +346,7 @@ def _note_model(capture: "weakref.ref[Capture]", model: nn.Module) -> Callable[.
         if alive is not None and module is model:
             alive.on_model(args, kwargs)
 
-    return _uncompiled(hook)
+    return uncompiled(hook)
 
 
 def _note_run(capture: "weakref.ref[Capture]", layer: Layer) -> OnRun:
@@ -352,31 +355,8 @@ def _note_run(capture: "weakref.ref[Capture]", layer: Layer) -> OnRun:
         if alive is not None:
             alive.on_run(layer, x, output)
 
-    return _uncompiled(on_run)
-
-
-def _uncompiled(hook: Hook) -> Hook:
-    """Returns the hook as torch.compile leaves it alone: it breaks the graph at the hooked layers."""
-    left_alone: Hook = torch.compiler.disable(hook)
-    return left_alone
+    return uncompiled(on_run)
 
 
 def _device_type(runs: Sequence[Run]) -> str:
     return next((run.g.device.type for run in runs if run.g is not None), "cpu")
-
-
-def _remove(handles: Sequence[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors of nested arguments, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

@@ -26,30 +26,34 @@ from ngd_dist.update import MomentumMode
 
 __all__ = ["LayerFormat", "SavedState", "check_format"]
 
-FORMAT = 3  # 2 did not say what its momentum is a sum of, and 1 had no damping beside the caches
+# 3 had the damping of a layer on the ranks that held it alone; 2 did not say what its momentum is a sum of; 1 had no
+# damping beside the caches.
+FORMAT = 4
 SETTINGS = ("lr", "momentum", "weight_decay", "damping", "first_lr", "first_damping")
 State = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFormat:
-    """What is saved of one layer, and what of it this rank has: all if it holds the layer, else the `shared` entries.
+    """What is saved of one layer, and what of it this rank has.
 
-    `statistics`: how many numbers each has. `cache`: the shape of each entry. `remembers`: whether this rank has each
-    statistic's value before the newest.
+    `statistics`: how many numbers each has; this rank has them if it `inverts` the layer, and the values before the
+    newest if it `remembers`. `cache`: the shape of each entry; this rank has all if it `holds` the layer, else those
+    that are `shared`.
     """
 
     statistics: Mapping[str, int]
     cache: Mapping[str, tuple[int, ...]]
     shared: tuple[str, ...]
     dtype: torch.dtype
-    is_held: bool
+    inverts: bool
+    holds: bool
     remembers: bool
 
     @property
     def own_cache(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the shape of each entry that this rank has."""
-        return self.cache if self.is_held else {name: self.cache[name] for name in self.shared}
+        return self.cache if self.holds else {name: self.cache[name] for name in self.shared}
 
 
 class SavedState:
@@ -110,6 +114,7 @@ class SavedState:
                 "the state is of another model or preconditioner: "
                 f"missing {sorted(expected - found)}, unknown {sorted(found - expected)}"
             )
+        _entry(saved, "damped_with", "its part 'ngd'")
         for name in self.formats:
             self._check_layer(name, _entry(saved["layers"], name, "layers"))
         _check_groups(state_dict["param_groups"], groups)
@@ -134,6 +139,7 @@ class SavedState:
             self._fallback.load_state_dict(saved["fallback"] or {})
         for key in self._schedule.tracks:
             self._schedule.tracks[key] = Track(**saved["tracks"][str(key)])
+        self._curvature.damped_with = dict(saved["damped_with"])
         for name, layer_format in self.formats.items():
             self._restore_layer(name, layer_format, saved["layers"][name])
         return StepStats(
@@ -151,21 +157,19 @@ class SavedState:
                 str(key): track for key, track in zip(self._schedule.tracks, self._schedule.state(), strict=True)
             },
             "fallback": None if self._fallback is None else self._fallback.state_dict(),
+            "damped_with": dict(self._curvature.damped_with),
             "layers": layers,
         }
 
     def _layer(self, name: str) -> State:
-        if not self.formats[name].is_held:
-            return {"cache": self._curvature.shared.get(name)}
-        cache = self._curvature.caches[name]
-        return {
-            "statistics": {
-                statistic: self._curvature.statistics[Key(name, statistic)].state()
-                for statistic in self.formats[name].statistics
-            },
-            "cache": cache,
-            "damping": self._curvature.damped_with.get(name, 0.0),
-        }
+        curvature, layer_format = self._curvature, self.formats[name]
+        cache = curvature.caches[name] if layer_format.holds else curvature.shared.get(name)
+        state: State = {"cache": None if cache is None else dict(cache)}
+        if layer_format.inverts:
+            state["statistics"] = {
+                statistic: curvature.statistics[Key(name, statistic)].state() for statistic in layer_format.statistics
+            }
+        return state
 
     def _restore_layer(self, name: str, layer_format: LayerFormat, state: State) -> None:
         def here(value: Tensor) -> Tensor:
@@ -173,12 +177,11 @@ class SavedState:
 
         curvature, cache = self._curvature, state["cache"]
         own = None if cache is None else {entry: here(cache[entry]) for entry in layer_format.own_cache}
-        # On every rank: where this one holds the layer, entries of the time before must not outlive its cache.
-        curvature.take_shared({name: own})
-        if not layer_format.is_held:
+        # Entries of the time before must not outlive the cache: it may have been saved before there was any.
+        curvature.take(name, None)
+        curvature.take(name, own)
+        if not layer_format.inverts:
             return
-        curvature.caches[name] = own
-        curvature.damped_with[name] = state["damping"]
         for statistic in layer_format.statistics:
             values = state["statistics"][statistic]
             moved = {key: None if values[key] is None else here(values[key]) for key in ("value", "before")}
@@ -186,9 +189,8 @@ class SavedState:
 
     def _check_layer(self, name: str, state: Mapping[str, Any]) -> None:
         layer_format = self.formats[name]
-        if layer_format.is_held or "statistics" in state:
+        if layer_format.inverts or "statistics" in state:
             statistics = _entry(state, "statistics", f"layer {name!r}")
-            _entry(state, "damping", f"layer {name!r}")
             for statistic, numbers in layer_format.statistics.items():
                 where = f"{name}.{statistic}"
                 values = _entry(statistics, statistic, f"layer {name!r}")
@@ -253,7 +255,8 @@ def _format(layer: Layer, preconditioner: Preconditioner, strategy: Strategy) ->
         cache=preconditioner.cache_shapes,
         shared=preconditioner.shared,
         dtype=layer.dtype,
-        is_held=strategy.holds(layer.name),
+        inverts=strategy.inverts(layer.name),
+        holds=strategy.holds(layer.name),
         remembers=strategy.reports(layer.name),
     )
 

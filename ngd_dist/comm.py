@@ -1,7 +1,7 @@
 """The only caller of torch.distributed: named collectives that count what they send.
 
-A collective here must be called by every rank of the group, with the same names in the same order and the same
-shapes.
+A collective here must be called by every rank of the group, with the same names in the same order, and with shapes
+that fit. Those that `begin_` are under way until they are waited for; what they read and write is theirs until then.
 
 A rank that raises, hangs or dies never leaves the others waiting for ever. Under gloo a link that breaks, or else the
 group's timeout (`init_process_group(timeout=...)`, half an hour unless given), fails the collective on some rank;
@@ -12,10 +12,11 @@ TORCH_NCCL_BLOCKING_WAIT=1 makes each collective wait.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -23,12 +24,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ngd_dist.errors import CollectiveError
-from ngd_dist.postmortem import Postmortem, Store
+from ngd_dist.postmortem import Postmortem, Store, Ticket
 
-__all__ = ["Communicator"]
+__all__ = ["Communicator", "Pending"]
 
 # By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
 _postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
+_asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """A collective under way. Every rank launches its collectives in one order; it may wait for them in any."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish = finish
+        self._found: list[T] = []
+
+    def wait(self) -> T:
+        """Returns what came of it, also when called again. Raises: CollectiveError that names the collective."""
+        if not self._found:
+            self._found.append(self._finish())
+        return self._found[0]
 
 
 class Communicator:
@@ -40,35 +59,67 @@ class Communicator:
         self.rank: int = dist.get_rank(group) if joined else 0
         self.world_size: int = dist.get_world_size(group) if joined else 1
         self._sent: Counter[str] = Counter()
-        self._postmortem = _postmortem_of(group or dist.group.WORLD) if self.world_size > 1 else None
+        self._is_aside = False
+        self._main = (group or dist.group.WORLD) if self.world_size > 1 else None
+        self._postmortem = None if self._main is None else _postmortem_of(self._main)
+
+    def aside(self) -> "Communicator":
+        """Collective. Returns these ranks over links of their own: collectives there and here may come in any order.
+
+        What is sent is counted together, and a failure of one ends both. All asides of a group share their links.
+        """
+        if self._main is None:
+            return self
+        if self._main not in _asides:
+            with self._named("links aside"):
+                _asides[self._main] = _group_like(self._main, self.device)
+        aside = copy(self)
+        aside._group, aside._is_aside = _asides[self._main], True
+        return aside
+
+    def begin_all_reduce(self, name: str, tensor: Tensor, *, kinds: Mapping[str, int]) -> Pending[Tensor]:
+        """Collective. Once waited for, the tensor is on every rank its sum over the ranks; it is not to be read before.
+
+        kinds: the bytes of the tensor, by what they are counted as.
+        """
+        if self.world_size == 1:
+            return Pending(lambda: tensor)
+        for kind, nbytes in kinds.items():
+            # A ring sends (P - 1) / P of the buffer twice: it scatters the sums, and gathers them.
+            self._sent[kind] += 2 * nbytes * (self.world_size - 1) // self.world_size
+        with self._named(name) as ticket:
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        return self._pending(ticket, work, lambda: tensor)
 
     def all_reduce(self, name: str, tensor: Tensor, *, kind: str = "control") -> None:
         """Collective. Replaces the tensor, on every rank, by its sum over the ranks."""
-        if self.world_size == 1:
-            return
-        self._count(kind, 2 * tensor.nbytes)
-        with self._named(name):
-            dist.all_reduce(tensor, group=self._group)
+        self.begin_all_reduce(name, tensor, kinds={kind: tensor.nbytes}).wait()
 
-    def reduce_scatter(self, name: str, parts: Tensor, *, kind: str) -> Tensor:
-        """Collective. Returns this rank's part of the sum; `parts` holds one part of equal size per rank, in order."""
-        if self.world_size == 1:
-            return parts
-        self._count(kind, parts.nbytes)
-        own = parts.new_empty(parts.numel() // self.world_size)
-        with self._named(name):
-            dist.reduce_scatter_tensor(own, parts, group=self._group)
-        return own
+    def begin_exchange(
+        self, name: str, parts: Sequence[Tensor], sizes: Sequence[int], *, kind: str
+    ) -> Pending[list[Tensor]]:
+        """Collective. Sends `parts[r]` to rank r. Once waited for, returns what each rank sent here, in rank order.
 
-    def all_gather(self, name: str, part: Tensor, *, kind: str) -> Tensor:
-        """Collective. Returns the parts of all ranks, in order; the parts are of equal size."""
+        parts: [any length] each, of one dtype. sizes: the length of what each rank sends here, which both sides know.
+        This rank's own part is handed over as it is: nothing else than what others need travels, and nothing is padded.
+        """
         if self.world_size == 1:
-            return part
-        self._count(kind, part.nbytes * self.world_size)
-        parts = part.new_empty(part.numel() * self.world_size)
-        with self._named(name):
-            dist.all_gather_into_tensor(parts, part, group=self._group)
-        return parts
+            return Pending(lambda: list(parts))
+        sent = [0 if r == self.rank else part.numel() for r, part in enumerate(parts)]
+        received = [0 if r == self.rank else size for r, size in enumerate(sizes)]
+        travelling = [part for r, part in enumerate(parts) if r != self.rank]
+        outgoing = travelling[0] if len(travelling) == 1 else torch.cat(travelling)
+        incoming = outgoing.new_empty(sum(received))
+        self._sent[kind] += outgoing.nbytes
+        with self._named(name) as ticket:
+            work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)
+
+        def finish() -> list[Tensor]:
+            found = list(incoming.split(received))
+            found[self.rank] = parts[self.rank]
+            return found
+
+        return self._pending(ticket, work, finish)
 
     def all_gather_object(self, name: str, value: Any) -> list[Any]:
         """Collective. Returns every rank's value, pickled on the way: for checkpoints, not for steps."""
@@ -110,25 +161,37 @@ class Communicator:
 
     def take_sent(self) -> dict[str, int]:
         """Returns the bytes that this rank has sent since the last call, by kind."""
-        sent, self._sent = dict(self._sent), Counter()
+        sent = dict(self._sent)
+        self._sent.clear()
         return sent
 
-    def _count(self, kind: str, nbytes: int) -> None:
-        # A ring sends (P - 1) / P of a buffer for each of reduce-scatter and all-gather; all-reduce is both.
-        self._sent[kind] += nbytes * (self.world_size - 1) // self.world_size
+    def _pending(self, ticket: Ticket, work: dist.Work | None, finish: Callable[[], T]) -> Pending[T]:
+        def wait() -> T:
+            with self._blaming(ticket):
+                if work is not None:
+                    work.wait()
+            return finish()
+
+        return Pending(wait)
 
     @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
+    def _named(self, name: str) -> Iterator[Ticket]:
         assert self._postmortem is not None  # of several ranks
-        self._postmortem.enter(name)
+        ticket = self._postmortem.enter(name, is_aside=self._is_aside)
+        with self._blaming(ticket):
+            yield ticket
+
+    @contextmanager
+    def _blaming(self, ticket: Ticket) -> Iterator[None]:
+        assert self._postmortem is not None  # of several ranks
         try:
             yield
         except RuntimeError as error:
-            self._postmortem.failed(str(error))  # before the others fail by what follows, and look for it
+            self._postmortem.failed(str(error), ticket)  # before the others fail by what follows, and look for it
             self._close_links()
             raise CollectiveError(
-                f"collective {name!r} failed on {self._postmortem.rank_names[self.rank]} of {self.world_size}: "
-                f"{self._postmortem.explain()}. Torch says: {str(error).strip()}"
+                f"collective {ticket.collective!r} failed on {self._postmortem.rank_names[self.rank]} of "
+                f"{self.world_size}: {self._postmortem.explain()}. Torch says: {str(error).strip()}"
             ) from error
         except Exception as error:  # before anything was sent: a value that can't be pickled
             self._postmortem.raised(f"{type(error).__name__}: {error}")
@@ -136,14 +199,28 @@ class Communicator:
 
     def _close_links(self) -> None:
         """Makes the collectives of all other ranks fail now, not after their own timeouts, which may be long."""
-        if "cpu:gloo" not in dist.get_backend_config(self._group):
-            return
-        for peer in set(range(self.world_size)) - {self.rank}:
-            # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
-            with suppress(RuntimeError):
-                receive = dist.irecv(torch.empty(1), group=self._group, group_src=peer)
-                if receive is not None:
-                    receive.wait(timedelta(milliseconds=1))
+        assert self._main is not None  # of several ranks
+        for group in (self._main, _asides.get(self._main)):
+            if group is None or "cpu:gloo" not in dist.get_backend_config(group):
+                continue
+            for peer in set(range(self.world_size)) - {self.rank}:
+                # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
+                with suppress(RuntimeError):
+                    receive = dist.irecv(torch.empty(1), group=group, group_src=peer)
+                    if receive is not None:
+                        receive.wait(timedelta(milliseconds=1))
+
+
+def _group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Collective over the group alone. Returns another group of the same ranks, in the same order."""
+    alike = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=group._get_backend(device).options._timeout,  # torch has no public way to ask for it
+        backend=dist.get_backend_config(group),
+        use_local_synchronization=True,
+        sort_ranks=False,
+    )
+    return cast(dist.ProcessGroup, alike)  # a number stands for the group only outside of it
 
 
 def _postmortem_of(group: dist.ProcessGroup | None) -> Postmortem:

@@ -219,9 +219,22 @@ class AllReduce(Settings):
 
 
 class OwnerSharded(Settings):
-    """Statistics are reduced to the layer's owner, which inverts and preconditions; directions are gathered."""
+    """Statistics are reduced to the layer's owner, which inverts; those that hold the layer precondition its gradient.
+
+    What several ranks hold costs memory and work on each, and the inverses travel to them on each refresh; for that
+    its directions go to fewer ranks in every step, to none at fraction 1.
+    """
 
     kind: Literal["owner_sharded"] = "owner_sharded"
+    fraction: float = Field(
+        0.0, ge=0, le=1, description="Share of the ranks that hold a layer's inverses. 0: its owner alone; 1: all."
+    )
+    replicate_below: int = Field(
+        1_000_000,
+        ge=0,
+        description="A layer whose refresh takes fewer floating-point operations is refreshed and held by all ranks: "
+        "normalisation layers, factors of up to some 60 rows. Its statistics are summed along with the gradients.",
+    )
 
 
 # --- inversion of dense factors ---------------------------------------------------------------------------------------
@@ -481,8 +494,16 @@ class NGDConfig(Settings):
         description="Dimension of the model's inputs, and of what its layers read, that counts samples. torch's "
         "modules with batch_first say so themselves.",
     )
-    statistics_wire: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Dtype in which statistics cross the network; float64 models always send float64."
+    statistics_wire: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Dtype in which statistics cross the network. In 16 bits a matrix keeps its diagonal in float32, "
+        "and the rest is scaled by the diagonal's roots; float64 models always send float64.",
+    )
+    bucket_mb: float = Field(
+        25.0,
+        ge=0,
+        description="Statistics leave during the backward pass, in buckets of so many MiB, over links of their own. "
+        "0: all at once, in `step`, over those of the group.",
     )
     micro_batches: int = Field(
         1, ge=1, description="Backward passes per optimizer step; divide each micro-batch's mean loss by this."

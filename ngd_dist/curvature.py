@@ -17,10 +17,10 @@ from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.staleness import REFRESHED, Schedule, Track, Verdict, judge, threshold_for
 from ngd_dist.statistics import Key, Statistic
-from ngd_dist.strategies import Collected, Report, Strategy
+from ngd_dist.strategies import Cargo, Collected, Field, Report, Strategy
 from ngd_dist.telemetry import Refresh
 
-__all__ = ["Curvature", "schedule_for"]
+__all__ = ["Curvature", "cargo_of", "schedule_for"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
 # less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
@@ -51,6 +51,7 @@ class Curvature:
         )
         # What other ranks made and `estimate` reads; on the ranks that hold a layer its cache has it too.
         self.shared: dict[str, Cache | None] = {}
+        # By layer that has been refreshed; known to every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
         adapts = config.staleness.kind == "adaptive"  # under a fixed interval nobody asks how far a value changed
         self.statistics = {
@@ -67,23 +68,6 @@ class Curvature:
         source = (self.caches[name] or self.shared.get(name) or {}) if entries else {}
         return {entry: source[entry] for entry in entries if entry in source}
 
-    def shared_by(self, due: Sequence[Key]) -> dict[str, Cache | None]:
-        """Returns what the other ranks need of the due layers that are held here."""
-        layers = dict.fromkeys(key.layer for key in due if self._preconditioners[key.layer].shared)
-        return {
-            name: self.shared_of(name) if self.caches.has(name) else None
-            for name in layers
-            if self._strategy.holds(name)
-        }
-
-    def take_shared(self, caches: Mapping[str, Cache | None]) -> None:
-        """Keeps what `estimate` reads of the caches of layers that other ranks hold."""
-        for name, cache in caches.items():
-            entries, dtype = self._preconditioners[name].shared, self._dtypes[name]
-            if entries and not self._strategy.holds(name):
-                # What has travelled has the widest dtype of all layers, and so have the gradients below.
-                self.shared[name] = None if cache is None else {entry: cache[entry].to(dtype) for entry in entries}
-
     def apply(self, name: str, grad_BOI: Tensor) -> Tensor:
         """Returns the direction, [B, O, I]; the gradient itself while the layer has no cache."""
         cache = self.caches[name]
@@ -91,8 +75,11 @@ class Curvature:
         return grad_BOI if cache is None else self._preconditioners[name].apply(cache, grad_BOI)
 
     def refresh(self, due: Sequence[Key], means: Collected) -> dict[Key, Report]:
-        """Returns a report on each due statistic of the layers held here, after folding it in and inverting."""
-        found = {key: self._fold(key, means) for key in due if self._strategy.holds(key.layer)}
+        """Collective. Returns a report on each due statistic of the layers that this rank inverts.
+
+        Folds them in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
+        """
+        found = {key: self._fold(key, means) for key in due if self._strategy.inverts(key.layer)}
         refreshed = [key for key, report in found.items() if report.verdict in REFRESHED]
         fresh = {
             name: frozenset(key.statistic for key in refreshed if key.layer == name)
@@ -101,7 +88,11 @@ class Curvature:
         for name, statistics in fresh.items():
             self._begin_anew(name, statistics)
         # What fails where only the damping moved stays, until the next refresh.
-        endings = self._rebuild(fresh | dict.fromkeys(self._drifted(fresh), frozenset()))
+        drifted = self._drifted()
+        here = [name for name in drifted if self._strategy.inverts(name)]
+        endings = self._rebuild(dict.fromkeys(here, frozenset()) | fresh)
+        self.damped_with |= {name: self._damping_of(name) for name in drifted}
+        self._share(due, drifted)
         return {key: _with_ending(key, report, found, endings.get(key.layer, {})) for key, report in found.items()}
 
     def told(
@@ -118,10 +109,34 @@ class Curvature:
                     ending=report.ending.name,
                     age=step - before[key].refreshed,
                     interval=after[key].interval,
-                    bytes_sent=self._strategy.statistic_bytes(self.statistics[key].spec.numbers),
+                    bytes_sent=self._strategy.statistic_bytes(key),
                 )
             )
         return found
+
+    def settle(self, reports: Mapping[Key, Report]) -> None:
+        """Takes note of what was refreshed anywhere, from the reports that every rank has."""
+        refreshed = {key.layer for key, report in reports.items() if report.verdict in REFRESHED}
+        self.damped_with |= {name: self._damping_of(name) for name in refreshed}
+
+    def take(self, name: str, entries: Cache | None) -> None:
+        """Keeps entries of a layer's cache that another rank made, or that were saved; None: there is no cache."""
+        if self._strategy.holds(name):
+            self.caches[name] = None if entries is None else (self.caches[name] or {}) | entries
+        elif entries is None or entries.keys() >= set(self._preconditioners[name].shared):
+            self.shared[name] = entries
+
+    def _share(self, due: Sequence[Key], drifted: Collection[str]) -> None:
+        """Sends around the entries that may have changed: those that all ranks need only with a new basis."""
+        moved = dict.fromkeys([*(key.layer for key in due), *drifted])
+        rebased = {key.layer for key in due if not self.statistics[key].spec.in_basis}
+        entries = {
+            name: [e for e in method.cache_shapes if name in rebased or e not in method.shared]
+            for name in moved
+            if (method := self._preconditioners[name])
+        }
+        for name, found in self._strategy.share(self.caches, entries).items():
+            self.take(name, found)
 
     def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
         """Forgets what was measured in a basis that is about to be replaced."""
@@ -157,19 +172,22 @@ class Curvature:
         arguments = {
             name: (values, new, self._damping_of(name), self.caches[name])
             for name, new in fresh.items()
-            if (values := self._ready(name)) is not None
+            if (values := self._ready(name)) is not None and (new or self.caches.has(name))
         }
         problems = {
             Key(name, statistic): problem
             for name, given in arguments.items()
             for statistic, problem in self._preconditioners[name].problems(*given).items()
         }
-        solutions = solve(problems, self._inversion)
+        # What all ranks invert goes by itself: batched alike, it has the same bits on each.
+        replicated = {key: problem for key, problem in problems.items() if self._strategy.is_replicated(key.layer)}
+        alone = {key: problem for key, problem in problems.items() if key not in replicated}
+        solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
         endings: dict[str, Mapping[str, Ending]] = {}
         for name, given in arguments.items():
             own = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
             refreshed = self._preconditioners[name].refresh(*given, own)
-            self.caches[name], self.damped_with[name] = refreshed.cache, given[2]
+            self.caches[name] = refreshed.cache
             endings[name] = refreshed.endings
         return endings
 
@@ -181,14 +199,12 @@ class Curvature:
             return None
         return {statistic: value for statistic, value in found.items() if value is not None}
 
-    def _drifted(self, refreshed: Collection[str]) -> list[str]:
-        """Returns the layers held here whose damping has moved, and which are not refreshed anyway."""
+    def _drifted(self) -> list[str]:
+        """Returns the layers whose damping has moved since they were refreshed, the same on every rank."""
         return [
             name
-            for name in self.caches
-            if self.caches.has(name)
-            and name not in refreshed
-            and not isclose(self.damped_with[name], self._damping_of(name), rel_tol=DAMPING_DRIFT)
+            for name, used in self.damped_with.items()
+            if not isclose(used, self._damping_of(name), rel_tol=DAMPING_DRIFT)
         ]
 
 
@@ -202,6 +218,17 @@ def schedule_for(preconditioners: Mapping[str, Preconditioner], config: NGDConfi
         stagger=config.stagger,
         cap=config.refresh_cap,
         in_basis=[key for key, spec in specs.items() if spec.in_basis],
+    )
+
+
+def cargo_of(layer: Layer, preconditioner: Preconditioner) -> Cargo:
+    """Returns what travels of the layer."""
+    return Cargo(
+        layer.shape.gradient,
+        preconditioner.statistics,
+        {entry: Field(shape, layer.dtype) for entry, shape in preconditioner.cache_shapes.items()},
+        frozenset(preconditioner.inverses),
+        preconditioner.shared,
     )
 
 

@@ -108,9 +108,13 @@ class Estimates:
 
     def values(self) -> dict[Key, Tensor]:
         """Returns the mean of each statistic over this rank's samples."""
-        for layer in self.passes:
-            self._complete(layer)
-        return {key: mean.total for key, mean in self._means.items() if mean.total is not None}
+        return {key: value for layer in self.passes for key, value in self.of(layer).items()}
+
+    def of(self, layer: str) -> dict[Key, Tensor]:
+        """Returns the means of one layer's statistics over the samples seen so far."""
+        self._complete(layer)
+        means = ((key, mean.total) for key, mean in self._means.items() if key.layer == layer)
+        return {key: total for key, total in means if total is not None}
 
     def seconds(self, key: Key) -> float:
         """Returns the host seconds that estimating the statistic took."""

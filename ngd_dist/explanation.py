@@ -45,7 +45,7 @@ def _head(config: NGDConfig, strategy: Strategy) -> str:
     ranks = strategy.comm.world_size
     averaged = "DistributedDataParallel" if strategy.gradient_scale is None else "the optimizer"
     where = "in one process" if ranks == 1 else f"on {ranks} ranks; gradients are averaged by {averaged}"
-    kind = type(strategy).__name__
+    kind = strategy.kind
     return f"{config.preconditioner.kind}, {config.fisher.kind} Fisher, {config.staleness.kind} refresh, {kind} {where}"
 
 
@@ -68,10 +68,12 @@ def _row(
 
 
 def _ranks(name: str, strategy: Strategy) -> str:
-    """Returns the ranks that refresh and apply the layer's preconditioner."""
-    if strategy.is_replicated and strategy.comm.world_size > 1:
+    """Returns the ranks that refresh the layer's preconditioner, and the others that apply it."""
+    roles = strategy.placement.roles[name]
+    if strategy.is_replicated(name):
         return "all"
-    return ", ".join(map(str, strategy.placement.owners(name)))
+    others = ", ".join(map(str, sorted(roles.holders[1:])))
+    return f"{roles.owner} for {others}" if others else str(roles.owner)
 
 
 def _bytes(layer: Layer, preconditioner: Preconditioner) -> int:

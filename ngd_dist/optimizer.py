@@ -16,7 +16,7 @@ from ngd_dist.checkpoint import SavedState
 from ngd_dist.comm import Communicator
 from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
 from ngd_dist.coverage import cover, is_averaged_by_ddp, unwrap
-from ngd_dist.curvature import Curvature, schedule_for
+from ngd_dist.curvature import Curvature, cargo_of, schedule_for
 from ngd_dist.damping import damping_after
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
@@ -25,12 +25,11 @@ from ngd_dist.gradients import Gradients
 from ngd_dist.loss_scale import LossScale
 from ngd_dist.output_fisher import OutputFisher
 from ngd_dist.param_groups import check_group
-from ngd_dist.placement import longest_first
 from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.staleness import Verdict
 from ngd_dist.statistics import Key
 from ngd_dist.step_length import StepLength
-from ngd_dist.strategies import Collected, Findings, Local, Report, Shapes, Strategy, build_strategy
+from ngd_dist.strategies import Collected, Findings, Local, Report, Strategy, build_strategy
 from ngd_dist.telemetry import Adapted, StepStats, Stopwatch
 
 __all__ = ["NGD"]
@@ -108,6 +107,7 @@ class NGD(torch.optim.Optimizer):
             keeps_rows=isinstance(config.length, LayerWise),
             shared_of=self._curvature.shared_of,
             loss_scale=self._loss_scale.factor,
+            on_ready=self._strategy.offer,
             stopwatch=self._stopwatch,
         )
         self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._capture.rows)
@@ -161,8 +161,8 @@ class NGD(torch.optim.Optimizer):
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
-                findings = self._strategy.publish(self._findings(directions, means, reports, due), due)
-            self._curvature.take_shared(findings.shared)
+                findings = self._strategy.publish(self._findings(directions, means, reports), due)
+            self._curvature.settle(findings.reports)
             self._check(findings.reports)
             with phase("update"):
                 adapted = self._update(findings, means.plain, objective)
@@ -221,19 +221,15 @@ class NGD(torch.optim.Optimizer):
     def _collect(self, due: list[Key]) -> Collected:
         """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
         captured, wrong = self._capture.take(), self._capture.miscounted()
-        values: dict[Key, Tensor] = {}
-        for key in due:
-            spec = self._curvature.statistics[key].spec
-            dtype = self._layer[key.layer].dtype
-            missing = torch.zeros(spec.numbers, dtype=dtype, device=self._device)
-            values[key] = spec.flatten(captured[key]) if key in captured else missing
+        for key, value in captured.items():
+            self._strategy.offer(key, value)
         tallies = self._capture.estimates.tallies(due, wrong, self._device)
         gradients = {
             layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
         }
         plain = [self._gradients.of(self, p) for p in self._plain]
         non_finite = self._gradients.non_finite(self, self._device)
-        return self._strategy.collect(Local(non_finite, values, tallies, gradients, plain))
+        return self._strategy.collect(Local(non_finite, tallies, gradients, plain))
 
     def _skip(self) -> None:
         """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
@@ -252,12 +248,10 @@ class NGD(torch.optim.Optimizer):
             return
         raise self._gradients.error(self.stats.step + 1)
 
-    def _findings(
-        self, directions: dict[str, Tensor], means: Collected, reports: dict[Key, Report], due: list[Key]
-    ) -> Findings:
+    def _findings(self, directions: dict[str, Tensor], means: Collected, reports: dict[Key, Report]) -> Findings:
         like = torch.zeros((), dtype=self._strategy.dtype, device=self._device)
         inner = self._length.inner(directions, means.gradients, like)
-        return Findings(directions, reports, inner, self._curvature.shared_by(due))
+        return Findings(directions, reports, inner)
 
     def _check(self, reports: Mapping[Key, Report]) -> None:
         """Raises on every rank or on none, since every rank has the same reports; arms again for who goes on."""
@@ -336,8 +330,10 @@ class NGD(torch.optim.Optimizer):
                 logger.warning("layer %r takes a plain gradient step: its weights are used without its module", name)
 
     def _arm(self, step: int) -> None:
+        due = self._schedule.due(step)
         self._loss_scale.begin()
-        self._capture.arm(self._schedule.due(step), step)
+        self._capture.arm(due, step)
+        self._strategy.begin(due)
 
     def _lr(self, name: str) -> float:
         return float(self.param_groups[self._group_of[name]]["lr"])
@@ -366,15 +362,12 @@ class NGD(torch.optim.Optimizer):
         )
 
     def _build_strategy(self, *, is_averaged_by_ddp: bool) -> Strategy:
-        shared = {
-            name: {entry: p.cache_shapes[entry] for entry in p.shared} for name, p in self._preconditioners.items()
-        }
         dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
         return build_strategy(
             self.config,
             self._comm,
-            longest_first(self._costs, self._comm.world_size),
-            Shapes({layer.name: layer.shape.gradient for layer in self.layers}, shared),
+            self._costs,
+            {layer.name: cargo_of(layer, self._preconditioners[layer.name]) for layer in self.layers},
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
             is_averaged_by_ddp=is_averaged_by_ddp,

@@ -1,36 +1,70 @@
-"""Which rank owns which layer: a pure function of costs and world size, the same on every rank."""
+"""Which ranks reduce, invert and apply each layer: a pure function of costs and world size, the same on every rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
-__all__ = ["Placement", "longest_first"]
+__all__ = ["Placement", "Roles", "place"]
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Who does what for one layer.
+
+    owner: the rank to which its statistics are reduced, and whose reports on it count.
+    inverters: the ranks that refresh its cache. Others get it from the owner, where they hold it.
+    holders: the ranks that have its cache and turn its gradient into a direction; the owner is the first.
+    is_small: its statistics are summed on all ranks with the gradients, and are not reduced to the owner before.
+    """
+
+    owner: int
+    inverters: tuple[int, ...]
+    holders: tuple[int, ...]
+    is_small: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Owners of each layer. One owner today; a tuple, since a layer may have several."""
+    """The roles in each layer, in registration order."""
 
     world_size: int
-    owners_by_layer: Mapping[str, tuple[int, ...]]
+    roles: Mapping[str, Roles]
 
-    def owners(self, layer: str) -> tuple[int, ...]:
-        """Returns the ranks that refresh and precondition the layer; the first one's reports count."""
-        return self.owners_by_layer[layer]
+    def is_everywhere(self, layer: str) -> bool:
+        """Returns whether every rank holds the layer: its gradient goes to all, and its direction to nobody."""
+        return len(self.roles[layer].holders) == self.world_size
 
-    def owned(self, rank: int) -> list[str]:
-        """Returns the layers that this rank owns, in registration order."""
-        return [layer for layer, owners in self.owners_by_layer.items() if rank in owners]
+    def supplier(self, layer: str, rank: int) -> int:
+        """Returns the holder from which a rank that does not hold the layer has its direction."""
+        holders = self.roles[layer].holders
+        return holders[rank % len(holders)]
 
 
-def longest_first(costs: Mapping[str, int], world_size: int) -> Placement:
-    """Returns a placement by longest processing time first: the dearest layer goes to the least loaded rank.
+def place(
+    costs: Mapping[str, int],
+    world_size: int,
+    *,
+    fraction: float = 0.0,
+    replicate_below: int = 0,
+    everyone_inverts: bool = False,
+) -> Placement:
+    """Returns the roles, the dearest layer going first to the rank that has least to do.
 
-    Ties are broken by name and by rank, so that every rank computes the same answer. Source: [G69].
+    A share of the ranks holds a layer, `fraction` of them and one at least; what costs less than `replicate_below`, and
+    everything where `everyone_inverts`, is refreshed and held by all. Ties are broken by name and by rank, so that
+    every rank computes the same answer. Source: [G69].
     """
     load = [0] * world_size
-    owner: dict[str, int] = {}
+    everyone = tuple(range(world_size))
+    held_by = max(1, ceil(fraction * world_size))
+    roles: dict[str, Roles] = {}
     for layer in sorted(costs, key=lambda name: (-costs[name], name)):
-        rank = min(range(world_size), key=lambda r: (load[r], r))
-        owner[layer] = rank
-        load[rank] += costs[layer]
-    return Placement(world_size, {layer: (owner[layer],) for layer in costs})
+        owner = min(everyone, key=lambda r: (load[r], r))
+        load[owner] += costs[layer]
+        holders = tuple((owner + i) % world_size for i in range(held_by))
+        is_small = costs[layer] < replicate_below
+        if is_small or everyone_inverts:
+            roles[layer] = Roles(owner, everyone, (owner, *(r for r in everyone if r != owner)), is_small)
+        else:
+            roles[layer] = Roles(owner, (owner,), holders)
+    return Placement(world_size, {layer: roles[layer] for layer in costs})

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-__all__ = ["PATIENCE_S", "Postmortem", "Store"]
+__all__ = ["PATIENCE_S", "Postmortem", "Store", "Ticket"]
 
 PATIENCE_S = 5.0  # for the reports of the other ranks: their collectives fail within milliseconds of each other
 LINGER_S = 0.5  # the rank that hosts the store must not end while the others still read
@@ -38,6 +38,14 @@ class Kind(StrEnum):
     WENT_ON = "went on"  # takes back this rank's earlier report
 
 
+class Ticket(NamedTuple):
+    """One collective of this rank: its name, and its number among the group's, or among those over links aside."""
+
+    number: int
+    collective: str
+    is_aside: bool = False
+
+
 @dataclass(frozen=True)
 class Report:
     """One line of the log: what became of a rank in, or after, its `number`-th collective."""
@@ -46,6 +54,7 @@ class Report:
     kind: Kind
     number: int
     collective: str
+    is_aside: bool
     error: str
 
 
@@ -57,29 +66,30 @@ class Postmortem:
         self.rank_names = rank_names
         self._rank = rank
         self._store = store
-        self._number = 0
-        self._collective = ""
+        self._entered = Ticket(0, "")
+        self._count = {False: 0, True: 0}  # by whether they are aside
         self._own: Report | None = None
         # A group that is formed again over the same store must not read what its predecessor left.
         lives = _within(PATIENCE_S, lambda: store().add(f"ngd_dist/lives of {rank}", 1))
         self._log = f"ngd_dist/failures in life {lives[0] if lives else 0}"
 
-    def enter(self, collective: str) -> None:
+    def enter(self, collective: str, *, is_aside: bool = False) -> Ticket:
         """Counts a collective, and takes back what this rank had reported: it went on."""
-        self._number += 1
-        self._collective = collective
+        self._count[is_aside] += 1
+        self._entered = Ticket(self._count[is_aside], collective, is_aside)
         if self._own is not None:
             self._report(Kind.WENT_ON, "")
             self._own = None
+        return self._entered
 
     def raised(self, message: str) -> None:
         """Reports an error of this rank, unless it only follows from a collective that failed."""
         if self._own is None or self._own.kind is not Kind.FAILED:
             self._report(Kind.RAISED, message)
 
-    def failed(self, message: str) -> None:
-        """Reports that this rank's collective failed."""
-        self._report(Kind.FAILED, message)
+    def failed(self, message: str, ticket: Ticket) -> None:
+        """Reports that a collective failed on this rank, not always the last that it has entered."""
+        self._report(Kind.FAILED, message, ticket)
 
     def explain(self) -> str:
         """Returns who is to blame, in words. Called after `failed`."""
@@ -101,8 +111,8 @@ class Postmortem:
             return "who is to blame is unknown: the group's store, on rank 0 or the launcher, has died or hangs"
         return self._verdict(self._own, _latest(log))
 
-    def _report(self, kind: Kind, error: str) -> None:
-        report = Report(self._rank, kind, self._number, self._collective, error[:QUOTED])
+    def _report(self, kind: Kind, error: str, ticket: Ticket | None = None) -> None:
+        report = Report(self._rank, kind, *(ticket or self._entered), error[:QUOTED])
         line = json.dumps(asdict(report)) + "\n"
         is_written = _within(PATIENCE_S, lambda: self._store().append(self._log, line))
         self._own = report if is_written else None
@@ -111,7 +121,12 @@ class Postmortem:
         found = list(reports.values())
         raised = [report for report in found if report.kind is Kind.RAISED]
         missing = [name for rank, name in enumerate(self.rank_names) if rank not in reports]
-        strays = [r for r in found if r.number == own.number and r.collective != own.collective and r not in raised]
+        strays = [
+            r
+            for r in found
+            if (r.is_aside, r.number) == (own.is_aside, own.number) and r.collective != own.collective
+            if r not in raised
+        ]
         parts = []
         if raised:
             others = f" (and {len(raised) - 1} more)" if raised[1:] else ""

@@ -59,7 +59,7 @@ class ShardedState:
             "everywhere": (local | known,),
             "momentum": {name: _copy(momentum[name], p.shape, p.dtype) for name, p in self._saved.parameters.items()},
             "fallback": self._fallback(fallback or {}),
-            **{kind: {} for kind in ("statistics", "before", "caches", "held", "cached", "remembered")},
+            **{kind: {} for kind in ("statistics", "before", "caches", "weights", "cached", "remembered")},
         }
         for name, layer_format in self._saved.formats.items():
             _add_layer(state, name, layer_format, layers[name])
@@ -99,10 +99,10 @@ class ShardedState:
     def _layer(self, name: str, state: Mapping[str, Any]) -> State:
         layer_format, is_cached = self._saved.formats[name], state["cached"].get(name, False)
         found: State = {"cache": _of(name, layer_format.own_cache, state["caches"]) if is_cached else None}
-        if not layer_format.is_held:
+        if not layer_format.inverts:
             return found
         values, before = (_of(name, layer_format.statistics, state[kind]) for kind in ("statistics", "before"))
-        found["damping"], weights = state["held"][name]
+        weights = state["weights"][name]
         remembered = state["remembered"].get(name, ())
         found["statistics"] = {
             statistic: {
@@ -122,10 +122,10 @@ def _add_layer(state: State, name: str, layer_format: LayerFormat, layer: Mappin
         state["caches"][f"{name}.{entry}"] = _copy((cache or {}).get(entry), shape, dtype)
     if layer_format.own_cache:
         state["cached"][name] = cache is not None
-    if not layer_format.is_held:
+    if not layer_format.inverts:
         return
     statistics = layer["statistics"]
-    state["held"][name] = (layer["damping"], tuple(values["weight"] for values in statistics.values()))
+    state["weights"][name] = tuple(values["weight"] for values in statistics.values())
     for statistic, numbers in layer_format.statistics.items():
         values = statistics[statistic]
         state["statistics"][f"{name}.{statistic}"] = _copy(values["value"], (numbers,), dtype)

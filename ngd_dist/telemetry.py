@@ -48,9 +48,9 @@ class StepStats:
 
     An age counts the steps since the statistic in use was measured; `intervals` are the steps it may stay in use.
     Seconds are host time on this rank: on CUDA, where work is queued, they show where the host waits. Bytes are what
-    this rank sends under ring algorithms, by kind. `failed_inversions` counts all steps so far over all ranks, and
-    `skipped_steps` those that were given up for a gradient that was not finite. lr, momentum and damping are the first
-    param group's, after the step.
+    this rank sends to others, by kind; an all-reduce counts as a ring sends it. `failed_inversions` counts all steps so
+    far over all ranks, and `skipped_steps` those that were given up for a gradient that was not finite. lr, momentum
+    and damping are the first param group's, after the step.
     """
 
     step: int = 0

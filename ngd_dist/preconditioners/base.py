@@ -31,9 +31,9 @@ class Preconditioner(ABC):
     """How one layer's gradient becomes its direction. Holds no tensors.
 
     `statistics`: what is averaged over samples, ranks and time. `cache_shapes`: the entries of a cache. `shared`: those
-    of them that `estimate` reads, and which every rank therefore gets. `inverses`: those that are dense inverses,
-    which may be kept in 16 bits. `reads_slopes`: whether `estimate` reads `Rows.slopes_BNPO`, for which activation
-    modules are watched.
+    of them that `estimate` reads, and which every rank therefore gets; they follow from the statistics that are not
+    `in_basis`. `inverses`: those that are dense inverses, which may be kept in 16 bits. `reads_slopes`: whether
+    `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
     """
 
     statistics: tuple[StatisticSpec, ...]

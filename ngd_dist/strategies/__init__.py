@@ -1,55 +1,69 @@
-"""How statistics, gradients and directions move between ranks. Start at `base.Strategy`.
+"""How statistics, gradients, inverses and directions move between ranks. Start at `strategy.Strategy`.
 
-A new movement is one file, one config class, and one line here.
+What `NGDConfig.strategy` chooses is who does what (`placement`); the movement is the same code for all.
 """
+
+from collections.abc import Mapping
 
 import torch
 
 from ngd_dist.comm import Communicator
-from ngd_dist.config import NGDConfig
+from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
 from ngd_dist.errors import ConfigError
-from ngd_dist.placement import Placement
-from ngd_dist.strategies.all_reduce import AllReduce
-from ngd_dist.strategies.base import Collected, Findings, Local, Report, Shapes, Strategy
-from ngd_dist.strategies.owner_sharded import OwnerSharded
-from ngd_dist.strategies.single import Single
+from ngd_dist.placement import place
+from ngd_dist.statistics import Key
+from ngd_dist.strategies.base import Cargo, Collected, Findings, Local, Report
+from ngd_dist.strategies.parcel import Field
+from ngd_dist.strategies.strategy import Strategy
+from ngd_dist.strategies.wire import Wire
 
-__all__ = ["STRATEGIES", "Collected", "Findings", "Local", "Report", "Shapes", "Strategy", "build_strategy"]
+__all__ = ["Cargo", "Collected", "Field", "Findings", "Local", "Report", "Strategy", "build_strategy"]
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    "single": Single,
-    "all_reduce": AllReduce,
-    "owner_sharded": OwnerSharded,
-}
+MB = 2**20
 
 
 def build_strategy(
     config: NGDConfig,
     comm: Communicator,
-    placement: Placement,
-    shapes: Shapes,
+    costs: Mapping[str, int],
+    cargo: Mapping[str, Cargo],
     *,
     dtype: torch.dtype,
     device: torch.device,
     is_averaged_by_ddp: bool,
 ) -> Strategy:
-    """Returns the configured movement, or the default for the number of ranks. Raises: ConfigError."""
+    """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
+
+    costs: of refreshing each layer.
+    """
     sums = config.loss_reduction == "sum"
     if sums and is_averaged_by_ddp:
         raise ConfigError("loss_reduction 'sum' needs the bare model: DDP divides the sum by the number of ranks")
-    kind = config.strategy.kind if config.strategy else "single" if comm.world_size == 1 else "owner_sharded"
-    if kind == "single" and comm.world_size > 1:
+    choice = config.strategy or (Single() if comm.world_size == 1 else OwnerSharded())
+    if isinstance(choice, Single) and comm.world_size > 1:
         raise ConfigError(
             f"strategy 'single' needs one process, got a group of {comm.world_size}; "
             "choose all_reduce or owner_sharded, or leave strategy out"
         )
-    wire = torch.bfloat16 if config.statistics_wire == "bfloat16" else torch.float32
-    return STRATEGIES[kind](
+    placement = place(
+        costs,
+        comm.world_size,
+        fraction=choice.fraction if isinstance(choice, OwnerSharded) else 0.0,
+        replicate_below=choice.replicate_below if isinstance(choice, OwnerSharded) else 0,
+        everyone_inverts=isinstance(choice, AllReduce),
+    )
+    specs = {Key(name, spec.name): spec for name, parts in cargo.items() for spec in parts.statistics}
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    wire = exact if exact == torch.float64 else getattr(torch, config.statistics_wire)
+    return Strategy(
         comm,
         placement,
-        shapes,
+        cargo,
+        kind=choice.kind,
         dtype=dtype,
-        wire_dtype=torch.float64 if dtype == torch.float64 else wire,
+        wire=Wire(wire, exact, specs),
+        inverse_dtype=config.inverse_dtype,
         device=device,
         gradient_scale=None if is_averaged_by_ddp else 1.0 if sums else 1 / comm.world_size,
+        bucket_bytes=config.bucket_mb * MB,
     )

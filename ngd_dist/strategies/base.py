@@ -1,21 +1,29 @@
-"""The contract of a movement, and the flat buffers that all of them send."""
+"""What a rank brings to a step, what it gets back, and what ranks tell each other."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
-from math import prod
 
 import torch
 from torch import Tensor
 
-from ngd_dist.comm import Communicator
 from ngd_dist.inversion import Ending
-from ngd_dist.placement import Placement
 from ngd_dist.staleness import Verdict
-from ngd_dist.statistics import Key
+from ngd_dist.statistics import Key, StatisticSpec
+from ngd_dist.strategies.parcel import Field
 
-__all__ = ["Collected", "Findings", "Local", "Report", "Shapes", "Strategy", "collected", "split_like"]
+__all__ = [
+    "REPORT_NUMBERS",
+    "Cargo",
+    "Collected",
+    "Findings",
+    "Local",
+    "Report",
+    "Tally",
+    "flatten",
+    "split_like",
+    "tallied",
+]
 
 
 UNMEASURED = float("inf")
@@ -84,25 +92,31 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
-    """Of every layer: grad_BOI, and those entries of its cache that every rank needs (often none)."""
+class Cargo:
+    """What travels of one layer: its gradient's shape, [B, O, I]; its statistics; the fields of its cache by entry.
 
-    gradients: Mapping[str, tuple[int, ...]]
-    shared: Mapping[str, Mapping[str, tuple[int, ...]]]
+    `symmetric`: the entries that travel as packed triangles. `shared`: those that every rank needs, of which each is a
+    function of the statistics that are not `in_basis`.
+    """
+
+    gradient: tuple[int, ...]
+    statistics: Sequence[StatisticSpec]
+    cache: Mapping[str, Field]
+    symmetric: frozenset[str]
+    shared: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """What one rank brings to a step.
+    """What one rank brings to a step, beside the statistics that it has offered.
 
-    `non_finite`, [1], is 1 if this rank's gradients have NaN or infinity. `due` holds the flat value of every due
-    statistic (zeros where none was captured); `tallies`, by due layer, the numbers of a `Tally`, whose sums over ranks
-    it is made of: 1 or 0 for whether it was captured, or NaN if not once per micro-batch, rows, replicates, and the
-    mean square of each due statistic; `gradients` grad_BOI of every layer; `plain` all other gradients.
+    `non_finite`, [1], is 1 if this rank's gradients have NaN or infinity. `tallies`: by due layer, the numbers of a
+    `Tally`, whose sums over ranks it is made of: 1 or 0 for whether it was captured, or NaN if not once per
+    micro-batch, rows, replicates, and the mean square of each due statistic; `gradients` grad_BOI of every layer;
+    `plain` all others.
     """
 
     non_finite: Tensor
-    due: Mapping[Key, Tensor]
     tallies: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     plain: list[Tensor]
@@ -110,7 +124,8 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """Means over the global batch, of the layers that this rank owns (statistics, gradients) and of all (plain).
+    """Means over the global batch: statistics of the layers that this rank inverts, gradients of those that it holds,
+    and all plain ones.
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
     did not run, and those of `miscounted` layers. `tallies` has those of the layers that `statistics` has.
@@ -129,98 +144,32 @@ class Findings:
     """What follows from the means: one rank's part before `publish`, the whole after, the same on every rank.
 
     `directions`, [B, O, I] by layer. `inner`, [rows, layers in registration order]: inner products per layer, 0 for
-    those of other ranks; any number of rows, the same on every rank. `shared`: by due layer, the cache entries that
-    every rank needs, or None where there is no cache.
+    those that this rank does not hold; any number of rows, the same on every rank.
     """
 
     directions: dict[str, Tensor]
     reports: dict[Key, Report]
     inner: Tensor
-    shared: dict[str, dict[str, Tensor] | None]
 
 
-class Strategy(ABC):
-    """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
-
-    `is_replicated`: every rank does every layer's work.
-    """
-
-    is_replicated: bool
-
-    def __init__(
-        self,
-        comm: Communicator,
-        placement: Placement,
-        shapes: Shapes,
-        *,
-        dtype: torch.dtype,
-        wire_dtype: torch.dtype,
-        device: torch.device,
-        gradient_scale: float | None,
-    ) -> None:
-        """Takes the dtypes on the way: of gradients and directions, and of statistics.
-
-        Gradients are summed over ranks and multiplied by `gradient_scale`; None leaves them as they are, where an
-        engine (DDP) has averaged them already.
-        """
-        self.comm = comm
-        self.placement = placement
-        self.shapes = shapes
-        self.dtype = dtype
-        self.wire_dtype = wire_dtype
-        self.device = device
-        self.gradient_scale = gradient_scale
-
-    @abstractmethod
-    def holds(self, layer: str) -> bool:
-        """Returns whether this rank refreshes and applies the layer's preconditioner."""
-
-    def reports(self, layer: str) -> bool:
-        """Returns whether this rank's reports on the layer count."""
-        return self.placement.owners(layer)[0] == self.comm.rank
-
-    def statistic_bytes(self, numbers: int) -> int:
-        """Returns what each rank sends, under ring algorithms, of a statistic of so many numbers."""
-        ranks = self.comm.world_size
-        return numbers * self.wire_dtype.itemsize * (2 if self.is_replicated else 1) * (ranks - 1) // ranks
-
-    @abstractmethod
-    def collect(self, local: Local) -> Collected:
-        """Collective. Returns the means over ranks."""
-
-    @abstractmethod
-    def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
-        """Collective. Returns the findings of all ranks; on each statistic, the report that counts."""
-
-    def flatten(self, tensors: Sequence[Tensor], dtype: torch.dtype, size: int | None = None) -> Tensor:
-        """Returns the tensors as one flat buffer, zero-padded to `size` numbers."""
-        length = sum(tensor.numel() for tensor in tensors)
-        buffer = torch.zeros(length if size is None else size, dtype=dtype, device=self.device)
-        for part, tensor in zip(split_like(buffer, tensors), tensors, strict=True):
-            part.copy_(tensor)
-        return buffer
+def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Returns the tensors as one flat buffer."""
+    buffer = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
+    for part, tensor in zip(split_like(buffer, tensors), tensors, strict=True):
+        part.copy_(tensor)
+    return buffer
 
 
 def split_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns views of the buffer's beginning in the shapes of the tensors."""
-    return split_shapes(buffer, [tuple(tensor.shape) for tensor in tensors])
+    parts = buffer[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def split_shapes(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Returns views of the buffer's beginning in these shapes."""
-    sizes = [prod(shape) for shape in shapes]
-    parts = buffer[: sum(sizes)].split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def collected(
-    non_finite: Tensor,
-    sums: Mapping[Key, Tensor],
-    tallies: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    plain: list[Tensor],
-) -> Collected:
-    """Returns each summed statistic divided by the number of ranks that captured it, beside the gradients.
+def tallied(
+    non_finite: Tensor, tallies: Mapping[str, Tensor], due: Sequence[Key]
+) -> tuple[bool, frozenset[str], dict[str, Tally]]:
+    """Returns if all is finite, the miscounted layers, and the tallies of the others that any rank captured.
 
     Reads one number, and a few per due layer, back to the host in one go: what was captured decides what is refreshed,
     and a step with a non-finite gradient must not begin. It is the one host read of a step without a refresh.
@@ -233,8 +182,7 @@ def collected(
         if math.isnan(ranks):
             miscounted.add(layer)
         elif ranks > 0:
-            due = [key.statistic for key in sums if key.layer == layer]
-            means = {statistic: square / ranks for statistic, square in zip(due, squares, strict=False)}
+            names = [key.statistic for key in due if key.layer == layer]
+            means = {name: square / ranks for name, square in zip(names, squares, strict=False)}
             found[layer] = Tally(int(ranks), int(rows), int(replicates), means)
-    values = {key: total / found[key.layer].ranks for key, total in sums.items() if key.layer in found}
-    return Collected(bad == 0, frozenset(miscounted), found, values, dict(gradients), plain)
+    return bad == 0, frozenset(miscounted), found

@@ -185,7 +185,7 @@ def without_first_lr(state: dict[str, Any]) -> None:
 
 
 BROKEN: dict[Callable[[dict[str, Any]], None], str] = {
-    of_format_2: "format must be 3, got 2",
+    of_format_2: "format must be 4, got 2",
     without_ngd: r"has the key 'ngd', got \['param_groups', 'state'\].*ShardedState",
     without_an_entry_of_a_cache: r"cache of layer '4' must have \['A', 'G'\], got \['A'\]",
     with_a_wider_entry_of_a_cache: r"G in the cache of layer '4' must be of shape \(1, 6, 6\), got \(1, 7, 7\)",

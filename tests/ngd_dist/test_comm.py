@@ -20,8 +20,8 @@ def test_one_process_needs_no_group() -> None:
     comm.barrier("A")
     comm.post_error("nobody to tell")
 
-    assert torch.equal(comm.reduce_scatter("A", value, kind="A"), torch.arange(4.0))
-    assert torch.equal(comm.all_gather("A", value, kind="A"), torch.arange(4.0))
+    assert comm.begin_exchange("A", [value], [4], kind="A").wait() == [value]
+    assert comm.begin_all_reduce("A", value, kinds={"A": 16}).wait() is value
     assert comm.all_gather_object("A", "own") == ["own"]
     assert (comm.rank, comm.world_size, comm.take_sent()) == (0, 1, {})
 
@@ -30,14 +30,17 @@ def call_every_collective(rank: int, world_size: int) -> dict[str, Any]:
     comm = Communicator()
     total, first = torch.full((3,), rank + 1.0), torch.tensor([float(rank)])
     comm.all_reduce("total", total, kind="gradients")
-    part = comm.reduce_scatter("parts", torch.arange(4.0) + rank, kind="A")
-    gathered = comm.all_gather("gather", torch.full((2,), float(rank)), kind="directions")
+    # Rank r sends r + 1 numbers to rank 0, and none to rank 1.
+    parts = [torch.full((rank + 1,), float(rank)), torch.empty(0)]
+    exchanged = comm.begin_exchange("parts", parts, [1, 2] if rank == 0 else [0, 0], kind="A")
+    mixed = comm.begin_all_reduce("mixed", torch.ones(5), kinds={"A": 8, "directions": 12})
     comm.broadcast("first", first, src=1)
     comm.barrier("end")
     return {
         "total": total.tolist(),
-        "part": part.tolist(),
-        "gathered": gathered.tolist(),
+        "mixed": mixed.wait().tolist(),
+        "exchanged": [part.tolist() for part in exchanged.wait()],
+        "exchanged, asked again": [part.tolist() for part in exchanged.wait()],
         "objects": comm.all_gather_object("objects", {"rank": rank}),
         "first": first.item(),
         "sent": comm.take_sent(),
@@ -50,23 +53,24 @@ def test_collectives_return_what_they_say_and_count_what_a_ring_sends() -> None:
     for rank, found in enumerate(run_ranks(2, call_every_collective)):
         assert found == {
             "total": [3.0, 3.0, 3.0],
-            "part": [[1.0, 3.0], [5.0, 7.0]][rank],
-            "gathered": [0.0, 0.0, 1.0, 1.0],
+            "mixed": [2.0] * 5,
+            "exchanged": [[[0.0], [1.0, 1.0]], [[], []]][rank],
+            "exchanged, asked again": [[[0.0], [1.0, 1.0]], [[], []]][rank],
             "objects": [{"rank": 0}, {"rank": 1}],
             "first": 1.0,
-            # Of 2 ranks each sends half of a buffer, and of an all-reduced one twice that; float32 is 4 bytes.
-            "sent": {"gradients": 12, "A": 8, "directions": 8, "control": 4},
+            # Of 2 ranks each sends half of an all-reduced buffer twice, and of an exchange what others receive.
+            "sent": {"gradients": 12, "A": [8, 16][rank], "directions": 12, "control": 4},
             "sent after it was taken": {},
         }
 
 
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_gather_object", "broadcast", "barrier")
+COLLECTIVES = ("all_reduce", "begin_exchange", "all_gather_object", "broadcast", "barrier")
 
 
 def call(comm: Communicator, collective: str) -> None:
     """Calls the collective under its own name."""
-    if collective in ("reduce_scatter", "all_gather"):
-        getattr(comm, collective)(collective, torch.ones(4), kind="A")
+    if collective == "begin_exchange":
+        comm.begin_exchange(collective, [torch.ones(4)] * 2, [4, 4], kind="A").wait()
     else:
         getattr(comm, collective)(collective, *([] if collective == "barrier" else [torch.ones(4)]))
 

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ekfac": {"preconditioner": {"kind": "ekfac"}},
     "lngd": {"preconditioner": {"kind": "lngd"}},
     "all_reduce": {"strategy": {"kind": "all_reduce"}},
+    "all hold": {"strategy": {"kind": "owner_sharded", "replicate_below": 0, "fraction": 1.0}},
+    "replicated": {"strategy": {"kind": "owner_sharded"}},
     "adamw": {"fallback": {"kind": "adamw"}},
 }
 
@@ -44,7 +47,11 @@ def build(case: str, seed: int = 0, width: int = 6) -> tuple[nn.Module, NGD]:
         nn.Linear(width, 4),
     ).double()
     model[1].eval()  # fixed statistics: those of a batch depend on how it is split over ranks
-    settings = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.5, "staleness": STALE, **CASES[case]}
+    if dist.is_initialized():  # else every layer here is small enough to be replicated
+        settings: dict[str, Any] = {"strategy": {"kind": "owner_sharded", "replicate_below": 0}}
+    else:
+        settings = {}
+    settings |= {"lr": 0.02, "damping": 0.1, "ema_decay": 0.5, "staleness": STALE, **CASES[case]}
     return model, NGD(model, NGDConfig.model_validate(settings))
 
 
@@ -232,7 +239,7 @@ def test_a_rank_loads_the_layers_that_it_owns_and_no_others(loaders: list[dict[s
     held = [rank["kfac"][1] for rank in loaders]
 
     assert sum(len(layers) for layers in held) == len(set.union(*held)) == 4
-    assert all(len(rank["all_reduce"][1]) == 4 for rank in loaders)
+    assert all(len(rank[case][1]) == 4 for rank in loaders for case in ("all_reduce", "replicated"))
 
 
 @pytest.mark.ranks
@@ -255,6 +262,8 @@ def test_a_rank_brings_what_it_holds_and_the_bases_that_every_rank_has(savers: l
     assert set.intersection(*brought("kfac", "statistics")) == set.intersection(*brought("kfac", "caches")) == set()
     assert len(set.union(*brought("kfac", "statistics"))) == 7
     assert set.intersection(*brought("ekfac", "caches")) == {f"caches.{layer}.{s}" for layer in "046" for s in "AG"}
+    assert len(set.intersection(*brought("all hold", "caches"))) == 7
+    assert set.intersection(*brought("all hold", "statistics")) == set()
     # Replicas of a statistic are shared out by torch; its past is kept on one rank alone.
     assert len(set.intersection(*brought("all_reduce", "statistics"))) == 7
     assert set.intersection(*brought("all_reduce", "before")) == set()

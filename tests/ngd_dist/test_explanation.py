@@ -58,7 +58,7 @@ def test_a_method_that_reads_activations_says_which_it_found() -> None:
 
 
 def explained(rank: int, world_size: int) -> dict[str, str]:
-    strategies = {"all": AllReduce(), "owner": OwnerSharded()}
+    strategies = {"all": AllReduce(), "owner": OwnerSharded(replicate_below=500)}
     return {name: NGD(Odd(), NGDConfig(strategy=strategy)).explain() for name, strategy in strategies.items()}
 
 
@@ -67,7 +67,7 @@ def test_owners_and_who_averages_are_told_alike_on_every_rank() -> None:
     first, second = run_ranks(2, explained)
 
     assert first == second
-    assert "OwnerSharded on 2 ranks; gradients are averaged by the optimizer" in first["owner"]
+    assert "owner_sharded on 2 ranks; gradients are averaged by the optimizer" in first["owner"]
     owners = {name: line(first["owner"], name) for name in ("conv", "norm", "head")}
     assert {"0", "1"} == {cell for row in owners.values() for cell in row if cell in ("0", "1")}
     assert "all" in line(first["all"], "conv")

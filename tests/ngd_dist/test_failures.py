@@ -152,8 +152,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Postmortem]]:
 def test_a_collective_called_out_of_order_is_named(board: Callable[[int], list[Postmortem]]) -> None:
     ranks = board(2)
     for rank, name in zip(ranks, ["A", "G"], strict=True):
-        rank.enter(name)
-        rank.failed("sizes differ")
+        rank.failed("sizes differ", rank.enter(name))
 
     assert ranks[0].explain().startswith("rank 1 called 'G' instead; every rank must call the same collectives")
     assert ranks[1].explain().startswith("rank 0 called 'A' instead; every rank must call the same collectives")
@@ -165,8 +164,7 @@ def test_the_first_of_many_errors_is_quoted_and_the_missing_are_listed(
     ranks = board(16)
     for rank in (3, 1, 2):
         ranks[rank].raised(f"layer {rank}\nbroke")
-    ranks[0].enter("A")
-    ranks[0].failed("closed")
+    ranks[0].failed("closed", ranks[0].enter("A"))
 
     assert ranks[0].explain() == (
         "rank 3 (and 2 more) raised: layer 3\nbroke; rank 4, rank 5, rank 6, rank 7, rank 8, rank 9, rank 10, rank 11 "
@@ -179,8 +177,7 @@ def test_an_error_that_follows_from_a_failed_collective_is_not_an_error_of_its_o
 ) -> None:
     ranks = board(2)
     for rank in ranks:
-        rank.enter("A")
-        rank.failed("timed out")
+        rank.failed("timed out", rank.enter("A"))
     ranks[0].raised("collective 'A' failed")
 
     assert ranks[1].explain() == "every rank arrived, and rank 0 failed first: timed out"
@@ -192,8 +189,7 @@ def test_a_group_formed_again_over_the_same_store_forgets_the_earlier_failure(
     board(2)[1].raised("of an earlier life")
 
     first, _ = board(2)
-    first.enter("A")
-    first.failed("closed")
+    first.failed("closed", first.enter("A"))
 
     assert first.explain() == "rank 1 did not arrive: died, hangs, or was still busy 0.3 s later"
 
@@ -201,13 +197,51 @@ def test_a_group_formed_again_over_the_same_store_forgets_the_earlier_failure(
 def test_the_wait_for_a_report_ends_when_it_comes(board: Callable[[int], list[Postmortem]]) -> None:
     postmortem.PATIENCE_S = 30.0  # the fixture puts it back
     first, second = board(2)
-    first.enter("A")
-    first.failed("closed")
+    first.failed("closed", first.enter("A"))
     threading.Timer(0.2, second.raised, ["late"]).start()
     start_s = time.monotonic()
 
     assert first.explain() == "rank 1 raised: late"
     assert time.monotonic() - start_s < 15
+
+
+def fail_aside(rank: int, world_size: int, culprit: int) -> tuple[float, str]:
+    """Rank 1 waits over links aside for a rank that dies, rank 0 over those of the group for rank 1."""
+    comm = Communicator()
+    aside = comm.aside()
+    comm.barrier("start")
+    if rank == culprit:
+        time.sleep(0.5)
+        os._exit(1)
+    start_s = time.monotonic()
+    with pytest.raises(CollectiveError) as caught:
+        wait_for_the_next(rank, comm, aside)
+    return time.monotonic() - start_s, str(caught.value)
+
+
+def wait_for_the_next(rank: int, comm: Communicator, aside: Communicator) -> None:
+    if rank == 0:
+        comm.broadcast("first", torch.ones(9), src=1)
+    else:
+        aside.begin_exchange("statistics", [torch.ones(9)] * 3, [9] * 3, kind="A").wait()
+
+
+@pytest.mark.ranks
+def test_a_rank_that_dies_ends_what_waits_over_either_links_and_is_named() -> None:
+    found = run_survivors(3, fail_aside, 2, doomed={2}, timeout_s=1.5 * BOUND_S)
+
+    for rank, name in {0: "first", 1: "statistics"}.items():
+        elapsed_s, message = found[rank]
+        assert elapsed_s < BOUND_S  # not the group's timeout
+        assert f"collective {name!r} failed on rank {rank} of 3: rank 2 did not arrive" in message
+
+
+def test_collectives_over_other_links_are_not_compared(board: Callable[[int], list[Postmortem]]) -> None:
+    first, second = board(2)
+    first.failed("closed", first.enter("statistics", is_aside=True))
+    second.failed("closed", second.enter("gradients"))
+
+    assert second.explain() == "every rank arrived, and rank 0 failed first: closed"
 
 
 def refuses_an_input(rank: int, world_size: int) -> str:

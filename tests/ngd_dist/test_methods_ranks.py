@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import AdaptiveInterval, FixedInterval, Settings, Thresholds
+from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
 from ngd_dist.preconditioners import PRECONDITIONERS
 from tests.support.ranks import run_ranks
 
@@ -18,7 +18,14 @@ pytestmark = pytest.mark.ranks
 
 SAVED_AT, STEPS = 5, 7
 BATCH = 32
-STRATEGIES = ("all_reduce", "owner_sharded")
+STRATEGIES: dict[str, Settings] = {
+    "all_reduce": AllReduce(),
+    "owner_sharded": OwnerSharded(replicate_below=0),
+    "half": OwnerSharded(fraction=0.5, replicate_below=0),
+    "all": OwnerSharded(fraction=1, replicate_below=0),
+    "default": OwnerSharded(),
+}
+FIRST = "all_reduce"
 STALENESS: dict[str, Settings] = {
     "every step": FixedInterval(steps=1),
     # Loose: small batches are noisy, and some refreshes should be left out.
@@ -51,7 +58,7 @@ def config(case: Case, world_size: int) -> NGDConfig:
     method, strategy, staleness = case
     settings: dict[str, Any] = {"preconditioner": {"kind": method}, "staleness": STALENESS[staleness], "lr": 0.03}
     if world_size > 1:
-        settings["strategy"] = {"kind": strategy}
+        settings["strategy"] = STRATEGIES[strategy]
     return NGDConfig.model_validate(settings)
 
 
@@ -122,7 +129,7 @@ def mixed_precision(rank: int, world_size: int) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[Case, dict[str, Any]]:
-    return {case: train_case(0, 1, case) for case in CASES if case[1] == STRATEGIES[0]}
+    return {case: train_case(0, 1, case) for case in CASES if case[1] == FIRST}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -134,7 +141,7 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
 def test_every_method_gives_the_single_process_weights(
     ranks: list[dict[Any, Any]], alone: dict[Case, dict[str, Any]], case: Case
 ) -> None:
-    single = alone[case[0], STRATEGIES[0], case[2]]
+    single = alone[case[0], FIRST, case[2]]
 
     assert ranks[0][case]["refreshed"] == single["refreshed"]
     for ours, theirs in zip(ranks[0][case]["weights"], single["weights"], strict=True):
@@ -157,12 +164,12 @@ def test_a_resumed_run_takes_the_same_steps_bit_for_bit(ranks: list[dict[Any, An
 
 def test_adaptive_staleness_leaves_refreshes_out(alone: dict[Case, dict[str, Any]]) -> None:
     for method in PRECONDITIONERS:
-        adaptive, every = (sum(alone[method, STRATEGIES[0], kind]["refreshed"]) for kind in ("adaptive", "every step"))
+        adaptive, every = (sum(alone[method, FIRST, kind]["refreshed"]) for kind in ("adaptive", "every step"))
         assert adaptive < every
 
 
 def test_methods_differ(alone: dict[Case, dict[str, Any]]) -> None:
-    found = [alone[method, STRATEGIES[0], "every step"]["weights"][0] for method in PRECONDITIONERS]
+    found = [alone[method, FIRST, "every step"]["weights"][0] for method in PRECONDITIONERS]
 
     for i, ours in enumerate(found):
         assert not any(torch.allclose(ours, theirs, rtol=1e-3) for theirs in found[i + 1 :])

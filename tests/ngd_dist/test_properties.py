@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval
 from ngd_dist.inversion import Ending
-from ngd_dist.placement import longest_first
+from ngd_dist.placement import Placement, place
 from ngd_dist.staleness import REFRESHED, Schedule, Track, Verdict
 from ngd_dist.statistics import Key, Statistic, StatisticSpec, pack, packed_size, unpack
 from ngd_dist.strategies import Report
-from ngd_dist.strategies.base import split_shapes
+from ngd_dist.strategies.parcel import Field, open_parcel, pack_parcel, parcel_size
 from tests.support.work import together
 
 F64 = torch.float64
@@ -67,15 +67,21 @@ def test_a_statistic_travels_as_as_many_numbers_as_it_says(
     assert torch.equal(spec.expand(flat), value)
 
 
+DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, F64])
+
+
 @patient
-@given(shapes=st.lists(st.one_of(SHAPES, st.just(())), max_size=5), padding=st.integers(0, 4), seed=SEEDS)
-def test_a_flat_buffer_splits_into_what_it_was_made_of(shapes: list[tuple[int, ...]], padding: int, seed: int) -> None:
-    tensors = [random(seed + i, *shape) for i, shape in enumerate(shapes)]
-    buffer = torch.cat([*(tensor.flatten() for tensor in tensors), torch.zeros(padding, dtype=F64)])
+@given(fields=st.lists(st.tuples(st.one_of(SHAPES, st.just(())), DTYPES), max_size=5), seed=SEEDS)
+def test_a_parcel_opens_into_what_it_was_made_of(fields: list[tuple[tuple[int, ...], torch.dtype]], seed: int) -> None:
+    layout = [Field(*field) for field in fields]
+    tensors = [random(seed + i, *shape).to(dtype) for i, (shape, dtype) in enumerate(fields)]
 
-    parts = split_shapes(buffer, shapes)
+    parcel = pack_parcel(layout, tensors, torch.device("cpu"))
 
-    assert all(torch.equal(part, tensor) for part, tensor in zip(parts, tensors, strict=True))
+    assert parcel.shape == (parcel_size(layout),)
+    opened = open_parcel(layout, parcel)
+    assert [part.dtype for part in opened] == [dtype for _, dtype in fields]
+    assert all(torch.equal(part, tensor) for part, tensor in zip(opened, tensors, strict=True))
 
 
 @given(
@@ -171,9 +177,13 @@ def test_an_average_that_is_reset_begins_anew(decay: float, seed: int) -> None:
 COSTS = st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 100), min_size=1, max_size=7)
 
 
+def owned_by(placement: Placement, rank: int) -> list[str]:
+    return [layer for layer, roles in placement.roles.items() if roles.owner == rank]
+
+
 def loads(costs: dict[str, int], world_size: int) -> list[int]:
-    placement = longest_first(costs, world_size)
-    return [sum(costs[layer] for layer in placement.owned(rank)) for rank in range(world_size)]
+    placement = place(costs, world_size)
+    return [sum(costs[layer] for layer in owned_by(placement, rank)) for rank in range(world_size)]
 
 
 def least_makespan(costs: Sequence[int], world_size: int) -> int:
@@ -200,11 +210,11 @@ def test_the_busiest_rank_is_within_grahams_bound_of_the_optimum(costs: dict[str
 def test_every_layer_has_one_owner_and_no_rank_has_much_more_than_its_share(
     costs: dict[str, int], world_size: int
 ) -> None:
-    placement = longest_first(costs, world_size)
+    placement = place(costs, world_size)
 
-    owned = [layer for rank in range(world_size) for layer in placement.owned(rank)]
+    owned = [layer for rank in range(world_size) for layer in owned_by(placement, rank)]
     assert sorted(owned) == sorted(costs)
-    assert all(placement.owners(layer) == (rank,) for rank in range(world_size) for layer in placement.owned(rank))
+    assert all(roles.holders == roles.inverters == (roles.owner,) for roles in placement.roles.values())
     # The last layer of the busiest rank went to it when no rank had less than it.
     share = sum(costs.values()) / world_size
     assert max(loads(costs, world_size)) <= share + (1 - 1 / world_size) * max(costs.values()) + 1e-6
@@ -216,9 +226,23 @@ def test_owners_do_not_depend_on_the_order_of_the_layers(
 ) -> None:
     shuffled = dict(data.draw(st.permutations(list(costs.items()))))
 
-    here, there = longest_first(costs, world_size), longest_first(shuffled, world_size)
+    here, there = place(costs, world_size), place(shuffled, world_size)
 
-    assert dict(here.owners_by_layer) == dict(there.owners_by_layer)
+    assert dict(here.roles) == dict(there.roles)
+
+
+@given(costs=COSTS, world_size=st.integers(1, 9), fraction=st.floats(0, 1), below=st.integers(0, 100))
+def test_the_wanted_share_of_ranks_holds_a_layer_and_each_other_rank_has_a_supplier(
+    costs: dict[str, int], world_size: int, fraction: float, below: int
+) -> None:
+    placement = place(costs, world_size, fraction=fraction, replicate_below=below)
+
+    for layer, roles in placement.roles.items():
+        wanted = world_size if costs[layer] < below else max(1, ceil(fraction * world_size))
+        assert len(set(roles.holders)) == len(roles.holders) == wanted
+        assert roles.holders[0] == roles.owner
+        assert set(roles.inverters) == ({roles.owner} if costs[layer] >= below else set(range(world_size)))
+        assert {placement.supplier(layer, rank) for rank in range(world_size)} <= set(roles.holders)
 
 
 # --- schedule ---------------------------------------------------------------------------------------------------------

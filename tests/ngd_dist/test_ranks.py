@@ -20,17 +20,33 @@ STEPS = 6
 BATCH = 16
 REFRESH_ALWAYS = FixedInterval(steps=1)
 ADAPTIVE = AdaptiveInterval(thresholds=Thresholds(A=0.6, G=0.6, F=0.6))  # loose: small batches are noisy
+SHARDED = OwnerSharded(replicate_below=0)  # every layer here is small enough to be replicated
 CASES: dict[str, tuple[Settings, Settings, int, torch.dtype]] = {
     "all_reduce": (AllReduce(), REFRESH_ALWAYS, 1, torch.float64),
-    "owner_sharded": (OwnerSharded(), REFRESH_ALWAYS, 1, torch.float64),
+    "owner_sharded": (SHARDED, REFRESH_ALWAYS, 1, torch.float64),
     "all_reduce adaptive": (AllReduce(), ADAPTIVE, 1, torch.float64),
-    "owner_sharded adaptive": (OwnerSharded(), ADAPTIVE, 1, torch.float64),
-    "owner_sharded micro-batches": (OwnerSharded(), ADAPTIVE, 2, torch.float64),
+    "owner_sharded adaptive": (SHARDED, ADAPTIVE, 1, torch.float64),
+    "owner_sharded micro-batches": (SHARDED, ADAPTIVE, 2, torch.float64),
     "all_reduce micro-batches": (AllReduce(), ADAPTIVE, 2, torch.float64),
+    "half of the ranks": (OwnerSharded(fraction=0.5, replicate_below=0), ADAPTIVE, 1, torch.float64),
+    "all ranks": (OwnerSharded(fraction=1, replicate_below=0), ADAPTIVE, 1, torch.float64),
+    # The two larger convolutions and linear layers have an owner, the others are everywhere.
+    "small ones replicated": (OwnerSharded(replicate_below=3000), ADAPTIVE, 1, torch.float64),
+    "many buckets": (SHARDED, ADAPTIVE, 1, torch.float64),
     "all_reduce float32": (AllReduce(), REFRESH_ALWAYS, 1, torch.float32),
-    "owner_sharded float32": (OwnerSharded(), REFRESH_ALWAYS, 1, torch.float32),
+    "owner_sharded float32": (SHARDED, REFRESH_ALWAYS, 1, torch.float32),
 }
-RESUMED = ("owner_sharded adaptive", "all_reduce adaptive", "owner_sharded float32")
+BUCKET_MB = {"many buckets": 1e-6, "owner_sharded": 0.0}
+RESUMED = (
+    "owner_sharded adaptive",
+    "all_reduce adaptive",
+    "owner_sharded float32",
+    "half of the ranks",
+    "all ranks",
+    "small ones replicated",
+)
+STRATEGIES = ("all_reduce", "owner_sharded", "half of the ranks", "all ranks")
+ROUNDED = ("bfloat16", "float16")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -72,7 +88,8 @@ def train(model: nn.Module, optimizer: NGD, steps: range, rank: int, world_size:
 
 def config(case: str, **changes: Any) -> NGDConfig:
     strategy, staleness, micro, _ = CASES[case]
-    settings = {"strategy": strategy, "staleness": staleness, "micro_batches": micro, "damping": 0.1, **changes}
+    settings = {"strategy": strategy, "staleness": staleness, "micro_batches": micro, "damping": 0.1}
+    settings |= {"bucket_mb": BUCKET_MB.get(case, 25.0), **changes}
     return NGDConfig.model_validate(settings)
 
 
@@ -102,7 +119,7 @@ def train_every_case(rank: int, world_size: int) -> dict[str, Any]:
             found[f"next {case}"] = weights(model)
             found[f"reloaded {case}"] = resume(rank, world_size, *saved, case)
             found[f"held {case}"] = held_after_loading(saved[1], case)
-    found["bytes"] = {case: bytes_of_a_refresh(case, rank, world_size) for case in ("all_reduce", "owner_sharded")}
+    found["bytes"] = {case: bytes_of_a_refresh(case, rank, world_size) for case in STRATEGIES}
     return found
 
 
@@ -158,6 +175,9 @@ def test_a_rank_loads_the_layers_that_it_owns_and_no_others(ranks: list[dict[str
 
     assert sum(len(layers) for layers in held) == len(set.union(*held)) == 5
     assert all(len(rank["held all_reduce adaptive"]) == 5 for rank in ranks)
+    inverted = [rank["held small ones replicated"] for rank in ranks]
+    assert set.intersection(*inverted) == {"0", "1", "8"}
+    assert sum("3" in layers for layers in inverted) == sum("6" in layers for layers in inverted) == 1
 
 
 @pytest.mark.parametrize("case", RESUMED)
@@ -169,7 +189,7 @@ def test_a_state_loads_at_another_world_size(ranks: list[dict[str, Any]], case: 
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", ["all_reduce", "owner_sharded"])
+@pytest.mark.parametrize("case", STRATEGIES)
 def test_a_strategy_for_many_works_in_one_process(case: str) -> None:
     model = build_model(torch.float64)
     optimizer = NGD(model, config(case))
@@ -180,11 +200,21 @@ def test_a_strategy_for_many_works_in_one_process(case: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_only_sharded_directions_travel(ranks: list[dict[str, Any]]) -> None:
-    sent = ranks[0]["bytes"]
+def test_directions_travel_to_those_that_do_not_hold_a_layer_and_inverses_to_those_that_do(
+    ranks: list[dict[str, Any]],
+) -> None:
+    sent = {case: sum_of([rank["bytes"][case] for rank in ranks]) for case in STRATEGIES}
 
-    assert sent["owner_sharded"]["directions"] > 0
-    assert "directions" not in sent["all_reduce"]
+    assert "directions" not in sent["all_reduce"] | sent["all ranks"]
+    assert "inverses" not in sent["all_reduce"] | sent["owner_sharded"]
+    assert sent["all ranks"]["inverses"] > 0
+    if len(ranks) == 4:
+        assert 0 < sent["half of the ranks"]["directions"] < sent["owner_sharded"]["directions"]
+        assert 0 < sent["half of the ranks"]["inverses"] < sent["all ranks"]["inverses"]
+
+
+def sum_of(parts: list[dict[str, int]]) -> dict[str, int]:
+    return {kind: sum(part.get(kind, 0) for part in parts) for kind in set().union(*parts)}
 
 
 def test_a_state_of_one_process_loads_on_two_ranks() -> None:
@@ -208,11 +238,22 @@ def wrapped_and_bare(rank: int, world_size: int) -> tuple[list[Tensor], list[Ten
     for wraps in (True, False):
         model = build_model(torch.float64)
         forward = DistributedDataParallel(model) if wraps else model
-        optimizer = NGD(forward, config("owner_sharded"))
+        optimizer = NGD(forward, config("many buckets"))
         train(forward, optimizer, range(2), rank, world_size)
         found.append(weights(model))
         sent = optimizer.stats.bytes_sent if wraps else sent
     return found[0], found[1], sent
+
+
+def rounded_inverses(dtype: str, rank: int, world_size: int) -> tuple[list[Tensor], int]:
+    """Returns the weights, and the bytes of inverses that this rank has sent."""
+    model = build_model(torch.float64)
+    optimizer = NGD(model, config("all ranks", staleness=REFRESH_ALWAYS, inverse_dtype=dtype, **alone(world_size)))
+    sent = 0
+    for step in range(3):
+        train(model, optimizer, range(step, step + 1), rank, world_size)
+        sent += optimizer.stats.bytes_sent.get("inverses", 0)
+    return weights(model), sent
 
 
 def summed(rank: int, world_size: int) -> list[Tensor]:
@@ -274,9 +315,10 @@ def variants(rank: int, world_size: int) -> dict[str, Any]:
         "wrapped": wrapped_and_bare(rank, world_size),
         "unused": half_the_ranks_use_a_layer(rank, world_size),
         "bfloat16": bfloat16_wire(rank, world_size),
-        "bytes": {case: bytes_of_a_refresh(case, rank, world_size) for case in ("all_reduce", "owner_sharded")},
+        "bytes": {case: bytes_of_a_refresh(case, rank, world_size) for case in STRATEGIES},
         "single": refuses_single(),
         "summed": summed(rank, world_size),
+        "inverses": {dtype: rounded_inverses(dtype, rank, world_size) for dtype in ("float32", *ROUNDED)},
         "twice": one_rank_differentiates_a_layer_twice(rank, world_size),
     }
 
@@ -297,9 +339,20 @@ def pair() -> list[dict[str, Any]]:
 def test_ddp_averages_the_gradients_once(pair: list[dict[str, Any]]) -> None:
     wrapped, bare, sent = pair[0]["wrapped"]
 
-    assert sent["gradients"] < 100  # bytes: the counts of captured layers alone
+    assert sent["gradients"] < 300  # bytes: the tallies of captured layers alone
     for ours, theirs in zip(wrapped, bare, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_inverses_travel_in_16_bits_without_losing_more(pair: list[dict[str, Any]], dtype: str) -> None:
+    exact, rounded = ([rank["inverses"][kept] for rank in pair] for kept in ("float32", dtype))
+    alone, _ = rounded_inverses(dtype, 0, 1)
+
+    assert all(torch.equal(a, b) for a, b in zip(rounded[0][0], rounded[1][0], strict=True))
+    for ours, theirs in zip(rounded[0][0], alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert sum(sent for _, sent in rounded) < sum(sent for _, sent in exact) / 2  # of eight bytes, not all inverses
 
 
 def test_a_layer_that_only_some_ranks_use_neither_hangs_nor_drifts(pair: list[dict[str, Any]]) -> None:
@@ -327,19 +380,25 @@ def test_a_second_backward_pass_on_one_rank_is_an_error_on_all_and_the_next_step
     assert here[1] == there[1] == "nothing"
 
 
-def test_an_owner_receives_less_than_an_all_reduce_sends(pair: list[dict[str, Any]]) -> None:
-    sent = pair[0]["bytes"]
+def test_owners_receive_half_of_what_an_all_reduce_sends(pair: list[dict[str, Any]]) -> None:
+    sent = {case: sum(rank["bytes"][case]["statistics"] for rank in pair) for case in STRATEGIES}
 
-    # Half, but for the padding of the shorter part.
-    assert sent["owner_sharded"]["statistics"] < sent["all_reduce"]["statistics"]
+    # Triangles of float32, and 3 numbers for each of 4 channels: each goes from the one rank to the other, and back.
+    factors = [9, 4, 37, 6, 25, 8, 9, 5]
+    numbers = sum(n * (n + 1) // 2 for n in factors) + 3 * 4
+    assert sent["owner_sharded"] == pytest.approx(4 * numbers, abs=8 * len(factors))  # aligned to 8 bytes
+    assert sent["all_reduce"] == 2 * sent["owner_sharded"]
 
 
-def test_bfloat16_halves_the_statistics_on_the_wire(pair: list[dict[str, Any]]) -> None:
-    sent, ours = pair[0]["bfloat16"]
+def test_bfloat16_halves_all_but_the_diagonals(pair: list[dict[str, Any]]) -> None:
+    sent, ours = (pair[0]["bfloat16"][0]["statistics"] + pair[1]["bfloat16"][0]["statistics"], pair[0]["bfloat16"][1])
 
-    assert sent["statistics"] * 2 == pair[0]["bytes"]["owner_sharded"]["statistics"]
-    assert all(bool(torch.isfinite(p).all()) for p in ours)
+    factors = [9, 4, 37, 6, 25, 8, 9, 5]
+    numbers = sum(4 * n + 2 * (n * (n - 1) // 2) for n in factors) + 4 * 3 * 4
+    assert sent == pytest.approx(numbers, abs=16 * len(factors))
     assert all(torch.equal(a, b) for a, b in zip(ours, pair[1]["bfloat16"][1], strict=True))
+    for rounded, exact in zip(ours, single_process("owner_sharded float32", 1), strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=1e-3)
 
 
 def test_single_refuses_a_group_of_two(pair: list[dict[str, Any]]) -> None:

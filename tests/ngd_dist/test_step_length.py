@@ -282,7 +282,12 @@ def test_a_summed_loss_takes_the_step_of_its_mean_where_samples_share_a_run() ->
         torch.testing.assert_close(summed[name], moved, rtol=1e-10, atol=1e-14)
 
 
-STRATEGIES = ("all_reduce", "owner_sharded")
+STRATEGIES: dict[str, Any] = {
+    "all_reduce": {"kind": "all_reduce"},
+    "owner_sharded": {"kind": "owner_sharded", "replicate_below": 0},
+    "all hold": {"kind": "owner_sharded", "replicate_below": 0, "fraction": 1.0},
+    "some replicated": {"kind": "owner_sharded", "replicate_below": 300},
+}
 RANK_CASES: dict[str, dict[str, Any]] = {
     "kfac": {"preconditioner": {"kind": "kfac"}},
     "lngd": {"preconditioner": {"kind": "lngd"}},
@@ -310,7 +315,7 @@ def trained(config: NGDConfig, rank: int, world_size: int) -> list[Tensor]:
 
 def train_all(rank: int, world_size: int) -> dict[tuple[str, str], list[Tensor]]:
     return {
-        (case, strategy): trained(changed(CONFIG, strategy={"kind": strategy}, **settings), rank, world_size)
+        (case, strategy): trained(changed(CONFIG, strategy=STRATEGIES[strategy], **settings), rank, world_size)
         for case, settings in RANK_CASES.items()
         for strategy in STRATEGIES
     }
