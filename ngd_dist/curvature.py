@@ -156,7 +156,7 @@ class Curvature:
         if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
             return Report(Verdict.UNUSABLE, Ending.NON_FINITE, rows=tally.rows)
         spread = statistic.spread
-        change = statistic.fold(statistic.spec.expand(mean))
+        change = statistic.fold(mean)
         noise = tally.noise(key.statistic, change.norm)
         threshold = threshold_for(self._staleness, key.statistic, noise * spread)
         verdict = judge(change, threshold)

@@ -107,11 +107,13 @@ class Strategy:
 
     def offer(self, key: Key, value: Tensor) -> None:
         """Takes this rank's value of a due statistic; it must not change any more. The first one counts."""
-        flat = self._wire.specs[key].flatten(value).to(self._wire.exact)
-        if self._is_summed_everywhere(key.layer):
-            self._small.setdefault(key, flat)
+        value = value.to(self._wire.exact)
+        if self.comm.world_size == 1:
+            self._small.setdefault(key, value)
+        elif self._is_summed_everywhere(key.layer):
+            self._small.setdefault(key, self._wire.specs[key].flatten(value))
         else:
-            self._buckets.offer(key, flat)
+            self._buckets.offer(key, self._wire.specs[key].flatten(value))
 
     def collect(self, local: Local) -> Collected:
         """Collective. Returns the means over ranks; a due statistic that was not offered counts as zeros."""
@@ -134,7 +136,7 @@ class Strategy:
             gradients |= zip(wide, averaged, strict=False)
             plain = averaged[len(wide) :]
         is_finite, miscounted, captured = tallied(non_finite, tallies, self._due)
-        means = {key: total / captured[key.layer].ranks for key, total in sums.items() if key.layer in captured}
+        means = {k: self._mean(k, total, captured[k.layer].ranks) for k, total in sums.items() if k.layer in captured}
         held = {name: gradients[name] for name in self._cargo if self.holds(name)}
         return Collected(is_finite, miscounted, captured, means, held, plain)
 
@@ -197,7 +199,13 @@ class Strategy:
     def _small_value(self, key: Key) -> Tensor:
         if key in self._small:
             return self._small[key]
-        return torch.zeros(self._wire.specs[key].numbers, dtype=self._wire.exact, device=self._device)
+        spec = self._wire.specs[key]
+        shape = spec.shape if self.comm.world_size == 1 else (spec.numbers,)
+        return torch.zeros(shape, dtype=self._wire.exact, device=self._device)
+
+    def _mean(self, key: Key, total: Tensor, ranks: int) -> Tensor:
+        """Returns the mean in its own shape. On one rank nothing was flattened: packing takes as long as inverting."""
+        return total if self.comm.world_size == 1 else self._wire.specs[key].expand(total / ranks)
 
     def _begin_sum(self, statistics: list[Tensor], others: list[Tensor]) -> Pending[tuple[list[Tensor], list[Tensor]]]:
         """Returns the sums of both on every rank."""
