@@ -3,8 +3,9 @@
 The sizes are those that the library finds in the models. Each distinct size is measured once, on a factor with
 eigenvalues 1 / i^2 in a random basis, damped to a condition number of 1,000, and counted as often as it occurs. Warm
 starts, and SINGD's update, have the inverse from before 5% of the factor gave way to the mean of 4,096 new samples.
-Sizes above --largest are left out, and the share of the work (n^3) that the others are is told. CPUs compute 16-bit
-products in float32, which is no faster: those rows show there what the method does, not what it is for.
+Sizes above --once-above are timed once; those above --largest are left out, and the share of the work (n^3) that the
+others are is told. CPUs compute 16-bit products in float32, which is no faster: those rows show there what the method
+does, not what it is for. A method that the ladder leaves for Cholesky is timed with it.
 
     python -m benchmarks.inversion --hardware cpu2
 """
@@ -193,7 +194,8 @@ def table(rows: list[dict[str, Any]], sizes: dict[str, Counter[int]], device: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--largest", type=int, default=1200)
+    parser.add_argument("--largest", type=int, default=5000)
+    parser.add_argument("--once-above", type=int, default=1200)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hardware", required=True, help="the last word of the result's folder")
     arguments = parser.parse_args()
@@ -203,7 +205,10 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = {name: factor_sizes(build) for name, build in MODELS.items()}
     distinct = sorted({n for counts in sizes.values() for n in counts if n <= arguments.largest})
-    rows = [row for n in distinct for row in measure(n, arguments.device, arguments.repeats)]
+    rows = []
+    for n in distinct:
+        rows += measure(n, arguments.device, arguments.repeats if n <= arguments.once_above else 1)
+        print(f"{n}: done", flush=True)
     counted = {name: dict(sorted(counts.items())) for name, counts in sizes.items()}
     text = table(rows, sizes, arguments.device)
     write(folder_for("inversion", arguments.hardware), {"sizes": counted, "rows": rows}, text)
