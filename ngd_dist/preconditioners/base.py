@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -32,14 +33,16 @@ class Preconditioner(ABC):
 
     `statistics`: what is averaged over samples, ranks and time. `cache_shapes`: the entries of a cache. `shared`: those
     of them that `estimate` reads, and which every rank therefore gets; they follow from the statistics that are not
-    `in_basis`. `inverses`: those that are dense inverses, which may be kept in 16 bits. `reads_slopes`: whether
-    `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
+    `in_basis`. `inverses`: those that are dense inverses, which may be kept in 16 bits. `parts`: the operations of
+    making what a statistic alone decides, of a cache that is made statistic by statistic; empty where it is made as a
+    whole. `reads_slopes`: whether `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
     """
 
     statistics: tuple[StatisticSpec, ...]
     cache_shapes: Mapping[str, tuple[int, ...]]
     shared: tuple[str, ...] = ()
     inverses: tuple[str, ...] = ()
+    parts: Mapping[str, int] = MappingProxyType({})
     reads_slopes: bool = False
 
     def __init__(self, shape: LayerShape) -> None:
@@ -88,11 +91,12 @@ class Preconditioner(ABC):
     def work(self, rows: Mapping[str, int]) -> int:
         """Returns the operations of estimating these statistics, each from so many rows, and of the refresh they cause.
 
-        A model, for staggering. A cache is made anew as a whole unless a method says otherwise; what is measured in its
-        basis only fills it.
+        A model, for staggering. What is measured in a cache's basis only fills it.
         """
         due = [spec for spec in self.statistics if spec.name in rows]
         estimates = sum(2 * rows[spec.name] * prod(spec.shape) for spec in due)
+        if self.parts:
+            return estimates + sum(self.parts[spec.name] for spec in due)
         return estimates + (0 if all(spec.in_basis for spec in due) else self.refresh_flops())
 
     @abstractmethod
