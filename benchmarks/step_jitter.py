@@ -8,14 +8,14 @@ the least of its repeats, which do the same work. What a busy neighbour adds nev
 how much. p99 over p50 is given of all steps, and of each quarter of them, the least and the most.
 
     python -m benchmarks.step_jitter            # an hour or more
-    PYTHONPATH=<kfac-pytorch> python -m benchmarks.step_jitter --models mlp --rivals "kfac-pytorch inverse"
+    PYTHONPATH=<kfac-pytorch> python -m benchmarks.step_jitter --models mlp --only "sgd 1/1" "ngd 10/10"
 """
 
 import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class Row:
     build: Make
     aims: bool = False
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.refresh}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -65,7 +69,7 @@ OURS = (
     Row("ngd rows 128", "10/10", ROWS.build, aims=True),
     Row("ngd rows 128", "adaptive", ROWS.build, aims=True),
 )
-PLANS = (Plan("mlp", 1000, 200, repeats=2), Plan("resnet20", 200, 60))
+PLANS = (Plan("mlp", 1000, 100, repeats=2), Plan("resnet20", 200, 40))
 
 
 def rows(rivals: Mapping[str, Peer]) -> list[Row]:
@@ -181,11 +185,13 @@ def run(plans: Sequence[Plan], wanted: Sequence[Row]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[plan.model for plan in PLANS])
-    parser.add_argument("--rivals", nargs="+", default=list(RIVALS), help="default: all")
+    parser.add_argument("--only", nargs="+", help="rows by optimizer and refresh, as in 'ngd 10/10'; default: all")
+    parser.add_argument("--repeats", type=int, help="default: 2 for the MLP")
     parser.add_argument("--hardware", default="cpu2", help="the last word of the result's folder")
     arguments = parser.parse_args()
-    rivals = {name: RIVALS[name] for name in arguments.rivals}
-    result = run([plan for plan in PLANS if plan.model in arguments.models], rows(rivals))
+    wanted = [row for row in rows(RIVALS) if row.label in (arguments.only or [row.label])]
+    plans = [plan for plan in PLANS if plan.model in arguments.models]
+    result = run([replace(plan, repeats=arguments.repeats or plan.repeats) for plan in plans], wanted)
     write(folder_for("step-jitter", arguments.hardware), result, table(result))
     print(table(result))
 
