@@ -15,7 +15,7 @@ from benchmarks.trainer import DAMPING, STEP_LENGTH, Peer, Refresh, Setting, Tra
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, AdaptiveInterval, FixedInterval
 
-__all__ = ["PEERS", "Peer", "Refresh", "Setting", "Trainer", "Training", "build", "refreshes", "why_not"]
+__all__ = ["PEERS", "Peer", "Refresh", "Setting", "Trainer", "Training", "build", "ngd", "refreshes", "why_not"]
 
 NGD_KINDS = {
     "momentum_buffer": "momentum",
@@ -32,7 +32,7 @@ NGD_KINDS = {
 NGD_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10", "adaptive")
 
 
-def _ngd(**choices: Any) -> Peer:
+def ngd(**choices: Any) -> Peer:
     def build(model: nn.Module, setting: Setting) -> Training:
         adaptive = setting.refresh == "adaptive"
         staleness = AdaptiveInterval() if adaptive else FixedInterval(steps=setting.inverses_every)
@@ -46,10 +46,10 @@ def _ngd(**choices: Any) -> Peer:
 # Factors at least twice as wide as the rows are kept as rows: 256 are all samples of a batch of 256, 128 are half.
 PEERS: dict[str, Peer] = {
     "sgd": RIVALS["sgd"],
-    "ngd": _ngd(),
-    "ngd rows 256": _ngd(preconditioner=KFAC(rows=256)),
-    "ngd rows 128": _ngd(preconditioner=KFAC(rows=128)),
-    "ngd ekfac": _ngd(preconditioner=EKFAC()),
+    "ngd": ngd(),
+    "ngd rows 256": ngd(preconditioner=KFAC(rows=256)),
+    "ngd rows 128": ngd(preconditioner=KFAC(rows=128)),
+    "ngd ekfac": ngd(preconditioner=EKFAC()),
 } | RIVALS
 
 

@@ -219,8 +219,27 @@ def plot_curves(result: Result) -> Any:
     return figure
 
 
+def plot_jitter(result: Result) -> Any:
+    """Returns the distribution of step times in multiples of the median: a flat line is an even run."""
+    rows = [row for row in result.document["rows"] if not row["failure"]]
+    groups = list(_groups(rows, "model"))
+    figure, axes = _figure(len(groups), 3.6)
+    names = list(dict.fromkeys((row["optimizer"], row["refresh"]) for row in rows))
+    for axis, ((model,), own) in zip(axes, groups, strict=True):
+        for row in own:
+            name = (row["optimizer"], row["refresh"])
+            times = [ms / row["p50"] for ms in row["percentiles"]]
+            style = {"color": f"C{names.index(name)}", "ls": "-" if name[0].startswith("ngd") else ":"}
+            axis.plot(times, label=" ".join(name), lw=1.6 if row["aims"] else 0.9, **style)
+        axis.axhline(1.25, color="black", lw=0.5)
+        axis.set(title=model, xlabel="per cent of the steps", ylabel="time over the median", yscale="log")
+    axes[0].legend(fontsize=6)
+    return figure
+
+
 PLOTS: dict[str, Callable[[Result], Any]] = {
     "step-overhead": plot_overhead,
+    "step-jitter": plot_jitter,
     "memory": plot_memory,
     "steps-to-target": plot_curves,
 }

@@ -90,7 +90,7 @@ class Curvature:
         # What fails where only the damping moved stays, until the next refresh.
         drifted = self._drifted()
         here = [name for name in drifted if self._strategy.inverts(name)]
-        endings = self._rebuild(dict.fromkeys(here, frozenset()) | fresh)
+        endings = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._damping_of(name) for name in drifted}
         self._share(due, drifted)
         return {key: _with_ending(key, report, found, endings.get(key.layer, {})) for key, report in found.items()}
@@ -116,8 +116,11 @@ class Curvature:
 
     def settle(self, reports: Mapping[Key, Report]) -> None:
         """Takes note of what was refreshed anywhere, from the reports that every rank has."""
-        refreshed = {key.layer for key, report in reports.items() if report.verdict in REFRESHED}
-        self.damped_with |= {name: self._damping_of(name) for name in refreshed}
+        refreshed = [key for key, report in reports.items() if report.verdict in REFRESHED]
+        for name in {key.layer for key in refreshed}:
+            own = {key.statistic for key in refreshed if key.layer == name}
+            if name not in self.damped_with or own.issuperset(self._preconditioners[name].parts):
+                self.damped_with[name] = self._damping_of(name)
 
     def take(self, name: str, entries: Cache | None) -> None:
         """Keeps entries of a layer's cache that another rank made, or that were saved; None: there is no cache."""
@@ -200,12 +203,16 @@ class Curvature:
         return {statistic: value for statistic, value in found.items() if value is not None}
 
     def _drifted(self) -> list[str]:
-        """Returns the layers whose damping has moved since they were refreshed, the same on every rank."""
+        """Returns the layers whose damping has moved since all of them was damped, the same on every rank."""
         return [
             name
             for name, used in self.damped_with.items()
             if not isclose(used, self._damping_of(name), rel_tol=DAMPING_DRIFT)
         ]
+
+    def _redamped(self, name: str, fresh: Mapping[str, frozenset[str]]) -> frozenset[str]:
+        """Returns what counts as new in a layer all of which is damped anew: what is, and the parts made with it."""
+        return fresh[name] | self._preconditioners[name].parts.keys() if name in fresh else frozenset()
 
 
 def schedule_for(preconditioners: Mapping[str, Preconditioner], config: NGDConfig) -> Schedule:

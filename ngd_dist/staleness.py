@@ -192,15 +192,17 @@ class Schedule:
         """Returns the operations that one step may spend on refreshing what could wait."""
         if self._cap is None and self._stagger == 0:
             return inf
-        rows: dict[str, dict[str, int]] = defaultdict(dict)
-        interval: dict[str, int] = {}
+        by_layer: dict[str, list[tuple[int, Key]]] = defaultdict(list)
         for key, track in self.tracks.items():
             if key not in self._in_basis and (self._cap is not None or track.refreshed > 0):
-                rows[key.layer][key.statistic] = track.rows
-                interval[key.layer] = min(track.interval, interval.get(key.layer, track.interval))
-        if self._cap is not None:
-            return self._cap * sum(self._work(layer, of_layer) for layer, of_layer in rows.items())
-        return CAP_MARGIN * sum(self._work(layer, of_layer) / interval[layer] for layer, of_layer in rows.items())
+                by_layer[key.layer].append((1 if self._cap is not None else track.interval, key))
+        mean, plan = 0.0, _Plan(self._work)
+        for own in by_layer.values():
+            # A rarer refresh meets the more frequent ones of its layer, and adds what they don't do anyway.
+            for interval, key in sorted(own, key=lambda pair: pair[0]):
+                mean += plan.added(0, key, self.tracks[key].rows) / interval
+                plan.add(0, key, self.tracks[key].rows)
+        return mean * (CAP_MARGIN if self._cap is None else self._cap)
 
     def _quietest(self, plan: "_Plan", key: Key, rows: int, step: int, interval: int) -> int:
         """Returns the step, at most `interval` away, on which this refresh adds least to the planned work.

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -14,6 +15,11 @@ from ngd_dist.layers.base import Rows
 from ngd_dist.statistics import StatisticSpec
 
 __all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]
+
+# What the model of `Preconditioner.work` counts as operations beside those of products, from the times of ResNet-20's
+# layers and the MLP's in one thread: the passes over memory for each number of a row, and the calls for a statistic.
+PASSES = 256
+CALLS = 2**25
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +38,16 @@ class Preconditioner(ABC):
 
     `statistics`: what is averaged over samples, ranks and time. `cache_shapes`: the entries of a cache. `shared`: those
     of them that `estimate` reads, and which every rank therefore gets; they follow from the statistics that are not
-    `in_basis`. `inverses`: those that are dense inverses, which may be kept in 16 bits. `reads_slopes`: whether
-    `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
+    `in_basis`. `inverses`: those that are dense inverses, which may be kept in 16 bits. `parts`: the operations of
+    making what a statistic alone decides, of a cache that is made statistic by statistic; empty where it is made as a
+    whole. `reads_slopes`: whether `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
     """
 
     statistics: tuple[StatisticSpec, ...]
     cache_shapes: Mapping[str, tuple[int, ...]]
     shared: tuple[str, ...] = ()
     inverses: tuple[str, ...] = ()
+    parts: Mapping[str, int] = MappingProxyType({})
     reads_slopes: bool = False
 
     def __init__(self, shape: LayerShape) -> None:
@@ -88,11 +96,12 @@ class Preconditioner(ABC):
     def work(self, rows: Mapping[str, int]) -> int:
         """Returns the operations of estimating these statistics, each from so many rows, and of the refresh they cause.
 
-        A model, for staggering. A cache is made anew as a whole unless a method says otherwise; what is measured in its
-        basis only fills it.
+        A model, for staggering. What is measured in a cache's basis only fills it.
         """
         due = [spec for spec in self.statistics if spec.name in rows]
-        estimates = sum(2 * rows[spec.name] * prod(spec.shape) for spec in due)
+        estimates = sum(CALLS + rows[spec.name] * _row_flops(spec) for spec in due)
+        if self.parts:
+            return estimates + sum(self.parts[spec.name] for spec in due)
         return estimates + (0 if all(spec.in_basis for spec in due) else self.refresh_flops())
 
     @abstractmethod
@@ -109,3 +118,9 @@ def with_inverses(old: Cache | None, solutions: Mapping[str, Solution], entries:
             cache[name] = solution.value
     endings = {name: solution.ending for name, solution in solutions.items()}
     return Refreshed(cache if cache.keys() == set(entries) else None, endings)
+
+
+def _row_flops(spec: StatisticSpec) -> int:
+    """Returns the operations for one more row: products with itself, or passes over it where those take longer."""
+    width = prod(spec.shape) if len(spec.shape) == 2 else spec.shape[0] * spec.shape[-1]
+    return max(2 * prod(spec.shape), PASSES * width)

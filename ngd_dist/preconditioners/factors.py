@@ -100,21 +100,18 @@ class Factors:
             return Decomposition(None, None, endings)
         return Decomposition(values, bases, endings)
 
-    def cholesky_flops(self) -> int:
-        """Returns the operations of both inverses: n^3 / 3 + 2 n^3 / 3 multiply-adds, two operations each."""
-        return 2 * self._cubes()
+    def cholesky_flops(self) -> dict[str, int]:
+        """Returns the operations of each inverse: n^3 / 3 + 2 n^3 / 3 multiply-adds, two operations each."""
+        return {spec.name: 2 * spec.shape[0] * _cube(spec) for spec in self.specs}
 
     def eigen_flops(self) -> int:
         """Returns the operations of both eigendecompositions: some 9 n^3 by QR iterations (Golub and Van Loan, 8.3)."""
-        return 9 * self._cubes()
+        return 9 * sum(spec.shape[0] * _cube(spec) for spec in self.specs)
 
     def product_flops(self) -> int:
         """Returns the operations of one product of the gradient with both factors, or with both bases."""
         entries = self._shape.blocks * self._shape.outputs * self._shape.inputs
         return entries * sum(_product_flops(spec) for spec in self.specs)
-
-    def _cubes(self) -> int:
-        return sum(spec.shape[0] * _cube(spec) for spec in self.specs)
 
 
 def _spec(

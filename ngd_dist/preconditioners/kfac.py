@@ -18,7 +18,11 @@ __all__ = ["KFAC"]
 
 
 class KFAC(Preconditioner):
-    """A and G as in `Factors`, with the damping shared between them by pi, or exact in their eigenbases."""
+    """A and G as in `Factors`, with the damping shared between them by pi, or exact in their eigenbases.
+
+    Each inverse is made when its own factor is new, with the pi of that moment. Factors that are rows have a scale in
+    common, and exact damping a basis, so that those are made together.
+    """
 
     def __init__(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> None:
         super().__init__(shape)
@@ -33,6 +37,7 @@ class KFAC(Preconditioner):
             self.cache_shapes = self._factors.bases | {"inverse": shape.gradient}
         else:
             self.inverses = tuple(self._factors.bases)
+            self.parts = {} if self._roots else self._factors.cholesky_flops()
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         return self._factors.estimate(rows, due)
@@ -40,15 +45,17 @@ class KFAC(Preconditioner):
     def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
     ) -> dict[str, Problem]:
-        """Returns both factors if one is new: pi ties them, and the cache stays a function of what is current."""
+        """Returns the factors that are new; both if only the damping is, or if they are tied to each other."""
         if self._is_exact:
             return self._factors.to_decompose(statistics)
         old = old or {}
+        own_only = fresh & self.parts.keys()
         return {
             name: ToInvertRows(statistics[name], own)
             if name in self._roots
             else ToInvert(statistics[name], own, old.get(name))
             for name, own in _split(statistics, damping).items()
+            if not own_only or name in own_only or name not in old
         }
 
     def refresh(
@@ -78,7 +85,7 @@ class KFAC(Preconditioner):
         return from_basis(A, G, to_basis(A, G, grad_BOI) * cache["inverse"])
 
     def refresh_flops(self) -> int:
-        return self._factors.eigen_flops() if self._is_exact else self._factors.cholesky_flops()
+        return self._factors.eigen_flops() if self._is_exact else sum(self._factors.cholesky_flops().values())
 
     def apply_flops(self) -> int:
         return self._factors.product_flops() * (2 if self._is_exact else 1)

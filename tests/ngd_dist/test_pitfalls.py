@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
+from tests.support.refreshing import refresh
 
 F64 = torch.float64
 METHODS: list[dict[str, Any]] = [{"kind": "kfac"}, {"kind": "kfac", "damping_form": "exact"}, {"kind": "ekfac"}]
@@ -49,6 +50,25 @@ def test_inverting_adds_no_damping_to_the_statistics(method: dict[str, Any]) -> 
 
     assert all(torch.equal(value, before[name]) for name, value in values(optimizer).items())
     assert optimizer._curvature.damped_with[""] == 100.0
+
+
+def test_a_layer_one_factor_of_which_is_due_is_damped_anew_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
+    optimizer = NGD(model, NGDConfig(staleness=FixedInterval(steps=6)))
+    train(optimizer, model, x, y, 1)
+    while len(optimizer._schedule.due(optimizer.stats.step + 1)) != 1:
+        train(optimizer, model, x, y, 1)
+
+    optimizer.param_groups[0]["damping"] *= 100
+    train(optimizer, model, x, y, 1)
+
+    assert len(optimizer.stats.refreshes) == 1
+    method, statistics = optimizer._preconditioners[""], values(optimizer)
+    plain = {name.rpartition(".")[2]: value for name, value in statistics.items()}
+    expected = refresh(method, plain, frozenset(), optimizer.param_groups[0]["damping"], None).cache
+    assert expected is not None
+    torch.testing.assert_close(dict(optimizer._curvature.caches[""] or {}), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("samples", [32, 256, 2048])
