@@ -193,7 +193,27 @@ class AdaptiveInterval(Settings):
         "times that of one batch without ema_decay, but at most 1. 0: thresholds are fixed, and a statistic whose "
         "noise is above them is refreshed in every step.",
     )
+    criterion: Literal["change", "error"] = Field(
+        "change",
+        description="What makes a statistic count as changed. change: its own relative change. error: how far the "
+        "inverse in use is from that of the new value, ||I - (X + damping) inverse|| / sqrt(n), or how far a basis of "
+        "EKFAC is from diagonalising it; below error_threshold the old one stays in use and nothing is inverted. What "
+        "has neither follows its change: normalisation layers, exact damping, factors kept as rows.",
+    )
+    error_threshold: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="With criterion error. From half of it on an interval grows no more, from all of it on it is "
+        "halved and the inverse made anew.",
+    )
     max_interval: int = Field(1000, ge=1, description="Steps; no longer interval is planned for a statistic.")
+
+    @model_validator(mode="after")
+    def _threshold_is_read(self) -> Self:
+        if self.criterion == "change" and "error_threshold" in self.model_fields_set:
+            raise ValueError("criterion change measures no error: leave out error_threshold, or say criterion error")
+        return self
 
 
 class FixedInterval(Settings):

@@ -3,19 +3,20 @@
 Statistics are always current; a cache is rebuilt from them when one of its statistics was due.
 """
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isclose
 
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
 from ngd_dist.finite import is_finite
-from ngd_dist.inversion import Ending, solve
+from ngd_dist.inversion import Ending, Inverse, Problem, Solution, ToInvertRows, solve
 from ngd_dist.inversion.storage import Caches
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
-from ngd_dist.staleness import REFRESHED, Schedule, Track, Verdict, judge, threshold_for
+from ngd_dist.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
 from ngd_dist.statistics import Key, Statistic
 from ngd_dist.strategies import Cargo, Collected, Field, Report, Strategy
 from ngd_dist.telemetry import Refresh
@@ -27,6 +28,15 @@ __all__ = ["Curvature", "cargo_of", "schedule_for"]
 DAMPING_DRIFT = 0.1
 # What telemetry takes from a report as it is.
 MEASURED = ("change", "change_to_before", "noise", "threshold", "error", "residual", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rebuilt:
+    """How rebuilding went: the endings by layer, what was solved, and the seconds that each solution took."""
+
+    endings: dict[str, Mapping[str, Ending]]
+    solutions: Mapping[Key, Solution]
+    seconds: Mapping[Key, float]
 
 
 class Curvature:
@@ -74,13 +84,14 @@ class Curvature:
         grad_BOI = grad_BOI.to(self._dtypes[name])
         return grad_BOI if cache is None else self._preconditioners[name].apply(cache, grad_BOI)
 
-    def refresh(self, due: Sequence[Key], means: Collected) -> dict[Key, Report]:
+    def refresh(self, due: Sequence[Key], means: Collected, seconds: Callable[[Key], float]) -> dict[Key, Report]:
         """Collective. Returns a report on each due statistic of the layers that this rank inverts.
 
+        `seconds`: those that estimating a statistic took here, to which its inversion's are added.
         Folds them in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
         found = {key: self._fold(key, means) for key in due if self._strategy.inverts(key.layer)}
-        refreshed = [key for key, report in found.items() if report.verdict in REFRESHED]
+        refreshed = [key for key, report in found.items() if report.makes_anew]
         fresh = {
             name: frozenset(key.statistic for key in refreshed if key.layer == name)
             for name in dict.fromkeys(key.layer for key in refreshed)
@@ -90,10 +101,11 @@ class Curvature:
         # What fails where only the damping moved stays, until the next refresh.
         drifted = self._drifted()
         here = [name for name in drifted if self._strategy.inverts(name)]
-        endings = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
+        rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._damping_of(name) for name in drifted}
         self._share(due, drifted)
-        return {key: _with_ending(key, report, found, endings.get(key.layer, {})) for key, report in found.items()}
+        ended = {key: _with_ending(key, report, found, rebuilt) for key, report in found.items()}
+        return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
 
     def told(
         self, reports: Mapping[Key, Report], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
@@ -116,7 +128,7 @@ class Curvature:
 
     def settle(self, reports: Mapping[Key, Report]) -> None:
         """Takes note of what was refreshed anywhere, from the reports that every rank has."""
-        refreshed = [key for key, report in reports.items() if report.verdict in REFRESHED]
+        refreshed = [key for key, report in reports.items() if report.makes_anew]
         for name in {key.layer for key in refreshed}:
             own = {key.statistic for key in refreshed if key.layer == name}
             if name not in self.damped_with or own.issuperset(self._preconditioners[name].parts):
@@ -160,6 +172,9 @@ class Curvature:
             return Report(Verdict.UNUSABLE, Ending.NON_FINITE, rows=tally.rows)
         spread = statistic.spread
         change = statistic.fold(mean)
+        error, bound = self._error(key), error_threshold(self._staleness)
+        if error is not None and bound is not None:
+            return Report(judge_error(error, bound), Ending.OK, tally.rows, threshold=bound, error=error)
         noise = tally.noise(key.statistic, change.norm)
         threshold = threshold_for(self._staleness, key.statistic, noise * spread)
         verdict = judge(change, threshold)
@@ -167,8 +182,18 @@ class Curvature:
             verdict, Ending.OK, tally.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
         )
 
-    def _rebuild(self, fresh: Mapping[str, frozenset[str]]) -> dict[str, Mapping[str, Ending]]:
-        """Rebuilds the caches of these layers from their statistics; returns the endings by layer.
+    def _error(self, key: Key) -> float | None:
+        """Returns the error of what is in use for the statistic's new value, read back; None where nobody asks."""
+        if error_threshold(self._staleness) is None:
+            return None
+        old, statistics = self.caches[key.layer], self._ready(key.layer)
+        if old is None or statistics is None:
+            return None
+        error = self._preconditioners[key.layer].error(key.statistic, statistics, self._damping_of(key.layer), old)
+        return None if error is None else float(error)
+
+    def _rebuild(self, fresh: Mapping[str, frozenset[str]]) -> "_Rebuilt":
+        """Rebuilds the caches of these layers from their statistics; returns how it went.
 
         A layer is left as it is until each of its statistics in the standard basis has a value.
         """
@@ -185,14 +210,15 @@ class Curvature:
         # What all ranks invert goes by itself: batched alike, it has the same bits on each.
         replicated = {key: problem for key, problem in problems.items() if self._strategy.is_replicated(key.layer)}
         alone = {key: problem for key, problem in problems.items() if key not in replicated}
+        start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
-        endings: dict[str, Mapping[str, Ending]] = {}
+        found = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
         for name, given in arguments.items():
             own = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
             refreshed = self._preconditioners[name].refresh(*given, own)
             self.caches[name] = refreshed.cache
-            endings[name] = refreshed.endings
-        return endings
+            found.endings[name] = refreshed.endings
+        return found
 
     def _ready(self, name: str) -> dict[str, Tensor] | None:
         """Returns the layer's statistics; None if one that the cache can't do without has no value yet."""
@@ -239,9 +265,21 @@ def cargo_of(layer: Layer, preconditioner: Preconditioner) -> Cargo:
     )
 
 
-def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], endings: Mapping[str, Ending]) -> Report:
-    """Returns the report with how its inversion ended, or that of a statistic of its layer that was not due."""
+def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], rebuilt: _Rebuilt) -> Report:
+    """Returns the report with how its inversion went, and the ending of a statistic of its layer that was not due."""
+    endings, solution = rebuilt.endings.get(key.layer, {}), rebuilt.solutions.get(key)
     waiting = endings.keys() - {other.statistic for other in found if other.layer == key.layer}
     ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | waiting)])
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
-    return replace(report, verdict=verdict, ending=ending)
+    residual = solution.residual if isinstance(solution, Inverse) else report.residual
+    return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=rebuilt.seconds.get(key, 0.0))
+
+
+def _shares(seconds: float, problems: Mapping[Key, Problem]) -> dict[Key, float]:
+    """Returns the seconds that solving all problems at once took, shared out by n^3 for n^2 numbers."""
+    weights = {
+        key: (problem.rows if isinstance(problem, ToInvertRows) else problem.factor).numel() ** 1.5
+        for key, problem in problems.items()
+    }
+    total = sum(weights.values())
+    return {key: seconds * weight / total for key, weight in weights.items()}

@@ -157,7 +157,7 @@ class NGD(torch.optim.Optimizer):
                 self._skip()
                 return loss
             with phase("refresh"):
-                reports = self._curvature.refresh(due, means)
+                reports = self._curvature.refresh(due, means, self._capture.estimates.seconds)
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):

@@ -8,12 +8,23 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 from math import ceil, inf
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval
 from ngd_dist.statistics import Change, Key
 
-__all__ = ["REFRESHED", "Schedule", "Track", "Verdict", "adaptive_interval", "judge", "threshold_for"]
+__all__ = [
+    "REFRESHED",
+    "Schedule",
+    "Track",
+    "Verdict",
+    "adaptive_interval",
+    "error_threshold",
+    "judge",
+    "judge_error",
+    "threshold_for",
+]
 
 
 class Verdict(IntEnum):
@@ -40,6 +51,17 @@ def judge(change: Change, threshold: float) -> Verdict:
     return Verdict.SETTLED
 
 
+def judge_error(error: float, threshold: float) -> Verdict:
+    """Returns CHANGED from the threshold on, MOVING from half of it on, else SETTLED. NaN is above any threshold.
+
+    The error is that of an inverse which stays in use until it reaches the threshold: the two bounds take the place of
+    the two last values.
+    """
+    if not error < threshold:
+        return Verdict.CHANGED
+    return Verdict.MOVING if error >= threshold / 2 else Verdict.SETTLED
+
+
 # A statistic that has doubled or halved has changed by 1, whatever its noise.
 MAX_THRESHOLD_OF_NOISE = 1.0
 
@@ -57,6 +79,13 @@ def threshold_for(policy: AdaptiveInterval | FixedInterval, statistic: str, nois
     if noise == inf:
         return fixed
     return max(fixed, min(policy.noise_margin * noise, MAX_THRESHOLD_OF_NOISE))
+
+
+def error_threshold(policy: AdaptiveInterval | FixedInterval) -> float | None:
+    """Returns the error up to which what is in use is kept for a new value; None where nobody measures it."""
+    if isinstance(policy, AdaptiveInterval) and policy.criterion == "error":
+        return policy.error_threshold
+    return None
 
 
 def adaptive_interval(verdict: Verdict, last: int, before: int) -> int:
@@ -117,7 +146,7 @@ class Schedule:
         """
         self.tracks: dict[Key, Track] = {key: Track(due=NEVER if key in in_basis else 1) for key in keys}
         self._in_basis = frozenset(in_basis)
-        self._work = work
+        self._work = _remembered(work)
         self._policy = policy
         self._stagger = stagger
         self._cap = cap
@@ -155,7 +184,8 @@ class Schedule:
             refreshed = track.refreshed if verdict is Verdict.UNUSABLE else step
             self.tracks[key] = Track(planned, refreshed, interval, track.interval, seen)
             plan.add(planned, key, seen)
-        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in REFRESHED}
+        remade = (Verdict.CHANGED,) if error_threshold(self._policy) else REFRESHED
+        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in remade}
         self._begin_anew({key.layer for key in self._in_basis} & rebuilt, step)
 
     def state(self) -> list[dict[str, int]]:
@@ -218,6 +248,16 @@ class Schedule:
 
         free = next((candidate for candidate in range(latest, earliest - 1, -1) if not plan.total(candidate)), latest)
         return min({free, *(candidate for candidate in plan.steps if earliest <= candidate <= latest)}, key=work)
+
+
+def _remembered(work: Work) -> Work:
+    """Returns the same, asked once for each layer and rows: a schedule asks for all of them several times a step."""
+
+    @lru_cache(maxsize=2**14)
+    def ask(layer: str, rows: tuple[tuple[str, int], ...]) -> int:
+        return work(layer, dict(rows))
+
+    return lambda layer, rows: ask(layer, tuple(rows.items()))
 
 
 class _Plan:

@@ -3,7 +3,7 @@
 Start at `solve`, which gets all factors of a step at once; `ladder` decides which method is tried, and which after it.
 """
 
-from ngd_dist.inversion.direct import eigen, invert, invert_diagonal, invert_rows
+from ngd_dist.inversion.direct import eigen, error_of, invert, invert_diagonal, invert_rows
 from ngd_dist.inversion.problem import (
     MAX_RESIDUAL,
     Eigen,
@@ -30,6 +30,7 @@ __all__ = [
     "ToInvert",
     "ToInvertRows",
     "eigen",
+    "error_of",
     "invert",
     "invert_diagonal",
     "invert_rows",

@@ -14,6 +14,7 @@ __all__ = [
     "cholesky",
     "damped",
     "eigen",
+    "error_of",
     "invert",
     "invert_diagonal",
     "invert_rows",
@@ -125,6 +126,17 @@ def eigen(factor: Tensor) -> Eigen:
         if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
             return Eigen(values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype), Ending.OK)
     return Eigen(None, None, Ending.NOT_CONVERGED)
+
+
+def error_of(factor: Tensor, damping: Tensor, inverse: Tensor) -> Tensor:
+    """Returns ||I - (factor + damping I) inverse||_F / sqrt(n), [], the largest of the blocks, estimated in O(n^2).
+
+    factor and inverse: [B, n, n], or both diagonal, [B, n]. damping: [B].
+    """
+    if factor.ndim == 2:
+        rest = 1 - (factor + damping.unsqueeze(-1)) * inverse.to(factor.dtype)
+        return rest.square().mean(-1).sqrt().amax()
+    return outcome(damped(factor, damping), inverse, damping > 0)[:, -1].amax()
 
 
 def _facts(given: Tensor, is_definite: Tensor, rest: Tensor) -> Tensor:

@@ -70,6 +70,13 @@ class Preconditioner(ABC):
         """
         return {}
 
+    def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
+        """Returns how wrong the part of a cache that this statistic makes has become for its value now, [].
+
+        0 where it is what a refresh would give, and less than 1 while it is of any use. None where a method can't tell.
+        """
+        return None
+
     @abstractmethod
     def refresh(
         self,

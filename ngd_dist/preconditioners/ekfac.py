@@ -49,6 +49,20 @@ class EKFAC(Preconditioner):
         """Returns the factors only if one is new. An S measured before that belongs to the old basis."""
         return self._factors.to_decompose(statistics) if _is_new_basis(fresh, old) else {}
 
+    def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
+        """Returns ||B - diag B||_F / ||B||_F of a factor in its old basis, B = U^T X U: 0 for what is diagonal anyway.
+
+        One product, since U leaves the norm as it is.
+        """
+        if name == "S":
+            return None
+        X = statistics[name]
+        if name not in self.shared:
+            return X.new_zeros(())
+        whole, diagonal = X.square().sum((-2, -1)), (old[name] * (X @ old[name])).sum(-2).square().sum(-1)
+        rest = ((whole - diagonal).clamp(min=0) / whole.where(whole > 0, 1)).sqrt()
+        return rest.amax()
+
     def refresh(
         self,
         statistics: Mapping[str, Tensor],

@@ -8,7 +8,7 @@ from torch import Tensor
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.cost import LayerShape
 from ngd_dist.damping import pi_split
-from ngd_dist.inversion import Ending, Problem, Solution, ToInvert, ToInvertRows
+from ngd_dist.inversion import Ending, Problem, Solution, ToInvert, ToInvertRows, error_of
 from ngd_dist.kronecker import from_basis, mean_diagonal, outer, precondition, to_basis
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
@@ -57,6 +57,11 @@ class KFAC(Preconditioner):
             for name, own in _split(statistics, damping).items()
             if not own_only or name in own_only or name not in old
         }
+
+    def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
+        if name not in self.parts:
+            return None
+        return error_of(statistics[name], _split(statistics, damping)[name], old[name])
 
     def refresh(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ngd_dist.config import LNGD as LNGDConfig
 from ngd_dist.cost import LayerShape
-from ngd_dist.inversion import Problem, Solution, ToInvert
+from ngd_dist.inversion import Problem, Solution, ToInvert, error_of
 from ngd_dist.kronecker import mean_diagonal, precondition, second_moment, square_moment
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
@@ -73,6 +73,10 @@ class LNGD(Preconditioner):
             for name, factor in factors.items()
             if name in fresh or name not in old
         }
+
+    def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
+        factor = statistics[name] if name == "Phi" else _with_unit_trace(statistics[name])
+        return error_of(factor, self._own_damping(factor), old[name])
 
     def refresh(
         self,

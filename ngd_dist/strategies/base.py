@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.inversion import Ending
-from ngd_dist.staleness import Verdict
+from ngd_dist.staleness import REFRESHED, Verdict
 from ngd_dist.statistics import Key, StatisticSpec
 from ngd_dist.strategies.parcel import Field
 
@@ -49,6 +49,12 @@ class Report:
     error: float = UNMEASURED
     residual: float = UNMEASURED
     seconds: float = 0.0
+
+    @property
+    def makes_anew(self) -> bool:
+        """Whether what the statistic is for is made anew: not if the old one was measured, and found good enough."""
+        is_kept = self.error != UNMEASURED and self.verdict is not Verdict.CHANGED
+        return self.verdict in REFRESHED and not is_kept
 
     def numbers(self) -> list[float]:
         """Returns the report as it travels. Infinity travels as -1."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval, NGDConfig
@@ -180,6 +180,7 @@ def test_what_waits_comes_first_in_the_next_step_and_shows_its_age() -> None:
     assert schedule.tracks[Key("layer0", "G")].refreshed == 1
 
 
+@settings(deadline=None)  # a hundred steps of twelve statistics
 @given(cap=st.sampled_from([0.01, 0.1, 0.5]), names=st.lists(VERDICTS, min_size=12, max_size=12))
 def test_no_statistic_starves_under_a_cap(cap: float, names: list[Verdict]) -> None:
     schedule = Schedule(PAIRS, apart(COSTS), AdaptiveInterval(max_interval=5), stagger=0.5, cap=cap)
