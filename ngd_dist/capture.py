@@ -255,7 +255,7 @@ class Capture:
     def _replicate(self, name: str) -> Replicate:
         """Returns which part of the global batch the layer's next micro-batch is; too many are an error of the step."""
         micro_batches = self._config.micro_batches
-        index = self._comm.rank * micro_batches + self.estimates.passes[name] % micro_batches
+        index = self._comm.rank * micro_batches + self.estimates.passes.get(name, 0) % micro_batches
         return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
 
     def _finish_all(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import KFAC, Bernoulli, Categorical, Exact, FixedInterval, Gaussian, MonteCarlo
+from ngd_dist.config import KFAC, Bernoulli, Categorical, Exact, FixedInterval, Gaussian, LayerWise, MonteCarlo
 from ngd_dist.errors import CaptureError, ConfigError
 from tests.reference.fisher import gauss_newton_blocks
 
@@ -246,6 +246,29 @@ def test_a_due_layer_that_did_not_run_needs_no_pass() -> None:
         optimizer.step()
 
     assert optimizer.stats.step == 4
+
+
+def test_a_layer_that_the_loss_alone_reads_has_no_fisher_pass_to_miss() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.side = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = torch.tanh(self.body(x))
+            return self.head(hidden), self.side(hidden)
+
+    torch.manual_seed(0)
+    model, x, y = TwoHeads(), torch.randn(8, 4), torch.randint(3, (8,))
+    # Layer-wise rates read the loss's rows of every layer.
+    optimizer = NGD(model, NGDConfig(fisher=MonteCarlo(), step_length=LayerWise()))
+
+    output, other = model(x)
+    optimizer.fisher_backward(output)
+    (F.cross_entropy(output, y) + other.square().mean()).backward()
+    optimizer.step()
+
+    assert [name for name in ("body", "head", "side") if optimizer._curvature.caches.has(name)] == ["body", "head"]
 
 
 def test_forward_passes_that_are_never_differentiated_do_not_pile_up() -> None:
