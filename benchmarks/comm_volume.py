@@ -29,6 +29,9 @@ from benchmarks.models import batches, count_parameters, model_of
 from benchmarks.ranks import on_ranks
 from benchmarks.record import folder_for, write
 from ngd_dist import NGD, NGDConfig
+from ngd_dist.inversion import solve
+from ngd_dist.statistics import Key
+from ngd_dist.strategies.wire import Wire
 
 CASE = ("model", "ranks", "batch", "steps")
 KINDS = ("statistics", "gradients", "inverses", "directions", "reports", "control")
@@ -136,6 +139,54 @@ def sgd_row(model: str, ranks: int, batch: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# --- what 16 bits cost in accuracy ------------------------------------------------------------------------------------
+
+
+def wire_errors(model_name: str, batch: int) -> list[dict[str, Any]]:
+    """Returns the largest relative error over layers of what crosses in 16 bits, and of the direction made of it.
+
+    Of the factors, and the gradients, of a model's first batch, against float32 all the way.
+    """
+    model = model_of(model_name)
+    optimizer = NGD(model, NGDConfig.model_validate(COMMON | EVERY_STEP))
+    one_step(model, optimizer, *next(batches(model_name, batch)))
+    values = {key: s.value for key, s in optimizer._curvature.statistics.items() if s.value is not None}
+    specs = {key: optimizer._curvature.statistics[key].spec for key in values}
+    exact = _directions(optimizer, values)
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16):
+        wire = Wire(dtype, torch.float32, specs)
+        crossed = {
+            key: specs[key].expand(wire.decode(key, wire.encode({key: specs[key].flatten(value)})))
+            for key, value in values.items()
+        }
+        directions = _directions(optimizer, crossed)
+        errors: dict[str, float] = {}
+        for key, value in values.items():
+            errors[key.statistic] = max(errors.get(key.statistic, 0.0), _error(crossed[key], value))
+        errors["direction"] = max(_error(directions[name], exact[name]) for name in exact)
+        rows.append({"model": model_name, "wire": str(dtype).removeprefix("torch."), "errors": errors})
+    return rows
+
+
+def _directions(optimizer: NGD, values: dict[Key, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {}
+    for layer in optimizer.layers:
+        method = optimizer._preconditioners[layer.name]
+        own = {key.statistic: value for key, value in values.items() if key.layer == layer.name}
+        given = (own, frozenset(own), float(COMMON["damping"]), None)
+        problems = {Key(layer.name, name): problem for name, problem in method.problems(*given).items()}
+        solved = {key.statistic: s for key, s in solve(problems, optimizer.config.inversion).items()}
+        cache = method.refresh(*given, solved).cache
+        gradients = [p.grad for p in layer.parameters if p.grad is not None]
+        found[layer.name] = layer.join(gradients) if cache is None else method.apply(cache, layer.join(gradients))
+    return found
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+
+
 # --- over a link ------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +269,17 @@ def table(result: dict[str, Any]) -> str:
                 cells += [f"{row['loss']:.3f}", str(row["steps_to_target"] or "not reached")]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join([*lines, *_link_table(result["link"])])
+    lines += ["## What a wire in 16 bits costs in accuracy", ""]
+    lines += [
+        "Largest relative error over layers of each statistic (F: of units), and of the direction made of them.",
+        "",
+    ]
+    names = list(dict.fromkeys(name for row in result["wire"] for name in row["errors"]))
+    lines += [f"| model, wire | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in result["wire"]:
+        errors = (f"{row['errors'][name]:.1e}" if name in row["errors"] else "" for name in names)
+        lines.append(f"| {row['model']}, {row['wire']} | {' | '.join(errors)} |")
+    return "\n".join([*lines, "", *_link_table(result["link"])])
 
 
 def _link_table(link: dict[str, Any]) -> list[str]:
@@ -244,7 +305,8 @@ def main() -> None:
         Path(out).write_text(json.dumps(inside_link(model, int(ranks), int(batch))))
         return
     link = {"model": "mlp", "ranks": 2, "batch": 128, "mbit": MBIT, "rows": over_link("mlp", 2, 128, MBIT)}
-    result = {"common": COMMON, "settings": SETTINGS, "rows": measure(CASES), "link": link}
+    wire = [row for model in ("mlp", "resnet20") for row in wire_errors(model, 128)]
+    result = {"common": COMMON, "settings": SETTINGS, "rows": measure(CASES), "wire": wire, "link": link}
     write(folder_for("comm-volume", arguments.hardware), result, table(result))
     print(table(result))
 

@@ -28,8 +28,18 @@ def test_every_setting_is_held_against_a_refresh_in_every_step() -> None:
     assert every_step["bytes"]["gradients"] + every_step["bytes"]["directions"] == pytest.approx(gradients, rel=0.01)
     assert rounded["bytes"]["statistics"] == pytest.approx(every_step["bytes"]["statistics"] / 2, rel=0.01)
     assert everywhere["bytes"]["inverses"] > 0 == everywhere["bytes"]["directions"]
-    assert "| every step | " in comm_volume.table({"rows": rows, "link": NO_LINK})
+    assert "| every step | " in comm_volume.table({"rows": rows, "wire": [], "link": NO_LINK})
 
 
 def test_a_link_that_can_not_be_made_is_left_out_by_name() -> None:
-    assert comm_volume.table({"rows": [], "link": NO_LINK}).endswith("Not measured: unshare: Operation not permitted.")
+    assert comm_volume.table({"rows": [], "wire": [], "link": NO_LINK}).endswith(
+        "Not measured: unshare: Operation not permitted."
+    )
+
+
+def test_16_bits_cost_no_more_than_their_rounding(tiny_model: str) -> None:
+    bfloat16, float16 = (found["errors"] for found in comm_volume.wire_errors(tiny_model, 32))
+
+    assert 0 < bfloat16["A"] <= 2**-8  # of each entry
+    assert 0 < float16["A"] <= 2**-10  # and what it loses of its smallest ones
+    assert float16["direction"] < bfloat16["direction"] < 0.05
