@@ -33,7 +33,8 @@ STALENESS: dict[str, Settings] = {
 }
 Case = tuple[str, str, str]
 CASES: list[Case] = list(product(PRECONDITIONERS, STRATEGIES, STALENESS))
-STALENESS["error"] = AdaptiveInterval(criterion="error", error_threshold=0.9)
+# No margin: the noise is measured between the parts of the batch, which are others on every number of ranks.
+STALENESS["error"] = AdaptiveInterval(criterion="error", error_threshold=0.9, noise_margin=0)
 CASES += list(product(PRECONDITIONERS, (FIRST, "default"), ["error"]))
 RESUMED = [case for case in CASES if case[2] == "adaptive"]
 
