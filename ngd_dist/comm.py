@@ -66,9 +66,10 @@ class Communicator:
     def aside(self) -> "Communicator":
         """Collective. Returns these ranks over links of their own: collectives there and here may come in any order.
 
-        What is sent is counted together, and a failure of one ends both. All asides of a group share their links.
+        What is sent is counted together, and a failure of one ends both. All asides of a group share their links. Where
+        torch can't make them it is this communicator itself, and the order is not free.
         """
-        if self._main is None:
+        if self._main is None or _is_part_of_a_split(self._main):
             return self
         if self._main not in _asides:
             with self._named("links aside"):
@@ -209,6 +210,15 @@ class Communicator:
                     receive = dist.irecv(torch.empty(1), group=group, group_src=peer)
                     if receive is not None:
                         receive.wait(timedelta(milliseconds=1))
+
+
+def _is_part_of_a_split(group: dist.ProcessGroup) -> bool:
+    """Returns whether ranks outside of the group would have to take part when torch makes another one like it.
+
+    It splits the communicator of the world where `init_process_group` was given a device.
+    """
+    world = dist.group.WORLD
+    return world is not None and world.bound_device_id is not None and dist.get_world_size(group) < world.size()
 
 
 def _group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

@@ -64,6 +64,27 @@ def test_collectives_return_what_they_say_and_count_what_a_ring_sends() -> None:
         }
 
 
+def go_aside_in_a_part_of_the_world(rank: int, world_size: int) -> tuple[float, int, bool] | None:
+    """Returns the sum over links aside, the bytes that were counted, and if there are such links under a device."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return None  # takes no part
+    comm = Communicator(group)
+    total = torch.tensor([float(rank)])
+    comm.aside().all_reduce("total", total, kind="A")
+    world = dist.group.WORLD
+    assert world is not None
+    world.bound_device_id = torch.device("cpu", 0)
+    has_links_of_its_own = comm.aside() is not comm
+    world.bound_device_id = None
+    return total.item(), comm.take_sent()["A"], has_links_of_its_own
+
+
+@pytest.mark.ranks
+def test_links_aside_are_made_by_the_ranks_of_the_group_alone() -> None:
+    assert run_ranks(3, go_aside_in_a_part_of_the_world) == [None, (3.0, 4, False), (3.0, 4, False)]
+
+
 COLLECTIVES = ("all_reduce", "begin_exchange", "all_gather_object", "broadcast", "barrier")
 
 

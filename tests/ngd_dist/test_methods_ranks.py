@@ -33,10 +33,8 @@ STALENESS: dict[str, Settings] = {
 }
 Case = tuple[str, str, str]
 CASES: list[Case] = list(product(PRECONDITIONERS, STRATEGIES, STALENESS))
-# What follows its change has a threshold that no noise moves: noise is measured of other replicates on more ranks.
-STALENESS["error"] = AdaptiveInterval(
-    criterion="error", error_threshold=0.9, thresholds=Thresholds(S=1.5, Psi=0.6, F=1.0)
-)
+# No margin: the noise is measured between the parts of the batch, which are others on every number of ranks.
+STALENESS["error"] = AdaptiveInterval(criterion="error", error_threshold=0.9, noise_margin=0)
 CASES += list(product(PRECONDITIONERS, (FIRST, "default"), ["error"]))
 RESUMED = [case for case in CASES if case[2] == "adaptive"]
 
