@@ -43,12 +43,13 @@ def ngd(**choices: Any) -> Peer:
     return Peer(build, "ngd_dist", NGD_REFRESHES)
 
 
-# Factors at least twice as wide as the rows are kept as rows: 256 are all samples of a batch of 256, 128 are half.
+# Factors at least twice as wide as the rows are kept as rows: 256 are all samples of a batch of 256.
 PEERS: dict[str, Peer] = {
     "sgd": RIVALS["sgd"],
     "ngd": ngd(),
     "ngd rows 256": ngd(preconditioner=KFAC(rows=256)),
     "ngd rows 128": ngd(preconditioner=KFAC(rows=128)),
+    "ngd rows 64": ngd(preconditioner=KFAC(rows=64)),
     "ngd ekfac": ngd(preconditioner=EKFAC()),
 } | RIVALS
 

@@ -62,7 +62,7 @@ class Plan:
     names: Sequence[str] = tuple(PEERS)
 
 
-FEW = ("sgd", "ngd", "ngd rows 256", "ngd rows 128", "kfac-pytorch inverse", "asdl kfac", "singd dense")
+FEW = ("sgd", "ngd", "ngd rows 256", "ngd rows 64", "kfac-pytorch inverse", "asdl kfac", "singd dense")
 FEW += ("torchzero soap",)
 PLANS = (
     Plan("mlp", 256, blocks=3, steps=3, settle=40),
@@ -70,7 +70,7 @@ PLANS = (
     Plan("mlp", 2048, blocks=3, steps=1, settle=25, names=FEW),
     Plan("resnet20", 2048, blocks=2, steps=1, settle=10, names=FEW[:5]),
 )
-RANKS_NAMES = ("sgd", "ngd", "ngd rows 128", "kfac-pytorch eigen", "kfac-pytorch inverse")
+RANKS_NAMES = ("sgd", "ngd", "ngd rows 64", "kfac-pytorch eigen", "kfac-pytorch inverse")
 
 
 class Case:
@@ -227,7 +227,7 @@ _EVENTS: list[Any] = []
 # --- does sampling cost steps? ----------------------------------------------------------------------------------------
 
 TARGET_LOSS = {"mlp": 0.9, "resnet20": 0.9}  # of labels a tenth of which are wrong
-OURS = ("ngd", "ngd rows 256", "ngd rows 128")
+OURS = ("ngd", "ngd rows 256", "ngd rows 128", "ngd rows 64")
 SAMPLED_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10")
 SAMPLED_LRS = {"mlp": (0.01, 0.03), "resnet20": (0.03,)}
 
