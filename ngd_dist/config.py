@@ -211,7 +211,9 @@ class AdaptiveInterval(Settings):
 
     @model_validator(mode="after")
     def _threshold_is_read(self) -> Self:
-        if self.criterion == "change" and "error_threshold" in self.model_fields_set:
+        # A job that was written out and is read again says the default too.
+        is_chosen = self.error_threshold != type(self).model_fields["error_threshold"].default
+        if self.criterion == "change" and is_chosen:
             raise ValueError("criterion change measures no error: leave out error_threshold, or say criterion error")
         return self
 

@@ -156,6 +156,10 @@ def test_a_threshold_that_nothing_reads_is_refused() -> None:
         AdaptiveInterval(error_threshold=0.5)
 
 
+def test_settings_that_were_written_out_are_read_again() -> None:
+    assert AdaptiveInterval.model_validate(AdaptiveInterval().model_dump()) == AdaptiveInterval()
+
+
 def test_telemetry_tells_the_seconds_of_a_refresh_and_the_residual_of_its_new_inverse() -> None:
     fed = Fed(KFAC())
 
