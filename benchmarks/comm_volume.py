@@ -278,7 +278,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["wire"]:
         errors = (f"{row['errors'][name]:.1e}" if name in row["errors"] else "" for name in names)
         lines.append(f"| {row['model']}, {row['wire']} | {' | '.join(errors)} |")
-    return "\n".join([*lines, "", *_link_table(result["link"])])
+    return "\n".join([*lines, "", *_link_table(result["link"]), *(["", result["note"]] if result["note"] else [])])
 
 
 def _link_table(link: dict[str, Any]) -> list[str]:
@@ -298,6 +298,7 @@ def _link_table(link: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", default="cpu2", help="the last word of the result's folder")
+    parser.add_argument("--note", default="", help="a sentence on how it was measured, which the result quotes")
     parser.add_argument("--inside-link", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside_link:
@@ -307,7 +308,7 @@ def main() -> None:
     rows = measure(CASES)
     wire = [row for model in ("mlp", "resnet20") for row in wire_errors(model, 128)]
     link = {"model": "mlp", "ranks": 2, "batch": 128, "mbit": MBIT, "rows": over_link("mlp", 2, 128, MBIT)}
-    result = {"common": COMMON, "settings": SETTINGS, "rows": rows, "wire": wire, "link": link}
+    result = {"common": COMMON, "settings": SETTINGS, "rows": rows, "wire": wire, "link": link, "note": arguments.note}
     write(folder_for("comm-volume", arguments.hardware), result, table(result))
     print(table(result))
 

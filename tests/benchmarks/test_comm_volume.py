@@ -28,11 +28,11 @@ def test_every_setting_is_held_against_a_refresh_in_every_step() -> None:
     assert every_step["bytes"]["gradients"] + every_step["bytes"]["directions"] == pytest.approx(gradients, rel=0.01)
     assert rounded["bytes"]["statistics"] == pytest.approx(every_step["bytes"]["statistics"] / 2, rel=0.01)
     assert everywhere["bytes"]["inverses"] > 0 == everywhere["bytes"]["directions"]
-    assert "| every step | " in comm_volume.table({"rows": rows, "wire": [], "link": NO_LINK})
+    assert "| every step | " in comm_volume.table({"rows": rows, "wire": [], "link": NO_LINK, "note": ""})
 
 
 def test_a_link_that_can_not_be_made_is_left_out_by_name() -> None:
-    assert comm_volume.table({"rows": [], "wire": [], "link": NO_LINK}).endswith(
+    assert comm_volume.table({"rows": [], "wire": [], "link": NO_LINK, "note": ""}).endswith(
         "Not measured: unshare: Operation not permitted."
     )
 
