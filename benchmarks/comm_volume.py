@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     REFERENCE: EVERY_STEP,
     "every step, bfloat16": EVERY_STEP | {"statistics_wire": "bfloat16"},
     "every tenth": {"staleness": {"kind": "fixed", "steps": 10}},
+    "every tenth, bfloat16": {"staleness": {"kind": "fixed", "steps": 10}, "statistics_wire": "bfloat16"},
     "adaptive": {},
     "adaptive, EMA 0.9": {"ema_decay": 0.9},
     "adaptive, bfloat16": {"statistics_wire": "bfloat16"},
@@ -58,7 +59,7 @@ HOLDERS = (REFERENCE, "adaptive", *(name for name in SETTINGS if "all" in name o
 WIRES = (REFERENCE, "every step, bfloat16", "adaptive", "adaptive, float16", "adaptive, EMA 0.9")
 # Model, ranks, batch, steps, settings. How the intervals grow takes many steps to show, and the rest few.
 CASES = (
-    ("mlp", 2, 128, 160, (REFERENCE, "every tenth", "adaptive", "adaptive, bfloat16")),
+    ("mlp", 2, 128, 320, (REFERENCE, "every tenth", "every tenth, bfloat16", "adaptive", "adaptive, bfloat16")),
     ("resnet20", 2, 64, 30, WIRES),
     ("mlp", 4, 128, 30, HOLDERS),
 )
