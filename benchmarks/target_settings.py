@@ -79,28 +79,26 @@ SETTINGS: dict[int, dict[str, list[Setting]]] = {
         )
         + grid({120: 0}, adaptive(0.1, 0.95), adaptive(0.3, 0.95))
         + grid({300: 0}, {"lr": 0.05, "damping": 0.1}),
-        "sgd": grid({300: 20, 500: 20}, *rates(0.03, 0.1, 0.2)),
-        "adamw": grid({160: 10, 300: 10}, *rates(0.003, 0.005, 0.01)),
-        "lamb": grid({160: 10, 300: 10}, *rates(0.01, 0.02, 0.04)),
+        # The second length is tried with the rate that did best at the first.
+        "sgd": grid({300: 20}, *rates(0.03, 0.1, 0.2)) + grid({500: 20}, *rates(0.2)),
+        "adamw": grid({300: 10}, *rates(0.003, 0.005, 0.01)) + grid({160: 10}, *rates(0.01)),
+        "lamb": grid({160: 10}, *rates(0.01, 0.02, 0.04, 0.08)) + grid({300: 10}, *rates(0.02, 0.04)),
         "muon": grid(
-            {120: 10, 240: 10},
-            {"lr": 0.01, "adamw_lr": 0.005},
-            {"lr": 0.02, "adamw_lr": 0.005},
+            {240: 10},
             {"lr": 0.02, "adamw_lr": 0.01},
-        ),
-        "soap": grid({100: 10, 200: 10}, *rates(0.003, 0.005, 0.01)),
+            {"lr": 0.05, "adamw_lr": 0.01},
+            {"lr": 0.05, "adamw_lr": 0.02},
+        )
+        + grid({120: 10}, {"lr": 0.05, "adamw_lr": 0.01}),
+        "soap": grid({200: 10}, *rates(0.005, 0.01, 0.02)) + grid({100: 10}, *rates(0.02)),
         "singd": grid(
             {200: 10},
-            {"lr": 0.01, "damping": 0.01} | SINGD,
-            {"lr": 0.03, "damping": 0.01} | SINGD,
-            {"lr": 0.03, "damping": 0.1} | SINGD,
-            {"lr": 0.1, "damping": 0.1} | SINGD,
             {"lr": 0.01, "damping": 0.001} | SINGD,
-            {"lr": 0.03, "damping": 0.1, "T": 1},
-        ),
+            {"lr": 0.03, "damping": 0.001} | SINGD,
+        )
+        + grid({100: 10}, {"lr": 0.01, "damping": 0.001} | SINGD),
     },
 }
-
 
 EXPLORED: dict[int, dict[str, list[Setting]]] = {
     4096: {
@@ -150,5 +148,6 @@ EXPLORED: dict[int, dict[str, list[Setting]]] = {
         )
         + grid({60: 0}, {"lr": 0.15, "damping": 0.03, "ema_decay": 0.95, "clip": KL, "fisher": MONTE_CARLO})
         + grid({200: 0}, adaptive(0.1, 0.95), adaptive(0.3, 0.95)),
+        "lamb": grid({300: 10}, *rates(0.01)),
     },
 }
