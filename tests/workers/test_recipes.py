@@ -68,8 +68,9 @@ def test_adaptive_recipe_learns_within_four_epochs_without_an_lr(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif("NGD_DATA_DIR" not in os.environ, reason="NGD_DATA_DIR is not set: no fashion-mnist/")
-def test_fashion_mnist_recipe_reaches_its_target(tmp_path):
-    spec = load_spec(next(path for path in RECIPES if path.stem == "fashion-mnist"))
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-adaptive"])
+def test_fashion_mnist_recipe_reaches_its_target(tmp_path, name):
+    spec = load_spec(next(path for path in RECIPES if path.stem == name))
     alone = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
 
     outcome = run_rank(make_attempt(tmp_path, alone, data_dir=Path(os.environ["NGD_DATA_DIR"])))
