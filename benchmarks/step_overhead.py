@@ -228,8 +228,11 @@ _EVENTS: list[Any] = []
 
 TARGET_LOSS = {"mlp": 0.9, "resnet20": 0.9}  # of labels a tenth of which are wrong
 OURS = ("ngd", "ngd rows 256", "ngd rows 128", "ngd rows 64")
-SAMPLED_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10")
-SAMPLED_LRS = {"mlp": (0.01, 0.03), "resnet20": (0.03,)}
+# Refreshes and lr at which sampling is compared with the whole factors.
+SAMPLED: dict[str, tuple[tuple[Refresh, float], ...]] = {
+    "mlp": (("1/1", 0.01), ("1/1", 0.03), ("10/10", 0.01), ("10/10", 0.03)),
+}
+OTHERWISE: tuple[tuple[Refresh, float], ...] = (("10/10", 0.03),)
 
 
 def steps_to_loss(name: str, model: str, refresh: Refresh, lr: float, seed: int, limit: int = 50) -> int | None:
@@ -247,12 +250,7 @@ def steps_to_loss(name: str, model: str, refresh: Refresh, lr: float, seed: int,
 
 
 def sampling_rows(models: Sequence[str], seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, Any]]:
-    settings = [
-        (model, refresh, lr)
-        for model in models
-        for refresh in SAMPLED_REFRESHES
-        for lr in SAMPLED_LRS.get(model, (0.03,))
-    ]
+    settings = [(model, *setting) for model in models for setting in SAMPLED.get(model, OTHERWISE)]
     return [
         {
             "model": model,
