@@ -79,8 +79,8 @@ SETTINGS: dict[int, dict[str, list[Setting]]] = {
         )
         + grid({120: 0}, adaptive(0.1, 0.95), adaptive(0.3, 0.95))
         + grid({300: 0}, {"lr": 0.05, "damping": 0.1}),
-        # The second length is tried with the rate that did best at the first.
-        "sgd": grid({300: 20}, *rates(0.03, 0.1, 0.2)) + grid({500: 20}, *rates(0.2)),
+        # The second length is tried with what did best at the first.
+        "sgd": grid({300: 20}, *rates(0.03, 0.1, 0.2)),
         "adamw": grid({300: 10}, *rates(0.003, 0.005, 0.01)) + grid({160: 10}, *rates(0.01)),
         "lamb": grid({160: 10}, *rates(0.01, 0.02, 0.04, 0.08)) + grid({300: 10}, *rates(0.02, 0.04)),
         "muon": grid(
@@ -131,10 +131,9 @@ EXPLORED: dict[int, dict[str, list[Setting]]] = {
         )
         + grid({120: 0}, {"lr": 0.05, "damping": 0.01})
         + grid({80: 0}, adaptive(1.0, 0.9, burn_in=2)),
-        "sgd": grid({240: 20}, *rates(0.05)),
         "lamb": grid({160: 10}, *rates(0.03)),
-        "muon": grid({120: 10}, {"lr": 0.02, "adamw_lr": 0.01}) + grid({100: 5}, {"lr": 0.1, "adamw_lr": 0.02}),
-        "soap": grid({120: 10}, *rates(0.01)) + grid({90: 5}, *rates(0.04)),
+        "muon": grid({120: 10}, {"lr": 0.02, "adamw_lr": 0.01}),
+        "soap": grid({120: 10}, *rates(0.01)),
         "singd": grid({120: 10}, {"lr": 0.01, "damping": 0.01}),
     },
     512: {
