@@ -120,7 +120,7 @@ def step_overhead(result: Result) -> list[str]:
         setting = f"{row['model']}, refresh {row['refresh']}, lr {row['lr']}"
         lines.append(f"- Steps to the same loss on {setting}, {row['optimizer']}: {steps}")
     lines += ["", *(f"- Left out: {name}: {reason}" for name, reason in document["left_out"].items())]
-    return lines
+    return [*lines, "", document["note"]] if "note" in document else lines
 
 
 def _ratio(row: dict[str, Any]) -> str:

@@ -20,8 +20,8 @@ __all__ = ["KFAC"]
 class KFAC(Preconditioner):
     """A and G as in `Factors`, with the damping shared between them by pi, or exact in their eigenbases.
 
-    Each inverse is made when its own factor is new, with the pi of that moment. Factors that are rows have a scale in
-    common, and exact damping a basis, so that those are made together.
+    Both are inverted when either is new: pi ties them. With pis of different moments the damping of the product would
+    be lambda times their ratio, which falls without bound while G vanishes and A stays.
     """
 
     def __init__(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> None:
@@ -37,7 +37,6 @@ class KFAC(Preconditioner):
             self.cache_shapes = self._factors.bases | {"inverse": shape.gradient}
         else:
             self.inverses = tuple(self._factors.bases)
-            self.parts = {} if self._roots else self._factors.cholesky_flops()
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         return self._factors.estimate(rows, due)
@@ -45,21 +44,19 @@ class KFAC(Preconditioner):
     def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
     ) -> dict[str, Problem]:
-        """Returns the factors that are new; both if only the damping is, or if they are tied to each other."""
+        """Returns both factors if one is new: pi ties them, and the cache stays a function of what is current."""
         if self._is_exact:
             return self._factors.to_decompose(statistics)
         old = old or {}
-        own_only = fresh & self.parts.keys()
         return {
             name: ToInvertRows(statistics[name], own)
             if name in self._roots
             else ToInvert(statistics[name], own, old.get(name))
             for name, own in _split(statistics, damping).items()
-            if not own_only or name in own_only or name not in old
         }
 
     def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
-        if name not in self.parts:
+        if self._is_exact or self._roots:
             return None
         return error_of(statistics[name], _split(statistics, damping)[name], old[name])
 

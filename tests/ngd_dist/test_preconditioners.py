@@ -297,6 +297,21 @@ def test_work_of_a_cache_that_is_made_part_by_part_is_that_of_its_parts(case: st
     assert method.refresh_flops() == sum(method.parts.values())
 
 
+TIED = [case for case in CASES if case.startswith("kfac") and not build(case)[0].parts]
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_factor_that_vanishes_while_the_other_stays_leaves_the_damping_whole(case: str) -> None:
+    method, shape = build(case)
+    statistics, cache = estimated(method, rows_of(shape))
+    late = statistics | {"G": 1e-6 * statistics["G"]}
+
+    kept = refreshed(method, late, frozenset({"G"}), cache)
+
+    anew, grad = refreshed(method, late, names(method), None), gradient(method, seed=0)
+    torch.testing.assert_close(method.apply(kept, grad), method.apply(anew, grad), rtol=1e-9, atol=1e-12)
+
+
 @every_case
 def test_much_damping_leaves_the_gradient_over_damping(case: str) -> None:
     if case.startswith(("kfac |", "kfac reduce", "one-hot")):
