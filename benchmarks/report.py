@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS
+from benchmarks.step_overhead import targets_table
 
 __all__ = ["Result", "newest", "page", "plots"]
 
@@ -98,14 +99,7 @@ def step_overhead(result: Result) -> list[str]:
     """Returns ours beside the targets, then one table per model and batch with a column per refresh."""
     document, lines = result.document, list[str]()
     if document["targets"]:
-        lines += ["### Ours beside the targets", ""]
-        lines += ["| model | refresh | at most | half the overhead of this run's best dense K-FAC | ours |"]
-        lines += ["|---|---|---|---|---|"]
-        for row in document["targets"]:
-            ours = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ours"].items())
-            best = "-" if row["half_of_best"] is None else f"{row['half_of_best']:.2f}"
-            lines.append(f"| {row['model']} | {row['refresh']} | {row['at_most']} | {best} | {ours} |")
-        lines.append("")
+        lines += ["### Ours beside the targets", "", *targets_table(document["targets"]), ""]
     for (model, batch, ranks), rows in _groups(document["rows"], "model", "batch", "ranks"):
         refreshes = [r for r in ("1/1", "1/10", "10/10", "adaptive") if any(row["refresh"] == r for row in rows)]
         lines += [f"### {model}, batch {batch}, {ranks} rank{'s' * (ranks > 1)}, times SGD", ""]

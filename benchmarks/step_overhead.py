@@ -298,17 +298,23 @@ def target_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns what `target_rows` found, in Markdown."""
+    lines = [
+        "| model | refresh | at most | half the overhead of this run's best dense K-FAC | ours |",
+        "|---|---|---|---|---|",
+    ]
+    for row in targets:
+        ours = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ours"].items())
+        best = "-" if row["half_of_best"] is None else f"{row['half_of_best']:.2f}"
+        lines.append(f"| {row['model']} | {row['refresh']} | {row['at_most']} | {best} | {ours} |")
+    return lines
+
+
 def table(result: dict[str, Any]) -> str:
     """Returns the whole result in Markdown."""
     lines = ["# Time of one training step beside SGD's", "", (__doc__ or "").split("\n\n    ")[0], ""]
-    if result.get("targets"):
-        lines += ["## Ours beside the targets", "", "| model | refresh | at most | half of this run's best | ours |"]
-        lines += ["|---|---|---|---|---|"]
-        for row in result["targets"]:
-            ours = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ours"].items())
-            best = "-" if row["half_of_best"] is None else f"{row['half_of_best']:.2f}"
-            lines.append(f"| {row['model']} | {row['refresh']} | {row['at_most']} | {best} | {ours} |")
-        lines.append("")
+    lines += ["## Ours beside the targets", "", *targets_table(result["targets"]), ""] if result.get("targets") else []
     groups = dict.fromkeys((row["model"], row["batch"], row["ranks"]) for row in result["rows"])
     for model, batch, ranks in groups:
         rows = [row for row in result["rows"] if (row["model"], row["batch"], row["ranks"]) == (model, batch, ranks)]

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
@@ -13,6 +12,7 @@ from ngd_dist.config import FixedInterval
 from ngd_dist.inversion import Inverse, ToInvert, solve
 from ngd_dist.inversion.storage import Caches, InverseDtype, store
 from tests.reference.inverses import spd
+from tests.support.training import train
 
 DTYPES = [torch.float16, torch.bfloat16]
 UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -102,14 +102,7 @@ def trained(inverse_dtype: str, steps: int = 8, **settings: Any) -> tuple[nn.Mod
 
 def steps_of(model: nn.Module, optimizer: NGD, steps: int) -> list[float]:
     x, y = torch.randn(64, 12, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train(optimizer, model, x, y, steps)
 
 
 @pytest.mark.parametrize("kind", ["kfac", "lngd"])

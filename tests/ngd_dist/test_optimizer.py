@@ -18,6 +18,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
 from ngd_dist.statistics import Key
+from tests.support.training import train
 
 F64 = torch.float64
 
@@ -130,17 +131,6 @@ def test_what_is_not_covered_takes_the_plain_step_and_says_why(caplog: pytest.Lo
         if name in optimizer.plain_parameters:
             torch.testing.assert_close(p.detach(), before[name] - 0.5 * gradients[name])
     assert torch.equal(gone.weight, before["5.weight"])
-
-
-def train(optimizer: NGD, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def test_state_survives_saving_to_a_file_bit_for_bit(tmp_path: Any) -> None:

@@ -14,21 +14,11 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from tests.support.refreshing import refresh
+from tests.support.training import train
 
 F64 = torch.float64
 METHODS: list[dict[str, Any]] = [{"kind": "kfac"}, {"kind": "kfac", "damping_form": "exact"}, {"kind": "ekfac"}]
 METHOD_IDS = ["kfac", "kfac exact", "ekfac"]
-
-
-def train(optimizer: NGD, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def values(optimizer: NGD) -> dict[str, Tensor]:
