@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from service import dashboard
 from service.api.application import api_application
 from service.api.parts import Parts
-from service.dispatchers.local import LocalDispatcher
+from service.dispatchers import DISPATCHERS
+from service.dispatchers.files import AttemptFiles
 from service.errors import StartupError
 from service.failpoint import Failpoint
 from service.home import KEY
@@ -51,7 +52,7 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
     """Returns the store, bound to this installation, and the installation's tokens."""
     store = SQLStore(settings.resolved_database_url)
     try:
-        settings.runs_dir.mkdir(exist_ok=True)
+        settings.resolved_runs_dir.mkdir(exist_ok=True)
         tokens = Tokens(read_or_create_key(settings.home / KEY))
         store.bind(tokens.installation_id, f"{socket.gethostname()}:{settings.home}")
     except OSError as error:
@@ -66,18 +67,23 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
 def _assemble(settings: Settings) -> Parts:
     store, tokens = _open(settings)
     failpoint = Failpoint(settings.failpoint)
-    dispatcher = LocalDispatcher(
-        runs_dir=settings.runs_dir,
+    files = AttemptFiles(
+        runs_dir=settings.resolved_runs_dir,
         data_dir=settings.data_dir,
-        url=settings.url,
-        command=settings.driver_command,
-        failpoint=failpoint,
+        worker_url=settings.resolved_worker_url,
+        cluster="own" if settings.dispatcher == "local" else "given",
     )
     reconciler = Reconciler(
         store=store,
-        dispatcher=dispatcher,
+        dispatcher=DISPATCHERS[settings.dispatcher](settings, files, failpoint),
+        files=files,
         token_of=tokens.of_attempt,
-        policy=Policy(settings.retry_backoff_s, settings.cancel_grace_s, settings.interrupt_grace_s),
+        policy=Policy(
+            retry_backoff_s=settings.retry_backoff_s,
+            cancel_grace_s=settings.cancel_grace_s,
+            interrupt_grace_s=settings.interrupt_grace_s,
+            unreachable_s=settings.unreachable_s,
+        ),
         max_running_jobs=settings.max_running_jobs,
         tick_s=settings.tick_s,
         lease_s=settings.lease_s,
@@ -87,7 +93,7 @@ def _assemble(settings: Settings) -> Parts:
         settings=settings,
         store=store,
         tokens=tokens,
-        dispatcher=dispatcher,
+        files=files,
         reconciler=reconciler,
         jobs=Jobs(store, tokens, reconciler.wake),
         closing=threading.Event(),

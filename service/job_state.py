@@ -48,6 +48,7 @@ class Process(StrEnum):
     UNKNOWN = "unknown"  # never started here
     RUNNING = "running"
     EXITED = "exited"
+    UNREACHABLE = "unreachable"  # what runs it does not answer: it may live or not
 
 
 class Action(StrEnum):
@@ -101,6 +102,8 @@ class Observation:
     now: datetime
     process: Process = Process.UNKNOWN
     outcome: Outcome | None = None
+    message: str | None = None  # what the dispatcher says of it, for the job's owner
+    silent_since: datetime | None = None  # when UNREACHABLE: since then
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Policy:
     retry_backoff_s: float
     cancel_grace_s: float
     interrupt_grace_s: float
+    unreachable_s: float = 600.0
     max_backoff_s: float = 300.0
 
     def backoff(self, attempt: int) -> timedelta:
@@ -124,6 +128,7 @@ class Decision:
     action: Action = Action.NONE
     ends_attempt: bool = False
     retry_at: datetime | None = None
+    note: str | None = None  # replaces the message of a job whose phase stays: what it waits for
 
 
 NOTHING = Decision()
@@ -139,6 +144,8 @@ def decide(job: JobState, attempt: AttemptState | None, seen: Observation, polic
         return NOTHING
     if attempt is None:
         return _without_attempt(job, seen)
+    if seen.process is Process.UNREACHABLE and seen.outcome is None:
+        return _while_silent(job, attempt, seen, policy)
     if seen.process is Process.RUNNING:
         return _while_running(job, attempt, seen, policy)
     if seen.process is Process.UNKNOWN and not attempt.is_submitted:
@@ -163,7 +170,17 @@ def _while_running(job: JobState, attempt: AttemptState, seen: Observation, poli
         return Decision(phase, "UserCancelled", "waiting for the workers to stop", action)
     if job.phase is Phase.STARTING and attempt.has_started:
         return Decision(Phase.RUNNING)
-    return NOTHING
+    return Decision(note=seen.message)
+
+
+def _while_silent(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> Decision:
+    """The attempt may well live on: it is left alone for unreachable_s, and after that later attempts fence it."""
+    since = seen.silent_since or seen.now
+    if seen.now >= since + timedelta(seconds=policy.unreachable_s):
+        return _after_exit(job, attempt, seen, policy)
+    if job.desired is Desired.CANCELLED and job.phase is not Phase.CANCELLING:
+        return Decision(Phase.CANCELLING, "UserCancelled", seen.message)
+    return Decision(note=seen.message)
 
 
 def _stop_signal(job: JobState, attempt: AttemptState, now: datetime, policy: Policy) -> Action:
@@ -185,19 +202,22 @@ def _after_exit(job: JobState, attempt: AttemptState, seen: Observation, policy:
         return _end(Decision(Phase.FAILED, outcome.reason or "WorkerFailed", outcome.message))
     if job.desired is Desired.CANCELLED:
         return _end(CANCELLED_BY_USER)
-    what = _what_happened(attempt, outcome)
+    what = _what_happened(attempt, seen)
     if attempt.number >= job.max_attempts:
         limit = f"{what}; failure.max_attempts is {job.max_attempts}; the job's log tells more"
         return _end(Decision(Phase.FAILED, "MaxAttemptsExceeded", limit))
     backoff = policy.backoff(attempt.number)
-    reason = (outcome.reason if outcome else None) or "DriverLost"
+    lost = "ClusterUnreachable" if seen.process is Process.UNREACHABLE else "DriverLost"
+    reason = (outcome.reason if outcome else None) or lost
     message = f"{what}; the next one starts in {backoff.total_seconds():g} s"
     return _end(Decision(Phase.RECOVERING, reason, message, retry_at=seen.now + backoff))
 
 
-def _what_happened(attempt: AttemptState, outcome: Outcome | None) -> str:
+def _what_happened(attempt: AttemptState, seen: Observation) -> str:
+    outcome = seen.outcome
     if outcome is None:
-        return f"attempt {attempt.number} died without a result"
+        what = "is given up" if seen.process is Process.UNREACHABLE else "died without a result"
+        return f"attempt {attempt.number} {what}" + (f": {seen.message}" if seen.message else "")
     if outcome.result == "cancelled":
         return f"attempt {attempt.number} was stopped from outside at step {outcome.step}"
     return f"attempt {attempt.number} failed: {outcome.message}"

@@ -12,15 +12,19 @@ from datetime import UTC, datetime
 
 from ulid import ULID
 
-from service.dispatchers.base import AttemptRef, Dispatcher, DispatchError, Launch, Seen
+from service.dispatchers.base import AttemptRef, BackendUnavailableError, Dispatcher, DispatchError, Launch
+from service.dispatchers.files import AttemptFiles
 from service.errors import StoreUnavailableError
 from service.failpoint import Failpoint
 from service.job_state import Action, Decision, Observation, Phase, Policy, Process, decide
 from service.store.base import Claim, Store
+from workers.rundir import Outcome
 
 __all__ = ["Reconciler"]
 
 log = logging.getLogger(__name__)
+
+NOTED = (Phase.STARTING, Phase.RUNNING)  # their message says what they wait for; elsewhere it says why they are there
 
 
 class Reconciler:
@@ -31,6 +35,7 @@ class Reconciler:
         *,
         store: Store,
         dispatcher: Dispatcher,
+        files: AttemptFiles,
         token_of: Callable[[str], str],
         policy: Policy,
         max_running_jobs: int,
@@ -40,6 +45,8 @@ class Reconciler:
     ) -> None:
         self._store = store
         self._dispatcher = dispatcher
+        self._files = files
+        self._silent_since: dict[AttemptRef, datetime] = {}  # of attempts whose backend does not answer
         self._token_of = token_of
         self._policy = policy
         self._max_running_jobs = max_running_jobs
@@ -98,33 +105,49 @@ class Reconciler:
 
     def _reconcile(self, claim: Claim) -> None:
         ref = AttemptRef(claim.job.id, claim.job.attempt)
-        seen = self._dispatcher.inspect(ref) if claim.attempt else Seen(Process.UNKNOWN)
-        decision = self._decide(claim, seen)
+        seen = self._observe(ref, claim)
+        attempt = claim.attempt.state if claim.attempt else None
+        decision = decide(claim.job.state, attempt, seen, self._policy)
         if decision.ends_attempt:
             self._settle(ref, claim)
-        if decision.phase is not None and not self._apply(claim, decision, seen):
+        if decision.phase is not None and not self._apply(claim, decision, seen.outcome):
             return
+        if decision.phase is None and decision.note != claim.job.message and claim.job.state.phase in NOTED:
+            self._store.note(claim, decision.note)
         try:
             self._act(ref, claim, decision)
         except DispatchError as error:
-            failed = Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True)
-            self._apply(claim, failed, seen)
+            self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), seen.outcome)
+        except BackendUnavailableError as error:
+            log.warning("backend_unavailable attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)
 
-    def _decide(self, claim: Claim, seen: Seen) -> Decision:
-        attempt = claim.attempt.state if claim.attempt else None
-        observation = Observation(now=datetime.now(UTC), process=seen.process, outcome=seen.outcome)
-        return decide(claim.job.state, attempt, observation, self._policy)
+    def _observe(self, ref: AttemptRef, claim: Claim) -> Observation:
+        now = datetime.now(UTC)
+        if claim.attempt is None:
+            return Observation(now)
+        try:
+            seen = self._dispatcher.inspect(ref)
+        except BackendUnavailableError as error:
+            since = self._silent_since.setdefault(ref, now)
+            log.warning("backend_unavailable attempt=%s since=%s error=%s", ref.attempt_id, since.isoformat(), error)
+            return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), since)
+        self._silent_since.pop(ref, None)
+        return Observation(now, seen.process, seen.outcome, seen.message)
 
     def _settle(self, ref: AttemptRef, claim: Claim) -> None:
         """Ends what the attempt left running, and takes in what it could not deliver while no controller was up."""
         if claim.attempt is None:
             return
-        self._dispatcher.kill(ref)
-        for events in self._dispatcher.undelivered(ref, claim.attempt.acknowledged_seq):
+        self._silent_since.pop(ref, None)
+        try:
+            self._dispatcher.kill(ref)
+        except BackendUnavailableError as error:  # the next attempt kills it before it starts, and fences it
+            log.warning("not_killed attempt=%s error=%s", ref.attempt_id, error)
+        for events in self._files.undelivered(ref, claim.attempt.acknowledged_seq):
             self._store.ingest(claim.attempt.id, events)
 
-    def _apply(self, claim: Claim, decision: Decision, seen: Seen) -> bool:
-        is_stored = self._store.apply(claim, decision, datetime.now(UTC), seen.outcome)
+    def _apply(self, claim: Claim, decision: Decision, outcome: Outcome | None) -> bool:
+        is_stored = self._store.apply(claim, decision, datetime.now(UTC), outcome)
         log.info(
             "phase job_id=%s from=%s to=%s reason=%s stored=%s",
             claim.job.id,
@@ -142,6 +165,8 @@ class Reconciler:
                 # The next tick submits it: after a crash right here the same code goes the same way.
                 self._failpoint.reach("after_attempt_commit")
             case Action.SUBMIT:
+                if ref.number > 1:  # it may have been given up while nobody could end it
+                    self._dispatcher.kill(AttemptRef(ref.job_id, ref.number - 1))
                 self._dispatcher.submit(Launch(ref, claim.job.spec, self._token_of(ref.attempt_id)))
                 self._failpoint.reach("after_submit")
                 self._store.mark_submitted(claim)

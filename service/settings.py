@@ -4,9 +4,9 @@ import ipaddress
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import StartupError
@@ -14,6 +14,8 @@ from service.failpoint import Place
 from service.home import DATABASE, RUNS
 
 __all__ = ["Settings", "load_settings"]
+
+DRIVER = ("-m", "workers.driver")
 
 
 class Settings(BaseSettings):
@@ -26,20 +28,35 @@ class Settings(BaseSettings):
     home: Path = Field(Path("~/.ngd"), description="Folder of runs and of the default database.")
     database_url: str = Field("", description="SQLAlchemy URL of SQLite or PostgreSQL; empty: a file in home.")
     data_dir: Path | None = Field(None, description="What a relative data directory in a spec is relative to.")
+    worker_url: str = Field(
+        "", pattern=r"^(https?://[^/\s]+)?$", description="Where workers report to; empty: where it listens."
+    )
+    dispatcher: Literal["local", "ray_jobs", "kuberay"] = Field(
+        "local", description="Who runs the attempts: this machine, a Ray cluster, or a RayJob each."
+    )
+    runs_dir: Path | None = Field(
+        None, description="ray_jobs and kuberay: folder of runs that the workers see as the same path; empty: in home."
+    )
+    ray_address: str = Field(
+        "", pattern=r"^(https?://[^/\s]+)?$", description="ray_jobs: where Ray's dashboard answers, http://head:8265."
+    )
+    ray_token_file: Path | None = Field(None, description="ray_jobs: file with the Ray cluster's token.")
+    unreachable_s: float = Field(
+        600.0, gt=0, description="Seconds of silence after which what runs an attempt counts as lost."
+    )
     max_running_jobs: int = Field(1, ge=1, description="Jobs that run at once; the rest wait in order of creation.")
     tick_s: float = Field(1.0, gt=0, description="Seconds between two looks at the running jobs.")
     lease_s: float = Field(10.0, gt=0, description="Seconds after which another controller may take over a job.")
     retry_backoff_s: float = Field(2.0, ge=0, description="Wait before attempt 2; doubles each time, up to 300.")
     cancel_grace_s: float = Field(30.0, ge=0, description="Seconds a cancelled job has to stop by itself.")
     interrupt_grace_s: float = Field(10.0, ge=0, description="Seconds between SIGINT and SIGKILL.")
-    driver_command: Annotated[tuple[str, ...], NoDecode] = Field(
-        (sys.executable, "-m", "workers.driver"),
-        min_length=1,
-        description="Command of an attempt, a JSON list; its folder is appended.",
+    driver_command: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, NoDecode] = Field(
+        None,
+        description="Command of an attempt, a JSON list; its folder is appended. Unset: python -m workers.driver.",
     )
     failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
 
-    @field_validator("home", "data_dir")
+    @field_validator("home", "data_dir", "runs_dir", "ray_token_file")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         try:
@@ -57,7 +74,7 @@ class Settings(BaseSettings):
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"driver_command (NGD_DRIVER_COMMAND) must be a JSON list of texts, got {command!r}; "
-                f"its default is {json.dumps([sys.executable, '-m', 'workers.driver'])}"
+                f"its default is {json.dumps(['python', *DRIVER])}"
             ) from error
 
     @field_validator("host")
@@ -81,13 +98,43 @@ class Settings(BaseSettings):
         """Where the service answers, for its own workers and for people."""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
+    @model_validator(mode="after")
+    def _belongs_to_the_dispatcher(self) -> "Settings":
+        if self.dispatcher == "local" and self.runs_dir is not None:
+            raise ValueError(
+                f"runs_dir (NGD_RUNS_DIR) is for the dispatchers ray_jobs and kuberay, got {str(self.runs_dir)!r} with "
+                "local, whose runs lie in NGD_HOME with their processes' lock; leave it out"
+            )
+        for name in ("ray_address", "ray_token_file"):
+            value = getattr(self, name)
+            if self.dispatcher != "ray_jobs" and value:
+                raise ValueError(
+                    f"{name} (NGD_{name.upper()}) is for the dispatcher ray_jobs, got {str(value)!r} with "
+                    f"{self.dispatcher}; leave it out, or set NGD_DISPATCHER=ray_jobs"
+                )
+        if self.dispatcher == "ray_jobs" and not self.ray_address:
+            raise ValueError(
+                "the dispatcher ray_jobs needs ray_address (NGD_RAY_ADDRESS), the address of Ray's dashboard such as "
+                "http://127.0.0.1:8265"
+            )
+        return self
+
+    @property
+    def resolved_worker_url(self) -> str:
+        return self.worker_url or self.url
+
+    @property
+    def resolved_driver_command(self) -> tuple[str, ...]:
+        """What an attempt's folder is appended to; another machine has its own python."""
+        return self.driver_command or (sys.executable if self.dispatcher == "local" else "python", *DRIVER)
+
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / DATABASE}"
 
     @property
-    def runs_dir(self) -> Path:
-        return self.home / RUNS
+    def resolved_runs_dir(self) -> Path:
+        return self.runs_dir or self.home / RUNS
 
 
 def load_settings(**given: Any) -> Settings:
@@ -99,9 +146,9 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _sentence(item: Any) -> str:
-    name = str(item["loc"][0])
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error":
         return message
+    name = str(item["loc"][0])
     message = message[0].lower() + message[1:]
     return f"setting {name} (NGD_{name.upper()}): {message}, got {item['input']!r}"

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from ngd_dist.comm import Communicator
 from workers.context import TrainContext, device_of
-from workers.ending import EXIT_STATUS, conclude, failure, summary
+from workers.ending import conclude, failure, summary
 from workers.errors import SpecError, WorkerError
 from workers.events import WorkersRestarted
 from workers.loop import train
 from workers.reporter import Reporter, SilentReporter, SpoolingReporter
-from workers.rundir import AttemptDir, Facts, Outcome, write_json
+from workers.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, write_json
 from workers.spec import JobSpec
 from workers.spec_file import load_spec
 

@@ -6,11 +6,8 @@ Torch and Ray are imported late, so that a signal in the seconds that takes ends
 
 import argparse
 import logging
-import os
-import shutil
 import signal
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -18,9 +15,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from workers.ending import EXIT_STATUS, conclude, failure, summary
+from workers.ending import conclude, failure, summary
 from workers.errors import ClusterError, SpecError, WorkerError
-from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
+from workers.ray_cluster import RayCluster
+from workers.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec import JobSpec
 from workers.spec_problems import explain
 
@@ -29,19 +27,6 @@ __all__ = ["main", "run_worker"]
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
-
-OBJECT_STORE_BYTES = 100 * 1024**2  # nothing large goes through Ray; its default is 30 % of the memory
-RAY_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_COLOR_PREFIX": "0",  # the log is a file
-    "RAY_DEDUP_LOGS": "0",  # each rank's lines in full
-    "RAY_AUTH_MODE": "token",  # Ray's default, said aloud: leaving it out makes Ray warn in the job's log
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a cluster of one machine
-    # Ray's cleaner asks the dashboard, which is off, and without an address trips over any second Ray on the machine.
-    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 def main() -> None:
@@ -106,48 +91,16 @@ def _read(path: Path, model: type[Model]) -> Model:
 
 
 def _run_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
-    os.environ.update(RAY_SETTINGS)
-    import ray
-
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    # A socket's path may have 107 bytes, and Ray puts some 60 of its own below this.
-    temporary = tempfile.mkdtemp(prefix="ngd-", dir="/tmp")
-    # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort.
-    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread:
-        try:
-            thread.submit(_start_cluster, spec, temporary).result()
-            _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
-            if attempt_dir.stop.exists():
-                return Outcome(result="cancelled", step=_saved_step(spec, facts))
-            return thread.submit(_fit, attempt_dir, spec, facts).result()
-        finally:
-            ray.shutdown()
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _start_cluster(spec: JobSpec, temporary: str) -> None:
-    import ray
-
-    resources = spec.resources
-    try:
-        ray.init(
-            address="local",
-            num_cpus=resources.workers * resources.threads_per_worker,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_config=ray.LoggingConfig(log_level="ERROR"),
-            log_to_driver=True,
-            _temp_dir=temporary,
-        )
-    except (RuntimeError, ConnectionError, OSError, ValueError) as error:
-        raise ClusterError(f"Ray did not start on this machine: {error}") from error
-    _log_to_stderr()  # again: Ray has put its own handler there
-    wanted, found = resources.workers * resources.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
-    if found < wanted:
-        raise SpecError(
-            f"resources ask for {wanted} GPUs (workers {resources.workers} x gpus_per_worker "
-            f"{resources.gpus_per_worker}), this machine has {found:g}; lower them"
-        )
+    # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort. The thread that started
+    # Ray has to outlive it: shutting it down after that ends the process without a word.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread, RayCluster(facts.cluster) as cluster:
+        thread.submit(cluster.start, spec).result()
+        _log_to_stderr()  # again: Ray has put its own handler there
+        _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
+        cluster.check(spec)
+        if attempt_dir.stop.exists():
+            return Outcome(result="cancelled", step=_saved_step(spec, facts))
+        return thread.submit(_fit, attempt_dir, spec, facts).result()
 
 
 def _stop_in_order_on_signals(attempt_dir: AttemptDir) -> None:

@@ -5,9 +5,7 @@ from workers.events import Cancelled, Done, Event, Failed
 from workers.reporter import SpoolingReporter
 from workers.rundir import AttemptDir, Outcome, write_json
 
-__all__ = ["EXIT_STATUS", "conclude", "failure", "summary"]
-
-EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
+__all__ = ["conclude", "failure", "summary"]
 
 
 def failure(error: WorkerError) -> Outcome:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from workers.spec import JobSpec
 
-__all__ = ["AttemptDir", "Facts", "Outcome", "read_json", "write_json"]
+__all__ = ["EXIT_STATUS", "AttemptDir", "Facts", "Outcome", "read_json", "write_json"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -43,6 +43,9 @@ class Facts(BaseModel):
     token: str | None = Field(description="Bearer token of this attempt alone.")
     run_dir: Path = Field(description="Absolute; holds checkpoints/.")
     data_dir: Path | None = Field(description="Absolute; what a relative data directory in the spec is relative to.")
+    cluster: Literal["own", "given"] = Field(
+        "own", description="own: the driver starts a Ray on its machine; given: it runs inside the one that runs it."
+    )
 
 
 class Outcome(BaseModel):
@@ -59,6 +62,9 @@ class Outcome(BaseModel):
     test_loss: float | None = None
     target_step: int | None = None
     seconds: float | None = Field(None, description="Wall time of training, start-up not counted.")
+
+
+EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}  # of a driver that has written its outcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,13 +43,13 @@ async def get_logs(
     if follow:
         frames = _frames(parts, job, attempt, tail)
         return StreamingResponse(frames, media_type="text/event-stream", headers=STREAM_HEADERS)
-    text, _ = await asyncio.to_thread(parts.dispatcher.tail_log, AttemptRef(job_id, attempt or job.attempt), tail)
+    text, _ = await asyncio.to_thread(parts.files.tail_log, AttemptRef(job_id, attempt or job.attempt), tail)
     return PlainTextResponse(text)
 
 
 async def _frames(parts: Parts, job: JobRecord, attempt: int | None, tail: int | None) -> AsyncIterator[str]:
     shown, quiet_since = attempt or job.attempt, time.monotonic()
-    text, offset = await asyncio.to_thread(parts.dispatcher.tail_log, AttemptRef(job.id, shown), tail)
+    text, offset = await asyncio.to_thread(parts.files.tail_log, AttemptRef(job.id, shown), tail)
     while not parts.closing.is_set():
         if text:
             quiet_since = time.monotonic()
@@ -72,6 +72,6 @@ async def _frames(parts: Parts, job: JobRecord, attempt: int | None, tail: int |
 
 def _whole_lines(parts: Parts, ref: AttemptRef, offset: int) -> bytes:
     """Returns what follows, cut after a line, so that no character is torn in two; a long line goes as it is."""
-    text = parts.dispatcher.read_log(ref, offset, CHUNK_BYTES)
+    text = parts.files.read_log(ref, offset, CHUNK_BYTES)
     end = text.rfind(b"\n") + 1
     return text[:end] if end else text

@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Path, Query, Request
 
-from service.dispatchers.base import Dispatcher
+from service.dispatchers.files import AttemptFiles
 from service.jobs import Jobs
 from service.reconciler import Reconciler
 from service.settings import Settings
@@ -23,7 +23,7 @@ class Parts:
     settings: Settings
     store: Store
     tokens: Tokens
-    dispatcher: Dispatcher
+    files: AttemptFiles
     reconciler: Reconciler
     jobs: Jobs
     closing: threading.Event  # set when the server is told to stop: streams end

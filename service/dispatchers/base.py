@@ -1,18 +1,36 @@
-"""The contract of a dispatcher: it starts attempts, says how they are, and stops them. It knows nothing of phases."""
+"""The contract of a dispatcher: it starts attempts, says how they are, and stops them. It knows nothing of phases.
 
-from collections.abc import Iterator, Mapping
+What an attempt reads and leaves are files, which files.py knows, the same for every dispatcher.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from service.job_state import Process
-from workers.events import Numbered
 from workers.rundir import Outcome
 
-__all__ = ["AttemptRef", "DispatchError", "Dispatcher", "Launch", "Seen"]
+__all__ = [
+    "SPEC_SHA256",
+    "AttemptRef",
+    "BackendUnavailableError",
+    "DispatchError",
+    "Dispatcher",
+    "Launch",
+    "Seen",
+]
+
+SPEC_SHA256 = "ngd.dev/spec-sha256"  # under which a backend keeps Launch.spec_sha256
 
 
 class DispatchError(Exception):
     """An attempt can't be started here; str() is one sentence for the job's owner."""
+
+
+class BackendUnavailableError(Exception):
+    """What runs the attempts does not answer, so nothing is known; the call is made again. str(): one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +53,11 @@ class Launch:
     spec: Mapping[str, Any]
     token: str
 
+    @property
+    def spec_sha256(self) -> str:
+        """Tells a backend's job that is this attempt from one that only has its name."""
+        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -42,9 +65,12 @@ class Seen:
 
     process: Process
     outcome: Outcome | None = None
+    message: str | None = None  # for the job's owner: what it waits for, or what the backend says of its end
 
 
 class Dispatcher(Protocol):
+    """Every call may raise BackendUnavailableError, and may be made again."""
+
     def submit(self, launch: Launch) -> None:
         """Starts the attempt unless it was started before: calling it again changes nothing. Raises: DispatchError."""
         ...
@@ -56,17 +82,5 @@ class Dispatcher(Protocol):
         ...
 
     def kill(self, ref: AttemptRef) -> None:
-        """Ends every process of the attempt, also those that a dead driver has left behind."""
-        ...
-
-    def undelivered(self, ref: AttemptRef, after_seq: int) -> Iterator[list[Numbered]]:
-        """Yields the attempt's own record of its events after `after_seq`, in batches."""
-        ...
-
-    def read_log(self, ref: AttemptRef, offset: int, limit: int) -> bytes:
-        """Returns up to `limit` bytes of the log from `offset`; b"" at its end."""
-        ...
-
-    def tail_log(self, ref: AttemptRef, lines: int | None) -> tuple[bytes, int]:
-        """Returns the log's last lines (None: all that is served at once) and the offset after them."""
+        """Ends every process of the attempt, also those that a dead driver has left behind; inspect tells when."""
         ...

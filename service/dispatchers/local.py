@@ -10,19 +10,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import psutil
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from service.dispatchers.base import AttemptRef, DispatchError, Launch, Seen
+from service.dispatchers.files import AttemptFiles
 from service.failpoint import Failpoint
 from service.job_state import Process
-from workers.events import Numbered, numbered
-from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
-from workers.spec_problems import SpecProblemsError, parse_spec
+from service.settings import Settings
+from workers.rundir import AttemptDir, read_json, write_json
 
 __all__ = ["LocalDispatcher"]
 
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 START_TIME_TOLERANCE_S = 2.0  # the kernel's clock of start times moves a little when the wall clock is corrected
 LINGER_S = 30.0  # for a driver that has written its outcome to leave by itself
-BATCH_EVENTS = 512
-TAIL_BYTES = 1 << 20  # the most of a log that is served at once
 
 
 class DriverProcess(BaseModel):
@@ -49,58 +47,47 @@ class DriverProcess(BaseModel):
 class LocalDispatcher:
     """A `Dispatcher` that starts `command ATTEMPT_DIR`."""
 
-    def __init__(
-        self, *, runs_dir: Path, data_dir: Path | None, url: str, command: Sequence[str], failpoint: Failpoint
-    ) -> None:
-        self._runs_dir = runs_dir
-        self._data_dir = data_dir
-        self._url = url
+    def __init__(self, files: AttemptFiles, *, command: Sequence[str], failpoint: Failpoint) -> None:
+        self._files = files
         self._command = tuple(command)
         self._failpoint = failpoint
         self._children: list[subprocess.Popen[bytes]] = []  # to be waited for, lest they stay as zombies
 
+    @classmethod
+    def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "LocalDispatcher":
+        return cls(files, command=settings.resolved_driver_command, failpoint=failpoint)
+
     def submit(self, launch: Launch) -> None:
-        folder = self._folder(launch.ref)
+        if self._files.folder(launch.ref).path.exists() and self.inspect(launch.ref).process is not Process.UNKNOWN:
+            return
+        folder = self._files.prepare(launch)
         try:
-            spec = parse_spec(launch.spec)
-        except SpecProblemsError as error:
-            raise DispatchError(f"this version does not take the stored spec: {error}; submit it anew") from error
-        try:
-            folder.path.mkdir(parents=True)
-        except FileExistsError:
-            if self.inspect(launch.ref).process is not Process.UNKNOWN:
-                return
-        except OSError as error:
-            raise DispatchError(f"can't create {folder.path}: {error.strerror}; check NGD_HOME") from error
-        try:
-            write_json(folder.spec, spec)
-            write_json(folder.facts, self._facts(launch))
             self._start(folder)
         except OSError as error:
             raise DispatchError(f"can't start {self._command[0]} in {folder.path}: {error.strerror}") from error
 
     def inspect(self, ref: AttemptRef) -> Seen:
-        folder = self._folder(ref)
+        folder = self._files.folder(ref)
         driver = self._driver(folder)
-        outcome = _outcome(folder)
+        outcome = self._files.outcome(ref)
         if driver is not None and outcome is not None and _age_s(folder.outcome) > LINGER_S:
             log.warning("driver_lingers attempt=%s pid=%s", ref.attempt_id, driver.pid)
             self.kill(ref)
             driver = None
         if driver is not None:
-            self._announce(folder)
+            self._files.announce(ref)
             return Seen(Process.RUNNING)
         was_started = outcome is not None or folder.process.exists()
         return Seen(Process.EXITED if was_started else Process.UNKNOWN, outcome)
 
     def interrupt(self, ref: AttemptRef) -> None:
-        driver = self._driver(self._folder(ref))
+        driver = self._driver(self._files.folder(ref))
         if driver is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 driver.send_signal(signal.SIGINT)
 
     def kill(self, ref: AttemptRef) -> None:
-        folder = self._folder(ref)
+        folder = self._files.folder(ref)
         driver = self._driver(folder)
         noted = read_json(folder.process, DriverProcess)
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -111,50 +98,6 @@ class LocalDispatcher:
         if noted is not None and (driver is not None or _has_its_group(noted)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(noted.pid, signal.SIGKILL)
-
-    def undelivered(self, ref: AttemptRef, after_seq: int) -> Iterator[list[Numbered]]:
-        batch: list[Numbered] = []
-        for event in _spooled(self._folder(ref).spool):
-            if event.seq > after_seq:
-                batch.append(event)
-            if len(batch) == BATCH_EVENTS:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def read_log(self, ref: AttemptRef, offset: int, limit: int) -> bytes:
-        try:
-            with self._folder(ref).log.open("rb") as file:
-                file.seek(offset)
-                return file.read(limit)
-        except FileNotFoundError:
-            return b""
-
-    def tail_log(self, ref: AttemptRef, lines: int | None) -> tuple[bytes, int]:
-        path = self._folder(ref).log
-        size = path.stat().st_size if path.exists() else 0
-        start = max(0, size - TAIL_BYTES)
-        text = self.read_log(ref, start, size - start)
-        if start > 0:
-            text = text[text.find(b"\n") + 1 :]  # the first line is cut
-        if lines is not None:
-            text = b"".join(text.splitlines(keepends=True)[-lines:]) if lines else b""
-        return text, size
-
-    def _folder(self, ref: AttemptRef) -> AttemptDir:
-        return AttemptDir.of(self._runs_dir / ref.job_id, ref.number)
-
-    def _facts(self, launch: Launch) -> Facts:
-        return Facts(
-            attempt_id=launch.ref.attempt_id,
-            attempt=launch.ref.number,
-            job_id=launch.ref.job_id,
-            url=self._url,
-            token=launch.token,
-            run_dir=self._runs_dir / launch.ref.job_id,
-            data_dir=self._data_dir,
-        )
 
     def _start(self, folder: AttemptDir) -> None:
         with folder.log.open("ab") as output:
@@ -187,21 +130,6 @@ class LocalDispatcher:
 
     def _reap(self) -> None:
         self._children = [child for child in self._children if child.poll() is None]
-
-    def _announce(self, folder: AttemptDir) -> None:
-        """Tells a driver that an earlier controller started where this one listens."""
-        facts = folder.read_facts()
-        if facts.url != self._url:
-            write_json(folder.facts, facts.model_copy(update={"url": self._url}))
-
-
-def _outcome(folder: AttemptDir) -> Outcome | None:
-    """Returns how the attempt ended; a file that can't be read counts as none, so that the job goes on."""
-    try:
-        return folder.read_outcome()
-    except ValidationError as error:
-        log.error("outcome_unreadable path=%s error=%s", folder.outcome, error)
-        return None
 
 
 def _living(noted: DriverProcess) -> psutil.Process | None:
@@ -247,19 +175,6 @@ def _find(folder: Path) -> psutil.Process | None:
         if process.info["cmdline"] and process.info["cmdline"][-1] == str(folder)
     ]
     return min(found, key=lambda process: float(process.info["create_time"]), default=None)
-
-
-def _spooled(path: Path) -> Iterator[Numbered]:
-    """Yields the spool's complete lines; the last one is torn if its writer was killed."""
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield numbered.validate_json(line)
-    except FileNotFoundError:
-        return
-    except ValidationError as error:
-        log.error("spool_unreadable path=%s error=%s", path, error)
 
 
 def _age_s(path: Path) -> float:

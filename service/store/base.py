@@ -132,6 +132,10 @@ class Store(Protocol):
 
     def mark_stopped(self, claim: Claim, signal: Action, now: datetime) -> bool: ...
 
+    def note(self, claim: Claim, message: str | None) -> bool:
+        """Replaces the job's message, with no event: what it waits for while its phase stays."""
+        ...
+
     def release(self, claim: Claim) -> None:
         """Ends the lease, if it is still this claim's."""
         ...

@@ -173,6 +173,10 @@ class SQLStore:
     def mark_stopped(self, claim: Claim, signal: Action, now: datetime) -> bool:
         return self._change_attempt(claim, {"stop": signal, "stop_sent_at": now})
 
+    def note(self, claim: Claim, message: str | None) -> bool:
+        with self._write() as connection:
+            return _change_leased(connection, claim, {"message": message, **_touched()})
+
     def release(self, claim: Claim) -> None:
         with self._write() as connection:
             _change_leased(connection, claim, {"lease_token": None, "lease_expires_at": None})

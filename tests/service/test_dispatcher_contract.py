@@ -9,6 +9,7 @@ import pytest
 
 from service.dispatchers import local
 from service.dispatchers.base import AttemptRef, Dispatcher, DispatchError, Launch, Seen
+from service.dispatchers.files import AttemptFiles
 from service.dispatchers.local import DriverProcess, LocalDispatcher
 from service.failpoint import Failpoint
 from service.job_state import Process
@@ -27,9 +28,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
     made: list[LocalDispatcher] = []
 
     def make(url: str = "http://127.0.0.1:1", command: tuple[str, ...] = FAULT_DRIVER) -> LocalDispatcher:
-        made.append(
-            LocalDispatcher(runs_dir=tmp_path, data_dir=None, url=url, command=command, failpoint=Failpoint(None))
-        )
+        made.append(LocalDispatcher(files(tmp_path, url), command=command, failpoint=Failpoint(None)))
         return made[-1]
 
     yield make
@@ -38,6 +37,10 @@ def make(tmp_path: Path) -> Iterator[Make]:
         wait_until(lambda dispatcher=dispatcher: not is_running(dispatcher), "the driver is gone")
         # A zombie can be waited for once its last thread has ended.
         wait_until(lambda dispatcher=dispatcher: dispatcher.inspect(REF) and not dispatcher._children, "it is reaped")
+
+
+def files(tmp_path: Path, url: str = "http://127.0.0.1:1") -> AttemptFiles:
+    return AttemptFiles(runs_dir=tmp_path, data_dir=None, worker_url=url, cluster="own")
 
 
 def launch(name: str = "waits", steps: int = 10) -> Launch:
@@ -52,25 +55,25 @@ def folder(tmp_path: Path) -> AttemptDir:
     return AttemptDir.of(tmp_path / REF.job_id, REF.number)
 
 
-def wait_for_log(dispatcher: Dispatcher) -> bytes:
-    wait_until(lambda: dispatcher.tail_log(REF, None)[0], "the driver has written something")
-    return dispatcher.tail_log(REF, None)[0]
+def wait_for_log(tmp_path: Path) -> bytes:
+    wait_until(lambda: files(tmp_path).tail_log(REF, None)[0], "the driver has written something")
+    return files(tmp_path).tail_log(REF, None)[0]
 
 
 def test_attempt_that_was_never_submitted_is_unknown(make: Make) -> None:
     assert make().inspect(REF).process is Process.UNKNOWN
 
 
-def test_submitting_twice_starts_once(make: Make) -> None:
+def test_submitting_twice_starts_once(make: Make, tmp_path: Path) -> None:
     first, second = make(), make()
     first.submit(launch())
     first.submit(launch())
-    wait_for_log(first)
+    wait_for_log(tmp_path)
 
     second.submit(launch())
 
     assert is_running(second)
-    assert second.tail_log(REF, None)[0].count(b"attempt 1") == 1
+    assert files(tmp_path).tail_log(REF, None)[0].count(b"attempt 1") == 1
 
 
 def test_next_controller_finds_the_driver_and_tells_it_where_to_report(make: Make, tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_next_controller_finds_the_driver_and_tells_it_where_to_report(make: Mak
 def test_driver_whose_pid_was_not_noted_is_found_by_its_folder(make: Make, tmp_path: Path) -> None:
     dispatcher = make()
     dispatcher.submit(launch())
-    wait_for_log(dispatcher)
+    wait_for_log(tmp_path)
     noted = DriverProcess.model_validate_json(folder(tmp_path).process.read_bytes())
 
     folder(tmp_path).process.unlink()
@@ -138,10 +141,10 @@ def test_driver_killed_by_another_hand_has_no_outcome(make: Make, tmp_path: Path
     assert dispatcher.inspect(REF).outcome is None
 
 
-def test_interrupt_lets_the_driver_end_in_order(make: Make) -> None:
+def test_interrupt_lets_the_driver_end_in_order(make: Make, tmp_path: Path) -> None:
     dispatcher = make()
     dispatcher.submit(launch("waits"))
-    wait_for_log(dispatcher)
+    wait_for_log(tmp_path)
 
     dispatcher.interrupt(REF)
 
@@ -155,7 +158,7 @@ def test_kill_ends_what_a_dead_driver_has_left_behind(make: Make, tmp_path: Path
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)"
     dispatcher = make(command=("python3", "-c", child))
     dispatcher.submit(launch())
-    left = psutil.Process(int(wait_for_log(dispatcher)))
+    left = psutil.Process(int(wait_for_log(tmp_path)))
     wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the driver ends")
     assert left.is_running()
 
@@ -224,7 +227,7 @@ def test_undelivered_events_stop_before_a_torn_line(make: Make, tmp_path: Path) 
     with folder(tmp_path).spool.open("ab") as spool:
         spool.write(b'{"seq": 99, "time')
 
-    seqs = [event.seq for batch in dispatcher.undelivered(REF, 1) for event in batch]
+    seqs = [event.seq for batch in files(tmp_path).undelivered(REF, 1) for event in batch]
 
     assert seqs == list(range(2, complete + 1))
 
@@ -242,15 +245,15 @@ def test_stored_spec_that_is_none_any_more_is_refused(make: Make, tmp_path: Path
     assert not folder(tmp_path).path.exists()
 
 
-def test_log_is_read_in_pieces_and_from_its_end(make: Make, tmp_path: Path) -> None:
+def test_log_is_read_in_pieces_and_from_its_end(tmp_path: Path) -> None:
     folder(tmp_path).path.mkdir(parents=True)
     folder(tmp_path).log.write_bytes(b"one\ntwo\nthree\n")
-    dispatcher = make()
+    read = files(tmp_path)
 
-    assert dispatcher.read_log(REF, 4, 4) == b"two\n"
-    assert dispatcher.tail_log(REF, 2) == (b"two\nthree\n", 14)
-    assert dispatcher.tail_log(REF, 0) == (b"", 14)
-    assert make().read_log(AttemptRef("job_none", 1), 0, 9) == b""
+    assert read.read_log(REF, 4, 4) == b"two\n"
+    assert read.tail_log(REF, 2) == (b"two\nthree\n", 14)
+    assert read.tail_log(REF, 0) == (b"", 14)
+    assert read.read_log(AttemptRef("job_none", 1), 0, 9) == b""
 
 
 def test_driver_that_stays_after_its_outcome_is_ended(
@@ -259,7 +262,7 @@ def test_driver_that_stays_after_its_outcome_is_ended(
     monkeypatch.setattr(local, "LINGER_S", -1.0)
     dispatcher = make()
     dispatcher.submit(launch("deaf"))
-    wait_for_log(dispatcher)
+    wait_for_log(tmp_path)
     write_json(folder(tmp_path).outcome, Outcome(result="succeeded", step=7))
 
     seen = dispatcher.inspect(REF)

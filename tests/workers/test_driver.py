@@ -14,8 +14,7 @@ from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.deadline import wait_until
 from tests.support.event_service import EventService
 from workers.checkpoints import Checkpoints
-from workers.ending import EXIT_STATUS
-from workers.rundir import AttemptDir, Outcome, write_json
+from workers.rundir import EXIT_STATUS, AttemptDir, Outcome, write_json
 
 pytestmark = pytest.mark.ray
 

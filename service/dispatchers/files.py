@@ -1,0 +1,156 @@
+"""The attempts' folders as a controller sees them: on its own disk, or on a volume that it shares with the workers.
+
+What an attempt is told (spec, facts, the request to stop) and what it leaves (events, log, outcome) are files, wherever
+it runs; so they survive a lost controller, a lost Ray head and a deleted pod alike.
+"""
+
+import logging
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from service.dispatchers.base import AttemptRef, DispatchError, Launch
+from workers.events import Numbered, numbered
+from workers.rundir import AttemptDir, Facts, Outcome, write_json
+from workers.spec_problems import SpecProblemsError, parse_spec
+
+__all__ = ["AttemptFiles", "entrypoint"]
+
+log = logging.getLogger(__name__)
+
+BATCH_EVENTS = 512
+TAIL_BYTES = 1 << 20  # the most of a log that is served at once
+OUTCOME_DELAY_S = 30.0  # a network file system may show a new file this late
+
+
+class AttemptFiles:
+    """Writes and reads the folders of attempts below runs_dir; whoever runs the drivers sees the same paths.
+
+    cluster: "own" if a driver starts a Ray of its own, "given" if it finds one where it runs.
+    """
+
+    def __init__(
+        self, *, runs_dir: Path, data_dir: Path | None, worker_url: str, cluster: Literal["own", "given"]
+    ) -> None:
+        self._runs_dir = runs_dir
+        self._data_dir = data_dir
+        self._worker_url = worker_url
+        self._cluster = cluster
+
+    def folder(self, ref: AttemptRef) -> AttemptDir:
+        return AttemptDir.of(self._runs_dir / ref.job_id, ref.number)
+
+    def prepare(self, launch: Launch) -> AttemptDir:
+        """Returns the attempt's folder with all that its driver reads; may be called again. Raises: DispatchError."""
+        folder = self.folder(launch.ref)
+        try:
+            spec = parse_spec(launch.spec)
+        except SpecProblemsError as error:
+            raise DispatchError(f"this version does not take the stored spec: {error}; submit it anew") from error
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.spec, spec)
+            write_json(folder.facts, self._facts(launch))
+        except OSError as error:
+            raise DispatchError(
+                f"can't write {folder.path}: {error.strerror}; check NGD_HOME, or NGD_RUNS_DIR if it is set"
+            ) from error
+        return folder
+
+    def announce(self, ref: AttemptRef) -> None:
+        """Tells a driver that an earlier controller started where this one listens."""
+        folder = self.folder(ref)
+        facts = folder.read_facts()
+        if facts.url != self._worker_url:
+            write_json(folder.facts, facts.model_copy(update={"url": self._worker_url}))
+
+    def ask_to_stop(self, ref: AttemptRef) -> None:
+        """Asks the workers to stop after the current step, the controller's part of what SIGINT is to a driver."""
+        folder = self.folder(ref)
+        if folder.path.exists():
+            folder.stop.touch()
+
+    def outcome(self, ref: AttemptRef) -> Outcome | None:
+        """Returns how the attempt ended; a file that can't be read counts as none, so that the job goes on."""
+        folder = self.folder(ref)
+        try:
+            return folder.read_outcome()
+        except ValidationError as error:
+            log.error("outcome_unreadable path=%s error=%s", folder.outcome, error)
+            return None
+
+    def may_still_show(self, ended_at: datetime | None) -> bool:
+        """Returns whether a driver that ended then by itself may have written an outcome that is not seen here yet."""
+        return ended_at is not None and time.time() - ended_at.timestamp() < OUTCOME_DELAY_S
+
+    def undelivered(self, ref: AttemptRef, after_seq: int) -> Iterator[list[Numbered]]:
+        """Yields the attempt's own record of its events after `after_seq`, in batches."""
+        batch: list[Numbered] = []
+        for event in _spooled(self.folder(ref).spool):
+            if event.seq > after_seq:
+                batch.append(event)
+            if len(batch) == BATCH_EVENTS:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def read_log(self, ref: AttemptRef, offset: int, limit: int) -> bytes:
+        """Returns up to `limit` bytes of the log from `offset`; b"" at its end."""
+        try:
+            with self.folder(ref).log.open("rb") as file:
+                file.seek(offset)
+                return file.read(limit)
+        except FileNotFoundError:
+            return b""
+
+    def tail_log(self, ref: AttemptRef, lines: int | None) -> tuple[bytes, int]:
+        """Returns the log's last lines (None: all that is served at once) and the offset after them."""
+        path = self.folder(ref).log
+        size = path.stat().st_size if path.exists() else 0
+        start = max(0, size - TAIL_BYTES)
+        text = self.read_log(ref, start, size - start)
+        if start > 0:
+            text = text[text.find(b"\n") + 1 :]  # the first line is cut
+        if lines is not None:
+            text = b"".join(text.splitlines(keepends=True)[-lines:]) if lines else b""
+        return text, size
+
+    def _facts(self, launch: Launch) -> Facts:
+        return Facts(
+            attempt_id=launch.ref.attempt_id,
+            attempt=launch.ref.number,
+            job_id=launch.ref.job_id,
+            url=self._worker_url,
+            token=launch.token,
+            run_dir=self._runs_dir / launch.ref.job_id,
+            data_dir=self._data_dir,
+            cluster=self._cluster,
+        )
+
+
+def entrypoint(command: Sequence[str], folder: AttemptDir) -> str:
+    """Returns the shell command of a driver whose output is the attempt's log, for those who run it elsewhere.
+
+    It stays the same however often it is split into words and joined again.
+    """
+    run = shlex.join([*command, str(folder.path)])
+    return shlex.join(["sh", "-c", f"exec {run} >>{shlex.quote(str(folder.log))} 2>&1"])
+
+
+def _spooled(path: Path) -> Iterator[Numbered]:
+    """Yields the spool's complete lines; the last one is torn if its writer was killed."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield numbered.validate_json(line)
+    except FileNotFoundError:
+        return
+    except ValidationError as error:
+        log.error("spool_unreadable path=%s error=%s", path, error)
