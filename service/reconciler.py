@@ -128,10 +128,12 @@ class Reconciler:
         try:
             seen = self._dispatcher.inspect(ref)
         except BackendUnavailableError as error:
-            since = self._silent_since.setdefault(ref, now)
-            log.warning("backend_unavailable attempt=%s since=%s error=%s", ref.attempt_id, since.isoformat(), error)
-            return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), since)
-        self._silent_since.pop(ref, None)
+            if ref not in self._silent_since:
+                self._silent_since[ref] = now
+                log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
+            return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), self._silent_since[ref])
+        if self._silent_since.pop(ref, None):
+            log.info("backend_answers attempt=%s", ref.attempt_id)
         return Observation(now, seen.process, seen.outcome, seen.message)
 
     def _settle(self, ref: AttemptRef, claim: Claim) -> None:

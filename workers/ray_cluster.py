@@ -23,10 +23,10 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",  # the log is a file
     "RAY_DEDUP_LOGS": "0",  # each rank's lines in full
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on a notice: a lost worker costs up to a checkpoint
 }
 OWN_SETTINGS = {
     "RAY_AUTH_MODE": "token",  # Ray's default, said aloud: leaving it out makes Ray warn in the job's log
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a cluster of one machine
     # Ray's cleaner asks the dashboard, which is off, and without an address trips over any second Ray on the machine.
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

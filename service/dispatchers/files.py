@@ -19,7 +19,7 @@ from workers.events import Numbered, numbered
 from workers.rundir import AttemptDir, Facts, Outcome, write_json
 from workers.spec_problems import SpecProblemsError, parse_spec
 
-__all__ = ["AttemptFiles", "entrypoint"]
+__all__ = ["AttemptFiles", "age_s", "entrypoint"]
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,11 @@ class AttemptFiles:
             data_dir=self._data_dir,
             cluster=self._cluster,
         )
+
+
+def age_s(path: Path) -> float:
+    """Returns the seconds since the file was written; the clock is the file's machine's."""
+    return time.time() - path.stat().st_mtime
 
 
 def entrypoint(command: Sequence[str], folder: AttemptDir) -> str:

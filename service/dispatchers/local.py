@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import psutil
 from pydantic import BaseModel, Field
 
 from service.dispatchers.base import AttemptRef, DispatchError, Launch, Seen
-from service.dispatchers.files import AttemptFiles
+from service.dispatchers.files import AttemptFiles, age_s
 from service.failpoint import Failpoint
 from service.job_state import Process
 from service.settings import Settings
@@ -70,7 +69,7 @@ class LocalDispatcher:
         folder = self._files.folder(ref)
         driver = self._driver(folder)
         outcome = self._files.outcome(ref)
-        if driver is not None and outcome is not None and _age_s(folder.outcome) > LINGER_S:
+        if driver is not None and outcome is not None and age_s(folder.outcome) > LINGER_S:
             log.warning("driver_lingers attempt=%s pid=%s", ref.attempt_id, driver.pid)
             self.kill(ref)
             driver = None
@@ -175,7 +174,3 @@ def _find(folder: Path) -> psutil.Process | None:
         if process.info["cmdline"] and process.info["cmdline"][-1] == str(folder)
     ]
     return min(found, key=lambda process: float(process.info["create_time"]), default=None)
-
-
-def _age_s(path: Path) -> float:
-    return time.time() - path.stat().st_mtime

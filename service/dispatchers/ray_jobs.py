@@ -4,6 +4,7 @@ The attempt's id is Ray's submission id, which Ray gives away once: an answer th
 driver runs on the cluster, on a volume of runs that the controller shares; see files.py.
 """
 
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from service.dispatchers.base import SPEC_SHA256, AttemptRef, BackendUnavailableError, DispatchError, Launch, Seen
-from service.dispatchers.files import AttemptFiles, entrypoint
+from service.dispatchers.files import AttemptFiles, age_s, entrypoint
+from service.errors import StartupError
 from service.failpoint import Failpoint
 from service.job_state import Process
 from service.settings import Settings
@@ -21,6 +23,9 @@ from workers.rundir import EXIT_STATUS
 
 __all__ = ["RayJobsDispatcher"]
 
+log = logging.getLogger(__name__)
+
+LINGER_S = 30.0  # for a driver that has written its outcome to leave by itself
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 
 
@@ -60,6 +65,15 @@ class RayJobsDispatcher:
 
     @classmethod
     def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "RayJobsDispatcher":
+        """Raises: StartupError if the token's file can't be read."""
+        if settings.ray_token_file is not None:
+            try:
+                settings.ray_token_file.read_text()
+            except OSError as error:
+                raise StartupError(
+                    f"can't read NGD_RAY_TOKEN_FILE {settings.ray_token_file}: {error.strerror}; put the Ray cluster's "
+                    "token there"
+                ) from error
         return cls(
             files,
             address=settings.ray_address,
@@ -69,6 +83,8 @@ class RayJobsDispatcher:
         )
 
     def submit(self, launch: Launch) -> None:
+        if self.inspect(launch.ref).process is Process.EXITED:
+            return
         folder = self._files.prepare(launch)
         answer = self._call(
             "POST",
@@ -97,8 +113,14 @@ class RayJobsDispatcher:
     def inspect(self, ref: AttemptRef) -> Seen:
         job = self._find(ref)
         outcome = self._files.outcome(ref)
-        if job is None:
-            return Seen(Process.UNKNOWN, outcome)
+        folder = self._files.folder(ref)
+        if job is None:  # never submitted, or Ray's head was lost with all that it knew
+            was_started = outcome is not None or folder.started.exists()
+            return Seen(Process.EXITED if was_started else Process.UNKNOWN, outcome)
+        if job.status in ("PENDING", "RUNNING") and outcome is not None and age_s(folder.outcome) > LINGER_S:
+            log.warning("driver_lingers attempt=%s", ref.attempt_id)
+            self.kill(ref)
+            return Seen(Process.EXITED, outcome)
         if job.status == "PENDING":
             return Seen(Process.RUNNING, message="waiting for the Ray cluster to start the driver")
         if job.status == "RUNNING":
@@ -114,6 +136,7 @@ class RayJobsDispatcher:
 
     def kill(self, ref: AttemptRef) -> None:
         """Ray sends SIGTERM, three seconds later SIGKILL; the workers end with their driver."""
+        self._files.ask_to_stop(ref)  # a submission whose answer was lost may be carried out after this
         job = self._find(ref)
         if job is None or job.status not in ("PENDING", "RUNNING"):
             return

@@ -1,0 +1,314 @@
+"""Attempts on a real Ray cluster with token authentication, and what its outages and its lost answers do to a job."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.client import Client
+from service.dispatchers.base import AttemptRef, BackendUnavailableError, DispatchError, Launch
+from service.dispatchers.files import AttemptFiles
+from service.dispatchers.ray_jobs import RayJobsDispatcher
+from service.failpoint import Failpoint
+from service.job_state import Process
+from tests.service.test_crash import assert_nothing_lost_or_doubled, drivers, spec, wait_for_step
+from tests.support.attempts import small_spec
+from tests.support.deadline import wait_until
+from tests.support.ray_head import RayHead
+from tests.support.service_process import FAULT_DRIVER, ServiceProcess
+
+pytestmark = pytest.mark.ray
+
+NOWHERE = "http://127.0.0.1:1"
+RAY_S = 120.0  # a driver that Ray starts takes seconds, on busy cores many
+numbers = iter(range(1, 1000))  # Ray gives a submission id away once: each test has its own job
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    head = RayHead()
+    yield head
+    head.close()
+
+
+@pytest.fixture
+def ref() -> AttemptRef:
+    return AttemptRef(f"job_test{next(numbers)}", 1)
+
+
+@pytest.fixture
+def make(tmp_path: Path, head: RayHead) -> Iterator[Callable[..., RayJobsDispatcher]]:
+    made: list[RayJobsDispatcher] = []
+
+    def make(address: str = head.address, token_file: Path | None = head.token_file) -> RayJobsDispatcher:
+        files = AttemptFiles(runs_dir=tmp_path, data_dir=None, worker_url=NOWHERE, cluster="given")
+        made.append(
+            RayJobsDispatcher(
+                files, address=address, token_file=token_file, command=FAULT_DRIVER, failpoint=Failpoint(None)
+            )
+        )
+        return made[-1]
+
+    yield make
+    for dispatcher in made:
+        dispatcher._http.close()
+
+
+NO_SUCH_JOB = httpx.MockTransport(lambda request: httpx.Response(404))
+Make = Callable[..., RayJobsDispatcher]
+Start = Callable[..., ServiceProcess]
+
+
+def launch(ref: AttemptRef, name: str = "waits") -> Launch:
+    return Launch(ref, small_spec(name=name, schedule={"steps": 10}).model_dump(mode="json"), "token")
+
+
+def submit(dispatcher: RayJobsDispatcher, launch: Launch) -> None:
+    """Submits as the reconciler does: a head that has just started may need longer than a request waits."""
+
+    def is_submitted() -> bool:
+        try:
+            dispatcher.submit(launch)
+        except BackendUnavailableError:
+            return False
+        return True
+
+    wait_until(is_submitted, "the attempt is submitted", timeout_s=RAY_S)
+
+
+def has_ended(dispatcher: RayJobsDispatcher, ref: AttemptRef) -> bool:
+    return dispatcher.inspect(ref).process is Process.EXITED
+
+
+class Faulty(httpx.BaseTransport):
+    """Hands requests on to Ray, and answers the first one of a method as the test says."""
+
+    def __init__(
+        self,
+        method: str,
+        answer: Callable[[httpx.Response], httpx.Response],
+        real: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.real = real or httpx.HTTPTransport()
+        self.method, self.answer, self.times = method, answer, 1
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = self.real.handle_request(request)
+        response.read()
+        if request.method == self.method and self.times > 0:
+            self.times -= 1
+            return self.answer(response)
+        return response
+
+    def close(self) -> None:
+        self.real.close()
+
+
+def with_fault(dispatcher: RayJobsDispatcher, transport: httpx.BaseTransport) -> RayJobsDispatcher:
+    dispatcher._http.close()
+    dispatcher._http = httpx.Client(base_url=dispatcher._address, transport=transport)
+    return dispatcher
+
+
+def lose(response: httpx.Response) -> httpx.Response:
+    raise httpx.ReadTimeout("the answer was lost", request=None)
+
+
+def test_submission_whose_answer_was_lost_is_taken_for_what_it_is(make: Make, ref: AttemptRef, tmp_path: Path) -> None:
+    dispatcher = with_fault(make(), Faulty("POST", lose))
+    with pytest.raises(BackendUnavailableError, match=r"does not answer \((the answer was lost|timed out)\)"):
+        dispatcher.submit(launch(ref, "refuses"))
+
+    submit(dispatcher, launch(ref, "refuses"))
+
+    wait_until(lambda: has_ended(dispatcher, ref), "the driver ends", timeout_s=RAY_S)
+    files = AttemptFiles(runs_dir=tmp_path, data_dir=None, worker_url=NOWHERE, cluster="given")
+    assert files.tail_log(ref, None)[0].count(b"attempt 1 of refuses") == 1
+
+
+def test_job_of_another_service_under_the_same_id_is_not_taken_over(make: Make, ref: AttemptRef) -> None:
+    dispatcher = make()
+    submit(dispatcher, launch(ref, "waits"))
+
+    with pytest.raises(DispatchError, match=rf"has another job with the id {ref.attempt_id}; give each service"):
+        make().submit(launch(ref, "refuses"))
+    dispatcher.kill(ref)
+    wait_until(lambda: has_ended(dispatcher, ref), "the driver ends", timeout_s=RAY_S)
+
+
+def test_submission_that_ray_has_no_room_for_yet_is_made_again(make: Make, ref: AttemptRef) -> None:
+    busy = "Traceback ...\nNo available agent to submit job, please try again later."
+    dispatcher = with_fault(make(), Faulty("POST", lambda _: httpx.Response(500, text=busy), NO_SUCH_JOB))
+
+    with pytest.raises(BackendUnavailableError, match=r"could not submit the job \(HTTP 500: No available agent"):
+        dispatcher.submit(launch(ref))
+
+
+def test_refused_request_fails_the_job_with_ray_s_last_word(make: Make, ref: AttemptRef) -> None:
+    refusal = httpx.Response(400, text="Traceback ...\nTypeError: entrypoint must be a string")
+    refused = Faulty("POST", lambda _: refusal, NO_SUCH_JOB)
+
+    with pytest.raises(DispatchError, match="HTTP 400: TypeError: entrypoint must be a string"):
+        with_fault(make(), refused).submit(launch(ref))
+
+
+def test_cluster_that_does_not_answer_is_said_with_its_address(make: Make, ref: AttemptRef) -> None:
+    with pytest.raises(BackendUnavailableError, match=f"the Ray cluster at {NOWHERE} does not answer"):
+        make(address=NOWHERE).inspect(ref)
+
+
+@pytest.mark.parametrize("token", ["wrong", None])
+def test_token_that_ray_refuses_is_said(make: Make, ref: AttemptRef, tmp_path: Path, token: str | None) -> None:
+    file = None
+    if token is not None:
+        file = tmp_path / "token"
+        file.write_text(token)
+
+    with pytest.raises(BackendUnavailableError, match="refuses the token of NGD_RAY_TOKEN_FILE"):
+        make(token_file=file).inspect(ref)
+
+
+def test_token_file_that_is_not_there_is_said(make: Make, ref: AttemptRef) -> None:
+    with pytest.raises(BackendUnavailableError, match="can't read NGD_RAY_TOKEN_FILE /nowhere/token: No such file"):
+        make(token_file=Path("/nowhere/token")).inspect(ref)
+
+
+def test_address_of_something_else_is_said(make: Make, ref: AttemptRef) -> None:
+    page = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>hello</html>"))
+
+    with pytest.raises(BackendUnavailableError, match="is not Ray's dashboard; set NGD_RAY_ADDRESS"):
+        with_fault(make(), page).inspect(ref)
+
+
+def test_outcome_that_the_volume_shows_late_is_waited_for(
+    make: Make, ref: AttemptRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dispatcher = make()
+    submit(dispatcher, launch(ref, "refuses"))
+    wait_until(lambda: has_ended(dispatcher, ref), "the driver ends", timeout_s=RAY_S)
+    outcome = AttemptFiles(runs_dir=tmp_path, data_dir=None, worker_url=NOWHERE, cluster="given").folder(ref).outcome
+    content = outcome.read_bytes()
+
+    outcome.unlink()
+    seen = dispatcher.inspect(ref)
+    assert (seen.process, seen.message) == (Process.RUNNING, "waiting for the outcome on the shared volume")
+
+    outcome.write_bytes(content)
+    assert dispatcher.inspect(ref).process is Process.EXITED
+    outcome.unlink()
+    monkeypatch.setattr("service.dispatchers.files.OUTCOME_DELAY_S", 0.0)
+    assert dispatcher.inspect(ref).process is Process.EXITED
+
+
+@pytest.fixture
+def start_on_ray(start_service: Start, head: RayHead) -> Start:
+    def start(**settings: object) -> ServiceProcess:
+        return start_service(
+            **{"dispatcher": "ray_jobs", "ray_address": head.address, "ray_token_file": str(head.token_file)} | settings
+        )
+
+    return start
+
+
+@pytest.mark.parametrize("place", ["after_attempt_commit", "after_spawn", "after_submit"])
+def test_controller_that_dies_while_it_submits_an_attempt_starts_it_once(start_on_ray: Start, place: str) -> None:
+    first = start_on_ray(failpoint=place)
+    job = first.client.submit(spec(steps=60))
+    wait_until(first.has_died, f"the controller dies {place}", timeout_s=RAY_S)
+
+    second = start_on_ray()
+    ended = second.client.wait(job.id, timeout_s=RAY_S)
+
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1)
+    assert_nothing_lost_or_doubled(second, ended)
+    assert second.client.logs(job.id).count("attempt 1 of steps") == 1
+
+
+def test_job_goes_on_while_the_controller_is_dead(start_on_ray: Start) -> None:
+    first = start_on_ray()
+    job = first.client.submit(spec(steps=200))
+    wait_for_step(first.client, job.id, 20, timeout_s=RAY_S)
+    (driver,) = drivers(first, job.id)
+
+    first.kill()
+    second = start_on_ray()
+    assert [process.pid for process in drivers(second, job.id)] == [driver.pid]
+    ended = second.client.wait(job.id, timeout_s=RAY_S)
+
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1)
+    assert_nothing_lost_or_doubled(second, ended)
+
+
+def test_driver_that_dies_is_followed_by_another_attempt(start_on_ray: Start) -> None:
+    service = start_on_ray()
+
+    ended = service.client.wait(service.client.submit(spec("dies-once", steps=30)).id, timeout_s=RAY_S)
+
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 2)
+
+
+def test_cancelled_job_that_hears_nothing_is_ended(start_on_ray: Start) -> None:
+    service = start_on_ray(cancel_grace_s=0.5, interrupt_grace_s=0.5)
+    job = service.client.submit(spec("deaf"))
+    wait_until(lambda: service.client.get(job.id).status.phase == "RUNNING", "it runs", timeout_s=RAY_S)
+
+    service.client.cancel(job.id)
+
+    assert service.client.wait(job.id, timeout_s=RAY_S).status.phase == "CANCELLED"
+    wait_until(lambda: drivers(service, job.id) == [], "the driver is gone")
+
+
+def test_job_waits_for_a_cluster_that_does_not_answer_and_says_so(start_on_ray: Start, head: RayHead) -> None:
+    service = start_on_ray(ray_address=NOWHERE)
+    job = service.client.submit(spec(steps=10))
+    wait_until(lambda: service.client.get(job.id).status.message, "the job says what it waits for")
+    waiting = service.client.get(job.id)
+    assert waiting.status.phase == "STARTING"
+    assert f"the Ray cluster at {NOWHERE} does not answer" in (waiting.status.message or "")
+    service.kill()
+
+    heir = start_on_ray()
+    ended = heir.client.wait(job.id, timeout_s=RAY_S)
+
+    assert (ended.status.phase, ended.status.attempt, ended.status.message) == ("SUCCEEDED", 1, None)
+
+
+def test_job_whose_cluster_never_answers_fails_in_the_end(start_on_ray: Start) -> None:
+    service = start_on_ray(ray_address=NOWHERE, unreachable_s=0.3)
+
+    posted = service.client.submit(spec(failure={"max_attempts": 2}))
+    ended = service.client.wait(posted.id, timeout_s=60)
+
+    assert (ended.status.phase, ended.status.reason, ended.status.attempt) == ("FAILED", "MaxAttemptsExceeded", 2)
+    assert "attempt 2 is given up: the Ray cluster at" in (ended.status.message or "")
+
+
+def test_real_training_runs_on_the_cluster_from_post_to_result(start_on_ray: Start) -> None:
+    service = start_on_ray(driver_command=[sys.executable, "-m", "workers.driver"])
+    job = service.client.submit(small_spec(optimizer={"kind": "ngd"}, resources={"workers": 2}).model_dump(mode="json"))
+
+    ended = service.client.wait(job.id, timeout_s=240)
+
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1), service.client.logs(job.id)
+    assert ended.status.result is not None
+    assert ended.status.result.step == 8
+    assert_nothing_lost_or_doubled(service, ended)
+    assert "[rank 0] step 8/8" in service.client.logs(job.id)
+
+
+def test_head_that_is_lost_costs_one_attempt(start_on_ray: Start) -> None:
+    first = RayHead()
+    try:
+        service = start_on_ray(ray_address=first.address, ray_token_file=str(first.token_file), unreachable_s=2.0)
+        job = service.client.submit(spec(steps=10_000))
+        wait_for_step(service.client, job.id, 20, timeout_s=RAY_S)
+    finally:
+        first.close()
+    wait_until(lambda: service.client.get(job.id).status.attempt == 2, "the attempt is given up", timeout_s=30)
+    status = service.client.get(job.id).status
+    assert status.phase in ("STARTING", "RECOVERING")
+    events: Client = service.client
+    lost = [event.data for event in events.events(job.id).events if event.kind == "phase"]
+    assert any(data["reason"] == "ClusterUnreachable" for data in lost)

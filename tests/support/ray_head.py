@@ -1,0 +1,90 @@
+"""A real Ray head with token authentication on its own ports, ended by pid: `ray stop` would end every Ray here."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.support.deadline import wait_until
+
+__all__ = ["RayHead"]
+
+START_S = 120.0
+OBJECT_STORE_BYTES = 100 * 1024**2
+
+
+class RayHead:
+    """The head and only node of a Ray cluster of num_cpus."""
+
+    def __init__(self, num_cpus: int = 2) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path may have 107 bytes
+        self.token_file = self._folder / "auth_token"
+        self.token_file.write_text(secrets.token_hex(32))
+        gcs, dashboard, agent, client = _free_ports(4)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"),
+            *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+            *(f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
+            f"--temp-dir={self._folder / 'ray'}",
+        ]
+        settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "PYTHONWARNINGS": "ignore"}
+        self._output = self._folder / "head.txt"
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                env=_environment() | settings,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            wait_until(lambda: self._process.poll() is not None or self._answers(), "Ray is up", timeout_s=START_S)
+        except BaseException:
+            self.close()
+            raise
+        assert self._process.poll() is None, self._output.read_text()
+
+    def close(self) -> None:
+        """Ends the head and all that it has started, at once."""
+        head = psutil.Process(self._process.pid)
+        processes = [*head.children(recursive=True), head]
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.wait(timeout=30)
+        psutil.wait_procs(processes, timeout=30)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
+        try:
+            return httpx.get(f"{self.address}/api/jobs/", headers=headers, trust_env=False, timeout=10).is_success
+        except httpx.RequestError:
+            return False
+
+
+def _environment() -> dict[str, str]:
+    """What a head would see on a machine of its own: no address of another Ray."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": path}
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
