@@ -5,6 +5,7 @@ driver is only whether it can still be running: what it did is in the attempt's 
 """
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +13,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from service.dispatchers.base import AttemptRef, DispatchError, Launch, Seen
-from service.dispatchers.files import AttemptFiles
-from service.dispatchers.rayjob import DIGEST, is_of, name_of, rayjob
-from service.dispatchers.rayjob_api import AlreadyExistsError, RayJobApi
+from service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError, Launch, Seen
+from service.dispatchers.files import AttemptFiles, entrypoint
+from service.dispatchers.rayjob import is_of, name_of, rayjob, read_template
+from service.dispatchers.rayjob_api import AlreadyExistsError, RayJobApi, connect
 from service.failpoint import Failpoint
 from service.job_state import Process
-from workers.rundir import Outcome
+from service.settings import Settings
+from workers.rundir import EXIT_STATUS, Outcome
 
 __all__ = ["KubeRayDispatcher"]
 
 log = logging.getLogger(__name__)
 
 LINGER_S = 60.0  # for KubeRay to notice that a driver which has written its outcome has left
+EXIT_CODE = re.compile(r"exit code (-?\d+)")
 DRIVER_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})  # jobStatus: Ray's own word
 WAITS = {  # jobDeploymentStatus, before the driver runs
     "": "KubeRay has not taken up RayJob {name} yet; is its operator running?",
@@ -61,6 +64,12 @@ class Status:
             ended_at=datetime.fromisoformat(ended_at) if ended_at else None,
         )
 
+    @property
+    def may_have_an_outcome(self) -> bool:
+        """A driver that was killed, or fell over, has written none; Ray tells its exit status in the message."""
+        code = EXIT_CODE.search(self.message)
+        return code is None or int(code[1]) in EXIT_STATUS.values()
+
     def sentence(self) -> str | None:
         if self.reason or self.message:
             return f"KubeRay says of RayJob {self.name}: {': '.join(filter(None, (self.reason, self.message)))}"
@@ -86,11 +95,23 @@ class KubeRayDispatcher:
         self._failpoint = failpoint
         self._last_words: dict[AttemptRef, str] = {}  # of RayJobs that are being deleted
 
+    @classmethod
+    def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "KubeRayDispatcher":
+        """Raises: StartupError if the template can't be used, or there is no way to Kubernetes."""
+        assert settings.rayjob_template is not None  # the settings see to it
+        return cls(
+            files,
+            api=connect(settings.kubernetes_url, settings.kubernetes_namespace),
+            template=read_template(settings.rayjob_template),
+            command=settings.resolved_driver_command,
+            failpoint=failpoint,
+        )
+
     def submit(self, launch: Launch) -> None:
         if self.inspect(launch.ref).process is not Process.UNKNOWN:
             return
         folder = self._files.prepare(launch)
-        body = rayjob(self._template, launch, command=self._command, folder=folder.path)
+        body = rayjob(self._template, launch, entrypoint(self._command, folder))
         try:
             self._api.create(body)
         except AlreadyExistsError:
@@ -110,7 +131,7 @@ class KubeRayDispatcher:
         if status.is_being_deleted:
             return Seen(Process.RUNNING, message=self._last_words.get(ref) or f"RayJob {status.name} is being deleted")
         if status.job in DRIVER_ENDED:
-            if outcome is None and self._files.may_still_show(status.ended_at):
+            if outcome is None and status.may_have_an_outcome and self._files.may_still_show(status.ended_at):
                 return Seen(Process.RUNNING, message="the driver has ended; its outcome may still come into sight")
             return Seen(Process.EXITED, outcome, status.sentence())
         return self._before_its_end(ref, status)
@@ -147,7 +168,7 @@ class KubeRayDispatcher:
         found = self._api.get(name)
         if found is None:
             return  # deleted since: the next inspect tells
-        said, wanted = (of["metadata"].get("annotations", {}).get(DIGEST) for of in (found, body))
+        said, wanted = (of["metadata"].get("annotations", {}).get(SPEC_SHA256) for of in (found, body))
         if not is_of(found, ref) or said != wanted:
             raise DispatchError(
                 f"there is a RayJob {name} in namespace {self._api.namespace} that is not of this job; delete or "

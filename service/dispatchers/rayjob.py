@@ -5,9 +5,6 @@ What it says of pods, volumes, env, queues (labels, suspend), runtimeEnvYAML and
 """
 
 import copy
-import hashlib
-import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -17,17 +14,16 @@ from typing import Any
 
 import yaml
 
-from service.dispatchers.base import AttemptRef, DispatchError, Launch
+from service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError, Launch
 from service.errors import StartupError
 from workers.spec import Resources
 
-__all__ = ["DIGEST", "Group", "groups_of", "is_of", "name_of", "rayjob", "read_template", "replicas_for"]
+__all__ = ["Group", "groups_of", "is_of", "name_of", "rayjob", "read_template", "replicas_for"]
 
 Json = dict[str, Any]
 
 API_VERSION = "ray.io/v1"
 JOB_ID, ATTEMPT, JOB_NAME = "ngd.dev/job-id", "ngd.dev/attempt", "ngd.dev/job-name"  # labels
-DIGEST = "ngd.dev/spec-sha256"  # annotation
 TTL_S = 600  # of the pods, should no controller be there to delete the RayJob once it has ended
 SUFFIXES = {"m": Decimal("0.001"), "k": Decimal(1000), "": Decimal(1)}  # of CPU and GPU quantities
 
@@ -86,18 +82,18 @@ def read_template(path: Path) -> Json:
     return dict(template)
 
 
-def rayjob(template: Mapping[str, Any], launch: Launch, *, command: Sequence[str], folder: Path) -> Json:
-    """Returns the RayJob that runs `command folder`. Raises: DispatchError if the pods can't hold the job's workers."""
+def rayjob(template: Mapping[str, Any], launch: Launch, entrypoint: str) -> Json:
+    """Returns the RayJob that runs `entrypoint`. Raises: DispatchError if the pods can't hold the job's workers."""
     body = copy.deepcopy(dict(template))
     labels = _labels(launch)
     name = name_of(launch.ref)
     metadata = body.setdefault("metadata", {})
     metadata["name"] = name
     metadata["labels"] = (metadata.get("labels") or {}) | labels
-    metadata["annotations"] = (metadata.get("annotations") or {}) | {DIGEST: digest_of(launch.spec)}
+    metadata["annotations"] = (metadata.get("annotations") or {}) | {SPEC_SHA256: launch.spec_sha256}
     spec = body["spec"]
     spec |= {
-        "entrypoint": shlex.join([*command, str(folder)]),
+        "entrypoint": entrypoint,
         "jobId": name,
         "submissionMode": SUBMISSION_MODE,
         "backoffLimit": 0,
@@ -156,10 +152,6 @@ def is_of(found: Mapping[str, Any], ref: AttemptRef) -> bool:
     """Returns whether a RayJob with the attempt's name was made for it."""
     labels = found["metadata"].get("labels") or {}
     return (labels.get(JOB_ID), labels.get(ATTEMPT)) == (ref.job_id, str(ref.number))
-
-
-def digest_of(spec: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _labels(launch: Launch) -> dict[str, str]:

@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from service.client import Client
 from service.store.sql import SQLStore
+from tests.support.kube_cluster import KubeCluster
 from tests.support.service_process import ServiceProcess
 
 
@@ -68,3 +69,19 @@ def store(database_url: str) -> Iterator[SQLStore]:
     store = SQLStore(database_url)
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def shared_kube_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeCluster]:
+    cluster = KubeCluster(tmp_path_factory.mktemp("kubernetes")).start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def kube_cluster(shared_kube_cluster: KubeCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeCluster]:
+    """A Kubernetes with KubeRay and nothing in it, which the kubeconfig of this process and its children names."""
+    monkeypatch.setenv("KUBECONFIG", str(shared_kube_cluster.kubeconfig))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(shared_kube_cluster.kubeconfig))
+    yield shared_kube_cluster
+    shared_kube_cluster.clear()

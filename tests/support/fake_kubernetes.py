@@ -4,7 +4,7 @@
 
 What it keeps to: uid, resourceVersion, generation, 409 for a name that is taken and for a version that is old, Status
 objects, label selectors, watches with 410 Gone, the status subresource, finalizers, field validation, bearer tokens.
-PUT /faults tells it how to misbehave: a list of {"method", "kind", "times", ...}, see `Faults`.
+PUT /faults tells it how to misbehave: a list of {"method", "path", "kind", "times", ...}, see `Faults`.
 """
 
 import asyncio
@@ -244,24 +244,21 @@ def watch(store: Store, namespace: str, selector: str, version: str, until: floa
             seen, first = store.version, [("ADDED", o) for o in store.selected(namespace, selector)]
         else:
             seen, first = int(version), []
-        if version and seen < store.forgotten:
+        is_forgotten = bool(version) and seen < store.forgotten
+        if is_forgotten:
             gone = StatusError(410, "Expired", f"too old resource version: {seen} ({store.forgotten})")
             first = [("ERROR", gone.content)]
-            until = 0
-    while True:
-        for kind, content in first:
-            yield json.dumps({"type": kind, "object": content}) + "\n"
-        if until < time.monotonic():
-            return
+    yield from (json.dumps({"type": kind, "object": content}) + "\n" for kind, content in first)
+    is_over = is_forgotten
+    while not is_over:
+        left_s = until - time.monotonic()
         with store.changed:
-            store.changed.wait_for(lambda: store.version > seen, min(1.0, until - time.monotonic()))
+            store.changed.wait_for(lambda: store.version > seen, max(0.0, min(1.0, left_s)))
             happened = [event for event in store.events if event[0] > seen]
-        seen = max([seen, *(number for number, _, _ in happened)])
-        first = [
-            (kind, content)
-            for _, kind, content in happened
-            if content["metadata"]["namespace"] == namespace and matches(content, selector)
-        ]
+        for seen, kind, content in happened:
+            if content["metadata"]["namespace"] == namespace and matches(content, selector):
+                yield json.dumps({"type": kind, "object": content}) + "\n"
+        is_over = left_s <= 0
 
 
 class Faults:
@@ -282,7 +279,7 @@ class Faults:
             return await self.app(scope, receive, send)
         if scope["path"] == "/faults":
             return await self._plan(scope, receive, send)
-        fault = self._next(scope["method"])
+        fault = self._next(scope["method"], scope["path"])
         if fault is None:
             return await self.app(scope, receive, send)
         if fault["kind"] == "status":
@@ -294,9 +291,9 @@ class Faults:
             await self.app(scope, receive, _swallow)
         send.__self__.transport.abort()
 
-    def _next(self, method: str) -> Json | None:
+    def _next(self, method: str, path: str) -> Json | None:
         for fault in self.planned:
-            if fault.get("method", method) == method and fault["times"] > 0:
+            if fault["times"] > 0 and fault.get("method", method) == method and path.endswith(fault.get("path", "")):
                 fault["times"] -= 1
                 return fault
         return None

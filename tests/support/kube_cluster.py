@@ -122,9 +122,31 @@ class KubeCluster:
         items: list[dict[str, Any]] = self.http.get(self.collection).raise_for_status().json()["items"]
         return items
 
-    def created(self) -> list[str]:
-        """Returns the uids of all RayJobs whose driver was ever started."""
-        return sorted(folder.name for folder in self.folder.glob("pods/*"))
+    def clusters_started(self) -> int:
+        """Returns how many Ray clusters were ever made, one for each RayJob that was taken up."""
+        return len(list(self.folder.glob("pods/*")))
+
+    def clear(self) -> None:
+        """Brings it back to where it was after `start`: both processes up, no faults, no RayJobs, no pods."""
+        if self.server is None:
+            self.start_server()
+        self.misbehave()
+        if self.operator is None:
+            self.start_operator()
+        for rayjob in self.rayjobs():
+            self.delete(rayjob["metadata"]["name"])
+        wait_until(lambda: not self.rayjobs(), "all RayJobs are gone")
+
+    def get(self, name: str) -> dict[str, Any]:
+        return dict(self.http.get(f"{self.collection}/{name}").raise_for_status().json())
+
+    def delete(self, name: str) -> None:
+        self.http.request("DELETE", f"{self.collection}/{name}", json={"propagationPolicy": "Foreground"})
+
+    def report(self, name: str, **status: str) -> None:
+        """Writes the RayJob's status, as its operator would."""
+        path = f"{self.collection}/{name}/status"
+        self.http.patch(path, json={"status": status}).raise_for_status()
 
     def _answers(self) -> bool:
         assert self.server is not None
