@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
-import yaml
 
 from service.dispatchers import kuberay, local
 from service.dispatchers.base import AttemptRef, Dispatcher
@@ -18,7 +17,7 @@ from service.dispatchers.rayjob_api import connect
 from service.failpoint import Failpoint
 from service.job_state import Process
 from tests.support.deadline import wait_until
-from tests.support.kube_cluster import KubeCluster
+from tests.support.kube_cluster import TEMPLATE, KubeCluster
 from tests.support.service_process import FAULT_DRIVER
 from workers.rundir import AttemptDir
 
@@ -62,11 +61,13 @@ class KubeRayBackend:
     def files(self, url: str = NOWHERE) -> AttemptFiles:
         return AttemptFiles(runs_dir=self.runs_dir, data_dir=None, worker_url=url, cluster="given")
 
-    def dispatcher(self, url: str = NOWHERE, command: tuple[str, ...] = FAULT_DRIVER) -> KubeRayDispatcher:
+    def dispatcher(
+        self, url: str = NOWHERE, command: tuple[str, ...] = FAULT_DRIVER, template: dict[str, Any] = TEMPLATE
+    ) -> KubeRayDispatcher:
         return KubeRayDispatcher(
             self.files(url),
             api=connect("", ""),  # by the kubeconfig
-            template=yaml.safe_load(self.cluster.template.read_text()),
+            template=template,
             command=command,
             failpoint=Failpoint(None),
         )
