@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from workers.ending import conclude, failure, summary
 from workers.errors import ClusterError, SpecError, WorkerError
 from workers.ray_cluster import RayCluster
-from workers.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, read_json, write_json
+from workers.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec import JobSpec
 from workers.spec_problems import explain
 
@@ -39,6 +39,7 @@ def main() -> None:
     _log_to_stderr()
     outcome = attempt_dir.read_outcome()
     if outcome is None:
+        _refuse_to_be_second(attempt_dir)
         _stop_in_order_on_signals(attempt_dir)
         outcome = _run(attempt_dir)
         log.info("%s", summary(outcome))
@@ -53,6 +54,17 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
     return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+
+
+def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
+    """Ends a driver on a given cluster that would run an attempt once more, as KubeRay makes it after a head was lost.
+
+    Its events would be numbered anew and refused; the next attempt, of the service, goes on from a checkpoint.
+    """
+    facts = read_json(attempt_dir.facts, Facts)
+    if facts is not None and facts.cluster == "given" and not attempt_dir.claim():
+        log.error("%s was begun before; the service starts the next attempt", facts.attempt_id)
+        sys.exit(NOT_THE_FIRST)
 
 
 def _log_to_stderr(prefix: str = "") -> None:

@@ -6,6 +6,7 @@
             spec.json            JobSpec, written before the driver starts
             attempt.json         Facts (mode 0600): who this attempt is and where the service listens
             process.json         pid and start time of the driver, written by what started it
+            started              its existence says that a driver has begun, where somebody else might begin it again
             stop                 its existence asks the attempt to end in order; touched by the driver on SIGTERM
             events.jsonl         the reporter's spool: one Numbered event a line
             outcome.json         Outcome: how the attempt ended; written once, by the driver, as its last act
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from workers.spec import JobSpec
 
-__all__ = ["EXIT_STATUS", "AttemptDir", "Facts", "Outcome", "read_json", "write_json"]
+__all__ = ["EXIT_STATUS", "NOT_THE_FIRST", "AttemptDir", "Facts", "Outcome", "read_json", "write_json"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -65,6 +66,7 @@ class Outcome(BaseModel):
 
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}  # of a driver that has written its outcome
+NOT_THE_FIRST = 4  # exit status of a driver that found that another had begun the attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,10 @@ class AttemptDir:
         return self.path / "events.jsonl"
 
     @property
+    def started(self) -> Path:
+        return self.path / "started"
+
+    @property
     def stop(self) -> Path:
         return self.path / "stop"
 
@@ -104,6 +110,14 @@ class AttemptDir:
     @property
     def log(self) -> Path:
         return self.path / "log.txt"
+
+    def claim(self) -> bool:
+        """Returns whether this driver is the attempt's first; of two on any machines one alone is told so."""
+        try:
+            self.started.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def read_spec(self) -> JobSpec:
         """Returns the job's spec. Raises: FileNotFoundError, pydantic.ValidationError."""

@@ -1,7 +1,7 @@
 """Pure: the RayJob of an attempt, made from the installation's template (NGD_RAYJOB_TEMPLATE).
 
 The template is a whole RayJob but for what is an attempt's own: name, entrypoint, jobId and the workers' replicas.
-What it says of pods, volumes, env, queues (labels, suspend), runtimeEnvYAML and ttlSecondsAfterFinished is kept as it is.
+What it says of pods, volumes, env, queues (labels, suspend), runtimeEnvYAML and ttlSecondsAfterFinished is kept.
 """
 
 import copy
@@ -43,7 +43,10 @@ MADE_HERE = {  # what a template may say of a field: these values, or nothing
     ("spec", "submissionMode"): ((SUBMISSION_MODE,), "the service takes HTTPMode; leave it out"),
     ("spec", "shutdownAfterJobFinishes"): ((True,), "an attempt's Ray cluster ends with it; leave it out"),
     ("spec", "activeDeadlineSeconds"): ((), "jobs have no deadline; leave it out"),
-    ("spec", "clusterSelector"): ((), "each attempt has a Ray cluster of its own; take NGD_DISPATCHER=ray_jobs instead"),
+    ("spec", "clusterSelector"): (
+        (),
+        "each attempt has a Ray cluster of its own; take NGD_DISPATCHER=ray_jobs instead",
+    ),
     ("spec", "deletionStrategy"): ((), "the service deletes the RayJob of an attempt that has ended; leave it out"),
 }
 
@@ -135,7 +138,7 @@ def replicas_for(groups: Sequence[Group], resources: Resources) -> tuple[Group, 
     group, replicas = needs[0]
     raise DispatchError(
         f"resources.workers {resources.workers} need {replicas} replicas of worker group {group.name}, whose "
-        f"maxReplicas is {group.max_replicas}; lower resources.workers, or have maxReplicas of the RayJob template raised"
+        f"maxReplicas is {group.max_replicas}; lower resources.workers, or have maxReplicas raised"
     )
 
 
@@ -178,7 +181,9 @@ def _check(template: object) -> None:
     if not isinstance(cluster, dict) or not isinstance(cluster.get("headGroupSpec"), dict):
         raise ValueError("spec.rayClusterSpec.headGroupSpec is missing: what the head's pod is like")
     if not cluster.get("workerGroupSpecs"):
-        raise ValueError("spec.rayClusterSpec.workerGroupSpecs is empty: give the group of pods that the workers run in")
+        raise ValueError(
+            "spec.rayClusterSpec.workerGroupSpecs is empty: give the group of pods that the workers run in"
+        )
     for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         if not _at(part, ("template", "spec", "containers")):
             raise ValueError(f"{part.get('groupName', 'headGroupSpec')} has no template.spec.containers")
@@ -212,7 +217,9 @@ def _group(content: Mapping[str, Any]) -> Group:
 
 
 def _gpus(resources: Mapping[str, Any]) -> Iterator[Any]:
-    return (value for key, value in sorted(resources.items()) if key.endswith("gpu") or key.startswith("nvidia.com/mig-"))
+    return (
+        value for key, value in sorted(resources.items()) if key.endswith("gpu") or key.startswith("nvidia.com/mig-")
+    )
 
 
 def _first(*values: Any) -> Any:

@@ -83,7 +83,9 @@ class RayJobApi:
         if status == 409 and what.startswith("create"):
             return AlreadyExistsError(said)
         if status in ADVICE:
-            sentence = f"Kubernetes refuses to {what} in namespace {self.namespace} ({status}): {said}; {ADVICE[status]}"
+            sentence = (
+                f"Kubernetes refuses to {what} in namespace {self.namespace} ({status}): {said}; {ADVICE[status]}"
+            )
             # A job that runs goes on, whatever its controller has lost the right to see.
             return DispatchError(sentence) if what.startswith("create") else BackendUnavailableError(sentence)
         if status not in AWAY and 400 <= status < 500 and status != 409:
@@ -92,7 +94,7 @@ class RayJobApi:
 
 
 def connect(url: str, namespace: str) -> RayJobApi:
-    """Returns the API at `url`, without credentials, or where the pod or the kubeconfig points to. Raises: StartupError.
+    """Returns the API at `url`, without credentials, or the one of the pod or of the kubeconfig. Raises: StartupError.
 
     namespace: empty for the pod's own, or the kubeconfig's.
     """

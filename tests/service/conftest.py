@@ -82,6 +82,8 @@ def shared_kube_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ku
 def kube_cluster(shared_kube_cluster: KubeCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeCluster]:
     """A Kubernetes with KubeRay and nothing in it, which the kubeconfig of this process and its children names."""
     monkeypatch.setenv("KUBECONFIG", str(shared_kube_cluster.kubeconfig))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(shared_kube_cluster.kubeconfig))
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(shared_kube_cluster.kubeconfig)
+    )
     yield shared_kube_cluster
     shared_kube_cluster.clear()

@@ -173,7 +173,10 @@ def test_refusal_to_create_names_what_to_do_and_refusal_to_look_loses_no_job(
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
-    [("rayVersoin", "2.60.0", r'\(400\): .*unknown field "spec.rayClusterSpec.rayVersoin"'), ("rayVersion", 2.6, "422")],
+    [
+        ("rayVersoin", "2.60.0", r'\(400\): .*unknown field "spec.rayClusterSpec.rayVersoin"'),
+        ("rayVersion", 2.6, "422"),
+    ],
 )
 def test_template_that_kubernetes_does_not_take_is_said(
     backend: KubeRayBackend, field: str, value: object, words: str
@@ -280,7 +283,11 @@ def test_head_that_was_lost_and_made_anew_does_not_run_the_attempt_twice(backend
 @pytest.mark.parametrize(
     "given_up",
     [
-        {"jobDeploymentStatus": "Failed", "reason": "JobStatusCheckTimeoutExceeded", "message": "checks have been failing"},
+        {
+            "jobDeploymentStatus": "Failed",
+            "reason": "JobStatusCheckTimeoutExceeded",
+            "message": "checks have been failing",
+        },
         {"jobDeploymentStatus": "Suspended", "reason": "", "message": ""},
     ],
 )
@@ -333,9 +340,7 @@ def test_driver_that_fell_over_is_not_waited_for(backend: KubeRayBackend) -> Non
     assert seen.message.startswith(f"KubeRay says of RayJob {NAME}: AppFailed: Job entrypoint command failed with exit")
 
 
-def test_outcome_counts_while_the_operator_is_away(
-    backend: KubeRayBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outcome_counts_while_the_operator_is_away(backend: KubeRayBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     dispatcher = started(backend)
     backend.cluster.stop_operator()
     write_json(folder_in(backend).outcome, Outcome(result="succeeded", step=9))

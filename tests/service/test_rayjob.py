@@ -112,7 +112,10 @@ def test_group_that_is_not_needed_has_no_pods() -> None:
     [
         ({}, Group("cpu", 4, 0, max_replicas=4)),
         ({"rayStartParams": {"num-cpus": "2"}}, Group("cpu", 2, 0, max_replicas=4)),
-        ({"resources": {"CPU": "3", "GPU": "1"}, "rayStartParams": {"num-cpus": "2"}}, Group("cpu", 3, 1, max_replicas=4)),
+        (
+            {"resources": {"CPU": "3", "GPU": "1"}, "rayStartParams": {"num-cpus": "2"}},
+            Group("cpu", 3, 1, max_replicas=4),
+        ),
         ({"rayStartParams": {"num-gpus": "8"}, "numOfHosts": 2}, Group("cpu", 4, 8, hosts=2, max_replicas=4)),
     ],
 )
@@ -150,7 +153,9 @@ def test_worker_that_fits_no_pod_is_refused_with_what_there_is() -> None:
 
 
 def test_job_that_needs_more_pods_than_the_group_may_have_is_refused() -> None:
-    with pytest.raises(DispatchError, match=r"resources.workers 17 need 5 replicas of worker group cpu, .* is 4; lower"):
+    with pytest.raises(
+        DispatchError, match=r"resources.workers 17 need 5 replicas of worker group cpu, .* is 4; lower"
+    ):
         made(workers=17)
 
 
@@ -167,7 +172,11 @@ def test_job_that_needs_more_pods_than_the_group_may_have_is_refused() -> None:
         (("spec", "clusterSelector"), {"ray.io/cluster": "x"}, "NGD_DISPATCHER=ray_jobs"),
         (("spec", "rayClusterSpec"), None, "headGroupSpec is missing"),
         (("spec", "rayClusterSpec", "workerGroupSpecs"), [], "workerGroupSpecs is empty"),
-        (("spec", "rayClusterSpec", "headGroupSpec"), {"template": {}}, "headGroupSpec has no template.spec.containers"),
+        (
+            ("spec", "rayClusterSpec", "headGroupSpec"),
+            {"template": {}},
+            "headGroupSpec has no template.spec.containers",
+        ),
     ],
 )
 def test_template_that_no_rayjob_can_be_made_from_is_refused_at_startup(
@@ -199,7 +208,9 @@ def test_group_whose_size_is_not_known_is_refused(tmp_path: Path, resources: dic
         read_template(file)
 
 
-@pytest.mark.parametrize(("text", "words"), [("a: [", "is no YAML"), ("", "must hold one RayJob"), (None, "can't read")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "is no YAML"), ("", "must hold one RayJob"), (None, "can't read")]
+)
 def test_file_that_is_no_template_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
     file = tmp_path / "rayjob.yaml"
     if text is not None:

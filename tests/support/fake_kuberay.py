@@ -50,7 +50,8 @@ class Pods:
         """Submits it as a Ray job of that id is submitted: once."""
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(parents=True)
-            script = f"echo $$ > {self.folder}/pid; {entrypoint}\necho $? > {self.folder}/exit.tmp; mv {self.folder}/exit.tmp {self.folder}/exit"
+            ends = f"echo $? > {self.folder}/exit.tmp; mv {self.folder}/exit.tmp {self.folder}/exit"
+            script = f"echo $$ > {self.folder}/pid; {entrypoint}\n{ends}"
             with (self.folder / "output").open("wb") as output:
                 subprocess.Popen(["bash", "-c", script], stdout=output, stderr=output, start_new_session=True)
 

@@ -224,7 +224,7 @@ def make_app(store: Store, token: str) -> FastAPI:
 
 
 def replaced(old: Json, given: Json, *, is_status: bool) -> Json:
-    """Returns what is stored when `given` is written over `old`: each side of the status subresource keeps the other."""
+    """Returns what is stored when `given` is written over `old`; a write of the status changes that alone."""
     if is_status:
         return old | {"status": given.get("status", {})}
     fixed = {name: old["metadata"][name] for name in ("name", "namespace", "uid", "creationTimestamp", "generation")}
@@ -253,9 +253,11 @@ def watch(store: Store, namespace: str, selector: str, version: str, until: floa
     while not is_over:
         left_s = until - time.monotonic()
         with store.changed:
-            store.changed.wait_for(lambda: store.version > seen, max(0.0, min(1.0, left_s)))
+            if store.version == seen:
+                store.changed.wait(max(0.0, min(1.0, left_s)))
             happened = [event for event in store.events if event[0] > seen]
-        for seen, kind, content in happened:
+            seen = store.version
+        for _, kind, content in happened:
             if content["metadata"]["namespace"] == namespace and matches(content, selector):
                 yield json.dumps({"type": kind, "object": content}) + "\n"
         is_over = left_s <= 0

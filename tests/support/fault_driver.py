@@ -6,8 +6,8 @@ steps      does schedule.steps steps and succeeds; stops when the service says t
 dies-once  its first attempt is gone after five steps, without a word
 dies       so is each of them
 refuses    fails for a reason that another attempt would meet again
-waits      reports that it has started, then waits for SIGINT
-deaf       so does this one, but it hears no SIGINT
+waits      reports that it has started, then waits for SIGINT or the file that asks it to stop
+deaf       so does this one, but it heeds neither
 """
 
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from workers.events import Done, Evaluation, Started, StepRecord
 from workers.reporter import SpoolingReporter
-from workers.rundir import AttemptDir, Outcome, write_json
+from workers.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Outcome, write_json
 
 STEP_S = 0.02
 STATISTICS = ["layer.A", "layer.G"]
@@ -29,7 +29,10 @@ class FaultDriver:
     def __init__(self, attempt_dir: AttemptDir) -> None:
         self.attempt_dir = attempt_dir
         self.spec = attempt_dir.read_spec()
-        self.attempt = attempt_dir.read_facts().attempt
+        facts = attempt_dir.read_facts()
+        if facts.cluster == "given" and not attempt_dir.claim():
+            sys.exit(NOT_THE_FIRST)
+        self.attempt = facts.attempt
         self.total_steps = self.spec.schedule.steps or 1
         self.reporter = SpoolingReporter(attempt_dir)
         self.interrupted = threading.Event()
@@ -42,7 +45,8 @@ class FaultDriver:
             self.finish(Outcome(result="failed", reason="DataNotFound", message="no folder '[/x]'; set NGD_DATA_DIR"))
         self.start()
         if self.spec.name in ("waits", "deaf"):
-            self.interrupted.wait()
+            while not self.is_asked_to_stop():
+                self.interrupted.wait(STEP_S)
             self.finish(Outcome(result="cancelled"))
         for step in range(1, self.total_steps + 1):
             self.step(step)
@@ -73,7 +77,7 @@ class FaultDriver:
 
     def step(self, step: int) -> None:
         self.interrupted.wait(STEP_S)
-        if self.reporter.stop_request is not None:
+        if self.reporter.stop_request is not None or self.is_asked_to_stop():
             self.finish(Outcome(result="cancelled", step=step))
         if step > 5 and (self.spec.name == "dies" or (self.spec.name == "dies-once" and self.attempt == 1)):
             os._exit(9)
@@ -82,7 +86,10 @@ class FaultDriver:
     def finish(self, outcome: Outcome) -> None:
         self.reporter.close()
         write_json(self.attempt_dir.outcome, outcome)
-        sys.exit({"succeeded": 0, "failed": 1, "cancelled": 3}[outcome.result])
+        sys.exit(EXIT_STATUS[outcome.result])
+
+    def is_asked_to_stop(self) -> bool:
+        return self.interrupted.is_set() or (self.attempt_dir.stop.exists() and self.spec.name != "deaf")
 
     def _on_interrupt(self, *_: object) -> None:
         if self.spec.name != "deaf":

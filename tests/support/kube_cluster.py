@@ -87,7 +87,9 @@ class KubeCluster:
 
     def start_operator(self) -> None:
         pods, behaviour = str(self.folder / "pods"), json.dumps(asdict(self.behaviour))
-        self.operator = self._spawn("operator.txt", "tests.support.fake_kuberay", self.url, TOKEN, NAMESPACE, pods, behaviour)
+        self.operator = self._spawn(
+            "operator.txt", "tests.support.fake_kuberay", self.url, TOKEN, NAMESPACE, pods, behaviour
+        )
 
     def stop_server(self) -> None:
         _end(self.server)

@@ -161,7 +161,9 @@ def problems(content: Json) -> tuple[list[str], list[tuple[str, str]]]:
     for error in _VALIDATOR.iter_errors(content):
         path = [str(part) for part in error.absolute_path]
         if error.validator == "additionalProperties" and error.validator_value is False:
-            unknown += [".".join([*path, name]) for name in sorted(set(error.instance) - set(error.schema["properties"]))]
+            unknown += [
+                ".".join([*path, name]) for name in sorted(set(error.instance) - set(error.schema["properties"]))
+            ]
         else:
             wrong.append((".".join(path), error.message))
     return unknown, wrong
@@ -177,6 +179,8 @@ def without_unknown(content: Json) -> Json:
             return value
         known = schema.get("properties", {})
         is_closed = schema.get("additionalProperties") is False
-        return {name: pruned(item, known.get(name, {})) for name, item in value.items() if name in known or not is_closed}
+        return {
+            name: pruned(item, known.get(name, {})) for name, item in value.items() if name in known or not is_closed
+        }
 
     return dict(pruned(content, RAYJOB))
