@@ -28,6 +28,21 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
         service.close()
 
 
+@pytest.fixture
+def start_on_kuberay(
+    kube_cluster: KubeCluster, start_service: Callable[..., ServiceProcess]
+) -> Callable[..., ServiceProcess]:
+    """Starts controllers on one home that have their attempts run by one KubeRay."""
+    return lambda **settings: start_service(**kube_cluster.settings, **settings)
+
+
+@pytest.fixture(params=["start_service", "start_on_kuberay"], ids=["local", "kuberay"])
+def start_anywhere(request: pytest.FixtureRequest) -> Callable[..., ServiceProcess]:
+    """Starts controllers on one home, on each dispatcher in turn."""
+    start: Callable[..., ServiceProcess] = request.getfixturevalue(request.param)
+    return start
+
+
 @pytest.fixture(scope="session")
 def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     service = ServiceProcess(tmp_path_factory.mktemp("service"), max_running_jobs=4, interrupt_grace_s=0.5)

@@ -60,12 +60,14 @@ class Store:
         self.history = history
         self.changed = threading.Condition()
         self.objects: dict[Key, Json] = {}
+        self.created: dict[str, int] = {}  # how often each name was
         self.events: list[tuple[int, str, Json]] = []
         self.version = 0
         self.forgotten = 0  # events up to this version are not known any more
         if path.exists():
             kept = json.loads(path.read_text())
             self.version = self.forgotten = kept["version"]
+            self.created = kept["created"]
             self.objects = {(o["metadata"]["namespace"], o["metadata"]["name"]): o for o in kept["objects"]}
 
     def get(self, key: Key) -> Json:
@@ -87,7 +89,8 @@ class Store:
         if len(self.events) > self.history:
             self.forgotten = self.events.pop(0)[0]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"version": self.version, "objects": list(self.objects.values())}))
+        kept = {"version": self.version, "created": self.created, "objects": list(self.objects.values())}
+        temporary.write_text(json.dumps(kept))
         temporary.replace(self.path)
         self.changed.notify_all()
         return content
@@ -181,7 +184,12 @@ def make_app(store: Store, token: str) -> FastAPI:
                 raise StatusError(409, "AlreadyExists", f'rayjobs.ray.io "{key[1]}" already exists')
             content.pop("status", None)
             metadata |= {"namespace": namespace, "uid": str(uuid.uuid4()), "creationTimestamp": now(), "generation": 1}
+            store.created[key[1]] = store.created.get(key[1], 0) + 1
             return JSONResponse(store.put("ADDED", key, content), 201)
+
+    @app.get("/created")
+    def created() -> dict[str, int]:
+        return store.created
 
     @app.get(COLLECTION + "/{name}")
     @app.get(COLLECTION + "/{name}/status")

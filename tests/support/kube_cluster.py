@@ -120,6 +120,15 @@ class KubeCluster:
     def collection(self) -> str:
         return f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Returns what a controller needs to be told, beside KUBECONFIG."""
+        return {"dispatcher": "kuberay", "rayjob_template": str(self.template)}
+
+    def times_created(self, name: str) -> int:
+        """Returns how often a RayJob of that name was ever created."""
+        return int(self.http.get("/created").raise_for_status().json().get(name, 0))
+
     def rayjobs(self) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = self.http.get(self.collection).raise_for_status().json()["items"]
         return items
