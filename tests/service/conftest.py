@@ -31,9 +31,11 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
 @pytest.fixture
 def start_on_kuberay(
     kube_cluster: KubeCluster, start_service: Callable[..., ServiceProcess]
-) -> Callable[..., ServiceProcess]:
-    """Starts controllers on one home that have their attempts run by one KubeRay."""
-    return lambda **settings: start_service(**kube_cluster.settings, **settings)
+) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts controllers on one home that have their attempts run by one KubeRay: by one RayJob each."""
+    before = kube_cluster.times_created()
+    yield lambda **settings: start_service(**kube_cluster.settings, **settings)
+    assert {number for name, number in kube_cluster.times_created().items() if name not in before} <= {1}
 
 
 @pytest.fixture(params=["start_service", "start_on_kuberay"], ids=["local", "kuberay"])

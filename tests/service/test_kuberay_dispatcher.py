@@ -13,8 +13,6 @@ from service.dispatchers import files, kuberay, rayjob_api
 from service.dispatchers.base import BackendUnavailableError, DispatchError, Launch
 from service.dispatchers.kuberay import KubeRayDispatcher
 from service.dispatchers.rayjob import name_of
-from service.dispatchers.rayjob_api import connect
-from service.errors import StartupError
 from service.job_state import Process
 from tests.support.attempts import small_spec
 from tests.support.backends import (
@@ -349,26 +347,3 @@ def test_outcome_counts_while_the_operator_is_away(backend: KubeRayBackend, monk
     monkeypatch.setattr(kuberay, "LINGER_S", -1.0)
 
     assert dispatcher.inspect(REF).outcome == Outcome(result="succeeded", step=9)
-
-
-# --- the way to the server --------------------------------------------------------------------------------------------
-
-
-def test_kubeconfig_gives_the_namespace(kube_cluster: KubeCluster) -> None:
-    assert connect("", "").namespace == NAMESPACE
-    assert connect("", "other").namespace == "other"
-    assert connect("http://127.0.0.1:8001/", "").namespace == "default"
-
-
-def test_no_way_to_kubernetes_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", "/nowhere/config")
-
-    with pytest.raises(StartupError, match=r"no pod with a service account.*; set NGD_KUBERNETES_URL or KUBECONFIG"):
-        connect("", "")
-
-
-def test_extra_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "kubernetes.client", None)
-
-    with pytest.raises(StartupError, match=r"needs the extra kuberay.*pip install 'ngd-dist\[kuberay\]'"):
-        connect("", "")

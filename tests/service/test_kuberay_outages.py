@@ -25,7 +25,7 @@ def assert_ran_once(cluster: KubeCluster, service: ServiceProcess, job: Job) -> 
     assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1)
     assert_nothing_lost_or_doubled(service, ended)
     assert service.client.logs(job.id).count("attempt 1 of steps") == 1
-    assert cluster.times_created(name(job)) == 1
+    assert cluster.times_created()[name(job)] == 1
     wait_until(lambda: not cluster.rayjobs(), "the RayJob of the ended attempt is gone")
 
 
@@ -101,7 +101,7 @@ def test_rayjob_that_somebody_deletes_is_followed_by_another(
     assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 2)
     assert_nothing_lost_or_doubled(service, ended, attempt=1)
     assert_nothing_lost_or_doubled(service, ended, attempt=2)
-    assert [kube_cluster.times_created(name(job, attempt)) for attempt in (1, 2)] == [1, 1]
+    assert [kube_cluster.times_created()[name(job, attempt)] for attempt in (1, 2)] == [1, 1]
 
 
 def test_attempt_given_up_in_a_long_silence_is_ended_before_the_next(
@@ -115,7 +115,7 @@ def test_attempt_given_up_in_a_long_silence_is_ended_before_the_next(
     wait_until(lambda: service.client.get(job.id).status.attempt == 2, "the attempt is given up", timeout_s=40)
     kube_cluster.start_server()
 
-    wait_until(lambda: kube_cluster.times_created(name(job, 2)), "the next one is made", timeout_s=40)
+    wait_until(lambda: name(job, 2) in kube_cluster.times_created(), "the next one is made", timeout_s=40)
     wait_until(lambda: len(kube_cluster.rayjobs()) == 1, "the first one is gone", timeout_s=40)
     assert kube_cluster.rayjobs()[0]["metadata"]["name"] == name(job, 2)
     wait_until(lambda: len(drivers(service, job.id)) == 1, "one driver runs", timeout_s=40)
@@ -129,4 +129,4 @@ def test_job_that_fits_no_pod_fails_with_what_to_do(start_on_kuberay: Start, kub
 
     assert (ended.status.phase, ended.status.reason) == ("FAILED", "DispatchFailed")
     assert "no worker group's pods have as many (cpu: 4 CPUs, 0 GPUs)" in (ended.status.message or "")
-    assert kube_cluster.times_created(name(posted)) == 0
+    assert name(posted) not in kube_cluster.times_created()

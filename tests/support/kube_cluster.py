@@ -125,9 +125,9 @@ class KubeCluster:
         """Returns what a controller needs to be told, beside KUBECONFIG."""
         return {"dispatcher": "kuberay", "rayjob_template": str(self.template)}
 
-    def times_created(self, name: str) -> int:
-        """Returns how often a RayJob of that name was ever created."""
-        return int(self.http.get("/created").raise_for_status().json().get(name, 0))
+    def times_created(self) -> dict[str, int]:
+        """Returns how often a RayJob of each name was ever created."""
+        return dict(self.http.get("/created").raise_for_status().json())
 
     def rayjobs(self) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = self.http.get(self.collection).raise_for_status().json()["items"]
