@@ -243,12 +243,13 @@ def test_rayjob_is_running_until_its_pods_are_gone(backend: KubeRayBackend) -> N
 def test_rayjob_deleted_by_somebody_else_is_an_attempt_that_has_ended(backend: KubeRayBackend) -> None:
     dispatcher = started(backend)
 
-    backend.cluster.delete(NAME)
+    backend.cluster.delete(NAME, "Background")
 
     wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the deletion is noticed")
     assert dispatcher.inspect(REF).outcome is None
     dispatcher.submit(launch())
     assert backend.cluster.rayjobs() == []
+    wait_until(lambda: not drivers_in(folder_in(backend).path), "its pods are gone")
 
 
 def test_operator_that_is_started_again_finds_the_driver(backend: KubeRayBackend) -> None:

@@ -35,9 +35,8 @@ TERMINAL = ("Complete", "Failed", "ValidationFailed")
 class Behaviour:
     """How slow the cluster is."""
 
-    starts_after_s: float = 0.1  # from Initializing to Running; below 0: never
-    pods_linger_s: float = 0.0  # how long pods go on after they were told to end
-    ttl_unit_s: float = 1.0  # length of a second of ttlSecondsAfterFinished
+    starts_after_s: float = 0.1  # from Initializing to Running
+    pods_linger_s: float = 0.3  # how long pods go on after they were told to end
 
 
 class Pods:
@@ -92,6 +91,7 @@ class Operator:
         self.pods_dir = pods_dir
         self.behaviour = behaviour
         self.changed = threading.Event()
+        self.orphaned: dict[str, float] = {}  # pods whose RayJob is gone, and since when
 
     def run(self) -> None:
         threading.Thread(target=self._watch, daemon=True).start()
@@ -99,9 +99,11 @@ class Operator:
             self.changed.wait(LOOK_S)
             self.changed.clear()
             with contextlib.suppress(httpx.HTTPError):
-                for content in self.http.get(self.collection).raise_for_status().json()["items"]:
+                items = self.http.get(self.collection).raise_for_status().json()["items"]
+                for content in items:
                     with contextlib.suppress(httpx.HTTPStatusError):  # written by another hand since: next time
                         self.reconcile(content)
+                self._collect({content["metadata"]["uid"] for content in items})
 
     def _watch(self) -> None:
         version = ""
@@ -126,7 +128,7 @@ class Operator:
         state = status.get("jobDeploymentStatus", "")
         if refusal and state != "ValidationFailed":
             self._report(content, jobDeploymentStatus="ValidationFailed", reason="ValidationFailed", message=refusal)
-        elif refusal or self.behaviour.starts_after_s < 0:
+        elif refusal:
             return
         elif state == "":
             self._take_up(content)
@@ -139,8 +141,7 @@ class Operator:
         elif state == "Running":
             self._follow(content)
         elif state in ("Complete", "Failed") and content["spec"].get("shutdownAfterJobFinishes"):
-            ttl_s = content["spec"].get("ttlSecondsAfterFinished", 0) * self.behaviour.ttl_unit_s
-            if age_s(status["endTime"]) >= ttl_s:
+            if age_s(status["endTime"]) >= content["spec"].get("ttlSecondsAfterFinished", 0):
                 self._pods(content).end()
 
     def _take_up(self, content: Json) -> None:
@@ -166,12 +167,23 @@ class Operator:
             self._report(content, **end, endTime=now())
 
     def _delete(self, content: Json) -> None:
-        pods = self._pods(content)
+        """KubeRay lets go of it at once; a foreground deletion waits for the pods, another one does not."""
+        pods, finalizers = self._pods(content), content["metadata"]["finalizers"]
         if age_s(content["metadata"]["deletionTimestamp"]) >= self.behaviour.pods_linger_s:
             pods.end()
-        if not pods.is_alive() or (pods.folder / "exit").exists():
-            left = [of for of in content["metadata"].get("finalizers", []) if of not in (FINALIZER, FOREGROUND)]
+        is_gone = not pods.is_alive() or (pods.folder / "exit").exists()
+        left = [of for of in finalizers if of == FOREGROUND and not is_gone]
+        if left != finalizers:
             self._put("", content | {"metadata": content["metadata"] | {"finalizers": left}})
+
+    def _collect(self, uids: set[str]) -> None:
+        """Ends the pods of RayJobs that are gone, as Kubernetes' garbage collector does."""
+        for folder in self.pods_dir.glob("*"):
+            orphaned_s = time.monotonic() - self.orphaned.setdefault(folder.name, time.monotonic())
+            if folder.name in uids:
+                del self.orphaned[folder.name]
+            elif orphaned_s >= self.behaviour.pods_linger_s:
+                Pods(folder).end()
 
     def _pods(self, content: Json) -> Pods:
         return Pods(self.pods_dir / content["metadata"]["uid"])

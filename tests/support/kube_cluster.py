@@ -151,8 +151,8 @@ class KubeCluster:
     def get(self, name: str) -> dict[str, Any]:
         return dict(self.http.get(f"{self.collection}/{name}").raise_for_status().json())
 
-    def delete(self, name: str) -> None:
-        self.http.request("DELETE", f"{self.collection}/{name}", json={"propagationPolicy": "Foreground"})
+    def delete(self, name: str, propagation: str = "Foreground") -> None:
+        self.http.request("DELETE", f"{self.collection}/{name}", json={"propagationPolicy": propagation})
 
     def report(self, name: str, **status: str) -> None:
         """Writes the RayJob's status, as its operator would."""
