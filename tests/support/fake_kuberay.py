@@ -91,7 +91,7 @@ class Operator:
         self.pods_dir = pods_dir
         self.behaviour = behaviour
         self.changed = threading.Event()
-        self.orphaned: dict[str, float] = {}  # pods whose RayJob is gone, and since when
+        self.told_to_end: dict[str, float] = {}  # pods by uid, and when they were
 
     def run(self) -> None:
         threading.Thread(target=self._watch, daemon=True).start()
@@ -169,8 +169,7 @@ class Operator:
     def _delete(self, content: Json) -> None:
         """KubeRay lets go of it at once; a foreground deletion waits for the pods, another one does not."""
         pods, finalizers = self._pods(content), content["metadata"]["finalizers"]
-        if age_s(content["metadata"]["deletionTimestamp"]) >= self.behaviour.pods_linger_s:
-            pods.end()
+        self._end(pods)
         is_gone = not pods.is_alive() or (pods.folder / "exit").exists()
         left = [of for of in finalizers if of == FOREGROUND and not is_gone]
         if left != finalizers:
@@ -179,11 +178,13 @@ class Operator:
     def _collect(self, uids: set[str]) -> None:
         """Ends the pods of RayJobs that are gone, as Kubernetes' garbage collector does."""
         for folder in self.pods_dir.glob("*"):
-            orphaned_s = time.monotonic() - self.orphaned.setdefault(folder.name, time.monotonic())
-            if folder.name in uids:
-                del self.orphaned[folder.name]
-            elif orphaned_s >= self.behaviour.pods_linger_s:
-                Pods(folder).end()
+            if folder.name not in uids:
+                self._end(Pods(folder))
+
+    def _end(self, pods: Pods) -> None:
+        told_at_s = self.told_to_end.setdefault(pods.folder.name, time.monotonic())
+        if time.monotonic() - told_at_s >= self.behaviour.pods_linger_s:
+            pods.end()
 
     def _pods(self, content: Json) -> Pods:
         return Pods(self.pods_dir / content["metadata"]["uid"])
