@@ -174,9 +174,13 @@ def _while_running(job: JobState, attempt: AttemptState, seen: Observation, poli
 
 
 def _while_silent(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> Decision:
-    """The attempt may well live on: it is left alone for unreachable_s, and after that later attempts fence it."""
+    """The attempt may well live on: it is left alone for unreachable_s, and after that later attempts fence it.
+
+    One that is not submitted yet has nothing to lose by waiting, and another one would wait just as long.
+    """
     since = seen.silent_since or seen.now
-    if seen.now >= since + timedelta(seconds=policy.unreachable_s):
+    has_something_to_end = attempt.is_submitted or job.desired is Desired.CANCELLED
+    if has_something_to_end and seen.now >= since + timedelta(seconds=policy.unreachable_s):
         return _after_exit(job, attempt, seen, policy)
     if job.desired is Desired.CANCELLED and job.phase is not Phase.CANCELLING:
         return Decision(Phase.CANCELLING, "UserCancelled", seen.message)

@@ -16,6 +16,10 @@ from service.home import DATABASE, RUNS
 __all__ = ["Settings", "load_settings"]
 
 DRIVER = ("-m", "workers.driver")
+ONLY_FOR = {  # what each dispatcher alone reads
+    "ray_jobs": ("ray_address", "ray_token_file"),
+    "kuberay": ("rayjob_template", "kubernetes_url", "kubernetes_namespace"),
+}
 
 
 class Settings(BaseSettings):
@@ -41,6 +45,19 @@ class Settings(BaseSettings):
         "", pattern=r"^(https?://[^/\s]+)?$", description="ray_jobs: where Ray's dashboard answers, http://head:8265."
     )
     ray_token_file: Path | None = Field(None, description="ray_jobs: file with the Ray cluster's token.")
+    rayjob_template: Path | None = Field(
+        None, description="kuberay: YAML file of the RayJob that is filled in for each attempt."
+    )
+    kubernetes_url: str = Field(
+        "",
+        pattern=r"^(https?://[^\s]+)?$",
+        description="kuberay: API server without credentials (kubectl proxy); empty: the pod's, or the kubeconfig's.",
+    )
+    kubernetes_namespace: str = Field(
+        "",
+        pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$",
+        description="kuberay: where RayJobs go; empty: the pod's own, or the kubeconfig's.",
+    )
     unreachable_s: float = Field(
         600.0, gt=0, description="Seconds of silence after which what runs an attempt counts as lost."
     )
@@ -56,7 +73,7 @@ class Settings(BaseSettings):
     )
     failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
 
-    @field_validator("home", "data_dir", "runs_dir", "ray_token_file")
+    @field_validator("home", "data_dir", "runs_dir", "ray_token_file", "rayjob_template")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         try:
@@ -105,13 +122,18 @@ class Settings(BaseSettings):
                 f"runs_dir (NGD_RUNS_DIR) is for the dispatchers ray_jobs and kuberay, got {str(self.runs_dir)!r} with "
                 "local, whose runs lie in NGD_HOME with their processes' lock; leave it out"
             )
-        for name in ("ray_address", "ray_token_file"):
-            value = getattr(self, name)
-            if self.dispatcher != "ray_jobs" and value:
-                raise ValueError(
-                    f"{name} (NGD_{name.upper()}) is for the dispatcher ray_jobs, got {str(value)!r} with "
-                    f"{self.dispatcher}; leave it out, or set NGD_DISPATCHER=ray_jobs"
-                )
+        for dispatcher, names in ONLY_FOR.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.dispatcher != dispatcher and value:
+                    raise ValueError(
+                        f"{name} (NGD_{name.upper()}) is for the dispatcher {dispatcher}, got {str(value)!r} with "
+                        f"{self.dispatcher}; leave it out, or set NGD_DISPATCHER={dispatcher}"
+                    )
+        if self.dispatcher == "kuberay" and self.rayjob_template is None:
+            raise ValueError(
+                "the dispatcher kuberay needs rayjob_template (NGD_RAYJOB_TEMPLATE), the file of a RayJob to fill in"
+            )
         if self.dispatcher == "ray_jobs" and not self.ray_address:
             raise ValueError(
                 "the dispatcher ray_jobs needs ray_address (NGD_RAY_ADDRESS), the address of Ray's dashboard such as "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from service.dispatchers.base import Dispatcher
 from service.dispatchers.files import AttemptFiles
+from service.dispatchers.kuberay import KubeRayDispatcher
 from service.dispatchers.local import LocalDispatcher
 from service.dispatchers.ray_jobs import RayJobsDispatcher
 from service.failpoint import Failpoint
@@ -18,4 +19,5 @@ __all__ = ["DISPATCHERS"]
 DISPATCHERS: dict[str, Callable[[Settings, AttemptFiles, Failpoint], Dispatcher]] = {
     "local": LocalDispatcher.of,
     "ray_jobs": RayJobsDispatcher.of,
+    "kuberay": KubeRayDispatcher.of,
 }

@@ -16,6 +16,7 @@ ONLY_HERE = {
     "ray": ("workers/driver.py", "workers/ray_cluster.py"),
     "sqlalchemy": ("service/store/",),
     "alembic": ("service/store/",),
+    "kubernetes": ("service/dispatchers/rayjob_api.py",),
 }
 COLLECTIVES = {"all_reduce", "all_to_all_single", "all_gather_object", "broadcast"}
 

@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from service.client import Client
 from service.store.sql import SQLStore
+from tests.support.kube_cluster import KubeCluster
 from tests.support.service_process import ServiceProcess
 
 
@@ -25,6 +26,23 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
     yield start
     for service in started:
         service.close()
+
+
+@pytest.fixture
+def start_on_kuberay(
+    kube_cluster: KubeCluster, start_service: Callable[..., ServiceProcess]
+) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts controllers on one home that have their attempts run by one KubeRay: by one RayJob each."""
+    before = kube_cluster.times_created()
+    yield lambda **settings: start_service(**kube_cluster.settings, **settings)
+    assert {number for name, number in kube_cluster.times_created().items() if name not in before} <= {1}
+
+
+@pytest.fixture(params=["start_service", "start_on_kuberay"], ids=["local", "kuberay"])
+def start_anywhere(request: pytest.FixtureRequest) -> Callable[..., ServiceProcess]:
+    """Starts controllers on one home, on each dispatcher in turn."""
+    start: Callable[..., ServiceProcess] = request.getfixturevalue(request.param)
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +86,21 @@ def store(database_url: str) -> Iterator[SQLStore]:
     store = SQLStore(database_url)
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def shared_kube_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeCluster]:
+    cluster = KubeCluster(tmp_path_factory.mktemp("kubernetes")).start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def kube_cluster(shared_kube_cluster: KubeCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeCluster]:
+    """A Kubernetes with KubeRay and nothing in it, which the kubeconfig of this process and its children names."""
+    monkeypatch.setenv("KUBECONFIG", str(shared_kube_cluster.kubeconfig))
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(shared_kube_cluster.kubeconfig)
+    )
+    yield shared_kube_cluster
+    shared_kube_cluster.clear()

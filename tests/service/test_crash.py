@@ -52,15 +52,15 @@ def wait_for_step(client: Client, job_id: str, step: int, timeout_s: float = 40)
     wait_until(lambda: client.get(job_id).status.progress.step >= step, f"step {step}", timeout_s=timeout_s)
 
 
-def test_job_goes_on_while_the_controller_is_dead_and_is_found_again(start_service: Start) -> None:
-    first = start_service()
+def test_job_goes_on_while_the_controller_is_dead_and_is_found_again(start_anywhere: Start) -> None:
+    first = start_anywhere()
     job = first.client.submit(spec())
     wait_for_step(first.client, job.id, 20)
     (driver,) = drivers(first, job.id)
 
     first.kill()
     assert driver.is_running()
-    second = start_service()
+    second = start_anywhere()
     assert [process.pid for process in drivers(second, job.id)] == [driver.pid]
     ended = second.client.wait(job.id, timeout_s=60)
 
@@ -68,14 +68,14 @@ def test_job_goes_on_while_the_controller_is_dead_and_is_found_again(start_servi
     assert_nothing_lost_or_doubled(second, ended)
 
 
-def test_job_that_ends_while_the_controller_is_dead_is_counted_as_it_ended(start_service: Start) -> None:
-    first = start_service()
+def test_job_that_ends_while_the_controller_is_dead_is_counted_as_it_ended(start_anywhere: Start) -> None:
+    first = start_anywhere()
     job = first.client.submit(spec())
     wait_for_step(first.client, job.id, 10)
 
     first.kill()
     wait_until(lambda: not drivers(first, job.id), "the driver has ended", timeout_s=40)
-    second = start_service()
+    second = start_anywhere()
     ended = second.client.wait(job.id, timeout_s=60)
 
     assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1)
@@ -86,12 +86,12 @@ def test_job_that_ends_while_the_controller_is_dead_is_counted_as_it_ended(start
 
 
 @pytest.mark.parametrize("place", ["after_attempt_commit", "after_spawn", "after_submit"])
-def test_controller_that_dies_while_it_starts_an_attempt_starts_it_once(start_service: Start, place: str) -> None:
-    first = start_service(failpoint=place)
+def test_controller_that_dies_while_it_starts_an_attempt_starts_it_once(start_anywhere: Start, place: str) -> None:
+    first = start_anywhere(failpoint=place)
     job = first.client.submit(spec(steps=60), idempotency_key="once")
     wait_until(first.has_died, f"the controller dies {place}")
 
-    second = start_service()
+    second = start_anywhere()
     ended = second.client.wait(job.id, timeout_s=60)
 
     assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1)
@@ -101,21 +101,21 @@ def test_controller_that_dies_while_it_starts_an_attempt_starts_it_once(start_se
     assert second.client.submit(spec(steps=60), idempotency_key="once").id == job.id
 
 
-def test_cancel_that_the_dead_controller_had_taken_is_carried_out(start_service: Start) -> None:
-    first = start_service()
+def test_cancel_that_the_dead_controller_had_taken_is_carried_out(start_anywhere: Start) -> None:
+    first = start_anywhere()
     job = first.client.submit(spec(steps=10_000))
     wait_for_step(first.client, job.id, 5)
     first.client.cancel(job.id)
 
     first.kill()
-    second = start_service()
+    second = start_anywhere()
 
     assert second.client.wait(job.id, timeout_s=60).status.phase == "CANCELLED"
     assert drivers(second, job.id) == []
 
 
-def test_attempt_that_died_without_a_word_is_followed_by_another(start_service: Start) -> None:
-    service = start_service()
+def test_attempt_that_died_without_a_word_is_followed_by_another(start_anywhere: Start) -> None:
+    service = start_anywhere()
 
     ended = service.client.wait(service.client.submit(spec("dies-once", steps=30)).id, timeout_s=60)
 
@@ -128,8 +128,8 @@ def test_attempt_that_died_without_a_word_is_followed_by_another(start_service: 
     assert loss.steps == list(range(1, 31))
 
 
-def test_job_whose_attempts_all_die_fails_and_says_how_often(start_service: Start) -> None:
-    service = start_service()
+def test_job_whose_attempts_all_die_fails_and_says_how_often(start_anywhere: Start) -> None:
+    service = start_anywhere()
 
     posted = service.client.submit(spec("dies", steps=30, failure={"max_attempts": 2}))
     ended = service.client.wait(posted.id, timeout_s=60)

@@ -113,6 +113,23 @@ def test_backoff_doubles_up_to_its_limit() -> None:
     assert [POLICY.backoff(number).total_seconds() for number in (1, 2, 3, 9, 1000)] == [2, 4, 8, 300, 300]
 
 
+@pytest.mark.parametrize(
+    ("state", "live", "silent_s", "phase"),
+    [
+        (job(Phase.RUNNING), attempt(), 599, None),
+        (job(Phase.RUNNING), attempt(), 600, Phase.RECOVERING),
+        (job(Phase.STARTING), attempt(**UNSENT), 86_400, None),  # nothing runs that could be lost
+        (cancelled(Phase.CANCELLING), attempt(**UNSENT), 600, Phase.CANCELLED),
+    ],
+)
+def test_long_silence_ends_what_may_run_and_no_attempt_that_was_never_submitted(
+    state: JobState, live: AttemptState, silent_s: int, phase: Phase | None
+) -> None:
+    silence = seen(process=Process.UNREACHABLE, silent_since=NOW - timedelta(seconds=silent_s), message="no answer")
+
+    assert decide(state, live, silence, POLICY).phase == phase
+
+
 def test_last_failure_says_how_often_and_why() -> None:
     decision = decide(job(Phase.RUNNING), attempt(3), seen(**GONE, outcome=UNLUCKY), POLICY)
 

@@ -1,0 +1,111 @@
+"""What runs attempts in the contract suite: each backend makes the dispatchers that controllers on it would have."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import psutil
+
+from service.dispatchers import kuberay, local
+from service.dispatchers.base import AttemptRef, Dispatcher
+from service.dispatchers.files import AttemptFiles
+from service.dispatchers.kuberay import KubeRayDispatcher
+from service.dispatchers.local import LocalDispatcher
+from service.dispatchers.rayjob_api import connect
+from service.failpoint import Failpoint
+from service.job_state import Process
+from tests.support.deadline import wait_until
+from tests.support.kube_cluster import TEMPLATE, KubeCluster
+from tests.support.service_process import FAULT_DRIVER
+from workers.rundir import AttemptDir
+
+REF = AttemptRef("job_01JD0000000000000000000000", 1)
+NOWHERE = "http://127.0.0.1:1"
+
+
+class Backend(Protocol):
+    runs_dir: Path
+    module: ModuleType  # of the dispatcher; has LINGER_S
+
+    def files(self, url: str = NOWHERE) -> AttemptFiles: ...
+
+    def dispatcher(self, url: str = NOWHERE, command: tuple[str, ...] = FAULT_DRIVER) -> Dispatcher:
+        """Returns a dispatcher as a controller, and the one after its death, would have; nothing answers at `url`."""
+        ...
+
+
+class LocalBackend:
+    module = local
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+        self.made: list[LocalDispatcher] = []
+
+    def files(self, url: str = NOWHERE) -> AttemptFiles:
+        return AttemptFiles(runs_dir=self.runs_dir, data_dir=None, worker_url=url, cluster="own")
+
+    def dispatcher(self, url: str = NOWHERE, command: tuple[str, ...] = FAULT_DRIVER) -> LocalDispatcher:
+        self.made.append(LocalDispatcher(self.files(url), command=command, failpoint=Failpoint(None)))
+        return self.made[-1]
+
+
+class KubeRayBackend:
+    module = kuberay
+
+    def __init__(self, runs_dir: Path, cluster: KubeCluster) -> None:
+        self.runs_dir = runs_dir
+        self.cluster = cluster
+
+    def files(self, url: str = NOWHERE) -> AttemptFiles:
+        return AttemptFiles(runs_dir=self.runs_dir, data_dir=None, worker_url=url, cluster="given")
+
+    def dispatcher(
+        self, url: str = NOWHERE, command: tuple[str, ...] = FAULT_DRIVER, template: dict[str, Any] = TEMPLATE
+    ) -> KubeRayDispatcher:
+        return KubeRayDispatcher(
+            self.files(url),
+            api=connect("", ""),  # by the kubeconfig
+            template=template,
+            command=command,
+            failpoint=Failpoint(None),
+        )
+
+
+@contextmanager
+def local_backend(runs_dir: Path) -> Iterator[LocalBackend]:
+    backend = LocalBackend(runs_dir)
+    yield backend
+    for dispatcher in backend.made:
+        dispatcher.kill(REF)
+        wait_until(lambda dispatcher=dispatcher: not is_running(dispatcher), "the driver is gone")
+        # A zombie can be waited for once its last thread has ended.
+        wait_until(lambda dispatcher=dispatcher: dispatcher.inspect(REF) and not dispatcher._children, "it is reaped")
+
+
+@contextmanager
+def kuberay_backend(runs_dir: Path, cluster: KubeCluster) -> Iterator[KubeRayBackend]:
+    yield KubeRayBackend(runs_dir, cluster)
+    cluster.clear()
+
+
+def is_running(dispatcher: Dispatcher, ref: AttemptRef = REF) -> bool:
+    return dispatcher.inspect(ref).process is Process.RUNNING
+
+
+def folder_in(backend: Backend, ref: AttemptRef = REF) -> AttemptDir:
+    return AttemptDir.of(backend.runs_dir / ref.job_id, ref.number)
+
+
+def wait_for_log(backend: Backend, ref: AttemptRef = REF) -> bytes:
+    """Returns what the driver has written, as soon as it has written something."""
+    wait_until(lambda: backend.files().tail_log(ref, None)[0], "the driver has written something")
+    return backend.files().tail_log(ref, None)[0]
+
+
+def drivers_in(folder: Path) -> list[psutil.Process]:
+    """Returns the living processes whose last word is the attempt's folder: its drivers."""
+    found = psutil.process_iter(["cmdline", "status"])
+    living = [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
+    return [process for process in living if (process.info["cmdline"] or [""])[-1] == str(folder)]
