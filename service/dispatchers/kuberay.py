@@ -6,15 +6,13 @@ driver is only whether it can still be running: what it did is in the attempt's 
 
 import logging
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError, Launch, Seen
-from service.dispatchers.files import AttemptFiles, entrypoint
+from service.dispatchers.files import AttemptFiles, age_s, entrypoint
 from service.dispatchers.rayjob import is_of, name_of, rayjob, read_template
 from service.dispatchers.rayjob_api import AlreadyExistsError, RayJobApi, connect
 from service.failpoint import Failpoint
@@ -125,7 +123,7 @@ class KubeRayDispatcher:
             was_started = outcome is not None or self._files.folder(ref).started.exists()
             return Seen(Process.EXITED if was_started else Process.UNKNOWN, outcome, self._last_words.pop(ref, None))
         status = Status.of(found)
-        if outcome is not None and (status.is_being_deleted or _age_s(self._files.folder(ref).outcome) > LINGER_S):
+        if outcome is not None and (status.is_being_deleted or age_s(self._files.folder(ref).outcome) > LINGER_S):
             self._delete(status)
             return Seen(Process.EXITED, outcome)
         if status.is_being_deleted:
@@ -182,7 +180,3 @@ class KubeRayDispatcher:
     def _delete(self, status: Status) -> None:
         if not status.is_being_deleted:
             self._api.delete(status.name, status.uid)
-
-
-def _age_s(path: Path) -> float:
-    return time.time() - path.stat().st_mtime

@@ -82,6 +82,9 @@ class RayJobsDispatcher:
             failpoint=failpoint,
         )
 
+    def close(self) -> None:
+        self._http.close()
+
     def submit(self, launch: Launch) -> None:
         if self.inspect(launch.ref).process is Process.EXITED:
             return
@@ -121,11 +124,10 @@ class RayJobsDispatcher:
             log.warning("driver_lingers attempt=%s", ref.attempt_id)
             self.kill(ref)
             return Seen(Process.EXITED, outcome)
-        if job.status == "PENDING":
-            return Seen(Process.RUNNING, message="waiting for the Ray cluster to start the driver")
-        if job.status == "RUNNING":
+        if job.status in ("PENDING", "RUNNING"):
             self._files.announce(ref)
-            return Seen(Process.RUNNING)
+            waits = "waiting for the Ray cluster to start the driver" if job.status == "PENDING" else None
+            return Seen(Process.RUNNING, message=waits)
         ended_by_itself = job.driver_exit_code in EXIT_STATUS.values()
         if outcome is None and ended_by_itself and self._files.may_still_show(job.ended_at):
             return Seen(Process.RUNNING, message="waiting for the outcome on the shared volume")

@@ -11,6 +11,7 @@ from sqlalchemy import create_engine, make_url, text
 from service.client import Client
 from service.store.sql import SQLStore
 from tests.support.kube_cluster import KubeCluster
+from tests.support.ray_head import RayHead
 from tests.support.service_process import ServiceProcess
 
 
@@ -86,6 +87,13 @@ def store(database_url: str) -> Iterator[SQLStore]:
     store = SQLStore(database_url)
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    head = RayHead()
+    yield head
+    head.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,73 +8,76 @@ from service.dispatchers.base import AttemptRef, DispatchError, Launch
 from service.job_state import Process
 from tests.support.attempts import small_spec
 from tests.support.backends import (
-    REF,
     Backend,
     drivers_in,
     folder_in,
     is_running,
     kuberay_backend,
     local_backend,
+    ray_jobs_backend,
     wait_for_log,
 )
 from tests.support.deadline import wait_until
 from workers.rundir import Outcome, write_json
 
 
-@pytest.fixture(params=["local", "kuberay"])
+@pytest.fixture(params=["local", pytest.param("ray_jobs", marks=pytest.mark.ray), "kuberay"])
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     runs_dir = tmp_path_factory.mktemp("runs")
     if request.param == "local":
         with local_backend(runs_dir) as backend:
+            yield backend
+    elif request.param == "ray_jobs":
+        with ray_jobs_backend(runs_dir, request.getfixturevalue("ray_head")) as backend:
             yield backend
     else:
         with kuberay_backend(runs_dir, request.getfixturevalue("kube_cluster")) as backend:
             yield backend
 
 
-def launch(name: str = "waits", steps: int = 10) -> Launch:
-    return Launch(REF, small_spec(name=name, schedule={"steps": steps}).model_dump(mode="json"), "token")
+def launch(backend: Backend, name: str = "waits", steps: int = 10) -> Launch:
+    return Launch(backend.ref, small_spec(name=name, schedule={"steps": steps}).model_dump(mode="json"), "token")
 
 
 def test_attempt_that_was_never_submitted_is_unknown(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
 
-    assert dispatcher.inspect(REF).process is Process.UNKNOWN
-    dispatcher.interrupt(REF)
-    dispatcher.kill(REF)
+    assert dispatcher.inspect(backend.ref).process is Process.UNKNOWN
+    dispatcher.interrupt(backend.ref)
+    dispatcher.kill(backend.ref)
     assert not folder_in(backend).path.exists()
 
 
 def test_submitting_twice_starts_once(backend: Backend) -> None:
     first, second = backend.dispatcher(), backend.dispatcher()
-    first.submit(launch())
-    first.submit(launch())
+    first.submit(launch(backend))
+    first.submit(launch(backend))
     wait_for_log(backend)
 
-    second.submit(launch())
+    second.submit(launch(backend))
 
-    assert is_running(second)
-    assert backend.files().tail_log(REF, None)[0].count(b"attempt 1") == 1
+    assert is_running(second, backend.ref)
+    assert backend.files().tail_log(backend.ref, None)[0].count(b"attempt 1") == 1
 
 
 def test_submitting_after_the_end_starts_nothing(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
-    dispatcher.submit(launch("refuses"))
-    wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the driver ends")
-    dispatcher.kill(REF)
+    dispatcher.submit(launch(backend, "refuses"))
+    wait_until(lambda: dispatcher.inspect(backend.ref).process is Process.EXITED, "the driver ends")
+    dispatcher.kill(backend.ref)
 
-    backend.dispatcher().submit(launch("refuses"))
+    backend.dispatcher().submit(launch(backend, "refuses"))
 
-    assert dispatcher.inspect(REF).process is Process.EXITED
-    assert backend.files().tail_log(REF, None)[0].count(b"attempt 1") == 1
+    assert dispatcher.inspect(backend.ref).process is Process.EXITED
+    assert backend.files().tail_log(backend.ref, None)[0].count(b"attempt 1") == 1
 
 
 def test_next_controller_finds_the_driver_and_tells_it_where_to_report(backend: Backend) -> None:
-    backend.dispatcher().submit(launch())
+    backend.dispatcher().submit(launch(backend))
 
     heir = backend.dispatcher(url="http://127.0.0.1:2")
 
-    assert is_running(heir)
+    assert is_running(heir, backend.ref)
     assert folder_in(backend).read_facts().url == "http://127.0.0.1:2"
     assert folder_in(backend).facts.stat().st_mode & 0o777 == 0o600
 
@@ -82,68 +85,68 @@ def test_next_controller_finds_the_driver_and_tells_it_where_to_report(backend: 
 def test_outcome_is_seen_once_the_driver_has_gone(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
 
-    dispatcher.submit(launch("refuses"))
+    dispatcher.submit(launch(backend, "refuses"))
 
-    wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the driver ends")
-    outcome = dispatcher.inspect(REF).outcome
+    wait_until(lambda: dispatcher.inspect(backend.ref).process is Process.EXITED, "the driver ends")
+    outcome = dispatcher.inspect(backend.ref).outcome
     assert outcome is not None
     assert (outcome.result, outcome.reason) == ("failed", "DataNotFound")
 
 
 def test_driver_killed_by_another_hand_has_no_outcome(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
-    dispatcher.submit(launch())
+    dispatcher.submit(launch(backend))
     wait_for_log(backend)
 
     (driver,) = drivers_in(folder_in(backend).path)
     driver.kill()
 
-    wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the death is noticed")
-    assert dispatcher.inspect(REF).outcome is None
+    wait_until(lambda: dispatcher.inspect(backend.ref).process is Process.EXITED, "the death is noticed")
+    assert dispatcher.inspect(backend.ref).outcome is None
 
 
 def test_interrupt_lets_the_driver_end_in_order(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
-    dispatcher.submit(launch("waits"))
+    dispatcher.submit(launch(backend, "waits"))
     wait_for_log(backend)
 
-    dispatcher.interrupt(REF)
+    dispatcher.interrupt(backend.ref)
 
-    wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the driver ends", timeout_s=30)
-    outcome = dispatcher.inspect(REF).outcome
+    wait_until(lambda: dispatcher.inspect(backend.ref).process is Process.EXITED, "the driver ends", timeout_s=30)
+    outcome = dispatcher.inspect(backend.ref).outcome
     assert outcome is not None
     assert outcome.result == "cancelled"
 
 
 def test_kill_ends_a_driver_that_hears_nothing(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
-    dispatcher.submit(launch("deaf"))
+    dispatcher.submit(launch(backend, "deaf"))
     wait_for_log(backend)
-    dispatcher.interrupt(REF)
-    assert is_running(dispatcher)
+    dispatcher.interrupt(backend.ref)
+    assert is_running(dispatcher, backend.ref)
 
-    dispatcher.kill(REF)
-    dispatcher.kill(REF)
+    dispatcher.kill(backend.ref)
+    dispatcher.kill(backend.ref)
 
-    wait_until(lambda: not is_running(dispatcher), "the driver is gone")
+    wait_until(lambda: not is_running(dispatcher, backend.ref), "the driver is gone")
     assert drivers_in(folder_in(backend).path) == []
-    assert dispatcher.inspect(REF).process is Process.EXITED
-    dispatcher.kill(REF)
+    assert dispatcher.inspect(backend.ref).process is Process.EXITED
+    dispatcher.kill(backend.ref)
 
 
 def test_undelivered_events_stop_before_a_torn_line(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
-    dispatcher.submit(launch("steps"))
+    dispatcher.submit(launch(backend, "steps"))
     spool = folder_in(backend).spool
     wait_until(spool.exists, "the spool is there")
     wait_until(lambda: spool.read_bytes().count(b"\n") > 1, "events are spooled")
-    dispatcher.kill(REF)
-    wait_until(lambda: not is_running(dispatcher), "the driver is gone")
+    dispatcher.kill(backend.ref)
+    wait_until(lambda: not is_running(dispatcher, backend.ref), "the driver is gone")
     complete = spool.read_bytes().count(b"\n")
     with spool.open("ab") as file:
         file.write(b'{"seq": 99, "time')
 
-    seqs = [event.seq for batch in backend.files().undelivered(REF, 1) for event in batch]
+    seqs = [event.seq for batch in backend.files().undelivered(backend.ref, 1) for event in batch]
 
     assert seqs == list(range(2, complete + 1))
 
@@ -152,7 +155,7 @@ def test_stored_spec_that_is_none_any_more_is_refused(backend: Backend) -> None:
     spec = small_spec().model_dump(mode="json") | {"modle": 1}
 
     with pytest.raises(DispatchError, match="does not take the stored spec: a job has no field 'modle'"):
-        backend.dispatcher().submit(Launch(REF, spec, "token"))
+        backend.dispatcher().submit(Launch(backend.ref, spec, "token"))
     assert not folder_in(backend).path.exists()
 
 
@@ -161,20 +164,20 @@ def test_log_is_read_in_pieces_and_from_its_end(backend: Backend) -> None:
     folder_in(backend).log.write_bytes(b"one\ntwo\nthree\n")
     read = backend.files()
 
-    assert read.read_log(REF, 4, 4) == b"two\n"
-    assert read.tail_log(REF, 2) == (b"two\nthree\n", 14)
-    assert read.tail_log(REF, 0) == (b"", 14)
+    assert read.read_log(backend.ref, 4, 4) == b"two\n"
+    assert read.tail_log(backend.ref, 2) == (b"two\nthree\n", 14)
+    assert read.tail_log(backend.ref, 0) == (b"", 14)
     assert read.read_log(AttemptRef("job_none", 1), 0, 9) == b""
 
 
 def test_driver_that_stays_after_its_outcome_is_ended(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.module, "LINGER_S", -1.0)
     dispatcher = backend.dispatcher()
-    dispatcher.submit(launch("deaf"))
+    dispatcher.submit(launch(backend, "deaf"))
     wait_for_log(backend)
     write_json(folder_in(backend).outcome, Outcome(result="succeeded", step=7))
 
-    seen = dispatcher.inspect(REF)
+    seen = dispatcher.inspect(backend.ref)
 
     assert (seen.process, seen.outcome) == (Process.EXITED, Outcome(result="succeeded", step=7))
     wait_until(lambda: not drivers_in(folder_in(backend).path), "the driver is gone")
@@ -182,9 +185,9 @@ def test_driver_that_stays_after_its_outcome_is_ended(backend: Backend, monkeypa
 
 def test_outcome_that_can_not_be_read_counts_as_none(backend: Backend) -> None:
     dispatcher = backend.dispatcher()
-    dispatcher.submit(launch("dies"))
+    dispatcher.submit(launch(backend, "dies"))
     wait_for_log(backend)
     folder_in(backend).outcome.write_text('{"result": "succ')
 
-    wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the driver ends")
-    assert dispatcher.inspect(REF).outcome is None
+    wait_until(lambda: dispatcher.inspect(backend.ref).process is Process.EXITED, "the driver ends")
+    assert dispatcher.inspect(backend.ref).outcome is None

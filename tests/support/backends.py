@@ -7,17 +7,20 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import psutil
+from ulid import ULID
 
-from service.dispatchers import kuberay, local
+from service.dispatchers import kuberay, local, ray_jobs
 from service.dispatchers.base import AttemptRef, Dispatcher
 from service.dispatchers.files import AttemptFiles
 from service.dispatchers.kuberay import KubeRayDispatcher
 from service.dispatchers.local import LocalDispatcher
+from service.dispatchers.ray_jobs import RayJobsDispatcher
 from service.dispatchers.rayjob_api import connect
 from service.failpoint import Failpoint
 from service.job_state import Process
 from tests.support.deadline import wait_until
 from tests.support.kube_cluster import TEMPLATE, KubeCluster
+from tests.support.ray_head import RayHead
 from tests.support.service_process import FAULT_DRIVER
 from workers.rundir import AttemptDir
 
@@ -28,6 +31,7 @@ NOWHERE = "http://127.0.0.1:1"
 class Backend(Protocol):
     runs_dir: Path
     module: ModuleType  # of the dispatcher; has LINGER_S
+    ref: AttemptRef  # which attempt the backend is used for
 
     def files(self, url: str = NOWHERE) -> AttemptFiles: ...
 
@@ -38,6 +42,7 @@ class Backend(Protocol):
 
 class LocalBackend:
     module = local
+    ref = REF
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
@@ -53,6 +58,7 @@ class LocalBackend:
 
 class KubeRayBackend:
     module = kuberay
+    ref = REF
 
     def __init__(self, runs_dir: Path, cluster: KubeCluster) -> None:
         self.runs_dir = runs_dir
@@ -73,6 +79,31 @@ class KubeRayBackend:
         )
 
 
+class RayJobsBackend:
+    module = ray_jobs
+
+    def __init__(self, runs_dir: Path, head: RayHead) -> None:
+        self.runs_dir = runs_dir
+        self.head = head
+        self.ref = AttemptRef(f"job_{ULID()}", 1)  # Ray gives a submission id away once
+        self.made: list[RayJobsDispatcher] = []
+
+    def files(self, url: str = NOWHERE) -> AttemptFiles:
+        return AttemptFiles(runs_dir=self.runs_dir, data_dir=None, worker_url=url, cluster="given")
+
+    def dispatcher(self, url: str = NOWHERE, command: tuple[str, ...] = FAULT_DRIVER) -> RayJobsDispatcher:
+        self.made.append(
+            RayJobsDispatcher(
+                self.files(url),
+                address=self.head.address,
+                token_file=self.head.token_file,
+                command=command,
+                failpoint=Failpoint(None),
+            )
+        )
+        return self.made[-1]
+
+
 @contextmanager
 def local_backend(runs_dir: Path) -> Iterator[LocalBackend]:
     backend = LocalBackend(runs_dir)
@@ -90,16 +121,29 @@ def kuberay_backend(runs_dir: Path, cluster: KubeCluster) -> Iterator[KubeRayBac
     cluster.clear()
 
 
+@contextmanager
+def ray_jobs_backend(runs_dir: Path, head: RayHead) -> Iterator[RayJobsBackend]:
+    backend = RayJobsBackend(runs_dir, head)
+    yield backend
+    dispatcher = backend.dispatcher()
+    dispatcher.kill(backend.ref)
+    wait_until(lambda: not is_running(dispatcher, backend.ref), "the driver is gone", timeout_s=60)
+    for made in backend.made:
+        made.close()
+
+
 def is_running(dispatcher: Dispatcher, ref: AttemptRef = REF) -> bool:
     return dispatcher.inspect(ref).process is Process.RUNNING
 
 
-def folder_in(backend: Backend, ref: AttemptRef = REF) -> AttemptDir:
+def folder_in(backend: Backend, ref: AttemptRef | None = None) -> AttemptDir:
+    ref = ref or backend.ref
     return AttemptDir.of(backend.runs_dir / ref.job_id, ref.number)
 
 
-def wait_for_log(backend: Backend, ref: AttemptRef = REF) -> bytes:
+def wait_for_log(backend: Backend, ref: AttemptRef | None = None) -> bytes:
     """Returns what the driver has written, as soon as it has written something."""
+    ref = ref or backend.ref
     wait_until(lambda: backend.files().tail_log(ref, None)[0], "the driver has written something")
     return backend.files().tail_log(ref, None)[0]
 

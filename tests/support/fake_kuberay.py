@@ -140,9 +140,12 @@ class Operator:
                 self._report(content, jobDeploymentStatus="Running", jobStatus="RUNNING")
         elif state == "Running":
             self._follow(content)
-        elif state in ("Complete", "Failed") and content["spec"].get("shutdownAfterJobFinishes"):
-            if age_s(status["endTime"]) >= content["spec"].get("ttlSecondsAfterFinished", 0):
-                self._pods(content).end()
+        elif (
+            state in ("Complete", "Failed")
+            and content["spec"].get("shutdownAfterJobFinishes")
+            and age_s(status["endTime"]) >= content["spec"].get("ttlSecondsAfterFinished", 0)
+        ):
+            self._pods(content).end()
 
     def _take_up(self, content: Json) -> None:
         if FINALIZER not in content["metadata"].get("finalizers", []):

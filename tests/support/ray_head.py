@@ -66,10 +66,13 @@ class RayHead:
         psutil.wait_procs(processes, timeout=30)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _answers(self) -> bool:
+    def _call(self, method: str, path: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
+        return httpx.request(method, self.address + path, headers=headers, trust_env=False, timeout=30)
+
+    def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self.address}/api/jobs/", headers=headers, trust_env=False, timeout=10).is_success
+            return self._call("GET", "/api/jobs/").is_success
         except httpx.RequestError:
             return False
 
