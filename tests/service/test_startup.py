@@ -45,10 +45,55 @@ def taken_port() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org", ""])
-def test_address_that_others_could_reach_is_refused(host: str) -> None:
-    with pytest.raises(StartupError, match=r"must be a loopback address .* no API keys"):
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::"])
+def test_address_that_others_could_reach_is_refused_without_keys(host: str) -> None:
+    with pytest.raises(
+        StartupError, match=rf"must be a loopback address .* no API keys, got '{host}'.*NGD_API_KEYS_DIR"
+    ):
         load_settings(host=host)
+
+
+@pytest.mark.parametrize("host", ["example.org", "", "127.0.0.1:80"])
+def test_host_that_is_no_address_is_refused(host: str) -> None:
+    with pytest.raises(StartupError, match=rf"must be an IP address of this machine.*got '{host}'"):
+        load_settings(host=host)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("fd00::1", "http://[fd00::1]:8000"),
+    ],
+)
+def test_with_keys_any_address_is_taken(tmp_path: Path, host: str, url: str) -> None:
+    settings = load_settings(host=host, api_keys_dir=tmp_path)
+
+    assert (settings.url, settings.people_url, settings.is_loopback) == (url, url, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://NGD.example.com", "https://ngd.example.com"),
+        ("https://ngd.example.com:443/", "https://ngd.example.com"),
+        ("http://[fd00::1]:8080", "http://[fd00::1]:8080"),
+    ],
+)
+def test_public_url_is_written_as_browsers_do(given: str, origin: str) -> None:
+    settings = load_settings(public_url=given)
+
+    assert (settings.people_url, settings.url) == (origin, "http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize(
+    "url", ["ngd.example.com", "https://", "ftp://x", "https://x/ngd", "https://x?a", "https://x:y", "https://a@x"]
+)
+def test_public_url_that_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(StartupError, match=r"public_url \(NGD_PUBLIC_URL\) must be scheme, host and port alone"):
+        load_settings(public_url=url)
 
 
 @pytest.mark.parametrize(
