@@ -47,9 +47,7 @@ def taken_port() -> Iterator[int]:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::"])
 def test_address_that_others_could_reach_is_refused_without_keys(host: str) -> None:
-    with pytest.raises(
-        StartupError, match=rf"must be a loopback address .* no API keys, got '{host}'.*NGD_API_KEYS_DIR"
-    ):
+    with pytest.raises(StartupError, match=rf"must be a loopback address .* no API keys, got '{host}'.*KEYS_DIR"):
         load_settings(host=host)
 
 
