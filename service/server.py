@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
 from service.app import create_app
 from service.errors import StartupError
@@ -21,12 +20,7 @@ __all__ = ["migrate", "serve"]
 STREAMS_END_WITHIN_S = 3
 
 
-def serve(
-    settings: Settings,
-    *,
-    announce: Callable[[Settings], None] = lambda _settings: None,
-    make_app: Callable[[Settings], FastAPI] = create_app,
-) -> None:
+def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _settings: None) -> None:
     """Serves until SIGINT or SIGTERM; running jobs go on. announce: told where, once the port is open.
 
     Raises: StartupError with one sentence, before anything is created.
@@ -37,7 +31,7 @@ def serve(
         with owned(settings.home):
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
             logging.getLogger("service").setLevel(logging.INFO)
-            app = make_app(settings)
+            app = create_app(settings)
             announce(settings)
             # A proxy's X-Forwarded headers are not needed, for NGD_PUBLIC_URL says what they would: none is trusted.
             config = uvicorn.Config(

@@ -151,8 +151,8 @@ class Settings(BaseSettings):
     def _workers_find_it(self) -> Self:
         if self.dispatcher != "local" and not self.worker_url and ipaddress.ip_address(self.host).is_unspecified:
             raise ValueError(
-                f"the dispatcher {self.dispatcher} needs worker_url (NGD_WORKER_URL) while the service listens on every "
-                f"address ({self.host}): where its workers, on other machines, report to"
+                f"the dispatcher {self.dispatcher} needs worker_url (NGD_WORKER_URL) while the service listens on "
+                f"every address ({self.host}): where its workers, on other machines, report to"
             )
         return self
 

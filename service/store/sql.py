@@ -87,8 +87,8 @@ class SQLStore:
         if owner.id != installation_id:
             raise StartupError(
                 f"the database {self.shown_url} belongs to the service whose home is {owner.home}, and this one's is "
-                f"{home}, with another key: start with NGD_HOME set to the former, or give the latter a database of "
-                "its own with NGD_DATABASE_URL"
+                f"{home}, with another key: start with NGD_HOME set to the former, on a cluster with "
+                "NGD_SIGNING_KEY_FILE set to its key, or give the latter a database of its own with NGD_DATABASE_URL"
             )
 
     def close(self) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from service.client import Client
 from service.errors import StartupError
 from service.settings import load_settings
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
+from tests.support.keys import ALICE, write_keys
 from tests.support.service_process import ServiceProcess
 
 SPEC = small_spec(name="steps", schedule={"steps": 10_000}).model_dump(mode="json")
@@ -122,6 +124,29 @@ def test_setting_that_can_not_be_read_ends_the_command(
 ) -> None:
     assert_refused(serve(tmp_path / "home", **{variable: value}), *words)
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(("host", "others"), [("0.0.0.0", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"])])
+def test_service_on_every_address_answers_on_each(
+    start_service: Callable[..., ServiceProcess], tmp_path: Path, host: str, others: list[str]
+) -> None:
+    keys = write_keys(tmp_path / "keys", alice=ALICE)
+    service = start_service(host=host, api_keys_dir=str(keys), key=ALICE)
+
+    for other in others:
+        with Client(f"http://{other}:{service.url.rpartition(':')[2]}", key=ALICE) as client:
+            assert client.list_jobs().jobs == []
+
+
+def test_cluster_that_could_not_report_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"ray_jobs needs worker_url \(NGD_WORKER_URL\).*every address \(0.0.0.0\)"):
+        load_settings(host="0.0.0.0", api_keys_dir=tmp_path, dispatcher="ray_jobs", ray_address="http://head:8265")
+
+
+def test_empty_variable_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NGD_API_KEYS_DIR", "")
+
+    assert load_settings().api_keys_dir is None
 
 
 def test_service_on_ipv6_serves_its_pages(start_service: Callable[..., ServiceProcess]) -> None:
