@@ -67,6 +67,7 @@ def test_reader_logs_in_reads_acts_and_is_thrown_out_with_the_key(
 
     expect(page.get_by_role("heading", name="waits")).to_be_visible()
     assert page.url == f"{service.url}/jobs/{job.id}"
+    expect(page.get_by_text("by alice")).to_be_visible()
     (cookie,) = browser.cookies()
     assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (SESSION_COOKIE, True, "Lax")
     page.get_by_role("button", name="Cancel job").click()

@@ -1,5 +1,6 @@
 """A service with API keys: who gets in where, and what those who do not are told."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from service.access import SESSION_COOKIE
-from service.client import Client, InvalidKeyError, UnauthorizedError
+from service.client import AsyncClient, Client, InvalidKeyError, UnauthorizedError
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, BOB, write_keys
@@ -95,6 +96,16 @@ def test_job_is_posted_run_and_followed_with_a_key(service: ServiceProcess) -> N
     with Client(service.url, key=BOB) as bob:
         assert bob.submit(SPEC).created_by == "bob"
         assert bob.get(job.id).created_by == "alice"
+
+
+def test_program_with_an_event_loop_gives_its_key(service: ServiceProcess) -> None:
+    async def ask(key: str | None) -> int:
+        async with AsyncClient(service.url, key=key) as client:
+            return len((await client.list_jobs(page_size=1)).jobs)
+
+    assert asyncio.run(ask(ALICE)) <= 1
+    with pytest.raises(UnauthorizedError, match=r"wants an API key; send it as Authorization"):
+        asyncio.run(ask(None))
 
 
 def test_session_reads_the_api_and_its_streams(service: ServiceProcess) -> None:
