@@ -19,6 +19,7 @@ from service.resources import Job
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".ngd" / "demo"
 RECIPES = {"SP-NGD": "digits.yaml", "SGD with momentum": "digits-sgd.yaml"}
+ALONE = {"NGD_DATABASE_URL": "", "NGD_API_KEYS_DIR": ""}  # another home's database would be refused; it has no key
 START_S = 60.0
 STOP_S = 30.0
 PATIENCE_S = 5.0  # nobody starts this service again
@@ -52,7 +53,7 @@ def _service() -> Iterator[Client]:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"NGD_DATABASE_URL": ""},  # a database that another home owns would be refused
+            env=os.environ | ALONE,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -4,12 +4,15 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 
 from fastapi import FastAPI
 
 from service import dashboard
+from service.access import Access
 from service.api.application import api_application
 from service.api.parts import Parts
+from service.api_keys import ApiKeys
 from service.dispatchers import DISPATCHERS
 from service.dispatchers.files import AttemptFiles
 from service.errors import StartupError
@@ -17,10 +20,12 @@ from service.failpoint import Failpoint
 from service.home import KEY
 from service.job_state import Policy
 from service.jobs import Jobs
+from service.metrics import ControllerMetrics
+from service.probe import Probe
 from service.reconciler import Reconciler
 from service.settings import Settings
 from service.store.sql import SQLStore
-from service.tokens import Tokens, read_or_create_key
+from service.tokens import Tokens, read_key, read_or_create_key
 
 __all__ = ["create_app"]
 
@@ -42,19 +47,25 @@ def create_app(settings: Settings) -> FastAPI:
             parts.reconciler.stop()
             parts.store.close()
 
-    app = api_application(lifespan)
-    app.state.parts = parts
-    dashboard.mount(app, settings)
+    app = api_application(lifespan, parts)
+    dashboard.mount(app, settings, parts.access)
     return app
 
 
 def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
-    """Returns the store, bound to this installation, and the installation's tokens."""
+    """Returns the store, bound to this installation, and the installation's tokens.
+
+    Attempts that are processes of this machine are the home's own, so then the database is this home's alone; otherwise
+    it is that of all homes with the same signing key.
+    """
+    given = None if settings.signing_key_file is None else Tokens(read_key(settings.signing_key_file))
     store = SQLStore(settings.resolved_database_url)
     try:
         settings.resolved_runs_dir.mkdir(exist_ok=True)
-        tokens = Tokens(read_or_create_key(settings.home / KEY))
-        store.bind(tokens.installation_id, f"{socket.gethostname()}:{settings.home}")
+        own = Tokens(read_or_create_key(settings.home / KEY))
+        tokens = given or own
+        owner = own if settings.dispatcher == "local" else tokens
+        store.bind(owner.installation_id, f"{socket.gethostname()}:{settings.home}")
     except OSError as error:
         store.close()
         raise StartupError(f"can't use the folder {settings.home}: {error.strerror}; set NGD_HOME") from error
@@ -65,7 +76,9 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
 
 
 def _assemble(settings: Settings) -> Parts:
+    keys = None if settings.api_keys_dir is None else ApiKeys(settings.api_keys_dir)
     store, tokens = _open(settings)
+    metrics = ControllerMetrics(version("ngd-dist"))
     failpoint = Failpoint(settings.failpoint)
     files = AttemptFiles(
         runs_dir=settings.resolved_runs_dir,
@@ -88,13 +101,18 @@ def _assemble(settings: Settings) -> Parts:
         tick_s=settings.tick_s,
         lease_s=settings.lease_s,
         failpoint=failpoint,
+        metrics=metrics,
     )
     return Parts(
         settings=settings,
         store=store,
         tokens=tokens,
+        access=Access(keys, tokens),
         files=files,
         reconciler=reconciler,
         jobs=Jobs(store, tokens, reconciler.wake),
+        metrics=metrics,
+        database=Probe(store.check),
+        census=Probe(store.census),
         closing=threading.Event(),
     )

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from service.client import Client, ServiceError
+from service.client import Client, InvalidKeyError, ServiceError
 from service.errors import StartupError
 from service.follow import EXIT_CODES, follow, mark
 from workers.errors import SpecError
@@ -28,7 +28,13 @@ app = typer.Typer(
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
-Url = Annotated[str | None, typer.Option("--url", help="Where the service listens [default: NGD_HOST and NGD_PORT].")]
+Url = Annotated[
+    str | None, typer.Option("--url", help="Where the service is [default: NGD_URL, or NGD_HOST and NGD_PORT].")
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--key-file", help="File with your API key [default: NGD_API_KEY_FILE, or NGD_API_KEY itself]."),
+]
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
 SpecFile = Annotated[Path, typer.Argument(help="A job in YAML or JSON.", exists=True, dir_okay=False, readable=True)]
 
@@ -47,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Loopback address to listen on [default: 127.0.0.1].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port [default: 8000]; 0: any free one.")] = None,
     home: Annotated[Path | None, typer.Option(help="Folder of runs and database [default: ~/.ngd].")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where relative data directories lie.")] = None,
@@ -61,15 +67,25 @@ def serve(
 
 
 @app.command()
+def migrate() -> None:
+    """Bring the database's schema up to date, and end; `ngd serve` does so at its start too."""
+    from service.server import migrate as bring_up_to_date
+    from service.settings import load_settings
+
+    out.print(bring_up_to_date(load_settings()), soft_wrap=True)
+
+
+@app.command()
 def submit(
     file: SpecFile,
     should_follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show the progress until the job ends.")
     ] = False,
     url: Url = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Post a job. With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled."""
-    with _client(url) as client:
+    with _client(url, key_file) as client:
         job = client.submit(_text(file))
         out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", soft_wrap=True)
         if should_follow:
@@ -79,11 +95,12 @@ def submit(
 @app.command()
 def jobs(
     url: Url = None,
+    key_file: KeyFile = None,
     phase: Annotated[str | None, typer.Option(help="Only jobs in this phase.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="The newest this many.")] = 20,
 ) -> None:
     """List jobs, newest first."""
-    with _client(url) as client:
+    with _client(url, key_file) as client:
         page = client.list_jobs(page_size=limit, phase=phase)
     table = Table("id", "name", "phase", "step", "loss", "accuracy", "created", box=None)
     table.columns[0].no_wrap = True  # an id that is cut in two can be neither copied nor piped
@@ -97,9 +114,9 @@ def jobs(
 
 
 @app.command()
-def get(job_id: JobId, url: Url = None) -> None:
+def get(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
     """Print a job as JSON."""
-    with _client(url) as client:
+    with _client(url, key_file) as client:
         out.print_json(client.get(job_id).model_dump_json())
 
 
@@ -110,9 +127,10 @@ def logs(
     attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt [default: the newest].")] = None,
     tail: Annotated[int | None, typer.Option(min=0, help="Only the last lines.")] = None,
     url: Url = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Print what a job's processes wrote."""
-    with _client(url) as client:
+    with _client(url, key_file) as client:
         if not should_follow:
             sys.stdout.write(client.logs(job_id, attempt=attempt, tail=tail))
             return
@@ -122,9 +140,9 @@ def logs(
 
 
 @app.command()
-def cancel(job_id: JobId, url: Url = None) -> None:
+def cancel(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
     """Ask a job to stop; it saves a checkpoint first if it can."""
-    with _client(url) as client:
+    with _client(url, key_file) as client:
         job = client.cancel(job_id)
     out.print(f"{job.id} is {job.status.phase}; desired: {job.desired_state}")
 
@@ -158,14 +176,28 @@ def _text(file: Path) -> str:
         ) from error
 
 
-def _client(url: str | None) -> Client:
-    from service.settings import load_settings
+def _client(url: str | None, key_file: Path | None) -> Client:
+    from service.settings import load_client_settings, load_settings
 
-    return Client(url or load_settings().url)
+    settings = load_client_settings()
+    key_file = key_file or settings.api_key_file
+    key = _key(key_file) if key_file else settings.api_key and settings.api_key.get_secret_value()
+    return Client(url or settings.url or load_settings().url, key=key or None)
+
+
+def _key(file: Path) -> str:
+    try:
+        return file.expanduser().read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise InvalidKeyError(
+            f"can't read the API key in {file}: {reason}; check --key-file or NGD_API_KEY_FILE"
+        ) from error
 
 
 def _announce(settings: "Settings") -> None:
-    out.print(f"ngd-dist serves on {settings.url}; its runs are in {settings.home}", soft_wrap=True)
+    reached = f"; people reach it at {settings.public_url}" if settings.public_url else ""
+    out.print(f"ngd-dist serves on {settings.url}{reached}; its runs are in {settings.home}", soft_wrap=True)
 
 
 def _complain(error: Exception) -> None:

@@ -1,6 +1,6 @@
 """The Python SDK over the REST API: `Client`, and `AsyncClient` for programs that run an event loop.
 
-    with Client("http://127.0.0.1:8000") as client:
+    with Client("http://127.0.0.1:8000") as client:  # key="...", if the service wants one
         job = client.submit(Path("digits.yaml").read_text())
         for job in client.watch(job.id):
             print(job.status.progress.step, job.metrics_latest.get("loss"))
@@ -10,8 +10,10 @@ The error tree:
     ServiceError
         ServiceUnreachableError        nothing answers at the address
         NotThisServiceError            something else answers there
+        InvalidKeyError                what was given as an API key can't be one
         RequestRefusedError            the service answered with a problem
             InvalidRequestError        400, 413, 415, 422: change the request
+            UnauthorizedError          401: no API key, or none of this service's
             NotFoundError              404
             ConflictError              409: not in the job's present state
             ServiceFailedError         5xx: the service's own trouble
@@ -35,6 +37,7 @@ __all__ = [
     "AsyncClient",
     "Client",
     "ConflictError",
+    "InvalidKeyError",
     "InvalidRequestError",
     "NotFoundError",
     "NotThisServiceError",
@@ -42,6 +45,7 @@ __all__ = [
     "ServiceError",
     "ServiceFailedError",
     "ServiceUnreachableError",
+    "UnauthorizedError",
 ]
 
 Answer = TypeVar("Answer")
@@ -65,6 +69,10 @@ class NotThisServiceError(ServiceError):
     """What answers at the address is something else."""
 
 
+class InvalidKeyError(ServiceError, ValueError):
+    """What was given as an API key can't be one."""
+
+
 class RequestRefusedError(ServiceError):
     """The service answered with a problem; `problem` is the whole of it, str() the text for a person."""
 
@@ -76,6 +84,10 @@ class RequestRefusedError(ServiceError):
 
 class InvalidRequestError(RequestRefusedError, ValueError):
     """The request itself is wrong: change it."""
+
+
+class UnauthorizedError(RequestRefusedError, PermissionError):
+    """The service wants an API key, or another one."""
 
 
 class NotFoundError(RequestRefusedError, LookupError):
@@ -110,6 +122,16 @@ def _uses_proxies(url: httpx.URL) -> bool:
         return True
 
 
+def _authorization(key: str | None) -> dict[str, str]:
+    """Returns the header that carries the key. Raises: InvalidKeyError for what no header carries."""
+    if key is None:
+        return {}
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise InvalidKeyError("the API key must be visible ASCII characters; check that the whole of it was given")
+    return {"Authorization": f"Bearer {key}"}
+
+
 def _refused(response: httpx.Response) -> RequestRefusedError:
     try:
         problem = Problem.model_validate_json(response.content)
@@ -125,7 +147,7 @@ def _refused(response: httpx.Response) -> RequestRefusedError:
             request_id="",
             retryable=False,
         )
-    kinds = {404: NotFoundError, 409: ConflictError}
+    kinds = {401: UnauthorizedError, 404: NotFoundError, 409: ConflictError}
     default = ServiceFailedError if response.status_code >= 500 else InvalidRequestError
     return kinds.get(response.status_code, default)(problem)
 
@@ -172,18 +194,21 @@ def _check(response: httpx.Response) -> None:
 class Client:
     """Talks to one service; use it as a context manager, or call close(). Safe to share between threads.
 
-    patience_s: for how long follow() and watch() look for a service that has gone.
+    key: an API key, if the service wants one. patience_s: for how long follow() and watch() look for one that has gone.
     """
 
     def __init__(
         self,
         base_url: str = DEFAULT_URL,
         *,
+        key: str | None = None,
         transport: httpx.BaseTransport | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         url = _base_url(base_url)
-        self._http = httpx.Client(base_url=url, transport=transport, trust_env=_uses_proxies(url))
+        self._http = httpx.Client(
+            base_url=url, headers=_authorization(key), transport=transport, trust_env=_uses_proxies(url)
+        )
         self._patience_s = patience_s
 
     def __enter__(self) -> Self:
@@ -316,9 +341,13 @@ class Client:
 class AsyncClient:
     """`Client` for programs that run an event loop; the same methods, awaited."""
 
-    def __init__(self, base_url: str = DEFAULT_URL, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, base_url: str = DEFAULT_URL, *, key: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         url = _base_url(base_url)
-        self._http = httpx.AsyncClient(base_url=url, transport=transport, trust_env=_uses_proxies(url))
+        self._http = httpx.AsyncClient(
+            base_url=url, headers=_authorization(key), transport=transport, trust_env=_uses_proxies(url)
+        )
 
     async def __aenter__(self) -> Self:
         return self

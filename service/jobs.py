@@ -26,11 +26,16 @@ class Jobs:
         self._tokens = tokens
         self._wake = wake
 
-    def create(self, spec: JobSpec, idempotency_key: str | None) -> tuple[JobRecord, bool]:
-        """Returns the job and whether the same request had made it before. Raises: IdempotencyError."""
+    def create(
+        self, spec: JobSpec, idempotency_key: str | None, created_by: str | None = None
+    ) -> tuple[JobRecord, bool]:
+        """Returns the job and whether the same request had made it before. created_by: the API key's holder.
+
+        Raises: IdempotencyError.
+        """
         body = spec.model_dump(mode="json")
         keyed = None if idempotency_key is None else KeyedRequest(idempotency_key, _fingerprint(body))
-        job, is_replay = self._store.create_job(f"job_{ULID()}", spec.name, body, datetime.now(UTC), keyed)
+        job, is_replay = self._store.create_job(f"job_{ULID()}", spec.name, body, datetime.now(UTC), keyed, created_by)
         self._wake()
         return job, is_replay
 

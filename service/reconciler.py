@@ -17,6 +17,7 @@ from service.dispatchers.files import AttemptFiles
 from service.errors import StoreUnavailableError
 from service.failpoint import Failpoint
 from service.job_state import Action, Decision, Observation, Phase, Policy, Process, decide
+from service.metrics import ControllerMetrics
 from service.store.base import Claim, Store
 from workers.rundir import Outcome
 
@@ -25,6 +26,8 @@ __all__ = ["Reconciler"]
 log = logging.getLogger(__name__)
 
 NOTED = (Phase.STARTING, Phase.RUNNING)  # their message says what they wait for; elsewhere it says why they are there
+RESULTS: dict[Phase | None, str] = {Phase.SUCCEEDED: "succeeded", Phase.CANCELLED: "cancelled"}
+STOP_S = 4.0  # a tick may hang on a call; what it leaves half done the next controller does again
 
 
 class Reconciler:
@@ -42,6 +45,7 @@ class Reconciler:
         tick_s: float,
         lease_s: float,
         failpoint: Failpoint,
+        metrics: ControllerMetrics,
     ) -> None:
         self._store = store
         self._dispatcher = dispatcher
@@ -53,6 +57,7 @@ class Reconciler:
         self._tick_s = tick_s
         self._lease_s = lease_s
         self._failpoint = failpoint
+        self._metrics = metrics
         self._woken = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -62,10 +67,10 @@ class Reconciler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the loop after the tick in progress; running jobs go on."""
+        """Ends the loop after the tick in progress, unless that takes too long; running jobs go on."""
         self._stopping.set()
         self._woken.set()
-        self._thread.join()
+        self._thread.join(STOP_S)
 
     def wake(self) -> None:
         """Lets the next tick begin now."""
@@ -78,9 +83,11 @@ class Reconciler:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            began = time.monotonic()
             try:
                 self.tick()
                 self._ticked_at = time.monotonic()
+                self._metrics.ticked(self._ticked_at - began)
             except StoreUnavailableError as error:
                 log.error("tick_failed error=%s", error)
             except Exception:  # the boundary of this thread: the next tick tries again
@@ -119,6 +126,7 @@ class Reconciler:
         except DispatchError as error:
             self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), seen.outcome)
         except BackendUnavailableError as error:
+            self._metrics.dispatcher_answered(is_up=False)
             log.warning("backend_unavailable attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)
 
     def _observe(self, ref: AttemptRef, claim: Claim) -> Observation:
@@ -128,10 +136,12 @@ class Reconciler:
         try:
             seen = self._dispatcher.inspect(ref)
         except BackendUnavailableError as error:
+            self._metrics.dispatcher_answered(is_up=False)
             if ref not in self._silent_since:
                 self._silent_since[ref] = now
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
             return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), self._silent_since[ref])
+        self._metrics.dispatcher_answered(is_up=True)
         if self._silent_since.pop(ref, None):
             log.info("backend_answers attempt=%s", ref.attempt_id)
         return Observation(now, seen.process, seen.outcome, seen.message)
@@ -146,7 +156,7 @@ class Reconciler:
         except BackendUnavailableError as error:  # the next attempt kills it before it starts, and fences it
             log.warning("not_killed attempt=%s error=%s", ref.attempt_id, error)
         for events in self._files.undelivered(ref, claim.attempt.acknowledged_seq):
-            self._store.ingest(claim.attempt.id, events)
+            self._metrics.events_ingested(self._store.ingest(claim.attempt.id, events).new_events)
 
     def _apply(self, claim: Claim, decision: Decision, outcome: Outcome | None) -> bool:
         is_stored = self._store.apply(claim, decision, datetime.now(UTC), outcome)
@@ -158,8 +168,18 @@ class Reconciler:
             decision.reason,
             is_stored,
         )
+        if is_stored:
+            self._count(decision, outcome)
         self.wake()
         return is_stored
+
+    def _count(self, decision: Decision, outcome: Outcome | None) -> None:
+        if decision.action is Action.NEW_ATTEMPT:
+            self._metrics.attempt_started()
+        if decision.ends_attempt:
+            result = RESULTS.get(decision.phase, "failed")
+            is_lost = result == "failed" and outcome is None and decision.reason != "DispatchFailed"
+            self._metrics.attempt_ended("lost" if is_lost else result)
 
     def _act(self, ref: AttemptRef, claim: Claim, decision: Decision) -> None:
         match decision.action:

@@ -75,6 +75,7 @@ class Job(Resource):
     status: Status
     metrics_latest: dict[str, float] = Field(description="loss, accuracy, lr, samples_per_s, test_loss, test_accuracy.")
     created_at: Time
+    created_by: str | None = Field(None, description="Holder of the API key that it was posted with; None: no keys.")
     started_at: Time | None = Field(description="When the first attempt began.")
     finished_at: Time | None
     resource_version: int = Field(description="Grows with every change of the job.")

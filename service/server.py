@@ -1,5 +1,6 @@
 """Runs the app on a socket of this machine until it is told to stop."""
 
+import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from service.app import create_app
 from service.errors import StartupError
 from service.home import owned
 from service.settings import Settings
+from service.store.sql import SQLStore
 
-__all__ = ["serve"]
+__all__ = ["migrate", "serve"]
 
 STREAMS_END_WITHIN_S = 3
 
@@ -31,8 +33,28 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
             logging.getLogger("service").setLevel(logging.INFO)
             app = create_app(settings)
             announce(settings)
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STREAMS_END_WITHIN_S)
+            # A proxy's X-Forwarded headers are not needed, for NGD_PUBLIC_URL says what they would: none is trusted.
+            config = uvicorn.Config(
+                app, log_level="warning", timeout_graceful_shutdown=STREAMS_END_WITHIN_S, proxy_headers=False
+            )
             _Server(config, app.state.parts.closing.set).run(sockets=[listener])
+
+
+def migrate(settings: Settings) -> str:
+    """Brings the schema of the database up to date, whether or not a service is up; returns where it is then.
+
+    Raises: StartupError.
+    """
+    if not settings.database_url:  # the default one is a file in the home
+        try:
+            settings.home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartupError(f"can't use the folder {settings.home}: {error.strerror}; set NGD_HOME") from error
+    store = SQLStore(settings.resolved_database_url)
+    try:
+        return f"the schema of {store.shown_url} is at revision {store.revision}"
+    finally:
+        store.close()
 
 
 class _Server(uvicorn.Server):
@@ -51,17 +73,25 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _shown(settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}"
+
+
 @contextmanager
 def _bound(settings: Settings) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and ipaddress.ip_address(settings.host).is_unspecified:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # :: is every address, those of IPv4 too
         try:
             listener.bind((settings.host, settings.port))
             listener.listen()
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise StartupError(
-                f"can't listen on {settings.url}: {reason}; stop what listens there, or choose another port with --port"
+                f"can't listen on {_shown(settings)}: {reason}; stop what listens there, or choose another port with "
+                "--port"
             ) from error
         yield listener

@@ -4,22 +4,25 @@ import ipaddress
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import StartupError
 from service.failpoint import Place
 from service.home import DATABASE, RUNS
 
-__all__ = ["Settings", "load_settings"]
+__all__ = ["ClientSettings", "Settings", "load_client_settings", "load_settings"]
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
 DRIVER = ("-m", "workers.driver")
 ONLY_FOR = {  # what each dispatcher alone reads
     "ray_jobs": ("ray_address", "ray_token_file"),
     "kuberay": ("rayjob_template", "kubernetes_url", "kubernetes_namespace"),
 }
+Loaded = TypeVar("Loaded", bound=BaseSettings)
 
 
 class Settings(BaseSettings):
@@ -27,11 +30,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="NGD_", frozen=True, validate_default=True)
 
-    host: str = Field("127.0.0.1", description="Loopback address to listen on.")
+    host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs api_keys_dir.")
     port: int = Field(8000, ge=0, le=65535, description="0: any free port.")
     home: Path = Field(Path("~/.ngd"), description="Folder of runs and of the default database.")
     database_url: str = Field("", description="SQLAlchemy URL of SQLite or PostgreSQL; empty: a file in home.")
     data_dir: Path | None = Field(None, description="What a relative data directory in a spec is relative to.")
+    api_keys_dir: Path | None = Field(
+        None, description="Folder with a file per API key, named for its holder; unset: no keys, loopback only."
+    )
+    public_url: str = Field("", description="Where people reach the service; empty: the address it listens on.")
+    signing_key_file: Path | None = Field(
+        None, description="32 bytes, or 64 hex digits, that all controllers of a database share; unset: made in home."
+    )
     worker_url: str = Field(
         "", pattern=r"^(https?://[^/\s]+)?$", description="Where workers report to; empty: where it listens."
     )
@@ -73,13 +83,18 @@ class Settings(BaseSettings):
     )
     failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
 
-    @field_validator("home", "data_dir", "runs_dir", "ray_token_file", "rayjob_template")
+    @field_validator("data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template", mode="before")
+    @classmethod
+    def _given(cls, path: object) -> object:
+        return path or None  # an empty variable counts as none, and not as the working directory
+
+    @field_validator("home", "data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         try:
             return path if path is None else path.expanduser().absolute()
         except RuntimeError as error:
-            raise ValueError(f"the folder {path} names a user whose home is not known; give the whole path") from error
+            raise ValueError(f"the path {path} names a user whose home is not known; give the whole path") from error
 
     @field_validator("driver_command", mode="before")
     @classmethod
@@ -96,27 +111,71 @@ class Settings(BaseSettings):
 
     @field_validator("host")
     @classmethod
-    def _loopback(cls, host: str) -> str:
+    def _address(cls, host: str) -> str:
         if host == "localhost":
             return "127.0.0.1"
         try:
-            is_loopback = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            is_loopback = False
-        if not is_loopback:
+            return str(ipaddress.ip_address(host))
+        except ValueError as error:
             raise ValueError(
-                f"host must be a loopback address (127.0.0.1, ::1 or localhost), got {host!r}: there are no API keys "
-                "yet, so the service may be reached from this machine alone; use an SSH tunnel from elsewhere"
+                f"host (NGD_HOST) must be an IP address of this machine, such as 127.0.0.1, 0.0.0.0 (each of them) or "
+                f"::, or localhost, got {host!r}"
+            ) from error
+
+    @field_validator("public_url")
+    @classmethod
+    def _origin(cls, url: str) -> str:
+        if not url:
+            return url
+        parts = _split(url)
+        if parts is None or parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError(
+                "public_url (NGD_PUBLIC_URL) must be scheme, host and port alone, such as https://ngd.example.com, "
+                f"got {url!r}; the service can't live below a path"
             )
-        return host
+        name = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        is_default = parts.port in (None, DEFAULT_PORTS[parts.scheme])  # browsers leave it out of Origin and Host
+        return f"{parts.scheme}://{name}" if is_default else f"{parts.scheme}://{name}:{parts.port}"
+
+    @model_validator(mode="after")
+    def _keys_beyond_loopback(self) -> Self:
+        if self.api_keys_dir is None and not self.is_loopback:
+            raise ValueError(
+                f"host (NGD_HOST) must be a loopback address (127.0.0.1, ::1 or localhost) while there are no API "
+                f"keys, got {self.host!r}: give a folder of keys with NGD_API_KEYS_DIR, or use an SSH tunnel from "
+                "elsewhere"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_find_it(self) -> Self:
+        if self.dispatcher != "local" and not self.worker_url and ipaddress.ip_address(self.host).is_unspecified:
+            raise ValueError(
+                f"the dispatcher {self.dispatcher} needs worker_url (NGD_WORKER_URL) while the service listens on "
+                f"every address ({self.host}): where its workers, on other machines, report to"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return ipaddress.ip_address(self.host).is_loopback
 
     @property
     def url(self) -> str:
-        """Where the service answers, for its own workers and for people."""
-        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        """Where the service answers on this machine."""
+        address = ipaddress.ip_address(self.host)
+        if address.is_unspecified:  # every address of the machine, loopback among them
+            address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
+        return f"http://[{address}]:{self.port}" if address.version == 6 else f"http://{address}:{self.port}"
+
+    @property
+    def people_url(self) -> str:
+        """Where people reach the service."""
+        return self.public_url or self.url
 
     @model_validator(mode="after")
-    def _belongs_to_the_dispatcher(self) -> "Settings":
+    def _belongs_to_the_dispatcher(self) -> Self:
         if self.dispatcher == "local" and self.runs_dir is not None:
             raise ValueError(
                 f"runs_dir (NGD_RUNS_DIR) is for the dispatchers ray_jobs and kuberay, got {str(self.runs_dir)!r} with "
@@ -159,10 +218,35 @@ class Settings(BaseSettings):
         return self.runs_dir or self.home / RUNS
 
 
+class ClientSettings(BaseSettings):
+    """What the commands that talk to a service read: NGD_URL, and NGD_API_KEY or NGD_API_KEY_FILE."""
+
+    model_config = SettingsConfigDict(env_prefix="NGD_", frozen=True, env_ignore_empty=True)
+
+    url: str | None = Field(None, description="Where the service is; unset: where NGD_HOST and NGD_PORT say.")
+    api_key: SecretStr | None = Field(None, description="API key of whoever calls.")
+    api_key_file: Path | None = Field(None, description="File that holds the API key.")
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("NGD_API_KEY and NGD_API_KEY_FILE are both set, and only one can count; unset the other")
+        return self
+
+
 def load_settings(**given: Any) -> Settings:
     """Returns the settings; `given` wins over the environment. Raises: StartupError with one sentence per setting."""
+    return _load(Settings, given)
+
+
+def load_client_settings() -> ClientSettings:
+    """Returns where the service is and the caller's key. Raises: StartupError."""
+    return _load(ClientSettings, {})
+
+
+def _load(kind: type[Loaded], given: dict[str, Any]) -> Loaded:
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise StartupError("; ".join(_sentence(item) for item in error.errors())) from error
 
@@ -174,3 +258,13 @@ def _sentence(item: Any) -> str:
     name = str(item["loc"][0])
     message = message[0].lower() + message[1:]
     return f"setting {name} (NGD_{name.upper()}): {message}, got {item['input']!r}"
+
+
+def _split(url: str) -> SplitResult | None:
+    """Returns the parts of an http address; None: it is none."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return None
+    return parts if is_address else None

@@ -5,14 +5,16 @@ import binascii
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from pathlib import Path
 
 from service.errors import PageTokenError, StartupError
 
-__all__ = ["Tokens", "read_or_create_key"]
+__all__ = ["Tokens", "read_key", "read_or_create_key"]
 
 KEY_BYTES = 32
+HEX_KEY = re.compile(rb"[0-9a-fA-F]{%d}\s*" % (2 * KEY_BYTES))
 SIGNATURE_BYTES = 16
 
 
@@ -33,8 +35,26 @@ def read_or_create_key(path: Path) -> bytes:
     return key
 
 
+def read_key(path: Path) -> bytes:
+    """Returns a key that was given: 32 bytes, or 64 hex digits and a line end. Raises: StartupError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StartupError(
+            f"can't read the signing key {path}: {error.strerror}; NGD_SIGNING_KEY_FILE names the file that holds it"
+        ) from error
+    if HEX_KEY.fullmatch(content):
+        return bytes.fromhex(content.decode())
+    if len(content) != KEY_BYTES:
+        raise StartupError(
+            f"the signing key {path} (NGD_SIGNING_KEY_FILE) must be {2 * KEY_BYTES} hex digits or {KEY_BYTES} bytes, "
+            f"got {len(content)} bytes; make one with: openssl rand -hex {KEY_BYTES}"
+        )
+    return content
+
+
 class Tokens:
-    """Bearer tokens of attempts and signed page tokens."""
+    """Bearer tokens of attempts, signed page tokens, and the signatures of browsers' sessions."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -50,6 +70,10 @@ class Tokens:
 
     def is_of_attempt(self, attempt_id: str, token: str) -> bool:
         return hmac.compare_digest(self.of_attempt(attempt_id).encode(), token.encode())
+
+    def of_session(self, holder: str, expires_s: int, key_digest: bytes) -> str:
+        """Returns what proves that a session is `holder`'s; it is another once the holder's API key has changed."""
+        return self._sign("session", holder, str(expires_s), key_digest.hex()).hex()
 
     def page(self, before_id: str, query: str) -> str:
         """Returns the token of the page that begins before `before_id`, good for the same `query` alone."""

@@ -10,19 +10,31 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
-from service.api import events, health, internal, jobs, logs, metrics, problems
-from service.api.local_pages import LocalPagesOnly
+from service.api import events, health, internal, jobs, logs, metrics, monitoring, problems
+from service.api.counting import CountRequests
+from service.api.key_holders import KeyHoldersOnly
+from service.api.own_pages import OwnPagesOnly
+from service.api.parts import Parts
 from service.api.query import known_parameters_only
 from workers.spec import JobSpec
 
 __all__ = ["api_application"]
 
-ROUTERS = (jobs.router, events.router, metrics.router, logs.router, internal.router, health.router)
+ROUTERS = (
+    jobs.router,
+    events.router,
+    metrics.router,
+    logs.router,
+    internal.router,
+    health.router,
+    monitoring.router,
+)
+API_KEY = {"type": "http", "scheme": "bearer", "description": "An API key, if the service has any (NGD_API_KEYS_DIR)."}
 PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
 
 
-def api_application(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
-    """Returns the app with its routes and its errors; `app.state.parts` is for the caller to set."""
+def api_application(lifespan: Lifespan[FastAPI] | None = None, parts: Parts | None = None) -> FastAPI:
+    """Returns the app with its routes, its errors and what guards it. parts: None to describe the API alone."""
     app = FastAPI(
         title="ngd-dist",
         version=version("ngd-dist"),
@@ -35,11 +47,23 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    app.add_middleware(LocalPagesOnly)
+    app.add_middleware(problems.BodyLimit)
+    if parts is not None:
+        app.state.parts = parts
+        _guard(app, parts)
+    app.add_middleware(problems.RequestId)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_parameters_only)])
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
+
+
+def _guard(app: FastAPI, parts: Parts) -> None:
+    """Adds what each request passes before its route, the innermost first."""
+    settings = parts.settings
+    app.add_middleware(KeyHoldersOnly, access=parts.access)
+    app.add_middleware(OwnPagesOnly, public_url=settings.public_url, is_loopback=settings.is_loopback)
+    app.add_middleware(CountRequests, metrics=parts.metrics)
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:
@@ -48,8 +72,11 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, spec = models_json_schema([(JobSpec, "validation")], ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] |= spec["$defs"]
-        for operations in schema["paths"].values():
+        schema["components"]["securitySchemes"]["ApiKey"] = API_KEY
+        for path, operations in schema["paths"].items():
             for operation in operations.values():
+                if path.startswith("/api/") and not path.startswith(internal.INTERNAL_PREFIX):
+                    operation["security"] = [{"ApiKey": []}, {}]  # {}: a service without keys asks for none
                 operation["responses"]["default"]["content"] = {problems.MEDIA_TYPE: {"schema": PROBLEM_SCHEMA}}
         app.openapi_schema = schema
     return app.openapi_schema

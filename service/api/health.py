@@ -10,27 +10,30 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["health"])
 
+DATABASE_WITHIN_S = 0.8  # a probe of Kubernetes waits for 1 s by default
 STALE_TICKS, STALE_S = 10, 30.0  # that many missed ticks, and at least that long, mean that the reconciler hangs
 
 
 @router.get("/healthz")
-def healthz() -> Health:
+async def healthz() -> Health:
     return Health(status="ok")
 
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; checks says why."}})
-def readyz(parts: PartsDep, response: Response) -> Health:
-    checks = {"database": _database(parts), "reconciler": _reconciler(parts)}
+async def readyz(parts: PartsDep, response: Response) -> Health:
+    checks = {"database": await _database(parts), "reconciler": _reconciler(parts)}
     is_ready = all(check == "ok" for check in checks.values())
     response.status_code = 200 if is_ready else 503
     return Health(status="ok" if is_ready else "unavailable", checks=checks)
 
 
-def _database(parts: PartsDep) -> str:
+async def _database(parts: PartsDep) -> str:
     try:
-        parts.store.check()
+        await parts.database.answer(within_s=DATABASE_WITHIN_S)
     except StoreUnavailableError as error:
         return error.detail
+    except TimeoutError:
+        return f"the database has not answered for {parts.database.waited_s:.0f} s"
     return "ok"
 
 

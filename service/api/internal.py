@@ -33,4 +33,5 @@ def _authorized(
 def post_events(parts: PartsDep, attempt_id: Annotated[str, Depends(_authorized)], batch: EventBatch) -> EventReply:
     """Stores what an attempt reports; a repeated delivery changes nothing. The reply says what the user wants."""
     stored = parts.store.ingest(attempt_id, batch.events)
+    parts.metrics.events_ingested(stored.new_events)
     return EventReply(desired=stored.desired.value, acknowledged_seq=stored.acknowledged_seq)

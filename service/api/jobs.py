@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.api.body import SPEC_BODY, SpecBody
@@ -30,6 +30,7 @@ POLL_S = 0.25
     openapi_extra=SPEC_BODY,
 )
 async def create_job(
+    request: Request,
     parts: PartsDep,
     spec: SpecBody,
     validate_only: Annotated[bool, Query(description="Check the spec; create nothing.")] = False,
@@ -42,7 +43,8 @@ async def create_job(
     if validate_only:
         validated = Validated(spec=spec.model_dump(mode="json"))
         return JSONResponse(validated.model_dump(mode="json"))
-    job, is_replay = await asyncio.to_thread(parts.jobs.create, spec, idempotency_key)
+    holder = getattr(request.state, "holder", None)
+    job, is_replay = await asyncio.to_thread(parts.jobs.create, spec, idempotency_key, holder)
     headers = {"Location": f"/api/v1/jobs/{job.id}"} | ({"Idempotency-Replayed": "true"} if is_replay else {})
     body = job_resource(job).model_dump_json()
     return Response(body, status_code=201, headers=headers, media_type="application/json")

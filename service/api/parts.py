@@ -6,11 +6,14 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Path, Query, Request
 
+from service.access import Access
 from service.dispatchers.files import AttemptFiles
 from service.jobs import Jobs
+from service.metrics import ControllerMetrics
+from service.probe import Probe
 from service.reconciler import Reconciler
 from service.settings import Settings
-from service.store.base import Store
+from service.store.base import Census, Store
 from service.tokens import Tokens
 
 __all__ = ["MAX_CURSOR", "FromStep", "JobId", "MaxPoints", "Parts", "PartsDep"]
@@ -23,13 +26,17 @@ class Parts:
     settings: Settings
     store: Store
     tokens: Tokens
+    access: Access
     files: AttemptFiles
     reconciler: Reconciler
     jobs: Jobs
+    metrics: ControllerMetrics
+    database: Probe[None]  # whether it answers, and its schema fits
+    census: Probe[Census]
     closing: threading.Event  # set when the server is told to stop: streams end
 
 
-def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> Parts:  # not in a thread: those may all be waiting for the database
     return cast(Parts, request.app.state.parts)
 
 

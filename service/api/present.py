@@ -25,6 +25,7 @@ def job_resource(job: JobRecord) -> Job:
         ),
         metrics_latest=job.metrics_latest,
         created_at=job.created_at,
+        created_by=job.created_by,
         started_at=job.started_at,
         finished_at=job.finished_at,
         resource_version=job.resource_version,

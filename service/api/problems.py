@@ -27,7 +27,7 @@ from service.errors import (
 from service.resources import Problem
 from service.validation import explain_parameter
 
-__all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "answer", "install"]
+__all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "BodyLimit", "RequestId", "answer", "install"]
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,6 @@ class BodyLimit:
 
 def install(app: FastAPI) -> None:
     """Makes the app answer every error as a problem."""
-    app.add_middleware(BodyLimit)
-    app.add_middleware(RequestId)
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

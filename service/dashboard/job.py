@@ -1,17 +1,18 @@
 """The page of one job: how far it is, its curves, the age of its statistics, what happened, its log and its spec."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import yaml
+from fastapi import Request
 from nicegui import ui
 
-from service.client import AsyncClient, NotFoundError, ServiceError
+from service.client import AsyncClient, NotFoundError, ServiceError, UnauthorizedError
 from service.dashboard.activity import LOG_LINES, EventPanel, LogPanel
 from service.dashboard.curves import Mark
 from service.dashboard.heat_map import HeatMap, columns_for
 from service.dashboard.summary import Summary
-from service.dashboard.theme import Freshness, empty, page_frame, panel
+from service.dashboard.theme import Freshness, ask_to_log_in, empty, page_frame, panel, reader
 from service.dashboard.training import Training
 from service.resources import Event, Job
 
@@ -23,13 +24,13 @@ EVENTS_AT_ONCE = 1_000
 LEGEND = (("attempt", "new attempt"), ("restart", "workers restarted"), ("checkpoint", "checkpoint"))
 
 
-def register(api: AsyncClient) -> None:
-    """Serves the page at /jobs/{id}, reading through `api`."""
+def register(api_of: Callable[[Request], AsyncClient]) -> None:
+    """Serves the page at /jobs/{id}, reading through what `api_of` gives its reader."""
 
     @ui.page("/jobs/{job_id}")
-    async def job(job_id: str) -> None:
-        with page_frame("Job") as freshness:
-            page = JobPage(api, job_id, freshness)
+    async def job(request: Request, job_id: str) -> None:
+        with page_frame("Job", reader(request)) as freshness:
+            page = JobPage(api_of(request), job_id, freshness)
         timer = ui.timer(POLL_S, page.refresh)
         page.timer = timer
         ui.on("visible", lambda event: setattr(timer, "active", event.args and not page.is_complete))
@@ -101,6 +102,9 @@ class JobPage:
             self.missing.set_visibility(True)
             self.loading.set_visibility(False)
             self._rest()
+            return
+        except UnauthorizedError:
+            ask_to_log_in()
             return
         except ServiceError as error:
             self.freshness.stale(str(error))

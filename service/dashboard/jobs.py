@@ -1,12 +1,14 @@
 """The page of all jobs: a table that fills live, newest first."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from fastapi import Request
 from nicegui import ui
 
-from service.client import AsyncClient, ServiceError
-from service.dashboard.theme import PHASE_ICONS, Freshness, empty, page_frame
+from service.client import AsyncClient, ServiceError, UnauthorizedError
+from service.dashboard.theme import PHASE_ICONS, Freshness, ask_to_log_in, empty, page_frame, reader
 from service.dashboard.units import ago, duration, number, percent
 from service.resources import Job
 
@@ -36,13 +38,13 @@ CARD = f"""<div class="job-card"><div>{NAME}{PHASE}</div>{PROGRESS}
 FIRST_JOB = "ngd submit workers/recipes/digits.yaml --follow"
 
 
-def register(api: AsyncClient) -> None:
-    """Serves the page at /, reading through `api`."""
+def register(api_of: Callable[[Request], AsyncClient]) -> None:
+    """Serves the page at /, reading through what `api_of` gives its reader."""
 
     @ui.page("/")
-    async def jobs() -> None:
-        with page_frame("Jobs") as freshness:
-            page = JobsPage(api, freshness)
+    async def jobs(request: Request) -> None:
+        with page_frame("Jobs", reader(request)) as freshness:
+            page = JobsPage(api_of(request), freshness)
         timer = ui.timer(POLL_S, page.refresh)
         ui.on("visible", lambda event: setattr(timer, "active", event.args))
 
@@ -76,6 +78,9 @@ class JobsPage:
         """Brings the table up to date."""
         try:
             jobs, has_more = await self._read()
+        except UnauthorizedError:
+            ask_to_log_in()
+            return
         except ServiceError as error:
             self.freshness.stale(str(error))
             return

@@ -1,18 +1,22 @@
 """How the pages join the service's application."""
 
 import httpx
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from nicegui import app as pages
 from nicegui import ui
 from starlette.routing import Match, Mount
 from starlette.types import Scope
 
+from service.access import Access
 from service.client import AsyncClient
 from service.dashboard import job, jobs
+from service.dashboard.login import login_routes
 from service.dashboard.theme import FAVICON
 from service.settings import Settings
 
 __all__ = ["mount"]
+
+PROOFS = ("cookie", "authorization")
 
 
 class PagesMount(Mount):
@@ -24,17 +28,33 @@ class PagesMount(Mount):
         return super().matches(scope)
 
 
-def mount(app: FastAPI, settings: Settings) -> None:
+class AsReader(httpx.AsyncBaseTransport):
+    """Calls the API in process as the reader of a page, so that the page reads no more than they may."""
+
+    def __init__(self, app: FastAPI, request: Request) -> None:
+        # A request whose handler fails is answered with the API's problem, as it would be over a socket.
+        self._inside = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self._proof = {name: request.headers[name] for name in PROOFS if name in request.headers}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        request.headers.update(self._proof)
+        return await self._inside.handle_async_request(request)
+
+
+def mount(app: FastAPI, settings: Settings, access: Access) -> None:
     """Serves the pages on `app`, after the routes it has; they call its API in process.
 
     NiceGUI keeps one application a process: the first `app` gets the pages, any other goes without.
     """
+    if not access.is_open:
+        app.include_router(login_routes(access, is_secure=settings.people_url.startswith("https:")))
     if pages.config.has_run_config:
         return
-    # A request whose handler fails is answered with the API's problem, as it would be over a socket.
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    api = AsyncClient(settings.url, transport=transport)
-    jobs.register(api)
-    job.register(api)
+
+    def api_of(request: Request) -> AsyncClient:
+        return AsyncClient(settings.url, transport=AsReader(app, request))
+
+    jobs.register(api_of)
+    job.register(api_of)
     ui.run_with(app, title="ngd-dist", favicon=FAVICON, dark=None, tailwind=False, show_welcome_message=False)
     app.router.routes[-1] = PagesMount("", app=pages)

@@ -118,4 +118,5 @@ def _recipe(job: Job) -> str:
     kinds = " · ".join(str(spec[part]["kind"]) for part in ("model", "data", "optimizer"))
     workers = spec["resources"]["workers"]
     attempt = f" · attempt {job.status.attempt}" if job.status.attempt > 1 else ""
-    return f"{kinds} · {workers} worker{'' if workers == 1 else 's'}{attempt} · submitted {ago(job.created_at)}"
+    by = f" by {job.created_by}" if job.created_by else ""
+    return f"{kinds} · {workers} worker{'' if workers == 1 else 's'}{attempt} · submitted {ago(job.created_at)}{by}"

@@ -5,11 +5,24 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fastapi import Request
 from nicegui import ui
 
 from service.dashboard.units import ago
 
-__all__ = ["FAVICON", "PHASE_ICONS", "Freshness", "empty", "page_frame", "panel", "phase_badge"]
+__all__ = [
+    "CSS",
+    "FAVICON",
+    "MARK",
+    "PHASE_ICONS",
+    "Freshness",
+    "ask_to_log_in",
+    "empty",
+    "page_frame",
+    "panel",
+    "phase_badge",
+    "reader",
+]
 
 PHASE_ICONS = {
     "QUEUED": "schedule",
@@ -65,8 +78,8 @@ class Freshness:
 
 
 @contextmanager
-def page_frame(title: str) -> Iterator[Freshness]:
-    """The bar and the column that a page fills; gives the page its freshness mark."""
+def page_frame(title: str, reader: str | None = None) -> Iterator[Freshness]:
+    """The bar and the column that a page fills; gives the page its freshness mark. reader: who is logged in."""
     ui.page_title(f"{title} · ngd-dist")
     ui.add_css(CSS)
     ui.colors(primary="var(--accent)", negative="var(--bad)")
@@ -78,8 +91,29 @@ def page_frame(title: str) -> Iterator[Freshness]:
         ui.element("div").classes("spread")
         freshness = Freshness()
         ThemeButton()
+        if reader is not None:
+            _log_out(reader)
     with ui.element("main").classes("page"):
         yield freshness
+
+
+def reader(request: Request) -> str | None:
+    """Who is logged in; None: the service has no keys."""
+    holder: str | None = getattr(request.state, "holder", None)
+    return holder
+
+
+def ask_to_log_in() -> None:
+    """The session has ended: asks for the page again, and the service answers with the login page."""
+    ui.navigate.reload()
+
+
+def _log_out(reader: str) -> None:
+    with ui.element("form").props('method=post action="/logout"'):
+        label = f"Log out {reader}"
+        ui.button(icon="logout", color=None).props(
+            f'type=submit flat round dense aria-label="{label}" title="{label}"'
+        ).classes("plain")
 
 
 def phase_badge(phase: str, *, large: bool = False) -> ui.element:

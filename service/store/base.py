@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from service.job_state import Action, AttemptState, Decision, Desired, JobState
+from service.job_state import Action, AttemptState, Decision, Desired, JobState, Phase
 from workers.events import Numbered
 from workers.rundir import Outcome
 
 __all__ = [
     "AttemptRecord",
+    "Census",
     "Claim",
     "EventRecord",
     "Ingested",
@@ -40,6 +41,7 @@ class JobRecord:
     metrics_latest: dict[str, float]
     result: Outcome | None
     created_at: datetime
+    created_by: str | None  # holder of an API key
     started_at: datetime | None
     finished_at: datetime | None
     resource_version: int
@@ -97,11 +99,26 @@ class Ingested:
     new_events: int
 
 
+@dataclass(frozen=True, slots=True)
+class Census:
+    """How the jobs stand. last_report: when a running job's workers, or the controller, last told something of it."""
+
+    num_in_phase: dict[Phase, int]  # a phase that no job is in is left out
+    oldest_queued_at: datetime | None
+    last_report_at: dict[str, datetime]  # of RUNNING jobs, by id
+
+
 class Store(Protocol):
     """What the controller needs of a database. Raises: StoreUnavailableError if it does not answer."""
 
     def create_job(
-        self, job_id: str, name: str, spec: Mapping[str, Any], now: datetime, keyed: KeyedRequest | None = None
+        self,
+        job_id: str,
+        name: str,
+        spec: Mapping[str, Any],
+        now: datetime,
+        keyed: KeyedRequest | None = None,
+        created_by: str | None = None,
     ) -> tuple[JobRecord, bool]:
         """Returns the job and whether it is an older one of the same key. Raises: IdempotencyError (other request)."""
         ...
@@ -161,8 +178,12 @@ class Store(Protocol):
 
     def evaluations(self, job_id: str, from_step: int) -> list[PointRecord]: ...
 
+    def census(self) -> Census:
+        """Returns how the jobs stand, for whoever watches over the service."""
+        ...
+
     def check(self) -> None:
-        """Raises: StoreUnavailableError if the database does not answer or its schema is not the newest."""
+        """Raises: StoreUnavailableError if the database does not answer or its schema is not one this version takes."""
         ...
 
     def close(self) -> None: ...

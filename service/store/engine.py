@@ -21,6 +21,9 @@ from service.errors import StartupError, StoreUnavailableError
 __all__ = ["READ_ONLY", "describe", "open_engine", "reported"]
 
 BUSY_TIMEOUT_S = 30.0
+# Of a PostgreSQL that is gone, or of one that a controller has vanished from in the middle of a transaction: for this
+# long its row locks would keep a job from the other controllers.
+CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S = 10, 30
 READ_ONLY = "ngd_read_only"  # execution option of connections that only read
 
 
@@ -31,7 +34,7 @@ def open_engine(url: str) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite":
             return _sqlite(parsed)
         if parsed.get_backend_name() == "postgresql":
-            return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+            return _postgresql(parsed)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise StartupError(f"can't use NGD_DATABASE_URL: {error}") from error
     raise StartupError(
@@ -55,6 +58,20 @@ def _sqlite(url: URL) -> sa.Engine:
         # A transaction that reads and then writes would fail when another has written in between: lock at once.
         is_read_only = connection.get_execution_options().get(READ_ONLY, False)
         connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _postgresql(url: URL) -> sa.Engine:
+    defaults = {"connect_timeout": str(CONNECT_TIMEOUT_S), "tcp_user_timeout": str(1000 * SILENCE_TIMEOUT_S)}
+    missing = {name: value for name, value in defaults.items() if name not in url.query}
+    full = url.set(drivername="postgresql+psycopg").update_query_dict(missing)
+    engine = sa.create_engine(full, pool_pre_ping=True)
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.execute(f"SET idle_in_transaction_session_timeout = '{SILENCE_TIMEOUT_S}s'")
+        connection.commit()
 
     return engine
 

@@ -29,6 +29,7 @@ def job_record(row: Any) -> JobRecord:
         metrics_latest=row.metrics_latest,
         result=None if row.result is None else Outcome.model_validate_json(row.result),
         created_at=row.created_at,
+        created_by=row.created_by,
         started_at=row.started_at,
         finished_at=row.finished_at,
         resource_version=row.resource_version,

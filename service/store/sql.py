@@ -19,6 +19,7 @@ from service.job_state import ACTIVE, TERMINAL, Action, Decision, Desired, Phase
 from service.store import tables as t
 from service.store.base import (
     AttemptRecord,
+    Census,
     Claim,
     EventRecord,
     Ingested,
@@ -27,10 +28,11 @@ from service.store.base import (
     PointRecord,
     attempt_id,
 )
+from service.store.census import census
 from service.store.engine import READ_ONLY, describe, open_engine, reported
 from service.store.ingest import INSERT, ingest
 from service.store.rows import attempt_record, event_record, job_record
-from service.store.schema import is_newest, upgrade
+from service.store.schema import is_usable, revision, upgrade
 from workers.events import Numbered
 from workers.rundir import Outcome
 
@@ -39,6 +41,7 @@ __all__ = ["SQLStore"]
 log = logging.getLogger(__name__)
 
 KEY_LIFETIME = timedelta(hours=24)
+CLAIMING = 0x6E6764_0002  # PostgreSQL's number for the lock: "ngd", 2
 
 
 class SQLStore:
@@ -58,16 +61,17 @@ class SQLStore:
     def _why_closed(self, error: DBAPIError | CommandError) -> str:
         if isinstance(error, CommandError):
             return (
-                f"the database {self._shown_url} is of another version of ngd-dist ({error}); start the version that "
+                f"the database {self.shown_url} is of another version of ngd-dist ({error}); start the version that "
                 "made it, or a newer one, or give this one another with NGD_DATABASE_URL"
             )
         return (
-            f"can't open the database {self._shown_url}: {describe(error)}; check NGD_DATABASE_URL, or NGD_HOME for "
+            f"can't open the database {self.shown_url}: {describe(error)}; check NGD_DATABASE_URL, or NGD_HOME for "
             "the default file, and that this user may write there"
         )
 
     @property
-    def _shown_url(self) -> str:
+    def shown_url(self) -> str:
+        """The database's address without the password."""
         return self._writers.url.render_as_string(hide_password=True)
 
     def bind(self, installation_id: str, home: str) -> None:
@@ -82,9 +86,9 @@ class SQLStore:
             owner = connection.execute(sa.select(t.installation)).one()
         if owner.id != installation_id:
             raise StartupError(
-                f"the database {self._shown_url} belongs to the service whose home is {owner.home}, and this one's is "
-                f"{home}, with another key: start with NGD_HOME set to the former, or give the latter a database of "
-                "its own with NGD_DATABASE_URL"
+                f"the database {self.shown_url} belongs to the service whose home is {owner.home}, and this one's is "
+                f"{home}, with another key: start with NGD_HOME set to the former, on a cluster with "
+                "NGD_SIGNING_KEY_FILE set to its key, or give the latter a database of its own with NGD_DATABASE_URL"
             )
 
     def close(self) -> None:
@@ -93,32 +97,50 @@ class SQLStore:
     def check(self) -> None:
         try:
             with self._read() as connection:
-                is_current = is_newest(connection)
+                is_fit = is_usable(connection)
         except SQLAlchemyError as error:
             raise StoreUnavailableError(f"the database can't be read: {describe(error)}") from error
-        if not is_current:
-            raise StoreUnavailableError("the database's schema is not this version's; restart the service")
+        if not is_fit:
+            raise StoreUnavailableError("the database's schema is not one this version takes; restart the service")
+
+    @property
+    def revision(self) -> str | None:
+        """Which migration the schema is at."""
+        with self._read() as connection:
+            return revision(connection)
+
+    def census(self) -> Census:
+        with self._read() as connection:
+            return census(connection)
 
     def create_job(
-        self, job_id: str, name: str, spec: Mapping[str, Any], now: datetime, keyed: KeyedRequest | None = None
+        self,
+        job_id: str,
+        name: str,
+        spec: Mapping[str, Any],
+        now: datetime,
+        keyed: KeyedRequest | None = None,
+        created_by: str | None = None,
     ) -> tuple[JobRecord, bool]:
+        row = _first_row(job_id, name, spec, now, created_by)
         try:
-            return self._create_job(job_id, name, spec, now, keyed)
+            return self._create_job(row, keyed)
         except IntegrityError:  # another request with the same key was faster: its job is there now
             log.info("idempotency_key_race job_id=%s", job_id)
-            return self._create_job(job_id, name, spec, now, keyed)
+            return self._create_job(row, keyed)
 
-    def _create_job(
-        self, job_id: str, name: str, spec: Mapping[str, Any], now: datetime, keyed: KeyedRequest | None
-    ) -> tuple[JobRecord, bool]:
+    def _create_job(self, row: Mapping[str, Any], keyed: KeyedRequest | None) -> tuple[JobRecord, bool]:
+        job_id, now = row["id"], row["created_at"]
         with self._write() as connection:
             older = _job_of_key(connection, keyed, now) if keyed else None
             if older is not None:
                 return older, True
-            _insert_job(connection, job_id, name, spec, now)
+            connection.execute(sa.insert(t.jobs).values(row))
+            first = {"from": None, "to": Phase.QUEUED, "reason": None, "message": None}
+            connection.execute(sa.insert(t.events).values(job_id=job_id, kind="phase", time=now, data=first))
             if keyed:
-                row = {"key": keyed.key, "fingerprint": keyed.fingerprint, "job_id": job_id, "created_at": now}
-                connection.execute(sa.insert(t.idempotency_keys).values(row))
+                key = {"key": keyed.key, "fingerprint": keyed.fingerprint, "job_id": job_id, "created_at": now}
+                connection.execute(sa.insert(t.idempotency_keys).values(key))
             return _existing_job(connection, job_id), False
 
     def get_job(self, job_id: str) -> JobRecord | None:
@@ -144,6 +166,8 @@ class SQLStore:
     def claim(self, *, lease_token: str, now: datetime, lease_s: float, max_running: int) -> list[Claim]:
         lease = {"lease_token": lease_token, "lease_expires_at": now + timedelta(seconds=lease_s)}
         with self._write() as connection:
+            if not _is_alone(connection):
+                return []
             slots = max_running - _num_taken(connection, now)
             query = sa.select(t.jobs).where(_is_free(now), _needs_a_look(slots)).order_by(t.jobs.c.id)
             rows = connection.execute(query.with_for_update(skip_locked=True)).all()
@@ -243,8 +267,11 @@ def _existing_job(connection: sa.Connection, job_id: str) -> JobRecord:
     return job_record(connection.execute(sa.select(t.jobs).where(t.jobs.c.id == job_id)).one())
 
 
-def _insert_job(connection: sa.Connection, job_id: str, name: str, spec: Mapping[str, Any], now: datetime) -> None:
-    row = {
+def _first_row(
+    job_id: str, name: str, spec: Mapping[str, Any], now: datetime, created_by: str | None
+) -> dict[str, Any]:
+    """Returns the row of a job that waits for its first attempt."""
+    return {
         "id": job_id,
         "name": name,
         "spec": dict(spec),
@@ -255,11 +282,9 @@ def _insert_job(connection: sa.Connection, job_id: str, name: str, spec: Mapping
         "progress": {},
         "metrics_latest": {},
         "created_at": now,
+        "created_by": created_by,
         "resource_version": 1,
     }
-    connection.execute(sa.insert(t.jobs).values(row))
-    first = {"from": None, "to": Phase.QUEUED, "reason": None, "message": None}
-    connection.execute(sa.insert(t.events).values(job_id=job_id, kind="phase", time=now, data=first))
 
 
 def _job_of_key(connection: sa.Connection, keyed: KeyedRequest, now: datetime) -> JobRecord | None:
@@ -277,6 +302,16 @@ def _job_of_key(connection: sa.Connection, keyed: KeyedRequest, now: datetime) -
 
 def _is_free(now: datetime) -> sa.ColumnElement[bool]:
     return t.jobs.c.lease_token.is_(None) | (t.jobs.c.lease_expires_at < now)
+
+
+def _is_alone(connection: sa.Connection) -> bool:
+    """Returns whether no other controller is claiming now: two that count the free slots at once would both fill them.
+
+    The other one is not waited for: the next tick comes soon, and what has hung is not to hang this one.
+    """
+    if connection.dialect.name != "postgresql":
+        return True  # SQLite has one writer
+    return bool(connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(CLAIMING))).scalar_one())
 
 
 def _num_taken(connection: sa.Connection, now: datetime) -> int:

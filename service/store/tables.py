@@ -68,6 +68,7 @@ jobs = Table(
     Column("metrics_latest", JSON, nullable=False),
     Column("result", Text),
     Column("created_at", UTCDateTime, nullable=False),
+    Column("created_by", String(63)),
     Column("started_at", UTCDateTime),
     Column("finished_at", UTCDateTime),
     Column("resource_version", BigInteger, nullable=False),

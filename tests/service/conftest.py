@@ -73,7 +73,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind that a store may be on."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'store.sqlite'}"
-    url = make_url(request.getfixturevalue("postgres_url")).set(drivername="postgresql+psycopg")
+    url: str = request.getfixturevalue("postgresql_database")
+    return url
+
+
+@pytest.fixture
+def postgresql_database(postgres_url: str) -> str:
+    """An empty database that several controllers may share."""
+    url = make_url(postgres_url).set(drivername="postgresql+psycopg")
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.local_pages import LocalPagesOnly
+from service.api.own_pages import OwnPagesOnly
 from service.api.parts import Parts
 from service.app import create_app
 from service.settings import load_settings
@@ -113,6 +113,7 @@ def test_socket_that_a_page_of_another_site_opens_is_closed(headers: dict[str, s
         sent.append(message)
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(LocalPagesOnly(inside)({"type": "websocket", "headers": raw}, receive, send))
+    guarded = OwnPagesOnly(inside, public_url="", is_loopback=True)
+    asyncio.run(guarded({"type": "websocket", "headers": raw}, receive, send))
 
     assert [message["type"] for message in sent] == ["websocket.accept" if is_let_in else "websocket.close"]

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from service.client import Client
 from service.errors import StartupError
 from service.settings import load_settings
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
+from tests.support.keys import ALICE, write_keys
 from tests.support.service_process import ServiceProcess
 
 SPEC = small_spec(name="steps", schedule={"steps": 10_000}).model_dump(mode="json")
@@ -45,10 +47,53 @@ def taken_port() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org", ""])
-def test_address_that_others_could_reach_is_refused(host: str) -> None:
-    with pytest.raises(StartupError, match=r"must be a loopback address .* no API keys"):
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::"])
+def test_address_that_others_could_reach_is_refused_without_keys(host: str) -> None:
+    with pytest.raises(StartupError, match=rf"must be a loopback address .* no API keys, got '{host}'.*KEYS_DIR"):
         load_settings(host=host)
+
+
+@pytest.mark.parametrize("host", ["example.org", "", "127.0.0.1:80"])
+def test_host_that_is_no_address_is_refused(host: str) -> None:
+    with pytest.raises(StartupError, match=rf"must be an IP address of this machine.*got '{host}'"):
+        load_settings(host=host)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("fd00::1", "http://[fd00::1]:8000"),
+    ],
+)
+def test_with_keys_any_address_is_taken(tmp_path: Path, host: str, url: str) -> None:
+    settings = load_settings(host=host, api_keys_dir=tmp_path)
+
+    assert (settings.url, settings.people_url, settings.is_loopback) == (url, url, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://NGD.example.com", "https://ngd.example.com"),
+        ("https://ngd.example.com:443/", "https://ngd.example.com"),
+        ("http://[fd00::1]:8080", "http://[fd00::1]:8080"),
+    ],
+)
+def test_public_url_is_written_as_browsers_do(given: str, origin: str) -> None:
+    settings = load_settings(public_url=given)
+
+    assert (settings.people_url, settings.url) == (origin, "http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize(
+    "url", ["ngd.example.com", "https://", "ftp://x", "https://x/ngd", "https://x?a", "https://x:y", "https://a@x"]
+)
+def test_public_url_that_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(StartupError, match=r"public_url \(NGD_PUBLIC_URL\) must be scheme, host and port alone"):
+        load_settings(public_url=url)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +124,29 @@ def test_setting_that_can_not_be_read_ends_the_command(
 ) -> None:
     assert_refused(serve(tmp_path / "home", **{variable: value}), *words)
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(("host", "others"), [("0.0.0.0", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"])])
+def test_service_on_every_address_answers_on_each(
+    start_service: Callable[..., ServiceProcess], tmp_path: Path, host: str, others: list[str]
+) -> None:
+    keys = write_keys(tmp_path / "keys", alice=ALICE)
+    service = start_service(host=host, api_keys_dir=str(keys), key=ALICE)
+
+    for other in others:
+        with Client(f"http://{other}:{service.url.rpartition(':')[2]}", key=ALICE) as client:
+            assert client.list_jobs().jobs == []
+
+
+def test_cluster_that_could_not_report_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"ray_jobs needs worker_url \(NGD_WORKER_URL\).*every address \(0.0.0.0\)"):
+        load_settings(host="0.0.0.0", api_keys_dir=tmp_path, dispatcher="ray_jobs", ray_address="http://head:8265")
+
+
+def test_empty_variable_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NGD_API_KEYS_DIR", "")
+
+    assert load_settings().api_keys_dir is None
 
 
 def test_service_on_ipv6_serves_its_pages(start_service: Callable[..., ServiceProcess]) -> None:

@@ -13,7 +13,7 @@ from ulid import ULID
 
 from service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
 from service.job_state import Action, Decision, Phase
-from service.store.base import Claim, JobRecord, KeyedRequest, Store
+from service.store.base import Census, Claim, JobRecord, KeyedRequest, Store
 from service.store.sql import SQLStore
 from service.store.tables import metadata
 from tests.support.attempts import small_spec
@@ -281,6 +281,38 @@ def test_database_is_one_installations(store: SQLStore) -> None:
 
     with pytest.raises(StartupError, match=r"here:/a, and this one's is there:/b.*NGD_HOME.*NGD_DATABASE_URL"):
         store.bind("second", "there:/b")
+
+
+def test_schema_that_a_newer_version_has_added_to_is_taken(store: SQLStore, database_url: str) -> None:
+    with store._writers.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0999'"))
+        connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN new VARCHAR(9)"))
+    store.check()
+
+    again = SQLStore(database_url)
+
+    assert again.get_job(create(again).id) is not None
+    assert again.revision == "0999"
+    again.close()
+
+
+def test_census_counts_phases_and_knows_the_oldest_and_the_last_heard_of(store: SQLStore) -> None:
+    assert store.census() == Census({}, None, {})
+    claim = start(store)
+    store.apply(claim, Decision(Phase.RUNNING), NOW)
+    later = NOW + timedelta(seconds=30)
+    store.ingest(f"{claim.job.id}-a1", [Numbered(seq=1, time_s=later.timestamp(), event=steps(1, 1).event)])
+    create(store)
+    store.create_job(f"job_{ULID()}", "small", SPEC, later)
+
+    assert store.census() == Census({Phase.RUNNING: 1, Phase.QUEUED: 2}, NOW, {claim.job.id: later})
+
+
+def test_job_says_who_created_it(store: SQLStore) -> None:
+    job, _ = store.create_job("job_1", "small", SPEC, NOW, created_by="alice")
+
+    assert job.created_by == "alice"
+    assert store.get_job("job_1") == job
 
 
 def test_database_of_a_newer_version_is_refused(store: SQLStore, database_url: str) -> None:

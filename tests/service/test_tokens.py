@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import PageTokenError, StartupError
-from service.tokens import Tokens, read_or_create_key
+from service.tokens import Tokens, read_key, read_or_create_key
 
 TOKENS = Tokens(b"k" * 32)
 
@@ -16,6 +16,26 @@ def test_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     assert read_or_create_key(tmp_path / "key") == key
     assert len(key) == 32
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [b"k" * 32, b"6b" * 32, b"6B" * 32 + b"\n"])
+def test_given_key_is_read_raw_or_in_hex(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "key").write_bytes(content)
+
+    assert read_key(tmp_path / "key") == b"k" * 32
+
+
+@pytest.mark.parametrize(("content", "size"), [(b"", 0), (b"k" * 31, 31), (b"6g" * 32, 64), (b"6b" * 33, 66)])
+def test_given_key_of_another_size_is_refused(tmp_path: Path, content: bytes, size: int) -> None:
+    (tmp_path / "key").write_bytes(content)
+
+    with pytest.raises(StartupError, match=rf"must be 64 hex digits or 32 bytes, got {size} bytes.*openssl rand"):
+        read_key(tmp_path / "key")
+
+
+def test_given_key_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"can't read the signing key .*No such file.*NGD_SIGNING_KEY_FILE"):
+        read_key(tmp_path / "key")
 
 
 def test_damaged_key_is_refused(tmp_path: Path) -> None:

@@ -17,20 +17,21 @@ START_S = 60.0
 class ServiceProcess:
     """A controller on a home. Another one may be started on the same home once this one has gone."""
 
-    def __init__(self, home: Path, **settings: Any) -> None:
+    def __init__(self, home: Path, *, module: str = "service", key: str | None = None, **settings: Any) -> None:
+        """module: what is run; key: the API key of its `client`."""
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self._output = home / "serve.txt"
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "service"],
+                [sys.executable, "-m", module],
                 env=os.environ | _environment(home, settings),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
         wait_until(lambda: self.url or self.process.poll() is not None, "the service is up", timeout_s=START_S)
         assert self.url, f"the service did not start: {self._output.read_text()}"
-        self.client = Client(self.url)
+        self.client = Client(self.url, key=key)
 
     @property
     def url(self) -> str:

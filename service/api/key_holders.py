@@ -1,0 +1,77 @@
+"""Lets holders of API keys in and nobody else, where there are keys."""
+
+import logging
+from urllib.parse import quote
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from service.access import Access
+from service.api.internal import INTERNAL_PREFIX
+from service.api.problems import answer
+from service.errors import UnauthorizedError
+
+__all__ = ["LOGIN", "LOGOUT", "KeyHoldersOnly", "login_path"]
+
+log = logging.getLogger(__name__)
+
+LOGIN, LOGOUT = "/login", "/logout"
+# Probes and Prometheus hold no key; what they are told names no job but for the ids of running ones.
+OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", LOGIN, LOGOUT})
+WITH_A_KEY = "send it as Authorization: Bearer <key>; with ngd, give --key-file or set NGD_API_KEY_FILE"
+
+
+class KeyHoldersOnly:
+    """Refuses whoever is not known, on every path that is not named here, and notes who is as `state.holder`.
+
+    A browser that asks for a page is sent to the login page instead.
+    """
+
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._access.is_open or _is_open(scope["path"]):
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        authorization = headers.get("authorization")
+        holder = self._access.holder(authorization, headers.get("cookie"))
+        if holder is not None:
+            return await self._let_in(holder, scope, receive, send)
+        if scope["type"] == "websocket":
+            return await WebSocketClose(1008, "log in first")(scope, receive, send)
+        if authorization is None and scope["method"] == "GET" and _is_page(scope["path"]):
+            return await RedirectResponse(login_path(scope["path"]), 303)(scope, receive, send)
+        refusal = UnauthorizedError(_why(authorization, headers))
+        return await answer(Request(scope), refusal)(scope, receive, send)
+
+    async def _let_in(self, holder: str, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["holder"] = holder
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+            log.info("change holder=%s method=%s path=%r", holder, scope["method"], scope["path"])
+        await self._app(scope, receive, send)
+
+
+def login_path(wanted: str) -> str:
+    """Returns where to log in; `wanted` is the page to go to then."""
+    return LOGIN if wanted == "/" else f"{LOGIN}?next={quote(wanted, safe='')}"
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_TO_ALL or path.startswith(f"{INTERNAL_PREFIX}/")
+
+
+def _is_page(path: str) -> bool:
+    return not path.startswith(("/api/", "/_nicegui"))
+
+
+def _why(authorization: str | None, headers: Headers) -> str:
+    if authorization is not None:
+        return f"the API key is none of this service's, or no longer; ask who runs it for one, and {WITH_A_KEY}"
+    if "cookie" in headers:
+        return f"the session has ended; log in again, or have an API key and {WITH_A_KEY}"
+    return f"this service wants an API key; {WITH_A_KEY}"

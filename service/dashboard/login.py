@@ -1,0 +1,112 @@
+"""The login page: an API key for a session. Plain HTML, for NiceGUI's own pages are for those who are logged in."""
+
+import html
+import logging
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+
+from service.access import SESSION_COOKIE, SESSION_S, Access
+from service.api.key_holders import LOGIN, LOGOUT
+from service.dashboard.theme import CSS, MARK
+
+__all__ = ["login_routes"]
+
+log = logging.getLogger(__name__)
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+REFUSED = "This is not an API key of this service. Whoever runs it gives them out; the whole key is one line of a file."
+DARK = "@media (prefers-color-scheme: dark) {{ {} }}"
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Log in · ngd-dist</title>
+<link rel="icon" href="data:,">
+<style>{css}</style>
+</head>
+<body class="login">
+<main class="panel">
+<div class="brand">{mark}ngd-dist</div>
+<h1>Log in</h1>
+<form method="post" action="{action}">
+<input type="hidden" name="next" value="{wanted}">
+<label for="key">API key</label>
+<input id="key" name="key" type="password" autocomplete="current-password" required autofocus {described}>
+{refused}
+<button type="submit">Log in</button>
+</form>
+</main>
+</body>
+</html>
+"""
+
+
+def login_routes(access: Access, *, is_secure: bool) -> APIRouter:
+    """Returns the routes of /login and /logout. is_secure: browsers reach the service by https alone."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get(LOGIN)
+    async def show(request: Request) -> Response:
+        wanted = _local(request.query_params.get("next", ""))
+        if access.holder(None, request.headers.get("cookie")):
+            return RedirectResponse(wanted, 303)
+        return _page(wanted)
+
+    @router.post(LOGIN)
+    async def log_in(request: Request) -> Response:
+        form = parse_qs((await request.body()).decode("utf-8", errors="replace"))
+        wanted = _local(form.get("next", [""])[0])
+        opened = access.session(form.get("key", [""])[0].strip())
+        where = request.client.host if request.client else "?"
+        if opened is None:
+            log.warning("login_refused address=%s", where)
+            return _page(wanted, refused=True)
+        holder, session = opened
+        log.info("login holder=%s address=%s", holder, where)
+        answer = RedirectResponse(wanted, 303)
+        answer.set_cookie(
+            SESSION_COOKIE, session, max_age=SESSION_S, path="/", httponly=True, samesite="lax", secure=is_secure
+        )
+        return answer
+
+    @router.post(LOGOUT)
+    async def log_out() -> Response:
+        answer = RedirectResponse(LOGIN, 303)
+        answer.delete_cookie(SESSION_COOKIE, path="/", httponly=True, samesite="lax", secure=is_secure)
+        return answer
+
+    return router
+
+
+def _local(wanted: str) -> str:
+    """Returns the page to go to: one of this service's, whatever a link to the login page says."""
+    is_local = wanted.startswith("/") and not wanted.startswith(("//", "/\\")) and wanted.isprintable()
+    return wanted if is_local else "/"
+
+
+def _page(wanted: str, *, refused: bool = False) -> HTMLResponse:
+    text = PAGE.format(
+        css=_style(),
+        mark=MARK,
+        action=LOGIN,
+        wanted=html.escape(wanted, quote=True),
+        described='aria-invalid="true" aria-describedby="refused"' if refused else "",
+        refused=f'<p id="refused" role="alert">{REFUSED}</p>' if refused else "",
+    )
+    return HTMLResponse(text, 401 if refused else 200, HEADERS)
+
+
+def _style() -> str:
+    """Returns the pages' style; without a script the colours follow the system alone."""
+    css = CSS.read_text()
+    dark = css.partition("body.body--dark {")[2].partition("}")[0]
+    return css + DARK.format(f"body {{{dark}}}")

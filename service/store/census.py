@@ -1,0 +1,25 @@
+"""How the jobs stand, counted in three queries that an index answers each."""
+
+import sqlalchemy as sa
+
+from service.job_state import Phase
+from service.store import tables as t
+from service.store.base import Census
+
+__all__ = ["census"]
+
+
+def census(connection: sa.Connection) -> Census:
+    """Returns the counts of this moment."""
+    phase, created_at = t.jobs.c.phase, t.jobs.c.created_at
+    counted = connection.execute(sa.select(phase, sa.func.count()).group_by(phase)).all()
+    # Ids sort by time of creation, so the oldest one is the first in the index of phases.
+    oldest = sa.select(created_at).where(phase == Phase.QUEUED).order_by(t.jobs.c.id).limit(1)
+    of_job = t.events.alias()
+    newest = sa.select(sa.func.max(of_job.c.id)).where(of_job.c.job_id == t.jobs.c.id).scalar_subquery()
+    reports = sa.select(t.jobs.c.id, t.events.c.time).join_from(t.jobs, t.events, t.events.c.id == newest)
+    return Census(
+        num_in_phase={Phase(name): number for name, number in counted},
+        oldest_queued_at=connection.execute(oldest).scalar_one_or_none(),
+        last_report_at={row.id: row.time for row in connection.execute(reports.where(phase == Phase.RUNNING))},
+    )

@@ -1,0 +1,15 @@
+"""`ngd serve` whose attempts other controllers see too, as on a cluster; NGD_RUNS_DIR is the folder they share.
+
+    python -m tests.support.shared_service
+
+On one machine the local dispatcher finds the processes that another controller has started, so that it stands in for
+NGD_DISPATCHER=ray_jobs here.
+"""
+
+from service.cli import main
+from service.dispatchers import DISPATCHERS
+from service.dispatchers.local import LocalDispatcher
+
+if __name__ == "__main__":
+    DISPATCHERS["ray_jobs"] = LocalDispatcher.of
+    main(["serve"])
