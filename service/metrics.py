@@ -13,6 +13,7 @@ from service.store.base import Census
 __all__ = ["CONTENT_TYPE", "ControllerMetrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+RESULTS = ("succeeded", "failed", "cancelled", "lost")
 TICK_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -29,7 +30,8 @@ class ControllerMetrics:
         self._tick = Histogram(
             "ngd_reconciler_tick_seconds",
             "How long a whole tick of the reconciler takes.",
-            buckets=TICK_BUCKETS_S,
+            buckets=RESULTS = ("succeeded", "failed", "cancelled", "lost")
+TICK_BUCKETS_S,
             registry=self._registry,
         )
         self._dispatcher = self._gauge(
@@ -38,8 +40,10 @@ class ControllerMetrics:
         self._dispatcher.set(1)
         self._started = self._counter("ngd_attempts_started", "Attempts begun by this controller.")
         self._ended = self._counter(
-            "ngd_attempts_ended", "Attempts ended, by result: succeeded, failed, cancelled or lost.", "result"
+            "ngd_attempts_ended", f"Attempts ended, by result: {', '.join(RESULTS)}.", "result"
         )
+        for result in RESULTS:
+            self._ended.labels(result)  # from 0 on, so that an increase shows the first one too
         self._ingested = self._counter("ngd_events_ingested", "Events of workers stored for the first time.")
         self._requests = self._counter("ngd_http_requests", "Requests answered.", "method", "route", "status")
         self._request_s = Histogram(

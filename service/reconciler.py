@@ -51,6 +51,7 @@ class Reconciler:
         self._dispatcher = dispatcher
         self._files = files
         self._silent_since: dict[AttemptRef, datetime] = {}  # of attempts whose backend does not answer
+        self._outage: BackendUnavailableError | None = None  # in this tick: one call has waited, the others need not
         self._token_of = token_of
         self._policy = policy
         self._max_running_jobs = max_running_jobs
@@ -100,6 +101,7 @@ class Reconciler:
         claims = self._store.claim(
             lease_token=str(ULID()), now=datetime.now(UTC), lease_s=self._lease_s, max_running=self._max_running_jobs
         )
+        self._outage = None
         for claim in claims:
             try:
                 self._reconcile(claim)
@@ -126,7 +128,7 @@ class Reconciler:
         except DispatchError as error:
             self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), seen.outcome)
         except BackendUnavailableError as error:
-            self._metrics.dispatcher_answered(is_up=False)
+            self._note_outage(error)
             log.warning("backend_unavailable attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)
 
     def _observe(self, ref: AttemptRef, claim: Claim) -> Observation:
@@ -134,9 +136,11 @@ class Reconciler:
         if claim.attempt is None:
             return Observation(now)
         try:
+            if self._outage is not None:
+                raise self._outage
             seen = self._dispatcher.inspect(ref)
         except BackendUnavailableError as error:
-            self._metrics.dispatcher_answered(is_up=False)
+            self._note_outage(error)
             if ref not in self._silent_since:
                 self._silent_since[ref] = now
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
@@ -146,6 +150,10 @@ class Reconciler:
             log.info("backend_answers attempt=%s", ref.attempt_id)
         return Observation(now, seen.process, seen.outcome, seen.message)
 
+    def _note_outage(self, error: BackendUnavailableError) -> None:
+        self._outage = error
+        self._metrics.dispatcher_answered(is_up=False)
+
     def _settle(self, ref: AttemptRef, claim: Claim) -> None:
         """Ends what the attempt left running, and takes in what it could not deliver while no controller was up."""
         if claim.attempt is None:
@@ -154,6 +162,7 @@ class Reconciler:
         try:
             self._dispatcher.kill(ref)
         except BackendUnavailableError as error:  # the next attempt kills it before it starts, and fences it
+            self._note_outage(error)
             log.warning("not_killed attempt=%s error=%s", ref.attempt_id, error)
         for events in self._files.undelivered(ref, claim.attempt.acknowledged_seq):
             self._metrics.events_ingested(self._store.ingest(claim.attempt.id, events).new_events)

@@ -18,6 +18,7 @@ __all__ = ["ClientSettings", "Settings", "load_client_settings", "load_settings"
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 DRIVER = ("-m", "workers.driver")
+PATHS = ("data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template")
 ONLY_FOR = {  # what each dispatcher alone reads
     "ray_jobs": ("ray_address", "ray_token_file"),
     "kuberay": ("rayjob_template", "kubernetes_url", "kubernetes_namespace"),
@@ -83,12 +84,12 @@ class Settings(BaseSettings):
     )
     failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
 
-    @field_validator("data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template", mode="before")
+    @field_validator(*PATHS, mode="before")
     @classmethod
     def _given(cls, path: object) -> object:
         return path or None  # an empty variable counts as none, and not as the working directory
 
-    @field_validator("home", "data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template")
+    @field_validator("home", *PATHS)
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         try:
