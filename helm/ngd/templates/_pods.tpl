@@ -133,6 +133,19 @@ volumeMounts:
 
 {{/* The service's settings; their names are fields of service/settings.py. */}}
 {{- define "ngd.controllerEnv" -}}
+{{- $own := include "ngd.ownEnv" . -}}
+{{ $own }}
+{{- $taken := list -}}
+{{- range fromYamlArray $own }}{{ $taken = append $taken .name }}{{ end -}}
+{{- range .Values.controller.extraEnv }}
+{{- if has .name $taken }}
+{{- fail (printf "controller.extraEnv sets %s, which the chart sets: use the value that stands for it (settings, controller, database, dispatcher ...)" .name) }}
+{{- end }}
+{{ toYaml (list .) }}
+{{- end }}
+{{- end -}}
+
+{{- define "ngd.ownEnv" -}}
 {{- $v := .Values -}}
 - {name: HOME, value: /tmp}
 - {name: NGD_HOST, value: {{ $v.controller.host | quote }}}
@@ -162,9 +175,6 @@ volumeMounts:
 - {name: NGD_KUBERNETES_NAMESPACE, value: {{ .Release.Namespace }}}
 {{- end }}
 {{- include "ngd.settingsEnv" . }}
-{{- with $v.controller.extraEnv }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "ngd.settingsEnv" -}}
