@@ -65,6 +65,9 @@
 {{- if or (lt (int $group.replicas) (int $group.minReplicas)) (gt (int $group.replicas) (int $group.maxReplicas)) -}}
 {{- fail (printf "rayCluster.workerGroups: replicas of %s must be between minReplicas (%d) and maxReplicas (%d), got %d" .name (int $group.minReplicas) (int $group.maxReplicas) (int $group.replicas)) -}}
 {{- end -}}
+{{- if and $group.resourceClaims (semverCompare "<1.31.0-0" $.Capabilities.KubeVersion.Version) -}}
+{{- fail (printf "rayCluster.workerGroups: resourceClaims of %s need Kubernetes 1.31 or newer, got %s: use gpusPerPod" .name $.Capabilities.KubeVersion.Version) -}}
+{{- end -}}
 {{- $names = append $names .name -}}
 {{- end -}}
 {{- end -}}
