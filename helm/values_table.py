@@ -1,7 +1,7 @@
 """Writes the table of values into helm/ngd/README.md, from values.yaml and its `# --` comments.
 
-    python helm/values_table.py         # rewrites the README
-    python helm/values_table.py --check # exit code 1 if it is not current
+python helm/values_table.py         # rewrites the README
+python helm/values_table.py --check # exit code 1 if it is not current
 """
 
 import json

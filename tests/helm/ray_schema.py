@@ -18,7 +18,9 @@ def _closed(properties: Schema, *required: str) -> Schema:
     return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(required)}
 
 
-POD_TEMPLATE = _closed({"metadata": _closed({"labels": TEXTS, "annotations": TEXTS}), "spec": {"type": "object"}}, "spec")
+POD_TEMPLATE = _closed(
+    {"metadata": _closed({"labels": TEXTS, "annotations": TEXTS}), "spec": {"type": "object"}}, "spec"
+)
 HEAD = _closed(
     {
         "serviceType": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},

@@ -8,7 +8,17 @@ import pytest
 import yaml
 
 from service.settings import Settings
-from tests.support.chart import CHART, ROOT, VALUES, containers, only, pod_templates, ray_cluster_specs, render, values_of
+from tests.support.chart import (
+    CHART,
+    ROOT,
+    VALUES,
+    containers,
+    only,
+    pod_templates,
+    ray_cluster_specs,
+    render,
+    values_of,
+)
 
 SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 RUNS, DATA = "/var/lib/ngd/runs", "/var/lib/ngd/data"

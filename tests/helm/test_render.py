@@ -48,7 +48,9 @@ LABELS = {
 def test_scenario_renders_to_its_golden(scenario: str) -> None:
     written = (GOLDEN / f"{scenario}.yaml").read_text()
 
-    assert golden_text(render(values_of(scenario))) == written, "run: python -m tests.helm.update_goldens; read the diff"
+    assert golden_text(render(values_of(scenario))) == written, (
+        "run: python -m tests.helm.update_goldens; read the diff"
+    )
 
 
 def test_every_golden_has_a_scenario() -> None:

@@ -66,7 +66,9 @@ def test_more_replicas_change_no_selector() -> None:
     assert immutable(render(more)) == immutable(render(values))
 
 
-@pytest.mark.parametrize(("name", "key"), [("-api-keys", "first"), ("-signing-key", "key"), ("-ray-auth", "auth_token")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("-api-keys", "first"), ("-signing-key", "key"), ("-ray-auth", "auth_token")]
+)
 def test_generated_secrets_survive_an_upgrade(name: str, key: str, tmp_path: Path) -> None:
     answer = '(dict "data" (dict "KEY" "a2VwdA==" "second" "YWxzbyBrZXB0"))'.replace("KEY", key)
     upgraded = changed_chart(tmp_path, "templates/_secrets.tpl", CALL, answer)
@@ -101,7 +103,11 @@ def test_generated_secrets_are_what_the_service_takes() -> None:
 def test_volumes_and_the_signing_key_outlive_the_release() -> None:
     objects = render({"dispatcher": {"mode": "kuberay"}})
 
-    kept = {one["metadata"]["name"] for one in objects if "helm.sh/resource-policy" in one["metadata"].get("annotations", {})}
+    kept = {
+        one["metadata"]["name"]
+        for one in objects
+        if "helm.sh/resource-policy" in one["metadata"].get("annotations", {})
+    }
 
     assert kept == {"ngd-home", "ngd-runs", "ngd-signing-key"}
 
