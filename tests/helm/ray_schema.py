@@ -1,6 +1,6 @@
-"""A JSON Schema of the RayCluster and RayJob fields that the chart sets, after KubeRay 1.6's API; pods are checked apart.
+"""A JSON Schema of the RayCluster and RayJob fields that the chart sets, after KubeRay 1.6's API.
 
-KubeRay's own rules between fields, which no schema says, are in broken_rules.
+Pods are checked apart. KubeRay's own rules between fields, which no schema says, are in broken_rules.
 """
 
 import re
@@ -78,9 +78,7 @@ RAY_JOB = _object(
     _closed(
         {
             "rayClusterSpec": CLUSTER_SPEC,
-            "shutdownAfterJobFinishes": {"type": "boolean"},
             "ttlSecondsAfterFinished": COUNT,
-            "backoffLimit": COUNT,
         },
         "rayClusterSpec",
     ),

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from tests.support.chart import (
     only,
     pod_templates,
     ray_cluster_specs,
+    ray_job_template,
     render,
     values_of,
 )
+from workers.spec import Resources
 
 SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 RUNS, DATA = "/var/lib/ngd/runs", "/var/lib/ngd/data"
@@ -189,6 +192,18 @@ def test_autoscaled_controllers_leave_their_number_to_the_autoscaler() -> None:
 
     assert "replicas" not in only(objects, "Deployment")["spec"]
     assert only(objects, "HorizontalPodAutoscaler")["spec"]["maxReplicas"] == 6
+
+
+@pytest.mark.parametrize("workers", [1, 5, 16])
+def test_controller_fills_the_rayjob_in(workers: int, tmp_path: Path) -> None:
+    filling = pytest.importorskip("service.dispatchers.rayjob", reason="the kuberay dispatcher is not here")
+    template = tmp_path / "rayjob.yaml"
+    template.write_text(yaml.safe_dump(ray_job_template(render(values_of("environment-production")))))
+
+    resources = Resources(workers=workers, gpus_per_worker=1, threads_per_worker=8)
+    group, pods = filling.replicas_for(filling.groups_of(filling.read_template(template)), resources)
+
+    assert (group.name, group.gpus, pods) == ("h100", 8, -(-workers // 8))
 
 
 def test_versions_are_the_projects() -> None:

@@ -104,10 +104,10 @@ def test_controllers_reach_the_head_that_they_submit_to_and_no_other() -> None:
     assert not connects(own, "Deployment/ngd-controller", "ray-head", 8265)
 
 
-@RAY_MODES
-def test_kuberays_operator_reaches_the_dashboard_of_the_head_alone(scenario: str) -> None:
-    objects = render(values_of(scenario))
+def test_kuberays_operator_reaches_the_heads_that_it_submits_to() -> None:
+    shared, objects = render(values_of("postgres-ha")), render(values_of("airgap"))
 
+    assert not may(shared, "Ingress", labels_of(shared, "ray-head"), OPERATOR, 8265)
     assert may(objects, "Ingress", labels_of(objects, "ray-head"), OPERATOR, 8265)
     assert not may(objects, "Ingress", labels_of(objects, "ray-head"), OPERATOR, 10001)
 

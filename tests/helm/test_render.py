@@ -14,6 +14,7 @@ from tests.support.chart import (
     GOLDEN,
     HELM3,
     MONITORING,
+    ROOT,
     VALUES,
     comparable,
     containers,
@@ -30,6 +31,7 @@ from tests.support.chart import (
 )
 
 SCENARIO = pytest.mark.parametrize("scenario", VALUES)
+OTHER_VALUES = sorted((ROOT / "deploy").glob("*/*values*.yaml"))  # kind's
 MAX_NAME = 63
 # KubeRay puts "-head-svc" behind a cluster's name, and cuts what is longer than 50 characters from the left.
 MAX_RAY_CLUSTER = 41
@@ -53,6 +55,15 @@ def test_scenario_renders_to_its_golden(scenario: str) -> None:
     )
 
 
+@pytest.mark.parametrize("file", OTHER_VALUES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_values_elsewhere_in_the_repository_render(file: Path) -> None:
+    values = yaml.safe_load(file.read_text())
+
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(chart.merge_values(values))
+    assert only(render(values), "Deployment", "-controller")
+
+
 def test_every_golden_has_a_scenario() -> None:
     assert {path.stem for path in GOLDEN.glob("*.yaml")} == set(VALUES)
 
@@ -73,7 +84,7 @@ def test_lint_finds_nothing(scenario: str) -> None:
 @SCENARIO
 def test_every_object_is_labelled(scenario: str) -> None:
     for one in render(values_of(scenario)):
-        assert LABELS <= set(one["metadata"]["labels"]), one["metadata"]["name"]
+        assert set(one["metadata"]["labels"]) >= LABELS, one["metadata"]["name"]
         assert one["metadata"]["namespace"] == "ngd"
 
 

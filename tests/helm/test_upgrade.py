@@ -1,7 +1,7 @@
 """An upgrade changes nothing that Kubernetes refuses to change, and generates nothing anew.
 
-Helm's `lookup` asks a cluster, which there is none of here. In a copy of the chart its call is replaced by what a cluster
-would answer; that the call itself is right (API version, kind, namespace, name) is read from the template.
+Helm's `lookup` asks a cluster, and there is none here. In a copy of the chart its call is replaced by what a cluster
+would answer; that the call itself is right (API version, kind, namespace, name) can only be read in the template.
 """
 
 import shutil
@@ -51,7 +51,7 @@ def test_nothing_immutable_changes_with_the_chart(scenario: str, tmp_path: Path)
     [("environment-staging", "environment-production"), ("postgres-ha", "kuberay-gpu-rdma")],
 )
 def test_nothing_immutable_changes_between_dispatchers(before: str, after: str) -> None:
-    """Values of an existing release are edited; what remains of it must be accepted (claims of other classes are others)."""
+    """Values of a release are edited; what remains of it must be accepted. Claims of another class are other claims."""
     old, new = immutable(render(values_of(before))), immutable(render(values_of(after)))
 
     for name in old.keys() & new.keys():

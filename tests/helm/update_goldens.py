@@ -1,4 +1,4 @@
-"""Rewrites tests/helm/golden from the chart: python -m tests.helm.update_goldens. Read the diff before committing it."""
+"""Rewrites tests/helm/golden from the chart: python -m tests.helm.update_goldens. Read the diff."""
 
 from tests.support.chart import GOLDEN, VALUES, golden_text, render, values_of
 

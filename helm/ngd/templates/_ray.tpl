@@ -229,7 +229,7 @@ volumeMounts:
 {{- with $affinity -}}{{- toYaml . -}}{{- end -}}
 {{- end -}}
 
-{{/* The RayJob that the controller fills in for each attempt: name, labels, entrypoint and the number of workers. */}}
+{{/* The RayJob of an attempt, but for what the controller sets: name, labels, entrypoint, submission, number of workers. */}}
 {{- define "ngd.rayJobTemplate" -}}
 {{- if eq .Values.dispatcher.mode "kuberay" -}}
 apiVersion: ray.io/v1
@@ -246,9 +246,7 @@ metadata:
     {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
-  shutdownAfterJobFinishes: true
   ttlSecondsAfterFinished: {{ int .Values.dispatcher.kuberay.ttlSecondsAfterFinished }}
-  backoffLimit: 0
   rayClusterSpec:
     {{- include "ngd.rayClusterSpec" . | nindent 4 }}
 {{- end -}}
