@@ -1,5 +1,6 @@
 """What the chart renders to, scenario by scenario: the same with Helm 3 and Helm 4, and what was agreed on."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -124,6 +125,20 @@ def test_names_are_short_enough_and_differ(scenario: str, release: str) -> None:
         assert all(len(str(value)) <= MAX_NAME for value in one["metadata"]["labels"].values())
         if one["kind"] == "RayCluster":
             assert len(one["metadata"]["name"]) <= MAX_RAY_CLUSTER
+
+
+@pytest.mark.parametrize(
+    ("release", "values"),
+    [
+        ("7th", {}),
+        ("team.seven", {}),
+        ("a", {"nameOverride": "n" * 50}),
+        ("a", {"fullnameOverride": "f" * 60}),
+    ],
+)
+def test_odd_names_become_names_of_services(release: str, values: dict[str, str]) -> None:
+    for one in render(values | {"dispatcher": {"mode": "kuberay"}}, release=release):
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", one["metadata"]["name"])
 
 
 def test_two_releases_of_one_namespace_share_no_name() -> None:

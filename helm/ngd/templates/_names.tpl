@@ -1,19 +1,24 @@
 {{/* Names and labels. A name leaves room for the suffixes that are put behind it, so that none exceeds 63 characters. */}}
 
 {{- define "ngd.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 30 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* At most 40 characters: "-controller" and the like follow. */}}
+{{/* At most 40 characters: "-controller" and the like follow. A Service's name has no dots and begins with a letter;
+     a release's may have dots, and may begin with a digit. */}}
 {{- define "ngd.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
 {{- $name := include "ngd.name" . -}}
-{{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- $release := .Release.Name | replace "." "-" -}}
+{{- if regexMatch "^[0-9]" $release -}}
+{{- $release = printf "r%s" $release -}}
+{{- end -}}
+{{- if contains $name $release -}}
+{{- $release | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" (.Release.Name | trunc (int (sub 39 (len $name))) | trimSuffix "-") $name | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-%s" ($release | trunc (int (sub 39 (len $name))) | trimSuffix "-") $name -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
