@@ -72,6 +72,16 @@ def test_a_setting_that_is_not_given_is_the_services_to_choose() -> None:
     assert "NGD_DATABASE_URL" not in given
 
 
+def test_numbers_are_written_as_the_service_reads_them() -> None:
+    given = environment(render({"settings": {"maxRunningJobs": 1000000, "leaseSeconds": 2.5}}))
+
+    assert (given["NGD_MAX_RUNNING_JOBS"], given["NGD_LEASE_S"]) == ("1000000", "2.5")
+
+
+def test_a_pod_of_ipv6_reaches_itself() -> None:
+    assert environment(render({"controller": {"host": "::"}}))["NGD_WORKER_URL"] == "http://[::1]:8000"
+
+
 def test_password_reaches_postgresql_outside_the_url() -> None:
     given = environment(render(values_of("postgres-ha")))
 

@@ -78,9 +78,10 @@ def test_every_object_fits_kubernetes_schema(scenario: str, kubernetes: str) -> 
 def render_for(scenario: str, kubernetes: str) -> list[Object]:
     """As a cluster of that version would get it."""
     values = values_of(scenario)
-    if kubernetes < "1.31":  # which has no such claims
+    if kubernetes < "1.31":  # which has no such claims, and can't pack strictly
         for group in values.get("rayCluster", {}).get("workerGroups", []):
             group.pop("resourceClaims", None)
+            group.pop("pack", None)
     return render_with_helm3(values, kubernetes=kubernetes) if kubernetes != NEWEST else render(values)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import helm_python
 import pytest
 
-from tests.support.chart import CHART, HELM3, VALUES, render, tool, values_of
+from tests.support.chart import CHART, HELM3, render, tool, values_of
 
 POSTGRES = {"type": "postgres", "existingSecret": "url"}
 
@@ -113,6 +113,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "a typo in a group": {"rayCluster": {"workerGroups": [{"name": "a", "gpuPerPod": 8}]}},
     "a quantity that is none": {"storage": {"runs": {"size": "much"}}},
     "root": {"podSecurity": {"runAsUser": 0}},
+    "a number as variable": {"rayCluster": {"env": {"NCCL_IB_TIMEOUT": 1000000}}},
     "zero seconds of lease": {"settings": {"leaseSeconds": 0}},
 }
 
@@ -125,13 +126,21 @@ def test_values_that_contradict_each_other_are_refused_with_a_sentence(case: str
         render(values)
 
 
-def test_claims_are_refused_where_kubernetes_has_none() -> None:
+@pytest.mark.parametrize(
+    ("group", "sentence"),
+    [
+        ({"resourceClaims": [{"name": "gpu"}]}, "resourceClaims of a need Kubernetes 1.31 or newer, got v1.30.0"),
+        ({"pack": {"mode": "required"}}, "pack.mode=required of a needs Kubernetes 1.31 or newer"),
+    ],
+)
+def test_what_an_old_kubernetes_lacks_is_refused_there(group: dict[str, Any], sentence: str) -> None:
     helm = tool(HELM3, "Helm 3")
-    command = [helm, "template", "ngd", CHART, "--kube-version", "1.30.0", "-f", VALUES["kuberay-gpu-rdma"]]
+    values = {"dispatcher": {"mode": "kuberay"}, "rayCluster": {"workerGroups": [{"name": "a"} | group]}}
+    command = [helm, "template", "ngd", CHART, "--kube-version", "1.30.0", "-f", "-"]
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=False)
 
-    assert "resourceClaims of claims need Kubernetes 1.31 or newer, got v1.30.0: use gpusPerPod" in done.stderr
+    assert sentence in done.stderr
 
 
 @pytest.mark.parametrize("case", ALONE)

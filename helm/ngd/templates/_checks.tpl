@@ -68,6 +68,9 @@
 {{- if and $group.resourceClaims (semverCompare "<1.31.0-0" $.Capabilities.KubeVersion.Version) -}}
 {{- fail (printf "rayCluster.workerGroups: resourceClaims of %s need Kubernetes 1.31 or newer, got %s: use gpusPerPod" .name $.Capabilities.KubeVersion.Version) -}}
 {{- end -}}
+{{- if and (eq $group.pack.mode "required") (semverCompare "<1.31.0-0" $.Capabilities.KubeVersion.Version) -}}
+{{- fail (printf "rayCluster.workerGroups: pack.mode=required of %s needs Kubernetes 1.31 or newer, which tells one Ray cluster's pods from another's, got %s: use preferred" .name $.Capabilities.KubeVersion.Version) -}}
+{{- end -}}
 {{- $names = append $names .name -}}
 {{- end -}}
 {{- end -}}

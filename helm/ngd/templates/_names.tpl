@@ -119,7 +119,8 @@ annotations:
 {{- if .Values.controller.workerUrl -}}
 {{- .Values.controller.workerUrl -}}
 {{- else if eq .Values.dispatcher.mode "local" -}}
-http://127.0.0.1:8000
+{{- /* A socket on :: takes no IPv4. */}}
+{{- ternary "http://[::1]:8000" "http://127.0.0.1:8000" (contains ":" .Values.controller.host) -}}
 {{- else -}}
 http://{{ include "ngd.controllerName" . }}.{{ .Release.Namespace }}.svc:8000
 {{- end -}}

@@ -110,7 +110,7 @@ spec:
       lifecycle:
         preStop:
           exec:
-            command: [sleep, {{ $v.controller.preStopSleepSeconds | toString | quote }}]
+            command: [sleep, {{ int $v.controller.preStopSleepSeconds | toString | quote }}]
   volumes:
     {{- include "ngd.controllerVolumes" $root | nindent 4 }}
 {{- end -}}
@@ -182,7 +182,9 @@ volumeMounts:
 {{- range $value, $name := $names }}
 {{- $given := index $.Values.settings $value }}
 {{- if not (kindIs "invalid" $given) }}
-- {name: NGD_{{ $name }}, value: {{ $given | toString | quote }}}
+{{- /* Helm reads every number as a float, and would write a million as 1e+06. */}}
+{{- $number := ternary (int64 $given | toString) ($given | toString) (eq (float64 (int64 $given)) (float64 $given)) }}
+- {name: NGD_{{ $name }}, value: {{ $number | quote }}}
 {{- end }}
 {{- end }}
 {{- end -}}
