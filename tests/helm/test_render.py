@@ -1,7 +1,9 @@
 """What the chart renders to, scenario by scenario: the same with Helm 3 and Helm 4, and what was agreed on."""
 
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import helm_python
@@ -33,6 +35,15 @@ from tests.support.chart import (
 
 SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 OTHER_VALUES = sorted((ROOT / "deploy").glob("*/*values*.yaml"))  # kind's
+YAML_STYLE = {
+    "extends": "default",
+    "rules": {
+        "line-length": {"max": 160},
+        "document-start": "disable",
+        "braces": {"max-spaces-inside": 1},
+        "comments": {"min-spaces-from-content": 1},
+    },
+}
 MAX_NAME = 63
 # KubeRay puts "-head-svc" behind a cluster's name, and cuts what is longer than 50 characters from the left.
 MAX_RAY_CLUSTER = 41
@@ -202,6 +213,20 @@ def test_every_value_is_described() -> None:
 
 def test_readme_has_the_current_values() -> None:
     assert values_table(["--check"]) == 0, "run: python helm/values_table.py"
+
+
+def test_written_yaml_is_clean() -> None:
+    files = [CHART / "values.yaml", CHART / "Chart.yaml", CHART / "ci", CHART / "files" / "alerts.yaml"]
+    files += [ROOT / "deploy" / "environments", ROOT / "deploy" / "monitoring"]
+
+    done = subprocess.run(
+        [Path(sys.executable).with_name("yamllint"), "--strict", "-d", json.dumps(YAML_STYLE), *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_packed_chart_renders_the_same(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class HelmCluster:
         command = [str(self._helm), verb, "ngd", "--namespace", "ngd", "--kubeconfig", str(self._kubeconfig)]
         if values is not None:
             command += [str(chart), "--disable-openapi-validation", "-f", "-"]
-        home = {name: str(self._folder / name) for name in ("HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME")}
+        home = {"HOME": str(self._folder)}  # Helm keeps what it learned of the server there
         text = yaml.safe_dump(values)
         done = subprocess.run(command, input=text, env=home, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr
