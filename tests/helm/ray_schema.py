@@ -1,87 +1,31 @@
-"""A JSON Schema of the RayCluster and RayJob fields that the chart sets, after KubeRay 1.6's API.
-
-Pods are checked apart. KubeRay's own rules between fields, which no schema says, are in broken_rules.
-"""
+"""A JSON Schema of the RayCluster that the chart makes, and KubeRay's rules between fields, which no schema says."""
 
 import re
 from typing import Any
 
-Schema = dict[str, Any]
+from tests.support.rayjob_schema import CLUSTER, FLAG, LABELS, TEXT, TEXTS, WHOLE, closed
 
-MAX_CLUSTER_NAME, MAX_JOB_NAME = 53, 47
 FIRST_RAY_WITH_TOKENS = (2, 52, 0)
-TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
-COUNT = {"type": "integer", "minimum": 0, "maximum": 2147483647}
 
-
-def _closed(properties: Schema, *required: str) -> Schema:
-    return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(required)}
-
-
-POD_TEMPLATE = _closed(
-    {"metadata": _closed({"labels": TEXTS, "annotations": TEXTS}), "spec": {"type": "object"}}, "spec"
+SECURITY = closed(
+    allowPrivilegeEscalation=FLAG, runAsNonRoot=FLAG, capabilities=closed(drop={"type": "array", "items": TEXT})
 )
-HEAD = _closed(
-    {
-        "serviceType": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
-        "rayStartParams": TEXTS,
-        "template": POD_TEMPLATE,
-    },
-    "template",
-)
-WORKERS = _closed(
-    {
-        "groupName": {"type": "string", "minLength": 1},
-        "replicas": COUNT,
-        "minReplicas": COUNT,
-        "maxReplicas": COUNT,
-        "rayStartParams": TEXTS,
-        "template": POD_TEMPLATE,
-    },
-    "groupName",
-    "minReplicas",
-    "maxReplicas",
-    "template",
-)
-SECURITY = _closed(
-    {
-        "allowPrivilegeEscalation": {"type": "boolean"},
-        "runAsNonRoot": {"type": "boolean"},
-        "capabilities": _closed({"drop": {"type": "array", "items": {"type": "string"}}}),
+CLUSTER_SPEC = CLUSTER | {
+    "properties": CLUSTER["properties"]
+    | {
+        "upgradeStrategy": closed(type={"enum": ["None", "Recreate"]}),
+        "autoscalerOptions": closed(idleTimeoutSeconds=WHOLE, securityContext=SECURITY),
     }
-)
-CLUSTER_SPEC = _closed(
-    {
-        "rayVersion": {"type": "string"},
-        "upgradeStrategy": _closed({"type": {"enum": ["None", "Recreate"]}}),
-        "enableInTreeAutoscaling": {"type": "boolean"},
-        "autoscalerOptions": _closed({"idleTimeoutSeconds": COUNT, "securityContext": SECURITY}),
-        "authOptions": _closed({"mode": {"enum": ["disabled", "token"]}, "secretName": {"type": "string"}}),
-        "headGroupSpec": HEAD,
-        "workerGroupSpecs": {"type": "array", "items": WORKERS},
-    },
-    "headGroupSpec",
-)
-METADATA = _closed(
-    {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": TEXTS, "annotations": TEXTS}, "labels"
-)
-
-
-def _object(kind: str, spec: Schema) -> Schema:
-    fields = {"apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}, "metadata": METADATA, "spec": spec}
-    return _closed(fields, *fields)
-
-
-RAY_CLUSTER = _object("RayCluster", CLUSTER_SPEC)
-RAY_JOB = _object(
-    "RayJob",
-    _closed(
-        {
-            "rayClusterSpec": CLUSTER_SPEC,
-            "ttlSecondsAfterFinished": COUNT,
-        },
-        "rayClusterSpec",
-    ),
+}
+RAY_CLUSTER = closed(
+    "apiVersion",
+    "kind",
+    "metadata",
+    "spec",
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayCluster"},
+    metadata=closed("name", name=TEXT, namespace=TEXT, labels=LABELS, annotations=TEXTS),
+    spec=CLUSTER_SPEC,
 )
 
 

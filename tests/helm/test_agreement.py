@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.dispatchers.rayjob import groups_of, read_template, replicas_for
 from service.settings import Settings
 from tests.support.chart import (
     CHART,
@@ -206,12 +207,11 @@ def test_autoscaled_controllers_leave_their_number_to_the_autoscaler() -> None:
 
 @pytest.mark.parametrize("workers", [1, 5, 16])
 def test_controller_fills_the_rayjob_in(workers: int, tmp_path: Path) -> None:
-    filling = pytest.importorskip("service.dispatchers.rayjob", reason="the kuberay dispatcher is not here")
     template = tmp_path / "rayjob.yaml"
     template.write_text(yaml.safe_dump(ray_job_template(render(values_of("environment-production")))))
 
     resources = Resources(workers=workers, gpus_per_worker=1, threads_per_worker=8)
-    group, pods = filling.replicas_for(filling.groups_of(filling.read_template(template)), resources)
+    group, pods = replicas_for(groups_of(read_template(template)), resources)
 
     assert (group.name, group.gpus, pods) == ("h100", 8, -(-workers // 8))
 

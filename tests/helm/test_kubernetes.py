@@ -13,7 +13,9 @@ import referencing
 import yaml
 from kubernetes_validate.utils import schema_contents
 
-from tests.helm.ray_schema import RAY_CLUSTER, RAY_JOB, broken_rules
+from service.dispatchers.base import AttemptRef, Launch
+from service.dispatchers.rayjob import rayjob
+from tests.helm.ray_schema import RAY_CLUSTER, broken_rules
 from tests.support.chart import (
     CHECKOV,
     MONITORING,
@@ -29,6 +31,8 @@ from tests.support.chart import (
     tool,
     values_of,
 )
+from tests.support.fake_kuberay import why_invalid
+from tests.support.rayjob_schema import problems
 
 SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 # The oldest that Chart.yaml takes, one in the middle, and the newest whose schemas are here.
@@ -101,10 +105,29 @@ def test_ray_objects_follow_kuberays_rules(scenario: str) -> None:
             jsonschema.validate(one, RAY_CLUSTER)
             assert broken_rules(one["spec"], of_job=False) == []
     if values_of(scenario).get("dispatcher", {}).get("mode") == "kuberay":
-        job = ray_job_template(objects)
-        jsonschema.validate(job, RAY_JOB)
+        job = filled_in(ray_job_template(objects))
+        assert problems(job) == ([], [])
+        assert why_invalid(job) is None
         assert broken_rules(job["spec"]["rayClusterSpec"], of_job=True) == []
-        assert "name" not in job["metadata"], "the controller names each attempt's RayJob"
+
+
+def filled_in(template: Object) -> Object:
+    """As the controller sends it for an attempt of a job with two workers."""
+    spec = {"name": "digits", "resources": {"workers": 2}}
+    launch = Launch(AttemptRef("job_01KB0000000000000000000000", 1), spec, "token")
+    return rayjob(template, launch, "python -m workers.driver /var/lib/ngd/runs/job/attempts/1")
+
+
+def test_pods_of_an_attempt_keep_the_labels_that_policies_select() -> None:
+    template = ray_job_template(render(values_of("airgap")))
+    before, after = (job["spec"]["rayClusterSpec"] for job in (template, filled_in(template)))
+
+    for old, new in zip(
+        [before["headGroupSpec"], *before["workerGroupSpecs"]],
+        [after["headGroupSpec"], *after["workerGroupSpecs"]],
+        strict=True,
+    ):
+        assert old["template"]["metadata"]["labels"].items() <= new["template"]["metadata"]["labels"].items()
 
 
 def test_rules_of_kuberay_can_be_broken() -> None:
