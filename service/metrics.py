@@ -30,8 +30,7 @@ class ControllerMetrics:
         self._tick = Histogram(
             "ngd_reconciler_tick_seconds",
             "How long a whole tick of the reconciler takes.",
-            buckets=RESULTS = ("succeeded", "failed", "cancelled", "lost")
-TICK_BUCKETS_S,
+            buckets=TICK_BUCKETS_S,
             registry=self._registry,
         )
         self._dispatcher = self._gauge(
@@ -39,9 +38,7 @@ TICK_BUCKETS_S,
         )
         self._dispatcher.set(1)
         self._started = self._counter("ngd_attempts_started", "Attempts begun by this controller.")
-        self._ended = self._counter(
-            "ngd_attempts_ended", f"Attempts ended, by result: {', '.join(RESULTS)}.", "result"
-        )
+        self._ended = self._counter("ngd_attempts_ended", f"Attempts ended, by result: {', '.join(RESULTS)}.", "result")
         for result in RESULTS:
             self._ended.labels(result)  # from 0 on, so that an increase shows the first one too
         self._ingested = self._counter("ngd_events_ingested", "Events of workers stored for the first time.")
