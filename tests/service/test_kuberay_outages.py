@@ -38,7 +38,7 @@ def wait_for_message(client: Client, job: Job, words: str) -> None:
 
 def test_job_goes_on_while_kubernetes_does_not_answer(start_on_kuberay: Start, kube_cluster: KubeCluster) -> None:
     service = start_on_kuberay()
-    job = service.client.submit(spec(steps=200))
+    job = service.client.submit(spec(steps=500))
     wait_for_step(service.client, job.id, 20)
 
     kube_cluster.stop_server()
