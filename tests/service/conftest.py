@@ -35,7 +35,7 @@ def start_on_kuberay(
 ) -> Iterator[Callable[..., ServiceProcess]]:
     """Starts controllers on one home that have their attempts run by one KubeRay: by one RayJob each."""
     before = kube_cluster.times_created()
-    yield lambda **settings: start_service(**kube_cluster.settings, **settings)
+    yield lambda **settings: start_service(**(kube_cluster.settings | settings))
     assert {number for name, number in kube_cluster.times_created().items() if name not in before} <= {1}
 
 

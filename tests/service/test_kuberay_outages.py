@@ -1,8 +1,11 @@
 """A job on KubeRay while Kubernetes, the operator or somebody with kubectl gets in the way: it runs once."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import yaml
 
 from service.client import Client
 from service.dispatchers.base import AttemptRef
@@ -10,7 +13,7 @@ from service.dispatchers.rayjob import name_of
 from service.resources import Job
 from tests.service.test_crash import assert_nothing_lost_or_doubled, drivers, spec, wait_for_step
 from tests.support.deadline import wait_until
-from tests.support.kube_cluster import KubeCluster
+from tests.support.kube_cluster import TEMPLATE, KubeCluster
 from tests.support.service_process import ServiceProcess
 
 Start = Callable[..., ServiceProcess]
@@ -35,7 +38,7 @@ def wait_for_message(client: Client, job: Job, words: str) -> None:
 
 def test_job_goes_on_while_kubernetes_does_not_answer(start_on_kuberay: Start, kube_cluster: KubeCluster) -> None:
     service = start_on_kuberay()
-    job = service.client.submit(spec(steps=300))
+    job = service.client.submit(spec(steps=500))
     wait_for_step(service.client, job.id, 20)
 
     kube_cluster.stop_server()
@@ -92,7 +95,7 @@ def test_rayjob_that_somebody_deletes_is_followed_by_another(
     start_on_kuberay: Start, kube_cluster: KubeCluster
 ) -> None:
     service = start_on_kuberay()
-    job = service.client.submit(spec(steps=60))
+    job = service.client.submit(spec(steps=200))
     wait_for_step(service.client, job.id, 10)
 
     kube_cluster.delete(name(job))
@@ -130,3 +133,34 @@ def test_job_that_fits_no_pod_fails_with_what_to_do(start_on_kuberay: Start, kub
     assert (ended.status.phase, ended.status.reason) == ("FAILED", "DispatchFailed")
     assert "no worker group's pods have as many (cpu: 4 CPUs, 0 GPUs)" in (ended.status.message or "")
     assert name(posted) not in kube_cluster.times_created()
+
+
+def test_job_that_waits_for_the_operator_says_so_and_can_be_cancelled(
+    start_on_kuberay: Start, kube_cluster: KubeCluster
+) -> None:
+    kube_cluster.stop_operator()
+    service = start_on_kuberay(interrupt_grace_s=0.2)
+    job = service.client.submit(spec())
+    wait_for_message(service.client, job, "is its operator running?")
+
+    service.client.cancel(job.id)
+
+    assert service.client.wait(job.id, timeout_s=40).status.phase == "CANCELLED"
+    wait_until(lambda: not kube_cluster.rayjobs(), "its RayJob is gone")
+
+
+def test_rayjob_that_kuberay_does_not_take_fails_the_job_at_its_first_attempt(
+    start_on_kuberay: Start, kube_cluster: KubeCluster, tmp_path: Path
+) -> None:
+    template = copy.deepcopy(TEMPLATE)
+    template["spec"]["rayClusterSpec"] |= {"authOptions": {"mode": "token"}}
+    del template["spec"]["rayClusterSpec"]["rayVersion"]
+    file = tmp_path / "refused.yaml"
+    file.write_text(yaml.safe_dump(template))
+    service = start_on_kuberay(rayjob_template=str(file))
+
+    ended = service.client.wait(service.client.submit(spec()).id, timeout_s=40)
+
+    assert (ended.status.phase, ended.status.reason, ended.status.attempt) == ("FAILED", "DispatchFailed", 1)
+    assert "RayVersion was not specified; correct the RayJob template" in (ended.status.message or "")
+    wait_until(lambda: not kube_cluster.rayjobs(), "its RayJob is gone")
