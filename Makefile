@@ -13,7 +13,7 @@ HARDWARE ?= cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check docs gpu bench browser cluster-tools goldens
+.PHONY: help demo serve test test-slow check docs gpu bench browser cluster-tools goldens images image-tools
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,7 +36,7 @@ serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:800
 test: $(STAMP) browser cluster-tools ## run the tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-slow: $(STAMP) ## run the tests that take minutes
+test-slow: $(STAMP) image-tools ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 3600
 
 check: $(STAMP) ## lint, format, types, import layers
@@ -63,6 +63,9 @@ bench: $(BENCH_STAMP) ## measure on this CPU, for two hours or more; writes benc
 	for question in $(QUESTIONS); do $(BIN)/python -m benchmarks.$$question --hardware $(HARDWARE) || exit; done
 	$(BIN)/python -m benchmarks.steps_to_target --data-dir "$$NGD_DATA_DIR" --work .ngd/bench --hardware $(HARDWARE)
 	$(BIN)/python -m benchmarks.report
+
+images: ## build the images of the service and of the workers, with docker or buildah; see docker/README.md
+	docker/build.sh
 
 # The end-to-end test drives Debian's Chromium; only root may install it, and only where apt is.
 browser:
@@ -93,3 +96,11 @@ cluster-tools: $(STAMP) ## fetch Helm 3, promtool and a policy scanner into .too
 goldens: $(STAMP) ## write again what the chart renders to, and its table of values; read the diff
 	$(BIN)/python helm/values_table.py
 	$(BIN)/python -m tests.helm.update_goldens
+
+# A slow test builds the service's image on a Debian that debootstrap makes, with no daemon and no registry.
+IMAGE_TOOLS := buildah crun golang-github-containers-common golang-github-containers-image debootstrap shellcheck
+image-tools:
+	@{ command -v buildah && command -v debootstrap && command -v shellcheck; } >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { echo "installing buildah, debootstrap and shellcheck for the tests of the images"; \
+	  apt-get -qq update && apt-get -qq install -y --no-install-recommends $(IMAGE_TOOLS) >/dev/null; }; } || \
+	  echo "no buildah, debootstrap or shellcheck: the tests that need them will be skipped; to run them: apt-get install $(IMAGE_TOOLS)"
