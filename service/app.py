@@ -77,7 +77,6 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
 
 def _assemble(settings: Settings) -> Parts:
     keys = None if settings.api_keys_dir is None else ApiKeys(settings.api_keys_dir)
-    store, tokens = _open(settings)
     metrics = ControllerMetrics(version("ngd-dist"))
     failpoint = Failpoint(settings.failpoint)
     files = AttemptFiles(
@@ -86,9 +85,11 @@ def _assemble(settings: Settings) -> Parts:
         worker_url=settings.resolved_worker_url,
         cluster="own" if settings.dispatcher == "local" else "given",
     )
+    dispatcher = DISPATCHERS[settings.dispatcher](settings, files, failpoint)
+    store, tokens = _open(settings)  # last: a start that fails leaves the database's schema as it was
     reconciler = Reconciler(
         store=store,
-        dispatcher=DISPATCHERS[settings.dispatcher](settings, files, failpoint),
+        dispatcher=dispatcher,
         files=files,
         token_of=tokens.of_attempt,
         policy=Policy(

@@ -26,7 +26,11 @@ def follow(client: Client, job_id: str, console: Console) -> Job:
         for job in client.watch(job_id):
             at = job.status.progress
             progress.update(
-                task, completed=at.step, total=at.total_steps or 0, phase=job.status.phase, metrics=_metrics(job)
+                task,
+                completed=at.step,
+                total=at.total_steps or 0,
+                phase=job.status.phase,
+                metrics=_metrics(job),
             )
     console.print(_ending(job), markup=False, emoji=False, highlight=False)
     return job
@@ -38,6 +42,8 @@ def mark(job: Job) -> str:
 
 
 def _metrics(job: Job) -> str:
+    if job.status.message and not job.status.is_terminal:
+        return job.status.message  # what it waits for
     shown = [
         f"{label} {job.metrics_latest[name]:.4f}"
         for label, name in (("loss", "loss"), ("accuracy", "accuracy"), ("test", "test_accuracy"))

@@ -39,7 +39,7 @@ class Summary:
                 self.cancel.props("outline no-caps color=negative")
             self.recipe = ui.label().classes("muted")
         with ui.element("div").classes("panel notice").props("role=alert") as self.notice:
-            ui.icon("error").props("aria-hidden=true")
+            self.icon = ui.icon("error").props("aria-hidden=true")
             with ui.element("div").classes("notice-text"):
                 self.reason = ui.label().style("font-weight: 600")
                 self.message = ui.label()
@@ -64,10 +64,20 @@ class Summary:
             with self.badge:
                 phase_badge(status.phase, large=True)
         self.cancel.set_visibility(not status.is_terminal and job.desired_state == "RUNNING")
-        self.notice.set_visibility(bool(status.message or status.reason) and status.phase in ("FAILED", "RECOVERING"))
-        self.reason.set_text(status.reason or "")
-        self.message.set_text(status.message or "")
+        self._show_notice(job)
         self._show_facts(job)
+
+    def _show_notice(self, job: Job) -> None:
+        """Says why a job failed or is tried again, or what it waits for."""
+        status = job.status
+        is_trouble = status.phase in ("FAILED", "RECOVERING")
+        waits = status.message is not None and not status.is_terminal and not is_trouble
+        self.notice.set_visibility(waits or (is_trouble and bool(status.message or status.reason)))
+        self.notice.classes(**({"add": "waits"} if waits else {"remove": "waits"}))
+        self.icon.set_name("hourglass_empty" if waits else "error")
+        self.reason.set_text(status.reason or "")
+        self.reason.set_visibility(bool(status.reason))
+        self.message.set_text(status.message or "")
 
     def _show_facts(self, job: Job) -> None:
         progress, latest, batch = job.status.progress, job.metrics_latest, job.spec["batch"]
