@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,21 @@ def main(arguments: list[str] | None = None) -> None:
     except (ServiceError, SpecError) as error:
         _complain(error)
         sys.exit(1)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        out.print(f"ngd {version('ngd-dist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def ngd(
+    should_print_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Holds the options that stand before a verb."""
 
 
 @app.command()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_job_is_listed_shown_and_its_log_printed(tmp_path: Path, url: str) -> No
     assert json.loads(ngd("get", job_id, url=url).stdout)["id"] == job_id
     assert ngd("logs", job_id, "--tail", "1", url=url).stdout == followed.stdout.splitlines(keepends=True)[-1]
     assert "SUCCEEDED" in ngd("cancel", job_id, url=url).stdout
+
+
+def test_version_is_the_installed_one() -> None:
+    result = ngd("--version")
+
+    assert result.returncode == 0
+    assert result.stdout == f"ngd {version('ngd-dist')}\n"
 
 
 def test_bad_spec_is_explained_field_by_field(tmp_path: Path, url: str) -> None:
