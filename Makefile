@@ -13,7 +13,7 @@ HARDWARE ?= cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check docs gpu bench browser
+.PHONY: help demo serve test test-slow check docs gpu bench browser images image-tools
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,7 +36,7 @@ serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:800
 test: $(STAMP) browser ## run the tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-slow: $(STAMP) ## run the tests that take minutes
+test-slow: $(STAMP) image-tools ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 3600
 
 check: $(STAMP) ## lint, format, types, import layers
@@ -64,8 +64,19 @@ bench: $(BENCH_STAMP) ## measure on this CPU, for two hours or more; writes benc
 	$(BIN)/python -m benchmarks.steps_to_target --data-dir "$$NGD_DATA_DIR" --work .ngd/bench --hardware $(HARDWARE)
 	$(BIN)/python -m benchmarks.report
 
+images: ## build the images of the service and of the workers, with docker or buildah; see docker/README.md
+	docker/build.sh
+
 # The end-to-end test drives Debian's Chromium; only root may install it, and only where apt is.
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  { echo "installing chromium for the dashboard test"; apt-get -qq update && apt-get -qq install -y chromium >/dev/null; }; } || \
 	  echo "no chromium: the dashboard test will be skipped; to run it: apt-get install chromium"
+
+# A slow test builds the service's image on a Debian that debootstrap makes, with no daemon and no registry.
+IMAGE_TOOLS := buildah crun golang-github-containers-common golang-github-containers-image debootstrap
+image-tools:
+	@command -v buildah >/dev/null && command -v debootstrap >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { echo "installing buildah and debootstrap for the test of the image"; \
+	  apt-get -qq update && apt-get -qq install -y --no-install-recommends $(IMAGE_TOOLS) >/dev/null; }; } || \
+	  echo "no buildah or no debootstrap: the test that builds the image will be skipped; to run it: apt-get install $(IMAGE_TOOLS)"

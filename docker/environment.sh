@@ -2,7 +2,8 @@
 # Makes /opt/ngd, the Python environment of an image, inside its builder stage. Each command is one layer:
 #   environment.sh tools                     uv, hatchling and cyclonedx-py in /opt/tools, pinned by build.txt
 #   environment.sh dependencies EXTRA...     what uv.lock pins for these extras, each file checked by its hash
-#   environment.sh cpu-dependencies EXTRA... the same with PyTorch's CPU build in place of torch and the CUDA libraries
+#   environment.sh dependencies-cuda ...     the same: PyPI's torch brings the CUDA libraries, and runs on CPUs too
+#   environment.sh dependencies-cpu ...      with PyTorch's CPU build in place of torch and the CUDA libraries
 #   environment.sh project                   this project's own wheel, bytecode for everything, and the bill of materials
 # Settings of the package index come from the secret "package-index" (lines NAME=value: UV_DEFAULT_INDEX, UV_INDEX,
 # PIP_INDEX_URL ...) and from "ca-certificates" (a PEM file); neither is kept in a layer.
@@ -20,6 +21,11 @@ if [[ -s $SETTINGS ]]; then
   # shellcheck source=/dev/null
   . "$SETTINGS"
   set +a
+fi
+# One index for both: pip installs the tools, uv everything else.
+index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-}}
+if [[ -n $index ]]; then
+  export UV_DEFAULT_INDEX=$index PIP_INDEX_URL=${PIP_INDEX_URL:-$index}
 fi
 if [[ -s $CERTIFICATES ]]; then
   export SSL_CERT_FILE=$CERTIFICATES PIP_CERT=$CERTIFICATES
@@ -52,7 +58,7 @@ dependencies() {
 
 # The index of CPU builds has other files under the same versions, so uv.lock knows no hash of them: these two packages
 # alone are pinned by version. CPU_TORCH names others, where a mirror has no such version.
-cpu_dependencies() {
+dependencies_cpu() {
   python3 -m venv --without-pip "$TARGET"
   # shellcheck disable=SC2046
   lock $(options_of "$@") --prune torch --prune torchvision >/tmp/locked.txt
@@ -68,6 +74,7 @@ cpu_dependencies() {
 project() {
   "$TOOLS/bin/uv" build --quiet --wheel --no-build-isolation --python "$TOOLS/bin/python" --out-dir /tmp/wheel
   install --no-deps /tmp/wheel/*.whl
+  rm -f "$TARGET/.lock" # of uv, and writable for all
   bytecode
   materials
 }
@@ -86,10 +93,10 @@ materials() {
 
 case "${1:-}" in
   tools | project) "$1" ;;
-  dependencies) shift && dependencies "$@" ;;
-  cpu-dependencies) shift && cpu_dependencies "$@" ;;
+  dependencies | dependencies-cuda) shift && dependencies "$@" ;;
+  dependencies-cpu) shift && dependencies_cpu "$@" ;;
   *)
-    echo "environment.sh: no command '${1:-}'; one of tools, dependencies, cpu-dependencies, project" >&2
+    echo "environment.sh: no command '${1:-}'; one of tools, dependencies, dependencies-cuda, dependencies-cpu, project" >&2
     exit 2
     ;;
 esac

@@ -6,47 +6,34 @@
 ARG BASE_IMAGE=docker.io/library/python:3.11.15-slim-bookworm
 ARG VARIANT=cuda
 
-FROM ${BASE_IMAGE} AS tools
+FROM ${BASE_IMAGE} AS builder
+ARG VARIANT
+ARG CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG CPU_TORCH=
 WORKDIR /build
 COPY docker/environment.sh docker/build.txt docker/
 RUN --mount=type=secret,id=package-index --mount=type=secret,id=ca-certificates \
     docker/environment.sh tools
 COPY pyproject.toml uv.lock ./
-
-FROM tools AS dependencies-cuda
-RUN --mount=type=secret,id=package-index --mount=type=secret,id=ca-certificates \
-    docker/environment.sh dependencies cluster service postgres kuberay
-
-FROM tools AS dependencies-cpu
-ARG CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG CPU_TORCH=
 RUN --mount=type=secret,id=package-index --mount=type=secret,id=ca-certificates \
     CPU_TORCH_INDEX="${CPU_TORCH_INDEX}" CPU_TORCH="${CPU_TORCH}" \
-    docker/environment.sh cpu-dependencies cluster service postgres kuberay
-
-# hadolint ignore=DL3006
-FROM dependencies-${VARIANT} AS builder
-WORKDIR /build
+    docker/environment.sh "dependencies-${VARIANT}" cluster service postgres kuberay
 COPY README.md LICENSE ./
 COPY ngd_dist ngd_dist
 COPY workers workers
 COPY service service
 RUN docker/environment.sh project
 
-FROM ${BASE_IMAGE} AS runtime-cpu
-
-# NCCL reaches InfiniBand and RoCE through these at run time, and falls back to TCP without them. Debian keeps one version
-# of a package per release: a pinned one would be gone with the next security update.
-FROM ${BASE_IMAGE} AS runtime-cuda
+FROM ${BASE_IMAGE} AS worker
+ARG VARIANT
+# NCCL reaches InfiniBand and RoCE through these at run time, and falls back to TCP without them. No version: Debian keeps
+# one per release, and a pinned one would be gone with the next security update; the base image's digest is the pin.
 # hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends libibverbs1 ibverbs-providers librdmacm1 \
-    && rm -rf /var/lib/apt/lists/*
-ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
-
-# hadolint ignore=DL3006
-FROM runtime-${VARIANT} AS worker
+RUN if [ "${VARIANT}" = cuda ]; then \
+      apt-get update \
+      && apt-get install -y --no-install-recommends libibverbs1 ibverbs-providers librdmacm1 \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN groupadd --gid 10001 ngd \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/ngd --shell /bin/bash ngd \
     && install -d -o 10001 -g 10001 -m 0770 /var/lib/ngd /var/lib/ngd/runs
@@ -55,7 +42,8 @@ COPY --from=builder /opt/sbom.cdx.json /usr/share/doc/ngd/sbom.cdx.json
 COPY LICENSE /usr/share/doc/ngd/LICENSE
 COPY docker/healthcheck.py /usr/local/lib/ngd/healthcheck.py
 
-# As in service.Dockerfile; and Ray tells nobody of its use.
+# As in service.Dockerfile; and Ray tells nobody of its use. NVIDIA_VISIBLE_DEVICES is not set: "all" would show each GPU of
+# a node to pods that asked for none. `docker run --gpus` and Kubernetes' device plugin set it.
 ENV PATH=/opt/ngd/bin:$PATH \
     HOME=/tmp \
     NGD_HOME=/var/lib/ngd \
@@ -71,7 +59,6 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=8 \
 CMD ["bash"]
 
 ARG BASE_IMAGE
-ARG VARIANT
 ARG VERSION=0.0.0
 ARG REVISION=unknown
 ARG CREATED=1980-01-01T00:00:00Z
