@@ -74,9 +74,9 @@ browser:
 	  echo "no chromium: the dashboard test will be skipped; to run it: apt-get install chromium"
 
 # A slow test builds the service's image on a Debian that debootstrap makes, with no daemon and no registry.
-IMAGE_TOOLS := buildah crun golang-github-containers-common golang-github-containers-image debootstrap
+IMAGE_TOOLS := buildah crun golang-github-containers-common golang-github-containers-image debootstrap shellcheck
 image-tools:
-	@command -v buildah >/dev/null && command -v debootstrap >/dev/null || \
-	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { echo "installing buildah and debootstrap for the test of the image"; \
+	@{ command -v buildah && command -v debootstrap && command -v shellcheck; } >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { echo "installing buildah, debootstrap and shellcheck for the tests of the images"; \
 	  apt-get -qq update && apt-get -qq install -y --no-install-recommends $(IMAGE_TOOLS) >/dev/null; }; } || \
-	  echo "no buildah or no debootstrap: the test that builds the image will be skipped; to run it: apt-get install $(IMAGE_TOOLS)"
+	  echo "no buildah, debootstrap or shellcheck: the tests that need them will be skipped; to run them: apt-get install $(IMAGE_TOOLS)"

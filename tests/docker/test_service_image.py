@@ -1,4 +1,4 @@
-"""The service's image, truly built and started: as uid 10001, as PID 1, on a read-only root, with no daemon involved."""
+"""The service's image, truly built and started: as uid 10001, as PID 1, on a read-only root, with no daemon."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_is_unhealthy_when_nothing_answers(image: Built, sandbox: Sandbox) -> No
     status, output = sandbox.run(*image.config["Healthcheck"]["Test"][1:], NGD_PORT=str(free_port()))
 
     assert status == 1
-    assert "nothing answers on port" in output
+    assert "nothing healthy answers on port" in output
 
 
 def test_command_line_works_without_a_writable_root(sandbox: Sandbox) -> None:

@@ -23,7 +23,8 @@ def why_no_image_can_be_built() -> str | None:
         return f"no image is built, for want of {', '.join(missing)}: make image-tools, as root on Debian"
     if os.geteuid() != 0:
         return "no image is built: debootstrap and buildah's chroot isolation need root"
-    mounted = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    mounted = subprocess.run(command, capture_output=True, check=False)
     return None if mounted.returncode == 0 else "no image is built: this machine does not let root mount"
 
 
@@ -82,8 +83,10 @@ class ImageStore:
 
 
 class Sandbox:
-    """Runs commands in an unpacked image as its configuration says: its user, its environment, PID 1, no new privileges,
-    and a root file system that is mounted read-only but for /tmp and /var/lib/ngd. The network is this machine's.
+    """Runs commands in an unpacked image as its configuration says: its user and environment, as PID 1.
+
+    They gain no privileges, and the root file system is mounted read-only but for /tmp and /var/lib/ngd. The network
+    is this machine's.
     """
 
     def __init__(self, root: Path, config: Mapping[str, Any], state: Path) -> None:
