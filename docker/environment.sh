@@ -73,16 +73,18 @@ dependencies_cpu() {
 
 project() {
   "$TOOLS/bin/uv" build --quiet --wheel --no-build-isolation --python "$TOOLS/bin/python" --out-dir /tmp/wheel
-  install --no-deps /tmp/wheel/*.whl
+  # By pip: uv would note the wheel's time of making beside it.
+  "$TOOLS/bin/pip" --python "$TARGET/bin/python" install --quiet --no-index --no-deps --no-compile /tmp/wheel/*.whl
   rm -f "$TARGET/.lock" # of uv, and writable for all
   bytecode
   materials
 }
 
 # The file system is read-only where the image runs. unchecked-hash: neither the files' times, which differ from build to
-# build, nor the sources are looked at on import. Templates inside of packages need not be valid Python: hence || true.
+# build, nor the sources are looked at on import. In one process: what else a process has compiled shows in its bytecode.
+# Templates inside of packages need not be valid Python: hence || true.
 bytecode() {
-  "$TARGET/bin/python" -m compileall -q -j 0 --invalidation-mode unchecked-hash "$TARGET/lib" >/dev/null || true
+  PYTHONHASHSEED=0 "$TARGET/bin/python" -m compileall -q -j 1 --invalidation-mode unchecked-hash "$TARGET/lib" >/dev/null || true
   [[ -n $(find "$TARGET/lib" -path '*service/__pycache__/app.*.pyc' -print -quit) ]]
 }
 

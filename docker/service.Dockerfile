@@ -22,7 +22,8 @@ RUN docker/environment.sh project
 FROM ${BASE_IMAGE} AS service
 RUN groupadd --gid 10001 ngd \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/ngd --shell /usr/sbin/nologin ngd \
-    && install -d -o 10001 -g 10001 -m 0770 /var/lib/ngd /var/lib/ngd/runs
+    && install -d -o 10001 -g 10001 -m 0770 /var/lib/ngd /var/lib/ngd/runs \
+    && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY --from=builder /opt/ngd /opt/ngd
 COPY --from=builder /opt/sbom.cdx.json /usr/share/doc/ngd/sbom.cdx.json
 COPY LICENSE /usr/share/doc/ngd/LICENSE

@@ -38,7 +38,8 @@ RUN if [ "${VARIANT}" = cuda ]; then \
     fi
 RUN groupadd --gid 10001 ngd \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/ngd --shell /bin/bash ngd \
-    && install -d -o 10001 -g 10001 -m 0770 /var/lib/ngd /var/lib/ngd/runs
+    && install -d -o 10001 -g 10001 -m 0770 /var/lib/ngd /var/lib/ngd/runs \
+    && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY --from=builder /opt/ngd /opt/ngd
 COPY --from=builder /opt/sbom.cdx.json /usr/share/doc/ngd/sbom.cdx.json
 COPY LICENSE /usr/share/doc/ngd/LICENSE

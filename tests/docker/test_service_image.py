@@ -129,6 +129,14 @@ def test_root_owns_everything_but_the_writable_folders(image: Built) -> None:
     assert set(found.stdout.split()) <= {"/tmp", "/var/tmp", "/run/lock", "/var/lib/ngd", "/var/lib/ngd/runs"}
 
 
+def test_no_program_runs_as_another_user(image: Built) -> None:
+    found = subprocess.run(
+        ["find", image.root, "-type", "f", "-perm", "/6000"], capture_output=True, text=True, check=True
+    )
+
+    assert found.stdout == ""
+
+
 def test_leaves_no_settings_of_the_package_index_behind(image: Built) -> None:
     assert not (image.root / "run/secrets/package-index").exists()
     assert not (image.root / "opt/tools").exists()
