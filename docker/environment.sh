@@ -81,10 +81,11 @@ project() {
 }
 
 # The file system is read-only where the image runs. unchecked-hash: neither the files' times, which differ from build to
-# build, nor the sources are looked at on import. In one process: what else a process has compiled shows in its bytecode.
+# build, nor the sources are looked at on import. -f: what was imported so far has left bytecode of the other kind. In one
+# process: what else a process has compiled shows in its bytecode.
 # Templates inside of packages need not be valid Python: hence || true.
 bytecode() {
-  PYTHONHASHSEED=0 "$TARGET/bin/python" -m compileall -q -j 1 --invalidation-mode unchecked-hash "$TARGET/lib" >/dev/null || true
+  PYTHONHASHSEED=0 "$TARGET/bin/python" -m compileall -q -f -j 1 --invalidation-mode unchecked-hash "$TARGET/lib" >/dev/null || true
   [[ -n $(find "$TARGET/lib" -path '*service/__pycache__/app.*.pyc' -print -quit) ]]
 }
 

@@ -153,6 +153,13 @@ def test_bill_of_materials_is_what_the_lock_file_pins(image: Built) -> None:
     assert listed == locked("service", "postgres", "kuberay")
 
 
+def test_bytecode_does_not_depend_on_when_it_was_made(image: Built) -> None:
+    """Its flags say that it goes by no time and no hash of the source: two builds are then the same."""
+    flags = {path.read_bytes()[4:8] for path in (image.root / "opt/ngd").rglob("*.pyc")}
+
+    assert flags == {(1).to_bytes(4, "little")}
+
+
 def test_environment_is_small(image: Built) -> None:
     size = sum(path.lstat().st_size for path in (image.root / "opt/ngd").rglob("*") if not path.is_symlink())
 
