@@ -83,12 +83,16 @@ class Settings(BaseSettings):
     )
     failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
 
-    @field_validator("data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template", mode="before")
+    @field_validator(
+        "data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template", mode="before"
+    )
     @classmethod
     def _given(cls, path: object) -> object:
         return path or None  # an empty variable counts as none, and not as the working directory
 
-    @field_validator("home", "data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template")
+    @field_validator(
+        "home", "data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template"
+    )
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         try:
