@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from service.dispatchers.rayjob import groups_of, read_template, replicas_for
-from service.settings import Settings
+from service.settings import ClientSettings, Settings
 from tests.support.chart import (
     CHART,
     ROOT,
@@ -49,7 +49,7 @@ def environment(objects: list[dict[str, Any]], name: str = "Deployment/ngd-contr
 def test_every_variable_is_a_setting_of_the_service(scenario: str) -> None:
     given = environment(render(values_of(scenario) | ALL_SETTINGS))
 
-    known = {f"NGD_{field.upper()}" for field in Settings.model_fields}
+    known = {f"NGD_{field.upper()}" for field in (*Settings.model_fields, *ClientSettings.model_fields)}
     assert set(given) - known - NOT_OURS == set()
 
 

@@ -50,6 +50,10 @@ spec:
   automountServiceAccountToken: {{ eq $v.dispatcher.mode "kuberay" }}
   # A Service called ngd would otherwise set NGD_PORT in every pod of the namespace.
   enableServiceLinks: false
+  {{- if eq $v.dispatcher.mode "local" }}
+  # The controller starts drivers, whose Ray leaves processes behind: the pause container, as process 1, reaps them.
+  shareProcessNamespace: true
+  {{- end }}
   {{- with include "ngd.pullSecrets" $root }}
   {{- . | nindent 2 }}
   {{- end }}
@@ -152,6 +156,9 @@ volumeMounts:
 - {name: NGD_PORT, value: "8000"}
 - {name: NGD_HOME, value: /var/lib/ngd}
 - {name: NGD_API_KEYS_DIR, value: /etc/ngd/api-keys}
+{{- if not $v.auth.existingSecret }}
+- {name: NGD_API_KEY_FILE, value: /etc/ngd/api-keys/first} # for ngd in this pod
+{{- end }}
 - {name: NGD_SIGNING_KEY_FILE, value: /etc/ngd/signing-key/key}
 - {name: NGD_WORKER_URL, value: {{ include "ngd.workerUrl" . | quote }}}
 {{- with include "ngd.publicUrl" . }}
