@@ -65,16 +65,17 @@ def test_changing_an_immutable_field_would_be_noticed(cluster: HelmCluster) -> N
         cluster.helm("upgrade", {"nameOverride": "other", "fullnameOverride": "ngd"})
 
 
-def test_uninstall_leaves_volumes_and_signing_key_and_the_next_install_takes_them_up(cluster: HelmCluster) -> None:
+def test_what_uninstall_leaves_the_next_install_takes_up(cluster: HelmCluster) -> None:
     cluster.helm("install", KUBERAY)
     first = secrets(cluster)
 
     said = cluster.helm("uninstall")
 
     assert re.search("kept due to the resource policy", said)
-    assert {name for _, name in cluster.objects} == {"ngd-home", "ngd-runs", "ngd-signing-key"}
+    assert {name for _, name in cluster.objects} == {"ngd-home", "ngd-runs", "ngd-signing-key", "ngd-ray-auth"}
     cluster.helm("install", KUBERAY)
     assert secrets(cluster)["ngd-signing-key"] == first["ngd-signing-key"]
+    assert secrets(cluster)["ngd-ray-auth"] == first["ngd-ray-auth"]
     assert secrets(cluster)["ngd-api-keys"] != first["ngd-api-keys"]
 
 

@@ -82,7 +82,7 @@ def test_generated_secrets_are_what_the_service_takes() -> None:
     assert len(value("-ray-auth", "auth_token")) >= 32
 
 
-def test_volumes_and_the_signing_key_outlive_the_release() -> None:
+def test_volumes_and_what_running_attempts_need_outlive_the_release() -> None:
     objects = render({"dispatcher": {"mode": "kuberay"}})
 
     kept = {
@@ -91,7 +91,7 @@ def test_volumes_and_the_signing_key_outlive_the_release() -> None:
         if "helm.sh/resource-policy" in one["metadata"].get("annotations", {})
     }
 
-    assert kept == {"ngd-home", "ngd-runs", "ngd-signing-key"}
+    assert kept == {"ngd-home", "ngd-runs", "ngd-signing-key", "ngd-ray-auth"}
 
 
 def test_a_changed_ray_template_restarts_the_controllers() -> None:
