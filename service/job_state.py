@@ -95,6 +95,7 @@ class AttemptState:
     has_started: bool  # its workers have reported
     stop: Action = Action.NONE  # the strongest signal sent so far
     stop_sent_at: datetime | None = None
+    last_seen_at: datetime | None = None  # it reported, or was said to run, whoever was told
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Observation:
     process: Process = Process.UNKNOWN
     outcome: Outcome | None = None
     message: str | None = None  # what the dispatcher says of it, for the job's owner
-    silent_since: datetime | None = None  # when UNREACHABLE: since then
+    silent_s: float = 0.0  # when UNREACHABLE: for how long that has been observed
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +175,14 @@ def _while_running(job: JobState, attempt: AttemptState, seen: Observation, poli
 
 
 def _while_silent(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> Decision:
-    """The attempt may well live on: it is left alone for unreachable_s, and after that later attempts fence it.
+    """The attempt may well live on: it is given up when nobody has heard of it for unreachable_s, and fenced.
 
     One that is not submitted yet has nothing to lose by waiting, and another one would wait just as long.
     """
-    since = seen.silent_since or seen.now
-    has_something_to_end = attempt.is_submitted or job.desired is Desired.CANCELLED
-    if has_something_to_end and seen.now >= since + timedelta(seconds=policy.unreachable_s):
+    patience = timedelta(seconds=policy.unreachable_s)
+    was_heard_of = attempt.last_seen_at is not None and seen.now < attempt.last_seen_at + patience
+    may_have_begun = attempt.is_submitted or attempt.has_started or job.desired is Desired.CANCELLED
+    if seen.silent_s >= policy.unreachable_s and may_have_begun and not was_heard_of:
         return _after_exit(job, attempt, seen, policy)
     if job.desired is Desired.CANCELLED and job.phase is not Phase.CANCELLING:
         return Decision(Phase.CANCELLING, "UserCancelled", seen.message)

@@ -8,16 +8,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 from ulid import ULID
 
-from service.dispatchers.base import AttemptRef, BackendUnavailableError, Dispatcher, DispatchError, Launch
+from service.dispatchers.base import (
+    AttemptRef,
+    BackendError,
+    BackendUnavailableError,
+    Dispatcher,
+    DispatchError,
+    Launch,
+)
 from service.dispatchers.files import AttemptFiles
 from service.errors import StoreUnavailableError
 from service.failpoint import Failpoint
 from service.job_state import Action, Decision, Observation, Phase, Policy, Process, decide
 from service.metrics import ControllerMetrics
+from service.silence import Silence
 from service.store.base import Claim, Store
 from workers.rundir import Outcome
 
@@ -50,8 +59,9 @@ class Reconciler:
         self._store = store
         self._dispatcher = dispatcher
         self._files = files
-        self._silent_since: dict[AttemptRef, datetime] = {}  # of attempts whose backend does not answer
+        self._silence = Silence()
         self._outage: BackendUnavailableError | None = None  # in this tick: one call has waited, the others need not
+        self._turn = 0
         self._token_of = token_of
         self._policy = policy
         self._max_running_jobs = max_running_jobs
@@ -102,7 +112,8 @@ class Reconciler:
             lease_token=str(ULID()), now=datetime.now(UTC), lease_s=self._lease_s, max_running=self._max_running_jobs
         )
         self._outage = None
-        for claim in claims:
+        self._end_what_was_left()
+        for claim in self._in_turn(claims):
             try:
                 self._reconcile(claim)
             except StoreUnavailableError:
@@ -112,24 +123,49 @@ class Reconciler:
             finally:
                 self._store.release(claim)
 
+    def _in_turn(self, claims: list[Claim]) -> list[Claim]:
+        """Begins with another job each tick: one whose call takes all the time must not hide the others for ever."""
+        self._turn += 1
+        first = self._turn % max(len(claims), 1)
+        return claims[first:] + claims[:first]
+
     def _reconcile(self, claim: Claim) -> None:
         ref = AttemptRef(claim.job.id, claim.job.attempt)
         seen = self._observe(ref, claim)
-        attempt = claim.attempt.state if claim.attempt else None
-        decision = decide(claim.job.state, attempt, seen, self._policy)
-        if decision.ends_attempt:
-            self._settle(ref, claim)
-        if decision.phase is not None and not self._apply(claim, decision, seen.outcome):
-            return
-        if decision.phase is None and decision.note != claim.job.message and claim.job.state.phase in NOTED:
-            self._store.note(claim, decision.note)
-        try:
-            self._act(ref, claim, decision)
-        except DispatchError as error:
-            self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), seen.outcome)
-        except BackendUnavailableError as error:
-            self._note_outage(error)
-            log.warning("backend_unavailable attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)
+        decision = self._decide(claim, seen)
+        if decision.phase is None and decision.action is Action.NONE:
+            return self._note(claim, decision.note)
+        # What was seen may have taken longer than the lease: then the job is another controller's by now.
+        if not self._store.renew(claim, datetime.now(UTC), self._lease_s):
+            return None
+        is_left_running = False
+        if decision.ends_attempt and claim.attempt is not None:
+            is_left_running = not self._settle(ref, claim)
+            seen, decision = self._look_again(ref, claim, seen, decision)
+        if decision.phase is not None and not self._apply(claim, decision, seen.outcome, is_left_running):
+            return None
+        refusal = self._act(ref, claim, decision)
+        if decision.phase is None:
+            self._note(claim, refusal or decision.note)
+        return None
+
+    def _decide(self, claim: Claim, seen: Observation) -> Decision:
+        return decide(claim.job.state, claim.attempt.state if claim.attempt else None, seen, self._policy)
+
+    def _look_again(
+        self, ref: AttemptRef, claim: Claim, seen: Observation, decision: Decision
+    ) -> tuple[Observation, Decision]:
+        """An outcome may have come into sight while the attempt was being ended; it is the truth."""
+        outcome = None if seen.outcome else self._files.outcome(ref)
+        if outcome is None:
+            return seen, decision
+        seen = replace(seen, now=datetime.now(UTC), process=Process.EXITED, outcome=outcome)
+        return seen, self._decide(claim, seen)
+
+    def _note(self, claim: Claim, message: str | None) -> None:
+        """Says what the job waits for, where its message doesn't say why it is in its phase."""
+        if message != claim.job.message and claim.job.state.phase in NOTED:
+            self._store.note(claim, message)
 
     def _observe(self, ref: AttemptRef, claim: Claim) -> Observation:
         now = datetime.now(UTC)
@@ -139,36 +175,68 @@ class Reconciler:
             if self._outage is not None:
                 raise self._outage
             seen = self._dispatcher.inspect(ref)
-        except BackendUnavailableError as error:
-            self._note_outage(error)
-            if ref not in self._silent_since:
-                self._silent_since[ref] = now
+        except BackendError as error:
+            self._note_trouble(error)
+            silent_s = self._silence.failed(ref)
+            if silent_s == 0:
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
-            return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), self._silent_since[ref])
+            return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), silent_s)
         self._metrics.dispatcher_answered(is_up=True)
-        if self._silent_since.pop(ref, None):
+        if self._silence.is_over(ref):
             log.info("backend_answers attempt=%s", ref.attempt_id)
+        if seen.process is Process.RUNNING:
+            self._note_life(claim, now)
         return Observation(now, seen.process, seen.outcome, seen.message)
 
-    def _note_outage(self, error: BackendUnavailableError) -> None:
-        self._outage = error
-        self._metrics.dispatcher_answered(is_up=False)
+    def _note_life(self, claim: Claim, now: datetime) -> None:
+        """Lets the other controllers know that the attempt runs, a few times within their patience with silence."""
+        state = claim.attempt.state if claim.attempt else None
+        assert state is not None
+        if not state.is_submitted:
+            self._store.mark_submitted(claim)  # the controller that submitted it did not live to say so
+        between = timedelta(seconds=self._policy.unreachable_s / 10)
+        if state.last_seen_at is None or now >= state.last_seen_at + between:
+            self._store.mark_seen(claim, now)
 
-    def _settle(self, ref: AttemptRef, claim: Claim) -> None:
-        """Ends what the attempt left running, and takes in what it could not deliver while no controller was up."""
-        if claim.attempt is None:
-            return
-        self._silent_since.pop(ref, None)
+    def _note_trouble(self, error: BackendError) -> None:
+        if isinstance(error, BackendUnavailableError):
+            self._outage = error
+            self._metrics.dispatcher_answered(is_up=False)
+
+    def _settle(self, ref: AttemptRef, claim: Claim) -> bool:
+        """Ends what the attempt left running, and takes in what it could not deliver while no controller was up.
+
+        Returns whether it could be ended; if not it is tried again later, and the next attempt fences it.
+        """
+        assert claim.attempt is not None
+        self._silence.is_over(ref)
         try:
             self._dispatcher.kill(ref)
-        except BackendUnavailableError as error:  # the next attempt kills it before it starts, and fences it
-            self._note_outage(error)
-            log.warning("not_killed attempt=%s error=%s", ref.attempt_id, error)
+            is_ended = True
+        except BackendError as error:
+            self._note_trouble(error)
+            log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
+            is_ended = False
         for events in self._files.undelivered(ref, claim.attempt.acknowledged_seq):
             self._metrics.events_ingested(self._store.ingest(claim.attempt.id, events).new_events)
+        return is_ended
 
-    def _apply(self, claim: Claim, decision: Decision, outcome: Outcome | None) -> bool:
-        is_stored = self._store.apply(claim, decision, datetime.now(UTC), outcome)
+    def _end_what_was_left(self) -> None:
+        """Ends the attempts that were given up while nobody could end them."""
+        for attempt in self._store.left_running():
+            ref = AttemptRef(attempt.job_id, attempt.state.number)
+            try:
+                self._dispatcher.kill(ref)
+                if self._dispatcher.inspect(ref).process is Process.RUNNING:
+                    continue  # it takes its time
+            except BackendError as error:
+                self._note_trouble(error)
+                return
+            self._store.mark_gone(attempt.id)
+            log.info("ended_late attempt=%s", ref.attempt_id)
+
+    def _apply(self, claim: Claim, decision: Decision, outcome: Outcome | None, is_left_running: bool = False) -> bool:
+        is_stored = self._store.apply(claim, decision, datetime.now(UTC), outcome, is_left_running=is_left_running)
         log.info(
             "phase job_id=%s from=%s to=%s reason=%s stored=%s",
             claim.job.id,
@@ -190,7 +258,19 @@ class Reconciler:
             is_lost = result == "failed" and outcome is None and decision.reason != "DispatchFailed"
             self._metrics.attempt_ended("lost" if is_lost else result)
 
-    def _act(self, ref: AttemptRef, claim: Claim, decision: Decision) -> None:
+    def _act(self, ref: AttemptRef, claim: Claim, decision: Decision) -> str | None:
+        """Does what was decided. Returns why it was not done, if it is to be tried again."""
+        try:
+            self._do(ref, claim, decision)
+        except DispatchError as error:
+            self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), None)
+        except BackendError as error:
+            self._note_trouble(error)
+            log.warning("not_done attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)
+            return str(error)
+        return None
+
+    def _do(self, ref: AttemptRef, claim: Claim, decision: Decision) -> None:
         match decision.action:
             case Action.NEW_ATTEMPT:
                 # The next tick submits it: after a crash right here the same code goes the same way.

@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     )
     max_running_jobs: int = Field(1, ge=1, description="Jobs that run at once; the rest wait in order of creation.")
     tick_s: float = Field(1.0, gt=0, description="Seconds between two looks at the running jobs.")
-    lease_s: float = Field(10.0, gt=0, description="Seconds after which another controller may take over a job.")
+    lease_s: float = Field(30.0, gt=0, description="Seconds after which another controller may take over a job.")
     retry_backoff_s: float = Field(2.0, ge=0, description="Wait before attempt 2; doubles each time, up to 300.")
     cancel_grace_s: float = Field(30.0, ge=0, description="Seconds a cancelled job has to stop by itself.")
     interrupt_grace_s: float = Field(10.0, ge=0, description="Seconds between SIGINT and SIGKILL.")

@@ -15,6 +15,8 @@ from workers.rundir import Outcome
 __all__ = [
     "SPEC_SHA256",
     "AttemptRef",
+    "BackendError",
+    "BackendRefusedError",
     "BackendUnavailableError",
     "DispatchError",
     "Dispatcher",
@@ -29,8 +31,16 @@ class DispatchError(Exception):
     """An attempt can't be started here; str() is one sentence for the job's owner."""
 
 
-class BackendUnavailableError(Exception):
-    """What runs the attempts does not answer, so nothing is known; the call is made again. str(): one sentence."""
+class BackendError(Exception):
+    """What runs the attempts did not do what was asked; the call is made again. str(): one sentence."""
+
+
+class BackendUnavailableError(BackendError):
+    """It does not answer, or not to this service: nothing is known of any attempt."""
+
+
+class BackendRefusedError(BackendError):
+    """It answers, and did not do this: of other attempts that says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class Seen:
 
 
 class Dispatcher(Protocol):
-    """Every call may raise BackendUnavailableError, and may be made again."""
+    """Every call may raise BackendError, and may be made again."""
 
     def submit(self, launch: Launch) -> None:
         """Starts the attempt unless it was started before: calling it again changes nothing. Raises: DispatchError."""

@@ -4,6 +4,7 @@ What an attempt is told (spec, facts, the request to stop) and what it leaves (e
 it runs; so they survive a lost controller, a lost Ray head and a deleted pod alike.
 """
 
+import errno
 import logging
 import shlex
 import time
@@ -14,18 +15,20 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from service.dispatchers.base import AttemptRef, DispatchError, Launch
+from service.dispatchers.base import AttemptRef, BackendRefusedError, DispatchError, Launch
 from workers.events import Numbered, numbered
-from workers.rundir import AttemptDir, Facts, Outcome, write_json
+from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec_problems import SpecProblemsError, parse_spec
 
 __all__ = ["AttemptFiles", "age_s", "entrypoint"]
+
+FINAL = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
 
 log = logging.getLogger(__name__)
 
 BATCH_EVENTS = 512
 TAIL_BYTES = 1 << 20  # the most of a log that is served at once
-OUTCOME_DELAY_S = 30.0  # a network file system may show a new file this late
+OUTCOME_DELAY_S = 90.0  # NFS may show a new file this late: by default it looks at a folder again after 60 s
 
 
 class AttemptFiles:
@@ -57,23 +60,29 @@ class AttemptFiles:
             write_json(folder.spec, spec)
             write_json(folder.facts, self._facts(launch))
         except OSError as error:
-            raise DispatchError(
-                f"can't write {folder.path}: {error.strerror}; check NGD_HOME, or NGD_RUNS_DIR if it is set"
-            ) from error
+            sentence = f"can't write {folder.path}: {error.strerror}; check NGD_HOME, or NGD_RUNS_DIR if it is set"
+            # A full disk or a stale handle passes; a folder that is not this user's does not.
+            raise (DispatchError if error.errno in FINAL else BackendRefusedError)(sentence) from error
         return folder
 
     def announce(self, ref: AttemptRef) -> None:
         """Tells a driver that an earlier controller started where this one listens."""
         folder = self.folder(ref)
-        facts = folder.read_facts()
-        if facts.url != self._worker_url:
+        facts = read_json(folder.facts, Facts)
+        if facts is not None and facts.url != self._worker_url:
             write_json(folder.facts, facts.model_copy(update={"url": self._worker_url}))
 
     def ask_to_stop(self, ref: AttemptRef) -> None:
-        """Asks the workers to stop after the current step, the controller's part of what SIGINT is to a driver."""
+        """Asks the workers to stop after the current step, also those that a late submission will yet start.
+
+        A volume that can't be written is logged: whoever ends an attempt has other ways too.
+        """
         folder = self.folder(ref)
-        if folder.path.exists():
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
             folder.stop.touch()
+        except OSError as error:
+            log.warning("stop_not_written path=%s error=%s", folder.stop, error)
 
     def outcome(self, ref: AttemptRef) -> Outcome | None:
         """Returns how the attempt ended; a file that can't be read counts as none, so that the job goes on."""

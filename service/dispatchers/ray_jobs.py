@@ -13,7 +13,15 @@ from typing import Any, Literal
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.dispatchers.base import SPEC_SHA256, AttemptRef, BackendUnavailableError, DispatchError, Launch, Seen
+from service.dispatchers.base import (
+    SPEC_SHA256,
+    AttemptRef,
+    BackendRefusedError,
+    BackendUnavailableError,
+    DispatchError,
+    Launch,
+    Seen,
+)
 from service.dispatchers.files import AttemptFiles, age_s, entrypoint
 from service.errors import StartupError
 from service.failpoint import Failpoint
@@ -68,12 +76,9 @@ class RayJobsDispatcher:
         """Raises: StartupError if the token's file can't be read."""
         if settings.ray_token_file is not None:
             try:
-                settings.ray_token_file.read_text()
-            except OSError as error:
-                raise StartupError(
-                    f"can't read NGD_RAY_TOKEN_FILE {settings.ray_token_file}: {error.strerror}; put the Ray cluster's "
-                    "token there"
-                ) from error
+                _token(settings.ray_token_file)
+            except ValueError as error:
+                raise StartupError(str(error)) from None
         return cls(
             files,
             address=settings.ray_address,
@@ -105,8 +110,8 @@ class RayJobsDispatcher:
         job = self._find(launch.ref)
         if job is None:
             if answer.status_code == httpx.codes.BAD_REQUEST:
-                raise DispatchError(str(self._refusal("submit", answer)))
-            raise self._refusal("submit", answer)
+                raise DispatchError(self._refusal("submit", answer))
+            raise BackendRefusedError(self._refusal("submit", answer))
         if (job.metadata or {}).get(SPEC_SHA256) != launch.spec_sha256:
             raise DispatchError(
                 f"the Ray cluster at {self._address} has another job with the id {launch.ref.attempt_id}; "
@@ -144,14 +149,14 @@ class RayJobsDispatcher:
             return
         answer = self._call("POST", f"/api/jobs/{ref.attempt_id}/stop")
         if answer.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
-            raise self._refusal("stop", answer)
+            raise BackendRefusedError(self._refusal("stop", answer))
 
     def _find(self, ref: AttemptRef) -> RayJob | None:
         answer = self._call("GET", f"/api/jobs/{ref.attempt_id}")
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
         if answer.status_code != httpx.codes.OK:
-            raise self._refusal("tell of", answer)
+            raise BackendUnavailableError(self._refusal("tell of", answer))
         try:
             return RayJob.model_validate_json(answer.content)
         except ValidationError as error:
@@ -178,20 +183,30 @@ class RayJobsDispatcher:
         if self._token_file is None:
             return {}
         try:
-            token = self._token_file.read_text().strip()  # each time: a secret may be replaced while the service runs
-        except OSError as error:
-            raise BackendUnavailableError(
-                f"can't read NGD_RAY_TOKEN_FILE {self._token_file}: {error.strerror}"
-            ) from error
-        return {"Authorization": f"Bearer {token}"}
+            return {"Authorization": f"Bearer {_token(self._token_file)}"}  # each time: a secret may be replaced
+        except ValueError as error:
+            raise BackendUnavailableError(str(error)) from None
 
-    def _refusal(self, verb: str, answer: httpx.Response) -> BackendUnavailableError:
+    def _refusal(self, verb: str, answer: httpx.Response) -> str:
         lines = answer.text.strip().splitlines()  # Ray answers with its traceback; the last line says what it is
-        return BackendUnavailableError(
+        return (
             f"the Ray cluster at {self._address} could not {verb} the job (HTTP {answer.status_code}"
             + (f": {lines[-1][:300]}" if lines else "")
             + ")"
         )
+
+
+def _token(path: Path) -> str:
+    """Returns the token in the file. Raises: ValueError that does not tell what is in it."""
+    try:
+        token = path.read_bytes().strip()
+    except OSError as error:
+        raise ValueError(
+            f"can't read NGD_RAY_TOKEN_FILE {path}: {error.strerror}; put the Ray cluster's token there"
+        ) from error
+    if not token or not all(33 <= byte <= 126 for byte in token):
+        raise ValueError(f"NGD_RAY_TOKEN_FILE {path} must hold one token of visible ASCII characters, and nothing else")
+    return token.decode("ascii")
 
 
 def _first_line(text: str | None) -> str | None:

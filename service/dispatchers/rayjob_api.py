@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.dispatchers.base import BackendUnavailableError, DispatchError
+from service.dispatchers.base import BackendRefusedError, BackendUnavailableError, DispatchError
 from service.errors import StartupError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class RayJobApi:
 
     def _problem(self, error: "ApiException", what: str) -> Exception:
         status, said = int(error.status or 0), _message(error)
+        kind = BackendUnavailableError if what.startswith("get") else BackendRefusedError
         if status == 409 and what.startswith("create"):
             return AlreadyExistsError(said)
         if status in ADVICE:
@@ -87,10 +88,10 @@ class RayJobApi:
                 f"Kubernetes refuses to {what} in namespace {self.namespace} ({status}): {said}; {ADVICE[status]}"
             )
             # A job that runs goes on, whatever its controller has lost the right to see.
-            return DispatchError(sentence) if what.startswith("create") else BackendUnavailableError(sentence)
+            return DispatchError(sentence) if what.startswith("create") else kind(sentence)
         if status not in AWAY and 400 <= status < 500 and status != 409:
             log.warning("kubernetes_answer status=%s what=%s said=%s", status, what, said)
-        return BackendUnavailableError(f"Kubernetes can't {what} now ({status}): {said}")
+        return kind(f"Kubernetes can't {what} now ({status}): {said}")
 
 
 def connect(url: str, namespace: str) -> RayJobApi:

@@ -141,13 +141,40 @@ class Store(Protocol):
         """
         ...
 
-    def apply(self, claim: Claim, decision: Decision, now: datetime, outcome: Outcome | None = None) -> bool:
-        """Returns whether the lease still held and the decision was stored: phase, event and attempt together."""
+    def renew(self, claim: Claim, now: datetime, lease_s: float) -> bool:
+        """Returns whether the lease still holds; if so it does for another lease_s."""
+        ...
+
+    def apply(
+        self,
+        claim: Claim,
+        decision: Decision,
+        now: datetime,
+        outcome: Outcome | None = None,
+        *,
+        is_left_running: bool = False,
+    ) -> bool:
+        """Returns whether the lease still held and the decision was stored: phase, event and attempt together.
+
+        is_left_running: the attempt that ends with it could not be ended where it runs, and is to be when that answers.
+        """
         ...
 
     def mark_submitted(self, claim: Claim) -> bool: ...
 
     def mark_stopped(self, claim: Claim, signal: Action, now: datetime) -> bool: ...
+
+    def mark_seen(self, claim: Claim, now: datetime) -> None:
+        """Notes that the attempt is known to run, with no event and no change of the job."""
+        ...
+
+    def left_running(self) -> list[AttemptRecord]:
+        """Returns the ended attempts that could not be ended where they run."""
+        ...
+
+    def mark_gone(self, attempt_id: str) -> None:
+        """Takes an attempt off left_running."""
+        ...
 
     def note(self, claim: Claim, message: str | None) -> bool:
         """Replaces the job's message, with no event: what it waits for while its phase stays."""

@@ -30,7 +30,7 @@ def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbe
         _advance_job(connection, job, fresh)
     acknowledged = _acknowledged(connection, attempt)
     has_started = attempt.has_started or any(numbered.event.kind == "started" for numbered in fresh)
-    change = {"acknowledged_seq": acknowledged, "has_started": has_started}
+    change = {"acknowledged_seq": acknowledged, "has_started": has_started, "last_seen_at": datetime.now(UTC)}
     connection.execute(sa.update(t.attempts).where(t.attempts.c.id == attempt_id).values(change))
     return Ingested(Desired(job.desired), acknowledged, len(fresh))
 

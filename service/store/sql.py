@@ -177,14 +177,26 @@ class SQLStore:
             attempt_of = {row.job_id: attempt_record(row) for row in connection.execute(live)}
             return [Claim(job_record(row), attempt_of.get(row.id), lease_token) for row in rows]
 
-    def apply(self, claim: Claim, decision: Decision, now: datetime, outcome: Outcome | None = None) -> bool:
+    def renew(self, claim: Claim, now: datetime, lease_s: float) -> bool:
+        with self._write() as connection:
+            return _change_leased(connection, claim, {"lease_expires_at": now + timedelta(seconds=lease_s)})
+
+    def apply(
+        self,
+        claim: Claim,
+        decision: Decision,
+        now: datetime,
+        outcome: Outcome | None = None,
+        *,
+        is_left_running: bool = False,
+    ) -> bool:
         number = claim.job.attempt + (decision.action is Action.NEW_ATTEMPT)
         with self._write() as connection:
             if not _change_leased(connection, claim, _job_change(claim.job, decision, number, now, outcome)):
                 return False
             if decision.ends_attempt and claim.attempt is not None:
                 ended = sa.update(t.attempts).where(t.attempts.c.id == claim.attempt.id)
-                connection.execute(ended.values(ended_at=now))
+                connection.execute(ended.values(ended_at=now, is_left_running=is_left_running))
             if decision.action is Action.NEW_ATTEMPT:
                 _insert_attempt(connection, claim.job.id, number, now)
             if decision.phase is not None:
@@ -196,6 +208,22 @@ class SQLStore:
 
     def mark_stopped(self, claim: Claim, signal: Action, now: datetime) -> bool:
         return self._change_attempt(claim, {"stop": signal, "stop_sent_at": now})
+
+    def mark_seen(self, claim: Claim, now: datetime) -> None:
+        assert claim.attempt is not None
+        seen = sa.update(t.attempts).where(t.attempts.c.id == claim.attempt.id)
+        with self._write() as connection:
+            connection.execute(seen.values(last_seen_at=now))
+
+    def left_running(self) -> list[AttemptRecord]:
+        query = sa.select(t.attempts).where(t.attempts.c.is_left_running.is_(True)).order_by(t.attempts.c.id)
+        with self._read() as connection:
+            return [attempt_record(row) for row in connection.execute(query)]
+
+    def mark_gone(self, attempt_id: str) -> None:
+        gone = sa.update(t.attempts).where(t.attempts.c.id == attempt_id)
+        with self._write() as connection:
+            connection.execute(gone.values(is_left_running=False))
 
     def note(self, claim: Claim, message: str | None) -> bool:
         with self._write() as connection:

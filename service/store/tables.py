@@ -90,7 +90,10 @@ attempts = Table(
     Column("acknowledged_seq", BigInteger, nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
     Column("ended_at", UTCDateTime),
+    Column("last_seen_at", UTCDateTime),  # when it reported, or what runs it said that it runs
+    Column("is_left_running", Boolean),  # given up while nobody could end it
     UniqueConstraint("job_id", "number", name="uq_attempts_job_id_number"),
+    Index("ix_attempts_is_left_running", "is_left_running"),
 )
 
 events = Table(

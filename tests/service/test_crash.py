@@ -54,7 +54,7 @@ def wait_for_step(client: Client, job_id: str, step: int, timeout_s: float = 40)
 
 def test_job_goes_on_while_the_controller_is_dead_and_is_found_again(start_anywhere: Start) -> None:
     first = start_anywhere()
-    job = first.client.submit(spec())
+    job = first.client.submit(spec(steps=4 * STEPS))
     wait_for_step(first.client, job.id, 20)
     (driver,) = drivers(first, job.id)
 

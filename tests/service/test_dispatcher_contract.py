@@ -45,7 +45,7 @@ def test_attempt_that_was_never_submitted_is_unknown(backend: Backend) -> None:
     assert dispatcher.inspect(backend.ref).process is Process.UNKNOWN
     dispatcher.interrupt(backend.ref)
     dispatcher.kill(backend.ref)
-    assert not folder_in(backend).path.exists()
+    assert dispatcher.inspect(backend.ref).process is Process.UNKNOWN
 
 
 def test_submitting_twice_starts_once(backend: Backend) -> None:

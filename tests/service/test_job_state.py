@@ -33,7 +33,7 @@ STOPPED = Outcome(result="cancelled", step=4)
 
 GONE = {"process": Process.EXITED}
 UP = {"process": Process.RUNNING}
-UNSENT = {"is_submitted": False}
+UNSENT = {"is_submitted": False, "has_started": False}
 SILENT = {"has_started": False}
 
 
@@ -125,7 +125,7 @@ def test_backoff_doubles_up_to_its_limit() -> None:
 def test_long_silence_ends_what_may_run_and_no_attempt_that_was_never_submitted(
     state: JobState, live: AttemptState, silent_s: int, phase: Phase | None
 ) -> None:
-    silence = seen(process=Process.UNREACHABLE, silent_since=NOW - timedelta(seconds=silent_s), message="no answer")
+    silence = seen(process=Process.UNREACHABLE, silent_s=silent_s, message="no answer")
 
     assert decide(state, live, silence, POLICY).phase == phase
 

@@ -123,7 +123,8 @@ def test_attempt_without_a_word_is_counted_as_lost(start_service: Callable[..., 
 
     counted = samples(httpx.get(f"{service.url}/metrics").text)
     assert {name: value for name, value in counted.items() if "attempts_ended" in name} == {
-        'ngd_attempts_ended_total{result="lost"}': 2
+        f'ngd_attempts_ended_total{{result="{result}"}}': 2 if result == "lost" else 0
+        for result in ("succeeded", "failed", "cancelled", "lost")
     }
 
 

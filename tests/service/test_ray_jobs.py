@@ -9,7 +9,14 @@ import pytest
 from ulid import ULID
 
 from service.client import Client
-from service.dispatchers.base import AttemptRef, BackendUnavailableError, DispatchError, Launch
+from service.dispatchers.base import (
+    AttemptRef,
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    DispatchError,
+    Launch,
+)
 from service.dispatchers.files import AttemptFiles
 from service.dispatchers.ray_jobs import RayJobsDispatcher
 from service.failpoint import Failpoint
@@ -64,7 +71,7 @@ def submit(dispatcher: RayJobsDispatcher, launch: Launch) -> None:
     def is_submitted() -> bool:
         try:
             dispatcher.submit(launch)
-        except BackendUnavailableError:
+        except BackendError:
             return False
         return True
 
@@ -135,7 +142,7 @@ def test_submission_that_ray_has_no_room_for_yet_is_made_again(make: Make, ref: 
     busy = "Traceback ...\nNo available agent to submit job, please try again later."
     dispatcher = with_fault(make(), Faulty("POST", lambda _: httpx.Response(500, text=busy), NO_SUCH_JOB))
 
-    with pytest.raises(BackendUnavailableError, match=r"could not submit the job \(HTTP 500: No available agent"):
+    with pytest.raises(BackendRefusedError, match=r"could not submit the job \(HTTP 500: No available agent"):
         dispatcher.submit(launch(ref))
 
 
@@ -166,6 +173,18 @@ def test_token_that_ray_refuses_is_said(make: Make, ref: AttemptRef, tmp_path: P
 def test_token_file_that_is_not_there_is_said(make: Make, ref: AttemptRef) -> None:
     with pytest.raises(BackendUnavailableError, match="can't read NGD_RAY_TOKEN_FILE /nowhere/token: No such file"):
         make(token_file=Path("/nowhere/token")).inspect(ref)
+
+
+@pytest.mark.parametrize("content", [b"two\nlines", b"", b"\xef\xbb\xbftoken", b"with space"])
+def test_token_that_is_none_is_refused_without_being_told(
+    make: Make, ref: AttemptRef, tmp_path: Path, content: bytes
+) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+
+    with pytest.raises(BackendUnavailableError, match="must hold one token of visible ASCII characters") as caught:
+        make(token_file=file).inspect(ref)
+    assert "lines" not in str(caught.value)
 
 
 def test_address_of_something_else_is_said(make: Make, ref: AttemptRef) -> None:

@@ -1,0 +1,294 @@
+"""What the reconciler makes of a backend that does not answer, or refuses: a real store, a backend made to fail."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from service.dispatchers.base import (
+    AttemptRef,
+    BackendRefusedError,
+    BackendUnavailableError,
+    Launch,
+    Seen,
+)
+from service.dispatchers.files import AttemptFiles
+from service.failpoint import Failpoint
+from service.job_state import Phase, Policy, Process
+from service.metrics import ControllerMetrics
+from service.reconciler import Reconciler
+from service.silence import LONGEST_GAP_S, Silence
+from service.store import tables as t
+from service.store.sql import SQLStore
+from tests.support.attempts import small_spec
+from workers.events import Numbered, Started
+from workers.rundir import Outcome, write_json
+
+PATIENCE_S = 100.0
+
+
+@dataclass
+class Backend:
+    """A dispatcher whose attempts live until they are killed."""
+
+    running: set[AttemptRef] = field(default_factory=set)
+    is_away: bool = False
+    refuses: Callable[[str, AttemptRef], bool] = lambda _call, _ref: False
+    calls: list[tuple[str, AttemptRef]] = field(default_factory=list)
+    on_kill: Callable[[AttemptRef], None] = lambda _ref: None
+
+    def submit(self, launch: Launch) -> None:
+        self._call("submit", launch.ref)
+        self.running.add(launch.ref)
+
+    def inspect(self, ref: AttemptRef) -> Seen:
+        self._call("inspect", ref)
+        return Seen(Process.RUNNING if ref in self.running else Process.UNKNOWN)
+
+    def interrupt(self, ref: AttemptRef) -> None:
+        self._call("interrupt", ref)
+
+    def kill(self, ref: AttemptRef) -> None:
+        self.on_kill(ref)
+        self._call("kill", ref)
+        self.running.discard(ref)
+
+    def of(self, call: str) -> list[AttemptRef]:
+        return [ref for name, ref in self.calls if name == call]
+
+    def _call(self, name: str, ref: AttemptRef) -> None:
+        self.calls.append((name, ref))
+        if self.is_away:
+            raise BackendUnavailableError("the backend does not answer")
+        if self.refuses(name, ref):
+            raise BackendRefusedError(f"the backend could not {name}")
+
+
+class Controller:
+    """A reconciler on the store, whose patience runs on a clock of the test."""
+
+    def __init__(self, store: SQLStore, backend: Backend, runs_dir: Path) -> None:
+        self.store, self.backend = store, backend
+        self.now_s = 0.0
+        self.files = AttemptFiles(runs_dir=runs_dir, data_dir=None, worker_url="http://127.0.0.1:1", cluster="given")
+        self.reconciler = Reconciler(
+            store=store,
+            dispatcher=backend,
+            files=self.files,
+            token_of=lambda attempt_id: "token",
+            policy=Policy(retry_backoff_s=0, cancel_grace_s=0, interrupt_grace_s=0, unreachable_s=PATIENCE_S),
+            max_running_jobs=10,
+            tick_s=1,
+            lease_s=30,
+            failpoint=Failpoint(None),
+            metrics=ControllerMetrics("0"),
+        )
+        self.reconciler._silence = Silence(lambda: self.now_s)
+
+    def ticks(self, number: int = 1, after_s: float = 0.0) -> None:
+        for _ in range(number):
+            self.now_s += after_s
+            self.reconciler.tick()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SQLStore]:
+    store = SQLStore(f"sqlite:///{tmp_path / 'store.sqlite'}")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+@pytest.fixture
+def controller(store: SQLStore, backend: Backend, tmp_path: Path) -> Controller:
+    return Controller(store, backend, tmp_path)
+
+
+def post(store: SQLStore, job_id: str, max_attempts: int = 3) -> AttemptRef:
+    spec = small_spec(failure={"max_attempts": max_attempts}).model_dump(mode="json")
+    store.create_job(job_id, "small", spec, datetime.now(UTC))
+    return AttemptRef(job_id, 1)
+
+
+def report(store: SQLStore, ref: AttemptRef) -> None:
+    started = Started(
+        spec={},
+        seed=0,
+        commit=None,
+        versions={},
+        world_size=1,
+        device="cpu",
+        total_steps=1,
+        steps_per_epoch=1,
+        parameters=1,
+        resumed_step=0,
+        statistics=[],
+        plain_parameters={},
+    )
+    store.ingest(ref.attempt_id, [Numbered(seq=1, time_s=0.0, event=started)])
+
+
+def forget_when_it_was_seen(store: SQLStore) -> None:
+    """As if the last sign of every attempt were older than anybody's patience."""
+    long_ago = datetime.now(UTC) - timedelta(seconds=2 * PATIENCE_S)
+    with store._writers.begin() as connection:
+        connection.execute(sa.update(t.attempts).values(last_seen_at=long_ago))
+
+
+def phase(store: SQLStore, ref: AttemptRef) -> tuple[Phase, int]:
+    job = store.get_job(ref.job_id)
+    assert job is not None
+    return job.state.phase, job.attempt
+
+
+def test_one_refused_call_leaves_the_other_jobs_alone(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    refused, *others = (post(store, name) for name in ("job_1", "job_2", "job_3"))
+    backend.refuses = lambda call, ref: call == "submit" and ref == refused
+
+    controller.ticks(12, after_s=PATIENCE_S / 4)
+
+    assert backend.running == set(others)
+    assert [phase(store, ref) for ref in others] == [(Phase.STARTING, 1)] * 2
+    job = store.get_job("job_1")
+    assert job is not None
+    assert (job.state.phase, job.message) == (Phase.STARTING, "the backend could not submit")
+
+
+def test_silence_that_nobody_observed_does_not_count(store: SQLStore, backend: Backend, controller: Controller) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    backend.is_away = True
+    forget_when_it_was_seen(store)
+
+    controller.ticks()
+    controller.ticks(after_s=1000 * PATIENCE_S)  # this machine was suspended, or its database away
+
+    assert LONGEST_GAP_S < PATIENCE_S
+    assert phase(store, ref) == (Phase.STARTING, 1)
+
+
+def test_silent_attempt_is_given_up_and_ended_once_the_backend_is_back(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1", max_attempts=1)
+    controller.ticks(3)
+    backend.is_away = True
+    forget_when_it_was_seen(store)
+    controller.ticks(10, after_s=PATIENCE_S / 4)
+    assert phase(store, ref) == (Phase.FAILED, 1)
+    assert backend.running == {ref}
+
+    backend.is_away = False
+    controller.ticks(2)
+
+    assert backend.running == set()
+    killed = len(backend.of("kill"))
+    controller.ticks(2)
+    assert len(backend.of("kill")) == killed
+
+
+def test_attempt_that_reports_is_not_given_up(store: SQLStore, backend: Backend, controller: Controller) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    backend.is_away = True
+    forget_when_it_was_seen(store)
+    report(store, ref)
+
+    controller.ticks(10, after_s=PATIENCE_S / 4)
+
+    assert phase(store, ref)[1] == 1
+    assert backend.of("kill") == []
+
+
+def test_attempt_that_another_controller_sees_is_not_given_up(
+    store: SQLStore, backend: Backend, controller: Controller, tmp_path: Path
+) -> None:
+    cut_off = Controller(store, Backend(is_away=True), tmp_path)
+    ref = post(store, "job_1")
+    controller.ticks(3)
+
+    cut_off.ticks(10, after_s=PATIENCE_S / 4)
+
+    assert phase(store, ref) == (Phase.STARTING, 1)
+    assert backend.running == {ref}
+
+
+def test_attempt_whose_submission_was_not_noted_is_given_up_too(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    with store._writers.begin() as connection:  # the controller died between the two
+        connection.execute(sa.update(t.attempts).values(is_submitted=False))
+    controller.ticks()
+    backend.is_away = True
+    forget_when_it_was_seen(store)
+
+    controller.ticks(10, after_s=PATIENCE_S / 4)
+
+    assert phase(store, ref) == (Phase.STARTING, 2)
+    reasons = [event.data.get("reason") for event in store.events_after("job_1", 0, 100) if event.kind == "phase"]
+    assert "ClusterUnreachable" in reasons
+
+
+def test_outcome_that_comes_into_sight_while_the_attempt_is_ended_counts(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1", max_attempts=1)
+    controller.ticks(3)
+    backend.running.clear()  # its job is gone, and no outcome is seen yet
+    late = Outcome(result="succeeded", step=7)
+    backend.on_kill = lambda killed: write_json(controller.files.folder(killed).outcome, late)
+    controller.files.folder(ref).path.mkdir(parents=True)
+
+    controller.ticks()
+
+    assert phase(store, ref) == (Phase.SUCCEEDED, 1)
+
+
+def test_controller_whose_lease_ran_out_while_it_looked_does_nothing(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(1)
+
+    def lose_the_lease(call: str, asked: AttemptRef) -> bool:
+        if call == "inspect":
+            with store._writers.begin() as connection:
+                connection.execute(sa.update(t.jobs).values(lease_token="another controller's"))
+        return False
+
+    backend.refuses = lose_the_lease
+    controller.ticks()
+
+    assert backend.of("submit") == []
+    assert phase(store, ref) == (Phase.STARTING, 1)
+
+
+def test_stop_that_can_not_be_written_does_not_keep_the_backend_from_ending_it(
+    controller: Controller, tmp_path: Path
+) -> None:
+    (tmp_path / "job_1").write_text("a file where a folder should be")
+
+    controller.files.ask_to_stop(AttemptRef("job_1", 1))
+
+
+def test_jobs_take_turns_in_being_the_first(store: SQLStore, backend: Backend, controller: Controller) -> None:
+    refs = {post(store, name) for name in ("job_1", "job_2", "job_3")}
+    controller.ticks(3)
+    backend.is_away = True
+    backend.calls.clear()
+
+    controller.ticks(3)
+
+    assert {ref for _, ref in backend.calls} == refs
+    assert len(backend.calls) == 3
