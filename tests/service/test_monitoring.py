@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from service.probe import Probe
 from service.settings import load_settings
 from service.store.base import Census
 from tests.support.attempts import small_spec
+from tests.support.chart import PROMTOOL, tool
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
 
-PROMTOOL = shutil.which("promtool")
 FAMILIES = {
     "ngd_jobs": "gauge",
     "ngd_oldest_queued_seconds": "gauge",
@@ -69,11 +68,10 @@ def test_metrics_are_those_that_rules_and_dashboards_name(shared_service: Servic
 
 
 def test_promtool_has_nothing_to_say_against_the_metrics(shared_service: ServiceProcess) -> None:
-    if PROMTOOL is None:
-        pytest.skip("no promtool to check the metrics with: apt-get install prometheus")
+    promtool = tool(PROMTOOL, "promtool")
     text = httpx.get(f"{shared_service.url}/metrics").content
 
-    checked = subprocess.run([PROMTOOL, "check", "metrics"], input=text, capture_output=True, timeout=30, check=False)
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, timeout=30, check=False)
 
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
