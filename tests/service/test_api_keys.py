@@ -136,9 +136,17 @@ def test_text_that_is_no_session_is_nobody_s(tmp_path: Path, session: str) -> No
     assert access.holder(None, f"{SESSION_COOKIE}={session}") is None
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", f"Basic {ALICE}", ALICE, "Bearer x"])
+@pytest.mark.parametrize("header", ["Bearer", "Bearer ", "bearer x", f"Bearer x {ALICE}"])
 def test_header_that_is_wrong_is_not_made_up_for_by_a_session(tmp_path: Path, header: str) -> None:
     access = Access(ApiKeys(write_keys(tmp_path, alice=ALICE)), TOKENS)
 
     assert access.holder(header, open_session(access, ALICE)) is None
     assert access.holder(f"bearer  {ALICE}", None) == "alice"
+
+
+@pytest.mark.parametrize("header", ["", "Basic cHJveHk6cGFzcw==", f"Basic {ALICE}", ALICE, "Negotiate x"])
+def test_header_of_a_proxy_does_not_stand_in_for_a_session(tmp_path: Path, header: str) -> None:
+    access = Access(ApiKeys(write_keys(tmp_path, alice=ALICE, bob=BOB)), TOKENS)
+
+    assert access.holder(header, open_session(access, BOB)) == "bob"
+    assert access.holder(header, None) is None
