@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from service.access import SESSION_COOKIE
-from service.client import AsyncClient, Client, InvalidKeyError, UnauthorizedError
+from service.client import AsyncClient, Client, InvalidKeyError, InvalidRequestError, UnauthorizedError
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, BOB, write_keys
@@ -120,6 +120,19 @@ def test_job_is_posted_run_and_followed_with_a_key(service: ServiceProcess) -> N
     with Client(service.url, key=BOB) as bob:
         assert bob.submit(SPEC).created_by == "bob"
         assert bob.get(job.id).created_by == "alice"
+
+
+def test_idempotency_keys_are_each_holders_own(service: ServiceProcess) -> None:
+    mine = service.client.submit(SPEC, idempotency_key="run-1")
+
+    with Client(service.url, key=BOB) as bob:
+        theirs = bob.submit(SPEC | {"seed": 5}, idempotency_key="run-1")
+
+        assert theirs.created_by == "bob"
+        assert bob.submit(SPEC | {"seed": 5}, idempotency_key="run-1").id == theirs.id
+    assert service.client.submit(SPEC, idempotency_key="run-1").id == mine.id
+    with pytest.raises(InvalidRequestError, match="'run-1' was used for another request"):
+        service.client.submit(SPEC | {"seed": 6}, idempotency_key="run-1")
 
 
 def test_program_with_an_event_loop_gives_its_key(service: ServiceProcess) -> None:
