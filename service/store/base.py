@@ -78,7 +78,7 @@ class PointRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeyedRequest:
-    """An Idempotency-Key, the fingerprint of the request that came with it, and the holder of an API key who sent it."""
+    """An Idempotency-Key, the fingerprint of the request that came with it, and the API key's holder who sent both."""
 
     key: str
     fingerprint: str
