@@ -11,8 +11,9 @@ from starlette.requests import cookie_parser
 from service.api_keys import ApiKeys
 from service.tokens import Tokens
 
-__all__ = ["SESSION_COOKIE", "SESSION_S", "Access"]
+__all__ = ["LOGIN", "LOGOUT", "SESSION_COOKIE", "SESSION_S", "Access", "bearer_key"]
 
+LOGIN, LOGOUT = "/login", "/logout"
 SESSION_COOKIE = "ngd_session"
 SESSION_S = 7 * 24 * 3600
 
@@ -35,12 +36,15 @@ class Access:
         return self._keys is None
 
     def holder(self, authorization: str | None, cookies: str | None) -> str | None:
-        """Returns who sent these headers; None: nobody that is known. An Authorization header counts alone."""
+        """Returns who sent these headers; None: nobody that is known. A Bearer header counts alone.
+
+        One of another scheme is a proxy's own, which browsers send along.
+        """
         if self._keys is None:
             return None
-        if authorization is not None:
-            scheme, _, key = authorization.partition(" ")
-            return self._keys.holder_of(key.strip()) if scheme.lower() == "bearer" else None
+        key = bearer_key(authorization)
+        if key is not None:
+            return self._keys.holder_of(key)
         session = cookie_parser(cookies or "").get(SESSION_COOKIE)
         return None if session is None else self._holder_of_session(session)
 
@@ -66,3 +70,9 @@ class Access:
             return None
         is_genuine = hmac.compare_digest(self._tokens.of_session(holder, expires_s, digest).encode(), proof.encode())
         return holder if is_genuine else None
+
+
+def bearer_key(authorization: str | None) -> str | None:
+    """Returns the key in an Authorization header; None: it is of another scheme, or there is none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None

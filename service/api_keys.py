@@ -23,7 +23,10 @@ HOW = "make one with: openssl rand -hex 32"
 
 
 class ApiKeys:
-    """Who may call. A change of the folder counts within a second; one that is wrong is logged, and the old keys stay.
+    """Who may call. A change of the folder counts within a second.
+
+    While something in it is wrong, which is logged, those whose file is as it was stay, and nobody is added: a key that
+    was withdrawn is refused whatever else is in the folder. A folder that can't be read keeps the old keys.
 
     Keys are long and random, so a plain SHA-256 of each is all that is kept of them. Safe to share between threads.
     """
@@ -31,8 +34,12 @@ class ApiKeys:
     def __init__(self, folder: Path) -> None:
         """Raises: StartupError with one sentence if the folder is not one of good keys."""
         self._folder = folder
-        self._digests = _read(folder)
-        self._trouble = ""
+        try:
+            self._digests, self._trouble = _read(folder)
+        except OSError as error:
+            raise StartupError(_unreadable(folder, error)) from error
+        if self._trouble:
+            raise StartupError(self._trouble)
         self._read_at = time.monotonic()
         self._reading = threading.Lock()
 
@@ -57,33 +64,47 @@ class ApiKeys:
 
     def _reread(self) -> None:
         try:
-            digests, trouble = _read(self._folder), ""
-        except StartupError as error:
-            digests, trouble = self._digests, str(error)
-        if trouble and trouble != self._trouble:
-            log.error("api_keys_kept holders=%s error=%s", ",".join(self._digests), trouble)
-        if digests != self._digests:
+            digests, trouble = _read(self._folder)
+        except OSError as error:
+            digests, trouble = self._digests, _unreadable(self._folder, error)
+        if trouble:
+            digests = {holder: digest for holder, digest in self._digests.items() if digests.get(holder) == digest}
+        is_new = digests != self._digests
+        if trouble and (is_new or trouble != self._trouble):
+            dropped = sorted(self._digests.keys() - digests.keys())
+            log.error("api_keys_wrong holders=%s dropped=%s error=%s", ",".join(digests), ",".join(dropped), trouble)
+        elif is_new:
             log.info("api_keys_read holders=%s", ",".join(digests))
         self._digests, self._trouble = digests, trouble
 
 
-def _read(folder: Path) -> dict[str, bytes]:
-    """Returns holder -> digest of key. What begins with "." is skipped: Kubernetes keeps a volume's versions so."""
-    try:
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        keys = {_holder(path): _key(path) for path in paths}
-    except OSError as error:
-        where = error.filename or folder
-        raise StartupError(f"can't read the API keys in {where}: {error.strerror}; check NGD_API_KEYS_DIR") from error
-    if not keys:
-        raise StartupError(
+def _read(folder: Path) -> tuple[dict[str, bytes], str]:
+    """Returns holder -> digest of key, of the files that are right, and what is wrong with the others ("": nothing).
+
+    What begins with "." is skipped: Kubernetes keeps a volume's versions so. Raises: OSError, of the folder itself.
+    """
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    digests: dict[str, bytes] = {}
+    wrong = []
+    for path in paths:
+        try:
+            digests[_holder(path)] = _digest(_key(path))
+        except StartupError as error:
+            wrong.append(str(error))
+        except OSError as error:
+            wrong.append(_unreadable(path, error))
+    if not paths:
+        wrong.append(
             f"there is no API key in {folder} (NGD_API_KEYS_DIR); put a file there for each who may call, {HOW}"
         )
-    digests = {holder: _digest(key) for holder, key in keys.items()}
-    if len(set(digests.values())) < len(digests):
-        same = [holder for holder, digest in digests.items() if list(digests.values()).count(digest) > 1]
-        raise StartupError(f"{' and '.join(same)} have the same API key in {folder}; give each a key of their own")
-    return digests
+    same = [holder for holder, digest in digests.items() if list(digests.values()).count(digest) > 1]
+    if same:
+        wrong.append(f"{' and '.join(same)} have the same API key in {folder}; give each a key of their own")
+    return digests, "; ".join(wrong)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"can't read the API keys in {path}: {error.strerror}; check NGD_API_KEYS_DIR"
 
 
 def _holder(path: Path) -> str:

@@ -61,7 +61,7 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
     given = None if settings.signing_key_file is None else Tokens(read_key(settings.signing_key_file))
     store = SQLStore(settings.resolved_database_url)
     try:
-        settings.resolved_runs_dir.mkdir(exist_ok=True)
+        _make_runs_dir(settings)
         own = Tokens(read_or_create_key(settings.home / KEY))
         tokens = given or own
         owner = own if settings.dispatcher == "local" else tokens
@@ -73,6 +73,17 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
         store.close()
         raise
     return store, tokens
+
+
+def _make_runs_dir(settings: Settings) -> None:
+    try:
+        settings.resolved_runs_dir.mkdir(exist_ok=True)
+    except OSError as error:
+        name = "NGD_HOME" if settings.runs_dir is None else "NGD_RUNS_DIR"
+        raise StartupError(
+            f"can't use the folder of runs {settings.resolved_runs_dir}: {error.strerror}; set {name} to one whose "
+            "parent is there and that this user may write to"
+        ) from error
 
 
 def _assemble(settings: Settings) -> Parts:

@@ -29,12 +29,13 @@ class Jobs:
     def create(
         self, spec: JobSpec, idempotency_key: str | None, created_by: str | None = None
     ) -> tuple[JobRecord, bool]:
-        """Returns the job and whether the same request had made it before. created_by: the API key's holder.
+        """Returns the job and whether the same request had made it before. created_by: the API key's holder, whose
+        idempotency keys are their own.
 
         Raises: IdempotencyError.
         """
         body = spec.model_dump(mode="json")
-        keyed = None if idempotency_key is None else KeyedRequest(idempotency_key, _fingerprint(body))
+        keyed = None if idempotency_key is None else KeyedRequest(idempotency_key, _fingerprint(body), created_by)
         job, is_replay = self._store.create_job(f"job_{ULID()}", spec.name, body, datetime.now(UTC), keyed, created_by)
         self._wake()
         return job, is_replay

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import StartupError
@@ -16,13 +16,16 @@ from service.home import DATABASE, RUNS
 
 __all__ = ["ClientSettings", "Settings", "load_client_settings", "load_settings"]
 
+DAY_S = 86_400.0
 DEFAULT_PORTS = {"http": 80, "https": 443}
 DRIVER = ("-m", "workers.driver")
 PATHS = ("data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template")
+ADDRESSES = ("public_url", "worker_url", "ray_address", "kubernetes_url")
 ONLY_FOR = {  # what each dispatcher alone reads
     "ray_jobs": ("ray_address", "ray_token_file"),
     "kuberay": ("rayjob_template", "kubernetes_url", "kubernetes_namespace"),
 }
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Loaded = TypeVar("Loaded", bound=BaseSettings)
 
 
@@ -69,15 +72,19 @@ class Settings(BaseSettings):
         pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$",
         description="kuberay: where RayJobs go; empty: the pod's own, or the kubeconfig's.",
     )
-    unreachable_s: float = Field(
-        600.0, gt=0, description="Seconds of silence after which what runs an attempt counts as lost."
+    unreachable_s: Seconds = Field(
+        600.0, gt=0, le=7 * DAY_S, description="Seconds of silence after which what runs an attempt counts as lost."
     )
     max_running_jobs: int = Field(1, ge=1, description="Jobs that run at once; the rest wait in order of creation.")
-    tick_s: float = Field(1.0, gt=0, description="Seconds between two looks at the running jobs.")
-    lease_s: float = Field(30.0, gt=0, description="Seconds after which another controller may take over a job.")
-    retry_backoff_s: float = Field(2.0, ge=0, description="Wait before attempt 2; doubles each time, up to 300.")
-    cancel_grace_s: float = Field(30.0, ge=0, description="Seconds a cancelled job has to stop by itself.")
-    interrupt_grace_s: float = Field(10.0, ge=0, description="Seconds between SIGINT and SIGKILL.")
+    tick_s: Seconds = Field(1.0, gt=0, le=60, description="Seconds between two looks at the running jobs.")
+    lease_s: Seconds = Field(
+        30.0, gt=0, le=3600, description="Seconds after which another controller may take over a job."
+    )
+    retry_backoff_s: Seconds = Field(
+        2.0, ge=0, le=300, description="Wait before attempt 2; doubles each time, up to 300."
+    )
+    cancel_grace_s: Seconds = Field(30.0, ge=0, le=DAY_S, description="Seconds a cancelled job has to stop by itself.")
+    interrupt_grace_s: Seconds = Field(10.0, ge=0, le=3600, description="Seconds between SIGINT and SIGKILL.")
     driver_command: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, NoDecode] = Field(
         None,
         description="Command of an attempt, a JSON list; its folder is appended. Unset: python -m workers.driver.",
@@ -96,6 +103,16 @@ class Settings(BaseSettings):
             return path if path is None else path.expanduser().absolute()
         except RuntimeError as error:
             raise ValueError(f"the path {path} names a user whose home is not known; give the whole path") from error
+
+    @field_validator(*ADDRESSES, mode="before")
+    @classmethod
+    def _no_credentials(cls, url: object, info: ValidationInfo) -> object:
+        if isinstance(url, str) and "@" in url:
+            raise ValueError(
+                f"{info.field_name} (NGD_{str(info.field_name).upper()}) must hold no user and password, for logs show "
+                "it; leave out what is before the '@' and the '@'"
+            )
+        return url
 
     @field_validator("driver_command", mode="before")
     @classmethod
@@ -129,7 +146,7 @@ class Settings(BaseSettings):
         if not url:
             return url
         parts = _split(url)
-        if parts is None or parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+        if parts is None or parts.path.strip("/") or parts.query or parts.fragment:
             raise ValueError(
                 "public_url (NGD_PUBLIC_URL) must be scheme, host and port alone, such as https://ngd.example.com, "
                 f"got {url!r}; the service can't live below a path"

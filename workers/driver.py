@@ -61,7 +61,10 @@ def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
 
     Its events would be numbered anew and refused; the next attempt, of the service, goes on from a checkpoint.
     """
-    facts = read_json(attempt_dir.facts, Facts)
+    try:
+        facts = read_json(attempt_dir.facts, Facts)
+    except ValidationError:
+        return  # _run says so in the outcome
     if facts is not None and facts.cluster == "given" and not attempt_dir.claim():
         log.error("%s was begun before; the service starts the next attempt", facts.attempt_id)
         sys.exit(NOT_THE_FIRST)

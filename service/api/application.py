@@ -16,6 +16,7 @@ from service.api.key_holders import KeyHoldersOnly
 from service.api.own_pages import OwnPagesOnly
 from service.api.parts import Parts
 from service.api.query import known_parameters_only
+from workers.events import EventBatch
 from workers.spec import JobSpec
 
 __all__ = ["api_application"]
@@ -67,11 +68,13 @@ def _guard(app: FastAPI, parts: Parts) -> None:
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:
-    """Returns the OpenAPI document, with the JobSpec, which its route reads by itself, and the problems' media type."""
+    """Returns the OpenAPI document, with what routes read by themselves and the problems' media type."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        _, spec = models_json_schema([(JobSpec, "validation")], ref_template="#/components/schemas/{model}")
-        schema["components"]["schemas"] |= spec["$defs"]
+        _, bodies = models_json_schema(
+            [(JobSpec, "validation"), (EventBatch, "validation")], ref_template="#/components/schemas/{model}"
+        )
+        schema["components"]["schemas"] |= bodies["$defs"]
         schema["components"]["securitySchemes"]["ApiKey"] = API_KEY
         for path, operations in schema["paths"].items():
             for operation in operations.values():

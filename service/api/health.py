@@ -14,11 +14,13 @@ DATABASE_WITHIN_S = 0.8  # a probe of Kubernetes waits for 1 s by default
 STALE_TICKS, STALE_S = 10, 30.0  # that many missed ticks, and at least that long, mean that the reconciler hangs
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> Health:
     return Health(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; checks says why."}})
 async def readyz(parts: PartsDep, response: Response) -> Health:
     checks = {"database": await _database(parts), "reconciler": _reconciler(parts)}

@@ -9,18 +9,20 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from service.access import Access
+from service.access import LOGIN, LOGOUT, Access, bearer_key
 from service.api.internal import INTERNAL_PREFIX
 from service.api.problems import answer
 from service.errors import UnauthorizedError
 
-__all__ = ["LOGIN", "LOGOUT", "KeyHoldersOnly", "login_path"]
+__all__ = ["KeyHoldersOnly", "login_path"]
 
 log = logging.getLogger(__name__)
 
-LOGIN, LOGOUT = "/login", "/logout"
 # Probes and Prometheus hold no key; what they are told names no job but for the ids of running ones.
-OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", LOGIN, LOGOUT})
+OPEN_TO_ALL = frozenset(
+    {(method, path) for method in ("GET", "HEAD") for path in ("/healthz", "/readyz", "/metrics", "/openapi.json")}
+    | {("GET", LOGIN), ("POST", LOGIN), ("POST", LOGOUT)}
+)
 WITH_A_KEY = "send it as Authorization: Bearer <key>; with ngd, give --key-file or set NGD_API_KEY_FILE"
 
 
@@ -35,18 +37,18 @@ class KeyHoldersOnly:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._access.is_open or _is_open(scope["path"]):
+        if scope["type"] == "lifespan" or self._access.is_open or _is_open(scope):
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        authorization = headers.get("authorization")
-        holder = self._access.holder(authorization, headers.get("cookie"))
+        holder = self._access.holder(headers.get("authorization"), headers.get("cookie"))
         if holder is not None:
             return await self._let_in(holder, scope, receive, send)
         if scope["type"] == "websocket":
             return await WebSocketClose(1008, "log in first")(scope, receive, send)
-        if authorization is None and scope["method"] == "GET" and _is_page(scope["path"]):
+        has_key = bearer_key(headers.get("authorization")) is not None
+        if not has_key and scope["method"] == "GET" and _is_page(scope["path"]):
             return await RedirectResponse(login_path(scope["path"]), 303)(scope, receive, send)
-        refusal = UnauthorizedError(_why(authorization, headers))
+        refusal = UnauthorizedError(_why(headers, has_key=has_key))
         return await answer(Request(scope), refusal)(scope, receive, send)
 
     async def _let_in(self, holder: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,16 +63,17 @@ def login_path(wanted: str) -> str:
     return LOGIN if wanted == "/" else f"{LOGIN}?next={quote(wanted, safe='')}"
 
 
-def _is_open(path: str) -> bool:
-    return path in OPEN_TO_ALL or path.startswith(f"{INTERNAL_PREFIX}/")
+def _is_open(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return (scope.get("method"), path) in OPEN_TO_ALL or path.startswith(f"{INTERNAL_PREFIX}/")
 
 
 def _is_page(path: str) -> bool:
     return not path.startswith(("/api/", "/_nicegui"))
 
 
-def _why(authorization: str | None, headers: Headers) -> str:
-    if authorization is not None:
+def _why(headers: Headers, *, has_key: bool) -> str:
+    if has_key:
         return f"the API key is none of this service's, or no longer; ask who runs it for one, and {WITH_A_KEY}"
     if "cookie" in headers:
         return f"the session has ended; log in again, or have an API key and {WITH_A_KEY}"

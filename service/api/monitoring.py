@@ -17,6 +17,7 @@ router = APIRouter(tags=["health"])
 CENSUS_WITHIN_S = 3.0  # Prometheus gives up after 10 by default
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     response_class=Response,

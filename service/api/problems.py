@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
+from service.access import LOGIN
 from service.api.internal import INTERNAL_PREFIX, MAX_BATCH_BYTES
 from service.errors import (
     MAX_BODY_BYTES,
@@ -32,6 +33,7 @@ __all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "BodyLimit", "RequestId", "answer"
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+MAX_LOGIN_BYTES = 4 << 10  # a key, and the page to go to; sent by whoever it may be
 REQUEST_ID_PATTERN = re.compile(r"[\w.-]{1,64}")
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "What went wrong."}}
 
@@ -66,7 +68,7 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        left = MAX_BATCH_BYTES if scope["path"].startswith(INTERNAL_PREFIX) else MAX_BODY_BYTES
+        left = _limit(scope["path"])
 
         async def receive_some() -> Message:
             nonlocal left
@@ -77,6 +79,12 @@ class BodyLimit:
             return message
 
         return await self._app(scope, receive_some, send)
+
+
+def _limit(path: str) -> int:
+    if path == LOGIN:
+        return MAX_LOGIN_BYTES
+    return MAX_BATCH_BYTES if path.startswith(f"{INTERNAL_PREFIX}/") else MAX_BODY_BYTES
 
 
 def install(app: FastAPI) -> None:

@@ -7,14 +7,15 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from service.access import SESSION_COOKIE, SESSION_S, Access
-from service.api.key_holders import LOGIN, LOGOUT
+from service.access import LOGIN, LOGOUT, SESSION_COOKIE, SESSION_S, Access
 from service.dashboard.theme import CSS, MARK
+from service.errors import MalformedBodyError
 
 __all__ = ["login_routes"]
 
 log = logging.getLogger(__name__)
 
+MAX_FIELDS = 8
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'self'; "
@@ -63,7 +64,11 @@ def login_routes(access: Access, *, is_secure: bool) -> APIRouter:
 
     @router.post(LOGIN)
     async def log_in(request: Request) -> Response:
-        form = parse_qs((await request.body()).decode("utf-8", errors="replace"))
+        body = (await request.body()).decode("utf-8", errors="replace")
+        try:
+            form = parse_qs(body, max_num_fields=MAX_FIELDS)
+        except ValueError as error:
+            raise MalformedBodyError(f"the login form has two fields, key and next, got over {MAX_FIELDS}") from error
         wanted = _local(form.get("next", [""])[0])
         opened = access.session(form.get("key", [""])[0].strip())
         where = request.client.host if request.client else "?"

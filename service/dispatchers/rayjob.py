@@ -5,6 +5,7 @@ What it says of pods, volumes, env, queues (labels, suspend), runtimeEnvYAML and
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -51,6 +52,12 @@ MADE_HERE = {  # what a template may say of a field: these values, or nothing
 }
 
 
+TRIAL = Launch(
+    AttemptRef("job_trial", 1), {"name": "trial", "resources": {"workers": 1}}, ""
+)  # fits where any job fits
+MAX_SIZE = 1_000_000  # of what is counted
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """What Ray sees of a worker group: CPUs and GPUs of a pod, pods of a replica, and how many replicas it may have."""
@@ -79,9 +86,13 @@ def read_template(path: Path) -> Json:
         raise StartupError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
     try:
         _check(template)
-        groups_of(template)
-    except ValueError as error:
+        rayjob(template, TRIAL, "true")  # what can't be filled in is said now, and not of each job
+    except (ValueError, DispatchError) as error:
         raise StartupError(f"{where}: {error}") from error
+    except (TypeError, AttributeError, LookupError) as error:
+        raise StartupError(
+            f"{where} is not built as a RayJob is: {error}; compare it with KubeRay's examples"
+        ) from error
     return dict(template)
 
 
@@ -180,13 +191,31 @@ def _check(template: object) -> None:
     cluster = _at(template, ("spec", "rayClusterSpec"))
     if not isinstance(cluster, dict) or not isinstance(cluster.get("headGroupSpec"), dict):
         raise ValueError("spec.rayClusterSpec.headGroupSpec is missing: what the head's pod is like")
-    if not cluster.get("workerGroupSpecs"):
+    groups = cluster.get("workerGroupSpecs")
+    if not groups:
         raise ValueError(
             "spec.rayClusterSpec.workerGroupSpecs is empty: give the group of pods that the workers run in"
         )
-    for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        if not _at(part, ("template", "spec", "containers")):
-            raise ValueError(f"{part.get('groupName', 'headGroupSpec')} has no template.spec.containers")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise ValueError(f"spec.rayClusterSpec.workerGroupSpecs must be a list of groups, got {groups!r}")
+    _check_metadata(template, "metadata")
+    for part in (cluster["headGroupSpec"], *groups):
+        name = part.get("groupName", "headGroupSpec")
+        containers = _at(part, ("template", "spec", "containers"))
+        if not containers:
+            raise ValueError(f"{name} has no template.spec.containers")
+        if not isinstance(containers, list) or not isinstance(containers[0], dict):
+            raise ValueError(f"template.spec.containers of {name} must be a list of containers, got {containers!r}")
+        _check_metadata(part["template"], f"template.metadata of {name}")
+
+
+def _check_metadata(content: Mapping[str, Any], what: str) -> None:
+    metadata = content.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{what} must be a mapping, got {json.dumps(metadata)}; fill it in or leave it out")
+    for kind in ("labels", "annotations"):
+        if not isinstance(metadata.get(kind) or {}, dict):
+            raise ValueError(f"{kind} in {what} must be a mapping, got {metadata[kind]!r}")
 
 
 def _at(content: Any, path: Sequence[str]) -> Any:
@@ -211,8 +240,8 @@ def _group(content: Mapping[str, Any]) -> Group:
         name,
         cpus=_whole(cpus, f"CPUs of worker group {name}"),
         gpus=_whole(gpus or 0, f"GPUs of worker group {name}"),
-        hosts=content.get("numOfHosts") or 1,
-        max_replicas=content.get("maxReplicas"),
+        hosts=_count(content.get("numOfHosts"), f"numOfHosts of worker group {name}") or 1,
+        max_replicas=_count(content.get("maxReplicas"), f"maxReplicas of worker group {name}"),
     )
 
 
@@ -226,11 +255,22 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _count(value: object, what: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
+        raise ValueError(f"{what} must be a whole number from 0 to {MAX_SIZE:,}, got {value!r}")
+    return value
+
+
 def _whole(quantity: object, what: str) -> int:
     """Returns a Kubernetes quantity as Ray is told it: rounded up."""
     text = str(quantity).strip("\"' ")
     number = text.rstrip("mk")
     try:
-        return ceil(Decimal(number) * SUFFIXES[text[len(number) :]])
+        size = Decimal(number) * SUFFIXES[text[len(number) :]]
     except (InvalidOperation, KeyError) as error:
         raise ValueError(f"{what} must be a number, got {quantity!r}") from error
+    if not size.is_finite() or not 0 <= size <= MAX_SIZE:
+        raise ValueError(f"{what} must be a number from 0 to {MAX_SIZE:,}, got {quantity!r}")
+    return ceil(size)

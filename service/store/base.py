@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from typing import Any, Protocol
 
 from service.job_state import Action, AttemptState, Decision, Desired, JobState, Phase
@@ -77,10 +78,16 @@ class PointRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeyedRequest:
-    """An Idempotency-Key and the fingerprint of the request that came with it."""
+    """An Idempotency-Key, the fingerprint of the request that came with it, and the API key's holder who sent both."""
 
     key: str
     fingerprint: str
+    holder: str | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """Its name in the database: each holder has keys of their own."""
+        return self.key if self.holder is None else sha256(f"{self.holder}\0{self.key}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

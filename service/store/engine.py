@@ -35,8 +35,13 @@ def open_engine(url: str) -> sa.Engine:
             return _sqlite(parsed)
         if parsed.get_backend_name() == "postgresql":
             return _postgresql(parsed)
+    except ValueError as error:  # its text may hold the password: what follows a ":" counts as a port
+        raise StartupError(
+            "can't use NGD_DATABASE_URL: its port, or another number in it, is none; write user:password@host:port/"
+            "name, with %40, %3A and %2F for '@', ':' and '/' in the password"
+        ) from error
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise StartupError(f"can't use NGD_DATABASE_URL: {error}") from error
+        raise StartupError(f"can't use NGD_DATABASE_URL: {str(error).partition(chr(10))[0]}") from error
     raise StartupError(
         f"NGD_DATABASE_URL must be a URL of sqlite or postgresql, got {parsed.get_backend_name()!r}; "
         "leave it out for a file in NGD_HOME"

@@ -139,7 +139,7 @@ class SQLStore:
             first = {"from": None, "to": Phase.QUEUED, "reason": None, "message": None}
             connection.execute(sa.insert(t.events).values(job_id=job_id, kind="phase", time=now, data=first))
             if keyed:
-                key = {"key": keyed.key, "fingerprint": keyed.fingerprint, "job_id": job_id, "created_at": now}
+                key = {"key": keyed.stored_as, "fingerprint": keyed.fingerprint, "job_id": job_id, "created_at": now}
                 connection.execute(sa.insert(t.idempotency_keys).values(key))
             return _existing_job(connection, job_id), False
 
@@ -318,7 +318,8 @@ def _first_row(
 def _job_of_key(connection: sa.Connection, keyed: KeyedRequest, now: datetime) -> JobRecord | None:
     keys = t.idempotency_keys
     connection.execute(sa.delete(keys).where(keys.c.created_at < now - KEY_LIFETIME))
-    row = connection.execute(sa.select(keys).where(keys.c.key == keyed.key)).one_or_none()
+    query = sa.select(keys).where(keys.c.key == keyed.stored_as)
+    row = connection.execute(query).one_or_none() or _row_of_older_version(connection, keyed)
     if row is None:
         return None
     if row.fingerprint != keyed.fingerprint:
@@ -326,6 +327,16 @@ def _job_of_key(connection: sa.Connection, keyed: KeyedRequest, now: datetime) -
             f"Idempotency-Key {keyed.key!r} was used for another request, which made {row.job_id}; use a new key"
         )
     return _existing_job(connection, row.job_id)
+
+
+def _row_of_older_version(connection: sa.Connection, keyed: KeyedRequest) -> Any:
+    """Returns the row that a version which did not tell the holders' keys apart stored for this holder's request."""
+    if keyed.holder is None:
+        return None
+    keys = t.idempotency_keys
+    query = sa.select(keys).join(t.jobs, t.jobs.c.id == keys.c.job_id)
+    query = query.where(keys.c.key == keyed.key, t.jobs.c.created_by == keyed.holder)
+    return connection.execute(query).one_or_none()
 
 
 def _is_free(now: datetime) -> sa.ColumnElement[bool]:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from service.access import SESSION_COOKIE
-from service.client import AsyncClient, Client, InvalidKeyError, UnauthorizedError
+from service.client import AsyncClient, Client, InvalidKeyError, InvalidRequestError, UnauthorizedError
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, BOB, write_keys
@@ -72,9 +72,33 @@ def test_whoever_has_no_key_is_refused(
     assert "--key-file" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/login"])
-def test_probes_and_the_login_page_need_no_key(service: ServiceProcess, path: str) -> None:
-    assert ask(service, "GET", path).status_code == 200
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_probes_and_the_description_need_no_key(service: ServiceProcess, method: str, path: str) -> None:
+    answer = ask(service, method, path)
+
+    assert answer.status_code == 200
+    assert (answer.content == b"") == (method == "HEAD")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/healthz"), ("DELETE", "/metrics"), ("PUT", "/login"), ("GET", "/logout")]
+)
+def test_open_path_is_open_for_its_own_methods_alone(service: ServiceProcess, method: str, path: str) -> None:
+    answer = ask(service, method, path)
+
+    assert answer.status_code == 401 or answer.headers["location"].startswith("/login")
+
+
+def test_header_of_a_proxy_leaves_browsers_their_session(service: ServiceProcess) -> None:
+    basic = {"Authorization": "Basic cHJveHk6cGFzcw=="}
+
+    assert ask(service, "GET", "/api/v1/jobs", headers=logged_in(service) | basic).status_code == 200
+    assert ask(service, "GET", "/", headers=basic).headers["location"] == "/login"
+
+
+def test_login_page_needs_no_key(service: ServiceProcess) -> None:
+    assert ask(service, "GET", "/login").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -96,6 +120,19 @@ def test_job_is_posted_run_and_followed_with_a_key(service: ServiceProcess) -> N
     with Client(service.url, key=BOB) as bob:
         assert bob.submit(SPEC).created_by == "bob"
         assert bob.get(job.id).created_by == "alice"
+
+
+def test_idempotency_keys_are_each_holders_own(service: ServiceProcess) -> None:
+    mine = service.client.submit(SPEC, idempotency_key="run-1")
+
+    with Client(service.url, key=BOB) as bob:
+        theirs = bob.submit(SPEC | {"seed": 5}, idempotency_key="run-1")
+
+        assert theirs.created_by == "bob"
+        assert bob.submit(SPEC | {"seed": 5}, idempotency_key="run-1").id == theirs.id
+    assert service.client.submit(SPEC, idempotency_key="run-1").id == mine.id
+    with pytest.raises(InvalidRequestError, match="'run-1' was used for another request"):
+        service.client.submit(SPEC | {"seed": 6}, idempotency_key="run-1")
 
 
 def test_program_with_an_event_loop_gives_its_key(service: ServiceProcess) -> None:
@@ -151,6 +188,17 @@ def test_wrong_key_gets_the_page_again_and_no_cookie(service: ServiceProcess) ->
     assert "<script>" not in answer.text
     assert "script-src" not in answer.headers["content-security-policy"]
     assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [(b"key=" + b"a" * 4093, 413, "body_too_large"), (b"key=a" + b"&a=1" * 8, 400, "malformed_body")],
+)
+def test_login_reads_a_short_form_and_no_more(service: ServiceProcess, body: bytes, status: int, code: str) -> None:
+    answer = ask(service, "POST", "/login", content=body)
+
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert ask(service, "POST", "/login", content=b"key=".ljust(4096, b"a")).status_code == 401
 
 
 @pytest.mark.parametrize(

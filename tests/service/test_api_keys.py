@@ -43,18 +43,55 @@ def test_volume_that_kubernetes_swaps_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key", ["short", "a" * 19, "a" * 1025, "with a space in its middle", "\u00fc" * 20, "a\t" * 20]
 )
-def test_change_that_is_wrong_is_logged_once_and_keeps_the_old_keys(
+def test_change_that_is_wrong_is_logged_once_and_keeps_who_stayed_as_they_were(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str
 ) -> None:
     keys = ApiKeys(write_keys(tmp_path, alice=ALICE))
 
-    write_keys(tmp_path, alice=BOB, bob=key)
+    write_keys(tmp_path, bob=key, carol=BOB)
 
     with caplog.at_level(logging.ERROR):
         assert [keys.holder_of(ALICE), keys.holder_of(BOB), keys.holder_of(ALICE)] == ["alice", None, "alice"]
     (record,) = caplog.records
-    assert "api_keys_kept holders=alice" in record.getMessage()
+    assert "api_keys_wrong holders=alice dropped= error=the API key in" in record.getMessage()
     assert key not in record.getMessage()
+
+
+def test_key_that_is_withdrawn_is_refused_whatever_else_is_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    carol = "carol-0123456789-0123456789"
+    keys = ApiKeys(write_keys(tmp_path, alice=ALICE, bob=BOB, carol=carol))
+
+    (tmp_path / "alice").unlink()
+    write_keys(tmp_path, bob="short")
+
+    with caplog.at_level(logging.ERROR):
+        assert [keys.holder_of(key) for key in (ALICE, BOB, carol)] == [None, None, "carol"]
+    (record,) = caplog.records
+    assert "api_keys_wrong holders=carol dropped=alice,bob error=the API key in" in record.getMessage()
+
+    write_keys(tmp_path, bob=BOB)
+    assert [keys.holder_of(key) for key in (ALICE, BOB, carol)] == [None, "bob", "carol"]
+
+
+def test_key_that_another_is_given_too_stays_its_holders(tmp_path: Path) -> None:
+    keys = ApiKeys(write_keys(tmp_path, bob=BOB))
+
+    write_keys(tmp_path, alice=BOB)
+
+    assert keys.holder_of(BOB) == "bob"
+
+
+def test_folder_that_is_emptied_lets_nobody_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = ApiKeys(write_keys(tmp_path, alice=ALICE))
+
+    (tmp_path / "alice").unlink()
+
+    with caplog.at_level(logging.ERROR):
+        assert [keys.holder_of(ALICE), keys.holder_of(ALICE)] == [None, None]
+    (record,) = caplog.records
+    assert "api_keys_wrong holders= dropped=alice error=there is no API key in" in record.getMessage()
 
 
 def test_folder_that_vanishes_keeps_the_old_keys(tmp_path: Path) -> None:
@@ -136,9 +173,17 @@ def test_text_that_is_no_session_is_nobody_s(tmp_path: Path, session: str) -> No
     assert access.holder(None, f"{SESSION_COOKIE}={session}") is None
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", f"Basic {ALICE}", ALICE, "Bearer x"])
+@pytest.mark.parametrize("header", ["Bearer", "Bearer ", "bearer x", f"Bearer x {ALICE}"])
 def test_header_that_is_wrong_is_not_made_up_for_by_a_session(tmp_path: Path, header: str) -> None:
     access = Access(ApiKeys(write_keys(tmp_path, alice=ALICE)), TOKENS)
 
     assert access.holder(header, open_session(access, ALICE)) is None
     assert access.holder(f"bearer  {ALICE}", None) == "alice"
+
+
+@pytest.mark.parametrize("header", ["", "Basic cHJveHk6cGFzcw==", f"Basic {ALICE}", ALICE, "Negotiate x"])
+def test_header_of_a_proxy_does_not_stand_in_for_a_session(tmp_path: Path, header: str) -> None:
+    access = Access(ApiKeys(write_keys(tmp_path, alice=ALICE, bob=BOB)), TOKENS)
+
+    assert access.holder(header, open_session(access, BOB)) == "bob"
+    assert access.holder(header, None) is None

@@ -17,6 +17,9 @@ from tests.support.rayjob_schema import problems
 from workers.spec import Resources
 
 REF = AttemptRef("job_01JD3F8Z6Q4V5X7Y9A0BCDEFGH", 2)
+HEAD = ("spec", "rayClusterSpec", "headGroupSpec", "template")
+WORKERS = ("spec", "rayClusterSpec", "workerGroupSpecs", 0)
+SIZES = ["Infinity", float("inf"), float("nan"), "-1", "1e999999"]
 CPU, GPU = Group("cpu", cpus=4, gpus=0), Group("gpu", cpus=16, gpus=2, max_replicas=8)
 
 
@@ -177,13 +180,27 @@ def test_job_that_needs_more_pods_than_the_group_may_have_is_refused() -> None:
             {"template": {}},
             "headGroupSpec has no template.spec.containers",
         ),
+        (("metadata",), None, "metadata must be a mapping, got null; fill it in or leave it out"),
+        (("metadata",), "x", 'metadata must be a mapping, got "x"'),
+        (("metadata", "labels"), ["x"], "labels in metadata must be a mapping, got ['x']"),
+        (("spec", "rayClusterSpec", "workerGroupSpecs"), {"groupName": "cpu"}, "must be a list of groups, got {"),
+        (("spec", "rayClusterSpec", "workerGroupSpecs"), ["cpu"], "must be a list of groups, got ['cpu']"),
+        ((*HEAD, "metadata"), None, "template.metadata of headGroupSpec must be a mapping, got null"),
+        ((*WORKERS, "template", "metadata"), None, "template.metadata of cpu must be a mapping, got null"),
+        ((*WORKERS, "template", "metadata"), {"labels": "x"}, "labels in template.metadata of cpu must be a mapping"),
+        ((*WORKERS, "template", "spec", "containers"), {"name": "x"}, "of cpu must be a list of containers"),
+        ((*WORKERS, "maxReplicas"), "4", "maxReplicas of worker group cpu must be a whole number from 0 to"),
+        ((*WORKERS, "maxReplicas"), 0, "whose maxReplicas is 0"),
+        ((*WORKERS, "numOfHosts"), True, "numOfHosts of worker group cpu must be a whole number"),
+        ((*WORKERS, "resources"), ["x"], "is not built as a RayJob is: "),
+        ((*WORKERS, "rayStartParams"), "x", "is not built as a RayJob is: "),
     ],
 )
 def test_template_that_no_rayjob_can_be_made_from_is_refused_at_startup(
-    tmp_path: Path, path: tuple[str, ...], value: object, words: str
+    tmp_path: Path, path: tuple[str | int, ...], value: object, words: str
 ) -> None:
     template = copy.deepcopy(TEMPLATE)
-    part = template
+    part: Any = template
     for name in path[:-1]:
         part = part[name]
     part[path[-1]] = value
@@ -197,7 +214,14 @@ def test_template_that_no_rayjob_can_be_made_from_is_refused_at_startup(
 
 @pytest.mark.parametrize(
     ("resources", "words"),
-    [({}, "ask for no CPUs"), ({"limits": {"cpu": "many"}}, "CPUs of worker group cpu must be a number, got 'many'")],
+    [
+        *(
+            ({"limits": {"cpu": size}}, "CPUs of worker group cpu must be a number from 0 to 1,000,000, got")
+            for size in SIZES
+        ),
+        ({}, "ask for no CPUs"),
+        ({"limits": {"cpu": "many"}}, "CPUs of worker group cpu must be a number, got 'many'"),
+    ],
 )
 def test_group_whose_size_is_not_known_is_refused(tmp_path: Path, resources: dict[str, Any], words: str) -> None:
     container = {"name": "ray-worker", "resources": resources}

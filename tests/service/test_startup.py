@@ -89,7 +89,7 @@ def test_public_url_is_written_as_browsers_do(given: str, origin: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["ngd.example.com", "https://", "ftp://x", "https://x/ngd", "https://x?a", "https://x:y", "https://a@x"]
+    "url", ["ngd.example.com", "https://", "ftp://x", "https://x/ngd", "https://x?a", "https://x:y"]
 )
 def test_public_url_that_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(StartupError, match=r"public_url \(NGD_PUBLIC_URL\) must be scheme, host and port alone"):
@@ -102,6 +102,23 @@ def test_public_url_that_is_no_address_is_refused(url: str) -> None:
 )
 def test_loopback_addresses_are_taken(host: str, url: str) -> None:
     assert load_settings(host=host).url == url
+
+
+@pytest.mark.parametrize("name", ["public_url", "worker_url", "ray_address", "kubernetes_url"])
+@pytest.mark.parametrize("url", ["http://user:hush@head:8265", "http://user:hush@head:8265/", "user:hush@head"])
+def test_address_with_a_password_is_refused_and_not_repeated(name: str, url: str) -> None:
+    with pytest.raises(StartupError, match=rf"{name} \(NGD_{name.upper()}\) must hold no user and password") as raised:
+        load_settings(**{name: url})
+    assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["unreachable_s", "tick_s", "lease_s", "retry_backoff_s", "cancel_grace_s", "interrupt_grace_s"]
+)
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "1e300", "700000"])
+def test_time_without_a_bound_is_refused(name: str, value: str) -> None:
+    with pytest.raises(StartupError, match=rf"NGD_{name.upper()}\): input should be .*, got '{value}'"):
+        load_settings(**{name: value})
 
 
 def test_wrong_setting_is_named_with_its_variable_and_value() -> None:
@@ -179,6 +196,14 @@ def test_port_in_use_ends_the_command(tmp_path: Path, taken_port: int) -> None:
         ("postgresql://nobody:hush@127.0.0.1:1/none", "onnection"),
         ("mysql://localhost/x", "sqlite or postgresql"),
         ("nonsense", "NGD_DATABASE_URL"),
+        ("postgresql://nobody:hush@127.0.0.1:port/none", "its port, or another number in it, is none"),
+        ("sqlite:////nowhere/at/all.sqlite?timeout=x", "another number in it"),
+        ("postgresql://nobody:hush/none", "its port, or another number in it, is none"),
+        ("postgresql://nobody:hush@127.0.0.1:999999/none", "NGD_DATABASE_URL"),
+        ("postgresql://nobody:hush@127.0.0.1:1/none?no_such=1", "NGD_DATABASE_URL"),
+        ("postgresql://nobody:hush@127.0.0.1:1/none?connect_timeout=x", "NGD_DATABASE_URL"),
+        ("sqlite://nobody:hush@127.0.0.1/none", "NGD_DATABASE_URL"),
+        ("sqlite+no_such:////tmp/none.sqlite", "NGD_DATABASE_URL"),
     ],
 )
 def test_database_that_can_not_be_opened_ends_the_command(tmp_path: Path, url: str, word: str) -> None:
@@ -217,6 +242,17 @@ def test_second_home_on_the_same_database_is_refused_while_jobs_of_the_first_run
     assert_refused(result, f":{tmp_path / 'home'}", f":{tmp_path / 'other'}", "NGD_HOME", "NGD_DATABASE_URL")
     assert not (tmp_path / "other").exists()
     assert first.client.get(job.id).status.attempt == 1
+
+
+def test_folder_of_runs_whose_parent_is_missing_ends_the_command(tmp_path: Path) -> None:
+    runs = tmp_path / "none" / "runs"
+    given = {"NGD_DISPATCHER": "ray_jobs", "NGD_RAY_ADDRESS": "http://127.0.0.1:1", "NGD_RUNS_DIR": str(runs)}
+
+    result = serve(tmp_path / "home", **given)
+
+    assert_refused(result, f"folder of runs {runs}: No such file", "set NGD_RUNS_DIR")
+    assert "NGD_HOME" not in result.stderr
+    assert not (tmp_path / "home").exists()
 
 
 def test_home_that_is_a_file_ends_the_command(tmp_path: Path) -> None:

@@ -100,6 +100,21 @@ def test_key_is_forgotten_after_a_day(store: SQLStore) -> None:
     assert later.id != job.id
 
 
+def test_holders_of_api_keys_have_keys_of_their_own(store: SQLStore) -> None:
+    made = [create(store, keyed=KeyedRequest("k", "f", name), created_by=name).id for name in ("alice", "bob", None)]
+    again = [create(store, keyed=KeyedRequest("k", "f", name), created_by=name).id for name in ("alice", "bob", None)]
+
+    assert made == again
+    assert len(set(made)) == 3
+
+
+def test_key_that_an_older_version_stored_is_still_its_holders(store: SQLStore) -> None:
+    older = create(store, keyed=KeyedRequest("k", "f"), created_by="alice")
+
+    assert create(store, keyed=KeyedRequest("k", "f", "alice"), created_by="alice").id == older.id
+    assert create(store, keyed=KeyedRequest("k", "f", "bob"), created_by="bob").id != older.id
+
+
 def test_many_requests_with_one_key_at_once_make_one_job(store: SQLStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: create(store, keyed=KeyedRequest("k", "f")).id, range(8)))

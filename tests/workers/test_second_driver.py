@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.support.attempts import make_attempt, small_spec
-from workers.rundir import NOT_THE_FIRST, AttemptDir
+from workers.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir
 
 
 def run(attempt: AttemptDir) -> subprocess.CompletedProcess[str]:
@@ -33,3 +33,15 @@ def test_one_alone_of_many_is_the_first(tmp_path: Path) -> None:
         claims = list(threads.map(lambda _: attempt.claim(), range(32)))
 
     assert claims.count(True) == 1
+
+
+def test_attempt_json_that_is_invalid_ends_in_an_outcome(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, small_spec(), cluster="given")
+    attempt.facts.write_text('{"cluster": "given"}')
+
+    driver = run(attempt)
+
+    outcome = attempt.read_outcome()
+    assert outcome is not None
+    assert (driver.returncode, outcome.result, outcome.reason) == (EXIT_STATUS["failed"], "failed", "InvalidSpec")
+    assert "attempt.json is invalid" in str(outcome.message)
