@@ -96,14 +96,14 @@ def store(database_url: str) -> Iterator[SQLStore]:
     store.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # dozens of processes: not beside the tests of other files
 def ray_head() -> Iterator[RayHead]:
     head = RayHead()
     yield head
     head.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_kube_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeCluster]:
     cluster = KubeCluster(tmp_path_factory.mktemp("kubernetes")).start()
     yield cluster

@@ -51,6 +51,7 @@ def test_job_goes_on_while_kubernetes_does_not_answer(start_on_kuberay: Start, k
     assert_ran_once(kube_cluster, service, job)
 
 
+@pytest.mark.slow
 def test_job_submitted_while_kubernetes_does_not_answer_starts_when_it_does(
     start_on_kuberay: Start, kube_cluster: KubeCluster
 ) -> None:
@@ -78,6 +79,7 @@ def test_create_that_fails_or_is_not_answered_makes_one_rayjob(
     assert kube_cluster.faults_left() == 0
 
 
+@pytest.mark.slow
 def test_job_goes_on_while_the_operator_is_away(start_on_kuberay: Start, kube_cluster: KubeCluster) -> None:
     service = start_on_kuberay()
     job = service.client.submit(spec(steps=100))
@@ -91,6 +93,7 @@ def test_job_goes_on_while_the_operator_is_away(start_on_kuberay: Start, kube_cl
     assert_ran_once(kube_cluster, service, job)
 
 
+@pytest.mark.slow
 def test_rayjob_that_somebody_deletes_is_followed_by_another(
     start_on_kuberay: Start, kube_cluster: KubeCluster
 ) -> None:
@@ -107,6 +110,7 @@ def test_rayjob_that_somebody_deletes_is_followed_by_another(
     assert [kube_cluster.times_created()[name(job, attempt)] for attempt in (1, 2)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_attempt_given_up_in_a_long_silence_is_ended_before_the_next(
     start_on_kuberay: Start, kube_cluster: KubeCluster
 ) -> None:
@@ -135,6 +139,7 @@ def test_job_that_fits_no_pod_fails_with_what_to_do(start_on_kuberay: Start, kub
     assert name(posted) not in kube_cluster.times_created()
 
 
+@pytest.mark.slow
 def test_job_that_waits_for_the_operator_says_so_and_can_be_cancelled(
     start_on_kuberay: Start, kube_cluster: KubeCluster
 ) -> None:

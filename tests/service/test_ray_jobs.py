@@ -194,6 +194,7 @@ def test_address_of_something_else_is_said(make: Make, ref: AttemptRef) -> None:
         with_fault(make(), page).inspect(ref)
 
 
+@pytest.mark.slow
 def test_outcome_that_the_volume_shows_late_is_waited_for(
     make: Make, ref: AttemptRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -225,7 +226,14 @@ def start_on_ray(start_service: Start, ray_head: RayHead) -> Start:
     return start
 
 
-@pytest.mark.parametrize("place", ["after_attempt_commit", "after_spawn", "after_submit"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("after_attempt_commit", marks=pytest.mark.slow),
+        "after_spawn",
+        pytest.param("after_submit", marks=pytest.mark.slow),
+    ],
+)
 def test_controller_that_dies_while_it_submits_an_attempt_starts_it_once(start_on_ray: Start, place: str) -> None:
     first = start_on_ray(failpoint=place)
     job = first.client.submit(spec(steps=60))
@@ -239,6 +247,7 @@ def test_controller_that_dies_while_it_submits_an_attempt_starts_it_once(start_o
     assert second.client.logs(job.id).count("attempt 1 of steps") == 1
 
 
+@pytest.mark.slow
 def test_job_goes_on_while_the_controller_is_dead(start_on_ray: Start) -> None:
     first = start_on_ray()
     job = first.client.submit(spec(steps=200))
@@ -254,6 +263,7 @@ def test_job_goes_on_while_the_controller_is_dead(start_on_ray: Start) -> None:
     assert_nothing_lost_or_doubled(second, ended)
 
 
+@pytest.mark.slow
 def test_driver_that_dies_is_followed_by_another_attempt(start_on_ray: Start) -> None:
     service = start_on_ray()
 
@@ -262,6 +272,7 @@ def test_driver_that_dies_is_followed_by_another_attempt(start_on_ray: Start) ->
     assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 2)
 
 
+@pytest.mark.slow
 def test_cancelled_job_that_hears_nothing_is_ended(start_on_ray: Start) -> None:
     service = start_on_ray(cancel_grace_s=0.5, interrupt_grace_s=0.5)
     job = service.client.submit(spec("deaf"))
@@ -311,6 +322,7 @@ def test_real_training_runs_on_the_cluster_from_post_to_result(start_on_ray: Sta
     assert "[rank 0] step 8/8" in service.client.logs(job.id)
 
 
+@pytest.mark.slow
 def test_head_that_is_lost_costs_one_attempt(start_on_ray: Start) -> None:
     first = RayHead()
     try:
