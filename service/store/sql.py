@@ -15,7 +15,7 @@ from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from service.errors import IdempotencyError, StartupError, StoreUnavailableError
-from service.job_state import ACTIVE, TERMINAL, Action, Decision, Desired, Phase
+from service.job_state import TERMINAL, Action, Decision, Desired, Phase
 from service.store import tables as t
 from service.store.base import (
     AttemptRecord,
@@ -31,6 +31,7 @@ from service.store.base import (
 from service.store.census import census
 from service.store.engine import READ_ONLY, describe, open_engine, reported
 from service.store.ingest import INSERT, ingest
+from service.store.leases import change_leased, is_alone, is_free, needs_a_look, num_taken
 from service.store.rows import attempt_record, event_record, job_record
 from service.store.schema import is_usable, revision, upgrade
 from workers.events import Numbered
@@ -41,7 +42,6 @@ __all__ = ["SQLStore"]
 log = logging.getLogger(__name__)
 
 KEY_LIFETIME = timedelta(hours=24)
-CLAIMING = 0x6E6764_0002  # PostgreSQL's number for the lock: "ngd", 2
 
 
 class SQLStore:
@@ -166,10 +166,10 @@ class SQLStore:
     def claim(self, *, lease_token: str, now: datetime, lease_s: float, max_running: int) -> list[Claim]:
         lease = {"lease_token": lease_token, "lease_expires_at": now + timedelta(seconds=lease_s)}
         with self._write() as connection:
-            if not _is_alone(connection):
+            if not is_alone(connection):
                 return []
-            slots = max_running - _num_taken(connection, now)
-            query = sa.select(t.jobs).where(_is_free(now), _needs_a_look(slots)).order_by(t.jobs.c.id)
+            slots = max_running - num_taken(connection, now)
+            query = sa.select(t.jobs).where(is_free(now), needs_a_look(slots)).order_by(t.jobs.c.id)
             rows = connection.execute(query.with_for_update(skip_locked=True)).all()
             ids = [row.id for row in rows]
             connection.execute(sa.update(t.jobs).where(t.jobs.c.id.in_(ids)).values(lease))
@@ -179,7 +179,7 @@ class SQLStore:
 
     def renew(self, claim: Claim, now: datetime, lease_s: float) -> bool:
         with self._write() as connection:
-            return _change_leased(connection, claim, {"lease_expires_at": now + timedelta(seconds=lease_s)})
+            return change_leased(connection, claim, {"lease_expires_at": now + timedelta(seconds=lease_s)})
 
     def apply(
         self,
@@ -192,7 +192,7 @@ class SQLStore:
     ) -> bool:
         number = claim.job.attempt + (decision.action is Action.NEW_ATTEMPT)
         with self._write() as connection:
-            if not _change_leased(connection, claim, _job_change(claim.job, decision, number, now, outcome)):
+            if not change_leased(connection, claim, _job_change(claim.job, decision, number, now, outcome)):
                 return False
             if decision.ends_attempt and claim.attempt is not None:
                 ended = sa.update(t.attempts).where(t.attempts.c.id == claim.attempt.id)
@@ -227,15 +227,15 @@ class SQLStore:
 
     def note(self, claim: Claim, message: str | None) -> bool:
         with self._write() as connection:
-            return _change_leased(connection, claim, {"message": message, **_touched()})
+            return change_leased(connection, claim, {"message": message, **_touched()})
 
     def release(self, claim: Claim) -> None:
         with self._write() as connection:
-            _change_leased(connection, claim, {"lease_token": None, "lease_expires_at": None})
+            change_leased(connection, claim, {"lease_token": None, "lease_expires_at": None})
 
     def _change_attempt(self, claim: Claim, change: Mapping[str, Any]) -> bool:
         with self._write() as connection:
-            if claim.attempt is None or not _change_leased(connection, claim, _touched()):
+            if claim.attempt is None or not change_leased(connection, claim, _touched()):
                 return False
             connection.execute(sa.update(t.attempts).where(t.attempts.c.id == claim.attempt.id).values(**change))
             return True
@@ -337,40 +337,6 @@ def _row_of_older_version(connection: sa.Connection, keyed: KeyedRequest) -> Any
     query = sa.select(keys).join(t.jobs, t.jobs.c.id == keys.c.job_id)
     query = query.where(keys.c.key == keyed.key, t.jobs.c.created_by == keyed.holder)
     return connection.execute(query).one_or_none()
-
-
-def _is_free(now: datetime) -> sa.ColumnElement[bool]:
-    return t.jobs.c.lease_token.is_(None) | (t.jobs.c.lease_expires_at < now)
-
-
-def _is_alone(connection: sa.Connection) -> bool:
-    """Returns whether no other controller is claiming now: two that count the free slots at once would both fill them.
-
-    The other one is not waited for: the next tick comes soon, and what has hung is not to hang this one.
-    """
-    if connection.dialect.name != "postgresql":
-        return True  # SQLite has one writer
-    return bool(connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(CLAIMING))).scalar_one())
-
-
-def _num_taken(connection: sa.Connection, now: datetime) -> int:
-    """Slots held: by active jobs, and by waiting ones that another claim is about to start."""
-    is_starting = (t.jobs.c.phase == Phase.QUEUED) & ~_is_free(now)
-    query = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE) | is_starting)
-    return int(connection.execute(query).scalar_one())
-
-
-def _needs_a_look(slots: int) -> sa.ColumnElement[bool]:
-    """Active jobs, cancelled waiting ones, and of the waiting ones the oldest that fit into the free slots."""
-    is_waiting = t.jobs.c.phase == Phase.QUEUED
-    oldest = sa.select(t.jobs.c.id).where(is_waiting, t.jobs.c.desired == Desired.RUNNING).order_by(t.jobs.c.id)
-    is_next = t.jobs.c.id.in_(sa.select(oldest.limit(max(slots, 0)).subquery().c.id))
-    return t.jobs.c.phase.in_(ACTIVE) | (is_waiting & (t.jobs.c.desired == Desired.CANCELLED)) | is_next
-
-
-def _change_leased(connection: sa.Connection, claim: Claim, change: Mapping[str, Any]) -> bool:
-    mine = (t.jobs.c.id == claim.job.id) & (t.jobs.c.lease_token == claim.lease_token)
-    return connection.execute(sa.update(t.jobs).where(mine).values(**change)).rowcount == 1
 
 
 def _job_change(

@@ -39,7 +39,9 @@ def start_on_kuberay(
     assert {number for name, number in kube_cluster.times_created().items() if name not in before} <= {1}
 
 
-@pytest.fixture(params=["start_service", "start_on_kuberay"], ids=["local", "kuberay"])
+@pytest.fixture(
+    params=["start_service", pytest.param("start_on_kuberay", marks=pytest.mark.slow)], ids=["local", "kuberay"]
+)
 def start_anywhere(request: pytest.FixtureRequest) -> Callable[..., ServiceProcess]:
     """Starts controllers on one home, on each dispatcher in turn."""
     start: Callable[..., ServiceProcess] = request.getfixturevalue(request.param)
