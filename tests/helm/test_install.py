@@ -37,7 +37,10 @@ def test_generated_secrets_survive_upgrades(cluster: HelmCluster) -> None:
     assert kept == first
 
 
-@pytest.mark.parametrize("scenario", VALUES)
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(name, marks=pytest.mark.slow if name.startswith("environment-") else ()) for name in VALUES],
+)
 def test_a_later_chart_upgrades_what_this_one_installed(scenario: str, cluster: HelmCluster, tmp_path: Path) -> None:
     later = tmp_path / "later"
     later.mkdir()

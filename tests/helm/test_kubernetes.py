@@ -248,6 +248,7 @@ MEANT = {
 }
 
 
+@pytest.mark.slow
 def test_policy_scanner_finds_nothing_more(tmp_path: Path) -> None:
     checkov = tool(CHECKOV, "the policy scanner")
     for scenario in VALUES:

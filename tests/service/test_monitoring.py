@@ -76,6 +76,7 @@ def test_promtool_has_nothing_to_say_against_the_metrics(shared_service: Service
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
+@pytest.mark.slow
 def test_metrics_follow_the_life_of_jobs(start_service: Callable[..., ServiceProcess]) -> None:
     service = start_service(max_running_jobs=2)
     client = service.client

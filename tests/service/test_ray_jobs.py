@@ -284,6 +284,7 @@ def test_cancelled_job_that_hears_nothing_is_ended(start_on_ray: Start) -> None:
     wait_until(lambda: drivers(service, job.id) == [], "the driver is gone")
 
 
+@pytest.mark.slow
 def test_job_waits_for_a_cluster_that_does_not_answer_and_says_so(start_on_ray: Start, ray_head: RayHead) -> None:
     service = start_on_ray(ray_address=NOWHERE)
     job = service.client.submit(spec(steps=10))

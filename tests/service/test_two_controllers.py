@@ -140,6 +140,7 @@ def test_one_that_is_killed_is_replaced_by_the_other(pair: Pair) -> None:
     assert loss.steps == list(range(1, 201))
 
 
+@pytest.mark.slow
 def test_rolling_upgrade_takes_the_jobs_along(start: Start) -> None:
     """A new controller comes up beside the old one, which then ends in order."""
     old = start("a")
@@ -161,18 +162,18 @@ def test_claims_at_the_same_time_do_not_both_count_the_same_free_slot(
     now = datetime.now(UTC)
     for number in range(2):
         first.create_job(f"job_{number}", "small", spec(), now)
-    count, others = sql._num_taken, list[Claim]()
+    count, others = sql.num_taken, list[Claim]()
 
     def interrupted(connection: sa.Connection, now: datetime) -> int:
         taken = count(connection, now)
-        monkeypatch.setattr(sql, "_num_taken", count)
+        monkeypatch.setattr(sql, "num_taken", count)
         for claim in second.claim(lease_token="second", now=now, lease_s=10, max_running=1):
             second.apply(claim, Decision(Phase.STARTING, action=Action.NEW_ATTEMPT), now)
             second.release(claim)
             others.append(claim)
         return taken
 
-    monkeypatch.setattr(sql, "_num_taken", interrupted)
+    monkeypatch.setattr(sql, "num_taken", interrupted)
     mine = first.claim(lease_token="first", now=now, lease_s=10, max_running=1)
     first.close()
     second.close()
