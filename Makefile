@@ -36,7 +36,7 @@ serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:800
 test: $(STAMP) browser cluster-tools ## run the tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-slow: $(STAMP) image-tools ## run the tests that take minutes
+test-slow: $(STAMP) image-tools cluster-tools ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 3600
 
 check: $(STAMP) ## lint, format, types, import layers

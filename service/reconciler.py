@@ -16,6 +16,7 @@ from ulid import ULID
 from service.dispatchers.base import (
     AttemptRef,
     BackendError,
+    BackendRefusedError,
     BackendUnavailableError,
     Dispatcher,
     DispatchError,
@@ -134,20 +135,20 @@ class Reconciler:
         seen = self._observe(ref, claim)
         decision = self._decide(claim, seen)
         if decision.phase is None and decision.action is Action.NONE:
-            return self._note(claim, decision.note)
+            self._note(claim, decision.note)
+            return
         # What was seen may have taken longer than the lease: then the job is another controller's by now.
         if not self._store.renew(claim, datetime.now(UTC), self._lease_s):
-            return None
+            return
         is_left_running = False
         if decision.ends_attempt and claim.attempt is not None:
             is_left_running = not self._settle(ref, claim)
             seen, decision = self._look_again(ref, claim, seen, decision)
         if decision.phase is not None and not self._apply(claim, decision, seen.outcome, is_left_running):
-            return None
+            return
         refusal = self._act(ref, claim, decision)
         if decision.phase is None:
             self._note(claim, refusal or decision.note)
-        return None
 
     def _decide(self, claim: Claim, seen: Observation) -> Decision:
         return decide(claim.job.state, claim.attempt.state if claim.attempt else None, seen, self._policy)
@@ -229,9 +230,12 @@ class Reconciler:
                 self._dispatcher.kill(ref)
                 if self._dispatcher.inspect(ref).process is Process.RUNNING:
                     continue  # it takes its time
-            except BackendError as error:
+            except BackendUnavailableError as error:
                 self._note_trouble(error)
                 return
+            except BackendRefusedError as error:
+                log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
+                continue
             self._store.mark_gone(attempt.id)
             log.info("ended_late attempt=%s", ref.attempt_id)
 

@@ -174,24 +174,6 @@ class Settings(BaseSettings):
             )
         return self
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the service."""
-        return ipaddress.ip_address(self.host).is_loopback
-
-    @property
-    def url(self) -> str:
-        """Where the service answers on this machine."""
-        address = ipaddress.ip_address(self.host)
-        if address.is_unspecified:  # every address of the machine, loopback among them
-            address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
-        return f"http://[{address}]:{self.port}" if address.version == 6 else f"http://{address}:{self.port}"
-
-    @property
-    def people_url(self) -> str:
-        """Where people reach the service."""
-        return self.public_url or self.url
-
     @model_validator(mode="after")
     def _belongs_to_the_dispatcher(self) -> Self:
         if self.dispatcher == "local" and self.runs_dir is not None:
@@ -217,6 +199,24 @@ class Settings(BaseSettings):
                 "http://127.0.0.1:8265"
             )
         return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return ipaddress.ip_address(self.host).is_loopback
+
+    @property
+    def url(self) -> str:
+        """Where the service answers on this machine."""
+        address = ipaddress.ip_address(self.host)
+        if address.is_unspecified:  # every address of the machine, loopback among them
+            address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
+        return f"http://[{address}]:{self.port}" if address.version == 6 else f"http://{address}:{self.port}"
+
+    @property
+    def people_url(self) -> str:
+        """Where people reach the service."""
+        return self.public_url or self.url
 
     @property
     def resolved_worker_url(self) -> str:

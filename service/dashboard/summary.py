@@ -73,7 +73,7 @@ class Summary:
         is_trouble = status.phase in ("FAILED", "RECOVERING")
         waits = status.message is not None and not status.is_terminal and not is_trouble
         self.notice.set_visibility(waits or (is_trouble and bool(status.message or status.reason)))
-        self.notice.classes(**({"add": "waits"} if waits else {"remove": "waits"}))
+        self.notice.classes(add="waits" if waits else None, remove=None if waits else "waits")
         self.icon.set_name("hourglass_empty" if waits else "error")
         self.reason.set_text(status.reason or "")
         self.reason.set_visibility(bool(status.reason))

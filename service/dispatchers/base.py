@@ -13,6 +13,7 @@ from service.job_state import Process
 from workers.rundir import Outcome
 
 __all__ = [
+    "JOB_ID",
     "SPEC_SHA256",
     "AttemptRef",
     "BackendError",
@@ -24,7 +25,7 @@ __all__ = [
     "Seen",
 ]
 
-SPEC_SHA256 = "ngd.dev/spec-sha256"  # under which a backend keeps Launch.spec_sha256
+JOB_ID, SPEC_SHA256 = "ngd.dev/job-id", "ngd.dev/spec-sha256"  # under which a backend keeps these of a Launch
 
 
 class DispatchError(Exception):

@@ -14,6 +14,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from service.dispatchers.base import (
+    JOB_ID,
     SPEC_SHA256,
     AttemptRef,
     BackendRefusedError,
@@ -100,7 +101,7 @@ class RayJobsDispatcher:
             json={
                 "submission_id": launch.ref.attempt_id,
                 "entrypoint": entrypoint(self._command, folder),
-                "metadata": {SPEC_SHA256: launch.spec_sha256, "ngd.dev/job-id": launch.ref.job_id},
+                "metadata": {SPEC_SHA256: launch.spec_sha256, JOB_ID: launch.ref.job_id},
             },
         )
         self._failpoint.reach("after_spawn")

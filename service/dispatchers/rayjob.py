@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError, Launch
+from service.dispatchers.base import JOB_ID, SPEC_SHA256, AttemptRef, DispatchError, Launch
 from service.errors import StartupError
 from workers.spec import Resources
 
@@ -24,7 +24,7 @@ __all__ = ["Group", "groups_of", "is_of", "name_of", "rayjob", "read_template", 
 Json = dict[str, Any]
 
 API_VERSION = "ray.io/v1"
-JOB_ID, ATTEMPT, JOB_NAME = "ngd.dev/job-id", "ngd.dev/attempt", "ngd.dev/job-name"  # labels
+ATTEMPT, JOB_NAME = "ngd.dev/attempt", "ngd.dev/job-name"  # labels, beside JOB_ID
 TTL_S = 600  # of the pods, should no controller be there to delete the RayJob once it has ended
 SUFFIXES = {"m": Decimal("0.001"), "k": Decimal(1000), "": Decimal(1)}  # of CPU and GPU quantities
 

@@ -274,12 +274,31 @@ def test_controller_whose_lease_ran_out_while_it_looked_does_nothing(
     assert phase(store, ref) == (Phase.STARTING, 1)
 
 
-def test_stop_that_can_not_be_written_does_not_keep_the_backend_from_ending_it(
-    controller: Controller, tmp_path: Path
+def test_stop_that_can_not_be_written_is_logged_and_no_error(
+    controller: Controller, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "job_1").write_text("a file where a folder should be")
 
     controller.files.ask_to_stop(AttemptRef("job_1", 1))
+
+    assert "stop_not_written" in caplog.text
+
+
+def test_refusal_to_end_one_of_the_given_up_leaves_the_others_to_be_ended(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    stays, goes = (post(store, name, max_attempts=1) for name in ("job_1", "job_2"))
+    controller.ticks(3)
+    backend.is_away = True
+    forget_when_it_was_seen(store)
+    controller.ticks(10, after_s=PATIENCE_S / 4)
+    assert backend.running == {stays, goes}
+
+    backend.is_away = False
+    backend.refuses = lambda call, ref: call == "kill" and ref == stays
+    controller.ticks(2)
+
+    assert backend.running == {stays}
 
 
 def test_jobs_take_turns_in_being_the_first(store: SQLStore, backend: Backend, controller: Controller) -> None:
