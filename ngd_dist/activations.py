@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ngd_dist.hooks import ModuleHook, is_transformed
 from ngd_dist.layers import Run
 
 __all__ = ["Activations", "is_activation"]
@@ -53,14 +54,11 @@ class Activations:
         own = weakref.ref(self)
         handles: list[RemovableHandle] = []
         for module in model.modules():
-            # torch.compile would look into the hooks, and at tensors by another identity.
             if is_activation(module):
                 # Before it runs: it may write its output where its input was.
-                note_input = torch.compiler.disable(_note_input(own, module))
-                handles.append(module.register_forward_pre_hook(note_input, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(ModuleHook(_note_input(own)), with_kwargs=True))
             elif type(module) in TRANSPARENT:
-                note_output = torch.compiler.disable(_note_output(own, module))
-                handles.append(module.register_forward_hook(note_output, with_kwargs=True))
+                handles.append(module.register_forward_hook(ModuleHook(_note_output(own)), with_kwargs=True))
         for handle in handles:
             weakref.finalize(self, handle.remove)
 
@@ -91,21 +89,21 @@ def _slope(module: nn.Module, x: Tensor) -> Tensor:
     return slope
 
 
-def _note_input(own: "weakref.ref[Activations]", watched: nn.Module) -> Callable[..., None]:
-    """Returns a hook. The model outlives the optimizer, and its deep copies carry its hooks."""
+def _note_input(own: "weakref.ref[Activations]") -> Callable[..., None]:
+    """Returns a hook. The model outlives the optimizer."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         alive = own()
-        if alive is not None and module is watched:
+        if alive is not None and not is_transformed():
             alive.on_activation(module, _first(args, kwargs))
 
     return hook
 
 
-def _note_output(own: "weakref.ref[Activations]", watched: nn.Module) -> Callable[..., None]:
+def _note_output(own: "weakref.ref[Activations]") -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         alive = own()
-        if alive is not None and module is watched:
+        if alive is not None and not is_transformed():
             alive.on_transparent(_first(args, kwargs), output)
 
     return hook

@@ -1,80 +1,57 @@
-"""Hooks that turn what a covered layer sees into statistics, only for layers that have one due.
+"""Hooks that tell what a covered layer sees, only for layers that have a statistic due.
 
-A forward hook notes each run of a layer and puts a hook on its output; when the output's gradient arrives, the two
-meet and become statistics. So a forward pass without gradient, one that is never differentiated, and the second
-forward pass of activation checkpointing count for nothing. Hooks sit on the output tensor because module backward
-hooks break under an in-place activation that follows (pytorch/pytorch#61519).
+A forward hook notes each run of a layer and puts a hook on its output; when the output's gradient has come and the pass
+that brought it has added to the parameters' `grad`, the two make statistics (`measurement`). So a forward pass without
+gradient, one that is never differentiated, a pass that leaves `grad` alone and the second forward pass of activation
+checkpointing count for nothing. Hooks sit on the output tensor because module backward hooks break under an in-place
+activation that follows (pytorch/pytorch#61519).
 
 A layer may run several times in one forward pass (shared modules, siamese batches): the runs of one backward pass
 belong together, and count as positions. Backward passes are told apart by autograd's own number for them.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.activations import Activations
-from ngd_dist.comm import Communicator
+from ngd_dist.batches import Batches
 from ngd_dist.config import NGDConfig
 from ngd_dist.errors import CaptureError
-from ngd_dist.estimates import Estimates
-from ngd_dist.hooks import OUTSIDE_BACKWARD, backward_task, remove, tensors_in, uncompiled
-from ngd_dist.layers import Layer, OnRun, Replicate, Rows, Run
-from ngd_dist.preconditioners import Cache, Preconditioner, check_rows
+from ngd_dist.hooks import (
+    OUTSIDE_BACKWARD,
+    ModuleHook,
+    accumulates,
+    backward_task,
+    is_transformed,
+    keeps_graph,
+    remove,
+    weakly,
+)
+from ngd_dist.layers import Layer, Rows
+from ngd_dist.measurement import LOSS_PASS, Measurement, Pass, Source
+from ngd_dist.passes import Arrivals, LayerPasses, NotedRun
+from ngd_dist.preconditioners import Preconditioner
 from ngd_dist.statistics import Key
-from ngd_dist.telemetry import Stopwatch
 
 __all__ = ["Capture"]
 
-
-class Source(Enum):
-    """Whose gradients statistics are made of."""
-
-    LOSS = "the training loss"
-    FISHER = "labels drawn from the model, or all of them"
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One backward pass: of the loss, or one of those that make up the Fisher of a micro-batch, with its weight.
-
-    `scale` is what its gradients are multiplied by; None for those of the loss, where it follows from the batch.
-    """
-
-    source: Source
-    is_first: bool = True
-    weight: float = 1.0
-    scale: float | None = None
-
-
-LOSS_PASS = _Pass(Source.LOSS)
-
-
-@dataclass(slots=True)
-class _Micro:
-    """What one layer has seen of the micro-batch that is under way."""
-
-    forward_runs: int = 0
-    is_differentiated: bool = False
-    task: int = OUTSIDE_BACKWARD
-    arrived: list[Run] = field(default_factory=list)
+logger = logging.getLogger(__name__)
 
 
 class Capture:
     """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples.
 
-    `keeps_rows`: whether the rows of the loss's own backward pass are kept until the next `arm`. `shared_of`: the cache
-    entries of a layer that every rank has. `loss_scale`: what the loss is multiplied by before it is differentiated.
-    `on_ready` is given each statistic as soon as the passes that it is made of are over, as a rule while the backward
-    pass is still running.
+    `on_forward` is called before each forward pass of the model that is watched, and returns whether another capture
+    has taken this one's place.
     """
 
     def __init__(
@@ -83,67 +60,81 @@ class Capture:
         layers: Sequence[Layer],
         preconditioners: Mapping[str, Preconditioner],
         config: NGDConfig,
+        measurement: Measurement,
         *,
-        comm: Communicator,
-        keeps_rows: bool,
-        shared_of: Callable[[str], Cache],
-        loss_scale: Callable[[], float],
-        on_ready: Callable[[Key, Tensor], None],
-        stopwatch: Stopwatch,
+        on_forward: Callable[[tuple[Any, ...], Mapping[str, Any]], bool | None],
     ) -> None:
-        self.estimates = Estimates(preconditioners, config, shared_of, is_alone=comm.world_size == 1)
-        self._on_ready = on_ready
+        self.batches = Batches(config)
+        self.measurement = measurement
         self._layers = {layer.name: layer for layer in layers}
-        self._preconditioners = preconditioners
-        self._config = config
-        self._comm = comm
-        self._replicates = comm.world_size * config.micro_batches
-        check_rows(config, self._replicates)
-        self._keeps_rows = keeps_rows
-        self._loss_scale = loss_scale
-        self._stopwatch = stopwatch
-        self._samples: int | None = None
+        self._reads_slopes = {name for name, preconditioner in preconditioners.items() if preconditioner.reads_slopes}
+        self._micro_batches = config.micro_batches
+        self._max_edges = max(2, config.loss_parts)
+        self._on_forward = on_forward
         self._is_paused = False
-        self._pass = LOSS_PASS
+        self._has_warned = False
         self._edges: list[GradientEdge] = []
-        self._fisher_passes = self._pending_passes = 0
+        self._passes: dict[str, LayerPasses] = {}
+        self._arrived: dict[str, Arrivals] = {}
         self._has_run = False
-        self._clear([], 0)
-        reads_slopes = any(preconditioner.reads_slopes for preconditioner in preconditioners.values())
-        self._activations = Activations(model) if reads_slopes else None
-        own = weakref.ref(self)
-        handles = [model.register_forward_pre_hook(_note_model(own, model), with_kwargs=True)]
-        handles += [handle for layer in layers for handle in layer.watch(_note_run(own, layer))]
-        weakref.finalize(self, remove, handles)
+        self._fisher_passes = self._pending_passes = 0
+        # Layers that have had a step in which no pass came after one that ended: their rows need not wait for the step.
+        self._single: set[str] = set()
+        self._accumulation: dict[str, list[RemovableHandle]] = {}
+        self._clear()
+        self._activations = Activations(model) if self._reads_slopes else None
+        handles = [
+            model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True),
+            model.register_forward_hook(ModuleHook(weakly(self._note_output))),
+        ]
+        on_run = weakly(self._on_run)
+        handles += [handle for layer in layers for handle in layer.watch(partial(on_run, layer))]
+        self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
 
     def arm(self, due: Sequence[Key], step: int) -> None:
         """Starts a new step in which these statistics, and no others, are captured."""
-        self._clear(due, step)
+        self.measurement.begin(due, step)
+        self._clear()
+        if not self.measurement.keeps_rows:
+            for name in self._accumulation.keys() - self.measurement.due.keys():
+                remove(self._accumulation.pop(name))
+
+    def close(self) -> None:
+        """Takes all hooks away."""
+        self._finalizer()
 
     def take(self) -> dict[Key, Tensor]:
-        """Returns what was captured since `arm`. Layers that did not run, or not once per micro-batch, are absent."""
-        self._finish_all()
-        wrong = self.miscounted()
-        return {key: value for key, value in self.estimates.values().items() if key.layer not in wrong}
+        """Returns what was captured since `arm`. Layers that did not run, or too often, are absent."""
+        self._settle()
+        left_out = self.miscounted().keys() | self.measurement.spoiled
+        return {key: value for key, value in self.measurement.estimates.values().items() if key.layer not in left_out}
 
     def rows(self, layer: str) -> list[Rows]:
         """Returns the rows of the layer's micro-batches, where they are kept."""
-        self._finish_all()
-        return self._rows.get(layer, [])
+        self._settle()
+        return self.measurement.rows.get(layer, [])
 
     def miscounted(self) -> dict[str, int]:
-        """Returns the layers that were differentiated in another number of backward passes than micro-batches."""
-        wanted = self._config.micro_batches
-        return {layer: passes for layer, passes in self.estimates.passes.items() if passes != wanted}
+        """Returns the layers that have had more micro-batches than the config says."""
+        wanted, counts = self._micro_batches, self.measurement.estimates.passes.items()
+        return {} if wanted == "any" else {layer: count for layer, count in counts if count > wanted}
 
     def miscount(self, layer: str) -> CaptureError:
-        """Returns the error for a layer that was differentiated too often, or too rarely, on some rank."""
-        here = self.miscounted().get(layer)
-        times = f"in {here} backward passes" if here else "too often, or too rarely, on another rank"
+        """Returns the error for a layer that has had too many micro-batches on some rank."""
+        here, wanted = self.miscounted().get(layer), self._micro_batches
+        times = f"{here} times" if here else "too often on another rank"
+        if self.measurement.source is Source.FISHER:
+            return CaptureError(
+                f"fisher_backward was called {times} in one optimizer step, but micro_batches is {wanted}: call it "
+                "once per micro-batch, with a tuple of the outputs if there are several; where the loss is divided by "
+                "the number of calls, set micro_batches to it"
+            )
         return CaptureError(
-            f"layer {layer!r} was differentiated {times} in one optimizer step, but micro_batches is "
-            f"{self._config.micro_batches}; set micro_batches to the number of backward passes per "
-            "step; a module that runs in several checkpointed blocks needs use_reentrant=False"
+            f"layer {layer!r} was differentiated {times} in one optimizer step, through a forward pass of its own each "
+            f"time, but micro_batches is {wanted}. If the loss of each is divided by their number, set micro_batches "
+            "to it, or to 'any'; add up losses on the same samples, and differentiate the sum; put passes that are not "
+            "the step's own into `with optimizer.paused():`; a module that runs in several checkpointed blocks needs "
+            "use_reentrant=False"
         )
 
     @property
@@ -151,14 +142,24 @@ class Capture:
         """By layer that has run, the type of the activation that read it; empty where no method asks for slopes."""
         return {} if self._activations is None else self._activations.found
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether anything that the step counts on has been captured since `arm`."""
+        return self._fisher_passes > 0 or self.has_gradients
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a pass of the loss that counts has come since `arm`."""
+        return any(passes.micro_batches for passes in self._passes.values())
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Counts nothing that runs inside the block."""
-        self._is_paused = True
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._is_paused = False
+            self._is_paused = before
 
     @property
     def fisher_passes(self) -> int:
@@ -168,195 +169,167 @@ class Capture:
     @property
     def needs_fisher_pass(self) -> bool:
         """Whether a due statistic reads the Fisher's own gradients."""
-        return self._source is Source.FISHER
+        return self.measurement.source is Source.FISHER
 
-    def fisher_pass(self, output: Tensor, gradients: Iterable[Tensor], weight: float) -> None:
-        """Runs one backward pass per gradient of the output, each in units of a sample's own loss, to the due layers.
+    def fisher_pass(
+        self, outputs: Sequence[Tensor], gradients: Iterable[Sequence[Tensor]], weight: float, *, ignores: bool
+    ) -> None:
+        """Runs one backward pass per gradients of the outputs, each in units of a sample's own loss, to the due layers.
 
         Statistics that read gradients are summed over the passes, times `weight`. No parameter's gradient is touched:
         autograd stops at the outputs of the layers. Raises: CaptureError if none of them has run.
         """
         if not self._has_run:
-            raise self._error(
+            raise self.measurement.error(
                 "no covered layer has run since the last call; call fisher_backward(output) once after "
                 "each forward pass, on what that pass returned, outside torch.no_grad()"
             )
-        self._finish_all()
         # As small as the loss's own gradients, which is what a GradScaler has made room for.
-        scale = self._scale(output.shape[0])
-        for number, gradient in enumerate(gradients):
-            self._pass = _Pass(Source.FISHER, number == 0, weight, scale)
+        scale = self.measurement.scale(outputs[0].shape[0])
+        for number, columns in enumerate(gradients):
+            if not self._edges:
+                break  # none of the layers that are due took part
+            self._pass = Pass(Source.FISHER, number == 0, weight, scale, ignores)
             try:
-                if not self._edges:
-                    break  # none of the layers that are due took part
-                torch.autograd.grad(output, self._edges, gradient / scale, retain_graph=True, allow_unused=True)
-                self._finish_all()
+                small = [column / scale for column in columns]
+                torch.autograd.grad(outputs, self._edges, small, retain_graph=True, allow_unused=True)
+                for name, arrivals in self._arrived.items():
+                    self.measurement.add_fisher(name, arrivals, self._pass)
             finally:
-                self._pass = LOSS_PASS
+                self._pass, self._arrived = LOSS_PASS, {}
         self._edges, self._has_run, self._pending_passes = [], False, 0
         self._fisher_passes += 1
-        if self._source is Source.FISHER and self._fisher_passes == self._config.micro_batches:
-            for name in self.estimates.passes:
-                self._hand_over(name)
+        if self.needs_fisher_pass and self._fisher_passes == self._micro_batches:
+            for name in self.measurement.estimates.passes:
+                self.measurement.hand_over(name)
 
-    def on_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes how many samples the model is given; called before its forward pass."""
-        if self._is_paused or not torch.is_grad_enabled():
-            return
-        self._pending_passes += backward_task() == OUTSIDE_BACKWARD
-        if self._pending_passes > max(2, self._config.micro_batches):
+    def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Notes how many samples the model is given, before its forward pass."""
+        self.batches.begin(args, kwargs)
+        self._pending_passes += 1
+        if self._pending_passes > self._max_edges:
             self._edges.clear()  # of passes that were never differentiated; an edge keeps its graph alive
-        first = next(tensors_in((args, kwargs)), None)
-        dim = self._config.batch_dim
-        if first is not None and first.ndim > dim:
-            self._samples = first.shape[dim]
 
-    def on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+    def _note_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_blind or not torch.is_grad_enabled() or backward_task() != OUTSIDE_BACKWARD:
+            return
+        if not self._on_forward(args, kwargs):
+            self.begin_forward(args, kwargs)
+
+    def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Notes what the model has returned."""
+        measured = self.measurement
+        if not self._is_blind:
+            is_read = measured.keeps_rows or (measured.source is Source.LOSS and bool(measured.due))
+            self.batches.end(output, is_watched=is_read)
+
+    def _on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
-        if self._is_paused or not (torch.is_grad_enabled() and output.requires_grad):
+        if self._is_blind or not (torch.is_grad_enabled() and output.requires_grad):
             return
         self._has_run = True
-        is_due = layer.name in self._due
-        if not (self._keeps_rows or is_due):
+        is_due = layer.name in self.measurement.due
+        if not (self.measurement.keeps_rows or is_due) or layer.replaced():
             return
-        expected = layer.expected_input(x)
+        expected, size = layer.expected_input(x), x.shape[layer.batch_dim] if x.ndim > layer.batch_dim else 0
         if expected is not None:
-            raise self._error(f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}")
+            raise self.measurement.error(
+                f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}"
+            )
+        if size == 0:
+            raise self.measurement.error(
+                f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks"
+            )
+        is_recomputed = backward_task() != OUTSIDE_BACKWARD
+        batch = self.batches.current(is_recomputed=is_recomputed)
+        batch.check(layer.name, size)
         with torch.no_grad():
             kept = layer.keep(x.detach(), output.detach())
-            run = Run(kept, *self._samples_of(layer, x))
-        if self._activations is not None and is_due and self._preconditioners[layer.name].reads_slopes:
+        run = NotedRun(kept, size=size, batch=batch, is_recomputed=is_recomputed)
+        if self._activations is not None and is_due and layer.name in self._reads_slopes:
             self._activations.expect(layer.name, output, run)
-        if backward_task() == OUTSIDE_BACKWARD:  # else it is the second forward pass of activation checkpointing
-            micro = self._micros.setdefault(layer.name, _Micro())
-            if micro.is_differentiated:
-                self._finish(layer.name)
-                micro = self._micros[layer.name] = _Micro()
-            micro.forward_runs += 1
-            if is_due and self._source is Source.FISHER:
-                self._edges.append(get_gradient_edge(output))
+        if is_due and self.needs_fisher_pass and not is_recomputed:
+            self._edges.append(get_gradient_edge(output))
+        if layer.name not in self._accumulation:
+            hook = partial(weakly(self._on_accumulated), layer.name)
+            self._accumulation[layer.name] = [
+                p.register_post_accumulate_grad_hook(hook) for p in layer.parameters if p.requires_grad
+            ]
         output.register_hook(partial(self._on_gradient, layer.name, run))
 
     @torch.no_grad()
-    def _on_gradient(self, name: str, run: Run, g: Tensor) -> None:
-        is_source = self._pass.source is self._source and name in self._due
-        if not is_source and not (self._keeps_rows and self._pass.source is Source.LOSS):
+    def _on_gradient(self, name: str, run: NotedRun, g: Tensor) -> None:
+        """Takes the gradient of a run, if the pass that brings it may count."""
+        if self._is_blind:
             return
-        micro = self._micros.setdefault(name, _Micro())
-        micro.is_differentiated = True
-        task = backward_task()
-        if micro.task != task:
-            self._finish(name)
-            micro.task = task
-        micro.arrived.append(replace(run, g=g))
-        if len(micro.arrived) >= micro.forward_runs:
-            self._finish(name)
-
-    def _replicate(self, name: str) -> Replicate:
-        """Returns which part of the global batch the layer's next micro-batch is; too many are an error of the step."""
-        micro_batches = self._config.micro_batches
-        index = self._comm.rank * micro_batches + self.estimates.passes.get(name, 0) % micro_batches
-        return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
-
-    def _finish_all(self) -> None:
-        for name in list(self._micros):
-            self._finish(name)
+        is_due = name in self.measurement.due
+        if self._pass.source is Source.FISHER:
+            if is_due and self.needs_fisher_pass:
+                self._arrived.setdefault(name, []).append((run, g.detach()))
+            return
+        if not (self.measurement.keeps_rows or (is_due and not self.needs_fisher_pass)):
+            return
+        parameters = self._layers[name].parameters
+        adds = next((found for p in parameters if (found := accumulates(p)) is not False), False)
+        if adds is False:
+            return
+        passes = self._passes.setdefault(name, LayerPasses(self._micro_batches == 1))
+        if passes.micro_batches and all(p.grad is None for p in parameters):  # somebody has cleared them
+            passes.forget()
+            self.measurement.forget(name)
+        passes.arrive(backward_task(), run, g.detach(), is_returned=adds is None)
+        self.batches.differentiated(run.batch)
 
     @torch.no_grad()
-    def _finish(self, name: str) -> None:
-        """Turns the runs that have arrived, which are those of one backward pass, into statistics and kept rows."""
-        micro = self._micros[name]
-        if not micro.arrived:
+    def _on_accumulated(self, name: str, parameter: Tensor) -> None:
+        """Takes the pass that is under way for one of the step's own: it has added to the layer's `grad`.
+
+        Autograd adds once for all uses of a parameter in a pass, so that all runs of the layer have come by now.
+        """
+        passes = self._passes.get(name)
+        if passes is None or self._is_blind:
             return
-        runs, micro.arrived = micro.arrived, []
-        first = runs[0]
-        # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
-        # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
-        scale = self._pass.scale or self._scale(first.samples * first.sharers)
-        scale /= first.sharers**0.5
-        if self._keeps_rows and self._pass.source is Source.LOSS:
-            # Rows of their own: those of the statistics hold on to all that was made of the runs.
-            kept = [replace(run, slope=None) for run in runs]
-            self._rows.setdefault(name, []).append(Rows(self._layers[name], kept, scale))
-        rows = Rows(self._layers[name], runs, scale, self._replicate(name))
-        if self._pass.source is self._source and name in self._due:
-            # Autocast, where backward runs under it, would form the products in 16 bits.
-            with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
-                self.estimates.add(name, rows, self._due[name], is_first=self._pass.is_first, weight=self._pass.weight)
-                # A pass too many makes all ranks give up what was handed over.
-                if self._source is Source.LOSS and self.estimates.passes[name] == self._config.micro_batches:
-                    self._hand_over(name)
+        keeps = keeps_graph()
+        micro = passes.confirm(backward_task(), keeps_graph=keeps)
+        if micro is None:
+            return
+        if micro.is_closed:  # its rows are gone: what the sum of both passes gives can't be told
+            self.measurement.spoiled.add(name)
+            self._single.discard(name)
+        elif not keeps and (not passes.adds_up or name in self._single):
+            self.measurement.close(name, micro.close())
 
-    def _hand_over(self, name: str) -> None:
-        for key, value in self.estimates.of(name).items():
-            self._on_ready(key, value)
+    def _settle(self) -> None:
+        """Makes statistics of all that has come, now that nothing more will."""
+        for name, passes in self._passes.items():
+            if not passes.micro_batches and any(p.grad is not None for p in self._layers[name].parameters):
+                passes.adopt()
+            for micro in passes.micro_batches:
+                if not micro.is_closed:
+                    self.measurement.close(name, micro.close())
+            if passes.adds_up and passes.ended == 1:
+                self._single.add(name)
+            elif passes.adds_up and passes.ended > 1 and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "layer %r had %d backward passes in one step: they count as parts of one loss on the same samples. "
+                    "If they are gradient accumulation, set micro_batches",
+                    name,
+                    passes.ended,
+                )
 
-    def _clear(self, due: Sequence[Key], step: int) -> None:
-        self._step = step
-        self.estimates.clear()
-        self._micros: dict[str, _Micro] = {}
-        self._rows: dict[str, list[Rows]] = {}
-        self._edges = []
+    def _clear(self) -> None:
+        self.batches.forget()
+        self._passes, self._arrived, self._pass = {}, {}, LOSS_PASS
+        self._edges.clear()
         self._has_run = False
         self._fisher_passes = self._pending_passes = 0
-        self._due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
-        reads = any(
-            spec.reads_gradients
-            for layer, names in self._due.items()
-            for spec in self._preconditioners[layer].statistics
-            if spec.name in names
-        )
-        # What reads the forward pass alone needs no pass of the Fisher's own.
-        self._source = Source.FISHER if reads and self._config.fisher.kind != "empirical" else Source.LOSS
 
-    def _samples_of(self, layer: Layer, x: Tensor) -> tuple[int, int]:
-        """Returns N and how many samples share a run.
-
-        N is that of the model's input, since the layer's own first dimension may count parts of samples too.
-        """
-        own = x.shape[layer.batch_dim]
-        samples = self._samples or own
-        if own == 0:
-            raise self._error(f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks")
-        if own == 1:
-            return 1, samples
-        if own % samples:
-            raise self._error(
-                f"layer {layer.name!r} is given {own} samples where the model is given {samples}: which rows belong to "
-                f"one sample can't be told; set batch_dim=1 if dimension 1 counts samples, or name the layer in exclude"
-            )
-        return samples, 1
-
-    def _error(self, message: str) -> CaptureError:
-        self._comm.post_error(message)
-        return CaptureError(message)
-
-    def _scale(self, samples: int) -> float:
-        """Returns what makes the gradient of the loss, as it is differentiated, that of one sample's own loss."""
-        # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
-        mean = samples * self._config.micro_batches if self._config.loss_reduction == "mean" else 1
-        return mean / self._loss_scale()
+    @property
+    def _is_blind(self) -> bool:
+        return self._is_paused or is_transformed()
 
 
-def _note_model(capture: "weakref.ref[Capture]", model: nn.Module) -> Callable[..., None]:
-    """Returns a hook. The model outlives the optimizer, so that its hooks must not keep the capture alive."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        alive = capture()
-        if alive is not None and module is model:
-            alive.on_model(args, kwargs)
-
-    return uncompiled(hook)
-
-
-def _note_run(capture: "weakref.ref[Capture]", layer: Layer) -> OnRun:
-    def on_run(x: Tensor, output: Tensor) -> None:
-        alive = capture()
-        if alive is not None:
-            alive.on_run(layer, x, output)
-
-    return uncompiled(on_run)
-
-
-def _device_type(runs: Sequence[Run]) -> str:
-    return next((run.g.device.type for run in runs if run.g is not None), "cpu")
+def _let_go(handles: Sequence[RemovableHandle], of_parameters: Mapping[str, Sequence[RemovableHandle]]) -> None:
+    for each in (handles, *of_parameters.values()):
+        remove(each)

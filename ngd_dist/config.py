@@ -146,6 +146,13 @@ class Empirical(Settings):
     """The gradients of the training loss: no further backward pass. Vanishes as the loss does."""
 
     kind: Literal["empirical"] = "empirical"
+    positions: Positions = Field(
+        "sum",
+        description="sum: damping is in units of the square of a sample's own gradient, which falls with the positions "
+        "(tokens, pixels) that its loss is a mean over. mean: of a position's own, as under the other Fishers: damping "
+        "then means the same at any number of positions.",
+    )
+    class_dim: int = Field(-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W].")
 
 
 class MonteCarlo(Settings):
@@ -529,8 +536,11 @@ class NGDConfig(Settings):
         description="Statistics leave during the backward pass, in buckets of so many MiB, over links of their own. "
         "0: all at once, in `step`, over those of the group.",
     )
-    micro_batches: int = Field(
-        1, ge=1, description="Backward passes per optimizer step; divide each micro-batch's mean loss by this."
+    micro_batches: Annotated[int, Field(ge=1)] | Literal["any"] = Field(
+        1,
+        description="What the mean loss of each backward pass of a step is divided by: gradient accumulation. A step "
+        "may have fewer passes (the last of an epoch). any: by as many as it has, as in Hugging Face's Trainer. "
+        "With 1 all passes of a step are parts of one loss on the same samples, as if their sum were differentiated.",
     )
     loss_reduction: Literal["mean", "sum"] = Field(
         "mean", description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g."
@@ -557,6 +567,11 @@ class NGDConfig(Settings):
     def needs_objective(self) -> bool:
         """Whether `NGD.step` must be able to evaluate the loss again."""
         return isinstance(self.length, QuadraticModel) or isinstance(self.damping_rule, LevenbergMarquardt)
+
+    @property
+    def loss_parts(self) -> int:
+        """What the loss of a micro-batch is known to be divided by before the step is over."""
+        return 1 if self.micro_batches == "any" else self.micro_batches
 
     @property
     def _decomposes(self) -> bool:
@@ -595,6 +610,10 @@ class NGDConfig(Settings):
                 raise ValueError(f"rows are of the newest batch alone: leave out ema_decay {self.ema_decay}, or rows")
             if isinstance(self.fisher, Exact) or (isinstance(self.fisher, MonteCarlo) and self.fisher.samples > 1):
                 raise ValueError("rows are of one backward pass: leave them out, or take fisher with one sample")
+            if self.micro_batches == "any":
+                raise ValueError(
+                    "rows are shared out among the micro-batches: set micro_batches to their number, or leave out rows"
+                )
         if self._decomposes:
             unread = [] if isinstance(self.inversion, AutomaticInversion) else [f"inversion {self.inversion.kind}"]
             unread += [] if self.inverse_dtype == "float32" else [f"inverse_dtype {self.inverse_dtype}"]

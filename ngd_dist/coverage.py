@@ -1,17 +1,18 @@
 """Which modules of a model are covered by which kind of layer, and why each other parameter is left out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ngd_dist.config import NGDConfig
+from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers import Layer, kind_of
 
-__all__ = ["cover", "is_averaged_by_ddp", "unwrap"]
+__all__ = ["check_engine", "check_held", "check_owned", "check_sparse", "cover", "is_averaged_by_ddp", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -29,6 +30,51 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def check_engine(model: nn.Module) -> None:
+    """Returns if no engine shards the model's parameters. Raises: ConfigError that names it."""
+    for module in model.modules():
+        if type(module).__module__.startswith("deepspeed.") or type(module).__name__ == "FullyShardedDataParallel":
+            raise _unsupported(type(module).__name__)
+    for name, p in model.named_parameters():
+        # By name: importing either takes seconds, and an engine that is at work has imported its own.
+        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+            raise _unsupported(f"a DTensor ({name}; FSDP2 and tensor parallelism make them)")
+        if hasattr(p, "ds_id"):
+            raise _unsupported(f"a parameter that DeepSpeed ZeRO 3 has partitioned ({name})")
+
+
+def check_held(layers: Sequence[Layer]) -> None:
+    """Returns if the modules still hold the parameters of their layers. Raises: ConfigError that names the first."""
+    for layer in layers:
+        for name in layer.replaced():
+            raise ConfigError(
+                f"{type(layer.module).__name__} {layer.name!r} no longer holds the {name} that NGD was built with: "
+                "weight_norm, pruning, fully_shard or an assignment has put another in its place; do that before you "
+                "build NGD"
+            )
+
+
+def check_owned(groups: Sequence[Mapping[str, Any]], known: Collection[nn.Parameter]) -> None:
+    """Returns if the param groups hold what NGD was built with. Raises: ConfigError."""
+    if any(p not in known for group in groups for p in group["params"]):
+        raise ConfigError(
+            "param_groups hold parameters that NGD was not built with. If DeepSpeed has put its own in their place: "
+            "NGD does not support ZeRO; use stage 0, the bare model or DistributedDataParallel. If you have changed them: "
+            "parameters come in by add_param_group"
+        )
+
+
+def check_sparse(model: nn.Module, plain: Collection[nn.Parameter], config: NGDConfig) -> None:
+    """Returns if the fallback can update these parameters. Raises: ConfigError for sparse gradients under AdamW."""
+    own = set(plain) if isinstance(config.fallback, AdamWFallback) else set()
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True and any(p in own for p in module.parameters(recurse=False)):
+            raise ConfigError(
+                f"{type(module).__name__} {name!r} has sparse=True, and fallback adamw needs dense gradients: set "
+                "sparse=False, or take fallback sgd"
+            )
 
 
 def is_averaged_by_ddp(model: nn.Module) -> bool:
@@ -86,6 +132,12 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
     return layers, reasons
 
 
+def _unsupported(what: str) -> ConfigError:
+    return ConfigError(
+        f"NGD does not support {what}: it needs whole parameters; use the bare model or DistributedDataParallel"
+    )
+
+
 def _batch_first(module: nn.Module) -> object:
     """Returns what torch's sequence modules say; those made of encoder or decoder layers keep it in their attention."""
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
@@ -104,6 +156,8 @@ def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
 
 def _uncovered(module: nn.Module) -> str:
     kind = kind_of(module)
+    if kind is None and any(True for _ in module.children()):
+        return f"a parameter of {type(module).__name__} itself, outside its layers"
     if kind is None:
         return f"no layer kind covers {type(module).__name__}"
     if not isinstance(getattr(module, "weight", nn.Parameter()), nn.Parameter | None):

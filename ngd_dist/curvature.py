@@ -72,6 +72,14 @@ class Curvature:
             for spec in preconditioner.statistics
         }
 
+    def inherit(self, old: "Curvature") -> None:
+        """Goes on with what the old one had of those layers that both have, each on the same ranks."""
+        for name in self.caches.keys() & old.caches.keys():
+            self.caches[name] = old.caches[name]
+        self.shared = {name: cache for name, cache in old.shared.items() if name in self.caches}
+        self.damped_with = {name: used for name, used in old.damped_with.items() if name in self.caches}
+        self.statistics |= {key: value for key, value in old.statistics.items() if key in self.statistics}
+
     def shared_of(self, name: str) -> Cache:
         """Returns the entries of the layer's cache that `estimate` reads; empty before the first refresh."""
         entries = self._preconditioners[name].shared

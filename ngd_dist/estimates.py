@@ -4,6 +4,7 @@ Replicates tell the sampling noise, and are there anyway: the micro-batches of a
 the two halves of its samples. Statistics are linear in rows, so that halves cost no more products than the whole.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,9 +23,10 @@ __all__ = ["Estimates"]
 
 @dataclass(slots=True)
 class _Mean:
-    """One statistic. A replicate is its share of this rank's samples, and its own mean, which may grow pass by pass.
+    """One statistic. A replicate is its share of a micro-batch's samples, and its own mean, which may grow by passes.
 
-    `parts`: the replicates of all ranks, among which the rows of a root are shared out.
+    `total` and `square` are sums over micro-batches. `parts`: the replicates of all ranks, among which the rows of a
+    root are shared out.
     """
 
     spec: StatisticSpec
@@ -56,6 +58,18 @@ class _Mean:
         self.count += len(self.replicates)
         self.replicates = []
 
+    def scaled(self, passes: int, parts: int, divisor: int) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the mean over so many micro-batches, and its mean square.
+
+        parts: how many micro-batches a root's rows are shared out among. divisor: what the loss of each was divided by
+        and g was not multiplied by. A root is of the first power of g, all else of the second.
+        """
+        if self.total is None or (passes == 1 and parts == 1 and divisor == 1):
+            return self.total, self.square
+        power = divisor**2 if self.spec.reads_gradients else 1
+        factor = (power / (passes * parts)) ** 0.5 if self.spec.is_root else power / passes
+        return self.total * factor, None if self.square is None else self.square * (power**2 / passes)
+
 
 class Estimates:
     """Adds up what preconditioners estimate, pass by pass. `is_alone`: whether this is the only rank."""
@@ -69,11 +83,19 @@ class Estimates:
         is_alone: bool,
     ) -> None:
         self._preconditioners = preconditioners
-        self._micro_batches = config.micro_batches
+        self._parts = config.loss_parts
+        self._counts_parts = config.micro_batches == "any"
         self._shared_of = shared_of
         self._measures = config.measures_noise
-        self._halves = config.measures_noise and is_alone and config.micro_batches == 1
+        self._halves = config.measures_noise and is_alone and config.loss_parts == 1
         self.clear()
+
+    def forget(self, layer: str) -> None:
+        """Forgets what one layer has had."""
+        for key in [key for key in self._means if key.layer == layer]:
+            del self._means[key]
+        self.passes.pop(layer, None)
+        self._rows.pop(layer, None)
 
     def clear(self) -> None:
         """Forgets the last step."""
@@ -94,7 +116,7 @@ class Estimates:
             self.passes[name] += 1
             self._rows[name] += rows.count
         parts = rows.halves() if self._halves and rows.samples > 1 else (rows,)
-        shares = [part.samples / (rows.samples * self._micro_batches) for part in parts]
+        shares = [part.samples / rows.samples for part in parts]
         for spec in specs:
             start = time.perf_counter()
             own, scale = frozenset({spec.name}), weight if spec.reads_gradients else 1.0
@@ -113,31 +135,36 @@ class Estimates:
     def of(self, layer: str) -> dict[Key, Tensor]:
         """Returns the means of one layer's statistics over the samples seen so far."""
         self._complete(layer)
-        means = ((key, mean.total) for key, mean in self._means.items() if key.layer == layer)
+        means = ((key, self._scaled(mean, layer)[0]) for key, mean in self._means.items() if key.layer == layer)
         return {key: total for key, total in means if total is not None}
 
     def seconds(self, key: Key) -> float:
         """Returns the host seconds that estimating the statistic took."""
         return self._means[key].seconds if key in self._means else 0.0
 
-    def tallies(self, due: Sequence[Key], wrong: Collection[str], device: torch.device) -> dict[str, Tensor]:
+    def tallies(
+        self, due: Sequence[Key], wrong: Collection[str], spoiled: Collection[str], device: torch.device
+    ) -> dict[str, Tensor]:
         """Returns what travels beside the statistics of each due layer: the numbers of a `Tally`.
 
-        Zeros for a layer that was not captured, NaN for those that were captured `wrong`.
+        Zeros for a layer that was not captured, NaN for those that were captured `wrong`, infinity for those whose
+        statistics are `spoiled`.
         """
         found: dict[str, Tensor] = {}
         for layer in dict.fromkeys(key.layer for key in due):
             means = [self._means.get(key) for key in due if key.layer == layer]
             captured = [mean for mean in means if mean is not None and mean.total is not None]
-            first = float("nan") if layer in wrong else float(bool(captured))
+            first = math.nan if layer in wrong else math.inf if layer in spoiled else float(bool(captured))
             count = max((mean.count for mean in captured), default=0)
             numbers = torch.tensor([first, self._rows.get(layer, 0), count], dtype=torch.float64, device=device)
-            squares = [
-                numbers.new_zeros(()) if mean is None or mean.square is None else mean.square.to(numbers)
-                for mean in means
-            ]
+            found_squares = [None if mean is None else self._scaled(mean, layer)[1] for mean in means]
+            squares = [numbers.new_zeros(()) if square is None else square.to(numbers) for square in found_squares]
             found[layer] = torch.cat([numbers, torch.stack(squares)]) if self._measures else numbers
         return found
+
+    def _scaled(self, mean: _Mean, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        passes = self.passes[layer]
+        return mean.scaled(passes, self._parts, passes if self._counts_parts else 1)
 
     def _complete(self, layer: str) -> None:
         for key, mean in self._means.items():

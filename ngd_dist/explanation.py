@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
-from ngd_dist.config import NGDConfig
+from ngd_dist.config import AdamWFallback, NGDConfig
+from ngd_dist.fallback import lr_ratio
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Preconditioner
 from ngd_dist.strategies import Strategy
@@ -21,8 +23,12 @@ def explain(
     strategy: Strategy,
     plain_parameters: Mapping[str, str],
     activations: Mapping[str, str | None],
+    groups: Sequence[Mapping[str, Any]],
+    frozen: Mapping[str, str],
 ) -> str:
     """Returns a table with a line per layer, the sums, and the reason why each other parameter is not among them.
+
+    `groups`: the optimizer's param groups as they are now. `frozen`: why parameters of the model are not updated.
 
     gradient: [blocks x] outputs x inputs, a bias being the last input. refresh and apply: floating-point operations,
     once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer.
@@ -35,10 +41,20 @@ def explain(
     total = sum(_bytes(layer, preconditioners[layer.name]) for layer in layers)
     sums = ("all", "", "", "", "", *(_scaled(sum(column)) for column in zip(*flops, strict=True)), _scaled(total, 1024))
     lines = [_head(config, strategy), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
-    if plain_parameters:
-        lines += ["", f"left to the fallback, {config.fallback.kind}:"]
-        lines += _table([(f"  {name}", reason) for name, reason in plain_parameters.items()])
+    for head, reasons in (
+        (f"left to the fallback, {_fallback(config, groups)}:", plain_parameters),
+        ("not updated:", frozen),
+    ):
+        if reasons:
+            lines += ["", head, *_table([(f"  {name}", reason) for name, reason in reasons.items()])]
     return "\n".join(lines)
+
+
+def _fallback(config: NGDConfig, groups: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the fallback and the rates at which it runs now, group by group."""
+    adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
+    rates = [group["lr"] if adamw is None else adamw.lr * lr_ratio(group) for group in groups]
+    return f"{config.fallback.kind} at lr {', '.join(f'{rate:.3g}' for rate in dict.fromkeys(rates))}"
 
 
 def _head(config: NGDConfig, strategy: Strategy) -> str:

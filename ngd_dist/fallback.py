@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ngd_dist.config import AdamWFallback
 from ngd_dist.errors import CheckpointError
 
-__all__ = ["Fallback"]
+__all__ = ["Fallback", "lr_ratio"]
 
 
 class Fallback:
@@ -33,25 +33,32 @@ class Fallback:
         )
 
     def step(self, groups: Sequence[Mapping[str, Any]], gradients: Mapping[nn.Parameter, Tensor]) -> None:
-        """Moves every plain parameter by AdamW's rule, at config.lr * lr / first_lr; leaves each `grad` as it was.
+        """Moves these parameters by AdamW's rule, at config.lr * lr / first_lr; leaves each `grad` as it was.
 
         groups: NGD's param groups as they are now: an optimizer's `load_state_dict` puts new ones in the old's place.
-        gradients: the mean over all ranks, of every plain parameter.
+        gradients: the mean over all ranks, of every plain parameter that has one.
         """
         for ours, group in zip(self._adamw.param_groups, groups, strict=True):
-            ours["lr"] = self._lr * _lr_ratio(group)
+            ours["lr"] = self._lr * lr_ratio(group)
         before = {p: p.grad for p in self._names}
         try:
             for p in self._names:
-                p.grad = gradients[p].to(p)
+                p.grad = gradients[p].to(p) if p in gradients else None
             self._adamw.step()
         finally:
             for p, gradient in before.items():
                 p.grad = gradient
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Returns AdamW's state by parameter name, empty before the first step. The tensors are in use, as torch's."""
-        return {name: dict(self._adamw.state[p]) for p, name in self._names.items() if p in self._adamw.state}
+        """Returns AdamW's state by parameter name, empty before the first step. The tensors are in use, as torch's.
+
+        What has had no gradient yet has an empty one.
+        """
+        return {name: dict(self._adamw.state.get(p, {})) for p, name in self._names.items() if self._adamw.state}
+
+    def inherit(self, old: "Fallback") -> None:
+        """Goes on with the state of those parameters that the old one updated too."""
+        self._adamw.state.update({p: state for p, state in old._adamw.state.items() if p in self._names})
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over a copy of a saved state. Raises: CheckpointError if it is of other parameters."""
@@ -61,13 +68,13 @@ class Fallback:
                 "the fallback's state is of another model: "
                 f"missing {sorted(expected - saved.keys())}, unknown {sorted(saved.keys() - expected)}"
             )
-        loaded = {p: _state_for(p, name, saved[name]) for p, name in self._names.items() if name in saved}
+        loaded = {p: _state_for(p, name, saved[name]) for p, name in self._names.items() if saved.get(name)}
         self._adamw.state.clear()
         for p, state in loaded.items():
             self._adamw.state[p] = state
 
 
-def _lr_ratio(group: Mapping[str, Any]) -> float:
+def lr_ratio(group: Mapping[str, Any]) -> float:
     """Returns lr / first_lr. A group that began at 0 gives no scale: 1 from when its lr is above 0."""
     lr, first = group["lr"], group["first_lr"]
     return float(lr / first if first > 0 else lr > 0)

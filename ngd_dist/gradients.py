@@ -1,6 +1,6 @@
 """This rank's gradients: without a GradScaler's factor, and whether they are all finite."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -28,15 +28,30 @@ class Gradients:
             return torch.zeros_like(parameter)
         return self._loss_scale.unscaled(optimizer, parameter.grad)
 
-    def non_finite(self, optimizer: Any, device: torch.device) -> Tensor:
-        """Returns 1 if a gradient of this rank has NaN or infinity, else 0, as [1], without reading it."""
+    def flags(self, optimizer: Any, device: torch.device) -> Tensor:
+        """Returns, without reading it, [2]: 1 if a gradient of this rank has NaN or infinity; how many have none."""
+        found = [p.grad for p in self._parameters.values() if p.grad is not None]
         overflow = self._loss_scale.overflow(optimizer)
         if overflow is not None:
-            return overflow.to(device, torch.float32).sign().view(1)
-        found = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if not found:
-            return torch.zeros(1, device=device)
-        return (~all_finite(found)).float().view(1)
+            bad = overflow.to(device, torch.float32).sign().view(1)
+        else:
+            bad = (~all_finite(found)).float().view(1) if found else torch.zeros(1, device=device)
+        return torch.cat([bad, bad.new_full((1,), len(self._parameters) - len(found))])
+
+    def there(self, *, everywhere: bool, averaged: bool) -> Set[nn.Parameter]:
+        """Returns the parameters that have a gradient on any rank; collective unless all have one `everywhere`.
+
+        averaged: whether NGD averages gradients: an engine that does gives the same ones to all ranks.
+        """
+        parameters = self._parameters.values()
+        if everywhere:
+            return set(parameters)
+        flags = [p.grad is not None for p in parameters]
+        if self._comm.world_size > 1 and averaged:
+            counts = torch.tensor(flags, dtype=torch.float32, device=next(iter(parameters)).device)
+            self._comm.all_reduce("which parameters have a gradient", counts, kind="gradients")
+            flags = (counts > 0).tolist()
+        return {p for p, is_there in zip(parameters, flags, strict=True) if is_there}
 
     def error(self, step: int) -> NonFiniteError:
         """Collective. Returns the same error on every rank: it names the first bad parameter of the first bad rank."""

@@ -1,16 +1,48 @@
 """What hooks on modules and tensors need of torch: which backward pass calls them, and what they are given."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["OUTSIDE_BACKWARD", "backward_task", "remove", "tensors_in", "uncompiled"]
+__all__ = [
+    "OUTSIDE_BACKWARD",
+    "ModuleHook",
+    "accumulates",
+    "backward_task",
+    "is_transformed",
+    "keeps_graph",
+    "remove",
+    "tensors_in",
+    "weakly",
+]
 
 OUTSIDE_BACKWARD = -1
-Hook = TypeVar("Hook", bound=Callable[..., None])
+T = TypeVar("T")
+
+
+class ModuleHook:
+    """A hook on a module that does not go with it: pickled or deeply copied, the module has one that does nothing.
+
+    So `torch.save(model)`, `copy.deepcopy(model)` and sending a model to another process work as without an optimizer,
+    and whoever loads the model needs nothing of this library. torch.compile breaks the graph at hooked modules.
+    """
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook: Callable[..., None] = torch.compiler.disable(hook)
+
+    def __call__(self, *args: Any) -> None:
+        self._hook(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A bound method of the standard library that takes any arguments, and returns None.
+        return getattr, (nullcontext(), "__exit__")
 
 
 def backward_task() -> int:
@@ -21,10 +53,46 @@ def backward_task() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def uncompiled(hook: Hook) -> Hook:
-    """Returns the hook as torch.compile leaves it alone: it breaks the graph at the hooked layers."""
-    left_alone: Hook = torch.compiler.disable(hook)
-    return left_alone
+def keeps_graph() -> bool:
+    """Returns whether the backward pass that is under way leaves its graph for another one (`retain_graph=True`).
+
+    Not in torch's public API; torch's compiler asks the same before it reuses a buffer.
+    """
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def accumulates(parameter: nn.Parameter) -> bool | None:
+    """Returns whether the backward pass that is under way adds to `parameter.grad`.
+
+    None: it returns the gradient instead, as `torch.autograd.grad(loss, parameters)` does. Not in torch's public API,
+    but what `torch.autograd.graph.register_multi_grad_hook` asks too.
+    """
+    if not parameter.requires_grad:
+        return False
+    try:
+        with torch.enable_grad():
+            return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+    except RuntimeError:  # its word for a gradient that is returned
+        return None
+
+
+def is_transformed() -> bool:
+    """Returns whether torch.func (vmap, grad, jacrev ...) runs the model: its tensors are no values to be kept."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def weakly(method: Callable[..., T]) -> Callable[..., T | None]:
+    """Returns the bound method without a hold on its object; once that is gone it does nothing, and returns None.
+
+    Hooks live as long as the model, which may outlive the optimizer.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> T | None:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return call
 
 
 def remove(handles: Sequence[RemovableHandle]) -> None:
@@ -33,7 +101,7 @@ def remove(handles: Sequence[RemovableHandle]) -> None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors of nested arguments, in order."""
+    """Yields the tensors of nested arguments or results, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -42,3 +110,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))

@@ -13,6 +13,7 @@ Shapes: N samples, P positions, C classes of one position. Source: [MG15] sectio
 """
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ __all__ = ["exact_gradients", "outputs_per_sample", "sampled_gradients"]
 
 
 def sampled_gradients(
-    choice: LikelihoodChoice, output: Tensor, generator: torch.Generator, positions: Positions
+    choice: LikelihoodChoice,
+    output: Tensor,
+    generator: torch.Generator,
+    positions: Positions,
+    read: Tensor | None = None,
 ) -> Tensor:
     """Returns v like `output` for labels drawn from the prediction: E[v] = 0, and E[v v^T] is each sample's H.
 
@@ -33,11 +38,14 @@ def sampled_gradients(
         an output [N] counts as [N, 1].
     generator: on the device of `output`; it alone decides what is drawn.
     positions: how the sample's loss reduces over its positions.
+    read: where the loss reads the output, in the output's shape without that of the classes: all else gets 0, and a
+        mean is one over what is read. None: everywhere.
 
     Computed in float32 at least. A NaN in the output gives a NaN, not an error: what to do about it is to be decided on
-    all ranks together. Raises: ConfigError for a class_dim that the output doesn't have.
+    all ranks together. Raises: ConfigError for a class_dim that the output doesn't have, or a
+    `read` of another shape.
     """
-    scale = _root_weight(choice, output, positions)
+    scale, mask = _root_weight(choice, output, positions, read)
     wide = _at_least_float32(output)
     if isinstance(choice, Categorical):
         gradient = _sampled_categorical(wide, _class_dim(choice, output), generator)
@@ -49,16 +57,19 @@ def sampled_gradients(
         # (mean - label) / variance, where label = mean - sqrt(variance) * noise.
         noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype, device=wide.device)
         gradient = _constant(choice.variance**-0.5, wide).mul_(noise)
-    return gradient.mul_(scale).to(output.dtype)
+    gradient = gradient.mul_(scale) if mask is None else gradient.mul_(scale).mul_(mask)
+    return gradient.to(output.dtype)
 
 
-def exact_gradients(choice: LikelihoodChoice, output: Tensor, positions: Positions) -> Iterator[Tensor]:
+def exact_gradients(
+    choice: LikelihoodChoice, output: Tensor, positions: Positions, read: Tensor | None = None
+) -> Iterator[Tensor]:
     """Returns the columns v, each like `output`, of a root of every sample's H: the sum of v_n v_n^T is H_n.
 
     One column per output of a sample, since positions have labels of their own. Softmax: sqrt(p_c) (e_c - p), p the
     prediction. Arguments, dtypes and errors: those of `sampled_gradients`.
     """
-    scale = _root_weight(choice, output, positions)
+    scale, mask = _root_weight(choice, output, positions, read)
     wide = _at_least_float32(output)
     if isinstance(choice, Categorical):
         dim = _class_dim(choice, output)
@@ -69,7 +80,7 @@ def exact_gradients(choice: LikelihoodChoice, output: Tensor, positions: Positio
         columns = _diagonal_columns((torch.sigmoid(wide) * torch.sigmoid(-wide)).sqrt_().mul_(scale))
     else:
         columns = _diagonal_columns(_constant(scale * choice.variance**-0.5, wide))
-    return (column.to(output.dtype) for column in columns)
+    return ((column if mask is None else column * mask).to(output.dtype) for column in columns)
 
 
 def outputs_per_sample(output: Tensor) -> int:
@@ -77,12 +88,22 @@ def outputs_per_sample(output: Tensor) -> int:
     return output.shape[1:].numel()
 
 
-def _root_weight(choice: LikelihoodChoice, output: Tensor, positions: Positions) -> float:
-    """Returns the square root of the weight that one position has in its sample's loss."""
-    one_position = output.shape[_class_dim(choice, output)] if output.ndim > 1 else 1
-    if positions == "sum":
-        return 1.0
-    return float((one_position / max(outputs_per_sample(output), 1)) ** 0.5)
+def _root_weight(
+    choice: LikelihoodChoice, output: Tensor, positions: Positions, read: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """Returns the square root of the weight that one position has in its sample's loss, and where the loss reads."""
+    dim = _class_dim(choice, output) if output.ndim > 1 else None
+    rows = [length for d, length in enumerate(output.shape) if d != dim]
+    if read is None:
+        return 1.0 if positions == "sum" else float((rows[0] / max(prod(rows), 1)) ** 0.5), None
+    if list(read.shape) != rows:
+        raise ConfigError(
+            f"ignored must have the output's shape without its classes, {rows}, got {list(read.shape)}; set class_dim "
+            "if another dimension runs over classes"
+        )
+    mask = read if dim is None else read.unsqueeze(dim)
+    # One host read, in steps that measure.
+    return 1.0 if positions == "sum" else float((rows[0] / max(int(read.sum()), 1)) ** 0.5), mask
 
 
 def _class_dim(choice: LikelihoodChoice, output: Tensor) -> int:

@@ -2,133 +2,95 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngd_dist import failures, update
-from ngd_dist.adaptation import Adaptation, Objective
-from ngd_dist.capture import Capture
-from ngd_dist.checkpoint import SavedState
-from ngd_dist.comm import Communicator
-from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
-from ngd_dist.coverage import cover, is_averaged_by_ddp, unwrap
-from ngd_dist.curvature import Curvature, cargo_of, schedule_for
+from ngd_dist.adaptation import Objective
+from ngd_dist.assembly import Assembly
+from ngd_dist.coverage import check_held, check_owned
 from ngd_dist.damping import damping_after
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
-from ngd_dist.fallback import Fallback
-from ngd_dist.gradients import Gradients
-from ngd_dist.loss_scale import LossScale
-from ngd_dist.output_fisher import OutputFisher
-from ngd_dist.param_groups import check_group
-from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.staleness import Verdict
 from ngd_dist.statistics import Key
-from ngd_dist.step_length import StepLength
-from ngd_dist.strategies import Collected, Findings, Local, Report, Strategy, build_strategy
-from ngd_dist.telemetry import Adapted, StepStats, Stopwatch
+from ngd_dist.strategies import Collected, Findings, Local, Report
+from ngd_dist.telemetry import Adapted, StepStats
 
 __all__ = ["NGD"]
 
 logger = logging.getLogger(__name__)
 
 
-class NGD(torch.optim.Optimizer):
+class NGD(Assembly):
     """Natural gradient descent as a torch optimizer: preconditions covered layers, leaves the rest to a fallback.
 
     model: every rank has the same weights, and the first dimension of its inputs counts samples. Bare, compiled, or
         wrapped in DistributedDataParallel; for a bare model the strategy averages the gradients over ranks, for a
         wrapped one DDP has.
     config: the mathematics; see `NGDConfig`.
-    param_groups: as for any torch optimizer, with lr, momentum, weight_decay and damping; default: one group with all
-        trainable parameters. Parameters in no group are left alone. A layer's damping is that of its weight's group.
+    param_groups: as for any torch optimizer, with lr, momentum, weight_decay and damping. Parameters in no group are
+        left alone. Default: one group with all parameters that are trainable, and those that are unfrozen later. A
+        layer's damping is that of its weight's group.
     process_group: the ranks that share a batch; default: the whole world.
     grad_scaler: the GradScaler that scales the loss, where one does.
 
-    Collective: every rank calls the constructor, `step`, `state_dict` and `load_state_dict`, in the same order.
+    Collective: every rank calls the constructor, `step`, `zero_grad`, `add_param_group`, `state_dict` and
+    `load_state_dict`, in the same order. Copies (`copy.deepcopy`, `pickle`) bring a copy of the model along.
     Raises: ConfigError for settings that contradict the model or the group.
     """
 
     _step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to skip a step that overflowed
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: NGDConfig | None = None,
-        *,
-        param_groups: Iterable[dict[str, Any]] | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        grad_scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        self.config = config = NGDConfig.model_validate(config or {})
-        bare = unwrap(model)
-        trainable = [p for p in bare.parameters() if p.requires_grad]
-        if not trainable:
-            raise ConfigError("the model has no trainable parameter; NGD needs at least one")
-        self._is_built = False
-        defaults = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay", "damping")}
-        super().__init__(trainable if param_groups is None else param_groups, defaults)
-        self._is_built = True
-        updated = [p for group in self.param_groups for p in group["params"]]
-        self.layers, self.plain_parameters = cover(bare, set(updated), config)
-        self._layer = {layer.name: layer for layer in self.layers}
-        self._names = dict(bare.named_parameters())
-        of_model = {p: name for name, p in self._names.items()}
-        self._updated = {p: of_model.get(p, f"param_groups parameter {i}") for i, p in enumerate(updated)}
-        covered = {p for layer in self.layers for p in layer.parameters}
-        self._plain = [p for p in updated if p not in covered]
-        group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        self._group_of = {name: group_of[layer.parameters[0]] for name, layer in self._layer.items()}
-
-        self.stats = StepStats()
-        self._unseen: set[str] = set()
-        self._stopwatch = Stopwatch()
-        self._comm = Communicator(process_group)
-        self._device = trainable[0].device
-        self._preconditioners = {layer.name: preconditioner_for(layer.shape, config) for layer in self.layers}
-        self._costs = {name: preconditioner.refresh_flops() for name, preconditioner in self._preconditioners.items()}
-        self._strategy = self._build_strategy(is_averaged_by_ddp=is_averaged_by_ddp(model))
-        self._report_plain()
-        self._fallback = self._build_fallback()
-        self._schedule = schedule_for(self._preconditioners, config)
-        self._curvature = Curvature(self.layers, self._preconditioners, self._strategy, config, self._damping)
-        self._loss_scale = LossScale(grad_scaler)
-        self._gradients = Gradients({name: p for p, name in self._updated.items()}, self._loss_scale, self._comm)
-        self._capture = Capture(
-            bare,
-            self.layers,
-            self._preconditioners,
-            config,
-            comm=self._comm,
-            keeps_rows=isinstance(config.length, LayerWise),
-            shared_of=self._curvature.shared_of,
-            loss_scale=self._loss_scale.factor,
-            on_ready=self._strategy.offer,
-            stopwatch=self._stopwatch,
-        )
-        self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._capture.rows)
-        self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
-        self._adaptation = Adaptation(config, bare, self._comm, self._capture.paused)
-        self.saved_state = self._build_saved_state()
-        self._arm(1)
 
     @property
     def statistic_names(self) -> list[str]:
         """Returns "layer.statistic" for every statistic, in the order of `stats.ages` and `stats.intervals`."""
         return [str(key) for key in self._schedule.tracks]
 
-    def fisher_backward(self, output: Tensor) -> None:
+    def fisher_backward(self, output: Any, *, ignored: Tensor | None = None) -> None:
         """Gives the statistics the gradients of the model's own predictions, unless `config.fisher` is empirical.
 
-        Call it once per forward pass, between it and `loss.backward()`, with what the model returned. It runs the
-        backward passes that this step needs, often none, and touches no parameter's gradient.
+        output: what the model returned: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput, of which
+            logits count where keys name them. All are read by the likelihood of `config.fisher`.
+        ignored: bool, in the shape of the output without C: where the loss reads no prediction, as with the label -100.
+
+        Call it once per forward pass, between it and `loss.backward()`. It runs the backward passes that this step
+        needs, often none, and touches no parameter's gradient.
         Raises: ConfigError for an output with too many dimensions for the exact Fisher; CaptureError.
         """
-        self._output_fisher.backward(output, self.stats.step + 1)
+        self._output_fisher.backward(output, self.stats.step + 1, ignored)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Returns a context in which no forward or backward pass counts for the statistics.
+
+        For passes that add to `grad` and are not the step's own. Those that leave `grad` alone need it not, nor those
+        that a `zero_grad` follows.
+
+            with optimizer.paused():
+                probe(model).backward()
+        """
+        return self._capture.paused()
+
+    def samples(self, count: int) -> AbstractContextManager[None]:
+        """Returns a context whose forward passes have so many samples each, where inputs and outputs don't tell.
+
+        with optimizer.samples(len(x)):
+            loss = model.loss(x)  # not a call of the model itself
+        loss.backward()
+        """
+        if count < 1:
+            raise ConfigError(f"samples must be >= 1, got {count}")
+        return self._capture.batches.stated(count)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. Forgets the statistics of the passes whose gradients it clears; then it is collective."""
+        super().zero_grad(set_to_none)
+        if self._capture.has_gradients:
+            self._arm(self.stats.step + 1)
 
     @overload
     def step(self, closure: None = None, *, objective: Objective | None = None) -> None: ...
@@ -141,14 +103,16 @@ class NGD(torch.optim.Optimizer):
         objective: returns (loss, output) of the batch, or a part of it, without differentiating: for the settings that
             adapt to the loss, which evaluate it again (`config.needs_objective`).
 
-        A parameter without a gradient counts as having a zero one. Raises, on every rank: CaptureError if a layer was
-        not differentiated once per micro-batch; NonFiniteError; InversionError; CollectiveError.
+        A parameter whose `grad` is None on every rank is left alone, as by torch's optimizers; on some, it counts as
+        zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the config says;
+        NonFiniteError; InversionError; CollectiveError. ConfigError for parameters that NGD was not built with.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_call(objective)
+        check_owned(self.param_groups, self._names)
         due, phase = self._schedule.due(self.stats.step + 1), self._stopwatch.phase
         with torch.autocast(self._device.type, enabled=False):
             with phase("reduce"):
@@ -156,8 +120,10 @@ class NGD(torch.optim.Optimizer):
             if not means.is_finite:
                 self._skip()
                 return loss
+            if means.missing:
+                check_held(self.layers)
             with phase("refresh"):
-                reports = self._curvature.refresh(due, means, self._capture.estimates.seconds)
+                reports = self._curvature.refresh(due, means, self._capture.measurement.estimates.seconds)
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
@@ -165,8 +131,9 @@ class NGD(torch.optim.Optimizer):
             self._curvature.settle(findings.reports)
             self._check(findings.reports)
             with phase("update"):
-                adapted = self._update(findings, means.plain, objective)
+                adapted = self._update(findings, means, objective)
         self._finish(due, findings, adapted)
+        self._take_in()
         return loss
 
     def explain(self) -> str:
@@ -178,6 +145,8 @@ class NGD(torch.optim.Optimizer):
             self._strategy,
             self.plain_parameters,
             self._capture.activations,
+            self.param_groups,
+            self._frozen(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,19 +159,6 @@ class NGD(torch.optim.Optimizer):
         self.stats = self.saved_state.restore(state_dict["ngd"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})
         self._arm(self.stats.step + 1)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, but at construction alone. Raises: ConfigError, with the value and the bound of a bad setting."""
-        if self._is_built:
-            raise ConfigError(
-                "NGD settles at construction what it updates; build a new one after unfreezing parameters"
-            )
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_group(group, len(self.param_groups) - 1, self.config)
-        # What schedules of damping and of momentum start from; kept by `state_dict` with the group.
-        group.setdefault("first_lr", group["lr"])
-        group.setdefault("first_damping", group["damping"])
 
     def _check_call(self, objective: Objective | None) -> None:
         if self.config.needs_objective and objective is None:
@@ -223,13 +179,14 @@ class NGD(torch.optim.Optimizer):
         captured, wrong = self._capture.take(), self._capture.miscounted()
         for key, value in captured.items():
             self._strategy.offer(key, value)
-        tallies = self._capture.estimates.tallies(due, wrong, self._device)
+        measured = self._capture.measurement
+        tallies = measured.estimates.tallies(due, wrong, measured.spoiled, self._device)
         gradients = {
             layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
         }
         plain = [self._gradients.of(self, p) for p in self._plain]
-        non_finite = self._gradients.non_finite(self, self._device)
-        return self._strategy.collect(Local(non_finite, tallies, gradients, plain))
+        flags = self._gradients.flags(self, self._device)
+        return self._strategy.collect(Local(flags, tallies, gradients, plain))
 
     def _skip(self) -> None:
         """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
@@ -262,22 +219,23 @@ class NGD(torch.optim.Optimizer):
             self._arm(self.stats.step + 1)
             raise error
 
-    def _update(self, findings: Findings, plain: list[Tensor], objective: Objective | None) -> Adapted:
-        """Moves the weights, unless this step belongs to the burn-in."""
+    def _update(self, findings: Findings, means: Collected, objective: Objective | None) -> Adapted:
+        """Moves the weights that have a gradient, unless this step belongs to the burn-in."""
         for group in self.param_groups:
             group["damping"] = damping_after(self.config.damping_rule, group, self.stats.step + 1)
         if self.stats.step < self.config.burn_in:
             return Adapted()
+        there = self._gradients.there(everywhere=means.missing == 0, averaged=self._strategy.gradient_scale is not None)
         directions = self._length.scale(findings.directions, findings.inner)
         steps: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
             steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
-        gradients = dict(zip(self._plain, plain, strict=True))
+        gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in there}
         if self._fallback is None:
             steps |= gradients
         else:
             self._fallback.step(self.param_groups, gradients)
-        steps = {p: step.to(p.dtype) for p, step in steps.items()}
+        steps = {p: step.to(p.dtype) for p, step in steps.items() if p in there}
         return self._adaptation.move(self.stats.step + 1, self.param_groups, steps, self.state, objective, self._apply)
 
     def _apply(self, steps: Mapping[nn.Parameter, Tensor]) -> None:
@@ -328,61 +286,3 @@ class NGD(torch.optim.Optimizer):
             ):
                 self._unseen.add(name)
                 logger.warning("layer %r takes a plain gradient step: its weights are used without its module", name)
-
-    def _arm(self, step: int) -> None:
-        due = self._schedule.due(step)
-        self._loss_scale.begin()
-        self._capture.arm(due, step)
-        self._strategy.begin(due)
-
-    def _lr(self, name: str) -> float:
-        return float(self.param_groups[self._group_of[name]]["lr"])
-
-    def _damping(self, name: str) -> float:
-        return float(self.param_groups[self._group_of[name]]["damping"])
-
-    def _build_fallback(self) -> Fallback | None:
-        choice = self.config.fallback
-        if not isinstance(choice, AdamWFallback):
-            return None
-        return Fallback(self.param_groups, {p: self._updated[p] for p in self._plain}, choice)
-
-    def _build_saved_state(self) -> SavedState:
-        return SavedState(
-            self.layers,
-            self._preconditioners,
-            self._curvature,
-            self._schedule,
-            self._strategy,
-            parameters={name: p for p, name in self._updated.items()},
-            plain=[self._updated[p] for p in self._plain],
-            fallback=self._fallback,
-            momentum_mode=self._adaptation.momentum_mode,
-            device=self._device,
-        )
-
-    def _build_strategy(self, *, is_averaged_by_ddp: bool) -> Strategy:
-        dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
-        return build_strategy(
-            self.config,
-            self._comm,
-            self._costs,
-            {layer.name: cargo_of(layer, self._preconditioners[layer.name]) for layer in self.layers},
-            dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
-            device=self._device,
-            is_averaged_by_ddp=is_averaged_by_ddp,
-        )
-
-    def _report_plain(self) -> None:
-        of_model = set(self._names.values())
-        strangers = sum(p not in of_model for p in self._plain)
-        if strangers and self._strategy.gradient_scale is None:
-            raise ConfigError(
-                f"DDP averages its model's gradients alone: {strangers} in param_groups are not of the model"
-            )
-        if strangers:
-            self.plain_parameters[f"{strangers} in param_groups"] = "not a parameter of the model"
-        if self.plain_parameters:
-            reasons = "; ".join(f"{name} ({reason})" for name, reason in self.plain_parameters.items())
-            kind = self.config.fallback.kind
-            logger.warning("fallback %s for %d parameters: %s", kind, len(self.plain_parameters), reasons)

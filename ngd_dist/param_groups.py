@@ -1,12 +1,42 @@
-"""What a param group may hold."""
+"""What a param group may hold, and how it grows and is copied."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from ngd_dist.config import NGDConfig, QuadraticModel
 from ngd_dist.errors import ConfigError
 
-__all__ = ["check_group"]
+__all__ = ["Uncopied", "check_group", "take_in"]
+
+
+@dataclass(frozen=True, slots=True)
+class Uncopied:
+    """A process group as copies of an optimizer have it: the same one, which can't go to another process."""
+
+    value: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Uncopied":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.value is not None:
+            raise ConfigError(
+                "an NGD with a process_group can't be pickled: save its state_dict(), and build a new one where it goes"
+            )
+        return Uncopied, (None,)
+
+
+def take_in(group: Mapping[str, Any], parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
+    """Puts parameters of the model into the group, in the model's order.
+
+    So a state that is saved then fits an optimizer that is built when all of them are unfrozen.
+    """
+    order = {p: index for index, p in enumerate(model.parameters())}
+    group["params"].extend(parameters)
+    group["params"].sort(key=lambda p: order.get(p, len(order)))
 
 
 def check_group(group: Mapping[str, Any], index: int, config: NGDConfig) -> None:

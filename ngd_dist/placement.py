@@ -47,18 +47,21 @@ def place(
     fraction: float = 0.0,
     replicate_below: int = 0,
     everyone_inverts: bool = False,
+    settled: Mapping[str, Roles] | None = None,
 ) -> Placement:
     """Returns the roles, the dearest layer going first to the rank that has least to do.
 
     A share of the ranks holds a layer, `fraction` of them and one at least; what costs less than `replicate_below`, and
-    everything where `everyone_inverts`, is refreshed and held by all. Ties are broken by name and by rank, so that
-    every rank computes the same answer. Source: [G69].
+    everything where `everyone_inverts`, is refreshed and held by all. What is `settled` stays as it is. Ties are broken
+    by name and by rank, so that every rank computes the same answer. Source: [G69].
     """
     load = [0] * world_size
     everyone = tuple(range(world_size))
     held_by = max(1, ceil(fraction * world_size))
-    roles: dict[str, Roles] = {}
-    for layer in sorted(costs, key=lambda name: (-costs[name], name)):
+    roles: dict[str, Roles] = {layer: role for layer, role in (settled or {}).items() if layer in costs}
+    for layer, role in roles.items():
+        load[role.owner] += costs[layer]
+    for layer in sorted(costs.keys() - roles.keys(), key=lambda name: (-costs[name], name)):
         owner = min(everyone, key=lambda r: (load[r], r))
         load[owner] += costs[layer]
         holders = tuple((owner + i) % world_size for i in range(held_by))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_dist.checkpoint import LayerFormat, check_format
+from ngd_dist.checkpoint import LayerFormat, SavedState, check_format
 from ngd_dist.optimizer import NGD
 
 __all__ = ["ShardedState"]
@@ -40,7 +40,10 @@ class ShardedState:
 
     def __init__(self, optimizer: NGD) -> None:
         self._optimizer = optimizer
-        self._saved = optimizer.saved_state
+
+    @property
+    def _saved(self) -> SavedState:
+        return self._optimizer.saved_state
 
     def state_dict(self) -> State:
         """Returns what this rank has; not collective."""

@@ -35,7 +35,7 @@ class Verdict(IntEnum):
     SETTLED = 2
     UNSEEN = 3  # no rank captured it: its layer did not run
     UNUSABLE = 4  # not finite, or not invertible: the old inverse stays in use
-    MISCOUNTED = 5  # some rank captured it another number of times than there are micro-batches
+    MISCOUNTED = 5  # some rank captured it more often than there are micro-batches
 
 
 def judge(change: Change, threshold: float) -> Verdict:
@@ -187,6 +187,10 @@ class Schedule:
         remade = (Verdict.CHANGED,) if error_threshold(self._policy) else REFRESHED
         rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in remade}
         self._begin_anew({key.layer for key in self._in_basis} & rebuilt, step)
+
+    def inherit(self, old: "Schedule") -> None:
+        """Goes on with the tracks of those statistics that the old one had too."""
+        self.tracks |= {key: track for key, track in old.tracks.items() if key in self.tracks}
 
     def state(self) -> list[dict[str, int]]:
         """Returns the tracks as plain integers, in key order."""

@@ -64,19 +64,23 @@ class StepLength:
         curvature = torch.stack([self._along(name, directions[name]).to(inner) for name in self.names])
         self.comm.all_reduce("curvature along directions", curvature, kind="step length")
         if self.config.loss_reduction == "mean":
-            curvature /= self.comm.world_size * self.config.micro_batches
+            curvature /= self.comm.world_size
         return torch.where(curvature > 0, inner / (curvature + length.mu), 1.0)
 
     def _along(self, name: str, direction_BOI: Tensor) -> Tensor:
-        """Returns the sum over this rank's micro-batches of the mean of (d^T gradient of the sample)^2.
+        """Returns the mean over this rank's samples of (d^T gradient of the sample)^2, micro-batches weighing alike.
 
-        Or, for a loss that is summed over samples, of their sum: its Fisher is that of all samples together.
+        Or, for a loss that is summed over samples, their sum: its Fisher is that of all samples together.
         """
-        total = direction_BOI.new_zeros(())
-        for rows in self.rows_of(name):
+        total, micro_batches = direction_BOI.new_zeros(()), self.rows_of(name)
+        for rows in micro_batches:
             squares = rows.along(direction_BOI).square()
             total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * rows.sharers)
-        return total
+        if not micro_batches or self.config.loss_reduction == "sum":
+            return total
+        # The square of what the loss of each was divided by, where that was not known when its rows were made.
+        divisor = len(micro_batches) if self.config.micro_batches == "any" else 1
+        return total * (divisor**2 / len(micro_batches))
 
     def _clip(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor | None:
         clip = self.config.clip

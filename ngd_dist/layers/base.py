@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.cost import LayerShape
+from ngd_dist.hooks import ModuleHook
 from ngd_dist.kronecker import second_moment
 
 __all__ = ["Layer", "OnRun", "Replicate", "Rows", "Run", "statistics_dtype"]
@@ -39,6 +40,12 @@ class Layer(ABC):
         self.batch_dim = batch_dim
         self.parameters: list[nn.Parameter] = self._own_parameters()
         self.dtype = statistics_dtype(self.parameters[0].dtype)
+        self._homes = [
+            (owner, name, p)
+            for owner in module.modules()
+            for name, p in owner.named_parameters(recurse=False)
+            if any(p is own for own in self.parameters)
+        ]
 
     @classmethod
     def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> "list[Layer]":
@@ -54,11 +61,17 @@ class Layer(ABC):
         """Returns the handles of hooks that call `on_run` at every run of the layer."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            # A deep copy of the model carries this very hook: what the copy sees is not the layer's.
-            if module is self.module:
-                on_run(args[0] if args else next(iter(kwargs.values())), output)
+            on_run(args[0] if args else next(iter(kwargs.values())), output)
 
-        return [self.module.register_forward_hook(hook, with_kwargs=True)]
+        return [self.module.register_forward_hook(ModuleHook(hook), with_kwargs=True)]
+
+    def replaced(self) -> list[str]:
+        """Returns the names of the parameters that the module no longer holds, or not at the moment.
+
+        `torch.func.functional_call` puts other tensors in their place for a while; weight_norm, pruning and engines
+        that shard parameters do so for good.
+        """
+        return [name for owner, name, p in self._homes if owner._parameters.get(name) is not p]
 
     @abstractmethod
     def expected_input(self, x: Tensor) -> str | None:
@@ -94,8 +107,8 @@ class Layer(ABC):
         """
         return (g_BNPO.shape[2],)
 
-    def input_squares(self, a_BNPI: Tensor) -> Tensor:
-        """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T."""
+    def input_squares(self, a_BNPI: Tensor, counted_BNP: Tensor | None) -> Tensor:
+        """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T. `counted_BNP`: as `Rows` has it."""
         return a_BNPI.square().sum((1, 2))
 
     def input_moment(self, kept: Any) -> Tensor:
@@ -150,18 +163,19 @@ class Layer(ABC):
         return torch.cat([a_BNPI, a_BNPI.new_ones(*a_BNPI.shape[:-1], 1)], dim=-1)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
     """One run of a layer: what was kept of it, and its gradient once that is there.
 
     `samples` is N of the whole model's batch, or 1 where one run serves all its samples (position embeddings), whose
-    number is then `sharers`. `slope` is the derivative of the activation that read the output, at that output; None
-    where no activation module did.
+    number is then `sharers`. `weight` is a factor on the gradient. `slope` is the derivative of the activation that
+    read the output, at that output; None where no activation module did.
     """
 
     kept: Any
-    samples: int
+    samples: int = 1
     sharers: int = 1
+    weight: float = 1.0
     g: Tensor | None = None
     slope: Tensor | None = None
 
@@ -180,21 +194,40 @@ class Rows:
 
     The runs of a layer in one micro-batch, and whatever the model folds into the batch dimension (windows, frames),
     count as positions. g is per sample: the gradient of that sample's own loss, with any mean over the batch undone by
-    `scale`.
+    `scale`. Where the loss `ignores` some positions (padding), rows whose g is 0 throughout are rows of a = 0 too, and
+    are no positions.
     """
 
-    def __init__(self, layer: Layer, runs: Sequence[Run], scale: float, replicate: Replicate = Replicate()) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        runs: Sequence[Run],
+        scale: float,
+        replicate: Replicate = Replicate(),
+        *,
+        ignores: bool = False,
+    ) -> None:
         self._layer, self._runs, self._scale = layer, runs, scale
+        self._ignores = ignores
         self.replicate = replicate
         self.samples, self.sharers = runs[0].samples, runs[0].sharers
 
     @cached_property
     def a_BNPI(self) -> Tensor:
-        return self._cat([self._layer.inputs(run.kept) for run in self._runs])
+        a_BNPI = self._cat([self._layer.inputs(run.kept) for run in self._runs])
+        if self.counted_BNP is None or self._layer.shape.has_one_hot_inputs:
+            return a_BNPI
+        # Not a product: what stands at padding may be NaN.
+        return a_BNPI.masked_fill(~self.counted_BNP.unsqueeze(-1), 0)
 
     @cached_property
     def g_BNPO(self) -> Tensor:
         return self._cat(self._gradients) * self._scale
+
+    @cached_property
+    def counted_BNP(self) -> Tensor | None:
+        """Which rows count, where the loss ignores some; None where all do."""
+        return self._cat(self._gradients).ne(0).any(-1) if self._ignores else None
 
     @cached_property
     def slopes_BNPO(self) -> Tensor:
@@ -205,12 +238,21 @@ class Rows:
 
     @cached_property
     def positions_B(self) -> Tensor:
-        """Positions of a sample, [B] or [1], on the CPU: a block may have fewer than there are rows."""
+        """Mean positions of a sample, [B] or [1], on the CPU: a block may have fewer than there are rows."""
+        if self.counted_BNP is not None:  # one host read, in steps that measure it
+            return self.counted_BNP.sum((1, 2)).clamp(min=1).cpu().double() / self.samples
         counts = [
             [p * g.shape[1] / self.samples for p in self._layer.positions(run.kept, g)]
             for run, g in zip(self._runs, self._gradients, strict=True)
         ]
         return torch.tensor(counts, dtype=torch.float64).sum(0)
+
+    @property
+    def positions_BN11(self) -> Tensor:
+        """Positions of each sample, where they differ; else those of all."""
+        if self.counted_BNP is not None:
+            return self.counted_BNP.sum(2).clamp(min=1)[..., None, None].to(self.a_BNPI)
+        return self.positions_B.to(self.a_BNPI).view(-1, 1, 1, 1)
 
     def along(self, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, gradient of the sample's own loss>, [N].
@@ -221,16 +263,15 @@ class Rows:
         layer = self._layer
         direction_BOI = direction_BOI.to(layer.dtype)
         parts = [
-            layer.along(layer.inputs(run.kept), layer.output_gradients(run.kept, run.g), direction_BOI)
-            for run in self._runs
-            if run.g is not None
+            layer.along(layer.inputs(run.kept), g_BNPO, direction_BOI)
+            for run, g_BNPO in ((run, self._gradient(run)) for run in self._runs)
         ]
         return torch.stack([part.view(self.samples, -1).sum(1) for part in parts]).sum(0) * self._scale
 
     @cached_property
     def input_squares_BI(self) -> Tensor:
         """Sum over samples and positions of a^2."""
-        return self._layer.input_squares(self.a_BNPI)
+        return self._layer.input_squares(self.a_BNPI, self.counted_BNP)
 
     @property
     def count(self) -> int:
@@ -246,13 +287,18 @@ class Rows:
     @cached_property
     def input_moment_BII(self) -> Tensor:
         """Sum over samples and positions of a a^T."""
-        if "a_BNPI" in vars(self):
+        if "a_BNPI" in vars(self) or self._ignores:
             return second_moment(self.a_BNPI, 1.0)
         return torch.stack([self._layer.input_moment(run.kept) for run in self._runs]).sum(0)
 
     @cached_property
     def _gradients(self) -> list[Tensor]:
-        return [self._layer.output_gradients(run.kept, run.g) for run in self._runs if run.g is not None]
+        return [self._gradient(run) for run in self._runs]
+
+    def _gradient(self, run: Run) -> Tensor:
+        assert run.g is not None
+        g_BNPO = self._layer.output_gradients(run.kept, run.g)
+        return g_BNPO if run.weight == 1.0 else g_BNPO * run.weight
 
     def _cat(self, parts: list[Tensor]) -> Tensor:
         grouped = [part.reshape(part.shape[0], self.samples, -1, part.shape[-1]) for part in parts]
@@ -281,6 +327,11 @@ class _Some(Rows):
         return self._whole.slopes_BNPO[:, self._slice]
 
     @cached_property
+    def counted_BNP(self) -> Tensor | None:
+        whole = self._whole.counted_BNP
+        return None if whole is None else whole[:, self._slice]
+
+    @cached_property
     def positions_B(self) -> Tensor:
         return self._whole.positions_B
 
@@ -288,7 +339,7 @@ class _Some(Rows):
     def input_moment_BII(self) -> Tensor:
         first, last = self._slice.start, self._slice.stop
         kept = [self._layer.some_samples(run.kept, first, last, self._whole.samples) for run in self._runs]
-        if "a_BNPI" in vars(self._whole) or any(part is None for part in kept):
+        if "a_BNPI" in vars(self._whole) or self._whole._ignores or any(part is None for part in kept):
             return second_moment(self.a_BNPI, 1.0)
         return torch.stack([self._layer.input_moment(part) for part in kept]).sum(0)
 

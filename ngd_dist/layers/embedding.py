@@ -55,11 +55,12 @@ class Embedding(Layer):
         # One host read, when G is due. At least 1 in all, so that a batch of padding alone divides 0 by 1.
         return (max(1, int((kept != padding).sum())) / g_BNPO.shape[1],)
 
-    def input_squares(self, a_BNPI: Tensor) -> Tensor:
+    def input_squares(self, a_BNPI: Tensor, counted_BNP: Tensor | None) -> Tensor:
         """Returns how often each index occurs, [1, I]."""
         counts = torch.zeros(self._weight.shape[0], dtype=self.dtype, device=a_BNPI.device)
         indices = a_BNPI.flatten()
-        counts.index_add_(0, indices, counts.new_ones(()).expand(indices.shape[0]))
+        ones = counts.new_ones(()).expand(indices.shape[0])
+        counts.index_add_(0, indices, ones if counted_BNP is None else counted_BNP.flatten().to(counts))
         if self.module.padding_idx is not None:
             counts[self.module.padding_idx] = 0
         return counts.unsqueeze(0)

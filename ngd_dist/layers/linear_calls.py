@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ngd_dist.hooks import ModuleHook, is_transformed
+
 __all__ = ["LinearCalls", "OnLinear"]
 
 # Called with the input, the weight and the output of each linear map, and the number of samples: None without a batch.
@@ -45,17 +47,14 @@ class LinearCalls(TorchFunctionMode):
     def watch(self, on_linear: OnLinear) -> list[RemovableHandle]:
         """Returns the handles of hooks that call `on_linear` for each linear map of a forward pass with gradient."""
 
-        # Functions, not methods: a deep copy of the model carries these very hooks, and would copy what a method is of.
-        @_uncompiled
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             # Without gradient nothing is seen, and a mode would keep torch from its fused kernel.
-            if module is self._module and torch.is_grad_enabled() and not self._is_active:
+            if torch.is_grad_enabled() and not self._is_active and not is_transformed():
                 self._is_active = True
                 self.__enter__()  # type: ignore[no-untyped-call]
 
-        @_uncompiled
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if module is self._module and self._is_active:
+            if self._is_active:
                 self._is_active = False
                 self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -63,9 +62,9 @@ class LinearCalls(TorchFunctionMode):
         self._listeners[listener.id] = on_linear
         return [
             listener,
-            self._module.register_forward_pre_hook(enter),
+            self._module.register_forward_pre_hook(ModuleHook(enter)),
             # After an error too, such as activation checkpointing's early stop; before whatever else hooks do.
-            self._module.register_forward_hook(leave, prepend=True, always_call=True),
+            self._module.register_forward_hook(ModuleHook(leave), prepend=True, always_call=True),
         ]
 
     def __torch_function__(

@@ -55,7 +55,7 @@ class Factors:
         """Returns a_BNPI, with P = 1 where positions are reduced."""
         if not self._reduces:
             return rows.a_BNPI
-        return rows.a_BNPI.sum(2, keepdim=True) / rows.positions_B.to(rows.a_BNPI).view(-1, 1, 1, 1)
+        return rows.a_BNPI.sum(2, keepdim=True) / rows.positions_BN11
 
     def output_gradients(self, rows: Rows) -> Tensor:
         """Returns g_BNPO, with P = 1 where positions are reduced."""

@@ -10,7 +10,7 @@ import torch
 from ngd_dist.comm import Communicator
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
 from ngd_dist.errors import ConfigError
-from ngd_dist.placement import place
+from ngd_dist.placement import Roles, place
 from ngd_dist.statistics import Key
 from ngd_dist.strategies.base import Cargo, Collected, Findings, Local, Report
 from ngd_dist.strategies.parcel import Field
@@ -31,10 +31,11 @@ def build_strategy(
     dtype: torch.dtype,
     device: torch.device,
     is_averaged_by_ddp: bool,
+    settled: Mapping[str, Roles],
 ) -> Strategy:
     """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
 
-    costs: of refreshing each layer.
+    costs: of refreshing each layer. settled: the roles of layers that keep theirs.
     """
     sums = config.loss_reduction == "sum"
     if sums and is_averaged_by_ddp:
@@ -51,6 +52,7 @@ def build_strategy(
         fraction=choice.fraction if isinstance(choice, OwnerSharded) else 0.0,
         replicate_below=choice.replicate_below if isinstance(choice, OwnerSharded) else 0,
         everyone_inverts=isinstance(choice, AllReduce),
+        settled=settled,
     )
     specs = {Key(name, spec.name): spec for name, parts in cargo.items() for spec in parts.statistics}
     exact = torch.float64 if dtype == torch.float64 else torch.float32

@@ -116,13 +116,13 @@ class Cargo:
 class Local:
     """What one rank brings to a step, beside the statistics that it has offered.
 
-    `non_finite`, [1], is 1 if this rank's gradients have NaN or infinity. `tallies`: by due layer, the numbers of a
-    `Tally`, whose sums over ranks it is made of: 1 or 0 for whether it was captured, or NaN if not once per
-    micro-batch, rows, replicates, and the mean square of each due statistic; `gradients` grad_BOI of every layer;
-    `plain` all others.
+    `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and how many parameters have none. `tallies`: by due
+    layer, the numbers of a `Tally`, whose sums over ranks it is made of: 1 or 0 for whether it was captured, NaN if in
+    too many micro-batches, infinity if what was sent of it is of no use, then rows, replicates, and the mean square of
+    each due statistic; `gradients` grad_BOI of every layer; `plain` all others.
     """
 
-    non_finite: Tensor
+    flags: Tensor
     tallies: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     plain: list[Tensor]
@@ -134,10 +134,12 @@ class Collected:
     and all plain ones.
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers. `tallies` has those of the layers that `statistics` has.
+    did not run, and those of `miscounted` layers. `tallies` has those of the layers that `statistics` has. `missing`:
+    the sum over ranks of how many parameters have no gradient.
     """
 
     is_finite: bool
+    missing: int
     miscounted: frozenset[str]
     tallies: dict[str, Tally]
     statistics: dict[Key, Tensor]
@@ -173,22 +175,22 @@ def split_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def tallied(
-    non_finite: Tensor, tallies: Mapping[str, Tensor], due: Sequence[Key]
-) -> tuple[bool, frozenset[str], dict[str, Tally]]:
-    """Returns if all is finite, the miscounted layers, and the tallies of the others that any rank captured.
+    flags: Tensor, tallies: Mapping[str, Tensor], due: Sequence[Key]
+) -> tuple[bool, int, frozenset[str], dict[str, Tally]]:
+    """Returns if all is finite, the missing gradients, the miscounted layers, and the tallies of others that ran.
 
-    Reads one number, and a few per due layer, back to the host in one go: what was captured decides what is refreshed,
+    Reads two numbers, and a few per due layer, back to the host in one go: what was captured decides what is refreshed,
     and a step with a non-finite gradient must not begin. It is the one host read of a step without a refresh.
     """
-    bad, *numbers = torch.cat([non_finite, *tallies.values()]).tolist()
+    bad, missing, *numbers = torch.cat([flags, *tallies.values()]).tolist()
     found: dict[str, Tally] = {}
     miscounted: set[str] = set()
     for layer, tally in tallies.items():
         (ranks, rows, replicates, *squares), numbers = numbers[: len(tally)], numbers[len(tally) :]
         if math.isnan(ranks):
             miscounted.add(layer)
-        elif ranks > 0:
+        elif 0 < ranks < math.inf:
             names = [key.statistic for key in due if key.layer == layer]
             means = {name: square / ranks for name, square in zip(names, squares, strict=False)}
             found[layer] = Tally(int(ranks), int(rows), int(replicates), means)
-    return bad == 0, frozenset(miscounted), found
+    return bad == 0, int(missing), frozenset(miscounted), found

@@ -122,23 +122,23 @@ class Strategy:
         small = {key: self._small_value(key) for key in self._due if self._is_summed_everywhere(key.layer)}
         wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if travels else {}
         # What DDP has averaged is finite on all ranks or on none.
-        others = [local.non_finite, *wide.values(), *local.plain] if travels else []
+        others = [local.flags, *wide.values(), *local.plain] if travels else []
         pending = self._begin_sum([*small.values()], [*local.tallies.values(), *others])
         own = self._begin_reduce(local.gradients) if travels else None
         sums = self._spread(self._buckets.finish())
         statistics, found = pending.wait()
         sums |= zip(small, statistics, strict=True)
         tallies, found = dict(zip(local.tallies, found, strict=False)), found[len(local.tallies) :]
-        non_finite, gradients, plain = local.non_finite, local.gradients, local.plain
+        flags, gradients, plain = local.flags, local.gradients, local.plain
         if own is not None:
-            non_finite, *averaged = [found[0], *map(self._averaged, found[1:])]
+            flags, *averaged = [found[0], *map(self._averaged, found[1:])]
             gradients = {name: self._averaged(total) for name, total in self._added(own.wait()).items()}
             gradients |= zip(wide, averaged, strict=False)
             plain = averaged[len(wide) :]
-        is_finite, miscounted, captured = tallied(non_finite, tallies, self._due)
+        is_finite, missing, miscounted, captured = tallied(flags, tallies, self._due)
         means = {k: self._mean(k, total, captured[k.layer].ranks) for k, total in sums.items() if k.layer in captured}
         held = {name: gradients[name] for name in self._cargo if self.holds(name)}
-        return Collected(is_finite, miscounted, captured, means, held, plain)
+        return Collected(is_finite, missing, miscounted, captured, means, held, plain)
 
     def share(
         self, caches: Mapping[str, Cache | None], entries: Mapping[str, Collection[str]]

@@ -1,0 +1,269 @@
+"""What an optimizer is made of: which parameters it updates, and the parts of it that follow from them.
+
+Parameters may come later (`add_param_group`, or unfrozen ones): the parts are then built again, and what there was of
+each layer goes on.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ngd_dist.adaptation import Adaptation
+from ngd_dist.capture import Capture
+from ngd_dist.checkpoint import SavedState
+from ngd_dist.comm import Communicator
+from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
+from ngd_dist.coverage import check_engine, check_sparse, cover, is_averaged_by_ddp, unwrap
+from ngd_dist.curvature import Curvature, cargo_of, schedule_for
+from ngd_dist.errors import ConfigError
+from ngd_dist.fallback import Fallback
+from ngd_dist.gradients import Gradients
+from ngd_dist.hooks import weakly
+from ngd_dist.layers import Layer
+from ngd_dist.loss_scale import LossScale
+from ngd_dist.measurement import Measurement
+from ngd_dist.output_fisher import OutputFisher
+from ngd_dist.param_groups import Uncopied, check_group, take_in
+from ngd_dist.preconditioners import preconditioner_for
+from ngd_dist.staleness import Schedule
+from ngd_dist.step_length import StepLength
+from ngd_dist.strategies import Strategy, build_strategy
+from ngd_dist.telemetry import StepStats, Stopwatch
+
+__all__ = ["Assembly"]
+
+logger = logging.getLogger(__name__)
+
+
+class Assembly(torch.optim.Optimizer):
+    """An optimizer without its step. Its arguments are those of `NGD`."""
+
+    layers: list[Layer]
+    plain_parameters: dict[str, str]
+    saved_state: SavedState
+    _strategy: Strategy
+    _fallback: Fallback | None
+    _schedule: Schedule
+    _curvature: Curvature
+    _capture: Capture
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: NGDConfig | None = None,
+        *,
+        param_groups: Iterable[dict[str, Any]] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.config = config = NGDConfig.model_validate(config or {})
+        self._model, self._bare = model, unwrap(model)
+        check_engine(self._bare)
+        trainable = [p for p in self._bare.parameters() if p.requires_grad]
+        if not trainable:
+            raise ConfigError("the model has no trainable parameter; NGD needs at least one")
+        self._takes_all = param_groups is None
+        self._comm = Communicator(process_group)
+        self._group, self._scaler = process_group, grad_scaler
+        self._device = trainable[0].device
+        self._loss_scale = LossScale(grad_scaler)
+        self._stopwatch = Stopwatch()
+        self._unseen: set[str] = set()
+        self.stats = StepStats()
+        self._trained: set[nn.Parameter] = set()
+        self._waiting: list[nn.Parameter] = []
+        self._is_built = False
+        defaults = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay", "damping")}
+        super().__init__(trainable if param_groups is None else param_groups, defaults)
+        self._assemble()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises: ConfigError, with the value and the bound of a bad setting."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, len(self.param_groups) - 1, self.config)
+            # What schedules of damping and of momentum start from; kept by `state_dict` with the group.
+            group.setdefault("first_lr", group["lr"])
+            group.setdefault("first_damping", group["damping"])
+            if self._is_built:
+                self._assemble()
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy is built from: the model goes with it, what this step has captured does not."""
+        return {
+            "model": self._model,
+            "config": self.config,
+            "param_groups": self.param_groups,
+            "takes_all": self._takes_all,
+            "process_group": Uncopied(self._group),
+            "grad_scaler": self._scaler,
+            "state": dict(self.state),
+            "ngd": self.saved_state.local(self.stats),
+        }
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        if "model" not in saved:  # torch's `load_state_dict` sets its own part by this
+            super().__setstate__(saved)
+            return
+        groups, group, scaler = saved["param_groups"], saved["process_group"].value, saved["grad_scaler"]
+        Assembly.__init__(
+            self, saved["model"], saved["config"], param_groups=groups, process_group=group, grad_scaler=scaler
+        )
+        self._takes_all = saved["takes_all"]
+        self._waiting = self._untrained()
+        self.state.update(saved["state"])
+        self.stats = self.saved_state.restore(saved["ngd"])
+        self._arm(self.stats.step + 1)
+
+    def _assemble(self) -> None:
+        """Builds what follows from the parameters that are updated. What there was of each layer goes on."""
+        config, in_groups = self.config, [p for group in self.param_groups for p in group["params"]]
+        of_model = {p: name for name, p in self._bare.named_parameters()}
+        self._names = {p: of_model.get(p, f"param_groups parameter {i}") for i, p in enumerate(in_groups)}
+        self._trained |= {p for p in in_groups if p.requires_grad}
+        self._waiting = self._untrained()
+        self.layers, self.plain_parameters = cover(self._bare, self._trained, config)
+        self._layer = {layer.name: layer for layer in self.layers}
+        covered = {p for layer in self.layers for p in layer.parameters}
+        self._plain = [p for p in in_groups if p in self._trained and p not in covered]
+        check_sparse(self._bare, self._plain, config)
+        group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        self._group_of = {name: group_of[layer.parameters[0]] for name, layer in self._layer.items()}
+        self._preconditioners = {layer.name: preconditioner_for(layer.shape, config) for layer in self.layers}
+        self._strategy = self._build_strategy()
+        self._report_plain()
+        self._build_state()
+        trained = {self._names[p]: p for p in in_groups if p in self._trained}
+        self._gradients = Gradients(trained, self._loss_scale, self._comm)
+        self._capture = self._build_capture()
+        self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._capture.rows)
+        self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
+        self._adaptation = Adaptation(config, self._bare, self._comm, self._capture.paused)
+        self.saved_state = SavedState(
+            self.layers,
+            self._preconditioners,
+            self._curvature,
+            self._schedule,
+            self._strategy,
+            parameters={name: p for p, name in self._names.items()},
+            plain=[self._names[p] for p in self._plain],
+            fallback=self._fallback,
+            momentum_mode=self._adaptation.momentum_mode,
+            device=self._device,
+        )
+        self._is_built = True
+        self._arm(self.stats.step + 1)
+
+    def _build_state(self) -> None:
+        """Builds what a checkpoint has: statistics and caches, their schedule, the fallback's moments."""
+        config, old = self.config, (self._curvature, self._schedule, self._fallback) if self._is_built else None
+        names = {p: self._names[p] for p in self._plain}
+        adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
+        self._fallback = None if adamw is None else Fallback(self.param_groups, names, adamw)
+        self._schedule = schedule_for(self._preconditioners, config)
+        self._curvature = Curvature(self.layers, self._preconditioners, self._strategy, config, self._damping)
+        if old is not None:
+            curvature, schedule, fallback = old
+            self._curvature.inherit(curvature)
+            self._schedule.inherit(schedule)
+            if self._fallback is not None and fallback is not None:
+                self._fallback.inherit(fallback)
+
+    def _build_capture(self) -> Capture:
+        if self._is_built:
+            self._capture.close()
+        measurement = Measurement(
+            self._layer,
+            self._preconditioners,
+            self.config,
+            self._comm,
+            shared_of=self._curvature.shared_of,
+            loss_scale=self._loss_scale.factor,
+            on_ready=self._strategy.offer,
+            stopwatch=self._stopwatch,
+            keeps_rows=isinstance(self.config.length, LayerWise),
+        )
+        on_forward = weakly(self._on_forward)
+        return Capture(self._bare, self.layers, self._preconditioners, self.config, measurement, on_forward=on_forward)
+
+    def _on_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Returns whether the model was given other hooks than those that ask: its parameters were unfrozen."""
+        if not self._take_in():
+            return False
+        self._capture.begin_forward(args, kwargs)
+        return True
+
+    def _take_in(self) -> bool:
+        """Takes in parameters that were frozen and are not any more; a step that is under way is finished before."""
+        unfrozen = [p for p in self._waiting if p.requires_grad]
+        if not unfrozen or self._capture.is_under_way:
+            return False
+        if self._strategy.gradient_scale is None:
+            raise ConfigError(
+                f"DDP averages the gradients of what was trainable when it was built: {len(unfrozen)} parameters were "
+                "not; after unfreezing wrap the model again, and build a new NGD"
+            )
+        if self._takes_all:
+            take_in(self.param_groups[0], unfrozen, self._bare)
+        self._assemble()
+        return True
+
+    def _untrained(self) -> list[nn.Parameter]:
+        """Returns the parameters that are taken in once they are unfrozen."""
+        own = self._bare.parameters() if self._takes_all else []
+        in_groups = (p for group in self.param_groups for p in group["params"])
+        return [p for p in dict.fromkeys((*own, *in_groups)) if p not in self._trained]
+
+    def _frozen(self) -> dict[str, str]:
+        """Returns why parameters of the model that have not been trained so far are not."""
+        in_groups = {p for group in self.param_groups for p in group["params"]}
+        return {
+            name: "frozen; taken in when it is unfrozen" if self._takes_all or p in in_groups else "in no param group"
+            for name, p in self._bare.named_parameters()
+            if p not in self._trained
+        }
+
+    def _build_strategy(self) -> Strategy:
+        dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
+        return build_strategy(
+            self.config,
+            self._comm,
+            {name: method.refresh_flops() for name, method in self._preconditioners.items()},
+            {layer.name: cargo_of(layer, self._preconditioners[layer.name]) for layer in self.layers},
+            dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
+            device=self._device,
+            is_averaged_by_ddp=is_averaged_by_ddp(self._model),
+            settled=self._strategy.placement.roles if self._is_built else {},
+        )
+
+    def _report_plain(self) -> None:
+        of_model = set(self._bare.parameters())
+        count = sum(p not in of_model for p in self._plain)
+        if count and self._strategy.gradient_scale is None:
+            raise ConfigError(f"DDP averages its model's gradients alone: {count} in param_groups are not of the model")
+        if count:
+            self.plain_parameters[f"{count} in param_groups"] = "not a parameter of the model"
+        if self.plain_parameters:
+            reasons = "; ".join(f"{name} ({reason})" for name, reason in self.plain_parameters.items())
+            kind = self.config.fallback.kind
+            logger.warning("fallback %s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
+
+    def _arm(self, step: int) -> None:
+        due = self._schedule.due(step)
+        self._loss_scale.begin()
+        self._capture.arm(due, step)
+        self._strategy.begin(due)
+
+    def _lr(self, name: str) -> float:
+        return float(self.param_groups[self._group_of[name]]["lr"])
+
+    def _damping(self, name: str) -> float:
+        return float(self.param_groups[self._group_of[name]]["damping"])
