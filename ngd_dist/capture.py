@@ -26,6 +26,7 @@ from ngd_dist.activations import Activations
 from ngd_dist.batches import Batches
 from ngd_dist.config import NGDConfig
 from ngd_dist.errors import CaptureError
+from ngd_dist.estimates import Estimates
 from ngd_dist.hooks import (
     OUTSIDE_BACKWARD,
     ModuleHook,
@@ -107,7 +108,7 @@ class Capture:
         """Returns what was captured since `arm`. Layers that did not run, or too often, are absent."""
         self._settle()
         left_out = self.miscounted().keys() | self.measurement.spoiled
-        return {key: value for key, value in self.measurement.estimates.values().items() if key.layer not in left_out}
+        return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
     def rows(self, layer: str) -> list[Rows]:
         """Returns the rows of the layer's micro-batches, where they are kept."""
@@ -116,7 +117,7 @@ class Capture:
 
     def miscounted(self) -> dict[str, int]:
         """Returns the layers that have had more micro-batches than the config says."""
-        wanted, counts = self._micro_batches, self.measurement.estimates.passes.items()
+        wanted, counts = self._micro_batches, self.estimates.passes.items()
         return {} if wanted == "any" else {layer: count for layer, count in counts if count > wanted}
 
     def miscount(self, layer: str) -> CaptureError:
@@ -136,6 +137,11 @@ class Capture:
             "the step's own into `with optimizer.paused():`; a module that runs in several checkpointed blocks needs "
             "use_reentrant=False"
         )
+
+    @property
+    def estimates(self) -> Estimates:
+        """What has been estimated since `arm`."""
+        return self.measurement.estimates
 
     @property
     def activations(self) -> Mapping[str, str | None]:
@@ -200,7 +206,7 @@ class Capture:
         self._edges, self._has_run, self._pending_passes = [], False, 0
         self._fisher_passes += 1
         if self.needs_fisher_pass and self._fisher_passes == self._micro_batches:
-            for name in self.measurement.estimates.passes:
+            for name in self.estimates.passes:
                 self.measurement.hand_over(name)
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

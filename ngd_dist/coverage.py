@@ -60,9 +60,9 @@ def check_owned(groups: Sequence[Mapping[str, Any]], known: Collection[nn.Parame
     """Returns if the param groups hold what NGD was built with. Raises: ConfigError."""
     if any(p not in known for group in groups for p in group["params"]):
         raise ConfigError(
-            "param_groups hold parameters that NGD was not built with. If DeepSpeed has put its own in their place: "
-            "NGD does not support ZeRO; use stage 0, the bare model or DistributedDataParallel. If you have changed them: "
-            "parameters come in by add_param_group"
+            "param_groups hold parameters that NGD was not built with. If DeepSpeed has put its own in their place, "
+            "NGD does not support ZeRO; use stage 0, the bare model or DistributedDataParallel. If you have changed "
+            "them: parameters come in by add_param_group"
         )
 
 

@@ -143,7 +143,7 @@ class Estimates:
         return self._means[key].seconds if key in self._means else 0.0
 
     def tallies(
-        self, due: Sequence[Key], wrong: Collection[str], spoiled: Collection[str], device: torch.device
+        self, due: Sequence[Key], wrong: Collection[str], device: torch.device, spoiled: Collection[str] = ()
     ) -> dict[str, Tensor]:
         """Returns what travels beside the statistics of each due layer: the numbers of a `Tally`.
 

@@ -123,7 +123,7 @@ class NGD(Assembly):
             if means.missing:
                 check_held(self.layers)
             with phase("refresh"):
-                reports = self._curvature.refresh(due, means, self._capture.measurement.estimates.seconds)
+                reports = self._curvature.refresh(due, means, self._capture.estimates.seconds)
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
@@ -179,8 +179,7 @@ class NGD(Assembly):
         captured, wrong = self._capture.take(), self._capture.miscounted()
         for key, value in captured.items():
             self._strategy.offer(key, value)
-        measured = self._capture.measurement
-        tallies = measured.estimates.tallies(due, wrong, measured.spoiled, self._device)
+        tallies = self._capture.estimates.tallies(due, wrong, self._device, self._capture.measurement.spoiled)
         gradients = {
             layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
         }

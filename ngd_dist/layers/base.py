@@ -238,21 +238,17 @@ class Rows:
 
     @cached_property
     def positions_B(self) -> Tensor:
-        """Mean positions of a sample, [B] or [1], on the CPU: a block may have fewer than there are rows."""
-        if self.counted_BNP is not None:  # one host read, in steps that measure it
-            return self.counted_BNP.sum((1, 2)).clamp(min=1).cpu().double() / self.samples
+        """Positions of a sample, [B] or [1], on the CPU: a block may have fewer than there are rows.
+
+        Where the loss ignores some they differ: [B, N], on the rows' device.
+        """
+        if self.counted_BNP is not None:
+            return self.counted_BNP.sum(2).double()
         counts = [
             [p * g.shape[1] / self.samples for p in self._layer.positions(run.kept, g)]
             for run, g in zip(self._runs, self._gradients, strict=True)
         ]
         return torch.tensor(counts, dtype=torch.float64).sum(0)
-
-    @property
-    def positions_BN11(self) -> Tensor:
-        """Positions of each sample, where they differ; else those of all."""
-        if self.counted_BNP is not None:
-            return self.counted_BNP.sum(2).clamp(min=1)[..., None, None].to(self.a_BNPI)
-        return self.positions_B.to(self.a_BNPI).view(-1, 1, 1, 1)
 
     def along(self, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, gradient of the sample's own loss>, [N].

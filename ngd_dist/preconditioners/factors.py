@@ -55,7 +55,8 @@ class Factors:
         """Returns a_BNPI, with P = 1 where positions are reduced."""
         if not self._reduces:
             return rows.a_BNPI
-        return rows.a_BNPI.sum(2, keepdim=True) / rows.positions_BN11
+        positions = rows.positions_B.to(rows.a_BNPI)
+        return rows.a_BNPI.sum(2, keepdim=True) / positions.where(positions > 0, 1).view(len(positions), -1, 1, 1)
 
     def output_gradients(self, rows: Rows) -> Tensor:
         """Returns g_BNPO, with P = 1 where positions are reduced."""
@@ -72,7 +73,7 @@ class Factors:
         elif "A" in due:
             found["A"] = _moment(A, self.inputs(rows), 1 / rows.samples, rows.replicate)
         if "G" in due:
-            weight = 1 / rows.samples if self._reduces else 1 / (rows.samples * rows.positions_B)
+            weight = 1 / rows.samples if self._reduces else 1 / _positions(rows)
             found["G"] = _moment(G, self.output_gradients(rows), weight, rows.replicate)
         return found
 
@@ -112,6 +113,12 @@ class Factors:
         """Returns the operations of one product of the gradient with both factors, or with both bases."""
         entries = self._shape.blocks * self._shape.outputs * self._shape.inputs
         return entries * sum(_product_flops(spec) for spec in self.specs)
+
+
+def _positions(rows: Rows) -> Tensor:
+    """Returns the positions of all samples, [B] or [1]; 1 at least, so that a batch of padding alone divides 0 by 1."""
+    positions = rows.positions_B
+    return positions * rows.samples if positions.ndim == 1 else positions.sum(1).clamp(min=1)
 
 
 def _spec(

@@ -41,8 +41,8 @@ def test_each_layer_has_its_sizes_costs_and_memory() -> None:
     assert "7.31 KiB" in " ".join(conv)
     assert line(table, "norm")[1:5] == ["BatchNorm2d,", "UnitWise", "6x2", "F"]
     assert line(table, "head")[3:8] == ["30x7", "A", "7x7,", "G", "30"]
-    assert line(table, "scale")[1:] == ["no", "layer", "kind", "covers", "Odd"]
-    assert "left to the fallback, sgd" in table
+    assert "  scale  a parameter of Odd itself, outside its layers" in table.splitlines()
+    assert "left to the fallback, sgd at lr 0.1:" in table
 
 
 def test_a_method_that_reads_activations_says_which_it_found() -> None:
