@@ -81,15 +81,14 @@ class Capture:
         self._fisher_passes = self._pending_passes = 0
         # Layers that have had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
-        self._accumulation: dict[str, list[RemovableHandle]] = {}
+        self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
         self._clear()
         self._activations = Activations(model) if self._reads_slopes else None
-        handles = [
-            model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True),
-            model.register_forward_hook(ModuleHook(weakly(self._note_output))),
-        ]
+        handles = [model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True)]
         on_run = weakly(self._on_run)
         handles += [handle for layer in layers for handle in layer.watch(partial(on_run, layer))]
+        # Last: the model may be a layer itself.
+        handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output))))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
 
     def arm(self, due: Sequence[Key], step: int) -> None:
@@ -98,7 +97,7 @@ class Capture:
         self._clear()
         if not self.measurement.keeps_rows:
             for name in self._accumulation.keys() - self.measurement.due.keys():
-                remove(self._accumulation.pop(name))
+                remove(self._accumulation.pop(name).values())
 
     def close(self) -> None:
         """Takes all hooks away."""
@@ -235,7 +234,8 @@ class Capture:
             return
         self._has_run = True
         is_due = layer.name in self.measurement.due
-        if not (self.measurement.keeps_rows or is_due) or layer.replaced():
+        trained = [p for p in layer.parameters if p.requires_grad]
+        if not (self.measurement.keeps_rows or is_due) or not trained or layer.replaced():
             return
         expected, size = layer.expected_input(x), x.shape[layer.batch_dim] if x.ndim > layer.batch_dim else 0
         if expected is not None:
@@ -256,11 +256,11 @@ class Capture:
             self._activations.expect(layer.name, output, run)
         if is_due and self.needs_fisher_pass and not is_recomputed:
             self._edges.append(get_gradient_edge(output))
-        if layer.name not in self._accumulation:
-            hook = partial(weakly(self._on_accumulated), layer.name)
-            self._accumulation[layer.name] = [
-                p.register_post_accumulate_grad_hook(hook) for p in layer.parameters if p.requires_grad
-            ]
+        handles = self._accumulation.setdefault(layer.name, {})
+        for p in trained:
+            if p not in handles:
+                hook = partial(weakly(self._on_accumulated), layer.name)
+                handles[p] = p.register_post_accumulate_grad_hook(hook)
         output.register_hook(partial(self._on_gradient, layer.name, run))
 
     @torch.no_grad()
@@ -283,6 +283,7 @@ class Capture:
         if passes.micro_batches and all(p.grad is None for p in parameters):  # somebody has cleared them
             passes.forget()
             self.measurement.forget(name)
+        self.measurement.check(name, run)
         passes.arrive(backward_task(), run, g.detach(), is_returned=adds is None)
         self.batches.differentiated(run.batch)
 
@@ -336,6 +337,6 @@ class Capture:
         return self._is_paused or is_transformed()
 
 
-def _let_go(handles: Sequence[RemovableHandle], of_parameters: Mapping[str, Sequence[RemovableHandle]]) -> None:
-    for each in (handles, *of_parameters.values()):
+def _let_go(handles: Iterable[RemovableHandle], of_parameters: Mapping[str, Mapping[Any, RemovableHandle]]) -> None:
+    for each in (handles, *(own.values() for own in of_parameters.values())):
         remove(each)

@@ -24,7 +24,7 @@ from ngd_dist.strategies import Strategy
 from ngd_dist.telemetry import StepStats
 from ngd_dist.update import MomentumMode
 
-__all__ = ["LayerFormat", "SavedState", "check_format"]
+__all__ = ["LayerFormat", "SavedState", "check_format", "cloned"]
 
 # 3 had the damping of a layer on the ranks that held it alone; 2 did not say what its momentum is a sum of; 1 had no
 # damping beside the caches.
@@ -239,6 +239,15 @@ class SavedState:
             )
         if saved and self._fallback is None:
             raise CheckpointError("the state was saved with fallback adamw; keep the fallback that it was saved with")
+
+
+def cloned(state: Any) -> Any:
+    """Returns the state with tensors of its own."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: cloned(value) for key, value in state.items()}
+    return state
 
 
 def check_format(found: object) -> None:

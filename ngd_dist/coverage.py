@@ -1,7 +1,7 @@
 """Which modules of a model are covered by which kind of layer, and why each other parameter is left out."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -45,7 +45,7 @@ def check_engine(model: nn.Module) -> None:
             raise _unsupported(f"a parameter that DeepSpeed ZeRO 3 has partitioned ({name})")
 
 
-def check_held(layers: Sequence[Layer]) -> None:
+def check_held(layers: Iterable[Layer]) -> None:
     """Returns if the modules still hold the parameters of their layers. Raises: ConfigError that names the first."""
     for layer in layers:
         for name in layer.replaced():

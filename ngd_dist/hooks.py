@@ -1,7 +1,7 @@
 """What hooks on modules and tensors need of torch: which backward pass calls them, and what they are given."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -95,7 +95,7 @@ def weakly(method: Callable[..., T]) -> Callable[..., T | None]:
     return call
 
 
-def remove(handles: Sequence[RemovableHandle]) -> None:
+def remove(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 

@@ -97,6 +97,14 @@ class Measurement:
         # What reads the forward pass alone needs no pass of the Fisher's own.
         self.source = Source.FISHER if reads and self._config.fisher.kind != "empirical" else Source.LOSS
 
+    def check(self, name: str, run: NotedRun) -> None:
+        """Returns if it can be told which samples a run is of. Raises: CaptureError."""
+        try:
+            run.batch.of_run(name, run.size)
+        except CaptureError as error:
+            self._comm.post_error(str(error))
+            raise
+
     @torch.no_grad()
     def close(self, name: str, arrivals: Arrivals) -> None:
         """Takes a micro-batch of the loss that is complete. Raises: CaptureError."""
@@ -147,11 +155,9 @@ class Measurement:
 
     def _with_gradients(self, name: str, arrivals: Arrivals) -> list[NotedRun]:
         """Returns the runs with their gradients. Raises: CaptureError where they are of batches of several sizes."""
-        try:
-            runs = [run.with_gradient(name, g) for run, g in arrivals]
-        except CaptureError as error:
-            self._comm.post_error(str(error))
-            raise
+        for run, _ in arrivals:
+            self.check(name, run)
+        runs = [run.with_gradient(name, g) for run, g in arrivals]
         sizes = sorted({run.samples * run.sharers for run in runs})
         if len(sizes) > 1:
             raise self.error(

@@ -120,8 +120,6 @@ class NGD(Assembly):
             if not means.is_finite:
                 self._skip()
                 return loss
-            if means.missing:
-                check_held(self.layers)
             with phase("refresh"):
                 reports = self._curvature.refresh(due, means, self._capture.estimates.seconds)
             with phase("apply"):
@@ -176,6 +174,7 @@ class NGD(Assembly):
 
     def _collect(self, due: list[Key]) -> Collected:
         """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
+        check_held(layer for layer in self.layers if any(p.grad is None for p in layer.parameters))
         captured, wrong = self._capture.take(), self._capture.miscounted()
         for key, value in captured.items():
             self._strategy.offer(key, value)
