@@ -14,7 +14,7 @@ from torch import nn
 
 from ngd_dist.adaptation import Adaptation
 from ngd_dist.capture import Capture
-from ngd_dist.checkpoint import SavedState, cloned
+from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
 from ngd_dist.comm import Communicator
 from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
 from ngd_dist.coverage import check_engine, check_sparse, cover, is_averaged_by_ddp, unwrap
@@ -106,8 +106,8 @@ class Assembly(torch.optim.Optimizer):
             "process_group": Uncopied(self._group),
             "grad_scaler": self._scaler,
             "state": dict(self.state),
-            # Clones: caches may be views of one storage, which can be sent to a process only once.
-            "ngd": cloned(self.saved_state.local(self.stats)),
+            # As bytes: torch sends tensors to a process as files, which those that are made here would not outlive.
+            "ngd": to_bytes(self.saved_state.local(self.stats)),
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class Assembly(torch.optim.Optimizer):
         self._takes_all = saved["takes_all"]
         self._waiting = self._untrained()
         self.state.update(saved["state"])
-        self.stats = self.saved_state.restore(saved["ngd"])
+        self.stats = self.saved_state.restore(from_bytes(saved["ngd"]))
         self._arm(self.stats.step + 1)
 
     def _assemble(self) -> None:

@@ -4,6 +4,7 @@ Every statistic, cache, schedule and counter is saved; what a step captures is n
 of it that is whole on every rank, `sharded_state` one part per rank.
 """
 
+import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +25,7 @@ from ngd_dist.strategies import Strategy
 from ngd_dist.telemetry import StepStats
 from ngd_dist.update import MomentumMode
 
-__all__ = ["LayerFormat", "SavedState", "check_format", "cloned"]
+__all__ = ["LayerFormat", "SavedState", "check_format", "from_bytes", "to_bytes"]
 
 # 3 had the damping of a layer on the ranks that held it alone; 2 did not say what its momentum is a sum of; 1 had no
 # damping beside the caches.
@@ -241,12 +242,16 @@ class SavedState:
             raise CheckpointError("the state was saved with fallback adamw; keep the fallback that it was saved with")
 
 
-def cloned(state: Any) -> Any:
-    """Returns the state with tensors of its own."""
-    if isinstance(state, Tensor):
-        return state.clone()
-    if isinstance(state, dict):
-        return {key: cloned(value) for key, value in state.items()}
+def to_bytes(state: State) -> bytes:
+    """Returns a state as torch saves it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(saved: bytes) -> State:
+    """Returns the state that was saved."""
+    state: State = torch.load(io.BytesIO(saved), weights_only=True)
     return state
 
 

@@ -247,7 +247,7 @@ def test_groups_that_an_engine_has_replaced_are_refused() -> None:
     optimizer.param_groups[0]["params"] = [flat_partition]
     flat_partition.grad = torch.ones_like(flat_partition)
 
-    with pytest.raises(ConfigError, match="DeepSpeed.*does not support ZeRO"):
+    with pytest.raises(ConfigError, match=r"DeepSpeed.*does not support ZeRO"):
         optimizer.step()
 
 
