@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from service.job_state import Phase
+from service.job_state import PASSING, Phase
 from service.store.base import Census
 
 __all__ = ["CONTENT_TYPE", "ControllerMetrics"]
@@ -34,7 +34,8 @@ class ControllerMetrics:
             registry=self._registry,
         )
         self._dispatcher = self._gauge(
-            "ngd_dispatcher_up", "1 if what runs the attempts answered the last call, 0 if it did not."
+            "ngd_dispatcher_up",
+            "1 if what runs the attempts did all that it was last asked, 0 if it did not answer or refused to.",
         )
         self._dispatcher.set(1)
         self._started = self._counter("ngd_attempts_started", "Attempts begun by this controller.")
@@ -55,8 +56,8 @@ class ControllerMetrics:
         self._ticked_at = time.monotonic()
         self._tick.observe(seconds)
 
-    def dispatcher_answered(self, *, is_up: bool) -> None:
-        """What runs the attempts (Ray, Kubernetes) answered the newest call, or did not."""
+    def dispatcher_served(self, *, is_up: bool) -> None:
+        """What runs the attempts (Ray, Kubernetes) did all that the newest tick asked of it, or did not."""
         self._dispatcher.set(1 if is_up else 0)
 
     def attempt_started(self) -> None:
@@ -109,6 +110,15 @@ def _jobs(census: Census, now: datetime) -> Iterator[Metric]:
     oldest = GaugeMetricFamily("ngd_oldest_queued_seconds", "Age of the oldest job in QUEUED; 0: there is none.")
     oldest.add_metric([], 0.0 if census.oldest_queued_at is None else _age_s(census.oldest_queued_at, now))
     yield oldest
+    passing = GaugeMetricFamily(
+        "ngd_longest_in_phase_seconds",
+        "For how long the job that is longest in this phase has been in it; 0: none is.",
+        labels=["phase"],
+    )
+    for phase in sorted(PASSING):
+        since = census.in_phase_since.get(phase)
+        passing.add_metric([phase], 0.0 if since is None else _age_s(since, now))
+    yield passing
     idle = GaugeMetricFamily(
         "ngd_running_job_idle_seconds", "Time since anything was last heard of a RUNNING job.", labels=["job_id"]
     )

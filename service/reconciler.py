@@ -16,6 +16,7 @@ from ulid import ULID
 from service.dispatchers.base import (
     AttemptRef,
     BackendError,
+    BackendFullError,
     BackendRefusedError,
     BackendUnavailableError,
     Dispatcher,
@@ -62,6 +63,7 @@ class Reconciler:
         self._files = files
         self._silence = Silence()
         self._outage: BackendUnavailableError | None = None  # in this tick: one call has waited, the others need not
+        self._is_served = True  # in this tick: what runs the attempts has done all that was asked of it
         self._turn = 0
         self._token_of = token_of
         self._policy = policy
@@ -113,6 +115,7 @@ class Reconciler:
             lease_token=str(ULID()), now=datetime.now(UTC), lease_s=self._lease_s, max_running=self._max_running_jobs
         )
         self._outage = None
+        self._is_served = True
         self._end_what_was_left()
         for claim in self._in_turn(claims):
             try:
@@ -123,6 +126,7 @@ class Reconciler:
                 log.exception("reconcile_failed job_id=%s", claim.job.id)
             finally:
                 self._store.release(claim)
+        self._metrics.dispatcher_served(is_up=self._is_served)
 
     def _in_turn(self, claims: list[Claim]) -> list[Claim]:
         """Begins with another job each tick: one whose call takes all the time must not hide the others for ever."""
@@ -182,7 +186,6 @@ class Reconciler:
             if silent_s == 0:
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
             return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), silent_s)
-        self._metrics.dispatcher_answered(is_up=True)
         if self._silence.is_over(ref):
             log.info("backend_answers attempt=%s", ref.attempt_id)
         if seen.process is Process.RUNNING:
@@ -202,7 +205,7 @@ class Reconciler:
     def _note_trouble(self, error: BackendError) -> None:
         if isinstance(error, BackendUnavailableError):
             self._outage = error
-            self._metrics.dispatcher_answered(is_up=False)
+        self._is_served = self._is_served and isinstance(error, BackendFullError)
 
     def _settle(self, ref: AttemptRef, claim: Claim) -> bool:
         """Ends what the attempt left running, and takes in what it could not deliver while no controller was up.
@@ -234,6 +237,7 @@ class Reconciler:
                 self._note_trouble(error)
                 return
             except BackendRefusedError as error:
+                self._note_trouble(error)
                 log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
                 continue
             self._store.mark_gone(attempt.id)
