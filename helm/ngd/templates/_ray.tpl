@@ -29,10 +29,16 @@ headGroupSpec:
   template:
     {{- include "ngd.rayHeadPod" . | nindent 4 }}
 workerGroupSpecs:
+  {{- $liveGroups := include "ngd.liveWorkerGroups" . | fromYaml }}
   {{- range $v.rayCluster.workerGroups }}
   {{- $group := mergeOverwrite (deepCopy $v.rayCluster.workerDefaults) . }}
+  {{- $live := get $liveGroups $group.name | default dict }}
+  {{- $replicas := ternary $live.replicas $group.replicas (hasKey $live "replicas") }}
   - groupName: {{ $group.name }}
-    replicas: {{ int $group.replicas }}
+    replicas: {{ max (int $group.minReplicas) (min (int $group.maxReplicas) (int $replicas)) }}
+    {{- with omit $live "replicas" }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
     minReplicas: {{ int $group.minReplicas }}
     maxReplicas: {{ int $group.maxReplicas }}
     rayStartParams: {{ $group.rayStartParams | toJson }}
@@ -65,10 +71,10 @@ spec:
     - name: ray-head
       {{- include "ngd.rayContainer" (dict "root" . "env" .Values.rayCluster.env) | nindent 6 }}
       ports:
-        - {name: gcs-server, containerPort: 6379}
-        - {name: dashboard, containerPort: 8265}
-        - {name: client, containerPort: 10001}
-        - {name: metrics, containerPort: 8080}
+        - {name: gcs-server, containerPort: 6379, protocol: TCP}
+        - {name: dashboard, containerPort: 8265, protocol: TCP}
+        - {name: client, containerPort: 10001, protocol: TCP}
+        - {name: metrics, containerPort: 8080, protocol: TCP}
       securityContext:
         {{- include "ngd.containerSecurityContext" . | nindent 8 }}
       resources:
@@ -111,7 +117,7 @@ spec:
     - name: ray-worker
       {{- include "ngd.rayContainer" (dict "root" $root "env" (merge (dict) $group.env $root.Values.rayCluster.env) "mounts" $group.extraVolumeMounts) | nindent 6 }}
       ports:
-        - {name: metrics, containerPort: 8080}
+        - {name: metrics, containerPort: 8080, protocol: TCP}
       securityContext:
         {{- include "ngd.containerSecurityContext" $root | nindent 8 }}
         {{- if and $group.rdma.enabled $group.rdma.ipcLock }}
