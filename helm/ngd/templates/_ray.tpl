@@ -55,7 +55,7 @@ metadata:
     {{- with $head.labels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with $head.annotations }}
+  {{- with merge (dict) (default dict $head.annotations) (include "ngd.doNotDisrupt" $head.doNotDisrupt | fromYaml) }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -67,9 +67,10 @@ spec:
   affinity:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+  {{- include "ngd.rayExtras" (dict "root" . "part" $head) | nindent 2 }}
   containers:
     - name: ray-head
-      {{- include "ngd.rayContainer" (dict "root" . "env" .Values.rayCluster.env) | nindent 6 }}
+      {{- include "ngd.rayContainer" (dict "root" . "part" $head) | nindent 6 }}
       ports:
         - {name: gcs-server, containerPort: 6379, protocol: TCP}
         - {name: dashboard, containerPort: 8265, protocol: TCP}
@@ -80,7 +81,7 @@ spec:
       resources:
         {{- toYaml $head.resources | nindent 8 }}
   volumes:
-    {{- include "ngd.rayVolumes" . | nindent 4 }}
+    {{- include "ngd.rayVolumes" (dict "root" . "part" $head) | nindent 4 }}
 {{- end -}}
 
 {{- define "ngd.rayWorkerPod" -}}
@@ -92,8 +93,7 @@ metadata:
     {{- with $group.labels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- $keep := dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "false" "karpenter.sh/do-not-disrupt" "true" }}
-  {{- with merge (dict) $group.annotations (ternary $keep dict $group.doNotDisrupt) }}
+  {{- with merge (dict) (default dict $group.annotations) (include "ngd.doNotDisrupt" $group.doNotDisrupt | fromYaml) }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -113,9 +113,10 @@ spec:
   affinity:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- include "ngd.rayExtras" (dict "root" $root "part" $group) | nindent 2 }}
   containers:
     - name: ray-worker
-      {{- include "ngd.rayContainer" (dict "root" $root "env" (merge (dict) $group.env $root.Values.rayCluster.env) "mounts" $group.extraVolumeMounts) | nindent 6 }}
+      {{- include "ngd.rayContainer" (dict "root" $root "part" $group) | nindent 6 }}
       ports:
         - {name: metrics, containerPort: 8080, protocol: TCP}
       securityContext:
@@ -126,10 +127,7 @@ spec:
       resources:
         {{- include "ngd.workerResources" $group | nindent 8 }}
   volumes:
-    {{- include "ngd.rayVolumes" $root | nindent 4 }}
-    {{- with $group.extraVolumes }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "ngd.rayVolumes" (dict "root" $root "part" $group) | nindent 4 }}
 {{- end -}}
 
 {{/* What head and workers share. */}}
@@ -160,22 +158,50 @@ tolerations:
 {{- end }}
 {{- end -}}
 
+{{/* What the values may add to the pod of the head or of a group. */}}
+{{- define "ngd.rayExtras" -}}
+{{- with .part.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.initContainers }}
+initContainers:
+  {{- range . }}
+  {{- $given := default dict .securityContext }}
+  {{- $secured := deepCopy $given }}
+  {{- range $field, $value := include "ngd.containerSecurityContext" $.root | fromYaml }}
+  {{- if not (hasKey $given $field) }}{{ $secured = set $secured $field $value }}{{ end }}
+  {{- end }}
+  {{- toYaml (list (set (deepCopy .) "securityContext" $secured)) | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The container of the head or of a group. A variable's value is a text, or where it comes from. */}}
 {{- define "ngd.rayContainer" -}}
 {{- $root := .root -}}
 image: {{ include "ngd.workerImage" $root }}
 imagePullPolicy: {{ $root.Values.workerImage.pullPolicy }}
 env:
   - {name: HOME, value: /tmp}
-  {{- range $name, $value := .env }}
+  {{- range $name, $value := merge (dict) (default dict .part.env) (default dict $root.Values.rayCluster.env) }}
+  {{- if kindIs "map" $value }}
+  - {name: {{ $name }}, valueFrom: {{ toJson $value }}}
+  {{- else }}
   - {name: {{ $name }}, value: {{ $value | toString | quote }}}
   {{- end }}
+  {{- end }}
+{{- with .part.envFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 volumeMounts:
   - {name: tmp, mountPath: /tmp}
   - {name: runs, mountPath: /var/lib/ngd/runs}
   {{- if $root.Values.storage.data.existingClaim }}
   - {name: data, mountPath: /var/lib/ngd/data, readOnly: true}
   {{- end }}
-  {{- with .mounts }}
+  {{- with .part.extraVolumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- end -}}
@@ -185,10 +211,13 @@ volumeMounts:
 - name: tmp
   emptyDir: {}
 - name: runs
-  persistentVolumeClaim: {claimName: {{ include "ngd.runsClaim" . }}}
-{{- with .Values.storage.data.existingClaim }}
+  persistentVolumeClaim: {claimName: {{ include "ngd.runsClaim" .root }}}
+{{- with .root.Values.storage.data.existingClaim }}
 - name: data
   persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- with .part.extraVolumes }}
+{{ toYaml . }}
 {{- end }}
 {{- end -}}
 
