@@ -14,6 +14,7 @@ __all__ = ["CONTENT_TYPE", "ControllerMetrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RESULTS = ("succeeded", "failed", "cancelled", "lost")
+FAILED_FOR_S = 60.0  # a call that failed is made again within this, if anybody still wants it
 TICK_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -33,11 +34,12 @@ class ControllerMetrics:
             buckets=TICK_BUCKETS_S,
             registry=self._registry,
         )
-        self._dispatcher = self._gauge(
+        up = self._gauge(
             "ngd_dispatcher_up",
-            "1 if what runs the attempts did all that it was last asked, 0 if it did not answer or refused to.",
+            "1 if what runs the attempts does what it is asked, 0 while it does not answer or refuses each submission.",
         )
-        self._dispatcher.set(1)
+        self._failed_at: dict[str, float] = {}
+        up.set_function(self._dispatcher_up)
         self._started = self._counter("ngd_attempts_started", "Attempts begun by this controller.")
         self._ended = self._counter("ngd_attempts_ended", f"Attempts ended, by result: {', '.join(RESULTS)}.", "result")
         for result in RESULTS:
@@ -56,9 +58,12 @@ class ControllerMetrics:
         self._ticked_at = time.monotonic()
         self._tick.observe(seconds)
 
-    def dispatcher_served(self, *, is_up: bool) -> None:
-        """What runs the attempts (Ray, Kubernetes) did all that the newest tick asked of it, or did not."""
-        self._dispatcher.set(1 if is_up else 0)
+    def dispatcher_answered(self, call: str, *, is_up: bool) -> None:
+        """What runs the attempts (Ray, Kubernetes) did what the newest call of this kind asked, or did not."""
+        if is_up:
+            self._failed_at.pop(call, None)
+        else:
+            self._failed_at[call] = time.monotonic()
 
     def attempt_started(self) -> None:
         self._started.inc()
@@ -79,6 +84,11 @@ class ControllerMetrics:
     def exposition(self, census: Census | None) -> bytes:
         """Returns the text that Prometheus reads. census: None leaves the jobs out, as the database does not answer."""
         return generate_latest(_Shown(self._registry, census))
+
+    def _dispatcher_up(self) -> float:
+        """A kind of call that nobody makes any more says nothing after a while."""
+        now = time.monotonic()
+        return float(all(now - at > FAILED_FOR_S for at in list(self._failed_at.values())))
 
     def _gauge(self, name: str, help_: str, *labels: str) -> Gauge:
         return Gauge(name, help_, labels, registry=self._registry)

@@ -63,7 +63,6 @@ class Reconciler:
         self._files = files
         self._silence = Silence()
         self._outage: BackendUnavailableError | None = None  # in this tick: one call has waited, the others need not
-        self._is_served = True  # in this tick: what runs the attempts has done all that was asked of it
         self._turn = 0
         self._token_of = token_of
         self._policy = policy
@@ -115,7 +114,6 @@ class Reconciler:
             lease_token=str(ULID()), now=datetime.now(UTC), lease_s=self._lease_s, max_running=self._max_running_jobs
         )
         self._outage = None
-        self._is_served = True
         self._end_what_was_left()
         for claim in self._in_turn(claims):
             try:
@@ -126,7 +124,6 @@ class Reconciler:
                 log.exception("reconcile_failed job_id=%s", claim.job.id)
             finally:
                 self._store.release(claim)
-        self._metrics.dispatcher_served(is_up=self._is_served)
 
     def _in_turn(self, claims: list[Claim]) -> list[Claim]:
         """Begins with another job each tick: one whose call takes all the time must not hide the others for ever."""
@@ -181,11 +178,12 @@ class Reconciler:
                 raise self._outage
             seen = self._dispatcher.inspect(ref)
         except BackendError as error:
-            self._note_trouble(error)
+            self._note_trouble("inspect", error)
             silent_s = self._silence.failed(ref)
             if silent_s == 0:
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
             return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), silent_s)
+        self._metrics.dispatcher_answered("inspect", is_up=True)
         if self._silence.is_over(ref):
             log.info("backend_answers attempt=%s", ref.attempt_id)
         if seen.process is Process.RUNNING:
@@ -202,10 +200,10 @@ class Reconciler:
         if state.last_seen_at is None or now >= state.last_seen_at + between:
             self._store.mark_seen(claim, now)
 
-    def _note_trouble(self, error: BackendError) -> None:
+    def _note_trouble(self, call: str, error: BackendError) -> None:
         if isinstance(error, BackendUnavailableError):
             self._outage = error
-        self._is_served = self._is_served and isinstance(error, BackendFullError)
+        self._metrics.dispatcher_answered(call, is_up=isinstance(error, BackendFullError))
 
     def _settle(self, ref: AttemptRef, claim: Claim) -> bool:
         """Ends what the attempt left running, and takes in what it could not deliver while no controller was up.
@@ -218,7 +216,7 @@ class Reconciler:
             self._dispatcher.kill(ref)
             is_ended = True
         except BackendError as error:
-            self._note_trouble(error)
+            self._note_trouble("kill", error)
             log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
             is_ended = False
         for events in self._files.undelivered(ref, claim.attempt.acknowledged_seq):
@@ -234,10 +232,10 @@ class Reconciler:
                 if self._dispatcher.inspect(ref).process is Process.RUNNING:
                     continue  # it takes its time
             except BackendUnavailableError as error:
-                self._note_trouble(error)
+                self._note_trouble("kill", error)
                 return
             except BackendRefusedError as error:
-                self._note_trouble(error)
+                self._note_trouble("kill", error)
                 log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
                 continue
             self._store.mark_gone(attempt.id)
@@ -273,9 +271,11 @@ class Reconciler:
         except DispatchError as error:
             self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), None)
         except BackendError as error:
-            self._note_trouble(error)
+            self._note_trouble(decision.action, error)
             log.warning("not_done attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)
             return str(error)
+        else:
+            self._metrics.dispatcher_answered(decision.action, is_up=True)
         return None
 
     def _do(self, ref: AttemptRef, claim: Claim, decision: Decision) -> None:

@@ -166,11 +166,11 @@ def test_backend_that_does_not_answer_is_down() -> None:
     metrics = ControllerMetrics("1")
     seen = [samples(metrics.exposition(None).decode())["ngd_dispatcher_up"]]
 
-    for is_up in (False, True):
-        metrics.dispatcher_served(is_up=is_up)
+    for call, is_up in (("submit", False), ("inspect", True), ("submit", True)):
+        metrics.dispatcher_answered(call, is_up=is_up)
         seen.append(samples(metrics.exposition(None).decode())["ngd_dispatcher_up"])
 
-    assert seen == [1, 0, 1]
+    assert seen == [1, 0, 0, 1]  # a look that is answered says nothing of submissions
 
 
 @pytest.fixture
