@@ -115,6 +115,10 @@ ALONE: dict[str, dict[str, Any]] = {
     "a quantity that is none": {"storage": {"runs": {"size": "much"}}},
     "root": {"podSecurity": {"runAsUser": 0}},
     "a number as variable": {"rayCluster": {"env": {"NCCL_IB_TIMEOUT": 1000000}}},
+    "a variable from nowhere": {"rayCluster": {"env": {"TOKEN": {"secretRef": {"name": "hub"}}}}},
+    "a variable from two places": {
+        "rayCluster": {"head": {"env": {"TOKEN": {"secretKeyRef": {"name": "a", "key": "b"}, "fieldRef": {}}}}}
+    },
     "zero seconds of lease": {"settings": {"leaseSeconds": 0}},
 }
 
