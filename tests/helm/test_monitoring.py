@@ -117,6 +117,14 @@ def expressions() -> Iterator[str]:
         yield from (target["expr"] for target in panel.get("targets", []))
 
 
+def test_panels_find_volumes_and_pods_whatever_the_release_is_called() -> None:
+    kubelets = [one for one in expressions() if "kubelet_" in one or "container_" in one]
+
+    assert len(kubelets) > len([rule for rule in RULES if "kubelet_" in rule["expr"]])
+    for expression in kubelets:
+        assert "$namespace" not in expression or "ngd" not in expression, expression
+
+
 def test_panels_can_be_told_apart_and_understood() -> None:
     panels = [panel for panel in json.loads(GRAFANA.read_text())["panels"] if panel["type"] != "row"]
 
