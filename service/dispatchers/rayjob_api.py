@@ -86,7 +86,8 @@ class RayJobApi:
         try:
             return getattr(self._api, method)(**self._where, **arguments, _request_timeout=(CONNECT_S, READ_S))
         except ApiException as error:
-            if error.status == 404 and is_absence_fine:
+            # A server that does not serve RayJobs (yet) knows no path: that says nothing of this one.
+            if error.status == 404 and is_absence_fine and _message(error)[0] == "NotFound":
                 return None
             raise self._problem(error, verb, name) from error
         except (HTTPError, OSError) as error:

@@ -148,6 +148,17 @@ def test_right_that_is_missing_for_good_fails_the_job_after_a_while_and_says_so(
         dispatcher.submit(launch())
 
 
+def test_server_that_does_not_serve_rayjobs_yet_loses_no_attempt(backend: KubeRayBackend) -> None:
+    dispatcher = started(backend)
+    no_path = {"kind": "status", "status": 404, "message": "404 page not found"}
+
+    backend.cluster.misbehave({"method": "GET", "path": f"/{NAME}", **no_path})
+
+    with pytest.raises(BackendUnavailableError, match=r"refuses to get RayJobs .*\(404\): 404 page not found"):
+        dispatcher.inspect(REF)
+    assert is_running(dispatcher)
+
+
 # --- pods that stay ---------------------------------------------------------------------------------------------------
 
 
