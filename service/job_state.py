@@ -11,6 +11,7 @@ from workers.rundir import Outcome
 
 __all__ = [
     "ACTIVE",
+    "PASSING",
     "TERMINAL",
     "TRANSITIONS",
     "Action",
@@ -64,6 +65,7 @@ class Action(StrEnum):
 ENDS = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED})
 TERMINAL = ENDS
 ACTIVE = frozenset({Phase.STARTING, Phase.RUNNING, Phase.RECOVERING, Phase.CANCELLING})  # these hold one of the slots
+PASSING = ACTIVE - {Phase.RUNNING}  # a job that stays in one of these is stuck
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.QUEUED: frozenset({Phase.STARTING, Phase.CANCELLED}),

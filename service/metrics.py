@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from service.job_state import Phase
+from service.job_state import PASSING, Phase
 from service.store.base import Census
 
 __all__ = ["CONTENT_TYPE", "ControllerMetrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RESULTS = ("succeeded", "failed", "cancelled", "lost")
+FAILED_FOR_S = 60.0  # a call that failed is made again within this, if anybody still wants it
 TICK_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -33,10 +34,12 @@ class ControllerMetrics:
             buckets=TICK_BUCKETS_S,
             registry=self._registry,
         )
-        self._dispatcher = self._gauge(
-            "ngd_dispatcher_up", "1 if what runs the attempts answered the last call, 0 if it did not."
+        up = self._gauge(
+            "ngd_dispatcher_up",
+            "1 if what runs the attempts does what it is asked, 0 while it does not answer or refuses each submission.",
         )
-        self._dispatcher.set(1)
+        self._failed_at: dict[str, float] = {}
+        up.set_function(self._dispatcher_up)
         self._started = self._counter("ngd_attempts_started", "Attempts begun by this controller.")
         self._ended = self._counter("ngd_attempts_ended", f"Attempts ended, by result: {', '.join(RESULTS)}.", "result")
         for result in RESULTS:
@@ -55,9 +58,12 @@ class ControllerMetrics:
         self._ticked_at = time.monotonic()
         self._tick.observe(seconds)
 
-    def dispatcher_answered(self, *, is_up: bool) -> None:
-        """What runs the attempts (Ray, Kubernetes) answered the newest call, or did not."""
-        self._dispatcher.set(1 if is_up else 0)
+    def dispatcher_answered(self, call: str, *, is_up: bool) -> None:
+        """What runs the attempts (Ray, Kubernetes) did what the newest call of this kind asked, or did not."""
+        if is_up:
+            self._failed_at.pop(call, None)
+        else:
+            self._failed_at[call] = time.monotonic()
 
     def attempt_started(self) -> None:
         self._started.inc()
@@ -78,6 +84,11 @@ class ControllerMetrics:
     def exposition(self, census: Census | None) -> bytes:
         """Returns the text that Prometheus reads. census: None leaves the jobs out, as the database does not answer."""
         return generate_latest(_Shown(self._registry, census))
+
+    def _dispatcher_up(self) -> float:
+        """A kind of call that nobody makes any more says nothing after a while."""
+        now = time.monotonic()
+        return float(all(now - at > FAILED_FOR_S for at in list(self._failed_at.values())))
 
     def _gauge(self, name: str, help_: str, *labels: str) -> Gauge:
         return Gauge(name, help_, labels, registry=self._registry)
@@ -109,6 +120,15 @@ def _jobs(census: Census, now: datetime) -> Iterator[Metric]:
     oldest = GaugeMetricFamily("ngd_oldest_queued_seconds", "Age of the oldest job in QUEUED; 0: there is none.")
     oldest.add_metric([], 0.0 if census.oldest_queued_at is None else _age_s(census.oldest_queued_at, now))
     yield oldest
+    passing = GaugeMetricFamily(
+        "ngd_longest_in_phase_seconds",
+        "For how long the job that is longest in this phase has been in it; 0: none is.",
+        labels=["phase"],
+    )
+    for phase in sorted(PASSING):
+        since = census.in_phase_since.get(phase)
+        passing.add_metric([phase], 0.0 if since is None else _age_s(since, now))
+    yield passing
     idle = GaugeMetricFamily(
         "ngd_running_job_idle_seconds", "Time since anything was last heard of a RUNNING job.", labels=["job_id"]
     )

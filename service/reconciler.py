@@ -16,6 +16,7 @@ from ulid import ULID
 from service.dispatchers.base import (
     AttemptRef,
     BackendError,
+    BackendFullError,
     BackendRefusedError,
     BackendUnavailableError,
     Dispatcher,
@@ -177,12 +178,12 @@ class Reconciler:
                 raise self._outage
             seen = self._dispatcher.inspect(ref)
         except BackendError as error:
-            self._note_trouble(error)
+            self._note_trouble("inspect", error)
             silent_s = self._silence.failed(ref)
             if silent_s == 0:
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
             return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), silent_s)
-        self._metrics.dispatcher_answered(is_up=True)
+        self._metrics.dispatcher_answered("inspect", is_up=True)
         if self._silence.is_over(ref):
             log.info("backend_answers attempt=%s", ref.attempt_id)
         if seen.process is Process.RUNNING:
@@ -199,10 +200,10 @@ class Reconciler:
         if state.last_seen_at is None or now >= state.last_seen_at + between:
             self._store.mark_seen(claim, now)
 
-    def _note_trouble(self, error: BackendError) -> None:
+    def _note_trouble(self, call: str, error: BackendError) -> None:
         if isinstance(error, BackendUnavailableError):
             self._outage = error
-            self._metrics.dispatcher_answered(is_up=False)
+        self._metrics.dispatcher_answered(call, is_up=isinstance(error, BackendFullError))
 
     def _settle(self, ref: AttemptRef, claim: Claim) -> bool:
         """Ends what the attempt left running, and takes in what it could not deliver while no controller was up.
@@ -215,7 +216,7 @@ class Reconciler:
             self._dispatcher.kill(ref)
             is_ended = True
         except BackendError as error:
-            self._note_trouble(error)
+            self._note_trouble("kill", error)
             log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
             is_ended = False
         for events in self._files.undelivered(ref, claim.attempt.acknowledged_seq):
@@ -231,9 +232,10 @@ class Reconciler:
                 if self._dispatcher.inspect(ref).process is Process.RUNNING:
                     continue  # it takes its time
             except BackendUnavailableError as error:
-                self._note_trouble(error)
+                self._note_trouble("kill", error)
                 return
             except BackendRefusedError as error:
+                self._note_trouble("kill", error)
                 log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
                 continue
             self._store.mark_gone(attempt.id)
@@ -269,9 +271,11 @@ class Reconciler:
         except DispatchError as error:
             self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), None)
         except BackendError as error:
-            self._note_trouble(error)
+            self._note_trouble(decision.action, error)
             log.warning("not_done attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)
             return str(error)
+        else:
+            self._metrics.dispatcher_answered(decision.action, is_up=True)
         return None
 
     def _do(self, ref: AttemptRef, claim: Claim, decision: Decision) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "SPEC_SHA256",
     "AttemptRef",
     "BackendError",
+    "BackendFullError",
     "BackendRefusedError",
     "BackendUnavailableError",
     "DispatchError",
@@ -37,11 +38,18 @@ class BackendError(Exception):
 
 
 class BackendUnavailableError(BackendError):
-    """It does not answer, or not to this service: nothing is known of any attempt."""
+    """It does not answer, or not to this service: nothing is known of any attempt, so str() names none.
+
+    One call that fails so speaks for all jobs of a tick; each of them tells its owner this sentence.
+    """
 
 
 class BackendRefusedError(BackendError):
     """It answers, and did not do this: of other attempts that says nothing."""
+
+
+class BackendFullError(BackendRefusedError):
+    """It has no room for the attempt now, as when a quota is full: that is nobody's fault, and nothing is broken."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,31 @@ The RayJob's name is the attempt's, so an attempt has one RayJob however often i
 driver is only whether it can still be running: what it did is in the attempt's folder.
 """
 
+import contextlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
-from service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError, Launch, Seen
+from service.dispatchers.base import (
+    JOB_ID,
+    SPEC_SHA256,
+    AttemptRef,
+    BackendError,
+    BackendRefusedError,
+    DispatchError,
+    Launch,
+    Seen,
+)
 from service.dispatchers.files import AttemptFiles, age_s, entrypoint
-from service.dispatchers.rayjob import is_of, name_of, rayjob, read_template
-from service.dispatchers.rayjob_api import AlreadyExistsError, RayJobApi, connect
+from service.dispatchers.rayjob import grace_s, is_of, name_of, rayjob, read_template
+from service.dispatchers.rayjob_api import AlreadyExistsError, NotAllowedError, RayJobApi, connect
 from service.failpoint import Failpoint
 from service.job_state import Process
 from service.settings import Settings
+from service.silence import Silence
 from workers.rundir import EXIT_STATUS, Outcome
 
 __all__ = ["KubeRayDispatcher"]
@@ -25,6 +36,8 @@ __all__ = ["KubeRayDispatcher"]
 log = logging.getLogger(__name__)
 
 LINGER_S = 60.0  # for KubeRay to notice that a driver which has written its outcome has left
+PODS_GO_S = 60.0  # beyond their own grace, for pods that are deleted; those of a dead node never go by themselves
+STARTS_S = 120.0  # an API server that has just started may refuse for so long what it is going to grant
 EXIT_CODE = re.compile(r"exit code (-?\d+)")
 DRIVER_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})  # jobStatus: Ray's own word
 WAITS = {  # jobDeploymentStatus, before the driver runs
@@ -40,12 +53,13 @@ class Status:
 
     name: str
     uid: str
-    is_being_deleted: bool
+    deleted_at: datetime | None
     job: str
     deployment: str
     reason: str
     message: str
     ended_at: datetime | None
+    no_pods: str  # why the pods of its Ray cluster can't be made, if they can't
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> "Status":
@@ -54,13 +68,18 @@ class Status:
         return cls(
             name=metadata["name"],
             uid=metadata["uid"],
-            is_being_deleted="deletionTimestamp" in metadata,
+            deleted_at=_time(metadata.get("deletionTimestamp")),
             job=status.get("jobStatus") or "",
             deployment=status.get("jobDeploymentStatus") or "",
             reason=status.get("reason") or "",
-            message=" ".join(str(status.get("message") or "").split())[:500],
-            ended_at=datetime.fromisoformat(ended_at) if ended_at else None,
+            message=_line(status.get("message")),
+            ended_at=_time(ended_at),
+            no_pods=_no_pods(status.get("rayClusterStatus") or {}),
         )
+
+    @property
+    def is_being_deleted(self) -> bool:
+        return self.deleted_at is not None
 
     @property
     def may_have_an_outcome(self) -> bool:
@@ -92,6 +111,8 @@ class KubeRayDispatcher:
         self._command = tuple(command)
         self._failpoint = failpoint
         self._last_words: dict[AttemptRef, str] = {}  # of RayJobs that are being deleted
+        self._refusals = Silence()  # to create a RayJob
+        self._pods_go_s = grace_s(template) + PODS_GO_S
 
     @classmethod
     def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "KubeRayDispatcher":
@@ -114,6 +135,9 @@ class KubeRayDispatcher:
             self._api.create(body)
         except AlreadyExistsError:
             self._adopt(launch.ref, body)
+        except NotAllowedError as error:
+            self._bear(launch.ref, error)
+        self._refusals.is_over(launch.ref)
         self._failpoint.reach("after_spawn")
 
     def inspect(self, ref: AttemptRef) -> Seen:
@@ -126,8 +150,8 @@ class KubeRayDispatcher:
         if outcome is not None and (status.is_being_deleted or age_s(self._files.folder(ref).outcome) > LINGER_S):
             self._delete(status)
             return Seen(Process.EXITED, outcome)
-        if status.is_being_deleted:
-            return Seen(Process.RUNNING, message=self._last_words.get(ref) or f"RayJob {status.name} is being deleted")
+        if status.deleted_at is not None:
+            return self._while_deleted(ref, status, status.deleted_at)
         if status.job in DRIVER_ENDED:
             if outcome is None and status.may_have_an_outcome and self._files.may_still_show(status.ended_at):
                 return Seen(Process.RUNNING, message="the driver has ended; its outcome may still come into sight")
@@ -139,6 +163,7 @@ class KubeRayDispatcher:
 
     def kill(self, ref: AttemptRef) -> None:
         self._files.ask_to_stop(ref)  # a create whose answer was lost may be carried out after this
+        self._refusals.is_over(ref)
         found = self._find(ref)
         if found is not None:
             self._delete(Status.of(found))
@@ -158,7 +183,34 @@ class KubeRayDispatcher:
         if self._files.folder(ref).facts.exists():
             self._files.announce(ref)
         waits = None if has_started else WAITS.get(status.deployment)
-        return Seen(Process.RUNNING, message=waits.format(name=status.name) if waits else None)
+        if waits is None:
+            return Seen(Process.RUNNING)
+        cause = f", which can't be made: {status.no_pods}" if status.no_pods else ""
+        return Seen(Process.RUNNING, message=waits.format(name=status.name) + cause)
+
+    def _while_deleted(self, ref: AttemptRef, status: Status, deleted_at: datetime) -> Seen:
+        """Waits for the pods, as long as they can take. Those of a node that is away stay: their attempt is fenced."""
+        said = self._last_words.get(ref) or status.sentence() or f"RayJob {status.name} is being deleted"
+        if (datetime.now(UTC) - deleted_at).total_seconds() < self._pods_go_s:
+            return Seen(Process.RUNNING, message=said)
+        log.warning("pods_linger attempt=%s rayjob=%s", ref.attempt_id, status.name)
+        self._last_words.pop(ref, None)
+        with contextlib.suppress(BackendError):  # the attempt has ended, whether or not its RayJob goes
+            self._api.delete(status.name, status.uid, waits_for_pods=False)
+        return Seen(
+            Process.EXITED,
+            message=f"{said}; its pods are still there {self._pods_go_s:g} s after their deletion, as those of a node "
+            f"that is away: kubectl get pods -o wide -l {JOB_ID}={ref.job_id}",
+        )
+
+    def _bear(self, ref: AttemptRef, refusal: NotAllowedError) -> None:
+        """Raises: BackendRefusedError while the API server may only be starting, then DispatchError."""
+        if self._refusals.failed(ref) >= STARTS_S:
+            self._refusals.is_over(ref)
+            raise DispatchError(str(refusal)) from refusal
+        raise BackendRefusedError(
+            f"{refusal}. An API server that has just started refuses too: the job fails if this lasts {STARTS_S:g} s"
+        ) from refusal
 
     def _adopt(self, ref: AttemptRef, body: Mapping[str, Any]) -> None:
         """Takes the RayJob that is there already, if it is the attempt's: one whose creation was not answered."""
@@ -180,3 +232,18 @@ class KubeRayDispatcher:
     def _delete(self, status: Status) -> None:
         if not status.is_being_deleted:
             self._api.delete(status.name, status.uid)
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text or "").split())[:500]
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _no_pods(cluster: Mapping[str, Any]) -> str:
+    """Returns what KubeRay says of pods that it could not make, as when a quota is full."""
+    conditions = cluster.get("conditions") or []
+    failures = (one for one in conditions if (one.get("type"), one.get("status")) == ("ReplicaFailure", "True"))
+    return next((_line(one.get("message")) for one in failures), "")

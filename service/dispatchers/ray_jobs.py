@@ -157,7 +157,8 @@ class RayJobsDispatcher:
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
         if answer.status_code != httpx.codes.OK:
-            raise BackendUnavailableError(self._refusal("tell of", answer))
+            # All jobs are told of it, and Ray's last line may hold this one's id.
+            raise BackendUnavailableError(self._refusal("tell of", answer).replace(ref.attempt_id, "<id>"))
         try:
             return RayJob.model_validate_json(answer.content)
         except ValidationError as error:

@@ -19,7 +19,7 @@ from service.dispatchers.base import JOB_ID, SPEC_SHA256, AttemptRef, DispatchEr
 from service.errors import StartupError
 from workers.spec import Resources
 
-__all__ = ["Group", "groups_of", "is_of", "name_of", "rayjob", "read_template", "replicas_for"]
+__all__ = ["Group", "grace_s", "groups_of", "is_of", "name_of", "rayjob", "read_template", "replicas_for"]
 
 Json = dict[str, Any]
 
@@ -56,6 +56,7 @@ TRIAL = Launch(
     AttemptRef("job_trial", 1), {"name": "trial", "resources": {"workers": 1}}, ""
 )  # fits where any job fits
 MAX_SIZE = 1_000_000  # of what is counted
+POD_GRACE_S = 30  # terminationGracePeriodSeconds of a pod that says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def read_template(path: Path) -> Json:
     try:
         _check(template)
         rayjob(template, TRIAL, "true")  # what can't be filled in is said now, and not of each job
+        grace_s(template)
     except (ValueError, DispatchError) as error:
         raise StartupError(f"{where}: {error}") from error
     except (TypeError, AttributeError, LookupError) as error:
@@ -166,6 +168,14 @@ def is_of(found: Mapping[str, Any], ref: AttemptRef) -> bool:
     """Returns whether a RayJob with the attempt's name was made for it."""
     labels = found["metadata"].get("labels") or {}
     return (labels.get(JOB_ID), labels.get(ATTEMPT)) == (ref.job_id, str(ref.number))
+
+
+def grace_s(template: Mapping[str, Any]) -> float:
+    """Returns the longest time that a pod of the template may take to end."""
+    cluster = template["spec"]["rayClusterSpec"]
+    parts = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    given = (_at(part, ("template", "spec", "terminationGracePeriodSeconds")) for part in parts)
+    return float(max(POD_GRACE_S if seconds is None else seconds for seconds in given))
 
 
 def _labels(launch: Launch) -> dict[str, str]:

@@ -8,13 +8,18 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.dispatchers.base import BackendRefusedError, BackendUnavailableError, DispatchError
+from service.dispatchers.base import (
+    BackendFullError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    DispatchError,
+)
 from service.errors import StartupError
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient, ApiException, Configuration
 
-__all__ = ["AlreadyExistsError", "RayJobApi", "connect"]
+__all__ = ["AlreadyExistsError", "NotAllowedError", "RayJobApi", "connect"]
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +32,20 @@ VERBS = "create, get and delete on rayjobs.ray.io"
 ADVICE = {
     400: "the RayJob template (NGD_RAYJOB_TEMPLATE) does not fit the installed KubeRay",
     401: "the controller's credentials are not taken: check its service account, or the kubeconfig",
-    403: f"the controller's service account needs a role with {VERBS}, and room in the namespace's quota",
+    403: f"the controller's service account needs a role with {VERBS}",
     404: "install KubeRay, and check that the namespace is there (NGD_KUBERNETES_NAMESPACE)",
     422: "the RayJob template (NGD_RAYJOB_TEMPLATE) does not fit the installed KubeRay",
 }
+FINAL = frozenset({400, 422})  # to a create: the same RayJob is refused again; the other refusals may be lifted
+QUOTA_IS_FULL = "exceeded quota"  # in the 403 of Kubernetes' quota admission
 
 
 class AlreadyExistsError(Exception):
     """There is a RayJob of that name."""
+
+
+class NotAllowedError(BackendRefusedError):
+    """Kubernetes does not let the controller create it: for good, or until the API server has read its roles."""
 
 
 class RayJobApi:
@@ -48,7 +59,7 @@ class RayJobApi:
         self._where = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
 
     def create(self, body: dict[str, Any]) -> None:
-        """Raises: AlreadyExistsError; DispatchError if it is refused."""
+        """Raises: AlreadyExistsError, BackendFullError, NotAllowedError; DispatchError if what it holds is refused."""
         # Strict: a field that KubeRay does not know would otherwise be dropped in silence.
         self._call("create_namespaced_custom_object", body=body, field_validation="Strict", field_manager="ngd")
 
@@ -56,42 +67,56 @@ class RayJobApi:
         found: dict[str, Any] | None = self._call("get_namespaced_custom_object", name=name, is_absence_fine=True)
         return found
 
-    def delete(self, name: str, uid: str) -> None:
-        """Has it and its pods deleted; it stays to be seen until its pods have gone. Nothing happens if it has gone."""
+    def delete(self, name: str, uid: str, *, waits_for_pods: bool = True) -> None:
+        """Has it and its pods deleted. Nothing happens if it has gone.
+
+        waits_for_pods: it stays to be seen until its pods have gone. A later deletion that does not wait lifts that.
+        """
         from kubernetes.client import V1DeleteOptions, V1Preconditions
 
-        options = V1DeleteOptions(propagation_policy="Foreground", preconditions=V1Preconditions(uid=uid))
+        policy = "Foreground" if waits_for_pods else "Background"
+        options = V1DeleteOptions(propagation_policy=policy, preconditions=V1Preconditions(uid=uid))
         self._call("delete_namespaced_custom_object", name=name, body=options, is_absence_fine=True)
 
     def _call(self, method: str, *, is_absence_fine: bool = False, **arguments: Any) -> Any:
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        what = f"{method.partition('_')[0]} RayJob {arguments.get('name') or arguments['body']['metadata']['name']}"
+        verb, name = method.partition("_")[0], arguments.get("name") or arguments["body"]["metadata"]["name"]
         try:
             return getattr(self._api, method)(**self._where, **arguments, _request_timeout=(CONNECT_S, READ_S))
         except ApiException as error:
-            if error.status == 404 and is_absence_fine:
+            # A server that does not serve RayJobs (yet) knows no path: that says nothing of this one.
+            if error.status == 404 and is_absence_fine and _message(error)[0] == "NotFound":
                 return None
-            raise self._problem(error, what) from error
+            raise self._problem(error, verb, name) from error
         except (HTTPError, OSError) as error:
             reason = getattr(error, "reason", None) or error
-            raise BackendUnavailableError(f"Kubernetes does not answer ({what}): {reason}") from error
+            raise BackendUnavailableError(f"Kubernetes does not answer: {reason}") from error
 
-    def _problem(self, error: "ApiException", what: str) -> Exception:
-        status, said = int(error.status or 0), _message(error)
-        kind = BackendUnavailableError if what.startswith("get") else BackendRefusedError
-        if status == 409 and what.startswith("create"):
+    def _problem(self, error: "ApiException", verb: str, name: str) -> Exception:
+        status, (reason, said) = int(error.status or 0), _message(error)
+        if verb == "get":  # all jobs are told of it, and none of another's RayJob
+            return BackendUnavailableError(self._sentence(status, "get RayJobs", said.replace(f' "{name}"', "")))
+        sentence = self._sentence(status, f"{verb} RayJob {name}", said)
+        if verb != "create":
+            return BackendRefusedError(sentence)  # a job that runs goes on, whatever its controller may not do
+        if status == 409 and reason == "AlreadyExists":
             return AlreadyExistsError(said)
-        if status in ADVICE:
-            sentence = (
-                f"Kubernetes refuses to {what} in namespace {self.namespace} ({status}): {said}; {ADVICE[status]}"
+        if status == 403 and QUOTA_IS_FULL in said:
+            return BackendFullError(
+                f"RayJob {name} waits for room in the quota of namespace {self.namespace}: Kubernetes says: {said}"
             )
-            # A job that runs goes on, whatever its controller has lost the right to see.
-            return DispatchError(sentence) if what.startswith("create") else kind(sentence)
+        if status in FINAL:
+            return DispatchError(sentence)
+        return (NotAllowedError if status in ADVICE else BackendRefusedError)(sentence)
+
+    def _sentence(self, status: int, what: str, said: str) -> str:
+        if status in ADVICE:
+            return f"Kubernetes refuses to {what} in namespace {self.namespace} ({status}): {said}; {ADVICE[status]}"
         if status not in AWAY and 400 <= status < 500 and status != 409:
             log.warning("kubernetes_answer status=%s what=%s said=%s", status, what, said)
-        return kind(f"Kubernetes can't {what} now ({status}): {said}")
+        return f"Kubernetes can't {what} now ({status}): {said}"
 
 
 def connect(url: str, namespace: str) -> RayJobApi:
@@ -134,10 +159,11 @@ def _configure(configuration: "Configuration", url: str) -> str:
     return str(current["context"].get("namespace") or "")
 
 
-def _message(error: "ApiException") -> str:
-    """Returns what the API server says, in one line."""
+def _message(error: "ApiException") -> tuple[str, str]:
+    """Returns the API server's word for what is wrong, and its sentence in one line."""
     try:
-        said = json.loads(error.body or "")["message"]
-    except (ValueError, KeyError, TypeError):
-        said = error.body or error.reason or "no reason given"
-    return " ".join(str(said).split())[:500]
+        status = json.loads(error.body or "")
+        reason, said = str(status.get("reason")), status["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        reason, said = "", error.body or error.reason or "no reason given"
+    return reason, " ".join(str(said).split())[:500]

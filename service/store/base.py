@@ -113,6 +113,7 @@ class Census:
     num_in_phase: dict[Phase, int]  # a phase that no job is in is left out
     oldest_queued_at: datetime | None
     last_report_at: dict[str, datetime]  # of RUNNING jobs, by id
+    in_phase_since: dict[Phase, datetime]  # of the PASSING phases that a job is in: since when the longest one is
 
 
 class Store(Protocol):

@@ -164,7 +164,8 @@ def test_workers_report_to_a_service_that_exists(scenario: str) -> None:
 
 
 def test_pages_of_a_separate_dashboard_and_the_api_take_their_own_ways() -> None:
-    rules = only(render(values_of("environment-production")), "Ingress")["spec"]["rules"][0]["http"]["paths"]
+    by_ingress = values_of("environment-production") | {"ingress": {"enabled": True, "host": "ngd.example.com"}}
+    rules = only(render(by_ingress), "Ingress")["spec"]["rules"][0]["http"]["paths"]
     route = only(render(values_of("kuberay-gpu-rdma")), "HTTPRoute")["spec"]["rules"]
 
     assert [(one["path"], one["backend"]["service"]["name"]) for one in rules] == [

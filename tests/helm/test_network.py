@@ -12,7 +12,8 @@ Peer = tuple[str, dict[str, str]]  # namespace and labels
 STRANGER: Peer = ("ngd", {"app": "stranger"})
 ELSEWHERE: Peer = ("default", {"app": "stranger"})
 PROMETHEUS: Peer = ("monitoring", {"app.kubernetes.io/name": "prometheus"})
-NGINX: Peer = ("ingress-nginx", {"app.kubernetes.io/name": "ingress-nginx"})
+INGRESS: Peer = ("ingress-nginx", {"app.kubernetes.io/name": "ingress-nginx"})
+GATEWAY: Peer = ("envoy-gateway-system", {"app.kubernetes.io/name": "envoy"})
 OPERATOR: Peer = ("kuberay", {"app.kubernetes.io/name": "kuberay-operator"})
 DNS: Peer = ("kube-system", {"k8s-app": "kube-dns"})
 
@@ -128,10 +129,19 @@ def test_prometheus_reads_metrics(scenario: str) -> None:
     assert may(objects, "Ingress", labels_of(objects, "ray-head"), PROMETHEUS, 8080)
 
 
-def test_ingress_controller_and_test_pod_reach_the_controllers() -> None:
-    objects = render(values_of("postgres-ha"))
+@pytest.mark.parametrize(
+    ("scenario", "who"),
+    [
+        ("minimal", GATEWAY),  # by default
+        ("environment-staging", GATEWAY),
+        ("environment-production", GATEWAY),
+        ("postgres-ha", INGRESS),
+    ],
+)
+def test_gateway_or_ingress_controller_and_test_pod_reach_the_controllers(scenario: str, who: Peer) -> None:
+    objects = render(values_of(scenario))
 
-    assert may(objects, "Ingress", labels_of(objects, "Deployment/ngd-controller"), NGINX, 8000)
+    assert may(objects, "Ingress", labels_of(objects, "Deployment/ngd-controller"), who, 8000)
     assert connects(objects, "Pod/ngd-test", "Deployment/ngd-controller", 8000)
 
 

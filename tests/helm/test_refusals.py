@@ -7,6 +7,7 @@ from typing import Any
 
 import helm_python
 import pytest
+import yaml
 
 from tests.support.chart import CHART, HELM3, render, tool, values_of
 
@@ -114,6 +115,10 @@ ALONE: dict[str, dict[str, Any]] = {
     "a quantity that is none": {"storage": {"runs": {"size": "much"}}},
     "root": {"podSecurity": {"runAsUser": 0}},
     "a number as variable": {"rayCluster": {"env": {"NCCL_IB_TIMEOUT": 1000000}}},
+    "a variable from nowhere": {"rayCluster": {"env": {"TOKEN": {"secretRef": {"name": "hub"}}}}},
+    "a variable from two places": {
+        "rayCluster": {"head": {"env": {"TOKEN": {"secretKeyRef": {"name": "a", "key": "b"}, "fieldRef": {}}}}}
+    },
     "zero seconds of lease": {"settings": {"leaseSeconds": 0}},
 }
 
@@ -176,6 +181,55 @@ def test_a_misspelt_name_is_refused_everywhere(path: tuple[str, ...]) -> None:
         render_checked(values)
 
 
+def every_value() -> list[tuple[str, ...]]:
+    """Returns the path of every value and every map of values.yaml."""
+
+    def walk(values: dict[str, Any], path: tuple[str, ...]) -> list[tuple[str, ...]]:
+        paths = [(*path, name) for name in values]
+        return paths + [
+            found
+            for name in values
+            if values[name] and isinstance(values[name], dict)
+            for found in walk(values[name], (*path, name))
+        ]
+
+    return walk(yaml.safe_load((CHART / "values.yaml").read_text()), ())
+
+
+def test_null_is_refused_by_name_or_leaves_nothing_behind() -> None:
+    """Helm takes a value away that is null: what needs it would end in a nil pointer, or send null to Kubernetes."""
+    base = {"dispatcher": {"mode": "ray_jobs"}, "rayCluster": {"enabled": True}}
+    rendered = []
+    for path in every_value():
+        values = copy.deepcopy(base)
+        inner = values
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = None
+        missing = f"missing property '{path[-1]}'"
+        if missing not in (refusal := refusal_of(values)):
+            assert refusal == "", path
+            rendered.append(path)
+
+    assert {("settings", "leaseSeconds"), ("podSecurity", "runAsUser")} <= set(rendered)
+    assert not {("networkPolicy", "ingressFrom"), ("storage", "runs", "accessModes")} & set(rendered)
+
+
+def refusal_of(values: dict[str, Any]) -> str:
+    """Returns what Helm says against the values; nothing if it renders them, without a null."""
+    try:
+        objects = render(values)
+    except helm_python.HelmError as error:
+        return str(error)
+    return "null is rendered" if any(holds_null(one) for one in objects) else ""
+
+
+def holds_null(content: object) -> bool:
+    if isinstance(content, dict):
+        return any(holds_null(value) for value in content.values())
+    return content is None or (isinstance(content, list) and any(holds_null(value) for value in content))
+
+
 def test_schema_uses_words_that_helm_3_knows_too() -> None:
     """Helm 3's validator reads draft 7 and passes over what is newer."""
     text = (CHART / "values.schema.json").read_text()
@@ -186,8 +240,6 @@ def test_schema_uses_words_that_helm_3_knows_too() -> None:
 
 
 def test_schema_has_a_place_for_every_value() -> None:
-    import yaml
-
     render_checked(yaml.safe_load((CHART / "values.yaml").read_text()))
 
 

@@ -142,3 +142,31 @@ def test_answer_is_lost_after_the_deed(server: KubeCluster) -> None:
         create(server, "lost")
 
     assert server.http.get(f"{server.collection}/lost").is_success
+
+
+def test_deletion_that_waits_for_pods_goes_on_without_them_when_told_so(server: KubeCluster) -> None:
+    made = create(server, "waits-for-pods")
+    put(server, made | {"metadata": made["metadata"] | {"finalizers": ["ray.io/rayjob-finalizer"]}}).raise_for_status()
+    path = f"{server.collection}/waits-for-pods"
+    waits = server.http.request("DELETE", path, json={"propagationPolicy": "Foreground"}).json()
+
+    goes_on = server.http.request("DELETE", path, json={"propagationPolicy": "Background"}).json()
+
+    assert waits["metadata"]["finalizers"] == ["ray.io/rayjob-finalizer", "foregroundDeletion"]
+    assert goes_on["metadata"]["finalizers"] == ["ray.io/rayjob-finalizer"]
+    assert goes_on["metadata"]["deletionTimestamp"] == waits["metadata"]["deletionTimestamp"]
+
+
+def test_quota_refuses_the_next_one_before_its_name_is_looked_at(server: KubeCluster) -> None:
+    create(server, "within")
+    server.limit_rayjobs(1)
+
+    refused = [server.http.post(server.collection, json=named(name)).json() for name in ("beyond", "within")]
+    server.limit_rayjobs(None)
+
+    for answer in refused:
+        assert (answer["code"], answer["reason"]) == (403, "Forbidden")
+        assert (
+            "exceeded quota: few, requested: count/rayjobs.ray.io=1, used: count/rayjobs.ray.io=" in answer["message"]
+        )
+    create(server, "beyond")

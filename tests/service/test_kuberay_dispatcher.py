@@ -160,16 +160,20 @@ def test_server_that_does_not_answer_is_asked_again_later(
     ("status", "advice"), [(401, "credentials"), (403, "create, get and delete on rayjobs"), (404, "install KubeRay")]
 )
 def test_refusal_to_create_names_what_to_do_and_refusal_to_look_loses_no_job(
-    backend: KubeRayBackend, dispatcher: KubeRayDispatcher, status: int, advice: str
+    backend: KubeRayBackend,
+    dispatcher: KubeRayDispatcher,
+    status: int,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kuberay, "STARTS_S", 0.0)  # an API server that starts would be waited for
     backend.cluster.misbehave({"method": "POST", "path": "/rayjobs", "kind": "status", "status": status})
     with pytest.raises(DispatchError, match=rf"refuses to create RayJob {NAME} .*an injected fault; .*{advice}"):
         dispatcher.submit(launch())
 
-    if status != 404:
-        backend.cluster.misbehave({"method": "GET", "path": f"/{NAME}", "kind": "status", "status": status})
-        with pytest.raises(BackendUnavailableError, match=advice):
-            dispatcher.inspect(REF)
+    backend.cluster.misbehave({"method": "GET", "path": f"/{NAME}", "kind": "status", "status": status})
+    with pytest.raises(BackendUnavailableError, match=advice):
+        dispatcher.inspect(REF)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,14 @@ def test_job_submitted_while_kubernetes_does_not_answer_starts_when_it_does(
     assert_ran_once(kube_cluster, service, job)
 
 
-@pytest.mark.parametrize("fault", [{"kind": "lose_answer", "times": 1}, {"kind": "status", "status": 500, "times": 3}])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "lose_answer", "times": 1},
+        {"kind": "status", "status": 500, "times": 3},
+        {"kind": "status", "status": 403, "times": 3},  # an API server that starts
+    ],
+)
 def test_create_that_fails_or_is_not_answered_makes_one_rayjob(
     start_on_kuberay: Start, kube_cluster: KubeCluster, fault: dict[str, object]
 ) -> None:
@@ -77,6 +84,20 @@ def test_create_that_fails_or_is_not_answered_makes_one_rayjob(
 
     assert_ran_once(kube_cluster, service, job)
     assert kube_cluster.faults_left() == 0
+
+
+@pytest.mark.slow
+def test_job_that_finds_the_quota_full_runs_when_there_is_room(
+    start_on_kuberay: Start, kube_cluster: KubeCluster
+) -> None:
+    service = start_on_kuberay(max_running_jobs=2)
+    kube_cluster.limit_rayjobs(1)
+    first, second = (service.client.submit(spec(steps=steps)) for steps in (200, 30))
+
+    wait_for_message(service.client, second, f"RayJob {name(second)} waits for room in the quota")
+
+    assert service.client.wait(first.id, timeout_s=90).status.phase == "SUCCEEDED"
+    assert_ran_once(kube_cluster, service, second)
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ FAMILIES = {
     "ngd_http_requests_total": "counter",
     "ngd_http_request_seconds": "histogram",
     "ngd_running_job_idle_seconds": "gauge",
+    "ngd_longest_in_phase_seconds": "gauge",
     "ngd_build_info": "gauge",
 }
 Scrape = Callable[[], dict[str, float]]
@@ -154,7 +155,7 @@ def test_requests_are_counted_by_route_and_never_by_path(
 
 
 def test_worker_whose_clock_is_ahead_is_not_idle_for_less_than_no_time() -> None:
-    ahead = Census({}, None, {"job_1": datetime(2999, 1, 1, tzinfo=UTC)})
+    ahead = Census({}, None, {"job_1": datetime(2999, 1, 1, tzinfo=UTC)}, {})
 
     shown = samples(ControllerMetrics("1").exposition(ahead).decode())
 
@@ -165,11 +166,11 @@ def test_backend_that_does_not_answer_is_down() -> None:
     metrics = ControllerMetrics("1")
     seen = [samples(metrics.exposition(None).decode())["ngd_dispatcher_up"]]
 
-    for is_up in (False, True):
-        metrics.dispatcher_answered(is_up=is_up)
+    for call, is_up in (("submit", False), ("inspect", True), ("submit", True)):
+        metrics.dispatcher_answered(call, is_up=is_up)
         seen.append(samples(metrics.exposition(None).decode())["ngd_dispatcher_up"])
 
-    assert seen == [1, 0, 1]
+    assert seen == [1, 0, 0, 1]  # a look that is answered says nothing of submissions
 
 
 @pytest.fixture

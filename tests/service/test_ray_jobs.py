@@ -159,6 +159,16 @@ def test_cluster_that_does_not_answer_is_said_with_its_address(make: Make, ref: 
         make(address=NOWHERE).inspect(ref)
 
 
+def test_outage_names_no_job_for_all_are_told_of_it(make: Make, ref: AttemptRef) -> None:
+    broken = f"Traceback ...\nRuntimeError: no answer about {ref.attempt_id} from the head"
+    answer = httpx.MockTransport(lambda request: httpx.Response(500, text=broken))
+
+    with pytest.raises(BackendUnavailableError, match="HTTP 500: RuntimeError: no answer about <id> from") as caught:
+        with_fault(make(), answer).inspect(ref)
+
+    assert ref.job_id not in str(caught.value)
+
+
 @pytest.mark.parametrize("token", ["wrong", None])
 def test_token_that_ray_refuses_is_said(make: Make, ref: AttemptRef, tmp_path: Path, token: str | None) -> None:
     file = None

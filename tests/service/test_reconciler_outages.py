@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from service import metrics
 from service.dispatchers.base import (
     AttemptRef,
+    BackendFullError,
     BackendRefusedError,
     BackendUnavailableError,
     Launch,
@@ -39,6 +41,7 @@ class Backend:
     refuses: Callable[[str, AttemptRef], bool] = lambda _call, _ref: False
     calls: list[tuple[str, AttemptRef]] = field(default_factory=list)
     on_kill: Callable[[AttemptRef], None] = lambda _ref: None
+    refusal: type[BackendRefusedError] = BackendRefusedError
 
     def submit(self, launch: Launch) -> None:
         self._call("submit", launch.ref)
@@ -64,7 +67,7 @@ class Backend:
         if self.is_away:
             raise BackendUnavailableError("the backend does not answer")
         if self.refuses(name, ref):
-            raise BackendRefusedError(f"the backend could not {name}")
+            raise self.refusal(f"the backend could not {name}")
 
 
 class Controller:
@@ -74,6 +77,7 @@ class Controller:
         self.store, self.backend = store, backend
         self.now_s = 0.0
         self.files = AttemptFiles(runs_dir=runs_dir, data_dir=None, worker_url="http://127.0.0.1:1", cluster="given")
+        self.metrics = ControllerMetrics("0")
         self.reconciler = Reconciler(
             store=store,
             dispatcher=backend,
@@ -84,7 +88,7 @@ class Controller:
             tick_s=1,
             lease_s=30,
             failpoint=Failpoint(None),
-            metrics=ControllerMetrics("0"),
+            metrics=self.metrics,
         )
         self.reconciler._silence = Silence(lambda: self.now_s)
 
@@ -92,6 +96,11 @@ class Controller:
         for _ in range(number):
             self.now_s += after_s
             self.reconciler.tick()
+
+    @property
+    def is_served(self) -> bool:
+        """What Prometheus is told of the backend."""
+        return b"\nngd_dispatcher_up 1.0\n" in self.metrics.exposition(None)
 
 
 @pytest.fixture
@@ -311,3 +320,49 @@ def test_jobs_take_turns_in_being_the_first(store: SQLStore, backend: Backend, c
 
     assert {ref for _, ref in backend.calls} == refs
     assert len(backend.calls) == 3
+
+
+@pytest.mark.parametrize("call", ["submit", "kill"])
+def test_backend_that_never_does_what_it_is_asked_is_down(
+    store: SQLStore, backend: Backend, controller: Controller, call: str
+) -> None:
+    fine, refused = (post(store, name, max_attempts=1) for name in ("job_1", "job_2"))
+    controller.ticks(1)
+    backend.refuses = lambda asked, ref: asked == call and ref == refused
+    if call == "kill":
+        controller.ticks(2)
+        store.request_cancel(refused.job_id, datetime.now(UTC))
+
+    controller.ticks(4)
+    assert not controller.is_served
+    backend.refuses = lambda _call, _ref: False
+    controller.ticks(1)
+
+    assert controller.is_served
+    assert fine in backend.running
+
+
+def test_backend_that_has_no_room_is_not_down(store: SQLStore, backend: Backend, controller: Controller) -> None:
+    ref = post(store, "job_1")
+    backend.refusal, backend.refuses = BackendFullError, lambda call, _ref: call == "submit"
+
+    controller.ticks(3)
+
+    assert controller.is_served
+    assert phase(store, ref) == (Phase.STARTING, 1)
+
+
+def test_backend_that_nobody_asks_any_more_is_not_down(
+    store: SQLStore, backend: Backend, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = post(store, "job_1")
+    backend.refuses = lambda call, _ref: call == "submit"
+    controller.ticks(3)
+    assert not controller.is_served
+
+    store.request_cancel(ref.job_id, datetime.now(UTC))
+    controller.ticks(2)
+
+    assert phase(store, ref) == (Phase.CANCELLED, 1)
+    monkeypatch.setattr(metrics, "FAILED_FOR_S", 0.0)  # a minute later
+    assert controller.is_served

@@ -312,7 +312,7 @@ def test_schema_that_a_newer_version_has_added_to_is_taken(store: SQLStore, data
 
 
 def test_census_counts_phases_and_knows_the_oldest_and_the_last_heard_of(store: SQLStore) -> None:
-    assert store.census() == Census({}, None, {})
+    assert store.census() == Census({}, None, {}, {})
     claim = start(store)
     store.apply(claim, Decision(Phase.RUNNING), NOW)
     later = NOW + timedelta(seconds=30)
@@ -320,7 +320,17 @@ def test_census_counts_phases_and_knows_the_oldest_and_the_last_heard_of(store: 
     create(store)
     store.create_job(f"job_{ULID()}", "small", SPEC, later)
 
-    assert store.census() == Census({Phase.RUNNING: 1, Phase.QUEUED: 2}, NOW, {claim.job.id: later})
+    assert store.census() == Census({Phase.RUNNING: 1, Phase.QUEUED: 2}, NOW, {claim.job.id: later}, {})
+
+
+def test_census_knows_how_long_a_job_has_been_on_its_way(store: SQLStore) -> None:
+    claim, later = start(store), NOW + timedelta(seconds=90)
+    store.ingest(f"{claim.job.id}-a1", [Numbered(seq=1, time_s=later.timestamp(), event=steps(1, 1).event)])
+    assert store.census().in_phase_since == {Phase.STARTING: NOW}  # what workers tell does not count
+
+    store.apply(claim, Decision(Phase.CANCELLING), later)
+
+    assert store.census().in_phase_since == {Phase.CANCELLING: later}
 
 
 def test_job_says_who_created_it(store: SQLStore) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.support.fake_kuberay URL TOKEN NAMESPACE PODS_DIR [JSON of `Behaviour`]
 
-Pods outlive the operator, and a second operator finds them: PODS_DIR/<job id>/ holds pid and exit status.
+Pods outlive the operator, and a second operator finds them: PODS_DIR/<uid>/ holds pid and exit status, and `lost` if
+their node has died: nothing of them runs any more, and they stay, for nobody can say that they have ended.
 """
 
 import contextlib
@@ -60,6 +61,15 @@ class Pods:
         if (self.folder / "exit").exists():
             return int((self.folder / "exit").read_text())
         return None if self.is_alive() else 137
+
+    @property
+    def is_lost(self) -> bool:
+        return (self.folder / "lost").exists()
+
+    @property
+    def are_there(self) -> bool:
+        """Whether Kubernetes still has them."""
+        return self.is_lost or (self.is_alive() and not (self.folder / "exit").exists())
 
     def is_alive(self) -> bool:
         pid = self.folder / "pid"
@@ -161,6 +171,8 @@ class Operator:
         )
 
     def _follow(self, content: Json) -> None:
+        if self._pods(content).is_lost:
+            return  # nobody answers at the head; KubeRay gives it five minutes
         exit_status = self._pods(content).exit_status
         if exit_status == 0:
             self._report(content, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", endTime=now())
@@ -173,8 +185,7 @@ class Operator:
         """KubeRay lets go of it at once; a foreground deletion waits for the pods, another one does not."""
         pods, finalizers = self._pods(content), content["metadata"]["finalizers"]
         self._end(pods)
-        is_gone = not pods.is_alive() or (pods.folder / "exit").exists()
-        left = [of for of in finalizers if of == FOREGROUND and not is_gone]
+        left = [of for of in finalizers if of == FOREGROUND and pods.are_there]
         if left != finalizers:
             self._put("", content | {"metadata": content["metadata"] | {"finalizers": left}})
 

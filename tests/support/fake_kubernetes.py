@@ -3,7 +3,8 @@
     python -m tests.support.fake_kubernetes PORT TOKEN STATE_FILE [HISTORY]
 
 What it keeps to: uid, resourceVersion, generation, 409 for a name that is taken and for a version that is old, Status
-objects, label selectors, watches with 410 Gone, the status subresource, finalizers, field validation, bearer tokens.
+objects, label selectors, watches with 410 Gone, the status subresource, finalizers, field validation, bearer tokens,
+deletions that wait for pods and such as do not, a quota of RayJobs (PUT /quota, {"rayjobs": 2} or null).
 PUT /faults tells it how to misbehave: a list of {"method", "path", "kind", "times", ...}, see `Faults`.
 """
 
@@ -64,6 +65,7 @@ class Store:
         self.events: list[tuple[int, str, Json]] = []
         self.version = 0
         self.forgotten = 0  # events up to this version are not known any more
+        self.quota: int | None = None  # of RayJobs in a namespace
         if path.exists():
             kept = json.loads(path.read_text())
             self.version = self.forgotten = kept["version"]
@@ -94,6 +96,14 @@ class Store:
         temporary.replace(self.path)
         self.changed.notify_all()
         return content
+
+    def admit(self, namespace: str, name: str) -> None:
+        """As the quota's admission does, before anybody looks whether the name is taken. Raises: StatusError."""
+        used = sum(where == namespace for where, _ in self.objects)
+        if self.quota is not None and used >= self.quota:
+            counted = "count/rayjobs.ray.io"
+            said = f"requested: {counted}=1, used: {counted}={used}, limited: {counted}={self.quota}"
+            raise StatusError(403, "Forbidden", f'rayjobs.ray.io "{name}" is forbidden: exceeded quota: few, {said}')
 
     def selected(self, namespace: str, selector: str) -> list[Json]:
         return [o for (where, _), o in sorted(self.objects.items()) if where == namespace and matches(o, selector)]
@@ -180,12 +190,17 @@ def make_app(store: Store, token: str) -> FastAPI:
         metadata = content["metadata"]
         key = (namespace, metadata["name"])
         with store.changed:
+            store.admit(*key)
             if key in store.objects:
                 raise StatusError(409, "AlreadyExists", f'rayjobs.ray.io "{key[1]}" already exists')
             content.pop("status", None)
             metadata |= {"namespace": namespace, "uid": str(uuid.uuid4()), "creationTimestamp": now(), "generation": 1}
             store.created[key[1]] = store.created.get(key[1], 0) + 1
             return JSONResponse(store.put("ADDED", key, content), 201)
+
+    @app.put("/quota")
+    async def limit(request: Request) -> None:
+        store.quota = (await request.json())["rayjobs"]
 
     @app.get("/created")
     def created() -> dict[str, int]:
@@ -223,6 +238,8 @@ def make_app(store: Store, token: str) -> FastAPI:
             if uid != old["metadata"]["uid"]:
                 raise StatusError(409, "Conflict", f"Precondition failed: UID in precondition: {uid}")
             metadata = old["metadata"] | {"deletionTimestamp": old["metadata"].get("deletionTimestamp", now())}
+            if policy == "Background":  # also of one whose deletion has waited for its pods so far
+                metadata["finalizers"] = [of for of in metadata.get("finalizers", []) if of != FOREGROUND]
             # One that the operator has never seen has no pods to wait for.
             if policy == "Foreground" and metadata.get("finalizers") and FOREGROUND not in metadata["finalizers"]:
                 metadata["finalizers"] = [*metadata["finalizers"], FOREGROUND]
@@ -274,7 +291,7 @@ def watch(store: Store, namespace: str, selector: str, version: str, until: floa
 class Faults:
     """The outermost layer: answers in the server's stead, or says nothing.
 
-    status        answers {"status": 503, "headers": {...}} without doing what was asked
+    status        answers {"status": 503, "message": ..., "headers": {...}} without doing what was asked
     hang          never answers, and does nothing
     lose_answer   does what was asked, and closes the connection without a word
     refuse        closes the connection at once
@@ -293,7 +310,7 @@ class Faults:
         if fault is None:
             return await self.app(scope, receive, send)
         if fault["kind"] == "status":
-            said = {"kind": "Status", "message": "an injected fault", "code": fault["status"]}
+            said = {"kind": "Status", "message": fault.get("message", "an injected fault"), "code": fault["status"]}
             return await JSONResponse(said, fault["status"], fault.get("headers"))(scope, receive, send)
         if fault["kind"] == "hang":
             await asyncio.sleep(600)

@@ -3,9 +3,11 @@
 Nothing runs in it. It is for what `helm template` cannot show: lookups, upgrades, and what an uninstall leaves.
 """
 
+import copy
 import json
 import re
 import subprocess
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 from tests.support.chart import CHART, HELM3, Object, tool
+from tests.support.field_managers import defaulted, server_side_apply
 
 KINDS = {  # of each API, the kinds and their names in paths
     "v1": {
@@ -25,6 +28,7 @@ KINDS = {  # of each API, the kinds and their names in paths
         "PersistentVolumeClaim": "persistentvolumeclaims",
         "Pod": "pods",
     },
+    "apiregistration.k8s.io/v1": {"APIService": "apiservices"},
     "apps/v1": {"Deployment": "deployments"},
     "autoscaling/v2": {"HorizontalPodAutoscaler": "horizontalpodautoscalers"},
     "gateway.networking.k8s.io/v1": {"HTTPRoute": "httproutes"},
@@ -49,8 +53,10 @@ OBJECT = re.compile(r"^/(?:api|apis)/(?:[\w.]+/)?v\d+/namespaces/[\w-]+/(?P<plur
 class HelmCluster:
     """A server of its own thread. `helm` runs the command of Helm 3 against it; `objects` is what it holds."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, without: tuple[str, ...] = ()) -> None:
+        """without: APIs that it does not know."""
         self.objects: dict[tuple[str, str], Object] = {}
+        self._apis = {api: kinds for api, kinds in KINDS.items() if api not in without}
         self._lock = threading.Lock()
         self._helm = tool(HELM3, "installing and upgrading with Helm 3")
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -81,7 +87,7 @@ class HelmCluster:
 
     def helm(self, verb: str, values: dict[str, Any] | None = None, *, chart: Path = CHART) -> str:
         """Returns what the command said. Raises: AssertionError with its message if it failed."""
-        command = [str(self._helm), verb, "ngd", "--namespace", "ngd", "--kubeconfig", str(self._kubeconfig)]
+        command = [str(self._helm), *verb.split(), "ngd", "--namespace", "ngd", "--kubeconfig", str(self._kubeconfig)]
         if values is not None:
             command += [str(chart), "--disable-openapi-validation", "-f", "-"]
         home = {"HOME": str(self._folder)}  # Helm keeps what it learned of the server there
@@ -89,6 +95,23 @@ class HelmCluster:
         done = subprocess.run(command, input=text, env=home, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def manifest(self, values: dict[str, Any], *, chart: Path = CHART) -> list[Object]:
+        """Returns what Helm would send for these values, having looked up what is here; nothing here changes."""
+        with tempfile.TemporaryDirectory() as folder, HelmCluster(Path(folder)) as copied:
+            copied.objects = copy.deepcopy(self.objects)
+            copied.helm("install", values, chart=chart)
+            text = copied.helm("get manifest")
+        return [one for one in yaml.safe_load_all(text) if one]
+
+    def apply(self, manifest: list[Object], *, manager: str = "helm", force: bool = False) -> None:
+        """Applies the objects on the server's side, as Helm 4 does. Raises: ConflictError."""
+        plurals = {kind: plural for kinds in KINDS.values() for kind, plural in kinds.items()}
+        release = {"meta.helm.sh/release-name": "ngd", "meta.helm.sh/release-namespace": "ngd"}
+        for one in copy.deepcopy(manifest):
+            one["metadata"]["annotations"] = (one["metadata"].get("annotations") or {}) | release
+            key = plurals[one["kind"]], one["metadata"]["name"]
+            self.objects[key] = server_side_apply(self.objects.get(key), one, manager, force=force)
 
     def names(self, plural: str) -> set[str]:
         return {name for kind, name in self.objects if kind == plural and not name.startswith("sh.helm.release")}
@@ -98,7 +121,7 @@ class HelmCluster:
         path, query = urlsplit(url).path, parse_qs(urlsplit(url).query)
         found = OBJECT.match(path)
         if not found:
-            content = _discovery(path)
+            content = _discovery(path, self._apis)
             return (200, content) if content else _problem(404, path)
         plural, name = found["plural"], found["name"] or (body or {}).get("metadata", {}).get("name")
         with self._lock:
@@ -118,8 +141,8 @@ class HelmCluster:
         if method == "POST":
             if held is not None:
                 return _problem(409, key[1])
-            self.objects[key] = body
-            return 201, body
+            self.objects[key] = defaulted(body)
+            return 201, self.objects[key]
         if held is None:
             return _problem(404, key[1])
         if method == "DELETE":
@@ -129,12 +152,12 @@ class HelmCluster:
             for field in IMMUTABLE.get(key[0], ()):
                 if held.get("spec", {}).get(field) != changed.get("spec", {}).get(field):
                     return _problem(422, f"{key[1]}: spec.{field}: field is immutable")
-            self.objects[key] = held = changed
+            self.objects[key] = held = defaulted(changed)
         return 200, held
 
 
-def _discovery(path: str) -> Object | None:
-    groups = {api.partition("/")[0]: api for api in KINDS if "/" in api}
+def _discovery(path: str, apis: dict[str, dict[str, str]]) -> Object | None:
+    groups = {api.partition("/")[0]: api for api in apis if "/" in api}
     if path == "/version":
         return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
     if path == "/api":
@@ -147,7 +170,7 @@ def _discovery(path: str) -> Object | None:
     verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
     resources = [
         {"name": plural, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": verbs}
-        for kind, plural in KINDS.get(api, {}).items()
+        for kind, plural in apis.get(api, {}).items()
     ]
     return {"kind": "APIResourceList", "groupVersion": api, "resources": resources} if resources else None
 

@@ -113,6 +113,17 @@ class KubeCluster:
         """Plans what the server does instead of answering; see `fake_kubernetes.Faults`. Without faults: nothing."""
         self.http.put("/faults", json=list(faults)).raise_for_status()
 
+    def limit_rayjobs(self, number: int | None) -> None:
+        """Sets the namespace's quota."""
+        self.http.put("/quota", json={"rayjobs": number}).raise_for_status()
+
+    def lose_node(self, name: str) -> None:
+        """Ends all that runs of a RayJob's pods; what Kubernetes knows of them stays, as when their node has died."""
+        pods = self.folder / "pods" / self.get(name)["metadata"]["uid"]
+        (pods / "lost").touch()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int((pods / "pid").read_text()), signal.SIGKILL)
+
     def faults_left(self) -> int:
         return sum(fault["times"] for fault in self.http.get("/faults").raise_for_status().json())
 
@@ -142,6 +153,9 @@ class KubeCluster:
         if self.server is None:
             self.start_server()
         self.misbehave()
+        self.limit_rayjobs(None)
+        for lost in self.folder.glob("pods/*/lost"):
+            lost.unlink()
         if self.operator is None:
             self.start_operator()
         for rayjob in self.rayjobs():
@@ -154,7 +168,7 @@ class KubeCluster:
     def delete(self, name: str, propagation: str = "Foreground") -> None:
         self.http.request("DELETE", f"{self.collection}/{name}", json={"propagationPolicy": propagation})
 
-    def report(self, name: str, **status: str) -> None:
+    def report(self, name: str, **status: object) -> None:
         """Writes the RayJob's status, as its operator would."""
         path = f"{self.collection}/{name}/status"
         self.http.patch(path, json={"status": status}).raise_for_status()

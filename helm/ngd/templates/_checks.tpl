@@ -3,6 +3,7 @@
 {{- include "ngd.checkDatabase" . -}}
 {{- include "ngd.checkDispatcher" . -}}
 {{- include "ngd.checkRoute" . -}}
+{{- include "ngd.checkCluster" . -}}
 {{- end -}}
 
 {{- define "ngd.checkDatabase" -}}
@@ -92,6 +93,20 @@
 {{- end -}}
 {{- if and $v.httpRoute.enabled (not $v.httpRoute.sessionPersistence) -}}
 {{- fail "a page of the dashboard lives in one controller, and the HTTPRoute spreads requests over several: set dashboard.separate=true, or httpRoute.sessionPersistence, or dashboard.assumeSticky=true" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Kinds that the cluster must know. Every cluster serves apiregistration.k8s.io; a render without one does not list
+     it, and is let through. */}}
+{{- define "ngd.checkCluster" -}}
+{{- $apis := .Capabilities.APIVersions -}}
+{{- if $apis.Has "apiregistration.k8s.io/v1" -}}
+{{- if and .Values.httpRoute.enabled (not ($apis.Has "gateway.networking.k8s.io/v1")) -}}
+{{- fail "httpRoute.enabled makes an HTTPRoute, and this cluster does not know gateway.networking.k8s.io/v1: install the Gateway API's CRDs and a gateway (https://gateway-api.sigs.k8s.io), or set httpRoute.enabled=false" -}}
+{{- end -}}
+{{- if and .Values.rayCluster.enabled (not ($apis.Has "ray.io/v1")) -}}
+{{- fail "rayCluster.enabled makes a RayCluster, and this cluster does not know ray.io/v1: install KubeRay 1.6 or newer, or set rayCluster.enabled=false and ray.address" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

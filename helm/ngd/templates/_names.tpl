@@ -41,8 +41,13 @@
 
 {{/* Labels of every object; a component is added by the caller: (dict "root" . "component" "controller"). */}}
 {{- define "ngd.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{ include "ngd.podLabels" . }}
+{{- end -}}
+
+{{/* Labels of a pod: without the chart's version, which would restart it although nothing of it has changed. */}}
+{{- define "ngd.podLabels" -}}
 {{- $root := .root -}}
-helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 app.kubernetes.io/part-of: ngd

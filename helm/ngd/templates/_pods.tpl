@@ -30,19 +30,28 @@ imagePullSecrets:
 {{- end -}}
 {{- end -}}
 
+{{/* Annotations of a pod that a job would have to begin again without, if it is one: nothing moves it to save nodes. */}}
+{{- define "ngd.doNotDisrupt" -}}
+{{- if . -}}
+cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
+karpenter.sh/do-not-disrupt: "true"
+{{- end -}}
+{{- end -}}
+
 {{/* The controller's pod; the separate dashboard is one too. (dict "root" . "component" "controller" "resources" ...) */}}
 {{- define "ngd.controllerPod" -}}
 {{- $root := .root -}}
 {{- $v := .root.Values -}}
 metadata:
   labels:
-    {{- include "ngd.labels" . | nindent 4 }}
+    {{- include "ngd.podLabels" . | nindent 4 }}
     {{- with $v.controller.podLabels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
     checksum/config: {{ include "ngd.rayJobTemplate" $root | sha256sum }}
-    {{- with $v.controller.podAnnotations }}
+    {{- $runsJobs := and (eq $v.dispatcher.mode "local") $v.dispatcher.local.doNotDisrupt }}
+    {{- with merge (dict) (default dict $v.controller.podAnnotations) (include "ngd.doNotDisrupt" $runsJobs | fromYaml) }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
 spec:

@@ -29,10 +29,16 @@ headGroupSpec:
   template:
     {{- include "ngd.rayHeadPod" . | nindent 4 }}
 workerGroupSpecs:
+  {{- $liveGroups := include "ngd.liveWorkerGroups" . | fromYaml }}
   {{- range $v.rayCluster.workerGroups }}
   {{- $group := mergeOverwrite (deepCopy $v.rayCluster.workerDefaults) . }}
+  {{- $live := get $liveGroups $group.name | default dict }}
+  {{- $replicas := ternary $live.replicas $group.replicas (hasKey $live "replicas") }}
   - groupName: {{ $group.name }}
-    replicas: {{ int $group.replicas }}
+    replicas: {{ max (int $group.minReplicas) (min (int $group.maxReplicas) (int $replicas)) }}
+    {{- with omit $live "replicas" }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
     minReplicas: {{ int $group.minReplicas }}
     maxReplicas: {{ int $group.maxReplicas }}
     rayStartParams: {{ $group.rayStartParams | toJson }}
@@ -49,7 +55,7 @@ metadata:
     {{- with $head.labels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with $head.annotations }}
+  {{- with merge (dict) (default dict $head.annotations) (include "ngd.doNotDisrupt" $head.doNotDisrupt | fromYaml) }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -61,20 +67,21 @@ spec:
   affinity:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+  {{- include "ngd.rayExtras" (dict "root" . "part" $head) | nindent 2 }}
   containers:
     - name: ray-head
-      {{- include "ngd.rayContainer" (dict "root" . "env" .Values.rayCluster.env) | nindent 6 }}
+      {{- include "ngd.rayContainer" (dict "root" . "part" $head) | nindent 6 }}
       ports:
-        - {name: gcs-server, containerPort: 6379}
-        - {name: dashboard, containerPort: 8265}
-        - {name: client, containerPort: 10001}
-        - {name: metrics, containerPort: 8080}
+        - {name: gcs-server, containerPort: 6379, protocol: TCP}
+        - {name: dashboard, containerPort: 8265, protocol: TCP}
+        - {name: client, containerPort: 10001, protocol: TCP}
+        - {name: metrics, containerPort: 8080, protocol: TCP}
       securityContext:
         {{- include "ngd.containerSecurityContext" . | nindent 8 }}
       resources:
         {{- toYaml $head.resources | nindent 8 }}
   volumes:
-    {{- include "ngd.rayVolumes" . | nindent 4 }}
+    {{- include "ngd.rayVolumes" (dict "root" . "part" $head) | nindent 4 }}
 {{- end -}}
 
 {{- define "ngd.rayWorkerPod" -}}
@@ -86,8 +93,7 @@ metadata:
     {{- with $group.labels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- $keep := dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "false" "karpenter.sh/do-not-disrupt" "true" }}
-  {{- with merge (dict) $group.annotations (ternary $keep dict $group.doNotDisrupt) }}
+  {{- with merge (dict) (default dict $group.annotations) (include "ngd.doNotDisrupt" $group.doNotDisrupt | fromYaml) }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -107,11 +113,12 @@ spec:
   affinity:
     {{- . | nindent 4 }}
   {{- end }}
+  {{- include "ngd.rayExtras" (dict "root" $root "part" $group) | nindent 2 }}
   containers:
     - name: ray-worker
-      {{- include "ngd.rayContainer" (dict "root" $root "env" (merge (dict) $group.env $root.Values.rayCluster.env) "mounts" $group.extraVolumeMounts) | nindent 6 }}
+      {{- include "ngd.rayContainer" (dict "root" $root "part" $group) | nindent 6 }}
       ports:
-        - {name: metrics, containerPort: 8080}
+        - {name: metrics, containerPort: 8080, protocol: TCP}
       securityContext:
         {{- include "ngd.containerSecurityContext" $root | nindent 8 }}
         {{- if and $group.rdma.enabled $group.rdma.ipcLock }}
@@ -120,10 +127,7 @@ spec:
       resources:
         {{- include "ngd.workerResources" $group | nindent 8 }}
   volumes:
-    {{- include "ngd.rayVolumes" $root | nindent 4 }}
-    {{- with $group.extraVolumes }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "ngd.rayVolumes" (dict "root" $root "part" $group) | nindent 4 }}
 {{- end -}}
 
 {{/* What head and workers share. */}}
@@ -154,22 +158,50 @@ tolerations:
 {{- end }}
 {{- end -}}
 
+{{/* What the values may add to the pod of the head or of a group. */}}
+{{- define "ngd.rayExtras" -}}
+{{- with .part.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.initContainers }}
+initContainers:
+  {{- range . }}
+  {{- $given := default dict .securityContext }}
+  {{- $secured := deepCopy $given }}
+  {{- range $field, $value := include "ngd.containerSecurityContext" $.root | fromYaml }}
+  {{- if not (hasKey $given $field) }}{{ $secured = set $secured $field $value }}{{ end }}
+  {{- end }}
+  {{- toYaml (list (set (deepCopy .) "securityContext" $secured)) | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The container of the head or of a group. A variable's value is a text, or where it comes from. */}}
 {{- define "ngd.rayContainer" -}}
 {{- $root := .root -}}
 image: {{ include "ngd.workerImage" $root }}
 imagePullPolicy: {{ $root.Values.workerImage.pullPolicy }}
 env:
   - {name: HOME, value: /tmp}
-  {{- range $name, $value := .env }}
+  {{- range $name, $value := merge (dict) (default dict .part.env) (default dict $root.Values.rayCluster.env) }}
+  {{- if kindIs "map" $value }}
+  - {name: {{ $name }}, valueFrom: {{ toJson $value }}}
+  {{- else }}
   - {name: {{ $name }}, value: {{ $value | toString | quote }}}
   {{- end }}
+  {{- end }}
+{{- with .part.envFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 volumeMounts:
   - {name: tmp, mountPath: /tmp}
   - {name: runs, mountPath: /var/lib/ngd/runs}
   {{- if $root.Values.storage.data.existingClaim }}
   - {name: data, mountPath: /var/lib/ngd/data, readOnly: true}
   {{- end }}
-  {{- with .mounts }}
+  {{- with .part.extraVolumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- end -}}
@@ -179,10 +211,13 @@ volumeMounts:
 - name: tmp
   emptyDir: {}
 - name: runs
-  persistentVolumeClaim: {claimName: {{ include "ngd.runsClaim" . }}}
-{{- with .Values.storage.data.existingClaim }}
+  persistentVolumeClaim: {claimName: {{ include "ngd.runsClaim" .root }}}
+{{- with .root.Values.storage.data.existingClaim }}
 - name: data
   persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- with .part.extraVolumes }}
+{{ toYaml . }}
 {{- end }}
 {{- end -}}
 

@@ -11,6 +11,11 @@
 {{- .Values.storage.runs.existingClaim | default (printf "%s-runs" (include "ngd.fullname" .)) -}}
 {{- end -}}
 
+{{/* The names of the claims that the service writes to, with a space between them. */}}
+{{- define "ngd.claims" -}}
+{{ include "ngd.homeClaim" . }}{{ if ne .Values.dispatcher.mode "local" }} {{ include "ngd.runsClaim" . }}{{ end }}
+{{- end -}}
+
 {{/* One claim. (dict "root" . "name" "ngd-home" "component" "controller" "claim" .Values.storage.home) */}}
 {{- define "ngd.claim" -}}
 {{- $class := .claim.storageClass | default .root.Values.global.storageClass -}}
