@@ -53,6 +53,20 @@ def test_reference_lays_docstrings_out(site: Path) -> None:
     assert "<strong>Raises</strong>" in text
 
 
+def test_every_pitfall_has_its_test() -> None:
+    page = (ROOT / "docs" / "guides" / "pitfalls.md").read_text()
+    rows = [
+        line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| pitfall", "| loop"))
+    ]
+    named = [re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row.rsplit("|", 2)[1]) for row in rows]
+
+    assert len(rows) > 50
+    assert all(named)
+    for file, test in (found for row in named for found in row):
+        source = (ROOT / "tests" / "ngd_dist" / file).read_text()
+        assert f"def {test or 'test_'}" in source, f"{file}::{test}"
+
+
 def test_pages_fetch_nothing_from_elsewhere(site: Path) -> None:
     fetching = {page.name for page in site.rglob("*.html") if FETCHED.search(page.read_text())}
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(p for package in ("ngd_dist", "workers", "service") for p in (ROOT / package).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-LONGER = {"ngd_dist/config.py": 620}  # a flat list of small classes, read like a table
+LONGER = {"ngd_dist/config.py": 640}  # a flat list of small classes, read like a table
 # Which file alone may import a module: everything else goes through it.
 ONLY_HERE = {
     "ray": ("workers/driver.py", "workers/ray_cluster.py"),

@@ -1,6 +1,6 @@
 """Ways in which other libraries of this kind crash, drift or are silently wrong; those not tested elsewhere.
 
-docs/pitfalls.md has the whole list and the test of each.
+docs/guides/pitfalls.md has the whole list and the test of each.
 """
 
 from typing import Any
