@@ -84,7 +84,9 @@ class Summary:
         total = progress.total_steps
         share = min(1.0, progress.step / total) if total else 0.0
         epoch = "" if progress.epoch is None else f"epoch {progress.epoch:.1f}"
-        self.progress.show(f"{progress.step:,}" + (f" / {total:,}" if total else ""), f"steps, {100 * share:.0f}%")
+        self.progress.show(
+            f"{progress.step:,}" + (f" / {total:,}" if total else ""), f"steps, {100 * share:.0f}%{_lost(job)}"
+        )
         self.progress.value.props(f'title="{epoch}"')
         self.filled.style(f"width: {100 * share:.1f}%").classes(replace=job.status.phase)
         self.track.props(f'aria-valuenow={100 * share:.0f} aria-label="{progress.step} steps done"')
@@ -130,3 +132,9 @@ def _recipe(job: Job) -> str:
     attempt = f" · attempt {job.status.attempt}" if job.status.attempt > 1 else ""
     by = f" by {job.created_by}" if job.created_by else ""
     return f"{kinds} · {workers} worker{'' if workers == 1 else 's'}{attempt} · submitted {ago(job.created_at)}{by}"
+
+
+def _lost(job: Job) -> str:
+    """Which steps the curves lack for good."""
+    ranges = [f"{lost.first_step:,} to {lost.last_step:,}" for lost in job.status.progress.lost_steps]
+    return f"; no record of {', '.join(ranges)}" if ranges else ""

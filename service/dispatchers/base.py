@@ -5,6 +5,7 @@ What an attempt reads and leaves are files, which files.py knows, the same for e
 
 import hashlib
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ __all__ = [
     "Dispatcher",
     "Launch",
     "Seen",
+    "exit_words",
 ]
 
 JOB_ID, SPEC_SHA256 = "ngd.dev/job-id", "ngd.dev/spec-sha256"  # under which a backend keeps these of a Launch
@@ -77,6 +79,15 @@ class Seen:
     process: Process
     outcome: Outcome | None = None
     message: str | None = None  # for the job's owner: what it waits for, or what the backend says of its end
+
+
+def exit_words(status: int) -> str:
+    """Returns how a process ended. status: as Python gives it, negative for a signal, or a shell, 128 + its number."""
+    number = -status if status < 0 else status - 128
+    try:
+        return f"was ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"ended with exit status {status}"
 
 
 class Dispatcher(Protocol):

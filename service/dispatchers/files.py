@@ -20,7 +20,7 @@ from workers.events import Numbered, numbered
 from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec_problems import SpecProblemsError, parse_spec
 
-__all__ = ["AttemptFiles", "age_s", "entrypoint"]
+__all__ = ["FINAL", "AttemptFiles", "age_s", "entrypoint"]
 
 FINAL = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
 
@@ -66,23 +66,35 @@ class AttemptFiles:
         return folder
 
     def announce(self, ref: AttemptRef) -> None:
-        """Tells a driver that an earlier controller started where this one listens."""
+        """Tells a driver that an earlier controller started where this one listens; tried again at the next look."""
         folder = self.folder(ref)
-        facts = read_json(folder.facts, Facts)
-        if facts is not None and facts.url != self._worker_url:
-            write_json(folder.facts, facts.model_copy(update={"url": self._worker_url}))
+        try:
+            facts = read_json(folder.facts, Facts)
+            if facts is not None and facts.url != self._worker_url:
+                write_json(folder.facts, facts.model_copy(update={"url": self._worker_url}))
+        except (OSError, ValidationError) as error:
+            log.warning("not_announced path=%s error=%s", folder.facts, error)
 
     def ask_to_stop(self, ref: AttemptRef) -> None:
         """Asks the workers to stop after the current step, also those that a late submission will yet start.
 
         A volume that can't be written is logged: whoever ends an attempt has other ways too.
         """
-        folder = self.folder(ref)
+        self._touch(self.folder(ref).stop)
+
+    def fence(self, ref: AttemptRef) -> None:
+        """Forbids the attempt to commit checkpoints: whatever is left of it, the next one resumes from none of its own.
+
+        A volume that can't be written is logged: the attempt's processes are ended besides.
+        """
+        self._touch(self.folder(ref).ended)
+
+    def _touch(self, path: Path) -> None:
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder.stop.touch()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         except OSError as error:
-            log.warning("stop_not_written path=%s error=%s", folder.stop, error)
+            log.warning("not_written path=%s error=%s", path, error)
 
     def outcome(self, ref: AttemptRef) -> Outcome | None:
         """Returns how the attempt ended; a file that can't be read counts as none, so that the job goes on."""

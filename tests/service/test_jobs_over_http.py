@@ -32,7 +32,9 @@ def test_job_succeeds_and_shows_what_it_did(client: Client) -> None:
     ended = client.wait(job.id, timeout_s=60)
 
     assert ended.status.phase == "SUCCEEDED"
-    assert ended.status.progress.model_dump() == {"step": 20, "total_steps": 20, "epoch": 2.0, "eta_s": None}
+    assert ended.status.progress.model_dump() == {
+        "step": 20, "total_steps": 20, "epoch": 2.0, "eta_s": None, "lost_steps": [],
+    }  # fmt: skip
     assert ended.status.result is not None
     assert ended.status.result.test_accuracy == pytest.approx(0.9)
     assert ended.metrics_latest["loss"] == pytest.approx(1 / 20)

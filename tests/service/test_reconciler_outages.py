@@ -30,6 +30,9 @@ from workers.rundir import Outcome, write_json
 PATIENCE_S = 100.0
 
 
+POLICY = Policy(retry_backoff_s=0, cancel_grace_s=0, interrupt_grace_s=0, unreachable_s=PATIENCE_S, start_backoff_s=0)
+
+
 @dataclass
 class Backend:
     """A dispatcher whose attempts live until they are killed."""
@@ -79,7 +82,7 @@ class Controller:
             dispatcher=backend,
             files=self.files,
             token_of=lambda attempt_id: "token",
-            policy=Policy(retry_backoff_s=0, cancel_grace_s=0, interrupt_grace_s=0, unreachable_s=PATIENCE_S),
+            policy=POLICY,
             max_running_jobs=10,
             tick_s=1,
             lease_s=30,
@@ -181,6 +184,7 @@ def test_silent_attempt_is_given_up_and_ended_once_the_backend_is_back(
 ) -> None:
     ref = post(store, "job_1", max_attempts=1)
     controller.ticks(3)
+    report(store, ref)
     backend.is_away = True
     forget_when_it_was_seen(store)
     controller.ticks(10, after_s=PATIENCE_S / 4)
@@ -281,7 +285,7 @@ def test_stop_that_can_not_be_written_is_logged_and_no_error(
 
     controller.files.ask_to_stop(AttemptRef("job_1", 1))
 
-    assert "stop_not_written" in caplog.text
+    assert "not_written" in caplog.text
 
 
 def test_refusal_to_end_one_of_the_given_up_leaves_the_others_to_be_ended(
@@ -289,6 +293,8 @@ def test_refusal_to_end_one_of_the_given_up_leaves_the_others_to_be_ended(
 ) -> None:
     stays, goes = (post(store, name, max_attempts=1) for name in ("job_1", "job_2"))
     controller.ticks(3)
+    for ref in (stays, goes):
+        report(store, ref)
     backend.is_away = True
     forget_when_it_was_seen(store)
     controller.ticks(10, after_s=PATIENCE_S / 4)
