@@ -35,9 +35,15 @@ class Spool:
         return len(self._ends) - 1
 
     def open(self) -> None:
-        if self._file is None:
-            self._read()
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        if self._file is not None:
+            return
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            self._read(file)
+        except BaseException:
+            os.close(file)
+            raise
+        self._file = file
 
     def append(self, event: Event) -> None:
         """Writes the event under the next seq; it survives the death of this process, not of the machine."""
@@ -69,17 +75,14 @@ class Spool:
             os.close(self._file)
             self._file = None
 
-    def _read(self) -> None:
+    def _read(self, file: int) -> None:
         self._ends, self._is_torn = [0], False
-        try:
-            with self.path.open("rb") as file:
-                for line in file:
-                    self._is_torn = not line.endswith(b"\n")
-                    if not self._is_torn:
-                        self._ends.append(self._ends[-1] + len(line))
-                        self.has_started = self.has_started or STARTED in line[:STARTED_WITHIN]
-        except FileNotFoundError:
-            pass
+        with open(file, "rb", closefd=False) as lines:
+            for line in lines:
+                self._is_torn = not line.endswith(b"\n")
+                if not self._is_torn:
+                    self._ends.append(self._ends[-1] + len(line))
+                    self.has_started = self.has_started or STARTED in line[:STARTED_WITHIN]
 
     def _opened(self) -> int:
         self.open()
