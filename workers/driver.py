@@ -134,7 +134,7 @@ def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome
     from workers.attempt import run_rank
 
     for restarts_left in range(spec.failure.worker_restarts, -1, -1):
-        if attempt_dir.stop.exists():
+        if _is_stopped(attempt_dir):
             return Outcome(result="cancelled", step=_saved_step(spec, facts))
         try:
             return run_rank(attempt_dir)
@@ -155,10 +155,10 @@ def _train_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outco
         cluster.check(spec)
         waiting = WaitingReporter(attempt_dir)
         try:
-            thread.submit(cluster.wait_for_room, spec, waiting.tell, attempt_dir.stop.exists).result()
+            thread.submit(cluster.wait_for_room, spec, waiting.tell, lambda: _is_stopped(attempt_dir)).result()
         finally:
             waiting.close()
-        if attempt_dir.stop.exists():
+        if _is_stopped(attempt_dir):
             return Outcome(result="cancelled", step=_saved_step(spec, facts))
         return thread.submit(_fit, attempt_dir, spec, facts).result()
 
@@ -179,6 +179,10 @@ def _ask_to_stop(path: Path, signal_name: str) -> None:
         insist(lambda: path.write_text(signal_name), f"write {path}", patience_s=STOP_S)
     except StorageError as error:
         log.error("%s", error)
+
+
+def _is_stopped(attempt_dir: AttemptDir) -> bool:
+    return insist(attempt_dir.stop.exists, f"look for {attempt_dir.stop}", patience_s=READ_S)
 
 
 def _with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
