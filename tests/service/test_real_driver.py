@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from service.dispatchers.processes import MARK
+from service.resources import Job, Status
 from tests.service.test_crash import all_events, assert_nothing_lost_or_doubled, drivers, wait_for_step
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
@@ -55,39 +56,47 @@ def processes_of(attempt_id: str) -> dict[int, str]:
 
 
 @pytest.mark.ray
-def test_workers_of_a_killed_driver_end_with_its_attempt_and_no_step_is_lost(
-    start_service: Callable[..., ServiceProcess],
-) -> None:
-    spec = small_spec(
-        name="killed",
-        schedule={"steps": 1_000_000, "evaluate_every_steps": 1_000_000},
-        checkpoint={"every_steps": 10},
-        resources={"workers": 2},
-    )
+def test_workers_of_a_killed_driver_end_with_its_attempt(start_service: Callable[..., ServiceProcess]) -> None:
     service = start_service(driver_command=None, retry_backoff_s=5)
+
+    def has_workers_and_agents(job: Job) -> None:
+        first = processes_of(f"{job.id}-a1")
+        assert sum("RayTrainWorker" in title for title in first.values()) == 2
+        assert any("Agent" in title for title in first.values())  # it writes its title over its environment
+
+    status = kill_the_driver_and_go_on(
+        service, before=has_workers_and_agents, after=lambda job: processes_of(f"{job.id}-a1") == {}
+    )
+
+    assert status.reason == "DriverLost"
+    assert "the driver was ended by SIGKILL" in (status.message or "")
+
+
+def kill_the_driver_and_go_on(
+    service: ServiceProcess, before: Callable[[Job], None] | None = None, after: Callable[[Job], bool] | None = None
+) -> Status:
+    """Returns the status between the attempts; the second one goes on, and no step is missing in the database."""
+    long = {"steps": 1_000_000, "evaluate_every_steps": 1_000_000}
+    spec = small_spec(name="killed", schedule=long, checkpoint={"every_steps": 10}, resources={"workers": 2})
     client = service.client
     job = client.submit(spec.model_dump(mode="json"))
     wait_for_step(client, job.id, 30, timeout_s=TRAINING_S)
-    first = processes_of(f"{job.id}-a1")
-    assert sum("RayTrainWorker" in title for title in first.values()) == 2
-    assert any("Agent" in title for title in first.values())  # it writes its title over its environment
+    if before is not None:
+        before(job)
 
     (driver,) = drivers(service, job.id)
     driver.kill()
     wait_until(lambda: client.get(job.id).status.phase == "RECOVERING", "the death is seen")
-    assert processes_of(f"{job.id}-a1") == {}
+    assert after is None or after(job)
     recovering = client.get(job.id).status
-    wait_until(lambda: client.get(job.id).status.attempt == 2, "the second attempt", timeout_s=TRAINING_S)
-    began = service.home / "runs" / job.id / "attempts" / "2" / "events.jsonl"
-    wait_until(lambda: began.exists() and b"steps" in began.read_bytes(), "it goes on", timeout_s=TRAINING_S)
+    second = service.home / "runs" / job.id / "attempts" / "2" / "events.jsonl"
+    wait_until(lambda: second.exists() and b"steps" in second.read_bytes(), "it goes on", timeout_s=TRAINING_S)
     client.cancel(job.id)
     ended = client.wait(job.id, timeout_s=TRAINING_S)
 
-    assert recovering.reason == "DriverLost"
-    assert "the driver was ended by SIGKILL" in (recovering.message or "")
-    assert ended.status.progress.lost_steps == []
+    assert (ended.status.attempt, ended.status.progress.lost_steps) == (2, [])
     with closing(sqlite3.connect(service.home / "ngd.sqlite")) as database:
         steps = [step for (step,) in database.execute("SELECT step FROM steps ORDER BY step")]
     assert steps == list(range(1, len(steps) + 1))
     assert any(event.data.get("resumed_step", 0) > 0 for event in all_events(client, job.id))
-    assert processes_of(f"{job.id}-a2") == {}
+    return recovering
