@@ -149,7 +149,7 @@ def _train_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outco
     # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort. The thread that
     # started Ray has to outlive it: shut down after that, it ends the process without a word.
     with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread, RayCluster(facts.cluster) as cluster:
-        thread.submit(cluster.start, spec).result()
+        thread.submit(cluster.start, spec.resources).result()
         _log_to_stderr()  # again: Ray has put its own handler there
         _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
         cluster.check(spec)

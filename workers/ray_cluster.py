@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
 MESSAGE_CHARACTERS = 500
-FATAL = re.compile(r"^\[[^]]* [CF] [^]]*\]")  # Ray's C++ parts: time, severity, process, file
+FATAL = re.compile(r"^\[[^]]* [CF] [^]]*\] \(\w+\) \S+: +")  # of Ray's C++ parts: time, severity, process, file
 OBJECT_STORE_BYTES = 100 * 1024**2  # nothing large goes through Ray; its default is 30 % of the memory
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -64,7 +64,7 @@ class RayCluster:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def start(self, spec: JobSpec) -> None:
+    def start(self, resources: Resources) -> None:
         """Raises: RayStartError."""
         import ray
 
@@ -74,7 +74,7 @@ class RayCluster:
             if self._kind == "given":
                 ray.init(address="auto", **quiet)
             else:
-                self._start_own(spec.resources, quiet)
+                self._start_own(resources, quiet)
         except Exception as error:  # Ray raises nothing more special when its processes do not come up
             raise RayStartError(self._why_not(error)) from error
 
