@@ -120,6 +120,9 @@ class Reconciler:
                 self._reconcile(claim)
             except StoreUnavailableError:
                 raise
+            except BackendError as error:  # nothing was stored: the next tick goes the same way
+                log.warning("not_reconciled job_id=%s error=%s", claim.job.id, error)
+                self._note(claim, str(error))
             except Exception:  # one job's trouble must not keep the others waiting
                 log.exception("reconcile_failed job_id=%s", claim.job.id)
             finally:
@@ -180,7 +183,7 @@ class Reconciler:
             silent_s = self._silence.failed(ref)
             if silent_s == 0:
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
-            return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), silent_s)
+            return Observation(now, Process.UNREACHABLE, self._outcome_in_sight(ref), str(error), silent_s)
         self._metrics.dispatcher_answered(is_up=True)
         if self._silence.is_over(ref):
             log.info("backend_answers attempt=%s", ref.attempt_id)
@@ -189,6 +192,12 @@ class Reconciler:
             self._note_life(claim, now)
             message = message or remark(claim.job.progress)
         return Observation(now, seen.process, seen.outcome, message)
+
+    def _outcome_in_sight(self, ref: AttemptRef) -> Outcome | None:
+        try:
+            return self._files.outcome(ref)
+        except BackendRefusedError:
+            return None
 
     def _note_life(self, claim: Claim, now: datetime) -> None:
         """Lets the other controllers know that the attempt runs, a few times within their patience with silence."""

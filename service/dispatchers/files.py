@@ -97,10 +97,15 @@ class AttemptFiles:
             log.warning("not_written path=%s error=%s", path, error)
 
     def outcome(self, ref: AttemptRef) -> Outcome | None:
-        """Returns how the attempt ended; a file that can't be read counts as none, so that the job goes on."""
+        """Returns how the attempt ended; a file that makes no sense counts as none, so that the job goes on.
+
+        Raises: BackendRefusedError if it can't be read now: a job that has ended must not be run once more for that.
+        """
         folder = self.folder(ref)
         try:
             return folder.read_outcome()
+        except OSError as error:
+            raise _unreadable(folder.outcome, error) from error
         except ValidationError as error:
             log.error("outcome_unreadable path=%s error=%s", folder.outcome, error)
             return None
@@ -110,7 +115,7 @@ class AttemptFiles:
         return ended_at is not None and time.time() - ended_at.timestamp() < OUTCOME_DELAY_S
 
     def undelivered(self, ref: AttemptRef, after_seq: int) -> Iterator[list[Numbered]]:
-        """Yields the attempt's own record of its events after `after_seq`, in batches."""
+        """Yields the attempt's own record of its events after `after_seq`, in batches. Raises: BackendRefusedError."""
         batch: list[Numbered] = []
         for event in _spooled(self.folder(ref).spool):
             if event.seq > after_seq:
@@ -178,5 +183,11 @@ def _spooled(path: Path) -> Iterator[Numbered]:
                     yield numbered.validate_json(line)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except ValidationError as error:
         log.error("spool_unreadable path=%s error=%s", path, error)
+
+
+def _unreadable(path: Path, error: OSError) -> BackendRefusedError:
+    return BackendRefusedError(f"can't read {path}: {error.strerror}; the job goes on when that can be read again")

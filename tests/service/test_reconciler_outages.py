@@ -24,8 +24,11 @@ from service.silence import LONGEST_GAP_S, Silence
 from service.store import tables as t
 from service.store.sql import SQLStore
 from tests.support.attempts import small_spec
-from workers.events import Numbered, Started
+from tests.support.fault_driver import step_record
+from tests.support.faulty_files import ERRORS, Faults
+from workers.events import Numbered, Started, Steps
 from workers.rundir import Outcome, write_json
+from workers.spool import Spool
 
 PATIENCE_S = 100.0
 
@@ -317,3 +320,57 @@ def test_jobs_take_turns_in_being_the_first(store: SQLStore, backend: Backend, c
 
     assert {ref for _, ref in backend.calls} == refs
     assert len(backend.calls) == 3
+
+
+@pytest.mark.parametrize("file", ["outcome", "spool"])
+def test_job_that_has_ended_is_not_run_again_while_its_files_can_not_be_read(
+    store: SQLStore, backend: Backend, controller: Controller, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    folder = controller.files.folder(ref)
+    folder.path.mkdir(parents=True)
+    write_json(folder.outcome, Outcome(result="succeeded", step=7))
+    folder.spool.touch()
+    backend.running.clear()
+    faults = Faults(getattr(folder, file), monkeypatch)
+    faults.fail("open", ERRORS["broken"], 1_000)
+
+    controller.ticks(3)
+
+    job = store.get_job("job_1")
+    assert job is not None
+    assert (job.state.phase, job.attempt) == (Phase.STARTING, 1)
+    assert f"can't read {getattr(folder, file)}: Input/output error" in (job.message or "")
+    faults.stop()
+    controller.ticks()
+    assert phase(store, ref) == (Phase.SUCCEEDED, 1)
+
+
+def test_attempt_that_is_given_up_may_commit_no_checkpoint(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    backend.running.clear()
+
+    controller.ticks()
+
+    assert controller.files.folder(ref).ended.exists()
+
+
+def test_events_that_were_written_after_the_end_are_read_before_the_next_attempt(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    backend.running.clear()
+    controller.ticks()
+    assert phase(store, ref) == (Phase.RECOVERING, 1)
+    spool = Spool(controller.files.folder(ref).spool)
+    spool.append(Steps(records=[step_record(1), step_record(2)]))
+
+    controller.ticks(2)
+
+    assert phase(store, ref) == (Phase.STARTING, 2)
+    assert [point.step for point in store.steps("job_1", 0)] == [1, 2]
