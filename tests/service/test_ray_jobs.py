@@ -351,9 +351,9 @@ def test_job_that_the_cluster_has_no_room_for_says_so_and_holds_no_slot(start_on
 
     first = post("first", 2)
     wait_until(lambda: client.get(first).status.phase == "RUNNING", "the first runs", timeout_s=RAY_S)
-    second, large = post("second", 2), post("large", 3)
+    second, large = post("second", 2), post("large", 4)
     wait_until(lambda: "waiting for 2 CPUs" in message(second), "the second says what it waits for", timeout_s=RAY_S)
-    wait_until(lambda: "waiting for 3 CPUs" in message(large), "so does a third, beyond the slots", timeout_s=RAY_S)
+    wait_until(lambda: "waiting for 4 CPUs" in message(large), "so does a third, beyond the slots", timeout_s=RAY_S)
     waiting = client.get(second).status
     assert (waiting.phase, waiting.attempt) == ("STARTING", 1)
     assert "0 of the Ray cluster's 2 are free, others hold the rest" in message(second)
