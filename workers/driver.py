@@ -65,7 +65,11 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     from workers.attempt import run_rank
 
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
-    return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+    try:
+        return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+    except Exception as error:  # most often that another rank has died, and all are started again
+        log.error("this rank stops: %s: %s", type(error).__name__, _last_line(error))
+        raise
 
 
 def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
@@ -210,12 +214,14 @@ def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
             name=facts.attempt_id,
             storage_path=str(facts.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            # A traceback of each rank at each restart, and of Ray's own cleaning up; the last ones are in `error`.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
+        log.error("%s", error)
         raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
     return Outcome.model_validate(result.return_value)
 
