@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ngd_dist.comm import Communicator
 from workers.context import TrainContext, device_of
 from workers.ending import conclude, failure, summary
-from workers.errors import SpecError, WorkerError
+from workers.errors import SpecError, StorageError, WorkerError
 from workers.events import WorkersRestarted
 from workers.loop import train
 from workers.patience import insist
@@ -62,7 +62,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         outcome = _run_command(arguments.spec, arguments.run_dir.resolve(), arguments.data_dir.resolve())
-    except SpecError as error:
+    except (SpecError, StorageError) as error:
         sys.exit(str(error))
     sys.exit(EXIT_STATUS[outcome.result])
 

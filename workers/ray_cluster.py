@@ -21,7 +21,7 @@ from unittest import mock
 from workers.errors import RayStartError, SpecError
 from workers.spec import JobSpec, Resources
 
-__all__ = ["RayCluster", "bundle"]
+__all__ = ["RayCluster", "bundle", "free_ports"]
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class RayCluster:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile Ray again
         # Given their ports, the raylet need not wait for its agents to choose some: it dies where these start slowly
         # (https://github.com/ray-project/ray/issues/65983), and ray.init has no arguments for them.
-        metrics, metrics_export, runtime_env, listen = _free_ports(4)
+        metrics, metrics_export, runtime_env, listen = free_ports(4)
         ports = {"metrics_agent_port": metrics, "runtime_env_agent_port": runtime_env}
         given = functools.partial(parameter.RayParams, dashboard_agent_listen_port=listen, **ports)
         with mock.patch.object(parameter, "RayParams", given):
@@ -138,7 +138,7 @@ class RayCluster:
         return f"Ray did not start on this machine: {_fatal_line(self._temporary) or error}"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Returns ports below those that the kernel gives to connections, which come and go until Ray is up."""
     ports: list[int] = []
     while len(ports) < count:

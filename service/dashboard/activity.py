@@ -107,7 +107,8 @@ def words(event: Event) -> str:
         case "steps_lost":
             return f"Steps {data['first_step']:,} to {data['last_step']:,} are lost: {data['message']}"
         case "waiting":
-            return str(data["message"] or "Waiting is over").capitalize()
+            message = str(data["message"] or "waiting is over")
+            return message[:1].upper() + message[1:]
         case "target_reached":
             return f"Target reached at step {data['step']:,}: test accuracy {percent(data['test_accuracy'])}"
         case "workers_restarted":

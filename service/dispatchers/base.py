@@ -104,5 +104,8 @@ class Dispatcher(Protocol):
         ...
 
     def kill(self, ref: AttemptRef) -> None:
-        """Ends every process of the attempt, also those that a dead driver has left behind; inspect tells when."""
+        """Ends every process of the attempt, also those that a dead driver has left behind.
+
+        On this machine it returns when they are gone; elsewhere inspect tells when.
+        """
         ...

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service import resources
 from service.api.present import job_resource
+from service.dashboard.activity import words
 from service.errors import StaleAttemptError
 from service.job_state import Action, Decision, Phase
 from service.store.base import Claim
@@ -167,6 +169,21 @@ def test_workers_that_were_started_again_say_from_where(store: SQLStore) -> None
     assert job is not None
     assert remark(job.progress) is None
     assert lost(store, claim.job.id) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "sentence"),
+    [
+        ("waiting", {"message": "waiting for 2 CPUs"}, "Waiting for 2 CPUs"),
+        ("waiting", {"message": None}, "Waiting is over"),
+        ("checkpoint_failed", {"step": 1000, "message": "full"}, "Checkpoint of step 1,000 left out: full"),
+        ("steps_lost", {"first_step": 4, "last_step": 6, "message": "full"}, "Steps 4 to 6 are lost: full"),
+    ],
+)
+def test_event_is_a_sentence_on_the_page(kind: str, data: dict[str, object], sentence: str) -> None:
+    shown = resources.Event(id=1, job_id="job_1", attempt=1, seq=1, kind=kind, time=NOW, data=data)
+
+    assert words(shown) == sentence
 
 
 @given(ranges, st.sets(st.integers(1, 40)))

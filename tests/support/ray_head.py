@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import httpx
 import psutil
 
 from tests.support.deadline import wait_until
+from workers.ray_cluster import free_ports
 
 __all__ = ["RayHead"]
 
@@ -27,7 +27,7 @@ class RayHead:
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path may have 107 bytes
         self.token_file = self._folder / "auth_token"
         self.token_file.write_text(secrets.token_hex(32))
-        gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = _free_ports(7)
+        gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"http://127.0.0.1:{dashboard}"
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
@@ -85,13 +85,3 @@ def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     left_out = {name for name in os.environ if name.startswith("RAY_")} | {"PYTHONDONTWRITEBYTECODE"}
     return {name: value for name, value in os.environ.items() if name not in left_out} | {"PYTHONPATH": path}
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
