@@ -72,10 +72,32 @@ def test_workers_of_a_killed_driver_end_with_its_attempt(start_service: Callable
     assert "the driver was ended by SIGKILL" in (status.message or "")
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["raylet/raylet", "gcs/gcs_server", "TrainController"])
+def test_death_of_a_part_of_ray_leaves_no_process_and_no_hole(
+    start_service: Callable[..., ServiceProcess], victim: str
+) -> None:
+    service = start_service(driver_command=None, retry_backoff_s=5)
+
+    def kill(job: Job) -> None:
+        titles = processes_of(f"{job.id}-a1")
+        (pid,) = [pid for pid, title in titles.items() if victim in title.split(" ")[0]]
+        psutil.Process(pid).kill()
+
+    kill_the_driver_and_go_on(service, after=lambda job: processes_of(f"{job.id}-a1") == {}, kill=kill)
+
+
 def kill_the_driver_and_go_on(
-    service: ServiceProcess, before: Callable[[Job], None] | None = None, after: Callable[[Job], bool] | None = None
+    service: ServiceProcess,
+    before: Callable[[Job], None] | None = None,
+    after: Callable[[Job], bool] | None = None,
+    kill: Callable[[Job], None] | None = None,
 ) -> Status:
-    """Returns the status between the attempts; the second one goes on, and no step is missing in the database."""
+    """Returns the status between the attempts; the second one goes on, and no step is missing in the database.
+
+    kill: what is killed in the driver's place.
+    """
     long = {"steps": 1_000_000, "evaluate_every_steps": 1_000_000}
     spec = small_spec(name="killed", schedule=long, checkpoint={"every_steps": 10}, resources={"workers": 2})
     client = service.client
@@ -84,9 +106,12 @@ def kill_the_driver_and_go_on(
     if before is not None:
         before(job)
 
-    (driver,) = drivers(service, job.id)
-    driver.kill()
-    wait_until(lambda: client.get(job.id).status.phase == "RECOVERING", "the death is seen")
+    if kill is not None:
+        kill(job)
+    else:
+        (driver,) = drivers(service, job.id)
+        driver.kill()
+    wait_until(lambda: client.get(job.id).status.phase == "RECOVERING", "the death is seen", timeout_s=TRAINING_S)
     assert after is None or after(job)
     recovering = client.get(job.id).status
     second = service.home / "runs" / job.id / "attempts" / "2" / "events.jsonl"
