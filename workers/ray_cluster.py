@@ -41,6 +41,7 @@ OWN_SETTINGS = {
     # Ray's cleaner asks the dashboard, which is off, and without an address trips over any second Ray on the machine.
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else each rank that outlives another prints a stack of C++
 }
 
 
