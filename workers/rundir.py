@@ -7,7 +7,7 @@
             attempt.json         Facts (mode 0600): who this attempt is and where the service listens
             process.json         pid and start time of the driver, written by what started it
             started              its existence says that a driver has begun, where somebody else might begin it again
-            stop                 its existence asks the attempt to end in order; holds the signal's name, if one asked for it
+            stop                 its existence asks the attempt to end in order; names the signal that asked, if one did
             ended                the fence: the service has ended the attempt, which commits no checkpoint any more
             events.jsonl         the reporter's spool: one Numbered event a line
             outcome.json         Outcome: how the attempt ended; written once, by the driver, as its last act
