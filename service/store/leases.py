@@ -11,7 +11,7 @@ from service.store import tables as t
 from service.store.base import Claim
 from service.store.progress import WAITS_FOR
 
-__all__ = ["change_leased", "failed_starts", "is_alone", "is_free", "needs_a_look", "num_taken"]
+__all__ = ["change_leased", "failed_starts", "is_alone", "is_free", "needs_a_look", "num_given_back", "num_taken"]
 
 CLAIMING = 0x6E6764_0002  # PostgreSQL's number for the lock: "ngd", 2
 
@@ -30,17 +30,18 @@ def is_alone(connection: sa.Connection) -> bool:
     return bool(connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(CLAIMING))).scalar_one())
 
 
-def num_taken(connection: sa.Connection, now: datetime, max_running: int) -> int:
-    """Slots held: by active jobs, and by waiting ones that another claim is about to start.
-
-    A job whose driver waits for CPUs holds none, but such drivers are processes too: as many more as there are slots.
-    """
+def num_taken(connection: sa.Connection, now: datetime) -> int:
+    """Slots held: by active jobs, and by waiting ones that another claim is about to start."""
     is_starting = (t.jobs.c.phase == Phase.QUEUED) & ~is_free(now)
+    query = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE) | is_starting)
+    return int(connection.execute(query).scalar_one())
+
+
+def num_given_back(connection: sa.Connection, max_running: int) -> int:
+    """Slots of active jobs whose drivers wait for CPUs: as many as there are, since each of these is a process too."""
     is_short = (t.jobs.c.phase == Phase.STARTING) & t.jobs.c.progress[WAITS_FOR].as_string().is_not(None)
-    count = sa.select(sa.func.count()).select_from(t.jobs)
-    active = int(connection.execute(count.where(t.jobs.c.phase.in_(ACTIVE) | is_starting)).scalar_one())
-    short = int(connection.execute(count.where(is_short)).scalar_one())
-    return active - min(short, max_running)
+    query = sa.select(sa.func.count()).select_from(t.jobs).where(is_short)
+    return min(int(connection.execute(query).scalar_one()), max_running)
 
 
 def failed_starts(connection: sa.Connection, job_ids: Collection[str]) -> dict[str, tuple[int, int]]:

@@ -31,7 +31,15 @@ from service.store.base import (
 from service.store.census import census
 from service.store.engine import READ_ONLY, describe, open_engine, reported
 from service.store.ingest import INSERT, ingest
-from service.store.leases import change_leased, failed_starts, is_alone, is_free, needs_a_look, num_taken
+from service.store.leases import (
+    change_leased,
+    failed_starts,
+    is_alone,
+    is_free,
+    needs_a_look,
+    num_given_back,
+    num_taken,
+)
 from service.store.progress import WAITS_FOR
 from service.store.rows import attempt_record, event_record, job_record
 from service.store.schema import is_usable, revision, upgrade
@@ -169,7 +177,7 @@ class SQLStore:
         with self._write() as connection:
             if not is_alone(connection):
                 return []
-            slots = max_running - num_taken(connection, now, max_running)
+            slots = max_running - num_taken(connection, now) + num_given_back(connection, max_running)
             query = sa.select(t.jobs).where(is_free(now), needs_a_look(slots)).order_by(t.jobs.c.id)
             rows = connection.execute(query.with_for_update(skip_locked=True)).all()
             ids = [row.id for row in rows]
