@@ -36,6 +36,7 @@ __all__ = ["LocalDispatcher"]
 log = logging.getLogger(__name__)
 
 START_TIME_TOLERANCE_S = 2.0  # the kernel's clock of start times moves a little when the wall clock is corrected
+LAST_THREADS_S = 5.0  # a process is a zombie, and can't be waited for yet, until its last thread has ended
 LINGER_S = 30.0  # for a driver that has written its outcome to leave by itself
 
 
@@ -90,7 +91,7 @@ class LocalDispatcher:
         was_started = outcome is not None or folder.process.exists()
         if not was_started:
             return Seen(Process.UNKNOWN, outcome)
-        return Seen(Process.EXITED, outcome, _ended_how(self._statuses.get(ref)) if outcome is None else None)
+        return Seen(Process.EXITED, outcome, self._ended_how(ref) if outcome is None else None)
 
     def interrupt(self, ref: AttemptRef) -> None:
         driver = self._driver(self._files.folder(ref))
@@ -146,18 +147,20 @@ class LocalDispatcher:
             self._note(folder, found)
         return found
 
+    def _ended_how(self, ref: AttemptRef) -> str | None:
+        """Returns how the driver ended in words, None if another controller had started it."""
+        if (child := self._children.get(ref)) is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(LAST_THREADS_S)
+            self._reap()
+        status = self._statuses.get(ref)
+        return None if status is None else f"the driver {exit_words(status)}"
+
     def _reap(self) -> None:
         for ref, child in list(self._children.items()):
             if child.poll() is not None:
                 self._statuses[ref] = child.returncode
                 del self._children[ref]
-
-
-def _ended_how(status: int | None) -> str | None:
-    """Returns how a process ended in words, None if that is not known."""
-    if status is None:
-        return None
-    return f"the driver {exit_words(status)}"
 
 
 def _living(noted: DriverProcess) -> psutil.Process | None:
