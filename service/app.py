@@ -108,6 +108,8 @@ def _assemble(settings: Settings) -> Parts:
             cancel_grace_s=settings.cancel_grace_s,
             interrupt_grace_s=settings.interrupt_grace_s,
             unreachable_s=settings.unreachable_s,
+            max_failed_starts=settings.max_failed_starts,
+            start_backoff_s=settings.start_backoff_s,
         ),
         max_running_jobs=settings.max_running_jobs,
         tick_s=settings.tick_s,

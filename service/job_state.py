@@ -86,6 +86,8 @@ class JobState:
     max_attempts: int
     cancel_requested_at: datetime | None = None
     retry_at: datetime | None = None
+    failed_starts: int = 0  # ended attempts whose workers never reported
+    failed_starts_in_a_row: int = 0  # of them, those after the last attempt whose workers did
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,20 @@ class Policy:
     interrupt_grace_s: float
     unreachable_s: float = 600.0
     max_backoff_s: float = 300.0
+    max_failed_starts: int = 10
+    start_backoff_s: float = 15.0
 
-    def backoff(self, attempt: int) -> timedelta:
-        """Returns the wait after attempt number `attempt` has died."""
-        exponent = min(attempt - 1, 32)  # a double holds 2**32 times any sensible backoff
-        return timedelta(seconds=min(self.retry_backoff_s * 2.0**exponent, self.max_backoff_s))
+    def backoff(self, failures: int) -> timedelta:
+        """Returns the wait after attempts have died `failures` times."""
+        return self._doubled(self.retry_backoff_s, failures)
+
+    def start_backoff(self, failures: int) -> timedelta:
+        """Returns the wait after `failures` attempts in a row have not started: the machine may be busy for a while."""
+        return self._doubled(self.start_backoff_s, failures)
+
+    def _doubled(self, first_s: float, failures: int) -> timedelta:
+        exponent = min(failures - 1, 32)  # a double holds 2**32 times any sensible backoff
+        return timedelta(seconds=min(first_s * 2.0**exponent, self.max_backoff_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,24 +221,47 @@ def _after_exit(job: JobState, attempt: AttemptState, seen: Observation, policy:
         return _end(Decision(Phase.FAILED, outcome.reason or "WorkerFailed", outcome.message))
     if job.desired is Desired.CANCELLED:
         return _end(CANCELLED_BY_USER)
-    what = _what_happened(attempt, seen)
-    if attempt.number >= job.max_attempts:
-        limit = f"{what}; failure.max_attempts is {job.max_attempts}; the job's log tells more"
-        return _end(Decision(Phase.FAILED, "MaxAttemptsExceeded", limit))
-    backoff = policy.backoff(attempt.number)
-    lost = "ClusterUnreachable" if seen.process is Process.UNREACHABLE else "DriverLost"
-    reason = (outcome.reason if outcome else None) or lost
-    message = f"{what}; the next one starts in {backoff.total_seconds():g} s"
+    what, reason = _what_happened(attempt, seen), _reason(seen)
+    limit, failures, backoff = _ring(job, attempt, policy)
+    if limit is not None:
+        exceeded = "MaxAttemptsExceeded" if attempt.has_started else "StartFailed"
+        return _end(Decision(Phase.FAILED, exceeded, f"{what}; {limit}; the job's log tells more"))
+    again = f"the next one starts in {backoff.total_seconds():g} s"
+    message = f"{what}; {again}" if attempt.has_started else f"{what}; {failures} in a row, {again}"
     return _end(Decision(Phase.RECOVERING, reason, message, retry_at=seen.now + backoff))
+
+
+def _ring(job: JobState, attempt: AttemptState, policy: Policy) -> tuple[str | None, int, timedelta]:
+    """Returns which limit is reached, if one is, how many failures count towards it, and the wait before the next.
+
+    An attempt whose workers never reported says nothing of the job: the machine was busy, or its cluster. The job's own
+    attempts are those whose workers did.
+    """
+    if attempt.has_started:
+        failures = attempt.number - job.failed_starts
+        limit = f"failure.max_attempts is {job.max_attempts}" if failures >= job.max_attempts else None
+        return limit, failures, policy.backoff(failures)
+    failures = job.failed_starts_in_a_row + 1
+    limit = f"{failures} attempts in a row did not start" if failures >= policy.max_failed_starts else None
+    return limit, failures, policy.start_backoff(failures)
+
+
+def _reason(seen: Observation) -> str:
+    if seen.outcome is not None:
+        return seen.outcome.reason or ("StoppedFromOutside" if seen.outcome.result == "cancelled" else "DriverLost")
+    return "ClusterUnreachable" if seen.process is Process.UNREACHABLE else "DriverLost"
 
 
 def _what_happened(attempt: AttemptState, seen: Observation) -> str:
     outcome = seen.outcome
     if outcome is None:
         what = "is given up" if seen.process is Process.UNREACHABLE else "died without a result"
+        if not attempt.has_started:
+            what += " before its workers had started"
         return f"attempt {attempt.number} {what}" + (f": {seen.message}" if seen.message else "")
     if outcome.result == "cancelled":
-        return f"attempt {attempt.number} was stopped from outside at step {outcome.step}"
+        by = f": {outcome.message}" if outcome.message else ""
+        return f"attempt {attempt.number} was stopped from outside at step {outcome.step}{by}"
     return f"attempt {attempt.number} failed: {outcome.message}"
 
 

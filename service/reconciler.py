@@ -30,6 +30,7 @@ from service.job_state import Action, Decision, Observation, Phase, Policy, Proc
 from service.metrics import ControllerMetrics
 from service.silence import Silence
 from service.store.base import Claim, Store
+from service.store.progress import remark
 from workers.rundir import Outcome
 
 __all__ = ["Reconciler"]
@@ -120,6 +121,9 @@ class Reconciler:
                 self._reconcile(claim)
             except StoreUnavailableError:
                 raise
+            except BackendError as error:  # nothing was stored: the next tick goes the same way
+                log.warning("not_reconciled job_id=%s error=%s", claim.job.id, error)
+                self._note(claim, str(error))
             except Exception:  # one job's trouble must not keep the others waiting
                 log.exception("reconcile_failed job_id=%s", claim.job.id)
             finally:
@@ -143,8 +147,8 @@ class Reconciler:
             return
         is_left_running = False
         if decision.ends_attempt and claim.attempt is not None:
-            is_left_running = not self._settle(ref, claim)
-            seen, decision = self._look_again(ref, claim, seen, decision)
+            is_left_running = not self._settle(ref)
+            seen, decision = self._look_again(ref, claim, seen)
         if decision.phase is not None and not self._apply(claim, decision, seen.outcome, is_left_running):
             return
         refusal = self._act(ref, claim, decision)
@@ -154,15 +158,13 @@ class Reconciler:
     def _decide(self, claim: Claim, seen: Observation) -> Decision:
         return decide(claim.job.state, claim.attempt.state if claim.attempt else None, seen, self._policy)
 
-    def _look_again(
-        self, ref: AttemptRef, claim: Claim, seen: Observation, decision: Decision
-    ) -> tuple[Observation, Decision]:
-        """An outcome may have come into sight while the attempt was being ended; it is the truth."""
+    def _look_again(self, ref: AttemptRef, claim: Claim, seen: Observation) -> tuple[Observation, Decision]:
+        """While the attempt was being ended its outcome may have come into sight, or that its workers had reported."""
+        assert claim.attempt is not None
         outcome = None if seen.outcome else self._files.outcome(ref)
-        if outcome is None:
-            return seen, decision
-        seen = replace(seen, now=datetime.now(UTC), process=Process.EXITED, outcome=outcome)
-        return seen, self._decide(claim, seen)
+        if outcome is not None:
+            seen = replace(seen, now=datetime.now(UTC), process=Process.EXITED, outcome=outcome)
+        return seen, self._decide(replace(claim, attempt=self._store.get_attempt(claim.attempt.id)), seen)
 
     def _note(self, claim: Claim, message: str | None) -> None:
         """Says what the job waits for, where its message doesn't say why it is in its phase."""
@@ -182,13 +184,21 @@ class Reconciler:
             silent_s = self._silence.failed(ref)
             if silent_s == 0:
                 log.warning("backend_unavailable attempt=%s error=%s", ref.attempt_id, error)
-            return Observation(now, Process.UNREACHABLE, self._files.outcome(ref), str(error), silent_s)
+            return Observation(now, Process.UNREACHABLE, self._outcome_in_sight(ref), str(error), silent_s)
         self._metrics.dispatcher_answered("inspect", is_up=True)
         if self._silence.is_over(ref):
             log.info("backend_answers attempt=%s", ref.attempt_id)
+        message = seen.message
         if seen.process is Process.RUNNING:
             self._note_life(claim, now)
-        return Observation(now, seen.process, seen.outcome, seen.message)
+            message = message or remark(claim.job.progress)
+        return Observation(now, seen.process, seen.outcome, message)
+
+    def _outcome_in_sight(self, ref: AttemptRef) -> Outcome | None:
+        try:
+            return self._files.outcome(ref)
+        except BackendRefusedError:
+            return None
 
     def _note_life(self, claim: Claim, now: datetime) -> None:
         """Lets the other controllers know that the attempt runs, a few times within their patience with silence."""
@@ -205,13 +215,14 @@ class Reconciler:
             self._outage = error
         self._metrics.dispatcher_answered(call, is_up=isinstance(error, BackendFullError))
 
-    def _settle(self, ref: AttemptRef, claim: Claim) -> bool:
+    def _settle(self, ref: AttemptRef) -> bool:
         """Ends what the attempt left running, and takes in what it could not deliver while no controller was up.
 
-        Returns whether it could be ended; if not it is tried again later, and the next attempt fences it.
+        In this order: the fence, so that no checkpoint is committed whose steps are told to nobody; the processes; then
+        what they have written. Returns whether it could be ended; if not it is tried again later.
         """
-        assert claim.attempt is not None
         self._silence.is_over(ref)
+        self._files.fence(ref)
         try:
             self._dispatcher.kill(ref)
             is_ended = True
@@ -219,9 +230,16 @@ class Reconciler:
             self._note_trouble("kill", error)
             log.warning("not_ended attempt=%s error=%s", ref.attempt_id, error)
             is_ended = False
-        for events in self._files.undelivered(ref, claim.attempt.acknowledged_seq):
-            self._metrics.events_ingested(self._store.ingest(claim.attempt.id, events).new_events)
+        self._drain(ref)
         return is_ended
+
+    def _drain(self, ref: AttemptRef) -> None:
+        """Takes in what the attempt has spooled and not delivered."""
+        attempt = self._store.get_attempt(ref.attempt_id)
+        if attempt is None:
+            return
+        for events in self._files.undelivered(ref, attempt.acknowledged_seq):
+            self._metrics.events_ingested(self._store.ingest(attempt.id, events, is_late=True).new_events)
 
     def _end_what_was_left(self) -> None:
         """Ends the attempts that were given up while nobody could end them."""
@@ -284,8 +302,10 @@ class Reconciler:
                 # The next tick submits it: after a crash right here the same code goes the same way.
                 self._failpoint.reach("after_attempt_commit")
             case Action.SUBMIT:
-                if ref.number > 1:  # it may have been given up while nobody could end it
-                    self._dispatcher.kill(AttemptRef(ref.job_id, ref.number - 1))
+                if ref.number > 1:  # it may have been given up while nobody could end it, and have gone on writing
+                    before = AttemptRef(ref.job_id, ref.number - 1)
+                    self._dispatcher.kill(before)
+                    self._drain(before)
                 self._dispatcher.submit(Launch(ref, claim.job.spec, self._token_of(ref.attempt_id)))
                 self._failpoint.reach("after_submit")
                 self._store.mark_submitted(claim)

@@ -20,6 +20,7 @@ __all__ = [
     "Series",
     "Statistics",
     "Status",
+    "StepRange",
     "Validated",
 ]
 
@@ -37,11 +38,19 @@ class Resource(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
+class StepRange(Resource):
+    first_step: int
+    last_step: int
+
+
 class Progress(Resource):
     step: int = Field(description="Optimizer steps done.")
     total_steps: int | None = Field(description="None until the workers have started.")
     epoch: float | None = None
     eta_s: float | None = Field(None, description="Seconds until the last step at the newest rate; None: unknown.")
+    lost_steps: list[StepRange] = Field(
+        [], description="Steps that were done and of which there is no record: the curves have a hole there."
+    )
 
 
 class Result(Resource):
@@ -100,8 +109,8 @@ class Event(Resource):
     attempt: int | None
     seq: int | None = Field(description="Place in the attempt's own stream; None: from the controller.")
     kind: str = Field(
-        description="phase, or a worker's started, steps, evaluation, checkpoint, target_reached, workers_restarted, "
-        "failed, cancelled, done."
+        description="phase, or a worker's started, steps, evaluation, checkpoint, checkpoint_failed, steps_lost, "
+        "target_reached, waiting, workers_restarted, failed, cancelled, done; steps_lost also from the controller."
     )
     time: Time
     data: dict[str, Any] = Field(

@@ -83,6 +83,12 @@ class Settings(BaseSettings):
     retry_backoff_s: Seconds = Field(
         2.0, ge=0, le=300, description="Wait before attempt 2; doubles each time, up to 300."
     )
+    max_failed_starts: int = Field(
+        10, ge=1, description="Attempts in a row that end before their workers report; then the job has failed."
+    )
+    start_backoff_s: Seconds = Field(
+        15.0, ge=0, le=300, description="Wait after the first of them; doubles each time, up to 300."
+    )
     cancel_grace_s: Seconds = Field(30.0, ge=0, le=DAY_S, description="Seconds a cancelled job has to stop by itself.")
     interrupt_grace_s: Seconds = Field(10.0, ge=0, le=3600, description="Seconds between SIGINT and SIGKILL.")
     driver_command: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, NoDecode] = Field(

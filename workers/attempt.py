@@ -14,9 +14,10 @@ import torch.distributed as dist
 from ngd_dist.comm import Communicator
 from workers.context import TrainContext, device_of
 from workers.ending import conclude, failure, summary
-from workers.errors import SpecError, WorkerError
+from workers.errors import SpecError, StorageError, WorkerError
 from workers.events import WorkersRestarted
 from workers.loop import train
+from workers.patience import insist
 from workers.reporter import Reporter, SilentReporter, SpoolingReporter
 from workers.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, write_json
 from workers.spec import JobSpec
@@ -24,13 +25,17 @@ from workers.spec_file import load_spec
 
 __all__ = ["main", "run_rank"]
 
+READ_S = 30.0
+RESTARTED = WorkersRestarted(message="the workers were started again after some of them died")
 SAME_ON_RESUME = {"model", "data", "optimizer", "schedule", "batch", "seed"}
 
 
 def run_rank(attempt_dir: AttemptDir) -> Outcome:
     """Collective over the default group, if there is one. Returns how the attempt ended, the same on every rank."""
-    spec, facts, comm = attempt_dir.read_spec(), attempt_dir.read_facts(), Communicator()
-    reporter = _open_reporter(attempt_dir) if comm.rank == 0 else SilentReporter()
+    spec = insist(attempt_dir.read_spec, f"read {attempt_dir.spec}", patience_s=READ_S)
+    facts = insist(attempt_dir.read_facts, f"read {attempt_dir.facts}", patience_s=READ_S)
+    comm = Communicator()
+    reporter: Reporter = SpoolingReporter(attempt_dir, on_restart=RESTARTED) if comm.rank == 0 else SilentReporter()
     try:
         context = TrainContext(
             comm=comm,
@@ -57,7 +62,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         outcome = _run_command(arguments.spec, arguments.run_dir.resolve(), arguments.data_dir.resolve())
-    except SpecError as error:
+    except (SpecError, StorageError) as error:
         sys.exit(str(error))
     sys.exit(EXIT_STATUS[outcome.result])
 
@@ -123,10 +128,3 @@ def _facts(spec: JobSpec, number: int, run_dir: Path, data_dir: Path) -> Facts:
         run_dir=run_dir,
         data_dir=data_dir,
     )
-
-
-def _open_reporter(attempt_dir: AttemptDir) -> Reporter:
-    reporter = SpoolingReporter(attempt_dir)
-    if reporter.is_restart:
-        reporter.report(WorkersRestarted(message="the workers were started again after some of them died"))
-    return reporter

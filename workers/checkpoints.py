@@ -8,6 +8,8 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from workers.errors import SupersededError
-from workers.rundir import read_json, write_json
+from workers.errors import StorageError, SupersededError
+from workers.rundir import AttemptDir, read_json, write_json
 
 __all__ = ["Checkpoints", "Manifest"]
 
@@ -50,45 +52,69 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, state: dict[str, Any], *, world_size: int) -> Manifest:
-        """Returns the manifest of the checkpoint, which is complete on disk. Raises: SupersededError, OSError."""
-        self._refuse_if_superseded()
+        """Returns the manifest of the checkpoint, which is complete on disk.
+
+        Raises: SupersededError; StorageError, which leaves the older checkpoints as they were.
+        """
         unfinished = self.folder / f"step-{step:08d}.tmp-a{self.attempt}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        with (unfinished / STATE).open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        size, digest = _measure(unfinished / STATE)
-        manifest = Manifest(step=step, attempt=self.attempt, world_size=world_size, bytes=size, sha256=digest)
-        write_json(unfinished / MANIFEST, manifest)
-        for path in self._complete():
-            if _step(path) >= step:  # damaged, or else the run would have resumed from it
-                shutil.rmtree(path)
-        unfinished.rename(self.path(step))
-        _sync_folder(self.folder)
-        self._prune()
+        with _told(f"write the checkpoint of step {step} below {self.folder}"):
+            self._refuse_if_superseded()
+            try:
+                manifest = self._write(unfinished, step, state, world_size)
+                self._refuse_if_superseded()  # again: writing takes a while
+                for path in self._complete():
+                    if _step(path) >= step:  # damaged, or else the run would have resumed from it
+                        shutil.rmtree(path)
+                unfinished.rename(self.path(step))
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk it would keep the next ones out too
+                raise
+            _sync_folder(self.folder)
+            self._prune()
         return manifest
 
     def newest_step(self) -> int:
-        """Returns the step of the newest checkpoint that is whole, 0 if there is none."""
-        for path in self._complete():
-            problem = _damage(path)
-            if problem is None:
-                return _step(path)
-            log.warning("checkpoint %s is skipped: %s", path.name, problem)
-        return 0
+        """Returns the step of the newest checkpoint that is whole, 0 if there is none.
+
+        Raises: StorageError if one can't be read now: an older one in its place would undo what was done since.
+        """
+        with _told(f"read the checkpoints below {self.folder}"):
+            for path in self._complete():
+                problem = _damage(path)
+                if problem is None:
+                    return _step(path)
+                log.warning("checkpoint %s is skipped: %s", path.name, problem)
+            return 0
 
     def load(self, step: int, device: torch.device) -> dict[str, Any]:
-        """Returns the state of a checkpoint that `newest_step` named, its tensors on the device."""
-        state: dict[str, Any] = torch.load(self.path(step) / STATE, map_location=device, weights_only=True)
-        return state
+        """Returns the state of a checkpoint that `newest_step` named, tensors on the device. Raises: StorageError."""
+        with _told(f"read the checkpoint of step {step} below {self.folder}"):
+            state: dict[str, Any] = torch.load(self.path(step) / STATE, map_location=device, weights_only=True)
+            return state
+
+    def _write(self, folder: Path, step: int, state: dict[str, Any], world_size: int) -> Manifest:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with (folder / STATE).open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        size, digest = _measure(folder / STATE)
+        manifest = Manifest(step=step, attempt=self.attempt, world_size=world_size, bytes=size, sha256=digest)
+        write_json(folder / MANIFEST, manifest)
+        return manifest
 
     def _complete(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if ".tmp-" not in path.name]
-        return sorted(found, key=_step, reverse=True)
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        steps = [self.folder / name for name in names if name.startswith("step-") and ".tmp-" not in name]
+        return sorted(steps, key=_step, reverse=True)
 
     def _refuse_if_superseded(self) -> None:
+        if AttemptDir.of(self.folder.parent, self.attempt).ended.exists():
+            raise SupersededError(f"attempt {self.attempt} may not write: the service has ended it")
         for path in self._complete():
             manifest = _manifest(path)
             if manifest is not None and manifest.attempt > self.attempt:
@@ -102,6 +128,18 @@ class Checkpoints:
         for path in self.folder.glob("step-*.tmp-a*"):
             if int(path.name.rpartition("-a")[2]) <= self.attempt:
                 shutil.rmtree(path)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"can't {what}: {error.strerror or error}; free some space or check the volume") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch's archive, whose file could not be written or read
+            raise
+        raise StorageError(f"can't {what}: {str(error).splitlines()[0]}; check the volume") from error
 
 
 def _step(path: Path) -> int:
@@ -119,9 +157,10 @@ def _damage(path: Path) -> str | None:
     manifest = _manifest(path)
     if manifest is None:
         return f"no readable {MANIFEST}"
-    if not (path / STATE).is_file():
+    try:
+        size, digest = _measure(path / STATE)
+    except FileNotFoundError:
         return f"no {STATE}"
-    size, digest = _measure(path / STATE)
     if (size, digest) != (manifest.bytes, manifest.sha256):
         wanted = f"{manifest.bytes} bytes with sha256 {manifest.sha256[:12]}"
         return f"{STATE} must be {wanted}, got {size} bytes with {digest[:12]}"

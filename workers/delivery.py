@@ -1,5 +1,6 @@
 """Posts the spool to the service: at least once, in order, from where the service says that it stopped."""
 
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +34,7 @@ class Delivery:
     def __init__(self, attempt_dir: AttemptDir, spool: Spool) -> None:
         self._attempt_dir = attempt_dir
         self._spool = spool
-        self._facts: Facts = attempt_dir.read_facts()
+        self._facts: Facts | None = None  # until they can be read
         self._client: httpx.Client | None = None
         self._acknowledged: int | None = None
         self._retry_s = FIRST_RETRY_S
@@ -43,48 +44,54 @@ class Delivery:
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to send, or nobody to send it to."""
+        if self._facts is None:
+            return False
         if self._facts.url is None or self.stop_request == "superseded":
             return True
         return self._acknowledged is not None and self._acknowledged >= self._spool.last_seq
 
     def push(self, *, now: bool = False) -> None:
-        """Posts what is due; returns without doing anything before the interval or the retry delay has passed."""
-        if self._facts.url is None or self.stop_request == "superseded":
+        """Posts what is due; returns without doing anything before the interval or the retry delay has passed.
+
+        Raises: OSError; it is called again.
+        """
+        facts = self._facts = self._facts or self._attempt_dir.read_facts()
+        if facts.url is None or self.stop_request == "superseded":
             return
         if now and self._retry_s == FIRST_RETRY_S:
             self._due_s = 0.0
         while time.monotonic() >= self._due_s:
             self._due_s = time.monotonic() + INTERVAL_S
             before = self._acknowledged
-            if self._post_batch() and self._acknowledged != before and not self.is_done:
+            if self._post_batch(facts) and self._acknowledged != before and not self.is_done:
                 self._due_s = 0.0
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
 
-    def _post_batch(self) -> bool:
+    def _post_batch(self, facts: Facts) -> bool:
         import httpx
 
         if self._client is None:
             self._client = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
         try:
             response = self._client.post(
-                f"{self._facts.url}/api/v1/internal/attempts/{self._facts.attempt_id}/events",
+                f"{facts.url}/api/v1/internal/attempts/{facts.attempt_id}/events",
                 content=self._body(),
-                headers={"Authorization": f"Bearer {self._facts.token}", "Content-Type": "application/json"},
+                headers={"Authorization": f"Bearer {facts.token}", "Content-Type": "application/json"},
             )
         except httpx.TransportError as error:
-            return self._retry_later(f"no answer: {error or type(error).__name__}")
+            return self._retry_later(facts, f"no answer: {error or type(error).__name__}")
         if response.status_code == httpx.codes.CONFLICT:
             self.stop_request = "superseded"
             return False
         if response.status_code != httpx.codes.OK:
-            return self._retry_later(f"status {response.status_code}: {response.text[:300]}")
+            return self._retry_later(facts, f"status {response.status_code}: {response.text[:300]}")
         try:
-            return self._accept(EventReply.model_validate_json(response.content))
+            return self._accept(facts, EventReply.model_validate_json(response.content))
         except ValidationError:
-            return self._retry_later(f"an answer that is no EventReply: {response.text[:300]}")
+            return self._retry_later(facts, f"an answer that is no EventReply: {response.text[:300]}")
 
     def _body(self) -> bytes:
         if self._acknowledged is None:
@@ -92,21 +99,22 @@ class Delivery:
         lines = self._spool.lines(self._acknowledged, limit=BATCH_EVENTS, limit_bytes=BATCH_BYTES)
         return b'{"events":[' + b",".join(lines) + b"]}"
 
-    def _accept(self, reply: EventReply) -> bool:
+    def _accept(self, facts: Facts, reply: EventReply) -> bool:
         if self._retry_s != FIRST_RETRY_S:
-            log.info("the service at %s answers again", self._facts.url)
+            log.info("the service at %s answers again", facts.url)
         self._retry_s = FIRST_RETRY_S
         self._acknowledged = min(reply.acknowledged_seq, self._spool.last_seq)
         if reply.desired == "CANCELLED":
             self.stop_request = "cancelled"
         return True
 
-    def _retry_later(self, problem: str) -> bool:
+    def _retry_later(self, facts: Facts, problem: str) -> bool:
         if self._retry_s == FIRST_RETRY_S:
-            log.warning("events wait in the spool; the service at %s gave %s", self._facts.url, problem)
+            log.warning("events wait in the spool; the service at %s gave %s", facts.url, problem)
         self._due_s = time.monotonic() + self._retry_s
         self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
         self._acknowledged = None
         # A service that came back may listen elsewhere, and has written down where.
-        self._facts = self._attempt_dir.read_facts()
+        with contextlib.suppress(OSError, ValidationError):  # not in sight for the moment: the old ones may do
+            self._facts = self._attempt_dir.read_facts()
         return False

@@ -1,13 +1,16 @@
-"""Runs one attempt on Ray: ``python -m workers.driver ATTEMPT_DIR``. START HERE: `main`. The only user of Ray Train.
+"""Runs one attempt: ``python -m workers.driver ATTEMPT_DIR``. START HERE: `main`. The only user of Ray Train.
 
 The driver outlives the service: it needs it for nothing, and ends with outcome.json, the truth of how it ended.
+A single worker on a machine of its own is trained in this process, several by Ray.
 Torch and Ray are imported late, so that a signal in the seconds that takes ends the attempt in order too.
 """
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -15,18 +18,23 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from workers.ending import conclude, failure, summary
-from workers.errors import ClusterError, SpecError, WorkerError
-from workers.ray_cluster import RayCluster
-from workers.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Facts, Outcome, read_json, write_json
+from workers.ending import conclude, failure, record, summary
+from workers.errors import ClusterError, SpecError, StorageError, WorkerError
+from workers.patience import insist
+from workers.ray_cluster import RayCluster, bundle
+from workers.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Facts, Outcome, read_json
 from workers.spec import JobSpec
 from workers.spec_problems import explain
+from workers.waiting import WaitingReporter
 
 __all__ = ["main", "run_worker"]
 
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
+
+READ_S = 30.0  # for a file to come into sight: NFS may show a new one late
+STOP_S = 600.0
 
 
 def main() -> None:
@@ -37,12 +45,16 @@ def main() -> None:
     if not attempt_dir.path.is_dir():
         parser.error(f"no attempt directory {attempt_dir.path}; the service makes it")
     _log_to_stderr()
-    outcome = attempt_dir.read_outcome()
-    if outcome is None:
-        _refuse_to_be_second(attempt_dir)
-        _stop_in_order_on_signals(attempt_dir)
-        outcome = _run(attempt_dir)
-        log.info("%s", summary(outcome))
+    try:
+        outcome = insist(attempt_dir.read_outcome, f"read {attempt_dir.outcome}", patience_s=READ_S)
+        if outcome is None:
+            _refuse_to_be_second(attempt_dir)
+            _stop_in_order_on_signals(attempt_dir)
+            outcome = _run(attempt_dir)
+            log.info("%s", summary(outcome))
+    except StorageError as error:  # there is no outcome then: the service starts another attempt
+        log.error("%s", error)
+        sys.exit(EXIT_STATUS["failed"])
     sys.exit(EXIT_STATUS[outcome.result])
 
 
@@ -53,7 +65,11 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     from workers.attempt import run_rank
 
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
-    return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+    try:
+        return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+    except Exception as error:  # most often that another rank has died, and all are started again
+        log.error("this rank stops: %s: %s", type(error).__name__, _last_line(error))
+        raise
 
 
 def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
@@ -63,9 +79,11 @@ def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
     """
     try:
         facts = read_json(attempt_dir.facts, Facts)
-    except ValidationError:
+    except (OSError, ValidationError):
         return  # _run says so in the outcome
-    if facts is not None and facts.cluster == "given" and not attempt_dir.claim():
+    if facts is None or facts.cluster == "own":
+        return
+    if not insist(attempt_dir.claim, f"write {attempt_dir.started}", patience_s=READ_S):
         log.error("%s was begun before; the service starts the next attempt", facts.attempt_id)
         sys.exit(NOT_THE_FIRST)
 
@@ -78,53 +96,105 @@ def _log_to_stderr(prefix: str = "") -> None:
 def _run(attempt_dir: AttemptDir) -> Outcome:
     try:
         facts = _read(attempt_dir.facts, Facts)
-    except SpecError as error:
+    except WorkerError as error:
         outcome = failure(error)
-        write_json(attempt_dir.outcome, outcome)  # nothing says which service to tell
+        record(attempt_dir, outcome)  # nothing says which service to tell
         return outcome
     try:
-        outcome = _run_on_ray(attempt_dir, _read(attempt_dir.spec, JobSpec), facts)
+        outcome = _train(attempt_dir, _read(attempt_dir.spec, JobSpec), facts)
     except WorkerError as error:
         outcome = failure(error)
     except Exception as error:
         log.exception("the driver failed")
         outcome = failure(ClusterError(f"the driver failed with {type(error).__name__}: {_last_line(error)}"))
+    if outcome.result == "cancelled":
+        outcome = _with_signal(attempt_dir, outcome)
     conclude(attempt_dir, outcome)
     return outcome
 
 
 def _read(path: Path, model: type[Model]) -> Model:
+    def read() -> Model:
+        content = read_json(path, model)
+        if content is None:
+            raise FileNotFoundError(f"no file {path}; whoever starts the driver writes it first")
+        return content
+
     try:
-        found = read_json(path, model)
+        return insist(read, f"read {path}", patience_s=READ_S)
     except ValidationError as error:
         raise SpecError(
             f"{path} is invalid: " + "; ".join(problem.detail for problem in explain(error, model))
         ) from error
-    if found is None:
-        raise SpecError(f"no file {path}; whoever starts the driver writes it first")
-    return found
 
 
-def _run_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+def _train(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    if facts.cluster == "own" and spec.resources.workers == 1:
+        return _train_here(attempt_dir, spec, facts)
+    return _train_on_ray(attempt_dir, spec, facts)
+
+
+def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    from workers.attempt import run_rank
+
+    for restarts_left in range(spec.failure.worker_restarts, -1, -1):
+        if _is_stopped(attempt_dir):
+            return Outcome(result="cancelled", step=_saved_step(spec, facts))
+        try:
+            return run_rank(attempt_dir)
+        except Exception as error:
+            log.exception("the worker failed; it is started again %d times at most", restarts_left)
+            if not restarts_left:
+                raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
+    raise AssertionError("the last round returns or raises")
+
+
+def _train_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
     # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort. The thread that
     # started Ray has to outlive it: shut down after that, it ends the process without a word.
     with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread, RayCluster(facts.cluster) as cluster:
-        thread.submit(cluster.start, spec).result()
+        thread.submit(cluster.start, spec.resources).result()
         _log_to_stderr()  # again: Ray has put its own handler there
         _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
         cluster.check(spec)
-        if attempt_dir.stop.exists():
+        waiting = WaitingReporter(attempt_dir)
+        try:
+            thread.submit(cluster.wait_for_room, spec, waiting.tell, lambda: _is_stopped(attempt_dir)).result()
+        finally:
+            waiting.close()
+        if _is_stopped(attempt_dir):
             return Outcome(result="cancelled", step=_saved_step(spec, facts))
         return thread.submit(_fit, attempt_dir, spec, facts).result()
 
 
 def _stop_in_order_on_signals(attempt_dir: AttemptDir) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
-        log.info("%s: the workers stop after the current step", signal.Signals(number).name)
-        attempt_dir.stop.touch()
+        name = signal.Signals(number).name
+        log.info("%s: the workers stop after the current step", name)
+        # In a thread: what the main thread does must neither wait for the disk nor meet its errors.
+        threading.Thread(target=_ask_to_stop, args=(attempt_dir.stop, name), daemon=True).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+def _ask_to_stop(path: Path, signal_name: str) -> None:
+    try:
+        insist(lambda: path.write_text(signal_name), f"write {path}", patience_s=STOP_S)
+    except StorageError as error:
+        log.error("%s", error)
+
+
+def _is_stopped(attempt_dir: AttemptDir) -> bool:
+    return insist(attempt_dir.stop.exists, f"look for {attempt_dir.stop}", patience_s=READ_S)
+
+
+def _with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
+    """Returns the outcome with the signal that it was stopped by, if it was one."""
+    with contextlib.suppress(OSError):
+        if name := attempt_dir.stop.read_text():
+            return outcome.model_copy(update={"reason": "StoppedFromOutside", "message": f"stopped by {name}"})
+    return outcome
 
 
 def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
@@ -138,18 +208,20 @@ def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": resources.threads_per_worker} | _gpus(resources.gpus_per_worker),
+            resources_per_worker=bundle(resources),
         ),
         run_config=RunConfig(
             name=facts.attempt_id,
             storage_path=str(facts.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            # A traceback of each rank at each restart, and of Ray's own cleaning up; the last ones are in `error`.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
+        log.error("%s", error)
         raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
     return Outcome.model_validate(result.return_value)
 
@@ -158,10 +230,6 @@ def _saved_step(spec: JobSpec, facts: Facts) -> int:
     from workers.checkpoints import Checkpoints
 
     return Checkpoints(facts.run_dir / "checkpoints", facts.attempt, spec.checkpoint.keep).newest_step()
-
-
-def _gpus(count: int) -> dict[str, float]:
-    return {"GPU": count} if count else {}
 
 
 def _explain(error: Exception, restarts: int) -> str:

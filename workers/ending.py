@@ -2,10 +2,13 @@
 
 from workers.errors import WorkerError
 from workers.events import Cancelled, Done, Event, Failed
+from workers.patience import insist
 from workers.reporter import SpoolingReporter
 from workers.rundir import AttemptDir, Outcome, write_json
 
-__all__ = ["conclude", "failure", "summary"]
+__all__ = ["conclude", "failure", "record", "summary"]
+
+OUTCOME_S = 60.0
 
 
 def failure(error: WorkerError) -> Outcome:
@@ -14,11 +17,19 @@ def failure(error: WorkerError) -> Outcome:
 
 
 def conclude(attempt_dir: AttemptDir, outcome: Outcome) -> None:
-    """Reports the attempt's last event and writes outcome.json. Called once, when no rank writes events any more."""
+    """Reports the attempt's last event and writes outcome.json. Called once, when no rank writes events any more.
+
+    Raises: StorageError if it can't be written for OUTCOME_S; without it the attempt counts as one that died.
+    """
     reporter = SpoolingReporter(attempt_dir)
     reporter.report(_last_event(outcome))
     reporter.close()
-    write_json(attempt_dir.outcome, outcome)
+    record(attempt_dir, outcome)
+
+
+def record(attempt_dir: AttemptDir, outcome: Outcome) -> None:
+    """Writes outcome.json. Raises: StorageError."""
+    insist(lambda: write_json(attempt_dir.outcome, outcome), f"write {attempt_dir.outcome}", patience_s=OUTCOME_S)
 
 
 def summary(outcome: Outcome) -> str:
@@ -26,7 +37,7 @@ def summary(outcome: Outcome) -> str:
     if outcome.result == "failed":
         return f"failed: {outcome.reason}: {outcome.message}"
     if outcome.result == "cancelled":
-        return f"cancelled after step {outcome.step}"
+        return f"cancelled after step {outcome.step}" + (f": {outcome.message}" if outcome.message else "")
     return f"succeeded after step {outcome.step}: test accuracy {outcome.test_accuracy:.4f}"
 
 

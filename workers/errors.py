@@ -8,7 +8,9 @@ WorkerError
 +-- IncompatibleCheckpointError (ValueError)  the run directory's checkpoint is of another model
 +-- NonFiniteLossError (ArithmeticError)      training diverged
 +-- SupersededError (RuntimeError)            a later attempt of the same job has taken over
-+-- ClusterError (RuntimeError)               Ray could not start the workers, or they died too often
++-- ClusterError (RuntimeError)               the workers died too often, or Ray could not start them
+|   +-- RayStartError                         Ray itself did not start, or does not answer
++-- StorageError (OSError)                    a file can't be read or written, for longer than a moment
 """
 
 from typing import ClassVar
@@ -19,7 +21,9 @@ __all__ = [
     "IncompatibleCheckpointError",
     "InvalidDataError",
     "NonFiniteLossError",
+    "RayStartError",
     "SpecError",
+    "StorageError",
     "SupersededError",
     "UserCodeError",
     "WorkerError",
@@ -79,4 +83,17 @@ class ClusterError(WorkerError, RuntimeError):
     """Ray could not start the workers, or they died more often than the spec allows."""
 
     reason = "ClusterFailed"
+    retryable = True
+
+
+class RayStartError(ClusterError):
+    """Ray itself did not start on this machine, or the one that runs the driver does not answer."""
+
+    reason = "RayNotStarted"
+
+
+class StorageError(WorkerError, OSError):
+    """A file of the job can't be read or written, and not for a moment only: a full disk, a lost volume."""
+
+    reason = "StorageUnavailable"
     retryable = True

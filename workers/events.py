@@ -93,6 +93,30 @@ class TargetReached(Fact):
     test_accuracy: float
 
 
+class CheckpointFailed(Fact):
+    """A checkpoint could not be written; training goes on, and the next one is tried when it is due."""
+
+    kind: Literal["checkpoint_failed"] = "checkpoint_failed"
+    step: int
+    message: str
+
+
+class StepsLost(Fact):
+    """Steps were done whose records are nowhere: the curves have a hole there, for good."""
+
+    kind: Literal["steps_lost"] = "steps_lost"
+    first_step: int
+    last_step: int
+    message: str
+
+
+class Waiting(Fact):
+    """The driver waits for CPUs or GPUs before it starts the workers."""
+
+    kind: Literal["waiting"] = "waiting"
+    message: str | None = Field(description="What is waited for, and how much of it there is; None: no longer.")
+
+
 class WorkersRestarted(Fact):
     """The driver starts the workers again after some of them died."""
 
@@ -128,7 +152,18 @@ class Done(Fact):
 
 
 Event = Annotated[
-    Started | Steps | Evaluation | CheckpointSaved | TargetReached | WorkersRestarted | Failed | Cancelled | Done,
+    Started
+    | Steps
+    | Evaluation
+    | CheckpointSaved
+    | CheckpointFailed
+    | StepsLost
+    | TargetReached
+    | Waiting
+    | WorkersRestarted
+    | Failed
+    | Cancelled
+    | Done,
     Field(discriminator="kind"),
 ]
 

@@ -4,19 +4,21 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from ngd_dist.telemetry import Stopwatch
 from workers.batches import Batches, seed_everything, seed_step
-from workers.checkpoints import Checkpoints
+from workers.checkpoints import Checkpoints, Manifest
 from workers.context import TrainContext, commit, versions
 from workers.data import Dataset, load_dataset
-from workers.errors import NonFiniteLossError, SupersededError, WorkerError
-from workers.events import CheckpointSaved, Evaluation, Started, StepRecord, TargetReached
+from workers.errors import NonFiniteLossError, StorageError, SupersededError, WorkerError
+from workers.events import CheckpointFailed, CheckpointSaved, Evaluation, Started, StepRecord, TargetReached
 from workers.learner import Learner, Score, check_model, trainable
 from workers.models import build_model
 from workers.optimizers import chooses_lr, step_stats
+from workers.patience import insist
 from workers.rundir import Outcome
 from workers.schedules import lr_factor, total_steps
 from workers.spec import JobSpec, NGDOptimizer
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 STOP_CODES = {None: 0, "cancelled": 1, "superseded": 2}
 PROGRESS_S = 5.0
+LAST_CHECKPOINT_S = 60.0  # of trying; it is the result
 
 
 def train(spec: JobSpec, context: TrainContext) -> Outcome:
@@ -83,18 +86,26 @@ class Run:
         return self.progress.step % self.spec.checkpoint.every_steps == 0 or self.is_finished
 
     @property
+    def _is_result(self) -> bool:
+        return self.is_finished and not self.is_cancelled
+
+    @property
     def epoch(self) -> float:
         return self.progress.step / self.batches.steps_per_epoch
 
     def resume(self) -> None:
         """Collective. Goes to the newest checkpoint that is whole; rank 0 chooses it for all."""
-        chosen = torch.zeros(1, dtype=torch.int64, device=self.context.device)
-        if self.context.comm.rank == 0:
-            chosen.fill_(self.checkpoints.newest_step())
-        self.context.comm.broadcast("checkpoint to resume from", chosen)
-        step = int(chosen)
-        if step:
-            state = self.checkpoints.load(step, self.context.device)
+        comm, chosen, failure = self.context.comm, 0, None
+        if comm.rank == 0:
+            try:
+                chosen = self.checkpoints.newest_step()
+            except StorageError as error:
+                failure = error
+        chosen, failure = comm.all_gather_object("checkpoint to resume from", (chosen, failure))[0]
+        if failure is not None:
+            raise failure
+        if chosen:
+            state = self.checkpoints.load(chosen, self.context.device)
             self.progress = Progress(**state.pop("progress"))
             self.learner.load_state_dict(state)
 
@@ -156,21 +167,39 @@ class Run:
             report(TargetReached(step=step, test_accuracy=score.accuracy))
 
     def save_checkpoint(self) -> None:
-        """Collective. Rank 0 writes; all return when it is complete. Raises: SupersededError."""
+        """Collective. Rank 0 writes; all return when it is complete.
+
+        One that can't be written is told and left out, but for the last. Raises: SupersededError, StorageError.
+        """
         state = self.learner.state_dict() | {"progress": asdict(self.progress)}
-        refused = torch.zeros(1, device=self.context.device)
+        failure: WorkerError | None = None
         if self.context.comm.rank == 0:
-            try:
-                manifest = self.checkpoints.save(self.progress.step, state, world_size=self.context.comm.world_size)
-            except SupersededError as error:
-                log.warning("%s", error)
-                refused.fill_(1)
-            else:
-                path = self.checkpoints.path(manifest.step).relative_to(self.context.run_dir)
-                self.context.reporter.report(CheckpointSaved(step=manifest.step, path=str(path), bytes=manifest.bytes))
-        self.context.comm.all_reduce("checkpoint written", refused)
-        if refused.item():
-            raise _superseded(self.context.attempt)
+            failure = self._write_checkpoint(state)
+        failure = self.context.comm.all_gather_object("checkpoint written", failure)[0]
+        if failure is not None:
+            raise failure
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> WorkerError | None:
+        step, reporter = self.progress.step, self.context.reporter
+        reporter.flush()  # the attempt after a crash goes on from here: the steps before are told by nobody else
+        try:
+            manifest = self._save_persistently(step, state) if self._is_result else self._save(step, state)
+        except SupersededError as error:
+            log.warning("%s", error)
+            return error
+        except StorageError as error:
+            log.error("%s", error)
+            reporter.report(CheckpointFailed(step=step, message=str(error)))
+            return error if self._is_result else None
+        path = self.checkpoints.path(manifest.step).relative_to(self.context.run_dir)
+        reporter.report(CheckpointSaved(step=manifest.step, path=str(path), bytes=manifest.bytes))
+        return None
+
+    def _save(self, step: int, state: dict[str, Any]) -> Manifest:
+        return self.checkpoints.save(step, state, world_size=self.context.comm.world_size)
+
+    def _save_persistently(self, step: int, state: dict[str, Any]) -> Manifest:
+        return insist(lambda: self._save(step, state), "save the last step", patience_s=LAST_CHECKPOINT_S)
 
     def outcome(self) -> Outcome:
         """Collective. Returns the result; evaluates if this process has not evaluated the last step."""

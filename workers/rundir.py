@@ -7,7 +7,8 @@
             attempt.json         Facts (mode 0600): who this attempt is and where the service listens
             process.json         pid and start time of the driver, written by what started it
             started              its existence says that a driver has begun, where somebody else might begin it again
-            stop                 its existence asks the attempt to end in order; touched by the driver on SIGTERM
+            stop                 its existence asks the attempt to end in order; names the signal that asked, if one did
+            ended                the fence: the service has ended the attempt, which commits no checkpoint any more
             events.jsonl         the reporter's spool: one Numbered event a line
             outcome.json         Outcome: how the attempt ended; written once, by the driver, as its last act
             log.txt              stdout and stderr of the driver and its workers
@@ -55,8 +56,8 @@ class Outcome(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     result: Literal["succeeded", "failed", "cancelled"]
-    reason: str | None = Field(None, description="CamelCase word for machines when failed.")
-    message: str | None = Field(None, description="One sentence for a person when failed.")
+    reason: str | None = Field(None, description="CamelCase word for machines when failed, or stopped by a signal.")
+    message: str | None = Field(None, description="One sentence for a person when failed, or stopped by a signal.")
     retryable: bool = Field(False, description="Whether another attempt could end differently.")
     step: int = 0
     test_accuracy: float | None = None
@@ -102,6 +103,10 @@ class AttemptDir:
     @property
     def stop(self) -> Path:
         return self.path / "stop"
+
+    @property
+    def ended(self) -> Path:
+        return self.path / "ended"
 
     @property
     def outcome(self) -> Path:
@@ -151,6 +156,6 @@ def write_json(path: Path, value: BaseModel) -> None:
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(name)
         raise

@@ -268,8 +268,16 @@ class Checkpoint(SpecModel):
 class Failure(SpecModel):
     """How often a job is tried again after its workers or its driver died."""
 
-    worker_restarts: int = Field(3, ge=0, le=1000, description="Restarts of the worker group within one attempt.")
-    max_attempts: int = Field(3, ge=1, le=1000, description="Attempts of the whole job.")
+    worker_restarts: int = Field(
+        3,
+        ge=0,
+        le=1000,
+        description="Restarts of the worker group within one attempt. A single worker without Ray is the driver: it is "
+        "started again after an error, and its death ends the attempt.",
+    )
+    max_attempts: int = Field(
+        3, ge=1, le=1000, description="Attempts of the whole job whose workers have begun; others are counted apart."
+    )
 
 
 class Target(SpecModel):

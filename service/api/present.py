@@ -1,8 +1,9 @@
 """Records of the store as resources of the API."""
 
 from service.job_state import TERMINAL
-from service.resources import Event, Job, Progress, Result, Status
+from service.resources import Event, Job, Progress, Result, Status, StepRange
 from service.store.base import EventRecord, JobRecord
+from service.store.progress import LOST
 from workers.rundir import Outcome
 
 __all__ = ["event_resource", "job_resource"]
@@ -49,7 +50,9 @@ def _progress(job: JobRecord) -> Progress:
     step_s = job.progress.get("step_s")
     is_moving = job.state.phase not in TERMINAL and total_steps is not None and step_s is not None
     eta_s = round((total_steps - step) * step_s, 1) if is_moving else None
-    return Progress(step=step, total_steps=total_steps, epoch=job.progress.get("epoch"), eta_s=eta_s)
+    lost = [StepRange(first_step=first, last_step=last) for first, last in job.progress.get(LOST, [])]
+    epoch = job.progress.get("epoch")
+    return Progress(step=step, total_steps=total_steps, epoch=epoch, eta_s=eta_s, lost_steps=lost)
 
 
 def _result(outcome: Outcome) -> Result:

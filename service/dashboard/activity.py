@@ -14,13 +14,23 @@ ICONS = {
     "started": "rocket_launch",
     "evaluation": "fact_check",
     "checkpoint": "save",
+    "checkpoint_failed": "warning",
+    "steps_lost": "warning",
     "target_reached": "flag",
+    "waiting": "hourglass_empty",
     "workers_restarted": "restart_alt",
     "failed": "error",
     "cancelled": "block",
     "done": "check_circle",
 }
-TONES = {"failed": "bad", "workers_restarted": "bad", "done": "good", "target_reached": "good"}
+TONES = {
+    "failed": "bad",
+    "workers_restarted": "bad",
+    "checkpoint_failed": "bad",
+    "steps_lost": "bad",
+    "done": "good",
+    "target_reached": "good",
+}
 
 
 class LogPanel:
@@ -92,6 +102,13 @@ def words(event: Event) -> str:
             )
         case "checkpoint":
             return f"Checkpoint of step {data['step']:,} saved ({binary_bytes(data['bytes'])})"
+        case "checkpoint_failed":
+            return f"Checkpoint of step {data['step']:,} left out: {data['message']}"
+        case "steps_lost":
+            return f"Steps {data['first_step']:,} to {data['last_step']:,} are lost: {data['message']}"
+        case "waiting":
+            message = str(data["message"] or "waiting is over")
+            return message[:1].upper() + message[1:]
         case "target_reached":
             return f"Target reached at step {data['step']:,}: test accuracy {percent(data['test_accuracy'])}"
         case "workers_restarted":

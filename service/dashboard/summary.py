@@ -8,7 +8,7 @@ from service.dashboard.theme import phase_badge
 from service.dashboard.units import ago, duration, number, percent
 from service.resources import Job
 
-__all__ = ["Summary"]
+__all__ = ["Summary", "progress_words"]
 
 
 class Fact:
@@ -84,7 +84,7 @@ class Summary:
         total = progress.total_steps
         share = min(1.0, progress.step / total) if total else 0.0
         epoch = "" if progress.epoch is None else f"epoch {progress.epoch:.1f}"
-        self.progress.show(f"{progress.step:,}" + (f" / {total:,}" if total else ""), f"steps, {100 * share:.0f}%")
+        self.progress.show(f"{progress.step:,}" + (f" / {total:,}" if total else ""), progress_words(job))
         self.progress.value.props(f'title="{epoch}"')
         self.filled.style(f"width: {100 * share:.1f}%").classes(replace=job.status.phase)
         self.track.props(f'aria-valuenow={100 * share:.0f} aria-label="{progress.step} steps done"')
@@ -130,3 +130,11 @@ def _recipe(job: Job) -> str:
     attempt = f" · attempt {job.status.attempt}" if job.status.attempt > 1 else ""
     by = f" by {job.created_by}" if job.created_by else ""
     return f"{kinds} · {workers} worker{'' if workers == 1 else 's'}{attempt} · submitted {ago(job.created_at)}{by}"
+
+
+def progress_words(job: Job) -> str:
+    """The share of the steps that are done, and which ones the curves lack for good."""
+    progress = job.status.progress
+    share = min(1.0, progress.step / progress.total_steps) if progress.total_steps else 0.0
+    lost = [f"{lost.first_step:,} to {lost.last_step:,}" for lost in progress.lost_steps]
+    return f"steps, {100 * share:.0f}%" + (f"; no record of {', '.join(lost)}" if lost else "")

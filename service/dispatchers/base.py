@@ -5,6 +5,7 @@ What an attempt reads and leaves are files, which files.py knows, the same for e
 
 import hashlib
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ __all__ = [
     "Dispatcher",
     "Launch",
     "Seen",
+    "exit_words",
 ]
 
 JOB_ID, SPEC_SHA256 = "ngd.dev/job-id", "ngd.dev/spec-sha256"  # under which a backend keeps these of a Launch
@@ -87,6 +89,15 @@ class Seen:
     message: str | None = None  # for the job's owner: what it waits for, or what the backend says of its end
 
 
+def exit_words(status: int) -> str:
+    """Returns how a process ended. status: as Python gives it, negative for a signal, or a shell, 128 + its number."""
+    number = -status if status < 0 else status - 128
+    try:
+        return f"was ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"ended with exit status {status}"
+
+
 class Dispatcher(Protocol):
     """Every call may raise BackendError, and may be made again."""
 
@@ -101,5 +112,8 @@ class Dispatcher(Protocol):
         ...
 
     def kill(self, ref: AttemptRef) -> None:
-        """Ends every process of the attempt, also those that a dead driver has left behind; inspect tells when."""
+        """Ends every process of the attempt, also those that a dead driver has left behind.
+
+        On this machine it returns when they are gone; elsewhere inspect tells when.
+        """
         ...

@@ -20,7 +20,7 @@ from workers.events import Numbered, numbered
 from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec_problems import SpecProblemsError, parse_spec
 
-__all__ = ["AttemptFiles", "age_s", "entrypoint"]
+__all__ = ["FINAL", "AttemptFiles", "age_s", "entrypoint"]
 
 FINAL = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
 
@@ -66,29 +66,46 @@ class AttemptFiles:
         return folder
 
     def announce(self, ref: AttemptRef) -> None:
-        """Tells a driver that an earlier controller started where this one listens."""
+        """Tells a driver that an earlier controller started where this one listens; tried again at the next look."""
         folder = self.folder(ref)
-        facts = read_json(folder.facts, Facts)
-        if facts is not None and facts.url != self._worker_url:
-            write_json(folder.facts, facts.model_copy(update={"url": self._worker_url}))
+        try:
+            facts = read_json(folder.facts, Facts)
+            if facts is not None and facts.url != self._worker_url:
+                write_json(folder.facts, facts.model_copy(update={"url": self._worker_url}))
+        except (OSError, ValidationError) as error:
+            log.warning("not_announced path=%s error=%s", folder.facts, error)
 
     def ask_to_stop(self, ref: AttemptRef) -> None:
         """Asks the workers to stop after the current step, also those that a late submission will yet start.
 
         A volume that can't be written is logged: whoever ends an attempt has other ways too.
         """
-        folder = self.folder(ref)
+        self._touch(self.folder(ref).stop)
+
+    def fence(self, ref: AttemptRef) -> None:
+        """Forbids the attempt to commit checkpoints: whatever is left of it, the next one resumes from none of its own.
+
+        A volume that can't be written is logged: the attempt's processes are ended besides.
+        """
+        self._touch(self.folder(ref).ended)
+
+    def _touch(self, path: Path) -> None:
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder.stop.touch()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         except OSError as error:
-            log.warning("stop_not_written path=%s error=%s", folder.stop, error)
+            log.warning("not_written path=%s error=%s", path, error)
 
     def outcome(self, ref: AttemptRef) -> Outcome | None:
-        """Returns how the attempt ended; a file that can't be read counts as none, so that the job goes on."""
+        """Returns how the attempt ended; a file that makes no sense counts as none, so that the job goes on.
+
+        Raises: BackendRefusedError if it can't be read now: a job that has ended must not be run once more for that.
+        """
         folder = self.folder(ref)
         try:
             return folder.read_outcome()
+        except OSError as error:
+            raise _unreadable(folder.outcome, error) from error
         except ValidationError as error:
             log.error("outcome_unreadable path=%s error=%s", folder.outcome, error)
             return None
@@ -98,7 +115,7 @@ class AttemptFiles:
         return ended_at is not None and time.time() - ended_at.timestamp() < OUTCOME_DELAY_S
 
     def undelivered(self, ref: AttemptRef, after_seq: int) -> Iterator[list[Numbered]]:
-        """Yields the attempt's own record of its events after `after_seq`, in batches."""
+        """Yields the attempt's own record of its events after `after_seq`, in batches. Raises: BackendRefusedError."""
         batch: list[Numbered] = []
         for event in _spooled(self.folder(ref).spool):
             if event.seq > after_seq:
@@ -166,5 +183,11 @@ def _spooled(path: Path) -> Iterator[Numbered]:
                     yield numbered.validate_json(line)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except ValidationError as error:
         log.error("spool_unreadable path=%s error=%s", path, error)
+
+
+def _unreadable(path: Path, error: OSError) -> BackendRefusedError:
+    return BackendRefusedError(f"can't read {path}: {error.strerror}; the job goes on when that can be read again")

@@ -16,8 +16,16 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, Field
 
-from service.dispatchers.base import AttemptRef, DispatchError, Launch, Seen
-from service.dispatchers.files import AttemptFiles, age_s
+from service.dispatchers.base import (
+    AttemptRef,
+    BackendRefusedError,
+    DispatchError,
+    Launch,
+    Seen,
+    exit_words,
+)
+from service.dispatchers.files import FINAL, AttemptFiles, age_s
+from service.dispatchers.processes import end_all, mark
 from service.failpoint import Failpoint
 from service.job_state import Process
 from service.settings import Settings
@@ -28,6 +36,7 @@ __all__ = ["LocalDispatcher"]
 log = logging.getLogger(__name__)
 
 START_TIME_TOLERANCE_S = 2.0  # the kernel's clock of start times moves a little when the wall clock is corrected
+LAST_THREADS_S = 5.0  # a process is a zombie, and can't be waited for yet, until its last thread has ended
 LINGER_S = 30.0  # for a driver that has written its outcome to leave by itself
 
 
@@ -50,7 +59,8 @@ class LocalDispatcher:
         self._files = files
         self._command = tuple(command)
         self._failpoint = failpoint
-        self._children: list[subprocess.Popen[bytes]] = []  # to be waited for, lest they stay as zombies
+        self._children: dict[AttemptRef, subprocess.Popen[bytes]] = {}  # waited for, lest they stay as zombies
+        self._statuses: dict[AttemptRef, int] = {}  # of drivers that this controller has started, and that have ended
 
     @classmethod
     def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "LocalDispatcher":
@@ -61,9 +71,11 @@ class LocalDispatcher:
             return
         folder = self._files.prepare(launch)
         try:
-            self._start(folder)
+            self._start(launch.ref, folder)
         except OSError as error:
-            raise DispatchError(f"can't start {self._command[0]} in {folder.path}: {error.strerror}") from error
+            sentence = f"can't start {self._command[0]} in {folder.path}: {error.strerror}"
+            # A full disk or too many processes pass; a command that is not there does not.
+            raise (DispatchError if error.errno in FINAL else BackendRefusedError)(sentence) from error
 
     def inspect(self, ref: AttemptRef) -> Seen:
         folder = self._files.folder(ref)
@@ -77,7 +89,9 @@ class LocalDispatcher:
             self._files.announce(ref)
             return Seen(Process.RUNNING)
         was_started = outcome is not None or folder.process.exists()
-        return Seen(Process.EXITED if was_started else Process.UNKNOWN, outcome)
+        if not was_started:
+            return Seen(Process.UNKNOWN, outcome)
+        return Seen(Process.EXITED, outcome, self._ended_how(ref) if outcome is None else None)
 
     def interrupt(self, ref: AttemptRef) -> None:
         driver = self._driver(self._files.folder(ref))
@@ -86,19 +100,21 @@ class LocalDispatcher:
                 driver.send_signal(signal.SIGINT)
 
     def kill(self, ref: AttemptRef) -> None:
+        """Returns when none of the attempt's processes is left, so that nothing more is written by them."""
         folder = self._files.folder(ref)
         driver = self._driver(folder)
         noted = read_json(folder.process, DriverProcess)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            descendants = driver.children(recursive=True) if driver else []
-            for process in descendants:  # those that have left the group
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        if noted is not None and (driver is not None or _has_its_group(noted)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(noted.pid, signal.SIGKILL)
+        has_group = noted is not None and (driver is not None or _has_its_group(noted))
+        left = end_all(ref.attempt_id, noted.pid if noted and has_group else None)
+        self._reap()
+        self._statuses.pop(ref, None)
+        if left:
+            raise BackendRefusedError(
+                f"processes {', '.join(map(str, left))} of attempt {ref.number} live on after SIGKILL; they wait for a "
+                "device or a volume: see to it, and they end"
+            )
 
-    def _start(self, folder: AttemptDir) -> None:
+    def _start(self, ref: AttemptRef, folder: AttemptDir) -> None:
         with folder.log.open("ab") as output:
             child = subprocess.Popen(
                 [*self._command, str(folder.path)],
@@ -106,13 +122,17 @@ class LocalDispatcher:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=os.environ | mark(ref.attempt_id),
             )
-        self._children.append(child)
+        self._children[ref] = child
         self._failpoint.reach("after_spawn")
         self._note(folder, psutil.Process(child.pid))
 
     def _note(self, folder: AttemptDir, driver: psutil.Process) -> None:
-        write_json(folder.process, DriverProcess.of(driver))
+        try:
+            write_json(folder.process, DriverProcess.of(driver))
+        except OSError as error:  # it runs, and is found by its folder until this can be written
+            log.warning("process_not_noted path=%s error=%s", folder.process, error)
 
     def _driver(self, folder: AttemptDir) -> psutil.Process | None:
         """Returns the driver if it lives."""
@@ -127,8 +147,20 @@ class LocalDispatcher:
             self._note(folder, found)
         return found
 
+    def _ended_how(self, ref: AttemptRef) -> str | None:
+        """Returns how the driver ended in words, None if another controller had started it."""
+        if (child := self._children.get(ref)) is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(LAST_THREADS_S)
+            self._reap()
+        status = self._statuses.get(ref)
+        return None if status is None else f"the driver {exit_words(status)}"
+
     def _reap(self) -> None:
-        self._children = [child for child in self._children if child.poll() is None]
+        for ref, child in list(self._children.items()):
+            if child.poll() is not None:
+                self._statuses[ref] = child.returncode
+                del self._children[ref]
 
 
 def _living(noted: DriverProcess) -> psutil.Process | None:

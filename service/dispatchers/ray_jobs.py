@@ -22,6 +22,7 @@ from service.dispatchers.base import (
     DispatchError,
     Launch,
     Seen,
+    exit_words,
 )
 from service.dispatchers.files import AttemptFiles, age_s, entrypoint
 from service.errors import StartupError
@@ -50,6 +51,12 @@ class RayJob(BaseModel):
     @property
     def ended_at(self) -> datetime | None:
         return None if self.end_time is None else datetime.fromtimestamp(self.end_time / 1000, UTC)
+
+    @property
+    def ended_how(self) -> str | None:
+        if self.driver_exit_code is not None:
+            return f"the driver {exit_words(self.driver_exit_code)}"
+        return _first_line(self.message)
 
 
 class RayJobsDispatcher:
@@ -137,7 +144,7 @@ class RayJobsDispatcher:
         ended_by_itself = job.driver_exit_code in EXIT_STATUS.values()
         if outcome is None and ended_by_itself and self._files.may_still_show(job.ended_at):
             return Seen(Process.RUNNING, message="waiting for the outcome on the shared volume")
-        return Seen(Process.EXITED, outcome, _first_line(job.message) if outcome is None else None)
+        return Seen(Process.EXITED, outcome, job.ended_how if outcome is None else None)
 
     def interrupt(self, ref: AttemptRef) -> None:
         self._files.ask_to_stop(ref)

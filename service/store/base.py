@@ -196,9 +196,10 @@ class Store(Protocol):
         """Returns the attempt, ended or not; None: there is none."""
         ...
 
-    def ingest(self, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
+    def ingest(self, attempt_id: str, delivered: Sequence[Numbered], *, is_late: bool = False) -> Ingested:
         """Stores what is new by (attempt, seq); a repeated delivery changes nothing.
 
+        is_late: the controller itself delivers what an attempt has left behind, before the next one starts.
         Raises: NotFoundError, StaleAttemptError (the attempt has ended or a later one has taken over).
         """
         ...

@@ -1,5 +1,6 @@
 """What one delivery of an attempt's events changes, within a transaction that sql.py has begun."""
 
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -11,26 +12,32 @@ from service.errors import NotFoundError, StaleAttemptError
 from service.job_state import Desired
 from service.store import tables as t
 from service.store.base import Ingested
-from service.store.progress import Standing, advance, summary
+from service.store.progress import Standing, advance, newly_lost, summary
 from workers.events import Evaluation, Numbered, Steps
 
 __all__ = ["INSERT", "ingest"]
+
+log = logging.getLogger(__name__)
 
 INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 ROWS_PER_STATEMENT = 500  # times five columns stays far below SQLite's 32,766 variables
 
 
-def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
+def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbered], *, is_late: bool) -> Ingested:
     """Returns what to answer. Only events whose seq is not there yet have an effect, so a replay has none."""
     attempt, job = _lock(connection, attempt_id)
+    if not is_late and (attempt.ended_at is not None or attempt.number != job.attempt):
+        raise StaleAttemptError(f"attempt {attempt.number} of {job.id} has ended; its reports no longer count")
     fresh = _unseen(connection, attempt_id, delivered)
     if fresh:
         _insert_events(connection, attempt, fresh)
         _insert_points(connection, attempt, fresh)
-        _advance_job(connection, job, fresh)
+        _advance_job(connection, job, attempt, fresh)
     acknowledged = _acknowledged(connection, attempt)
     has_started = attempt.has_started or any(numbered.event.kind == "started" for numbered in fresh)
-    change = {"acknowledged_seq": acknowledged, "has_started": has_started, "last_seen_at": datetime.now(UTC)}
+    change: dict[str, Any] = {"acknowledged_seq": acknowledged, "has_started": has_started}
+    if not is_late:  # nothing was heard of it: these are words from before
+        change["last_seen_at"] = datetime.now(UTC)
     connection.execute(sa.update(t.attempts).where(t.attempts.c.id == attempt_id).values(change))
     return Ingested(Desired(job.desired), acknowledged, len(fresh))
 
@@ -41,8 +48,6 @@ def _lock(connection: sa.Connection, attempt_id: str) -> tuple[Any, Any]:
     if job is None:
         raise NotFoundError(f"there is no attempt {attempt_id!r}")
     attempt = connection.execute(sa.select(t.attempts).where(t.attempts.c.id == attempt_id)).one()
-    if attempt.ended_at is not None or attempt.number != job.attempt:
-        raise StaleAttemptError(f"attempt {attempt.number} of {job.id} has ended; its reports no longer count")
     return attempt, job
 
 
@@ -97,16 +102,31 @@ def _upsert(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any
     connection.execute(insert.on_conflict_do_update(index_elements=["job_id", "step"], set_=change, where=is_later))
 
 
-def _advance_job(connection: sa.Connection, job: Any, fresh: Sequence[Numbered]) -> None:
+def _advance_job(connection: sa.Connection, job: Any, attempt: Any, fresh: Sequence[Numbered]) -> None:
     standing = Standing(job.progress, job.metrics_latest)
-    for numbered in fresh:
-        standing = advance(standing, numbered)
+    for place, numbered in enumerate(fresh, start=attempt.acknowledged_seq + 1):
+        before, standing = standing, advance(standing, numbered, is_in_order=numbered.seq == place)
+        for first, last in newly_lost(before, standing, numbered):
+            _insert_loss(connection, attempt, first, last)
     change = {
         "progress": dict(standing.progress),
         "metrics_latest": dict(standing.metrics),
         "resource_version": t.jobs.c.resource_version + 1,
     }
     connection.execute(sa.update(t.jobs).where(t.jobs.c.id == job.id).values(change))
+
+
+def _insert_loss(connection: sa.Connection, attempt: Any, first: int, last: int) -> None:
+    log.warning("steps_lost attempt=%s first_step=%d last_step=%d", attempt.id, first, last)
+    why = "they were done, and no record of them has arrived"
+    row = {
+        "job_id": attempt.job_id,
+        "attempt": attempt.number,
+        "kind": "steps_lost",
+        "time": datetime.now(UTC),
+        "data": {"first_step": first, "last_step": last, "message": why},
+    }
+    connection.execute(sa.insert(t.events).values(row))
 
 
 def _acknowledged(connection: sa.Connection, attempt: Any) -> int:

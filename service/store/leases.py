@@ -1,6 +1,6 @@
 """Which jobs a controller may take under its lease, and what it may change only while it holds it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -9,8 +9,9 @@ import sqlalchemy as sa
 from service.job_state import ACTIVE, Desired, Phase
 from service.store import tables as t
 from service.store.base import Claim
+from service.store.progress import WAITS_FOR
 
-__all__ = ["change_leased", "is_alone", "is_free", "needs_a_look", "num_taken"]
+__all__ = ["change_leased", "failed_starts", "is_alone", "is_free", "needs_a_look", "num_given_back", "num_taken"]
 
 CLAIMING = 0x6E6764_0002  # PostgreSQL's number for the lock: "ngd", 2
 
@@ -34,6 +35,24 @@ def num_taken(connection: sa.Connection, now: datetime) -> int:
     is_starting = (t.jobs.c.phase == Phase.QUEUED) & ~is_free(now)
     query = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE) | is_starting)
     return int(connection.execute(query).scalar_one())
+
+
+def num_given_back(connection: sa.Connection, max_running: int) -> int:
+    """Slots of active jobs whose drivers wait for CPUs: as many as there are, since each of these is a process too."""
+    is_short = (t.jobs.c.phase == Phase.STARTING) & t.jobs.c.progress[WAITS_FOR].as_string().is_not(None)
+    query = sa.select(sa.func.count()).select_from(t.jobs).where(is_short)
+    return min(int(connection.execute(query).scalar_one()), max_running)
+
+
+def failed_starts(connection: sa.Connection, job_ids: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Returns how many ended attempts of each job never had workers that reported: in all, and the last in a row."""
+    ended = sa.select(t.attempts.c.job_id, t.attempts.c.has_started)
+    ended = ended.where(t.attempts.c.job_id.in_(job_ids), t.attempts.c.ended_at.is_not(None))
+    failures: dict[str, tuple[int, int]] = {}
+    for job_id, has_started in connection.execute(ended.order_by(t.attempts.c.number)):
+        total, in_a_row = failures.get(job_id, (0, 0))
+        failures[job_id] = (total, 0) if has_started else (total + 1, in_a_row + 1)
+    return failures
 
 
 def needs_a_look(slots: int) -> sa.ColumnElement[bool]:

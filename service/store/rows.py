@@ -9,13 +9,16 @@ from workers.rundir import Outcome
 __all__ = ["attempt_record", "event_record", "job_record"]
 
 
-def job_record(row: Any) -> JobRecord:
+def job_record(row: Any, failed_starts: int = 0, failed_starts_in_a_row: int = 0) -> JobRecord:
+    """Returns the job; the attempts' rows tell of failed starts, which only who decides on the job needs."""
     state = JobState(
         phase=Phase(row.phase),
         desired=Desired(row.desired),
         max_attempts=row.max_attempts,
         cancel_requested_at=row.cancel_requested_at,
         retry_at=row.retry_at,
+        failed_starts=failed_starts,
+        failed_starts_in_a_row=failed_starts_in_a_row,
     )
     return JobRecord(
         id=row.id,

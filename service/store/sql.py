@@ -31,7 +31,16 @@ from service.store.base import (
 from service.store.census import census
 from service.store.engine import READ_ONLY, describe, open_engine, reported
 from service.store.ingest import INSERT, ingest
-from service.store.leases import change_leased, is_alone, is_free, needs_a_look, num_taken
+from service.store.leases import (
+    change_leased,
+    failed_starts,
+    is_alone,
+    is_free,
+    needs_a_look,
+    num_given_back,
+    num_taken,
+)
+from service.store.progress import WAITS_FOR
 from service.store.rows import attempt_record, event_record, job_record
 from service.store.schema import is_usable, revision, upgrade
 from workers.events import Numbered
@@ -168,14 +177,16 @@ class SQLStore:
         with self._write() as connection:
             if not is_alone(connection):
                 return []
-            slots = max_running - num_taken(connection, now)
+            slots = max_running - num_taken(connection, now) + num_given_back(connection, max_running)
             query = sa.select(t.jobs).where(is_free(now), needs_a_look(slots)).order_by(t.jobs.c.id)
             rows = connection.execute(query.with_for_update(skip_locked=True)).all()
             ids = [row.id for row in rows]
             connection.execute(sa.update(t.jobs).where(t.jobs.c.id.in_(ids)).values(lease))
             live = sa.select(t.attempts).where(t.attempts.c.job_id.in_(ids), t.attempts.c.ended_at.is_(None))
             attempt_of = {row.job_id: attempt_record(row) for row in connection.execute(live)}
-            return [Claim(job_record(row), attempt_of.get(row.id), lease_token) for row in rows]
+            failures = failed_starts(connection, ids)
+            jobs = [job_record(row, *failures.get(row.id, (0, 0))) for row in rows]
+            return [Claim(job, attempt_of.get(job.id), lease_token) for job in jobs]
 
     def renew(self, claim: Claim, now: datetime, lease_s: float) -> bool:
         with self._write() as connection:
@@ -245,9 +256,9 @@ class SQLStore:
             row = connection.execute(sa.select(t.attempts).where(t.attempts.c.id == attempt_id)).one_or_none()
             return None if row is None else attempt_record(row)
 
-    def ingest(self, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
+    def ingest(self, attempt_id: str, delivered: Sequence[Numbered], *, is_late: bool = False) -> Ingested:
         with self._write() as connection:
-            return ingest(connection, attempt_id, delivered)
+            return ingest(connection, attempt_id, delivered, is_late=is_late)
 
     def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]:
         query = sa.select(t.events).where(t.events.c.job_id == job_id, t.events.c.id > after)
@@ -350,7 +361,8 @@ def _job_change(
     if decision.phase is Phase.SUCCEEDED and outcome is not None:
         change["result"] = outcome.model_dump_json()
     if decision.action is Action.NEW_ATTEMPT:
-        change |= {"attempt": number, "started_at": job.started_at or now}
+        waits_no_longer = {name: value for name, value in job.progress.items() if name != WAITS_FOR}
+        change |= {"attempt": number, "started_at": job.started_at or now, "progress": waits_no_longer}
     return change
 
 

@@ -33,6 +33,8 @@ ALL_SETTINGS: dict[str, Any] = {
         "tickSeconds": 0.5,
         "leaseSeconds": 20,
         "retryBackoffSeconds": 0,
+        "maxFailedStarts": 5,
+        "startBackoffSeconds": 30,
         "cancelGraceSeconds": 60,
         "interruptGraceSeconds": 15,
         "unreachableSeconds": 900,

@@ -139,6 +139,21 @@ def test_job_whose_attempts_all_die_fails_and_says_how_often(start_anywhere: Sta
     assert "failure.max_attempts is 2" in (ended.status.message or "")
 
 
+def test_attempts_that_never_started_are_not_counted_as_the_jobs(start_service: Start) -> None:
+    service = start_service()
+
+    posted = service.client.submit(spec("late", steps=30, failure={"max_attempts": 1}))
+    ended = service.client.wait(posted.id, timeout_s=60)
+
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 4)
+    phases = [event.data for event in all_events(service.client, ended.id) if event.kind == "phase"]
+    (first, *_) = [data["message"] for data in phases if data["to"] == "RECOVERING"]
+    assert first == (
+        "attempt 1 died without a result before its workers had started: the driver ended with exit status 9; "
+        "1 in a row, the next one starts in 0.1 s"
+    )
+
+
 def test_second_controller_on_the_same_home_is_refused(start_service: Start, tmp_path: Path) -> None:
     start_service()
 

@@ -137,13 +137,59 @@ def test_last_failure_says_how_often_and_why() -> None:
     assert decision.message == "attempt 3 failed: lost; failure.max_attempts is 3; the job's log tells more"
 
 
+def test_attempts_that_never_started_do_not_count_towards_the_jobs_own() -> None:
+    unstarted = attempt(7, **SILENT)
+    waiting_out = job(Phase.STARTING, failed_starts=6, failed_starts_in_a_row=6)
+
+    decision = decide(waiting_out, unstarted, seen(**GONE, outcome=UNLUCKY), POLICY)
+
+    assert (decision.phase, decision.reason) == (Phase.RECOVERING, "WorkerLost")
+    assert decision.message == "attempt 7 failed: lost; 7 in a row, the next one starts in 300 s"
+    started = decide(waiting_out, attempt(7), seen(**GONE, outcome=UNLUCKY), POLICY)
+    assert started.retry_at == NOW + timedelta(seconds=2)  # the first of its kind
+
+
+def test_patience_with_starts_has_an_end_that_names_the_last_reason() -> None:
+    unstarted = attempt(10, **SILENT)
+    waiting_out = job(Phase.STARTING, failed_starts=9, failed_starts_in_a_row=9)
+
+    decision = decide(waiting_out, unstarted, seen(**GONE, outcome=UNLUCKY), POLICY)
+
+    assert (decision.phase, decision.reason) == (Phase.FAILED, "StartFailed")
+    assert decision.message == "attempt 10 failed: lost; 10 attempts in a row did not start; the job's log tells more"
+
+
+def test_start_backoff_outlasts_a_busy_quarter_of_an_hour() -> None:
+    waits = [POLICY.start_backoff(number).total_seconds() for number in range(1, POLICY.max_failed_starts)]
+
+    assert waits[:5] == [15, 30, 60, 120, 240]
+    assert sum(waits) > 15 * 60
+
+
+def test_driver_stopped_by_a_signal_from_outside_has_a_reason_of_its_own() -> None:
+    stopped = Outcome(result="cancelled", reason="StoppedFromOutside", message="stopped by SIGTERM", step=4)
+
+    decision = decide(job(Phase.RUNNING), attempt(), seen(**GONE, outcome=stopped), POLICY)
+
+    assert (decision.phase, decision.reason) == (Phase.RECOVERING, "StoppedFromOutside")
+    assert "stopped from outside at step 4: stopped by SIGTERM" in (decision.message or "")
+    assert decide(job(Phase.RUNNING), attempt(), seen(**GONE, outcome=STOPPED), POLICY).reason == "StoppedFromOutside"
+
+
 outcomes = st.sampled_from([None, SUCCEEDED, HOPELESS, UNLUCKY, STOPPED])
 sights = st.builds(
-    lambda process, outcome, delay_s: (process, outcome if process is Process.EXITED else None, delay_s),
+    lambda process, outcome, delay_s, reports: (
+        process,
+        outcome if process is Process.EXITED else None,
+        delay_s,
+        reports,
+    ),
     st.sampled_from(Process),
     outcomes,
     st.integers(0, 400),
+    st.booleans(),
 )
+Sight = tuple[Process, Outcome | None, int, bool]
 
 
 class Run:
@@ -153,6 +199,7 @@ class Run:
         self.job = JobState(Phase.QUEUED, Desired.RUNNING, max_attempts=3)
         self.live: AttemptState | None = None
         self.attempts = 0
+        self.started = 0  # attempts whose workers have reported
         self.phases = [Phase.QUEUED]
         self.now = NOW
 
@@ -160,9 +207,15 @@ class Run:
         if self.job.phase not in TERMINAL:
             self.job = replace(self.job, desired=Desired.CANCELLED, cancel_requested_at=self.now)
 
-    def look(self, process: Process, outcome: Outcome | None) -> Decision:
+    def look(self, process: Process, outcome: Outcome | None, reports: bool = False) -> Decision:
+        if self.live is not None and process is Process.RUNNING and reports and not self.live.has_started:
+            self.live = replace(self.live, has_started=True)
+            self.started += 1
         decision = decide(self.job, self.live, Observation(self.now, process, outcome), POLICY)
-        if decision.ends_attempt:
+        if decision.ends_attempt and self.live is not None:
+            total, in_a_row = self.job.failed_starts, self.job.failed_starts_in_a_row
+            after = (total, 0) if self.live.has_started else (total + 1, in_a_row + 1)
+            self.job = replace(self.job, failed_starts=after[0], failed_starts_in_a_row=after[1])
             self.live = None
         if decision.phase is not None:
             assert decision.phase in TRANSITIONS[self.job.phase]
@@ -181,31 +234,30 @@ class Run:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(sights, max_size=30), st.integers(0, 30))
-def test_every_path_is_legal_and_an_end_is_final(
-    path: list[tuple[Process, Outcome | None, int]], cancel_at: int
-) -> None:
+def test_every_path_is_legal_and_an_end_is_final(path: list[Sight], cancel_at: int) -> None:
     run = Run()
-    for index, (process, outcome, delay_s) in enumerate(path):
+    for index, (process, outcome, delay_s, reports) in enumerate(path):
         run.now += timedelta(seconds=delay_s)
         if index == cancel_at:
             run.cancel()
         had_ended, phases = run.job.phase in TERMINAL, len(run.phases)
-        decision = run.look(process, outcome)
+        decision = run.look(process, outcome, reports)
         if had_ended:
             assert decision == Decision()
             assert len(run.phases) == phases
 
-    assert run.attempts <= run.job.max_attempts
+    assert run.started <= run.job.max_attempts
+    assert run.job.failed_starts_in_a_row <= POLICY.max_failed_starts
     assert (run.live is not None) <= (run.job.phase in ACTIVE)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(sights, max_size=15))
-def test_cancelled_job_always_ends(path: list[tuple[Process, Outcome | None, int]]) -> None:
+def test_cancelled_job_always_ends(path: list[Sight]) -> None:
     run = Run()
-    for process, outcome, delay_s in path:
+    for process, outcome, delay_s, reports in path:
         run.now += timedelta(seconds=delay_s)
-        run.look(process, outcome)
+        run.look(process, outcome, reports)
     run.cancel()
 
     was_killed = False

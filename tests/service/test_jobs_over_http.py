@@ -10,6 +10,8 @@ import psutil
 import pytest
 
 from service.client import Client, NotFoundError
+from service.dashboard.activity import words
+from service.dashboard.summary import progress_words
 from service.resources import Job
 from service.server_sent import frames
 from tests.support.attempts import small_spec
@@ -32,11 +34,27 @@ def test_job_succeeds_and_shows_what_it_did(client: Client) -> None:
     ended = client.wait(job.id, timeout_s=60)
 
     assert ended.status.phase == "SUCCEEDED"
-    assert ended.status.progress.model_dump() == {"step": 20, "total_steps": 20, "epoch": 2.0, "eta_s": None}
+    assert ended.status.progress.model_dump() == {
+        "step": 20, "total_steps": 20, "epoch": 2.0, "eta_s": None, "lost_steps": [],
+    }  # fmt: skip
     assert ended.status.result is not None
     assert ended.status.result.test_accuracy == pytest.approx(0.9)
     assert ended.metrics_latest["loss"] == pytest.approx(1 / 20)
     assert ended.created_at.tzinfo is UTC or ended.created_at.utcoffset() == datetime.now(UTC).utcoffset()
+
+
+def test_job_whose_curve_has_a_hole_says_so_for_good(client: Client) -> None:
+    posted = client.submit(spec("forgets", steps=20))
+
+    ended = client.wait(posted.id, timeout_s=60)
+
+    assert ended.status.phase == "SUCCEEDED"
+    assert [lost.model_dump() for lost in ended.status.progress.lost_steps] == [{"first_step": 6, "last_step": 9}]
+    told = [event for event in client.events(posted.id).events if event.kind == "steps_lost"]
+    assert [words(event) for event in told] == [
+        "Steps 6 to 9 are lost: they were done, and no record of them has arrived"
+    ]
+    assert progress_words(ended) == "steps, 100%; no record of 6 to 9"
 
 
 def test_jobs_over_the_limit_wait_in_order(start_service: Callable[..., ServiceProcess]) -> None:

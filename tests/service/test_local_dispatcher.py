@@ -1,5 +1,6 @@
 """What is the local dispatcher's own: it finds its drivers again among the processes of this machine."""
 
+import errno
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.dispatchers.base import DispatchError, Launch, Seen
+from service.dispatchers.base import AttemptRef, BackendRefusedError, DispatchError, Launch, Seen
 from service.dispatchers.local import DriverProcess
 from service.job_state import Process
 from tests.support.attempts import small_spec
-from tests.support.backends import REF, LocalBackend, folder_in, is_running, local_backend, wait_for_log
+from tests.support.backends import REF, LocalBackend, drivers_in, folder_in, is_running, local_backend, wait_for_log
 from tests.support.deadline import wait_until
 from workers.rundir import AttemptDir, write_json
 
@@ -98,6 +99,79 @@ def test_kill_ends_what_a_dead_driver_has_left_behind(backend: LocalBackend) -> 
     dispatcher.kill(REF)
 
     wait_until(lambda: has_ended(left), "its child is gone")
+
+
+def test_kill_returns_when_those_are_gone_that_left_group_session_and_parent(backend: LocalBackend) -> None:
+    grandchild = "import subprocess; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+    child = f"import subprocess; subprocess.run(['python3', '-c', {grandchild!r}]); import time; time.sleep(600)"
+    dispatcher = backend.dispatcher(command=("python3", "-c", child))
+    dispatcher.submit(launch())
+    left = psutil.Process(int(wait_for_log(backend)))
+    driver = DriverProcess.model_validate_json(folder_in(backend).process.read_bytes())
+    psutil.Process(driver.pid).kill()
+    wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the driver ends")
+
+    dispatcher.kill(REF)
+
+    assert has_ended(left)
+
+
+def test_process_of_another_attempt_is_left_alone(backend: LocalBackend) -> None:
+    dispatcher = backend.dispatcher()
+    dispatcher.submit(launch())
+    wait_for_log(backend)
+
+    dispatcher.kill(AttemptRef(REF.job_id, 2))
+    dispatcher.kill(AttemptRef(REF.job_id, 11))
+
+    assert is_running(dispatcher)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the driver was ended by SIGSEGV"),
+        ("import sys; sys.exit(7)", "the driver ended with exit status 7"),
+    ],
+)
+def test_driver_that_leaves_no_outcome_is_told_with_its_end(backend: LocalBackend, code: str, words: str) -> None:
+    dispatcher = backend.dispatcher(command=("python3", "-c", code))
+    dispatcher.submit(launch())
+
+    wait_until(lambda: dispatcher.inspect(REF).process is Process.EXITED, "the driver ends")
+
+    assert dispatcher.inspect(REF) == Seen(Process.EXITED, None, words)
+
+
+def test_full_disk_neither_fails_the_job_nor_starts_a_second_driver(
+    backend: LocalBackend, folder: AttemptDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    dispatcher = backend.dispatcher()
+    monkeypatch.setattr("service.dispatchers.local.write_json", full)
+    dispatcher.submit(launch())  # it runs, and nothing can note that it does
+    wait_for_log(backend)
+    assert not folder.process.exists()
+    assert is_running(dispatcher)
+    dispatcher.submit(launch())
+    monkeypatch.undo()
+
+    assert is_running(dispatcher)
+    assert len(drivers_in(folder.path)) == 1
+
+
+def test_log_that_can_not_be_opened_for_now_is_tried_again(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("service.dispatchers.local.subprocess.Popen", full)
+
+    with pytest.raises(BackendRefusedError, match="No space left on device"):
+        backend.dispatcher().submit(launch())
 
 
 def test_child_of_a_zombie_is_ended(

@@ -22,6 +22,7 @@ from service.dispatchers.ray_jobs import RayJobsDispatcher
 from service.failpoint import Failpoint
 from service.job_state import Process
 from tests.service.test_crash import assert_nothing_lost_or_doubled, drivers, spec, wait_for_step
+from tests.service.test_real_driver import kill_the_driver_and_go_on
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.ray_head import RayHead
@@ -30,6 +31,7 @@ from tests.support.service_process import FAULT_DRIVER, ServiceProcess
 pytestmark = pytest.mark.ray
 
 NOWHERE = "http://127.0.0.1:1"
+REAL_DRIVER = [sys.executable, "-m", "workers.driver"]
 RAY_S = 120.0  # a driver that Ray starts takes seconds, on busy cores many
 
 
@@ -321,7 +323,7 @@ def test_job_that_waits_for_a_cluster_can_be_cancelled(start_on_ray: Start) -> N
 
 
 def test_real_training_runs_on_the_cluster_from_post_to_result(start_on_ray: Start) -> None:
-    service = start_on_ray(driver_command=[sys.executable, "-m", "workers.driver"])
+    service = start_on_ray(driver_command=REAL_DRIVER)
     job = service.client.submit(small_spec(optimizer={"kind": "ngd"}, resources={"workers": 2}).model_dump(mode="json"))
 
     ended = service.client.wait(job.id, timeout_s=240)
@@ -330,7 +332,50 @@ def test_real_training_runs_on_the_cluster_from_post_to_result(start_on_ray: Sta
     assert ended.status.result is not None
     assert ended.status.result.step == 8
     assert_nothing_lost_or_doubled(service, ended)
-    assert "[rank 0] step 8/8" in service.client.logs(job.id)
+    log = service.client.logs(job.id)
+    assert "[rank 0] step 8/8" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_killed_driver_of_a_given_cluster_loses_no_step(start_on_ray: Start) -> None:
+    service = start_on_ray(driver_command=REAL_DRIVER, retry_backoff_s=5)
+
+    status = kill_the_driver_and_go_on(service)
+
+    assert "the driver was ended by SIGKILL" in (status.message or "")
+
+
+@pytest.mark.slow
+def test_job_that_the_cluster_has_no_room_for_says_so_and_holds_no_slot(start_on_ray: Start) -> None:
+    service = start_on_ray(driver_command=REAL_DRIVER, max_running_jobs=2)
+    client = service.client
+    long = {"steps": 1_000_000, "evaluate_every_steps": 1_000_000}
+
+    def post(name: str, workers: int) -> str:
+        spec = small_spec(name=name, schedule=long, resources={"workers": workers})
+        return client.submit(spec.model_dump(mode="json")).id
+
+    def message(job_id: str) -> str:
+        return client.get(job_id).status.message or ""
+
+    first = post("first", 2)
+    wait_until(lambda: client.get(first).status.phase == "RUNNING", "the first runs", timeout_s=RAY_S)
+    second, large = post("second", 2), post("large", 4)
+    wait_until(lambda: "waiting for 2 CPUs" in message(second), "the second says what it waits for", timeout_s=RAY_S)
+    wait_until(lambda: "waiting for 4 CPUs" in message(large), "so does a third, beyond the slots", timeout_s=RAY_S)
+    waiting = client.get(second).status
+    assert (waiting.phase, waiting.attempt) == ("STARTING", 1)
+    assert "0 of the Ray cluster's 2 are free, others hold the rest" in message(second)
+    assert "the Ray cluster has 2 in all; add nodes, or cancel the job and ask for less" in message(large)
+
+    client.cancel(first)
+    wait_until(lambda: client.get(second).status.phase == "RUNNING", "the second runs", timeout_s=RAY_S)
+    client.cancel(large)
+    assert client.wait(large, timeout_s=RAY_S).status.phase == "CANCELLED"
+    assert client.get(second).status.attempt == 1
+    for job_id in (second, large):
+        assert "Traceback" not in client.logs(job_id)
 
 
 @pytest.mark.slow

@@ -26,10 +26,16 @@ from service.silence import LONGEST_GAP_S, Silence
 from service.store import tables as t
 from service.store.sql import SQLStore
 from tests.support.attempts import small_spec
-from workers.events import Numbered, Started
+from tests.support.fault_driver import step_record
+from tests.support.faulty_files import ERRORS, Faults
+from workers.events import Numbered, Started, Steps
 from workers.rundir import Outcome, write_json
+from workers.spool import Spool
 
 PATIENCE_S = 100.0
+
+
+POLICY = Policy(retry_backoff_s=0, cancel_grace_s=0, interrupt_grace_s=0, unreachable_s=PATIENCE_S, start_backoff_s=0)
 
 
 @dataclass
@@ -83,7 +89,7 @@ class Controller:
             dispatcher=backend,
             files=self.files,
             token_of=lambda attempt_id: "token",
-            policy=Policy(retry_backoff_s=0, cancel_grace_s=0, interrupt_grace_s=0, unreachable_s=PATIENCE_S),
+            policy=POLICY,
             max_running_jobs=10,
             tick_s=1,
             lease_s=30,
@@ -190,6 +196,7 @@ def test_silent_attempt_is_given_up_and_ended_once_the_backend_is_back(
 ) -> None:
     ref = post(store, "job_1", max_attempts=1)
     controller.ticks(3)
+    report(store, ref)
     backend.is_away = True
     forget_when_it_was_seen(store)
     controller.ticks(10, after_s=PATIENCE_S / 4)
@@ -290,7 +297,7 @@ def test_stop_that_can_not_be_written_is_logged_and_no_error(
 
     controller.files.ask_to_stop(AttemptRef("job_1", 1))
 
-    assert "stop_not_written" in caplog.text
+    assert "not_written" in caplog.text
 
 
 def test_refusal_to_end_one_of_the_given_up_leaves_the_others_to_be_ended(
@@ -298,6 +305,8 @@ def test_refusal_to_end_one_of_the_given_up_leaves_the_others_to_be_ended(
 ) -> None:
     stays, goes = (post(store, name, max_attempts=1) for name in ("job_1", "job_2"))
     controller.ticks(3)
+    for ref in (stays, goes):
+        report(store, ref)
     backend.is_away = True
     forget_when_it_was_seen(store)
     controller.ticks(10, after_s=PATIENCE_S / 4)
@@ -366,3 +375,57 @@ def test_backend_that_nobody_asks_any_more_is_not_down(
     assert phase(store, ref) == (Phase.CANCELLED, 1)
     monkeypatch.setattr(metrics, "FAILED_FOR_S", 0.0)  # a minute later
     assert controller.is_served
+
+
+@pytest.mark.parametrize("file", ["outcome", "spool"])
+def test_job_that_has_ended_is_not_run_again_while_its_files_can_not_be_read(
+    store: SQLStore, backend: Backend, controller: Controller, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    folder = controller.files.folder(ref)
+    folder.path.mkdir(parents=True)
+    write_json(folder.outcome, Outcome(result="succeeded", step=7))
+    folder.spool.touch()
+    backend.running.clear()
+    faults = Faults(getattr(folder, file), monkeypatch)
+    faults.fail("open", ERRORS["broken"], 1_000)
+
+    controller.ticks(3)
+
+    job = store.get_job("job_1")
+    assert job is not None
+    assert (job.state.phase, job.attempt) == (Phase.STARTING, 1)
+    assert f"can't read {getattr(folder, file)}: Input/output error" in (job.message or "")
+    faults.stop()
+    controller.ticks()
+    assert phase(store, ref) == (Phase.SUCCEEDED, 1)
+
+
+def test_attempt_that_is_given_up_may_commit_no_checkpoint(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    backend.running.clear()
+
+    controller.ticks()
+
+    assert controller.files.folder(ref).ended.exists()
+
+
+def test_events_that_were_written_after_the_end_are_read_before_the_next_attempt(
+    store: SQLStore, backend: Backend, controller: Controller
+) -> None:
+    ref = post(store, "job_1")
+    controller.ticks(3)
+    backend.running.clear()
+    controller.ticks()
+    assert phase(store, ref) == (Phase.RECOVERING, 1)
+    spool = Spool(controller.files.folder(ref).spool)
+    spool.append(Steps(records=[step_record(1), step_record(2)]))
+
+    controller.ticks(2)
+
+    assert phase(store, ref) == (Phase.STARTING, 2)
+    assert [point.step for point in store.steps("job_1", 0)] == [1, 2]

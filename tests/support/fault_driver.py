@@ -5,6 +5,8 @@
 steps      does schedule.steps steps and succeeds; stops when the service says that the job is cancelled
 dies-once  its first attempt is gone after five steps, without a word
 dies       so is each of them
+late       its first three attempts are gone before they report
+forgets    tells nobody of steps 6 to 9
 refuses    fails for a reason that another attempt would meet again
 waits      reports that it has started, then waits for SIGINT or the file that asks it to stop
 deaf       so does this one, but it heeds neither
@@ -43,6 +45,8 @@ class FaultDriver:
         sys.stdout.flush()
         if self.spec.name == "refuses":
             self.finish(Outcome(result="failed", reason="DataNotFound", message="no folder '[/x]'; set NGD_DATA_DIR"))
+        if self.spec.name == "late" and self.attempt <= 3:
+            os._exit(9)
         self.start()
         if self.spec.name in ("waits", "deaf"):
             while not self.is_asked_to_stop():
@@ -81,7 +85,8 @@ class FaultDriver:
             self.finish(Outcome(result="cancelled", step=step))
         if step > 5 and (self.spec.name == "dies" or (self.spec.name == "dies-once" and self.attempt == 1)):
             os._exit(9)
-        self.reporter.report(step_record(step))
+        if not (self.spec.name == "forgets" and 6 <= step <= 9):
+            self.reporter.report(step_record(step))
 
     def finish(self, outcome: Outcome) -> None:
         self.reporter.close()

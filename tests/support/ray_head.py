@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import httpx
 import psutil
 
 from tests.support.deadline import wait_until
+from workers.ray_cluster import free_ports
 
 __all__ = ["RayHead"]
 
@@ -27,12 +27,15 @@ class RayHead:
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path may have 107 bytes
         self.token_file = self._folder / "auth_token"
         self.token_file.write_text(secrets.token_hex(32))
-        gcs, dashboard, agent, client = _free_ports(4)
+        gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"http://127.0.0.1:{dashboard}"
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
             *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"),
-            *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+            f"--dashboard-port={dashboard}",
+            # Given its agents' ports the raylet does not wait for them, 15 s at most: a busy machine takes longer.
+            *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
+            *(f"--runtime-env-agent-port={runtime_env}", f"--metrics-export-port={metrics}"),
             *(f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
             f"--temp-dir={self._folder / 'ray'}",
         ]
@@ -78,16 +81,7 @@ class RayHead:
 
 
 def _environment() -> dict[str, str]:
-    """What a head would see on a machine of its own: no address of another Ray."""
+    """What a head would see on a machine of its own: no address of another Ray, and bytecode that is compiled once."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": path}
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    left_out = {name for name in os.environ if name.startswith("RAY_")} | {"PYTHONDONTWRITEBYTECODE"}
+    return {name: value for name, value in os.environ.items() if name not in left_out} | {"PYTHONPATH": path}

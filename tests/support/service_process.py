@@ -60,7 +60,8 @@ class ServiceProcess:
 
 
 def _environment(home: Path, settings: dict[str, Any]) -> dict[str, str]:
-    defaults = {"port": 0, "tick_s": 0.1, "lease_s": 1.0, "retry_backoff_s": 0.1, "driver_command": FAULT_DRIVER}
+    defaults = {"port": 0, "tick_s": 0.1, "lease_s": 1.0, "retry_backoff_s": 0.1, "start_backoff_s": 0.1}
+    defaults |= {"driver_command": FAULT_DRIVER}
     given = {name: value for name, value in (defaults | settings).items() if value is not None}
     texts = {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in given.items()}
     return {"NGD_HOME": str(home)} | {f"NGD_{name.upper()}": text for name, text in texts.items()}

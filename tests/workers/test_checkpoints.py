@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from tests.support.faulty_files import ERRORS, Faults
 from workers.checkpoints import Checkpoints
-from workers.errors import SupersededError
+from workers.errors import StorageError, SupersededError
+from workers.rundir import AttemptDir
 
 CPU = torch.device("cpu")
 
@@ -101,3 +103,65 @@ def test_unfinished_write_of_a_later_attempt_is_left_alone(checkpoints):
     save(checkpoints, 1)
 
     assert "step-00000009.tmp-a3" in names(checkpoints)
+
+
+def test_attempt_that_the_service_has_ended_commits_nothing(checkpoints):
+    save(checkpoints, 1)
+    ended = AttemptDir.of(checkpoints.folder.parent, checkpoints.attempt).ended
+    ended.parent.mkdir(parents=True)
+    ended.touch()
+
+    with pytest.raises(SupersededError, match="attempt 2 may not write: the service has ended it"):
+        save(checkpoints, 2)
+
+    assert names(checkpoints) == ["step-00000001"]
+
+
+def test_attempt_that_is_ended_while_it_writes_commits_nothing(checkpoints, monkeypatch):
+    ended = AttemptDir.of(checkpoints.folder.parent, checkpoints.attempt).ended
+    ended.parent.mkdir(parents=True)
+    monkeypatch.setattr("workers.checkpoints.write_json", lambda path, manifest: ended.touch())
+
+    with pytest.raises(SupersededError):
+        save(checkpoints, 1)
+
+    assert names(checkpoints) == []
+
+
+@pytest.mark.parametrize("error", ["full", "broken"])
+@pytest.mark.parametrize("operation", ["open", "os.open", "fsync", "mkdir", "listdir", "rename", "replace"])
+def test_failed_save_says_so_and_leaves_the_older_ones(checkpoints, monkeypatch, operation, error):
+    save(checkpoints, 1)
+    faults = Faults(checkpoints.folder, monkeypatch)
+    faults.fail(operation, ERRORS[error], 1)
+
+    with pytest.raises(StorageError, match="can't write the checkpoint of step 2"):
+        save(checkpoints, 2)
+
+    assert checkpoints.newest_step() == 1 or operation == "os.open"  # of the folder, after the rename
+    assert not [name for name in names(checkpoints) if ".tmp-" in name]
+    save(checkpoints, 3)
+    assert checkpoints.newest_step() == 3
+
+
+@pytest.mark.parametrize("operation", ["open", "listdir"])
+def test_checkpoint_that_can_not_be_read_now_is_not_passed_over(checkpoints, monkeypatch, operation):
+    save(checkpoints, 1, 2)
+    faults = Faults(checkpoints.folder, monkeypatch)
+    faults.fail(operation, ERRORS["broken"], 1)
+
+    with pytest.raises(StorageError, match="can't read the checkpoints"):
+        checkpoints.newest_step()
+
+    assert checkpoints.newest_step() == 2
+
+
+def test_disk_that_is_full_in_the_middle_of_the_state_is_a_storage_error(checkpoints, monkeypatch):
+    folder = checkpoints.folder / "step-00000001.tmp-a2"
+    monkeypatch.setattr("workers.checkpoints.shutil.rmtree", lambda *_, **__: None)
+    folder.mkdir(parents=True)
+    (folder / "state.pt").symlink_to("/dev/full")
+    monkeypatch.setattr("pathlib.Path.mkdir", lambda *_, **__: None)
+
+    with pytest.raises(StorageError, match="No space left on device"):
+        save(checkpoints, 1)

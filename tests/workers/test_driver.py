@@ -86,6 +86,10 @@ def test_killed_worker_is_replaced_and_training_goes_on_from_the_checkpoint(tmp_
     assert starts[1] % 20 == 0
     assert events[-1].kind == "cancelled"
     assert checkpoints.newest_step() == outcome.step > starts[1]
+    log = attempt.log.read_text()
+    assert "] this rank stops: " in log  # the one that was not killed
+    assert "Traceback" not in log
+    assert "frame #" not in log  # of C++
 
 
 def test_digits_train_on_two_workers_and_the_service_hears_all_of_it(tmp_path):
@@ -118,16 +122,30 @@ def test_hopeless_job_ends_at_its_first_start_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_ray_starts_ends_in_order_before_any_step(tmp_path, number):
-    attempt = make_attempt(tmp_path, small_spec(schedule=LONG))
+    attempt = make_attempt(tmp_path, small_spec(schedule=LONG, resources={"workers": 2}))
 
     with driver(attempt) as process:
         wait_until(lambda: psutil.Process(process.pid).children(), "Ray starts", timeout_s=START_S)
         process.send_signal(number)
         outcome = wait_for_end(process, attempt)
 
-    assert outcome.result == "cancelled"
+    assert (outcome.result, outcome.reason) == ("cancelled", "StoppedFromOutside")
+    assert outcome.message == f"stopped by {number.name}"
     assert [event.kind for event in spooled(attempt)][-1] == "cancelled"
     assert "Traceback" not in attempt.log.read_text()
+
+
+def test_single_worker_that_is_told_to_stop_saves_what_it_has(tmp_path):
+    attempt = make_attempt(tmp_path, small_spec(schedule=LONG, checkpoint={"every_steps": 100_000}))
+
+    with driver(attempt) as process:
+        wait_until(lambda: step_of(attempt) >= 10, "training", timeout_s=START_S)
+        assert psutil.Process(process.pid).children(recursive=True) == []  # no Ray
+        process.send_signal(signal.SIGTERM)
+        outcome = wait_for_end(process, attempt)
+
+    assert (outcome.result, outcome.reason) == ("cancelled", "StoppedFromOutside")
+    assert Checkpoints(tmp_path / "checkpoints", attempt=1, keep=2).newest_step() == outcome.step >= 10
 
 
 def test_attempt_that_has_ended_is_left_alone(tmp_path):

@@ -86,7 +86,6 @@ def test_restart_goes_on_after_the_last_whole_line(tmp_path):
         second.report(Cancelled(step=3))
         second.close()
 
-        assert second.is_restart
         assert [event.step for event in service.facts()] == [event.step for event in spooled(attempt)] == [1, 3]
 
 

@@ -194,7 +194,7 @@ volumeMounts:
 {{- end -}}
 
 {{- define "ngd.settingsEnv" -}}
-{{- $names := dict "maxRunningJobs" "MAX_RUNNING_JOBS" "tickSeconds" "TICK_S" "leaseSeconds" "LEASE_S" "retryBackoffSeconds" "RETRY_BACKOFF_S" "cancelGraceSeconds" "CANCEL_GRACE_S" "interruptGraceSeconds" "INTERRUPT_GRACE_S" "unreachableSeconds" "UNREACHABLE_S" -}}
+{{- $names := dict "maxRunningJobs" "MAX_RUNNING_JOBS" "tickSeconds" "TICK_S" "leaseSeconds" "LEASE_S" "retryBackoffSeconds" "RETRY_BACKOFF_S" "maxFailedStarts" "MAX_FAILED_STARTS" "startBackoffSeconds" "START_BACKOFF_S" "cancelGraceSeconds" "CANCEL_GRACE_S" "interruptGraceSeconds" "INTERRUPT_GRACE_S" "unreachableSeconds" "UNREACHABLE_S" -}}
 {{- range $value, $name := $names }}
 {{- $given := index $.Values.settings $value }}
 {{- if not (kindIs "invalid" $given) }}
