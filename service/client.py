@@ -254,8 +254,9 @@ class Client:
         """Returns the job, which ends as CANCELLED soon; calling it again changes nothing."""
         return self._send(calls.cancel(job_id))
 
-    def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> EventPage:
-        return self._send(calls.events(job_id, after, limit))
+    def events(self, job_id: str, *, after: int = 0, limit: int = 100, newest_of: Iterable[str] = ()) -> EventPage:
+        """Returns the first events after the one of this id; newest_of: the last ones, of these kinds."""
+        return self._send(calls.events(job_id, after, limit, newest_of))
 
     def follow(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
         """Yields each event after `after` as it happens, until the job has ended; reconnects and misses none."""
@@ -275,8 +276,8 @@ class Client:
         """Returns curves. names: empty for all; "seconds" and "bytes_sent" stand for each of their parts."""
         return self._send(calls.metrics(job_id, names, from_step, max_points))
 
-    def statistics(self, job_id: str, *, from_step: int | None = None, max_points: int | None = None) -> Statistics:
-        return self._send(calls.statistics(job_id, from_step, max_points))
+    def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
+        return self._send(calls.statistics(job_id, from_step, max_points, span))
 
     def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
         """Returns the log of the newest, or the given, attempt; tail: its last lines alone."""
@@ -372,18 +373,18 @@ class AsyncClient:
     async def cancel(self, job_id: str) -> Job:
         return await self._send(calls.cancel(job_id))
 
-    async def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> EventPage:
-        return await self._send(calls.events(job_id, after, limit))
+    async def events(
+        self, job_id: str, *, after: int = 0, limit: int = 100, newest_of: Iterable[str] = ()
+    ) -> EventPage:
+        return await self._send(calls.events(job_id, after, limit, newest_of))
 
     async def metrics(
         self, job_id: str, *, names: Iterable[str] = (), from_step: int | None = None, max_points: int | None = None
     ) -> Metrics:
         return await self._send(calls.metrics(job_id, names, from_step, max_points))
 
-    async def statistics(
-        self, job_id: str, *, from_step: int | None = None, max_points: int | None = None
-    ) -> Statistics:
-        return await self._send(calls.statistics(job_id, from_step, max_points))
+    async def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
+        return await self._send(calls.statistics(job_id, from_step, max_points, span))
 
     async def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
         return await self._send(calls.logs(job_id, attempt, tail))

@@ -5,24 +5,25 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.errors import NotFoundError, StaleAttemptError
 from service.job_state import Desired
 from service.store import tables as t
 from service.store.base import Ingested
+from service.store.engine import INSERT
 from service.store.progress import Standing, advance, summary
+from service.store.thinning import catch_up, thin
 from workers.events import Evaluation, Numbered, Steps
 
-__all__ = ["INSERT", "ingest"]
+__all__ = ["ingest"]
 
-INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 ROWS_PER_STATEMENT = 500  # times five columns stays far below SQLite's 32,766 variables
 
 
 def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
     """Returns what to answer. Only events whose seq is not there yet have an effect, so a replay has none."""
     attempt, job = _lock(connection, attempt_id)
+    is_thinned = (attempt.thinned_seq or 0) >= attempt.acknowledged_seq
     fresh = _unseen(connection, attempt_id, delivered)
     if fresh:
         _insert_events(connection, attempt, fresh)
@@ -30,8 +31,16 @@ def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbe
         _advance_job(connection, job, fresh)
     acknowledged = _acknowledged(connection, attempt)
     has_started = attempt.has_started or any(numbered.event.kind == "started" for numbered in fresh)
-    change = {"acknowledged_seq": acknowledged, "has_started": has_started, "last_seen_at": datetime.now(UTC)}
+    change: dict[str, Any] = {
+        "acknowledged_seq": acknowledged,
+        "has_started": has_started,
+        "last_seen_at": datetime.now(UTC),
+    }
+    if is_thinned:
+        change |= {"thinned_seq": acknowledged}
     connection.execute(sa.update(t.attempts).where(t.attempts.c.id == attempt_id).values(change))
+    if not is_thinned:
+        catch_up(connection, attempt.job_id)
     return Ingested(Desired(job.desired), acknowledged, len(fresh))
 
 
@@ -87,6 +96,7 @@ def _insert_points(connection: sa.Connection, attempt: Any, fresh: Sequence[Numb
         rows = list(of_step.values())
         for start in range(0, len(rows), ROWS_PER_STATEMENT):
             _upsert(connection, table, rows[start : start + ROWS_PER_STATEMENT])
+        thin(connection, attempt.job_id, table, of_step.keys())
 
 
 def _upsert(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from service.errors import IdempotencyError, StartupError, StoreUnavailableError
 from service.job_state import TERMINAL, Action, Decision, Desired, Phase
+from service.spans import Name, Spans
 from service.store import tables as t
 from service.store.base import (
     AttemptRecord,
@@ -25,15 +26,15 @@ from service.store.base import (
     Ingested,
     JobRecord,
     KeyedRequest,
-    PointRecord,
     attempt_id,
 )
 from service.store.census import census
-from service.store.engine import READ_ONLY, describe, open_engine, reported
-from service.store.ingest import INSERT, ingest
+from service.store.engine import INSERT, READ_ONLY, describe, open_engine, reported
+from service.store.ingest import ingest
 from service.store.leases import change_leased, is_alone, is_free, needs_a_look, num_taken
 from service.store.rows import attempt_record, event_record, job_record
 from service.store.schema import is_usable, revision, upgrade
+from service.store.thinning import catch_up, is_behind, last_step, read
 from workers.events import Numbered
 from workers.rundir import Outcome
 
@@ -54,6 +55,7 @@ class SQLStore:
         try:
             with self._writers.begin() as connection:
                 upgrade(connection)
+            self._catch_up()
         except (DBAPIError, CommandError) as error:
             self.close()
             raise StartupError(self._why_closed(error)) from error
@@ -254,22 +256,40 @@ class SQLStore:
         with self._read() as connection:
             return [event_record(row) for row in connection.execute(query.order_by(t.events.c.id).limit(limit))]
 
-    def newest_event(self, job_id: str, kind: str) -> EventRecord | None:
-        query = sa.select(t.events).where(t.events.c.job_id == job_id, t.events.c.kind == kind)
+    def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:
+        found = [  # each kind's own, for an index gives those in order
+            sa.select(t.events)
+            .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.id > after)
+            .order_by(t.events.c.id.desc())
+            .limit(limit)
+            .subquery()
+            for kind in kinds
+        ]
+        query = sa.union_all(*(sa.select(of_kind) for of_kind in found)).order_by(sa.desc("id")).limit(limit)
         with self._read() as connection:
-            row = connection.execute(query.order_by(t.events.c.id.desc()).limit(1)).one_or_none()
-            return None if row is None else event_record(row)
+            return [event_record(row) for row in connection.execute(query)][::-1]
 
-    def steps(self, job_id: str, from_step: int) -> list[PointRecord]:
-        return self._points(t.steps, job_id, from_step)
-
-    def evaluations(self, job_id: str, from_step: int) -> list[PointRecord]:
-        return self._points(t.evaluations, job_id, from_step)
-
-    def _points(self, table: sa.Table, job_id: str, from_step: int) -> list[PointRecord]:
-        query = sa.select(table.c.step, table.c.json).where(table.c.job_id == job_id, table.c.step >= from_step)
+    def last_step(self, job_id: str) -> int:
         with self._read() as connection:
-            return [PointRecord(row.step, row.json) for row in connection.execute(query.order_by(table.c.step))]
+            return last_step(connection, job_id)
+
+    def spans(
+        self, job_id: str, kind: Name, from_step: int, *, most_steps: int, most_spans: int, width: int = 1
+    ) -> Spans:
+        with self._read() as connection:
+            found = read(connection, job_id, kind, from_step, most_steps, most_spans, width)
+            is_whole = found.width == 1 or not is_behind(connection, job_id)
+        if is_whole:
+            return found
+        self._catch_up(job_id)
+        return self.spans(job_id, kind, from_step, most_steps=most_steps, most_spans=most_spans, width=width)
+
+    def _catch_up(self, job_id: str | None = None) -> None:
+        """Thins what versions without spans have stored, of one job or of all, in transactions of a bounded size."""
+        is_behind = True
+        while is_behind:
+            with self._write() as connection:
+                is_behind = catch_up(connection, job_id)
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
