@@ -17,8 +17,6 @@ from workers.events import Evaluation, Numbered, Steps
 
 __all__ = ["ingest"]
 
-ROWS_PER_STATEMENT = 500  # times five columns stays far below SQLite's 32,766 variables
-
 
 def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbered]) -> Ingested:
     """Returns what to answer. Only events whose seq is not there yet have an effect, so a replay has none."""
@@ -93,18 +91,19 @@ def _insert_points(connection: sa.Connection, attempt: Any, fresh: Sequence[Numb
             case Evaluation() as done:
                 points[t.evaluations][done.step] = where | {"step": done.step, "json": done.model_dump_json()}
     for table, of_step in points.items():
-        rows = list(of_step.values())
-        for start in range(0, len(rows), ROWS_PER_STATEMENT):
-            _upsert(connection, table, rows[start : start + ROWS_PER_STATEMENT])
+        _upsert(connection, table, list(of_step.values()))
         thin(connection, attempt.job_id, table, of_step.keys())
 
 
 def _upsert(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    insert = INSERT[connection.dialect.name](table).values(rows)
+    if not rows:
+        return
+    insert = INSERT[connection.dialect.name](table)
     new = insert.excluded
     is_later = (new.attempt > table.c.attempt) | ((new.attempt == table.c.attempt) & (new.seq > table.c.seq))
     change = {"attempt": new.attempt, "seq": new.seq, "json": new.json}
-    connection.execute(insert.on_conflict_do_update(index_elements=["job_id", "step"], set_=change, where=is_later))
+    upsert = insert.on_conflict_do_update(index_elements=["job_id", "step"], set_=change, where=is_later)
+    connection.execute(upsert, rows)
 
 
 def _advance_job(connection: sa.Connection, job: Any, fresh: Sequence[Numbered]) -> None:

@@ -132,9 +132,9 @@ def _thin_run(connection: sa.Connection, job_id: str, name: Name, first: int, la
             made = fold(kind, [span for _, span in sorted(beside.items())], level)
         rows += [_row(job_id, name, level, span) for span in made if span.content]
     if rows:
-        insert = INSERT[connection.dialect.name](t.spans).values(rows)
+        insert = INSERT[connection.dialect.name](t.spans)
         change = {"last_step": insert.excluded.last_step, "json": insert.excluded.json}
-        connection.execute(insert.on_conflict_do_update(index_elements=list(t.spans.primary_key), set_=change))
+        connection.execute(insert.on_conflict_do_update(index_elements=list(t.spans.primary_key), set_=change), rows)
 
 
 def _children(
