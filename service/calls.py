@@ -90,8 +90,8 @@ def events(job_id: str, after: int, limit: int, newest_of: Iterable[str]) -> Cal
     return Call("GET", f"{_job(job_id)}/events", EventPage.model_validate_json, params=params)
 
 
-def metrics(job_id: str, names: Iterable[str], from_step: int | None, max_points: int | None) -> Call[Metrics]:
-    params = _params(names=",".join(names) or None, from_step=from_step, max_points=max_points)
+def metrics(job_id: str, names: Iterable[str], from_step: int, to_step: int | None, max_points: int) -> Call[Metrics]:
+    params = _params(names=",".join(names) or None, from_step=from_step, to_step=to_step, max_points=max_points)
     return Call("GET", f"{_job(job_id)}/metrics", Metrics.model_validate_json, params=params)
 
 

@@ -16,7 +16,20 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-__all__ = ["GROUPS", "KINDS", "LOWEST", "WIDENING", "Kind", "Name", "Span", "Spans", "fold", "ladder", "level_for"]
+__all__ = [
+    "GROUPS",
+    "KINDS",
+    "LOWEST",
+    "WIDENING",
+    "Kind",
+    "Name",
+    "Span",
+    "Spans",
+    "Wanted",
+    "fold",
+    "ladder",
+    "level_for",
+]
 
 Name = Literal["curves", "statistics", "evaluations"]
 LOWEST, WIDENING = 3, 2  # the first level that is kept, and how many levels lie between one that is and the next
@@ -53,6 +66,20 @@ class Spans:
     width: int
     spans: list[Span]
     ends: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a reader asks for: each step by itself where they are at most most_steps, else at most most_spans spans.
+
+    Spans have at least `width` steps; the first may begin before from_step, and the last end after to_step.
+    """
+
+    from_step: int = 0
+    to_step: int | None = None
+    most_steps: int
+    most_spans: int
+    width: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from service.api.parts import FromStep, JobId, MaxPoints, PartsDep
+from service.api.parts import MAX_CURSOR, FromStep, JobId, MaxPoints, PartsDep
 from service.resources import Metrics, Statistics
 from service.series import curves, spans_for, statistics
-from service.spans import Name
+from service.spans import Name, Wanted
 
 __all__ = ["router"]
 
@@ -18,6 +18,7 @@ MAX_COLUMNS = 1_000
 Names = Annotated[
     str, Query(description='Comma-separated; "seconds" and "bytes_sent" stand for all of their parts; empty: all.')
 ]
+ToStep = Annotated[int | None, Query(ge=0, le=MAX_CURSOR, description="Last step wanted; None: the newest.")]
 Columns = Annotated[int, Query(ge=10, le=MAX_COLUMNS, description="Columns at most.")]
 Width = Annotated[
     int,
@@ -32,16 +33,19 @@ Width = Annotated[
 
 @router.get("/metrics")
 def get_metrics(
-    parts: PartsDep, job_id: JobId, names: Names = "", from_step: FromStep = 0, max_points: MaxPoints = 1000
+    parts: PartsDep,
+    job_id: JobId,
+    names: Names = "",
+    from_step: FromStep = 0,
+    to_step: ToStep = None,
+    max_points: MaxPoints = 1000,
 ) -> Metrics:
     """Returns curves of a job; a name that it does not have is left out."""
     parts.jobs.get(job_id)
     last_step = parts.store.last_step(job_id)  # first: a step that comes meanwhile is then asked for again
     wanted = {name.strip() for name in names.split(",") if name.strip()}
-    trained, tested = (
-        parts.store.spans(job_id, kind, from_step, most_steps=max_points, most_spans=spans_for(max_points))
-        for kind in KINDS
-    )
+    range_ = Wanted(from_step=from_step, to_step=to_step, most_steps=max_points, most_spans=spans_for(max_points))
+    trained, tested = (parts.store.spans(job_id, kind, range_) for kind in KINDS)
     series = curves(trained, wanted) | curves(tested, wanted)
     return Metrics(series=series, last_step=max(last_step, from_step - 1))
 
@@ -55,5 +59,6 @@ def get_statistics(
     last_step = parts.store.last_step(job_id)
     started = parts.store.newest_events(job_id, ["started"], 0, 1)
     names = started[0].data["statistics"] if started else []
-    known = parts.store.spans(job_id, "statistics", from_step, most_steps=max_points, most_spans=max_points, width=span)
+    range_ = Wanted(from_step=from_step, most_steps=max_points, most_spans=max_points, width=span)
+    known = parts.store.spans(job_id, "statistics", range_)
     return statistics(names, known, last_step)

@@ -8,7 +8,7 @@ from fastapi import Request
 from nicegui import ui
 
 from service.client import AsyncClient, ServiceError, UnauthorizedError
-from service.dashboard.theme import PHASE_ICONS, Freshness, ask_to_log_in, empty, page_frame, reader
+from service.dashboard.theme import PHASE_ICONS, RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, reader
 from service.dashboard.units import ago, duration, number, percent
 from service.resources import Job
 
@@ -41,7 +41,7 @@ FIRST_JOB = "ngd submit workers/recipes/digits.yaml --follow"
 def register(api_of: Callable[[Request], AsyncClient]) -> None:
     """Serves the page at /, reading through what `api_of` gives its reader."""
 
-    @ui.page("/")
+    @ui.page("/", reconnect_timeout=RECONNECT_S)
     async def jobs(request: Request) -> None:
         with page_frame("Jobs", reader(request)) as freshness:
             page = JobsPage(api_of(request), freshness)

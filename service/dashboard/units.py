@@ -3,7 +3,7 @@
 import math
 from datetime import UTC, datetime
 
-__all__ = ["ago", "binary_bytes", "duration", "number", "percent"]
+__all__ = ["ago", "binary_bytes", "duration", "moment", "number", "percent"]
 
 NOTHING = "—"
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -53,6 +53,11 @@ def ago(moment: datetime | None, now: datetime | None = None) -> str:
         if seconds >= size_s:
             return f"{int(seconds // size_s)} {unit} ago"
     return f"{int(seconds)} s ago"
+
+
+def moment(time: datetime) -> str:
+    """A date and a time of day in UTC, to the second."""
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def binary_bytes(count: float | None) -> str:

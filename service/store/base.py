@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any, Protocol
 
 from service.job_state import Action, AttemptState, Decision, Desired, JobState, Phase
-from service.spans import Name, Spans
+from service.spans import Name, Spans, Wanted
 from workers.events import Numbered
 from workers.rundir import Outcome
 
@@ -206,13 +206,10 @@ class Store(Protocol):
         """Returns the newest step that was done or evaluated; 0: none."""
         ...
 
-    def spans(
-        self, job_id: str, kind: Name, from_step: int, *, most_steps: int, most_spans: int, width: int = 1
-    ) -> Spans:
-        """Returns each step by itself where they are at most most_steps, else at most most_spans spans of them.
+    def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
+        """Returns the steps asked for, as fine as is allowed; however long the job, the rows that are read are bounded.
 
-        Spans have at least `width` steps, and the first may begin before from_step. A step redone by a later attempt
-        stands as that attempt did it. However long the job, the rows that are read are bounded.
+        A step redone by a later attempt stands as that attempt did it.
         """
         ...
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from service.errors import IdempotencyError, StartupError, StoreUnavailableError
 from service.job_state import TERMINAL, Action, Decision, Desired, Phase
-from service.spans import Name, Spans
+from service.spans import Name, Spans, Wanted
 from service.store import tables as t
 from service.store.base import (
     AttemptRecord,
@@ -273,16 +273,13 @@ class SQLStore:
         with self._read() as connection:
             return last_step(connection, job_id)
 
-    def spans(
-        self, job_id: str, kind: Name, from_step: int, *, most_steps: int, most_spans: int, width: int = 1
-    ) -> Spans:
+    def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
         with self._read() as connection:
-            found = read(connection, job_id, kind, from_step, most_steps, most_spans, width)
-            is_whole = found.width == 1 or not is_behind(connection, job_id)
-        if is_whole:
-            return found
+            found = read(connection, job_id, kind, wanted)
+            if found.width == 1 or not is_behind(connection, job_id):
+                return found
         self._catch_up(job_id)
-        return self.spans(job_id, kind, from_step, most_steps=most_steps, most_spans=most_spans, width=width)
+        return self.spans(job_id, kind, wanted)
 
     def _catch_up(self, job_id: str | None = None) -> None:
         """Thins what versions without spans have stored, of one job or of all, in transactions of a bounded size."""

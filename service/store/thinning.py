@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from pydantic_core import from_json, to_json
 
-from service.spans import KINDS, LOWEST, WIDENING, Kind, Name, Span, Spans, fold, ladder, level_for
+from service.spans import KINDS, LOWEST, WIDENING, Kind, Name, Span, Spans, Wanted, fold, ladder, level_for
 from service.store import tables as t
 from service.store.engine import INSERT
 
@@ -73,26 +73,26 @@ def last_step(connection: sa.Connection, job_id: str) -> int:
     return max(_last_step(connection, table, job_id) for table in (t.steps, t.evaluations))
 
 
-def read(
-    connection: sa.Connection, job_id: str, name: Name, from_step: int, most_steps: int, most_spans: int, width: int
-) -> Spans:
+def read(connection: sa.Connection, job_id: str, name: Name, wanted: Wanted) -> Spans:
     """Returns what `Store.spans` says."""
     kind, table = KINDS[name], RECORDS[name]
-    first, last = max(from_step, 1), _last_step(connection, table, job_id)
+    first, last = max(wanted.from_step, 1), _last_step(connection, table, job_id, wanted.to_step)
     if last < first:
-        return Spans(width, [])
-    is_short = width == 1 and _num_records(connection, table, job_id, first, last, most_steps) <= most_steps
-    level = 0 if is_short else level_for(first, last, most_spans, width)
+        return Spans(wanted.width, [])
+    most = wanted.most_steps
+    is_short = wanted.width == 1 and _num_records(connection, table, job_id, first, last, most) <= most
+    level = 0 if is_short else level_for(first, last, wanted.most_spans, wanted.width)
     begin = ((first - 1) >> level << level) + 1
-    budget = max(most_steps, MOST_RECORDS)
+    budget = max(most, MOST_RECORDS)
     if _num_records(connection, table, job_id, begin, last, budget) <= budget:
         records = _records(connection, table, kind, job_id, begin, last)
         return Spans(1 << level, fold(kind, records, level), (records[0], records[-1]) if level else ())
     level = max(level, LOWEST)
     kept = max(step for step in ladder(last) if step <= level)
     number = t.spans.c.number.between((begin - 1) >> kept, (last - 1) >> kept)
-    query = sa.select(t.spans.c.last_step, t.spans.c.json).where(*_of(job_id, name), t.spans.c.level == kept, number)
-    spans = [Span(row.last_step, from_json(row.json)) for row in connection.execute(query.order_by(t.spans.c.number))]
+    of_level = (*_of(job_id, name), t.spans.c.level == kept, number)
+    query = sa.select(t.spans.c.last_step, t.spans.c.json).where(*of_level).order_by(t.spans.c.number)
+    spans = [Span(row.last_step, from_json(row.json)) for row in connection.execute(query)]
     ends = [*_end(connection, table, kind, job_id, first), *_records(connection, table, kind, job_id, last, last)]
     return Spans(1 << level, fold(kind, spans, level), tuple(ends))
 
@@ -164,16 +164,17 @@ def _row(job_id: str, name: Name, level: int, span: Span) -> dict[str, Any]:
     }
 
 
-def _last_step(connection: sa.Connection, table: sa.Table, job_id: str) -> int:
-    newest = connection.execute(sa.select(sa.func.max(table.c.step)).where(table.c.job_id == job_id)).scalar_one()
+def _last_step(connection: sa.Connection, table: sa.Table, job_id: str, to_step: int | None = None) -> int:
+    query = sa.select(sa.func.max(table.c.step)).where(table.c.job_id == job_id)
+    newest = connection.execute(query if to_step is None else query.where(table.c.step <= to_step)).scalar_one()
     return newest or 0
 
 
 def _num_records(connection: sa.Connection, table: sa.Table, job_id: str, first: int, last: int, most: int) -> int:
-    """Returns how many records there are from the first step on, counted no further than one more than `most`."""
+    """Returns how many records there are of these steps, counted no further than one more than `most`."""
     if last - first < most:
         return last - first + 1  # at most: some may be missing
-    counted = sa.select(table.c.step).where(table.c.job_id == job_id, table.c.step >= first).limit(most + 1)
+    counted = sa.select(table.c.step).where(table.c.job_id == job_id, table.c.step.between(first, last)).limit(most + 1)
     return int(connection.execute(sa.select(sa.func.count()).select_from(counted.subquery())).scalar_one())
 
 

@@ -12,7 +12,7 @@ from ulid import ULID
 
 from service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
 from service.job_state import Action, Decision, Phase
-from service.spans import Name, Span
+from service.spans import Name, Span, Wanted
 from service.store.base import Census, Claim, JobRecord, KeyedRequest, Store
 from service.store.sql import SQLStore
 from service.store.tables import metadata
@@ -64,7 +64,7 @@ def extremes(span: Span, name: str) -> list[Any]:
 
 
 def points(store: Store, job_id: str, from_step: int = 0, kind: Name = "curves") -> list[Span]:
-    return store.spans(job_id, kind, from_step, most_steps=10_000, most_spans=10).spans
+    return store.spans(job_id, kind, Wanted(from_step=from_step, most_steps=10_000, most_spans=10)).spans
 
 
 def test_job_reads_back_as_it_was_created(store: SQLStore) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 
 from service.job_state import Action, Decision
 from service.series import curves, spans_for
-from service.spans import KINDS, Name, Span, fold
+from service.spans import KINDS, Name, Span, Wanted, fold
 from service.store import tables as t
 from service.store.base import Claim, Store
 from service.store.sql import SQLStore
@@ -20,7 +21,7 @@ from tests.support.history import long_record, numbered, start_job, tell
 from workers.events import Evaluation, StepRecord, Steps
 
 NOW = datetime(2030, 1, 2, tzinfo=UTC)
-MOST = {"most_steps": 20, "most_spans": 20}
+MOST = Wanted(most_steps=20, most_spans=20)
 
 
 def deliver(store: Store, claim: Claim, seq: int, steps: Sequence[StepRecord], attempt: int = 1) -> None:
@@ -92,7 +93,7 @@ def test_history_of_an_older_version_is_thinned(store: SQLStore, database_url: s
         connection.execute(sa.update(t.attempts).values(thinned_seq=None))
 
     if is_read_first:
-        store.spans(claim.job.id, "curves", 0, **MOST)
+        store.spans(claim.job.id, "curves", MOST)
     else:
         SQLStore(database_url).close()
 
@@ -115,10 +116,10 @@ def test_steps_that_an_older_version_took_in_beside_this_one_are_thinned_with_th
 @pytest.mark.parametrize("from_step", [0, 1, 777, 2990])
 def test_answer_is_as_fine_as_its_bound_allows(store: SQLStore, from_step: int) -> None:
     claim = start_job(store)
-    tell(store, claim, 3_000)
+    tell(store, f"{claim.job.id}-a1", 3_000)
 
     for name in ("curves", "statistics"):
-        known = store.spans(claim.job.id, name, from_step, **MOST)
+        known = store.spans(claim.job.id, name, replace(MOST, from_step=from_step))
         begin = (max(from_step, 1) - 1) // known.width * known.width + 1
         assert known.width == (1 if from_step == 2990 else 256 if from_step < 2 else 128)
         assert [span.last_step for span in known.spans] == [
@@ -128,9 +129,9 @@ def test_answer_is_as_fine_as_its_bound_allows(store: SQLStore, from_step: int) 
 
 def test_columns_of_a_given_width_begin_at_its_multiples(store: SQLStore) -> None:
     claim = start_job(store)
-    tell(store, claim, 3_000)
+    tell(store, f"{claim.job.id}-a1", 3_000)
 
-    known = store.spans(claim.job.id, "statistics", 2_950, most_steps=20, most_spans=20, width=64)
+    known = store.spans(claim.job.id, "statistics", replace(MOST, from_step=2_950, width=64))
 
     assert (known.width, [span.last_step for span in known.spans]) == (64, [3_000])
     assert known.spans[0].content["refreshes"] == [4, 4]  # in the steps 2945, 2961, 2977 and 2993
@@ -139,10 +140,10 @@ def test_columns_of_a_given_width_begin_at_its_multiples(store: SQLStore) -> Non
 
 def test_curve_of_a_long_job_keeps_its_ends_and_its_one_value_that_is_not_finite(store: SQLStore) -> None:
     claim = start_job(store)
-    seq = tell(store, claim, 5_000)
+    seq = tell(store, f"{claim.job.id}-a1", 5_000)
     deliver(store, claim, seq, [long_record(1_234, 2, math.nan), long_record(4_321, 2, 77.0)])
 
-    known = store.spans(claim.job.id, "curves", 0, most_steps=100, most_spans=spans_for(100))
+    known = store.spans(claim.job.id, "curves", Wanted(most_steps=100, most_spans=spans_for(100)))
     loss = curves(known, {"loss"})["loss"]
 
     assert (loss.steps[0], loss.steps[-1]) == (1, 5_000)
@@ -156,7 +157,7 @@ def test_evaluations_of_each_step_are_thinned_too(store: SQLStore) -> None:
     done = [Evaluation(step=s, epoch=s / 10, test_loss=1 / s, test_accuracy=0.5) for s in range(1, 2_501)]
     store.ingest(f"{claim.job.id}-a1", [numbered(seq, event) for seq, event in enumerate(done, start=1)])
 
-    known = store.spans(claim.job.id, "evaluations", 0, most_steps=100, most_spans=49)
+    known = store.spans(claim.job.id, "evaluations", Wanted(most_steps=100, most_spans=49))
 
     test_loss = curves(known, {"test_loss"})["test_loss"]
     assert len(test_loss.steps) <= 100
@@ -166,7 +167,7 @@ def test_evaluations_of_each_step_are_thinned_too(store: SQLStore) -> None:
 
 def test_newest_events_of_some_kinds_are_found_among_many_others(store: SQLStore) -> None:
     claim = start_job(store)
-    tell(store, claim, 5_000)
+    tell(store, f"{claim.job.id}-a1", 5_000)
 
     found = store.newest_events(claim.job.id, ["evaluation", "phase", "none"], 0, 5)
 
@@ -184,9 +185,9 @@ def test_memory_that_a_read_takes_does_not_grow_with_the_job(store: SQLStore) ->
         while seq * 500 <= num_steps:
             deliver(store, claim, seq, [long_record(step, 16) for step in range((seq - 1) * 500 + 1, seq * 500 + 1)])
             seq += 1
-        store.spans(claim.job.id, "curves", 0, most_steps=1000, most_spans=499)  # what is cached once
+        store.spans(claim.job.id, "curves", Wanted(most_steps=1000, most_spans=499))  # what is cached once
         tracemalloc.start()
-        known = store.spans(claim.job.id, "curves", 0, most_steps=1000, most_spans=499)
+        known = store.spans(claim.job.id, "curves", Wanted(most_steps=1000, most_spans=499))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert 499 / 2 <= len(known.spans) <= 499

@@ -26,9 +26,17 @@ def start_job(store: Store) -> Claim:
     return claim
 
 
-def tell(store: Store, claim: Claim, num_steps: int, num_statistics: int = 2, *, total_steps: int = 0) -> int:
+def tell(
+    store: Store,
+    attempt: str,
+    num_steps: int,
+    num_statistics: int = 2,
+    *,
+    first_seq: int = 1,
+    total_steps: int = 0,
+) -> int:
     """Tells what a worker does from its start to this step, with a test each 1,000 steps; returns the next seq."""
-    seq = 1
+    seq = first_seq
     started = Started(
         spec={},
         seed=0,
@@ -43,7 +51,6 @@ def tell(store: Store, claim: Claim, num_steps: int, num_statistics: int = 2, *,
         statistics=[f"layer{i // 2}.{'AG'[i % 2]}" for i in range(num_statistics)],
         plain_parameters={},
     )
-    attempt = f"{claim.job.id}-a1"
     store.ingest(attempt, [numbered(seq, started)])
     for batch in _batches(num_steps, num_statistics):
         events: list[Numbered] = [numbered(seq + 1, Steps(records=batch))]
