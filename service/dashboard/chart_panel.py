@@ -63,6 +63,10 @@ class ChartPanel(ABC):
             self.described_at = time.monotonic()
             self.note.set_text(self.sentence())
 
+    def tell(self, script: str) -> None:
+        """Has the browser run a call of charts.js."""
+        self.chart.client.run_javascript(script)
+
     def refill(self) -> None:
         """Brings the table up to date, if it is shown."""
         if self.table.visible:

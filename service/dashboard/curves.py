@@ -199,7 +199,7 @@ class Curves(ChartPanel):
             height["type"] = "log" if is_log else "value"
             button.props(f"aria-pressed={str(is_log).lower()}").text = "log" if is_log else "linear"
             self._lay_out()
-            ui.run_javascript(self._whole())
+            self.tell(self._whole())
 
         with self.head:
             button = ui.button("linear", color=None, on_click=turn).props("flat dense no-caps").classes("plain")

@@ -4,8 +4,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from nicegui import ui
-
 from service.client import AsyncClient
 from service.dashboard.chart_panel import MUTED, TOOLTIP, ChartPanel, axis
 from service.dashboard.units import number
@@ -64,7 +62,7 @@ class HeatMap(ChartPanel):
         if self.statistics is not None:
             start = sum(end <= last_step for end in self.statistics.steps)
             _keep(self.statistics, start)
-            ui.run_javascript(f"ngd.columns({self.chart.id},{start},[])")
+            self.tell(f"ngd.columns({self.chart.id},{start},[])")
             self.complete_until = last_step // self.statistics.span * self.statistics.span
             if not start:
                 self.statistics = None
@@ -80,7 +78,7 @@ class HeatMap(ChartPanel):
         options["grid"]["left"] = min(260, 24 + 7 * max(map(len, statistics.names)))
         self.chart.style(f"height: {FRAME_PX + ROW_PX * len(statistics.names)}px")
         self.chart.update()
-        ui.run_javascript(self._script(statistics, 0, range(len(statistics.steps))))
+        self.tell(self._script(statistics, 0, range(len(statistics.steps))))
         self.describe(now=True)
         self.refill()
 
@@ -88,7 +86,7 @@ class HeatMap(ChartPanel):
         """Draws these columns of new statistics in place of those from `start` on."""
         assert self.statistics is not None
         _keep(self.statistics, start)
-        ui.run_javascript(self._script(new, start, columns))
+        self.tell(self._script(new, start, columns))
         self.statistics.steps += [new.steps[i] for i in columns]
         for field in ("ages", "intervals", "refreshes"):
             for row, added in zip(getattr(self.statistics, field), getattr(new, field), strict=True):

@@ -3,8 +3,6 @@
 import json
 from collections.abc import Sequence
 
-from nicegui import ui
-
 from service.client import AsyncClient
 from service.dashboard.curves import BYTES, SECONDS, SHARE, Curve, Curves, Mark, lines_of
 from service.resources import Metrics
@@ -42,20 +40,20 @@ class Training:
         is_first, self.last_step = self.last_step is None, step
         self._draw(metrics, whole=whole)
         if is_first:
-            ui.run_javascript(f"ngd.connect({json.dumps([panel.chart.id for panel in self.panels])})")
+            self.loss.tell(f"ngd.connect({json.dumps([panel.chart.id for panel in self.panels])})")
 
     def redo(self, last_step: int) -> None:
         """The job went back to a checkpoint: the steps after it are about to be replaced."""
         if self.last_step is not None and self.last_step > last_step:
             self.last_step = last_step
-            ui.run_javascript("".join(panel.cut(last_step) for panel in self.panels))
+            self.loss.tell("".join(panel.cut(last_step) for panel in self.panels))
 
     def mark(self, marks: Sequence[Mark]) -> None:
         """Draws more vertical lines in all curves."""
         for panel in self.panels:
             panel.mark(marks)
         ids = [panel.chart.id for panel in self.panels]
-        ui.run_javascript(f"ngd.mark({json.dumps(ids)}, {json.dumps(lines_of(marks))})")
+        self.loss.tell(f"ngd.mark({json.dumps(ids)}, {json.dumps(lines_of(marks))})")
 
     def _draw(self, metrics: Metrics, *, whole: bool) -> None:
         new: dict[Curves, dict[str, list[tuple[int, float]]]] = {panel: {} for panel in self.panels}
@@ -66,7 +64,7 @@ class Training:
             read = zip(series.steps, series.values, strict=True)
             new[panel][key] = [(step, value) for step, value in read if step > after]
         scripts = [(panel.replace if whole else panel.extend)(points) for panel, points in new.items()]
-        ui.run_javascript("".join(scripts))
+        self.loss.tell("".join(scripts))
 
     def _place(self, name: str) -> tuple[Curves, str]:
         group, _, part = name.partition(".")
