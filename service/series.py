@@ -35,7 +35,7 @@ def curves(known: Spans, names: Collection[str]) -> dict[str, Series]:
     return series
 
 
-def statistics(names: Sequence[str], known: Spans, last_step: int) -> Statistics:
+def statistics(names: Sequence[str], known: Spans) -> Statistics:
     """Returns ages and intervals at the last step of each span, and how often each was refreshed within it.
 
     Spans of steps that had another number of statistics are left out.
@@ -54,7 +54,7 @@ def statistics(names: Sequence[str], known: Spans, last_step: int) -> Statistics
         intervals=rows("intervals"),
         refreshes=rows("refreshes"),
         span=known.width,
-        last_step=last_step,
+        last_step=known.last_step,
     )
 
 

@@ -61,9 +61,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """An answer: spans of `width` steps in order. ends: the first and the last step alone, where spans are wider."""
+    """An answer: spans of `width` steps in order. ends: the first and the last step alone, where spans are wider.
+
+    last_step: the newest that is stored of the kind, to_step at most; 0: none.
+    """
 
     width: int
+    last_step: int
     spans: list[Span]
     ends: tuple[Span, ...] = ()
 

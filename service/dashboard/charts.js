@@ -1,30 +1,36 @@
-// What the pages tell a browser beside NiceGUI's own messages: new data alone, to be added to what it holds.
+// What the pages tell a browser beside NiceGUI's own messages: new data alone, to be added to what is held here.
 window.ngd = {
-  // A chart is mounted a moment after its element.
+  held: {},  // by chart; not in its element, for Vue would watch each point
+  // edit: changes what is held and returns what ECharts is to merge. A chart is mounted a moment after its element.
   change(id, edit) {
     const e = getElement(id);
-    if (e?.chart) { edit(e.options); e.update_chart(); }
+    if (e?.chart) e.chart.setOption(edit(ngd.held[id] ??= {}, e.options));
     else if (e) setTimeout(() => ngd.change(id, edit), 20);
   },
   // added: for each series where its new points begin, and the points.
   extend(id, added) {
-    ngd.change(id, o => added.forEach(([start, points], i) => o.series[i].data.splice(start, Infinity, ...points)));
+    ngd.change(id, held => {
+      held.series = added.map(([start, points], i) => [...(held.series?.[i] ?? []).slice(0, start), ...points]);
+      return {series: held.series.map(data => ({data}))};
+    });
   },
   mark(ids, lines) {
-    ids.forEach(id => ngd.change(id, o => o.series.at(-1).markLine.data.push(...lines)));
+    ids.forEach(id => ngd.change(id, (_, options) => {
+      options.series.at(-1).markLine.data.push(...lines);
+      return {series: options.series.map(({markLine}) => markLine ? {markLine} : {})};
+    }));
   },
   // columns: for each span of steps its label, then ages, intervals and refreshes of all statistics.
   columns(id, start, columns) {
-    ngd.change(id, o => {
-      const [cells, dots] = o.series.map(series => series.data), rows = o.yAxis.data.length;
-      cells.splice(start * rows);
-      dots.splice(0, Infinity, ...dots.filter(dot => dot[0] < start));
-      o.xAxis.data.splice(start, Infinity, ...columns.map(column => column[0]));
-      columns.forEach(([, ages, intervals, refreshes], i) => ages.forEach((age, y) => {
-        cells.push([start + i, y, age, intervals[y], refreshes[y]]);
-        if (refreshes[y] && intervals[y] > 1) dots.push(cells.at(-1));
-        o.visualMap.max = Math.max(o.visualMap.max, age);
-      }));
+    ngd.change(id, (held, options) => {
+      held.columns = [...(held.columns ?? []).slice(0, start), ...columns];
+      const cells = held.columns.flatMap(([, ages, intervals, refreshes], x) =>
+        ages.map((age, y) => [x, y, age, intervals[y], refreshes[y]]));
+      return {
+        xAxis: {data: held.columns.map(column => column[0])},
+        visualMap: {max: cells.reduce((most, cell) => Math.max(most, cell[2]), 1)},
+        series: [{data: cells}, {data: cells.filter(cell => cell[4] && cell[3] > 1)}],
+      };
     });
   },
   // The end of the log, which stays in view unless the reader has scrolled up.

@@ -22,7 +22,6 @@ __all__ = ["marks", "register"]
 CHARTS = Path(__file__).with_name("charts.js")
 POLL_S = 1.0
 CLOCK_S = 10.0  # between two looks at the clock, once nothing else changes
-SLOW_EVERY = 2  # polls between two readings of the log
 MARKED = ("started", "checkpoint")
 LEGEND = (("attempt", "new attempt"), ("restart", "workers restarted"), ("checkpoint", "checkpoint"))
 
@@ -54,6 +53,7 @@ class JobPage:
         self.job: Job | None = None  # as it was read last
         self.polls = 0
         self.next_after = 0
+        self.told_version: int | None = None  # of the job when its events were read
         self.attempt = 0
         self.is_complete = False
         self.loading = ui.skeleton().style("height: 220px; width: 100%").props('aria-label="Loading the job"')
@@ -136,20 +136,29 @@ class JobPage:
             self.spec.set_text(yaml.safe_dump(job.spec, sort_keys=False))
             self.loading.set_visibility(False)
             self.content.set_visibility(True)
-        if is_changed:
-            events = await (self._read_newest_events() if is_new else self._read_events())
-            for event in events:
-                if event.kind == "started":
-                    self.heat_map.num_rows = len(event.data["statistics"])
+        is_turn_of_log = self.polls % 2 == 0  # the log's and the events' turns alternate
+        events = await self._read_events(job) if is_new or has_ended or not is_turn_of_log else []
+        if is_changed or events:
             await self.training.refresh(self.api, self.job_id, job.status.progress.step, whole=has_ended)
             await self._read_statistics(job)
             self._mark(events)
-        if self.polls % SLOW_EVERY == 0 or has_ended:
+        if has_ended or is_turn_of_log:
             self.log.show(await self.api.logs(self.job_id, tail=LOG_LINES))
         self.polls += 1
         self.job = job
 
-    async def _read_newest_events(self) -> list[Event]:
+    async def _read_events(self, job: Job) -> list[Event]:
+        """Returns what happened since the last time, if anything did."""
+        if job.resource_version == self.told_version:
+            return []
+        events = await (self._newest_events() if self.told_version is None else self._new_events())
+        self.told_version = job.resource_version
+        for event in events:
+            if event.kind == "started":
+                self.heat_map.num_rows = len(event.data["statistics"])
+        return events
+
+    async def _newest_events(self) -> list[Event]:
         """Returns the newest events, and those that the charts mark however many came after them."""
         told = (await self.api.events(self.job_id, limit=MOST_EVENTS, newest_of=TOLD)).events
         found = {event.id: event for event in told}
@@ -160,7 +169,7 @@ class JobPage:
         self.next_after = told[-1].id if told else 0
         return [event for _, event in sorted(found.items())]
 
-    async def _read_events(self) -> list[Event]:
+    async def _new_events(self) -> list[Event]:
         page = await self.api.events(self.job_id, after=self.next_after, limit=MOST_EVENTS, newest_of=TOLD)
         self.next_after = page.next_after
         self.event_panel.add(page.events)

@@ -202,10 +202,6 @@ class Store(Protocol):
         """Returns the last events of these kinds, oldest first, as far as they come after the one with this id."""
         ...
 
-    def last_step(self, job_id: str) -> int:
-        """Returns the newest step that was done or evaluated; 0: none."""
-        ...
-
     def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
         """Returns the steps asked for, as fine as is allowed; however long the job, the rows that are read are bounded.
 

@@ -32,9 +32,9 @@ from service.store.census import census
 from service.store.engine import INSERT, READ_ONLY, describe, open_engine, reported
 from service.store.ingest import ingest
 from service.store.leases import change_leased, is_alone, is_free, needs_a_look, num_taken
-from service.store.rows import attempt_record, event_record, job_record
+from service.store.rows import attempt_record, event_record, job_record, newest_events
 from service.store.schema import is_usable, revision, upgrade
-from service.store.thinning import catch_up, is_behind, last_step, read
+from service.store.thinning import catch_up, is_behind, read
 from workers.events import Numbered
 from workers.rundir import Outcome
 
@@ -257,21 +257,9 @@ class SQLStore:
             return [event_record(row) for row in connection.execute(query.order_by(t.events.c.id).limit(limit))]
 
     def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:
-        found = [  # each kind's own, for an index gives those in order
-            sa.select(t.events)
-            .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.id > after)
-            .order_by(t.events.c.id.desc())
-            .limit(limit)
-            .subquery()
-            for kind in kinds
-        ]
-        query = sa.union_all(*(sa.select(of_kind) for of_kind in found)).order_by(sa.desc("id")).limit(limit)
+        values = {"job_id": job_id, "after": after, "limit": limit}
         with self._read() as connection:
-            return [event_record(row) for row in connection.execute(query)][::-1]
-
-    def last_step(self, job_id: str) -> int:
-        with self._read() as connection:
-            return last_step(connection, job_id)
+            return [event_record(row) for row in connection.execute(newest_events(tuple(kinds)), values)][::-1]
 
     def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
         with self._read() as connection:

@@ -17,7 +17,7 @@ from service.spans import KINDS, LOWEST, WIDENING, Kind, Name, Span, Spans, Want
 from service.store import tables as t
 from service.store.engine import INSERT
 
-__all__ = ["catch_up", "is_behind", "last_step", "read", "thin"]
+__all__ = ["catch_up", "is_behind", "read", "thin"]
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +69,12 @@ def catch_up(connection: sa.Connection, job_id: str | None) -> bool:
     return True
 
 
-def last_step(connection: sa.Connection, job_id: str) -> int:
-    return max(_last_step(connection, table, job_id) for table in (t.steps, t.evaluations))
-
-
 def read(connection: sa.Connection, job_id: str, name: Name, wanted: Wanted) -> Spans:
     """Returns what `Store.spans` says."""
     kind, table = KINDS[name], RECORDS[name]
     first, last = max(wanted.from_step, 1), _last_step(connection, table, job_id, wanted.to_step)
     if last < first:
-        return Spans(wanted.width, [])
+        return Spans(wanted.width, last, [])
     most = wanted.most_steps
     is_short = wanted.width == 1 and _num_records(connection, table, job_id, first, last, most) <= most
     level = 0 if is_short else level_for(first, last, wanted.most_spans, wanted.width)
@@ -86,7 +82,7 @@ def read(connection: sa.Connection, job_id: str, name: Name, wanted: Wanted) -> 
     budget = max(most, MOST_RECORDS)
     if _num_records(connection, table, job_id, begin, last, budget) <= budget:
         records = _records(connection, table, kind, job_id, begin, last)
-        return Spans(1 << level, fold(kind, records, level), (records[0], records[-1]) if level else ())
+        return Spans(1 << level, last, fold(kind, records, level), (records[0], records[-1]) if level else ())
     level = max(level, LOWEST)
     kept = max(step for step in ladder(last) if step <= level)
     number = t.spans.c.number.between((begin - 1) >> kept, (last - 1) >> kept)
@@ -94,7 +90,7 @@ def read(connection: sa.Connection, job_id: str, name: Name, wanted: Wanted) -> 
     query = sa.select(t.spans.c.last_step, t.spans.c.json).where(*of_level).order_by(t.spans.c.number)
     spans = [Span(row.last_step, from_json(row.json)) for row in connection.execute(query)]
     ends = [*_end(connection, table, kind, job_id, first), *_records(connection, table, kind, job_id, last, last)]
-    return Spans(1 << level, fold(kind, spans, level), tuple(ends))
+    return Spans(1 << level, last, fold(kind, spans, level), tuple(ends))
 
 
 def _next_behind(connection: sa.Connection, job_id: str | None) -> Any:

@@ -1,5 +1,7 @@
 """A browser on the pages of jobs whose worker is the test: what goes over the socket, and what a reader sees."""
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -136,3 +138,78 @@ def test_a_step_costs_two_kilobytes_on_the_socket_whatever_came_before(
     assert per_step <= MOST_BYTES_PER_STEP, "\n".join(frames.texts[-30:])
     loss = page.evaluate(SERIES, "Loss")[0]
     assert [point[0] for point in loss[-6:]] == list(range(num_steps + 2, num_steps + 8))
+
+
+def test_checkpoints_and_tests_reach_the_charts_by_themselves(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    worker.has_done(40, 4)
+    frames = open_job(page, service, worker)
+    see_step(page, 40)
+    before = frames.num_bytes
+
+    worker.does(41, 4, math.nan)
+    worker.tells(Evaluation(step=41, epoch=0.1, test_loss=0.25, test_accuracy=0.75))
+    worker.tells(CheckpointSaved(step=41, path="checkpoints/step-00000041", bytes=2048))
+
+    expect(page.get_by_text("Checkpoint of step 41 saved (2 KiB)")).to_be_attached(timeout=30_000)
+    expect(page.get_by_text("Tested at step 41")).to_be_attached()
+    training, test, lost = page.evaluate(SERIES, "Loss")
+    assert (training[-1], test[-1], lost) == ([41, None], [41, 0.25], [[41, 0]])
+    assert frames.num_bytes - before < 3 * MOST_BYTES_PER_STEP
+    expect(page.locator("time").first).to_have_text(re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$"))
+    expect(page.get_by_text("times in UTC")).to_be_visible()
+
+
+def test_page_says_that_it_has_no_connection_and_goes_on_when_it_is_back(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page, complaints: list[str]
+) -> None:
+    worker = worker_of()
+    worker.has_done(40, 4)
+    open_job(page, service, worker)
+    see_step(page, 40)
+    mark = page.locator(".fresh")
+    expect(mark).to_have_text("Live")
+    page.evaluate("window.mine = true")
+
+    page.evaluate("window.socket.io.engine.close()")  # as a network does that is gone for a moment
+    expect(page.locator("#popup")).to_have_attribute("aria-hidden", "false")
+    shown = page.evaluate(
+        "[getComputedStyle(document.querySelector('.fresh'), '::after').content, "
+        "document.querySelector('.fresh').innerText]"
+    )
+    worker.does(41, 4)
+
+    see_step(page, 41)
+    assert shown == ['"Not connected"', ""]
+    assert page.evaluate("window.mine"), "the page was loaded again"
+    expect(mark).to_have_text("Live")
+    complaints[:] = [text for text in complaints if "WebSocket" not in text]
+
+
+def test_what_is_not_there_says_so_in_our_words(service: ServiceProcess, page: Page, complaints: list[str]) -> None:
+    page.goto(f"{service.url}/jobs/job_00000000000000000000000000")
+    expect(page.get_by_text("There is no such job")).to_be_visible()
+    expect(page.locator(".fresh")).to_have_text("Not found")
+    expect(page.get_by_role("link", name="All jobs", exact=True)).to_be_visible()
+
+    answer = page.goto(f"{service.url}/nowhere")
+    assert answer is not None
+    assert answer.status == 404
+    expect(page.get_by_role("heading", name="There is no such page")).to_be_visible()
+    page.get_by_role("link", name="All jobs").click()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    complaints[:] = [text for text in complaints if "404" not in text]
+
+
+def test_age_of_an_ended_job_moves_on(service: ServiceProcess, page: Page) -> None:
+    job = service.client.submit(small_spec(name="steps", schedule={"steps": 3}).model_dump(mode="json"))
+    ended = service.client.wait(job.id, timeout_s=60)
+    assert ended.finished_at is not None
+    page.goto(f"{service.url}/jobs/{job.id}")
+    expect(page.locator(".fresh")).to_have_text("Final")
+    shown = page.get_by_text(re.compile("^ended "))
+    first = shown.inner_text()
+
+    expect(shown).not_to_have_text(first, timeout=60_000)

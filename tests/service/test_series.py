@@ -27,7 +27,7 @@ def spans(name: Name, of: Sequence[StepRecord], level: int = 0) -> Spans:
     folded = alone
     for step in range(level):
         folded = fold(kind, folded, step + 1)
-    return Spans(1 << level, folded, (alone[0], alone[-1]) if level and alone else ())
+    return Spans(1 << level, len(of), folded, (alone[0], alone[-1]) if level and alone else ())
 
 
 def losses(values: Sequence[float]) -> list[StepRecord]:
@@ -91,7 +91,7 @@ def test_steps_that_lack_a_value_are_left_out_of_its_curve() -> None:
     old, new = json.loads(records(1)[0].model_dump_json()), json.loads(records(2)[1].model_dump_json())
     del old["damping"], old["skipped_steps"]  # of a version that did not record them
 
-    known = Spans(1, [Span(1, of_record(old)), Span(2, of_record(new | {"damping": 0.5}))])
+    known = Spans(1, 2, [Span(1, of_record(old)), Span(2, of_record(new | {"damping": 0.5}))])
 
     series = curves(known, {"lr", "damping"})
     assert (series["lr"].steps, series["damping"].steps, series["damping"].values) == ([1, 2], [2], [0.5])
@@ -102,7 +102,7 @@ def test_a_value_that_no_step_has_gives_no_curve() -> None:
 
 
 def test_refreshes_between_two_columns_are_counted() -> None:
-    matrix = statistics(["A", "G"], spans("statistics", records(12), 2), 12)
+    matrix = statistics(["A", "G"], spans("statistics", records(12), 2))
 
     assert (matrix.steps, matrix.span) == ([4, 8, 12], 4)
     assert matrix.ages == [[3, 3, 3], [1, 1, 1]]
@@ -112,13 +112,13 @@ def test_refreshes_between_two_columns_are_counted() -> None:
 def test_columns_of_another_set_of_statistics_are_left_out() -> None:
     other = [record.model_copy(update={"ages": [0], "intervals": [1]}) for record in records(6)]
 
-    matrix = statistics(["A", "G"], spans("statistics", [*other, *records(12)[6:]], 2), 12)
+    matrix = statistics(["A", "G"], spans("statistics", [*other, *records(12)[6:]], 2))
 
     assert (matrix.steps, matrix.refreshes) == ([8, 12], [[0, 1], [1, 2]])
 
 
 def test_job_without_steps_has_an_empty_matrix() -> None:
-    matrix = statistics(["A"], Spans(1, []), 0)
+    matrix = statistics(["A"], Spans(1, 0, []))
 
     assert (matrix.steps, matrix.ages, matrix.last_step) == ([], [[]], 0)
 

@@ -162,7 +162,7 @@ def test_evaluations_of_each_step_are_thinned_too(store: SQLStore) -> None:
     test_loss = curves(known, {"test_loss"})["test_loss"]
     assert len(test_loss.steps) <= 100
     assert (test_loss.values[0], test_loss.values[-1]) == (1.0, 1 / 2_500)
-    assert store.last_step(claim.job.id) == 2_500
+    assert known.last_step == 2_500
 
 
 def test_newest_events_of_some_kinds_are_found_among_many_others(store: SQLStore) -> None:
