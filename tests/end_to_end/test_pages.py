@@ -104,14 +104,27 @@ def page(complaints: list[str]) -> Iterator[Page]:
 
 
 def open_job(page: Page, service: ServiceProcess, worker: Worker) -> Frames:
+    return open_page(page, f"{service.url}/jobs/{worker.job.id}")
+
+
+def open_page(page: Page, url: str) -> Frames:
     frames = Frames()
     page.on("websocket", lambda socket: socket.on("framereceived", lambda text: frames.texts.append(str(text))))
-    page.goto(f"{service.url}/jobs/{worker.job.id}")
+    page.goto(url)
     return frames
 
 
 def see_step(page: Page, step: int) -> None:
     expect(page.get_by_text(f"{step:,} / 2,000,000")).to_be_visible(timeout=30_000)
+
+
+def settled(page: Page, frames: Frames, worker: Worker, num_steps: int, num_statistics: int) -> int:
+    """Returns how many bytes the first view took, and a step after it, which shows that all of it is there."""
+    see_step(page, num_steps)
+    worker.does(num_steps + 1, num_statistics)
+    see_step(page, num_steps + 1)
+    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)?.[0] === {num_steps + 1}")
+    return frames.num_bytes
 
 
 @pytest.mark.parametrize(("num_steps", "num_statistics"), [(10, 12), (3_000, 160)])
@@ -125,19 +138,36 @@ def test_a_step_costs_two_kilobytes_on_the_socket_whatever_came_before(
     worker = worker_of()
     worker.has_done(num_steps, num_statistics)
     frames = open_job(page, service, worker)
-    see_step(page, num_steps)
-    worker.does(num_steps + 1, num_statistics)
-    see_step(page, num_steps + 1)  # all of the first view is here
-    before = frames.num_bytes
+    before = settled(page, frames, worker, num_steps, num_statistics)
 
     for step in range(num_steps + 2, num_steps + 8):
         worker.does(step, num_statistics)
         see_step(page, step)
 
+    page.screenshot(path=f"/tmp/shot-{num_steps}.png", full_page=True)
     per_step = (frames.num_bytes - before) / 6
     assert per_step <= MOST_BYTES_PER_STEP, "\n".join(frames.texts[-30:])
+    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)[0] === {num_steps + 7}")
     loss = page.evaluate(SERIES, "Loss")[0]
     assert [point[0] for point in loss[-6:]] == list(range(num_steps + 2, num_steps + 8))
+
+
+def test_table_of_jobs_is_sent_what_has_changed(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    for _ in range(40):
+        service.client.cancel(service.client.submit(small_spec(name="steps").model_dump(mode="json")).id)
+    worker.has_done(40, 4)
+    frames = open_page(page, service.url)
+    see_step(page, 40)
+    before = frames.num_bytes
+
+    for step in range(41, 45):
+        worker.does(step, 4)
+        see_step(page, step)
+
+    assert (frames.num_bytes - before) / 4 < MOST_BYTES_PER_STEP
 
 
 def test_checkpoints_and_tests_reach_the_charts_by_themselves(
@@ -146,17 +176,17 @@ def test_checkpoints_and_tests_reach_the_charts_by_themselves(
     worker = worker_of()
     worker.has_done(40, 4)
     frames = open_job(page, service, worker)
-    see_step(page, 40)
-    before = frames.num_bytes
+    before = settled(page, frames, worker, 40, 4)
 
-    worker.does(41, 4, math.nan)
-    worker.tells(Evaluation(step=41, epoch=0.1, test_loss=0.25, test_accuracy=0.75))
-    worker.tells(CheckpointSaved(step=41, path="checkpoints/step-00000041", bytes=2048))
+    worker.does(42, 4, math.nan)
+    worker.tells(Evaluation(step=42, epoch=0.1, test_loss=0.25, test_accuracy=0.75))
+    worker.tells(CheckpointSaved(step=42, path="checkpoints/step-00000042", bytes=2048))
 
-    expect(page.get_by_text("Checkpoint of step 41 saved (2 KiB)")).to_be_attached(timeout=30_000)
-    expect(page.get_by_text("Tested at step 41")).to_be_attached()
+    expect(page.get_by_text("Checkpoint of step 42 saved (2 KiB)")).to_be_attached(timeout=30_000)
+    expect(page.get_by_text("Tested at step 42")).to_be_attached()
+    page.wait_for_function(f"(({SERIES})('Loss'))[2].length === 1")
     training, test, lost = page.evaluate(SERIES, "Loss")
-    assert (training[-1], test[-1], lost) == ([41, None], [41, 0.25], [[41, 0]])
+    assert (training[-1], test[-1], lost) == ([42, None], [42, 0.25], [[42, 0]])
     assert frames.num_bytes - before < 3 * MOST_BYTES_PER_STEP
     expect(page.locator("time").first).to_have_text(re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$"))
     expect(page.get_by_text("times in UTC")).to_be_visible()
