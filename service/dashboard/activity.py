@@ -1,5 +1,6 @@
 """What happened to a job in words: the tail of its log, and the list of its events."""
 
+import html
 import json
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from service.resources import Event
 __all__ = ["LOG_LINES", "MOST_EVENTS", "TOLD", "EventPanel", "LogPanel", "unseen", "words"]
 
 LOG_LINES = 500
-MOST_EVENTS = 200
+MOST_EVENTS = 100
 ICONS = {
     "phase": "swap_horiz",
     "started": "rocket_launch",
@@ -68,16 +69,23 @@ class EventPanel:
         if events:
             self.hint.set_visibility(False)
         for event in events:
-            with self.list, ui.element("div").classes(f"event {_tone(event)}").props("role=listitem") as row:
-                with ui.element("time").props(f'datetime="{event.time.isoformat()}"'):
-                    ui.label(moment(event.time))
-                ui.icon(ICONS.get(event.kind, "info")).props("aria-hidden=true")
-                ui.label(words(event)).classes("event-text")
+            with self.list:
+                row = ui.html(_row(event), sanitize=False)
+            row.classes(f"event {_tone(event)}").props("role=listitem")
             row.move(target_index=0)
             self.rows.append(row)
-        for row in self.rows[:-MOST_EVENTS]:
-            self.list.remove(row)
+        for oldest in self.rows[:-MOST_EVENTS]:
+            self.list.remove(oldest)
         self.rows = self.rows[-MOST_EVENTS:]
+
+
+def _row(event: Event) -> str:
+    """One element an event: a list of them is made while the reader waits."""
+    icon, text = ICONS.get(event.kind, "info"), html.escape(words(event))
+    return (
+        f'<time datetime="{event.time.isoformat()}">{moment(event.time)}</time>'
+        f'<i class="q-icon material-icons" aria-hidden="true">{icon}</i><div class="event-text">{text}</div>'
+    )
 
 
 def unseen(shown: list[str], tail: list[str]) -> list[str]:

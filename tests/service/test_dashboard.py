@@ -363,8 +363,18 @@ def test_list_of_events_is_bounded_and_dated() -> None:
         events.add([event("checkpoint", step=batch * 100 + i, bytes=1, path="c") for i in range(100)])
 
     assert len(events.list.default_slot.children) == MOST_EVENTS + 1  # and the hint, which is hidden
-    newest = events.list.default_slot.children[0]
-    assert "2030-01-02 12:00:00" in [label.text for label in newest.descendants() if isinstance(label, ui.label)]
+    newest = events.list.default_slot.children[0].props["innerHTML"]
+    assert "2030-01-02 12:00:00</time>" in newest
+    assert "Checkpoint of step 299 saved (1 B)" in newest
+
+
+@pytest.mark.usefixtures("page")
+def test_words_of_an_event_are_no_html() -> None:
+    events = EventPanel()
+
+    events.add([event("failed", reason="R", message="<img src=x>", retryable=False)])
+
+    assert "R: &lt;img src=x&gt;" in events.list.default_slot.children[0].props["innerHTML"]
 
 
 def test_page_in_whose_place_an_error_was_raised_says_so(page: Client) -> None:

@@ -34,8 +34,9 @@ def tell(
     *,
     first_seq: int = 1,
     total_steps: int = 0,
+    evaluate_every: int = 1000,
 ) -> int:
-    """Tells what a worker does from its start to this step, with a test each 1,000 steps; returns the next seq."""
+    """Tells what a worker does from its start to this step; returns the next seq."""
     seq = first_seq
     started = Started(
         spec={},
@@ -54,10 +55,9 @@ def tell(
     store.ingest(attempt, [numbered(seq, started)])
     for batch in _batches(num_steps, num_statistics):
         events: list[Numbered] = [numbered(seq + 1, Steps(records=batch))]
-        if batch[0].step // 1000 != batch[-1].step // 1000:
-            step = batch[-1].step
+        for step in (record.step for record in batch if record.step % evaluate_every == 0):
             tested = Evaluation(step=step, epoch=step / 1000, test_loss=1 / step, test_accuracy=0.5)
-            events.append(numbered(seq + 2, tested))
+            events.append(numbered(seq + 1 + len(events), tested))
         store.ingest(attempt, events)
         seq += len(events)
     return seq + 1
