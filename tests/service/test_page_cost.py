@@ -1,6 +1,7 @@
 """What an open page of a long job costs the controller, in CPU seconds of this process, which stands for it."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
@@ -29,7 +30,9 @@ FIRST_VIEW_S, INCREMENT_S, POLL_COST_S = 0.2, 0.005, 0.5 * POLL_S / 50  # half a
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
     parts = _assemble(Settings(home=tmp_path))
+    gc.freeze()  # as the server does
     yield parts
+    gc.unfreeze()
     parts.store.close()
 
 
