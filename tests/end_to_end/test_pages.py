@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium to drive: apt-get install chromium"),
 ]
 MOST_BYTES_PER_STEP = 2_048
+DRAW_MS = 120_000  # a browser without a GPU, on two cores that others use too
 SERIES = """title => {
   const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === title);
   const chart = getElement(panel.querySelector('.nicegui-echart').id.slice(1)).chart;
@@ -115,7 +116,7 @@ def open_page(page: Page, url: str) -> Frames:
 
 
 def see_step(page: Page, step: int) -> None:
-    expect(page.get_by_text(f"{step:,} / 2,000,000")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text(f"{step:,} / 2,000,000")).to_be_visible(timeout=DRAW_MS)
 
 
 def settled(page: Page, frames: Frames, worker: Worker, num_steps: int, num_statistics: int) -> int:
@@ -123,11 +124,13 @@ def settled(page: Page, frames: Frames, worker: Worker, num_steps: int, num_stat
     see_step(page, num_steps)
     worker.does(num_steps + 1, num_statistics)
     see_step(page, num_steps + 1)
-    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)?.[0] === {num_steps + 1}")
+    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)?.[0] === {num_steps + 1}", timeout=DRAW_MS)
     return frames.num_bytes
 
 
-@pytest.mark.parametrize(("num_steps", "num_statistics"), [(10, 12), (3_000, 160)])
+@pytest.mark.parametrize(
+    ("num_steps", "num_statistics"), [(10, 12), (3_000, 12), pytest.param(20_000, 160, marks=pytest.mark.slow)]
+)
 def test_a_step_costs_two_kilobytes_on_the_socket_whatever_came_before(
     service: ServiceProcess,
     worker_of: Callable[[], Worker],
@@ -144,10 +147,9 @@ def test_a_step_costs_two_kilobytes_on_the_socket_whatever_came_before(
         worker.does(step, num_statistics)
         see_step(page, step)
 
-    page.screenshot(path=f"/tmp/shot-{num_steps}.png", full_page=True)
     per_step = (frames.num_bytes - before) / 6
     assert per_step <= MOST_BYTES_PER_STEP, "\n".join(frames.texts[-30:])
-    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)[0] === {num_steps + 7}")
+    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)[0] === {num_steps + 7}", timeout=DRAW_MS)
     loss = page.evaluate(SERIES, "Loss")[0]
     assert [point[0] for point in loss[-6:]] == list(range(num_steps + 2, num_steps + 8))
 
@@ -182,9 +184,9 @@ def test_checkpoints_and_tests_reach_the_charts_by_themselves(
     worker.tells(Evaluation(step=42, epoch=0.1, test_loss=0.25, test_accuracy=0.75))
     worker.tells(CheckpointSaved(step=42, path="checkpoints/step-00000042", bytes=2048))
 
-    expect(page.get_by_text("Checkpoint of step 42 saved (2 KiB)")).to_be_attached(timeout=30_000)
+    expect(page.get_by_text("Checkpoint of step 42 saved (2 KiB)")).to_be_attached(timeout=DRAW_MS)
     expect(page.get_by_text("Tested at step 42")).to_be_attached()
-    page.wait_for_function(f"(({SERIES})('Loss'))[2].length === 1")
+    page.wait_for_function(f"(({SERIES})('Loss'))[2].length === 1", timeout=DRAW_MS)
     training, test, lost = page.evaluate(SERIES, "Loss")
     assert (training[-1], test[-1], lost) == ([42, None], [42, 0.25], [[42, 0]])
     assert frames.num_bytes - before < 3 * MOST_BYTES_PER_STEP
