@@ -85,18 +85,18 @@ def cancel(job_id: str) -> Call[Job]:
     return Call("POST", f"{_job(job_id)}:cancel", Job.model_validate_json)
 
 
-def events(job_id: str, after: int, limit: int | None) -> Call[EventPage]:
-    params = _params(after=after, limit=limit)
+def events(job_id: str, after: int, limit: int, newest_of: Iterable[str]) -> Call[EventPage]:
+    params = _params(after=after, limit=limit, newest_of=",".join(newest_of) or None)
     return Call("GET", f"{_job(job_id)}/events", EventPage.model_validate_json, params=params)
 
 
-def metrics(job_id: str, names: Iterable[str], from_step: int | None, max_points: int | None) -> Call[Metrics]:
-    params = _params(names=",".join(names) or None, from_step=from_step, max_points=max_points)
+def metrics(job_id: str, names: Iterable[str], from_step: int, to_step: int | None, max_points: int) -> Call[Metrics]:
+    params = _params(names=",".join(names) or None, from_step=from_step, to_step=to_step, max_points=max_points)
     return Call("GET", f"{_job(job_id)}/metrics", Metrics.model_validate_json, params=params)
 
 
-def statistics(job_id: str, from_step: int | None, max_points: int | None) -> Call[Statistics]:
-    params = _params(from_step=from_step, max_points=max_points)
+def statistics(job_id: str, from_step: int, max_points: int, span: int) -> Call[Statistics]:
+    params = _params(from_step=from_step, max_points=max_points, span=span)
     return Call("GET", f"{_job(job_id)}/statistics", Statistics.model_validate_json, params=params)
 
 

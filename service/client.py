@@ -5,32 +5,40 @@
         for job in client.watch(job.id):
             print(job.status.progress.step, job.metrics_latest.get("loss"))
 
-The error tree:
-
-    ServiceError
-        ServiceUnreachableError        nothing answers at the address
-        NotThisServiceError            something else answers there
-        InvalidKeyError                what was given as an API key can't be one
-        RequestRefusedError            the service answered with a problem
-            InvalidRequestError        400, 413, 415, 422: change the request
-            UnauthorizedError          401: no API key, or none of this service's
-            NotFoundError              404
-            ConflictError              409: not in the job's present state
-            ServiceFailedError         5xx: the service's own trouble
+What they raise is in answers.py.
 """
 
-import ipaddress
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
 import httpx
-from pydantic import ValidationError
 
 from service import calls
+from service.answers import (
+    DEFAULT_URL,
+    ConflictError,
+    InvalidKeyError,
+    InvalidRequestError,
+    NotFoundError,
+    NotThisServiceError,
+    RequestRefusedError,
+    ServiceError,
+    ServiceFailedError,
+    ServiceUnreachableError,
+    UnauthorizedError,
+    address,
+    authorization,
+    check_answer,
+    not_this_service,
+    read_answer,
+    request_of,
+    unreachable,
+    uses_proxies,
+)
 from service.calls import Call, Spec
-from service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Problem, Statistics, Validated
+from service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Statistics, Validated
 from service.server_sent import Frame, frames
 
 __all__ = [
@@ -49,146 +57,10 @@ __all__ = [
 ]
 
 Answer = TypeVar("Answer")
-DEFAULT_URL = "http://127.0.0.1:8000"
-TIMEOUT_S = 30.0
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 PATIENCE_S = 60.0  # a restart of the service takes seconds
 STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
-
-
-class ServiceError(Exception):
-    """Base of what the client raises."""
-
-
-class ServiceUnreachableError(ServiceError, ConnectionError):
-    """Nothing answers at the address."""
-
-
-class NotThisServiceError(ServiceError):
-    """What answers at the address is something else."""
-
-
-class InvalidKeyError(ServiceError, ValueError):
-    """What was given as an API key can't be one."""
-
-
-class RequestRefusedError(ServiceError):
-    """The service answered with a problem; `problem` is the whole of it, str() the text for a person."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        lines = [f"{item.detail}" + (f" ({item.hint})" if item.hint else "") for item in problem.errors]
-        super().__init__("\n".join(lines or [problem.detail]))
-
-
-class InvalidRequestError(RequestRefusedError, ValueError):
-    """The request itself is wrong: change it."""
-
-
-class UnauthorizedError(RequestRefusedError, PermissionError):
-    """The service wants an API key, or another one."""
-
-
-class NotFoundError(RequestRefusedError, LookupError):
-    """There is no such job or route."""
-
-
-class ConflictError(RequestRefusedError):
-    """Not possible in the job's present state."""
-
-
-class ServiceFailedError(RequestRefusedError):
-    """The service's own trouble; `problem.retryable` says whether to try again."""
-
-
-def _base_url(given: str) -> httpx.URL:
-    """Returns the address of a service. Raises: ServiceUnreachableError for what is no address."""
-    try:
-        url = httpx.URL(given)
-        is_address = url.scheme in ("http", "https") and bool(url.host)
-    except httpx.InvalidURL:
-        is_address = False
-    if not is_address:
-        raise ServiceUnreachableError(f"{given!r} is no address of a service; give one such as {DEFAULT_URL}")
-    return url
-
-
-def _uses_proxies(url: httpx.URL) -> bool:
-    """Returns whether http_proxy and its like count: a proxy elsewhere can't reach this machine's own addresses."""
-    try:
-        return not (url.host == "localhost" or ipaddress.ip_address(url.host).is_loopback)
-    except ValueError:
-        return True
-
-
-def _authorization(key: str | None) -> dict[str, str]:
-    """Returns the header that carries the key. Raises: InvalidKeyError for what no header carries."""
-    if key is None:
-        return {}
-    key = key.strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise InvalidKeyError("the API key must be visible ASCII characters; check that the whole of it was given")
-    return {"Authorization": f"Bearer {key}"}
-
-
-def _refused(response: httpx.Response) -> RequestRefusedError:
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValidationError:
-        detail = f"{response.request.url} answered {response.status_code} and is not this service"
-        problem = Problem(
-            type="about:blank",
-            title=response.reason_phrase,
-            status=response.status_code,
-            detail=detail,
-            instance=response.request.url.path,
-            code="not_this_service",
-            request_id="",
-            retryable=False,
-        )
-    kinds = {401: UnauthorizedError, 404: NotFoundError, 409: ConflictError}
-    default = ServiceFailedError if response.status_code >= 500 else InvalidRequestError
-    return kinds.get(response.status_code, default)(problem)
-
-
-def _not_this_service(response: httpx.Response) -> NotThisServiceError:
-    return NotThisServiceError(
-        f"what answers at {response.request.url} is not an ngd service; give the service's address with --url, or set "
-        "NGD_HOST and NGD_PORT"
-    )
-
-
-def _unreachable(base_url: httpx.URL, error: httpx.RequestError) -> ServiceUnreachableError:
-    reason = str(error) or type(error).__name__
-    return ServiceUnreachableError(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
-
-
-def _request(client: httpx.Client | httpx.AsyncClient, call: Call[Answer]) -> httpx.Request:
-    return client.build_request(
-        call.method,
-        call.path,
-        params=call.params,
-        headers=call.headers,
-        json=call.json,
-        content=call.content,
-        timeout=call.timeout_s or TIMEOUT_S,
-    )
-
-
-def _read(response: httpx.Response, call: Call[Answer]) -> Answer:
-    _check(response)
-    try:
-        return call.read(response.content)
-    except ValidationError as error:
-        raise _not_this_service(response) from error
-
-
-def _check(response: httpx.Response) -> None:
-    if response.status_code >= 400:
-        raise _refused(response)
-    if not response.is_success:
-        raise _not_this_service(response)
 
 
 class Client:
@@ -205,9 +77,9 @@ class Client:
         transport: httpx.BaseTransport | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        url = _base_url(base_url)
+        url = address(base_url)
         self._http = httpx.Client(
-            base_url=url, headers=_authorization(key), transport=transport, trust_env=_uses_proxies(url)
+            base_url=url, headers=authorization(key), transport=transport, trust_env=uses_proxies(url)
         )
         self._patience_s = patience_s
 
@@ -254,8 +126,9 @@ class Client:
         """Returns the job, which ends as CANCELLED soon; calling it again changes nothing."""
         return self._send(calls.cancel(job_id))
 
-    def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> EventPage:
-        return self._send(calls.events(job_id, after, limit))
+    def events(self, job_id: str, *, after: int = 0, limit: int = 100, newest_of: Iterable[str] = ()) -> EventPage:
+        """Returns the first events after the one of this id; newest_of: the last ones, of these kinds."""
+        return self._send(calls.events(job_id, after, limit, newest_of))
 
     def follow(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
         """Yields each event after `after` as it happens, until the job has ended; reconnects and misses none."""
@@ -270,13 +143,19 @@ class Client:
                 yield Job.model_validate_json(frame.data)
 
     def metrics(
-        self, job_id: str, *, names: Iterable[str] = (), from_step: int | None = None, max_points: int | None = None
+        self,
+        job_id: str,
+        *,
+        names: Iterable[str] = (),
+        from_step: int = 0,
+        to_step: int | None = None,
+        max_points: int = 1000,
     ) -> Metrics:
         """Returns curves. names: empty for all; "seconds" and "bytes_sent" stand for each of their parts."""
-        return self._send(calls.metrics(job_id, names, from_step, max_points))
+        return self._send(calls.metrics(job_id, names, from_step, to_step, max_points))
 
-    def statistics(self, job_id: str, *, from_step: int | None = None, max_points: int | None = None) -> Statistics:
-        return self._send(calls.statistics(job_id, from_step, max_points))
+    def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
+        return self._send(calls.statistics(job_id, from_step, max_points, span))
 
     def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
         """Returns the log of the newest, or the given, attempt; tail: its last lines alone."""
@@ -291,16 +170,16 @@ class Client:
                     if frame.event == "log":
                         yield LogChunk.model_validate_json(frame.data)
         except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise unreachable(self._http.base_url, error) from error
 
     def ready(self) -> Health:
         return self._send(calls.ready())
 
     def _send(self, call: Call[Answer]) -> Answer:
         try:
-            return _read(self._http.send(_request(self._http, call)), call)
+            return read_answer(self._http.send(request_of(self._http, call)), call)
         except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise unreachable(self._http.base_url, error) from error
 
     def _frames(self, job_id: str, after: int) -> Iterator[Frame]:
         """Yields the frames of the event stream; a broken connection is taken up again where it broke."""
@@ -317,7 +196,7 @@ class Client:
                             return
                 trouble: ServiceError = ServiceUnreachableError(f"{self.base_url} ends its streams; try again later")
             except httpx.RequestError as error:
-                trouble = _unreachable(self._http.base_url, error)
+                trouble = unreachable(self._http.base_url, error)
             except ServiceFailedError as error:
                 trouble = error
             lost_at = time.monotonic() if lost_at is None else lost_at
@@ -332,9 +211,9 @@ class Client:
         with self._http.stream("GET", path, params=params, headers=headers, timeout=STREAM_TIMEOUT) as response:
             if response.status_code >= 400:
                 response.read()
-            _check(response)
+            check_answer(response)
             if response.headers.get("content-type", "").partition(";")[0] != "text/event-stream":
-                raise _not_this_service(response)
+                raise not_this_service(response)
             yield response
 
 
@@ -344,9 +223,9 @@ class AsyncClient:
     def __init__(
         self, base_url: str = DEFAULT_URL, *, key: str | None = None, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
-        url = _base_url(base_url)
+        url = address(base_url)
         self._http = httpx.AsyncClient(
-            base_url=url, headers=_authorization(key), transport=transport, trust_env=_uses_proxies(url)
+            base_url=url, headers=authorization(key), transport=transport, trust_env=uses_proxies(url)
         )
 
     async def __aenter__(self) -> Self:
@@ -372,18 +251,24 @@ class AsyncClient:
     async def cancel(self, job_id: str) -> Job:
         return await self._send(calls.cancel(job_id))
 
-    async def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> EventPage:
-        return await self._send(calls.events(job_id, after, limit))
+    async def events(
+        self, job_id: str, *, after: int = 0, limit: int = 100, newest_of: Iterable[str] = ()
+    ) -> EventPage:
+        return await self._send(calls.events(job_id, after, limit, newest_of))
 
     async def metrics(
-        self, job_id: str, *, names: Iterable[str] = (), from_step: int | None = None, max_points: int | None = None
+        self,
+        job_id: str,
+        *,
+        names: Iterable[str] = (),
+        from_step: int = 0,
+        to_step: int | None = None,
+        max_points: int = 1000,
     ) -> Metrics:
-        return await self._send(calls.metrics(job_id, names, from_step, max_points))
+        return await self._send(calls.metrics(job_id, names, from_step, to_step, max_points))
 
-    async def statistics(
-        self, job_id: str, *, from_step: int | None = None, max_points: int | None = None
-    ) -> Statistics:
-        return await self._send(calls.statistics(job_id, from_step, max_points))
+    async def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
+        return await self._send(calls.statistics(job_id, from_step, max_points, span))
 
     async def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
         return await self._send(calls.logs(job_id, attempt, tail))
@@ -393,6 +278,6 @@ class AsyncClient:
 
     async def _send(self, call: Call[Answer]) -> Answer:
         try:
-            return _read(await self._http.send(_request(self._http, call)), call)
+            return read_answer(await self._http.send(request_of(self._http, call)), call)
         except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise unreachable(self._http.base_url, error) from error

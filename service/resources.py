@@ -132,7 +132,11 @@ class Series(Resource):
 
 
 class Metrics(Resource):
-    """Curves of a job; min and max of each bucket and the last raw point are always among the points."""
+    """Curves of a job; of a long one the lowest and the highest value of each span of steps, the first and the last.
+
+    A value that is not finite is among the points in place of the lowest one. From a step on means from the span on
+    that holds it.
+    """
 
     series: dict[str, Series] = Field(
         description="loss, accuracy, lr, momentum, damping, reduction_ratio, samples_per_s, epoch, time_s, "
@@ -152,6 +156,11 @@ class Statistics(Resource):
     )
     intervals: list[list[int]] = Field(description="Steps it may stay unrefreshed, at the column's last step.")
     refreshes: list[list[int]] = Field(description="Refreshes within the steps of the column.")
+    span: int = Field(
+        1,
+        description="Steps that a column holds, a power of two; columns begin after its multiples, the first one too, "
+        "and the last may still grow.",
+    )
     last_step: int
 
 

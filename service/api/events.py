@@ -24,15 +24,31 @@ STREAM_BATCH = 500
 KEEP_ALIVE_S = 15.0
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 After = Annotated[int, Query(ge=0, le=MAX_CURSOR, description="Only events after this id.")]
+NewestOf = Annotated[
+    str,
+    Query(
+        pattern=r"^[a-z_, ]*$",
+        max_length=500,
+        description="Comma-separated kinds: only the newest events of these, `limit` at most.",
+    ),
+]
 
 
 @router.get("")
 def list_events(
-    parts: PartsDep, job_id: JobId, after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    parts: PartsDep,
+    job_id: JobId,
+    after: After = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    newest_of: NewestOf = "",
 ) -> EventPage:
     """Lists a job's events, oldest first."""
     parts.jobs.get(job_id)
-    events = parts.store.events_after(job_id, after, limit)
+    kinds = dict.fromkeys(kind.strip() for kind in newest_of.split(",") if kind.strip())
+    if kinds:
+        events = parts.store.newest_events(job_id, list(kinds), after, limit)
+    else:
+        events = parts.store.events_after(job_id, after, limit)
     return EventPage(events=[event_resource(event) for event in events], next_after=events[-1].id if events else after)
 
 

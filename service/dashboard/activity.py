@@ -1,14 +1,19 @@
 """What happened to a job in words: the tail of its log, and the list of its events."""
 
+import html
+import json
+from collections.abc import Sequence
+
 from nicegui import ui
 
 from service.dashboard.theme import panel
-from service.dashboard.units import binary_bytes, number, percent
+from service.dashboard.units import binary_bytes, moment, number, percent
 from service.resources import Event
 
-__all__ = ["EventPanel", "LogPanel", "unseen", "words"]
+__all__ = ["LOG_LINES", "MOST_EVENTS", "TOLD", "EventPanel", "LogPanel", "unseen", "words"]
 
 LOG_LINES = 500
+MOST_EVENTS = 100
 ICONS = {
     "phase": "swap_horiz",
     "started": "rocket_launch",
@@ -23,6 +28,7 @@ ICONS = {
     "cancelled": "block",
     "done": "check_circle",
 }
+TOLD = tuple(ICONS)  # kinds of events; batches of steps are left to the curves
 TONES = {
     "failed": "bad",
     "workers_restarted": "bad",
@@ -39,42 +45,57 @@ class LogPanel:
     def __init__(self) -> None:
         self.lines: list[str] = []
         with panel("Log", "wide"), ui.element("div").classes("panel-body"):
-            self.log = ui.log(max_lines=LOG_LINES).classes("log").props('tabindex=0 role=log aria-label="Log"')
-            with self.log:
-                self.hint = ui.label("Nothing written yet").classes("muted")
+            self.hint = ui.label("Nothing written yet").classes("muted")
+            self.log = ui.element("pre").classes("log").props('tabindex=0 role=log aria-label="Log"')
+        self.log.set_visibility(False)
 
     def show(self, text: str) -> None:
         """Takes the log's tail; lines that are there already are not sent again."""
         new = unseen(self.lines, text.splitlines())
         if not new:
             return
-        if self.hint is not None and not self.lines:
-            self.log.clear()
+        self.hint.set_visibility(False)
+        self.log.set_visibility(True)
         self.lines = [*self.lines, *new][-LOG_LINES:]
-        self.log.push("\n".join(new))
+        written = json.dumps("".join(f"{line}\n" for line in new))
+        ui.run_javascript(f"ngd.log('{self.log.html_id}',{written},{LOG_LINES})")
 
 
 class EventPanel:
-    """The job's events, newest first; batches of steps are left to the curves."""
+    """The job's newest events, newest first; batches of steps are left to the curves."""
 
     def __init__(self) -> None:
-        with panel("Events"), ui.element("div").classes("panel-body"):
+        self.rows: list[ui.element] = []
+        with panel("Events") as head, ui.element("div").classes("panel-body"):
             self.list = ui.element("div").classes("events").props('tabindex=0 role=list aria-label="Events"')
             with self.list:
                 self.hint = ui.label("Nothing happened yet").classes("muted")
+        with head:
+            ui.element("div").classes("spread")
+            ui.label("times in UTC").classes("muted")
 
-    def add(self, events: list[Event]) -> None:
+    def add(self, events: Sequence[Event]) -> None:
         """Puts these events, oldest first, above those that are there."""
-        told = [event for event in events if event.kind != "steps"]
-        if told:
+        if events:
             self.hint.set_visibility(False)
-        for event in told:
-            with self.list, ui.element("div").classes(f"event {_tone(event)}").props("role=listitem") as row:
-                with ui.element("time").props(f'datetime="{event.time.isoformat()}" title="{event.time.isoformat()}"'):
-                    ui.label(event.time.astimezone().strftime("%H:%M:%S"))
-                ui.icon(ICONS.get(event.kind, "info")).props("aria-hidden=true")
-                ui.label(words(event)).classes("event-text")
+        for event in events:
+            with self.list:
+                row = ui.html(_row(event), sanitize=False)
+            row.classes(f"event {_tone(event)}").props("role=listitem")
             row.move(target_index=0)
+            self.rows.append(row)
+        for oldest in self.rows[:-MOST_EVENTS]:
+            self.list.remove(oldest)
+        self.rows = self.rows[-MOST_EVENTS:]
+
+
+def _row(event: Event) -> str:
+    """One element an event: a list of them is made while the reader waits."""
+    icon, text = ICONS.get(event.kind, "info"), html.escape(words(event))
+    return (
+        f'<time datetime="{event.time.isoformat()}">{moment(event.time)}</time>'
+        f'<i class="q-icon material-icons" aria-hidden="true">{icon}</i><div class="event-text">{text}</div>'
+    )
 
 
 def unseen(shown: list[str], tail: list[str]) -> list[str]:

@@ -1,8 +1,10 @@
 """A panel with a chart, its sentence for those who cannot see it, and its table. Colours come from theme.css.
 
-ECharts draws SVG, because SVG understands CSS variables: one chart serves light and dark.
+ECharts draws SVG, because SVG understands CSS variables: one chart serves light and dark. NiceGUI is given a chart's
+frame alone: it sends an element whole at each change, so that data goes to the browser by the calls of charts.js.
 """
 
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,21 +12,16 @@ from nicegui import ui
 
 from service.dashboard.theme import panel
 
-__all__ = ["INK", "LINE", "MUTED", "NO_DATA", "TOOLTIP", "ChartPanel", "axis"]
+__all__ = ["INK", "LINE", "MUTED", "TOOLTIP", "ChartPanel", "axis"]
 
 INK, MUTED, LINE, SURFACE = "var(--ink)", "var(--muted)", "var(--line)", "var(--surface)"
-NO_DATA = {
-    "text": "No data yet",
-    "left": "center",
-    "top": "middle",
-    "textStyle": {"color": MUTED, "fontSize": 13, "fontWeight": "normal"},
-}
 TOOLTIP = {
     "backgroundColor": SURFACE,
     "borderColor": LINE,
     "textStyle": {"color": INK, "fontSize": 12.5},
     "confine": True,
 }
+SENTENCE_S = 10.0  # between two sentences: they are for reading, not for watching
 
 
 class ChartPanel(ABC):
@@ -32,9 +29,10 @@ class ChartPanel(ABC):
 
     def __init__(self, title: str, options: dict[str, Any], *, classes: str = "", height_px: int = 250) -> None:
         with panel(title, classes) as self.head:
-            self.note = ui.label().classes("panel-note digits")
+            self.note = ui.label("No data yet").classes("panel-note digits")
             with ui.element("div").classes("panel-body"):
-                with ui.element("div").props(f'role=img aria-label="{title}: no data yet"') as self.figure:
+                described = f'role=img aria-label="{title}" aria-describedby={self.note.html_id}'
+                with ui.element("div").props(described) as self.figure:
                     self.chart = ui.echart(options, renderer="svg").classes("chart").style(f"height: {height_px}px")
                 self.table = ui.table(rows=[], columns=[], row_key="key", pagination=10).classes("dense fill")
                 self.table.props("flat dense").set_visibility(False)
@@ -44,6 +42,7 @@ class ChartPanel(ABC):
                 ui.button(icon="grid_on", color=None, on_click=self._turn).props("flat round dense").classes("plain")
             )
         self.title = title
+        self.described_at = -SENTENCE_S
         self.toggle.props(f'aria-label="{title} as a table" title="Table" aria-pressed=false')
 
     @abstractmethod
@@ -54,11 +53,22 @@ class ChartPanel(ABC):
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows."""
 
-    def describe(self, sentence: str) -> None:
-        """Says in words what the chart shows: under its title, and to screen readers."""
-        if sentence != self.note.text:
-            self.note.set_text(sentence)
-            self.figure.props(f'aria-label="{self.title}: {sentence}"')
+    @abstractmethod
+    def sentence(self) -> str:
+        """What the chart shows, in words."""
+
+    def describe(self, *, now: bool) -> None:
+        """Says in words what the chart shows: under its title, and to screen readers. now: False, if it is time to."""
+        if now or time.monotonic() - self.described_at >= SENTENCE_S:
+            self.described_at = time.monotonic()
+            self.note.set_text(self.sentence())
+
+    def tell(self, script: str) -> None:
+        """Has the browser run a call of charts.js."""
+        self.chart.client.run_javascript(script)
+
+    def refill(self) -> None:
+        """Brings the table up to date, if it is shown."""
         if self.table.visible:
             self._fill_table()
 

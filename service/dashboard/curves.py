@@ -1,22 +1,35 @@
 """Curves over steps. A chart gets its whole data once and then only the new points."""
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nicegui import ui
 
-from service.dashboard.chart_panel import LINE, MUTED, NO_DATA, TOOLTIP, ChartPanel, axis
+from service.dashboard.chart_panel import LINE, MUTED, TOOLTIP, ChartPanel, axis
 from service.dashboard.units import binary_bytes, number, percent
 
-__all__ = ["BYTES", "PLAIN", "SECONDS", "SHARE", "Curve", "Curves", "Mark", "Unit", "connect"]
+__all__ = [
+    "BYTES",
+    "MOST_MARKS",
+    "PLAIN",
+    "SECONDS",
+    "SHARE",
+    "Curve",
+    "Curves",
+    "Mark",
+    "Points",
+    "Unit",
+    "aligned",
+    "lines_of",
+]
 
-Points = Sequence[tuple[float, float | None]]
+Points = Sequence[tuple[int, float]]
 
 DASHES = ("solid", [6, 4], [2, 3], [10, 3, 2, 3])
 SERIES_COLOURS = 10
+MOST_MARKS = 200
 STEP_POINTER = {"label": {":formatter": "p => 'step ' + Math.round(p.value)"}, "lineStyle": {"color": MUTED}}
 LEGEND = {
     "type": "scroll",
@@ -30,16 +43,6 @@ LEGEND = {
     "pageIconInactiveColor": LINE,
     "pageIconSize": 11,
 }
-# Extends the data that the browser holds and redraws. It says where the new points begin: if the browser got them
-# with a whole update already, they replace themselves.
-EXTEND = (
-    "(e => {{ {added}.forEach(([start, points], i) => e?.options.series[i].data.splice(start, 1e9, ...points)); "
-    "e?.update_chart(); }})(getElement({id}))"
-)
-CONNECT = (
-    "import('nicegui-echart').then(m => {{ {ids}.forEach(i => {{ const e = getElement(i); if (e?.chart) "
-    "e.chart.group = 'steps'; }}); m.echarts.connect('steps'); }})"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Unit:
 
     name: str
     browser: str
-    words: Callable[[float | None], str]
+    words: Callable[[float], str]
 
 
 SIGNIFICANT = "v => v == null ? 'not finite' : String(+(+v).toPrecision(4))"
@@ -57,7 +60,7 @@ SHARE = Unit("%", "v => v == null ? 'not finite' : +(100 * v).toFixed(2) + '%'",
 SECONDS = Unit(
     "seconds",
     "v => v == null ? '' : Math.abs(v) >= 1 || !v ? +v.toPrecision(3) + ' s' : +(1000 * v).toPrecision(3) + ' ms'",
-    lambda value: number(value) + " s" if value is None or value >= 1 else number(1000 * value) + " ms",
+    lambda value: number(value) + " s" if value >= 1 else number(1000 * value) + " ms",
 )
 BYTES = Unit(
     "bytes",
@@ -108,12 +111,13 @@ class Curves(ChartPanel):
         self.curves = dict(curves or {})
         self.stacked = stacked
         self.marks: list[Mark] = []
-        self.points: dict[str, list[tuple[float, float | None]]] = {key: [] for key in self.curves}
+        self.points: dict[str, list[tuple[int, float]]] = {key: [] for key in self.curves}
+        self.lost: list[int] = []  # steps with a value that is not finite
+        self.highest = 0.0  # sum of stacked parts
         # Values that are not finite have no height: they stand on the step axis, by an own axis from 0 to 1.
         floor = {"type": "value", "min": 0, "max": 1, "show": False}
         options: dict[str, Any] = {
             "animation": False,
-            "title": dict(NO_DATA),
             "grid": {"left": 74, "right": 18, "top": 34, "bottom": 40},
             "legend": LEGEND | ({"itemWidth": 11, "itemHeight": 11, "icon": "roundRect"} if stacked else {}),
             "tooltip": TOOLTIP | {"trigger": "axis", ":valueFormatter": unit.browser},
@@ -135,45 +139,57 @@ class Curves(ChartPanel):
             self._add_log_button()
         self._lay_out()
 
-    def replace(self, points: Mapping[str, Points]) -> None:
-        """Draws these points instead of all that were there."""
+    def replace(self, points: Mapping[str, Points]) -> str:
+        """Returns the script that draws these points instead of all that were there."""
         self.points = {key: [] for key in self.curves} | {key: list(values) for key, values in points.items()}
+        self.lost, self.highest = [], 0.0
+        self._note(points)
         self._lay_out()
+        self.describe(now=True)
+        self.refill()
+        return self._whole()
 
-    def extend(self, points: Mapping[str, Points]) -> None:
-        """Adds points at the right end; the browser is sent nothing else."""
+    def extend(self, points: Mapping[str, Points]) -> str:
+        """Returns the script that adds points at the right end, and nothing else."""
         if not any(points.values()):
-            return
+            return ""
         if not points.keys() <= self.points.keys():
-            self.replace({key: [*self.points.get(key, []), *points.get(key, [])] for key in {**self.points, **points}})
-            return
+            whole = {key: [*self.points.get(key, []), *points.get(key, [])] for key in {**self.points, **points}}
+            return self.replace(aligned(whole) if self.stacked else whole)
+        if self.stacked:
+            points = aligned({key: points.get(key, []) for key in self.points})
+        starts, known = [len(values) for values in self.points.values()], len(self.lost)
         for key, values in points.items():
             self.points[key].extend(values)
-        new = [self._drawn(points.get(key, [])) for key in self.points] + [self._floored(points)]
-        added = []
-        for series, drawn in zip(self.chart.options["series"], new, strict=True):
-            added.append([len(series["data"]), drawn])
-            series["data"].extend(drawn)
-        ui.run_javascript(EXTEND.format(added=json.dumps(added), id=self.chart.id))
-        if not self._ticks().items() <= self.chart.options["yAxis"][0].items():
-            self._lay_out()
-        self.describe(self._sentence())
+        self._note(points)
+        added = [(start, points.get(key, [])) for start, key in zip(starts, self.points, strict=True)]
+        self.describe(now=False)
+        if self._ticks().items() <= self.chart.options["yAxis"][0].items():
+            return self._script(added, known)
+        self._lay_out()
+        return self._whole()
+
+    def cut(self, last_step: int) -> str:
+        """Returns the script that takes the points after this step away."""
+        for values in self.points.values():
+            while values and values[-1][0] > last_step:
+                values.pop()
+        self.lost = [step for step in self.lost if step <= last_step]
+        return self._script([(len(values), []) for values in self.points.values()], len(self.lost))
 
     def mark(self, marks: Sequence[Mark]) -> None:
-        """Draws these vertical lines."""
-        if list(marks) != self.marks:
-            self.marks = list(marks)
-            self._lay_out()
+        """Takes these marks, which the browser is sent by others, for the next time that all is drawn."""
+        self.marks = [*self.marks, *marks][-MOST_MARKS:]
 
     def columns(self) -> list[tuple[str, str]]:
         return [("key", "step"), *((key, self._curve(key).label) for key in self.points)]
 
     def rows(self) -> list[dict[str, Any]]:
-        by_step: dict[float, dict[str, Any]] = {}
+        by_step: dict[int, dict[str, Any]] = {}
         for key, values in self.points.items():
             for step, value in values:
-                row = by_step.setdefault(step, {"key": int(step)})
-                row[key] = "not finite" if value is None or not math.isfinite(value) else self.unit.words(value)
+                row = by_step.setdefault(step, {"key": step})
+                row[key] = self.unit.words(value) if math.isfinite(value) else "not finite"
         return [by_step[step] for step in sorted(by_step, reverse=True)]
 
     def _add_log_button(self) -> None:
@@ -182,7 +198,8 @@ class Curves(ChartPanel):
             is_log = height["type"] == "value"
             height["type"] = "log" if is_log else "value"
             button.props(f"aria-pressed={str(is_log).lower()}").text = "log" if is_log else "linear"
-            self.chart.update()
+            self._lay_out()
+            self.tell(self._whole())
 
         with self.head:
             button = ui.button("linear", color=None, on_click=turn).props("flat dense no-caps").classes("plain")
@@ -193,6 +210,7 @@ class Curves(ChartPanel):
         return self.curves.get(key) or Curve(key.replace("_", " "))
 
     def _lay_out(self) -> None:
+        """Makes the chart's frame anew, whose series are empty then."""
         lines = [self._line(index, key) for index, key in enumerate(self.points)]
         lines.append(
             {
@@ -202,19 +220,30 @@ class Curves(ChartPanel):
                 "symbol": "triangle",
                 "symbolSize": 11,
                 "itemStyle": {"color": "var(--bad)"},
-                "data": self._floored(self.points),
-                "markLine": self._mark_line(),
+                "data": [],
+                "markLine": {"silent": True, "symbol": "none", "animation": False, "data": lines_of(self.marks)},
             }
         )
         self.chart.options["series"] = lines
         self.chart.options["yAxis"][0] |= self._ticks()
-        has_data = any(self.points.values())
-        self.chart.options["title"]["show"] = not has_data
-        names = [line["name"] for line in lines if line["name"] != "not finite" or line["data"]]
-        self.chart.options["legend"]["data"] = names
-        self.chart.options["legend"]["show"] = has_data and len(names) > 1
+        names = [line["name"] for line in lines if line["name"] != "not finite" or self.lost]
+        self.chart.options["legend"] |= {"data": names, "show": any(self.points.values()) and len(names) > 1}
         self.chart.update()
-        self.describe(self._sentence())
+
+    def _whole(self) -> str:
+        return self._script([(0, values) for values in self.points.values()], 0)
+
+    def _script(self, added: Iterable[tuple[int, Points]], lost_start: int) -> str:
+        floored = ",".join(f"[{step},0]" for step in self.lost[lost_start:])
+        series = [f"[{start},[{_drawn(points)}]]" for start, points in added]
+        return f"ngd.extend({self.chart.id},[{','.join([*series, f'[{lost_start},[{floored}]]'])}]);"
+
+    def _note(self, points: Mapping[str, Points]) -> None:
+        """Takes note of what the new points have that the frame must know of."""
+        self.lost += sorted({step for values in points.values() for step, value in values if not math.isfinite(value)})
+        if self.unit is BYTES:
+            parts = [[value for _, value in values] for values in points.values() if values]
+            self.highest = max([self.highest, *map(sum, zip(*parts, strict=False))])
 
     def _line(self, index: int, key: str) -> dict[str, Any]:
         colour = f"var(--series-{index % SERIES_COLOURS + 1})"
@@ -228,7 +257,7 @@ class Curves(ChartPanel):
             "lineStyle": {"color": colour, "width": 1.75, "type": DASHES[index % len(DASHES)]},
             "itemStyle": {"color": colour},
             "emphasis": {"disabled": True},
-            "data": self._drawn(self.points[key]),
+            "data": [],
         }
         if self.stacked:
             line |= {"stack": "all", "areaStyle": {"color": colour, "opacity": 0.55}}
@@ -240,53 +269,46 @@ class Curves(ChartPanel):
         """Where an axis in bytes has its ticks: about five, at multiples of a power of two; other axes choose."""
         if self.unit is not BYTES:
             return {}
-        parts = [[value or 0 for _, value in points] for points in self.points.values() if points]
-        highest = max(map(sum, zip(*parts, strict=False)), default=0)
-        tick = int(2 ** math.ceil(math.log2(max(highest, 5) / 5)))
-        return {"interval": tick, "max": tick * max(1, math.ceil(highest / tick))}
+        tick = int(2 ** math.ceil(math.log2(max(self.highest, 5) / 5)))
+        return {"interval": tick, "max": tick * max(1, math.ceil(self.highest / tick))}
 
-    def _mark_line(self) -> dict[str, Any]:
-        return {
-            "silent": True,
-            "symbol": "none",
-            "animation": False,
-            "data": [
-                {
-                    "xAxis": mark.step,
-                    "lineStyle": MARK_STYLES[mark.kind],
-                    "label": {
-                        "show": mark.kind != "checkpoint",
-                        "formatter": mark.label,
-                        "color": MUTED,
-                        "fontSize": 11,
-                    },
-                }
-                for mark in self.marks
-            ],
-        }
-
-    @staticmethod
-    def _drawn(points: Points) -> list[list[float | None]]:
-        return [[step, value if value is not None and math.isfinite(value) else None] for step, value in points]
-
-    @staticmethod
-    def _floored(points: Mapping[str, Points]) -> list[list[float]]:
-        lost = {
-            step for values in points.values() for step, value in values if value is None or not math.isfinite(value)
-        }
-        return [[step, 0] for step in sorted(lost)]
-
-    def _sentence(self) -> str:
+    def sentence(self) -> str:
+        known = {key: values for key, values in self.points.items() if values}
+        if not known:
+            return "No data yet"
+        if self.stacked:
+            last = max(values[-1][0] for values in known.values())
+            total = sum(value for values in known.values() for step, value in values[-1:] if step == last)
+            return f"{self.unit.words(total)} in total at step {last:,}"
         said = []
-        for key, values in self.points.items():
-            if values:
-                step, value = values[-1]
-                said.append(f"{self._curve(key).label} {self.unit.words(value)} at step {int(step):,}{_trend(values)}")
-        if self.stacked and said:
-            last = max(values[-1] for values in self.points.values() if values)[0]
-            total = sum(value or 0 for values in self.points.values() for step, value in values[-1:] if step == last)
-            return f"{self.unit.words(total)} in total at step {int(last):,}"
+        for key, values in known.items():
+            step, value = values[-1]
+            said.append(f"{self._curve(key).label} {self.unit.words(value)} at step {step:,}{_trend(values)}")
         return "; ".join(said)
+
+
+def aligned(points: Mapping[str, Points]) -> dict[str, Points]:
+    """The same steps for every series, as stacking needs them: a part that a step did not report took nothing."""
+    steps = sorted({step for values in points.values() for step, _ in values})
+    known = {key: dict(values) for key, values in points.items()}
+    return {key: [(step, values.get(step, 0.0)) for step in steps] for key, values in known.items()}
+
+
+def lines_of(marks: Sequence[Mark]) -> list[dict[str, Any]]:
+    """The marks as ECharts draws them."""
+    return [
+        {
+            "xAxis": mark.step,
+            "lineStyle": MARK_STYLES[mark.kind],
+            "label": {"show": mark.kind != "checkpoint", "formatter": mark.label, "color": MUTED, "fontSize": 11},
+        }
+        for mark in marks
+    ]
+
+
+def _drawn(points: Points) -> str:
+    """The points as the browser reads them; seven digits are more than a screen has."""
+    return ",".join(f"[{step},{f'{value:.7g}' if math.isfinite(value) else 'null'}]" for step, value in points)
 
 
 def _value_axis(name: str, unit: Unit, **more: Any) -> dict[str, Any]:
@@ -295,13 +317,8 @@ def _value_axis(name: str, unit: Unit, **more: Any) -> dict[str, Any]:
     return named
 
 
-def connect(charts: Sequence[ChartPanel]) -> None:
-    """Gives the charts one cursor and one zoom: pointing at a step in one shows it in all."""
-    ui.run_javascript(CONNECT.format(ids=json.dumps([chart.chart.id for chart in charts])))
-
-
 def _trend(points: Points, window: int = 20) -> str:
-    recent = [value for _, value in points[-window:] if value is not None and math.isfinite(value)]
+    recent = [value for _, value in points[-window:] if math.isfinite(value)]
     if len(recent) < 4:
         return ""
     half = len(recent) // 2

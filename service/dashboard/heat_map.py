@@ -4,15 +4,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from service.dashboard.chart_panel import MUTED, NO_DATA, TOOLTIP, ChartPanel, axis
+from service.client import AsyncClient
+from service.dashboard.chart_panel import MUTED, TOOLTIP, ChartPanel, axis
 from service.dashboard.units import number
 from service.resources import Statistics
 
-__all__ = ["MAX_CELLS", "HeatMap", "columns_for"]
+__all__ = ["MAX_CELLS", "HeatMap", "columns_for", "span_for"]
 
 # One SVG node a cell: above this a redraw takes longer than the second between two of them.
 MAX_CELLS = 6_000
 MAX_COLUMNS = 160
+CELLS_PER_STEP = 64  # that a running job adds: some 400 bytes
 ROW_PX = 20
 FRAME_PX = 96
 VIRIDIS = ["#fde725", "#a0da39", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154"]
@@ -28,7 +30,42 @@ class HeatMap(ChartPanel):
 
     def __init__(self, title: str) -> None:
         self.statistics: Statistics | None = None
+        self.complete_until = 0  # columns up to this step hold all of their steps
+        self.num_rows = 1
         super().__init__(title, _options(), classes="wide", height_px=FRAME_PX + 4 * ROW_PX)
+
+    async def refresh(self, api: AsyncClient, job_id: str, step: int, *, whole: bool) -> None:
+        """Fetches and draws the columns that are complete by this step, which the job is at; all if `whole`."""
+        known = self.statistics
+        if known is None or whole:
+            await self._replace(api, job_id, step)
+        elif step >= self.complete_until + known.span:
+            most, after = columns_for(self.num_rows), self.complete_until
+            new = await api.statistics(job_id, from_step=after + 1, max_points=most, span=known.span)
+            start = sum(end <= after for end in known.steps)
+            complete = [i for i, end in enumerate(new.steps) if _last_of(end, new.span) <= step]
+            if new.span != known.span or new.names != known.names or start + len(complete) > most:
+                await self._replace(api, job_id, step)
+            elif complete:
+                self.extend(new, start, complete)
+                self.complete_until = step // known.span * known.span
+
+    async def _replace(self, api: AsyncClient, job_id: str, step: int) -> None:
+        most, span = columns_for(self.num_rows), span_for(self.num_rows)
+        new = await api.statistics(job_id, max_points=most, span=span)
+        _keep(new, sum(_last_of(end, new.span) - new.span < step for end in new.steps))
+        self.replace(new)
+        self.complete_until = step // new.span * new.span
+
+    def cut(self, last_step: int) -> None:
+        """Takes the columns away that hold steps after this one."""
+        if self.statistics is not None:
+            start = sum(end <= last_step for end in self.statistics.steps)
+            _keep(self.statistics, start)
+            self.tell(f"ngd.columns({self.chart.id},{start},[])")
+            self.complete_until = last_step // self.statistics.span * self.statistics.span
+            if not start:
+                self.statistics = None
 
     def replace(self, statistics: Statistics) -> None:
         """Draws these statistics instead of those that were there."""
@@ -36,21 +73,30 @@ class HeatMap(ChartPanel):
             return
         self.statistics = statistics
         options = self.chart.options
-        options["title"]["show"] = False
         options["tooltip"][":formatter"] = CELL_TEXT.format(names=json.dumps(statistics.names))
-        options["xAxis"]["data"] = [f"{step:,}" for step in statistics.steps]
         options["yAxis"]["data"] = statistics.names
         options["grid"]["left"] = min(260, 24 + 7 * max(map(len, statistics.names)))
-        options["visualMap"]["max"] = max(1, *map(max, statistics.ages))
-        cells, dots = _cells(statistics)
-        options["series"][0]["data"], options["series"][1]["data"] = cells, dots
         self.chart.style(f"height: {FRAME_PX + ROW_PX * len(statistics.names)}px")
         self.chart.update()
-        self.describe(_sentence(statistics))
+        self.tell(self._script(statistics, 0, range(len(statistics.steps))))
+        self.describe(now=True)
+        self.refill()
+
+    def extend(self, new: Statistics, start: int, columns: Sequence[int]) -> None:
+        """Draws these columns of new statistics in place of those from `start` on."""
+        assert self.statistics is not None
+        _keep(self.statistics, start)
+        self.tell(self._script(new, start, columns))
+        self.statistics.steps += [new.steps[i] for i in columns]
+        for field in ("ages", "intervals", "refreshes"):
+            for row, added in zip(getattr(self.statistics, field), getattr(new, field), strict=True):
+                row += [added[i] for i in columns]
+        self.statistics.last_step = new.last_step
+        self.describe(now=False)
 
     def explain(self, why: str) -> None:
         """Says why there is no map."""
-        self.describe(why)
+        self.note.set_text(why)
         self.chart.set_visibility(False)
         self.toggle.set_visibility(False)
 
@@ -75,10 +121,32 @@ class HeatMap(ChartPanel):
                 "age": ages[-1],
                 "interval": intervals[-1],
                 "refreshes": total,
-                "mean": number(known.last_step / total) if total else None,
+                "mean": number(known.steps[-1] / total) if total else None,
             }
             for name, ages, intervals, total in rows
         ]
+
+    def sentence(self) -> str:
+        known = self.statistics
+        if known is None:
+            return "No data yet"
+        refreshed, last = sum(map(sum, known.refreshes)), known.steps[-1]
+        possible = len(known.names) * last
+        longest = max(row[-1] for row in known.intervals)
+        return (
+            f"{refreshed:,} of {possible:,} possible refreshes done ({100 * refreshed / possible:.1f}%) "
+            f"by step {last:,}; longest interval then {_steps(longest)}"
+        )
+
+    def _script(self, statistics: Statistics, start: int, columns: Sequence[int]) -> str:
+        fields = (statistics.ages, statistics.intervals, statistics.refreshes)
+        added = [[f"{statistics.steps[i]:,}", *([row[i] for row in rows] for rows in fields)] for i in columns]
+        return f"ngd.columns({self.chart.id},{start},{json.dumps(added, separators=(',', ':'))})"
+
+
+def span_for(rows: int) -> int:
+    """How many steps a column of so many rows has at least."""
+    return max(1, 1 << (-(-rows // CELLS_PER_STEP) - 1).bit_length())
 
 
 def columns_for(rows: int) -> int:
@@ -86,24 +154,15 @@ def columns_for(rows: int) -> int:
     return max(20, min(MAX_COLUMNS, MAX_CELLS // max(1, rows)))
 
 
-def _cells(known: Statistics) -> tuple[list[list[int]], list[list[int]]]:
-    cells, dots = [], []
-    for y, (ages, intervals, refreshes) in enumerate(zip(known.ages, known.intervals, known.refreshes, strict=True)):
-        for x, (age, interval, count) in enumerate(zip(ages, intervals, refreshes, strict=True)):
-            cells.append([x, y, age, interval, count])
-            if count and interval > 1:
-                dots.append([x, y, age, interval, count])
-    return cells, dots
+def _keep(known: Statistics, num_columns: int) -> None:
+    del known.steps[num_columns:]
+    for row in (*known.ages, *known.intervals, *known.refreshes):
+        del row[num_columns:]
 
 
-def _sentence(known: Statistics) -> str:
-    refreshed = sum(map(sum, known.refreshes))
-    possible = len(known.names) * known.last_step
-    longest = max(row[-1] for row in known.intervals)
-    return (
-        f"{refreshed:,} of {possible:,} possible refreshes done ({100 * refreshed / possible:.1f}%); "
-        f"longest interval now {_steps(longest)}"
-    )
+def _last_of(step: int, span: int) -> int:
+    """The last step of the column that holds this one."""
+    return -(-step // span) * span
 
 
 def _steps(count: int) -> str:
@@ -118,7 +177,6 @@ def _category(name: str, data: Sequence[str] = (), **more: Any) -> dict[str, Any
 def _options() -> dict[str, Any]:
     return {
         "animation": False,
-        "title": dict(NO_DATA),
         "grid": {"left": 120, "right": 18, "top": 40, "bottom": 46},
         "tooltip": TOOLTIP | {"renderMode": "richText"},
         "visualMap": {

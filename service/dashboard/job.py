@@ -2,38 +2,41 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import yaml
 from fastapi import Request
 from nicegui import ui
 
 from service.client import AsyncClient, NotFoundError, ServiceError, UnauthorizedError
-from service.dashboard.activity import LOG_LINES, EventPanel, LogPanel
-from service.dashboard.curves import Mark
-from service.dashboard.heat_map import HeatMap, columns_for
+from service.dashboard.activity import LOG_LINES, MOST_EVENTS, TOLD, EventPanel, LogPanel
+from service.dashboard.curves import MOST_MARKS, Mark
+from service.dashboard.heat_map import HeatMap
 from service.dashboard.summary import Summary
-from service.dashboard.theme import Freshness, ask_to_log_in, empty, page_frame, panel, reader
+from service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, panel, reader
 from service.dashboard.training import Training
 from service.resources import Event, Job
 
 __all__ = ["marks", "register"]
 
+CHARTS = Path(__file__).with_name("charts.js")
 POLL_S = 1.0
-SLOW_EVERY = 2  # polls between two readings of what travels whole: the heat map and the log
-EVENTS_AT_ONCE = 1_000
+CLOCK_S = 10.0  # between two looks at the clock, once nothing else changes
+MARKED = ("started", "checkpoint")
 LEGEND = (("attempt", "new attempt"), ("restart", "workers restarted"), ("checkpoint", "checkpoint"))
 
 
 def register(api_of: Callable[[Request], AsyncClient]) -> None:
     """Serves the page at /jobs/{id}, reading through what `api_of` gives its reader."""
 
-    @ui.page("/jobs/{job_id}")
+    @ui.page("/jobs/{job_id}", reconnect_timeout=RECONNECT_S)
     async def job(request: Request, job_id: str) -> None:
+        ui.add_head_html(f"<script>{CHARTS.read_text()}</script>")
         with page_frame("Job", reader(request)) as freshness:
             page = JobPage(api_of(request), job_id, freshness)
         timer = ui.timer(POLL_S, page.refresh)
         page.timer = timer
-        ui.on("visible", lambda event: setattr(timer, "active", event.args and not page.is_complete))
+        ui.on("visible", lambda event: setattr(timer, "active", event.args))
 
 
 class JobPage:
@@ -46,10 +49,12 @@ class JobPage:
         self.job_id = job_id
         self.freshness = freshness
         self.reading = asyncio.Lock()  # events that two reads at once both got would be listed twice
+        self.client = ui.context.client
+        self.job: Job | None = None  # as it was read last
         self.polls = 0
-        self.num_rows = 1
         self.next_after = 0
-        self.events: list[Event] = []
+        self.told_version: int | None = None  # of the job when its events were read
+        self.attempt = 0
         self.is_complete = False
         self.loading = ui.skeleton().style("height: 220px; width: 100%").props('aria-label="Loading the job"')
         self.missing = empty(
@@ -72,6 +77,7 @@ class JobPage:
                 with ui.element("span"):
                     ui.element("i").classes(kind)
                     ui.label(meaning)
+        self.legend.set_visibility(False)
         with ui.element("div").classes("grid"):
             self.training = Training()
             self.heat_map = HeatMap("Age of the statistics in use")
@@ -90,9 +96,14 @@ class JobPage:
             copy.props('flat round dense aria-label="Copy the spec" title="Copy"').classes("plain")
 
     async def refresh(self) -> None:
-        """Brings the page up to date; rests once the job has ended and all of it is here."""
-        async with self.reading:
-            await self._refresh()
+        """Brings the page up to date; once the job has ended and all of it is here, only the ages in it change."""
+        if self.is_complete:
+            if self.job is not None:
+                self.summary.show(self.job)
+            return
+        if self.client.has_socket_connection:  # nobody reads it else; NiceGUI keeps the page for a while
+            async with self.reading:
+                await self._refresh()
 
     async def _refresh(self) -> None:
         try:
@@ -101,6 +112,7 @@ class JobPage:
         except NotFoundError:
             self.missing.set_visibility(True)
             self.loading.set_visibility(False)
+            self.freshness.missing()
             self._rest()
             return
         except UnauthorizedError:
@@ -109,48 +121,75 @@ class JobPage:
         except ServiceError as error:
             self.freshness.stale(str(error))
             return
-        self.freshness.live()
         if job.status.is_terminal:
+            self.freshness.ended()
             self._rest()
+        else:
+            self.freshness.live()
 
     async def _read(self, job: Job) -> None:
-        is_first = self.polls == 0
+        is_new, has_ended = self.job is None, job.status.is_terminal
+        is_changed = self.job is None or job.resource_version != self.job.resource_version
         self.summary.show(job)
-        if is_first:
+        if is_new:
             ui.page_title(f"{job.name} · ngd-dist")
             self.spec.set_text(yaml.safe_dump(job.spec, sort_keys=False))
             self.loading.set_visibility(False)
             self.content.set_visibility(True)
-        await self._read_events()
-        await self.training.refresh(self.api, self.job_id, whole=job.status.is_terminal)
-        if self.polls % SLOW_EVERY == 0 or job.status.is_terminal:
+        is_turn_of_log = self.polls % 2 == 0  # the log's and the events' turns alternate
+        events = await self._read_events(job) if is_new or has_ended or not is_turn_of_log else []
+        if is_changed or events:
+            await self.training.refresh(self.api, self.job_id, job.status.progress.step, whole=has_ended)
             await self._read_statistics(job)
+            self._mark(events)
+        if has_ended or is_turn_of_log:
             self.log.show(await self.api.logs(self.job_id, tail=LOG_LINES))
         self.polls += 1
+        self.job = job
 
-    async def _read_events(self) -> None:
-        new: list[Event] = []
-        while page := (await self.api.events(self.job_id, after=self.next_after, limit=EVENTS_AT_ONCE)):
-            new += page.events
-            self.next_after = page.next_after
-            if len(page.events) < EVENTS_AT_ONCE:
-                break
-        told = [event for event in new if event.kind != "steps"]
-        if told:
-            self.events += told
-            self.event_panel.add(told)
-            found = marks(self.events)
-            self.training.mark(found)
-            self.legend.set_visibility(bool(found))
-        if any(event.kind == "started" and event.data["resumed_step"] for event in told):
-            self.training.redo()
+    async def _read_events(self, job: Job) -> list[Event]:
+        """Returns what happened since the last time, if anything did."""
+        if job.resource_version == self.told_version:
+            return []
+        events = await (self._newest_events() if self.told_version is None else self._new_events())
+        self.told_version = job.resource_version
+        for event in events:
+            if event.kind == "started":
+                self.heat_map.num_rows = len(event.data["statistics"])
+        return events
+
+    async def _newest_events(self) -> list[Event]:
+        """Returns the newest events, and those that the charts mark however many came after them."""
+        told = (await self.api.events(self.job_id, limit=MOST_EVENTS, newest_of=TOLD)).events
+        found = {event.id: event for event in told}
+        for kind in MARKED:
+            page = await self.api.events(self.job_id, limit=MOST_MARKS // 2, newest_of=[kind])
+            found |= {event.id: event for event in page.events}
+        self.event_panel.add(told)
+        self.next_after = told[-1].id if told else 0
+        return [event for _, event in sorted(found.items())]
+
+    async def _new_events(self) -> list[Event]:
+        page = await self.api.events(self.job_id, after=self.next_after, limit=MOST_EVENTS, newest_of=TOLD)
+        self.next_after = page.next_after
+        self.event_panel.add(page.events)
+        for event in page.events:
+            if event.kind == "started":
+                self.training.redo(event.data["resumed_step"])
+                self.heat_map.cut(event.data["resumed_step"])
+        return page.events
+
+    def _mark(self, events: Sequence[Event]) -> None:
+        new, self.attempt = marks(events, self.attempt)
+        if new:
+            self.training.mark(new)
+            self.legend.set_visibility(True)
 
     async def _read_statistics(self, job: Job) -> None:
-        known = await self.api.statistics(self.job_id, max_points=columns_for(self.num_rows))
-        self.num_rows = len(known.names)
-        if known.names:
-            self.heat_map.replace(known)
-        elif job.status.progress.step:
+        step = job.status.progress.step
+        if self.heat_map.num_rows and step:
+            await self.heat_map.refresh(self.api, self.job_id, step, whole=job.status.is_terminal)
+        elif step:
             self.heat_map.explain(f"{job.spec['optimizer']['kind']} keeps no statistics")
 
     async def _cancel(self) -> None:
@@ -162,14 +201,15 @@ class JobPage:
 
     def _rest(self) -> None:
         self.is_complete = True
-        self.freshness.ended()
-        self.timer.deactivate()
+        self.timer.interval = CLOCK_S
 
 
-def marks(events: Sequence[Event]) -> list[Mark]:
-    """The vertical lines of a job: where attempts began, where workers were restarted, where checkpoints lie."""
+def marks(events: Sequence[Event], attempt: int = 0) -> tuple[list[Mark], int]:
+    """The vertical lines of a job: where attempts began, where workers were restarted, where checkpoints lie.
+
+    attempt: which one was under way before these events; the one after them comes back.
+    """
     found = []
-    attempt = 0
     for event in events:
         if event.kind == "checkpoint":
             found.append(Mark(event.data["step"], "checkpoint", f"checkpoint {event.data['step']}"))
@@ -180,4 +220,4 @@ def marks(events: Sequence[Event]) -> list[Mark]:
                 found.append(Mark(event.data["resumed_step"], "attempt", f"attempt {attempt}"))
             elif not is_new:
                 found.append(Mark(event.data["resumed_step"], "restart", "restart"))
-    return found
+    return found, attempt

@@ -1,5 +1,6 @@
 """The page of all jobs: a table that fills live, newest first."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -8,7 +9,7 @@ from fastapi import Request
 from nicegui import ui
 
 from service.client import AsyncClient, ServiceError, UnauthorizedError
-from service.dashboard.theme import PHASE_ICONS, Freshness, ask_to_log_in, empty, page_frame, reader
+from service.dashboard.theme import PHASE_ICONS, RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, reader
 from service.dashboard.units import ago, duration, number, percent
 from service.resources import Job
 
@@ -35,13 +36,17 @@ PROGRESS = """<div class="job-progress"><div class="track" role="progressbar" ar
 CARD = f"""<div class="job-card"><div>{NAME}{PHASE}</div>{PROGRESS}
 <div class="muted digits"><span>loss {{{{ props.row.loss }}}}</span><span>test {{{{ props.row.accuracy }}}}</span>
 <span>{{{{ props.row.age }}}}</span></div></div>"""
+CHANGE = (
+    "(rows => {changed}.forEach(row => Object.assign(rows.find(old => old.id === row.id) ?? {{}}, row)))"
+    "(getElement({id}).$attrs.rows)"
+)
 FIRST_JOB = "ngd submit workers/recipes/digits.yaml --follow"
 
 
 def register(api_of: Callable[[Request], AsyncClient]) -> None:
     """Serves the page at /, reading through what `api_of` gives its reader."""
 
-    @ui.page("/")
+    @ui.page("/", reconnect_timeout=RECONNECT_S)
     async def jobs(request: Request) -> None:
         with page_frame("Jobs", reader(request)) as freshness:
             page = JobsPage(api_of(request), freshness)
@@ -56,6 +61,7 @@ class JobsPage:
         self.api = api
         self.freshness = freshness
         self.num_shown = PAGE_SIZE
+        self.rows: list[dict[str, Any]] = []  # as the browser has them
         with ui.element("div").classes("heading"), ui.element("h1"):
             ui.label("Jobs")
         self.loading = ui.skeleton().style("height: 220px; width: 100%").props('aria-label="Loading the jobs"')
@@ -84,11 +90,20 @@ class JobsPage:
         except ServiceError as error:
             self.freshness.stale(str(error))
             return
-        rows = [row(job) for job in jobs]
-        if rows != self.table.rows:
-            self.table.rows = rows
+        self._show([row(job) for job in jobs])
         self.freshness.live()
         self._arrange(loading=False, has_more=has_more)
+
+    def _show(self, rows: list[dict[str, Any]]) -> None:
+        """Sends the table whole where jobs have come or gone, else what has changed in its rows."""
+        if [new["id"] for new in rows] != [old["id"] for old in self.rows]:
+            self.table.rows = rows
+        else:
+            pairs = zip(rows, self.rows, strict=True)
+            changed = [{"id": new["id"], **dict(new.items() - old.items())} for new, old in pairs if new != old]
+            if changed:
+                self.table.client.run_javascript(CHANGE.format(changed=json.dumps(changed), id=self.table.id))
+        self.rows = rows
 
     async def _read(self) -> tuple[list[Job], bool]:
         jobs: list[Job] = []
@@ -106,8 +121,8 @@ class JobsPage:
 
     def _arrange(self, *, loading: bool, has_more: bool = False) -> None:
         self.loading.set_visibility(loading)
-        self.empty.set_visibility(not loading and not self.table.rows)
-        self.table.set_visibility(bool(self.table.rows))
+        self.empty.set_visibility(not loading and not self.rows)
+        self.table.set_visibility(bool(self.rows))
         self.more.set_visibility(has_more)
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from service.access import LOGIN, LOGOUT, SESSION_COOKIE, SESSION_S, Access
-from service.dashboard.theme import CSS, MARK
+from service.dashboard.plain import plain_page
 from service.errors import MalformedBodyError
 
 __all__ = ["login_routes"]
@@ -16,39 +16,15 @@ __all__ = ["login_routes"]
 log = logging.getLogger(__name__)
 
 MAX_FIELDS = 8
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-}
 REFUSED = "This is not an API key of this service. Whoever runs it gives them out; the whole key is one line of a file."
-DARK = "@media (prefers-color-scheme: dark) {{ {} }}"
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Log in · ngd-dist</title>
-<link rel="icon" href="data:,">
-<style>{css}</style>
-</head>
-<body class="login">
-<main class="panel">
-<div class="brand">{mark}ngd-dist</div>
-<h1>Log in</h1>
+FORM = """<h1>Log in</h1>
 <form method="post" action="{action}">
 <input type="hidden" name="next" value="{wanted}">
 <label for="key">API key</label>
 <input id="key" name="key" type="password" autocomplete="current-password" required autofocus {described}>
 {refused}
 <button type="submit">Log in</button>
-</form>
-</main>
-</body>
-</html>
-"""
+</form>"""
 
 
 def login_routes(access: Access, *, is_secure: bool) -> APIRouter:
@@ -99,19 +75,10 @@ def _local(wanted: str) -> str:
 
 
 def _page(wanted: str, *, refused: bool = False) -> HTMLResponse:
-    text = PAGE.format(
-        css=_style(),
-        mark=MARK,
+    form = FORM.format(
         action=LOGIN,
         wanted=html.escape(wanted, quote=True),
         described='aria-invalid="true" aria-describedby="refused"' if refused else "",
         refused=f'<p id="refused" role="alert">{REFUSED}</p>' if refused else "",
     )
-    return HTMLResponse(text, 401 if refused else 200, HEADERS)
-
-
-def _style() -> str:
-    """Returns the pages' style; without a script the colours follow the system alone."""
-    css = CSS.read_text()
-    dark = css.partition("body.body--dark {")[2].partition("}")[0]
-    return css + DARK.format(f"body {{{dark}}}")
+    return plain_page("Log in", form, 401 if refused else 200)

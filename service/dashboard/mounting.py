@@ -1,9 +1,11 @@
 """How the pages join the service's application."""
 
 import httpx
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from nicegui import app as pages
 from nicegui import ui
+from starlette.exceptions import HTTPException
 from starlette.routing import Match, Mount
 from starlette.types import Scope
 
@@ -11,12 +13,14 @@ from service.access import Access
 from service.client import AsyncClient
 from service.dashboard import job, jobs
 from service.dashboard.login import login_routes
-from service.dashboard.theme import FAVICON
+from service.dashboard.plain import missing_page
+from service.dashboard.theme import FAVICON, empty, page_frame
 from service.settings import Settings
 
 __all__ = ["mount"]
 
 PROOFS = ("cookie", "authorization")
+SILENCE_S = 10.0  # a socket of which nothing is heard for 1.2 times as long counts as lost, at both ends
 
 
 class PagesMount(Mount):
@@ -56,5 +60,28 @@ def mount(app: FastAPI, settings: Settings, access: Access) -> None:
 
     jobs.register(api_of)
     job.register(api_of)
-    ui.run_with(app, title="ngd-dist", favicon=FAVICON, dark=None, tailwind=False, show_welcome_message=False)
+    pages.exception_handler(404)(_missing)
+    pages.on_page_exception(_failed)
+    ui.run_with(
+        app,
+        title="ngd-dist",
+        favicon=FAVICON,
+        dark=None,
+        tailwind=False,
+        show_welcome_message=False,
+        reconnect_timeout=SILENCE_S,
+    )
     app.router.routes[-1] = PagesMount("", app=pages)
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and request.url.path.startswith("/_nicegui"):
+        return await http_exception_handler(request, error)
+    return missing_page()
+
+
+def _failed() -> None:
+    """Fills the page in whose place an error was raised, which NiceGUI logs."""
+    with page_frame("Error") as freshness:
+        empty("error", "This page can't be shown", "The service made a mistake, which is in its log. Load it again.")
+    freshness.failed()

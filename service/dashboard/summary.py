@@ -47,7 +47,11 @@ class Summary:
             with ui.element("div").classes("facts"):
                 self.progress, self.time, self.loss = Fact("Progress"), Fact("Time left"), Fact("Training loss")
                 self.accuracy, self.rate = Fact("Test accuracy"), Fact("Throughput")
-            self.track = ui.element("div").classes("track").props("role=progressbar aria-valuemin=0 aria-valuemax=100")
+            self.track = (
+                ui.element("div")
+                .classes("track")
+                .props('role=progressbar aria-label="steps done" aria-valuemin=0 aria-valuemax=100')
+            )
             with self.track:
                 self.filled = ui.element("div")
         self.phase = ""
@@ -83,11 +87,10 @@ class Summary:
         progress, latest, batch = job.status.progress, job.metrics_latest, job.spec["batch"]
         total = progress.total_steps
         share = min(1.0, progress.step / total) if total else 0.0
-        epoch = "" if progress.epoch is None else f"epoch {progress.epoch:.1f}"
+        done = f"{100 * share:.0f}%"  # no finer: each change of the bar is sent
         self.progress.show(f"{progress.step:,}" + (f" / {total:,}" if total else ""), progress_words(job))
-        self.progress.value.props(f'title="{epoch}"')
-        self.filled.style(f"width: {100 * share:.1f}%").classes(replace=job.status.phase)
-        self.track.props(f'aria-valuenow={100 * share:.0f} aria-label="{progress.step} steps done"')
+        self.filled.style(f"width: {done}").classes(replace=job.status.phase)
+        self.track.props(f"aria-valuenow={100 * share:.0f}")
         self._show_time(job)
         self.loss.show(number(latest.get("loss")), f"test {number(latest.get('test_loss'))}")
         self.accuracy.show(percent(latest.get("test_accuracy")), f"training {percent(latest.get('accuracy'))}")
@@ -137,4 +140,5 @@ def progress_words(job: Job) -> str:
     progress = job.status.progress
     share = min(1.0, progress.step / progress.total_steps) if progress.total_steps else 0.0
     lost = [f"{lost.first_step:,} to {lost.last_step:,}" for lost in progress.lost_steps]
-    return f"steps, {100 * share:.0f}%" + (f"; no record of {', '.join(lost)}" if lost else "")
+    epoch = "" if progress.epoch is None else f", epoch {progress.epoch:.0f}"
+    return f"steps, {100 * share:.0f}%{epoch}" + (f"; no record of {', '.join(lost)}" if lost else "")

@@ -15,6 +15,7 @@ __all__ = [
     "FAVICON",
     "MARK",
     "PHASE_ICONS",
+    "RECONNECT_S",
     "Freshness",
     "ask_to_log_in",
     "empty",
@@ -34,6 +35,8 @@ PHASE_ICONS = {
     "FAILED": "error",
     "CANCELLED": "block",
 }
+# For so long a page is kept for a browser without a connection; one that comes back later loads the page again.
+RECONNECT_S = 120.0
 CSS = Path(__file__).with_name("theme.css")
 MARK = (
     '<svg viewBox="0 0 24 24" fill="none" aria-hidden="true"><rect width="24" height="24" rx="6" fill="#005f99"/>'
@@ -48,7 +51,10 @@ THEMES = {"auto": ("brightness_auto", None), "light": ("light_mode", False), "da
 
 
 class Freshness:
-    """Says whether what the page shows is live, ended, or how old it is since the API stopped answering."""
+    """Says whether what the page shows is live, ended, or how old it is since the API stopped answering.
+
+    While the browser has no connection to the service, theme.css shows that in its place.
+    """
 
     def __init__(self) -> None:
         self.updated = datetime.now(UTC)
@@ -63,6 +69,14 @@ class Freshness:
     def ended(self) -> None:
         """The page is complete and will not change any more."""
         self._show("Final", "ended", "The job has ended; nothing here will change")
+
+    def missing(self) -> None:
+        """There is nothing to show and there will be nothing."""
+        self._show("Not found", "ended", "There is nothing at this address")
+
+    def failed(self) -> None:
+        """The page could not be made."""
+        self._show("Error", "ended", "The page could not be made")
 
     def stale(self, why: str) -> None:
         """The API did not answer; what is shown stays, with its age."""

@@ -3,7 +3,7 @@
 import math
 from datetime import UTC, datetime
 
-__all__ = ["ago", "binary_bytes", "duration", "number", "percent"]
+__all__ = ["ago", "binary_bytes", "duration", "moment", "number", "percent"]
 
 NOTHING = "—"
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -45,14 +45,20 @@ def duration(seconds: float | None) -> str:
 
 
 def ago(moment: datetime | None, now: datetime | None = None) -> str:
-    """How long before now, in one unit: 12 s ago, 3 min ago; a dash for None."""
+    """How long before now, in one unit: 20 s ago, 3 min ago; a dash for None. A page is sent each change of it."""
     if moment is None:
         return NOTHING
     seconds = max(0.0, ((now or datetime.now(UTC)) - moment).total_seconds())
     for size_s, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= size_s:
             return f"{int(seconds // size_s)} {unit} ago"
-    return f"{int(seconds)} s ago"
+    tens = int(seconds // 10) * 10
+    return f"{tens} s ago" if tens else "just now"
+
+
+def moment(time: datetime) -> str:
+    """A date and a time of day in UTC, to the second."""
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def binary_bytes(count: float | None) -> str:

@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any, Protocol
 
 from service.job_state import Action, AttemptState, Decision, Desired, JobState, Phase
+from service.spans import Name, Spans, Wanted
 from workers.events import Numbered
 from workers.rundir import Outcome
 
@@ -18,7 +19,6 @@ __all__ = [
     "Ingested",
     "JobRecord",
     "KeyedRequest",
-    "PointRecord",
     "Store",
     "attempt_id",
 ]
@@ -66,14 +66,6 @@ class EventRecord:
     kind: str
     time: datetime
     data: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class PointRecord:
-    """One step or one evaluation: JSON of a StepRecord or an Evaluation."""
-
-    step: int
-    json: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,15 +196,20 @@ class Store(Protocol):
         """
         ...
 
-    def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]: ...
-
-    def newest_event(self, job_id: str, kind: str) -> EventRecord | None: ...
-
-    def steps(self, job_id: str, from_step: int) -> list[PointRecord]:
-        """Returns one StepRecord per step; a step redone by a later attempt stands as that attempt did it."""
+    def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]:
+        """Returns the job's first events after the one with this id."""
         ...
 
-    def evaluations(self, job_id: str, from_step: int) -> list[PointRecord]: ...
+    def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:
+        """Returns the last events of these kinds, oldest first, as far as they come after the one with this id."""
+        ...
+
+    def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
+        """Returns the steps asked for, as fine as is allowed; however long the job, the rows that are read are bounded.
+
+        A step redone by a later attempt stands as that attempt did it.
+        """
+        ...
 
     def census(self) -> Census:
         """Returns how the jobs stand, for whoever watches over the service."""

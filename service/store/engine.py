@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -18,12 +19,14 @@ from sqlalchemy.exc import (
 
 from service.errors import StartupError, StoreUnavailableError
 
-__all__ = ["READ_ONLY", "describe", "open_engine", "reported"]
+__all__ = ["INSERT", "READ_ONLY", "describe", "open_engine", "reported"]
 
 BUSY_TIMEOUT_S = 30.0
 # Of a PostgreSQL that is gone, or of one that a controller has vanished from in the middle of a transaction: for this
 # long its row locks would keep a job from the other controllers.
 CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S = 10, 30
+# By the dialect's name: an insert that may say what to do on a conflict.
+INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 READ_ONLY = "ngd_read_only"  # execution option of connections that only read
 
 

@@ -6,21 +6,19 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.errors import NotFoundError, StaleAttemptError
 from service.job_state import Desired
 from service.store import tables as t
 from service.store.base import Ingested
+from service.store.engine import INSERT
 from service.store.progress import Standing, advance, newly_lost, summary
+from service.store.thinning import catch_up, thin
 from workers.events import Evaluation, Numbered, Steps
 
-__all__ = ["INSERT", "ingest"]
+__all__ = ["ingest"]
 
 log = logging.getLogger(__name__)
-
-INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
-ROWS_PER_STATEMENT = 500  # times five columns stays far below SQLite's 32,766 variables
 
 
 def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbered], *, is_late: bool) -> Ingested:
@@ -28,6 +26,7 @@ def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbe
     attempt, job = _lock(connection, attempt_id)
     if not is_late and (attempt.ended_at is not None or attempt.number != job.attempt):
         raise StaleAttemptError(f"attempt {attempt.number} of {job.id} has ended; its reports no longer count")
+    is_thinned = (attempt.thinned_seq or 0) >= attempt.acknowledged_seq
     fresh = _unseen(connection, attempt_id, delivered)
     if fresh:
         _insert_events(connection, attempt, fresh)
@@ -38,7 +37,11 @@ def ingest(connection: sa.Connection, attempt_id: str, delivered: Sequence[Numbe
     change: dict[str, Any] = {"acknowledged_seq": acknowledged, "has_started": has_started}
     if not is_late:  # nothing was heard of it: these are words from before
         change["last_seen_at"] = datetime.now(UTC)
+    if is_thinned:
+        change |= {"thinned_seq": acknowledged}
     connection.execute(sa.update(t.attempts).where(t.attempts.c.id == attempt_id).values(change))
+    if not is_thinned:
+        catch_up(connection, attempt.job_id)
     return Ingested(Desired(job.desired), acknowledged, len(fresh))
 
 
@@ -89,17 +92,19 @@ def _insert_points(connection: sa.Connection, attempt: Any, fresh: Sequence[Numb
             case Evaluation() as done:
                 points[t.evaluations][done.step] = where | {"step": done.step, "json": done.model_dump_json()}
     for table, of_step in points.items():
-        rows = list(of_step.values())
-        for start in range(0, len(rows), ROWS_PER_STATEMENT):
-            _upsert(connection, table, rows[start : start + ROWS_PER_STATEMENT])
+        _upsert(connection, table, list(of_step.values()))
+        thin(connection, attempt.job_id, table, of_step.keys())
 
 
 def _upsert(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    insert = INSERT[connection.dialect.name](table).values(rows)
+    if not rows:
+        return
+    insert = INSERT[connection.dialect.name](table)
     new = insert.excluded
     is_later = (new.attempt > table.c.attempt) | ((new.attempt == table.c.attempt) & (new.seq > table.c.seq))
     change = {"attempt": new.attempt, "seq": new.seq, "json": new.json}
-    connection.execute(insert.on_conflict_do_update(index_elements=["job_id", "step"], set_=change, where=is_later))
+    upsert = insert.on_conflict_do_update(index_elements=["job_id", "step"], set_=change, where=is_later)
+    connection.execute(upsert, rows)
 
 
 def _advance_job(connection: sa.Connection, job: Any, attempt: Any, fresh: Sequence[Numbered]) -> None:

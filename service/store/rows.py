@@ -1,12 +1,16 @@
-"""Rows of the tables as the records of base.py."""
+"""Rows of the tables as the records of base.py, and the query of a job's newest events."""
 
+from functools import lru_cache
 from typing import Any
 
+import sqlalchemy as sa
+
 from service.job_state import Action, AttemptState, Desired, JobState, Phase
+from service.store import tables as t
 from service.store.base import AttemptRecord, EventRecord, JobRecord
 from workers.rundir import Outcome
 
-__all__ = ["attempt_record", "event_record", "job_record"]
+__all__ = ["attempt_record", "event_record", "job_record", "newest_events"]
 
 
 def job_record(row: Any, failed_starts: int = 0, failed_starts_in_a_row: int = 0) -> JobRecord:
@@ -53,3 +57,19 @@ def attempt_record(row: Any) -> AttemptRecord:
 
 def event_record(row: Any) -> EventRecord:
     return EventRecord(row.id, row.job_id, row.attempt, row.seq, row.kind, row.time, row.data)
+
+
+@lru_cache(maxsize=64)
+def newest_events(kinds: tuple[str, ...]) -> sa.Executable:
+    """Returns the query of a job's newest events of these kinds, last first. Its values: job_id, after, limit."""
+    job_id: sa.BindParameter[str] = sa.bindparam("job_id")
+    after, limit = (sa.bindparam(name, type_=sa.BigInteger) for name in ("after", "limit"))
+    found = [  # each kind's own, for an index gives those in order
+        sa.select(t.events)
+        .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.id > after)
+        .order_by(t.events.c.id.desc())
+        .limit(limit)
+        .subquery()
+        for kind in kinds
+    ]
+    return sa.union_all(*(sa.select(of_kind) for of_kind in found)).order_by(sa.desc("id")).limit(limit)

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from service.errors import IdempotencyError, StartupError, StoreUnavailableError
 from service.job_state import TERMINAL, Action, Decision, Desired, Phase
+from service.spans import Name, Spans, Wanted
 from service.store import tables as t
 from service.store.base import (
     AttemptRecord,
@@ -25,12 +26,11 @@ from service.store.base import (
     Ingested,
     JobRecord,
     KeyedRequest,
-    PointRecord,
     attempt_id,
 )
 from service.store.census import census
-from service.store.engine import READ_ONLY, describe, open_engine, reported
-from service.store.ingest import INSERT, ingest
+from service.store.engine import INSERT, READ_ONLY, describe, open_engine, reported
+from service.store.ingest import ingest
 from service.store.leases import (
     change_leased,
     failed_starts,
@@ -41,8 +41,9 @@ from service.store.leases import (
     num_taken,
 )
 from service.store.progress import WAITS_FOR
-from service.store.rows import attempt_record, event_record, job_record
+from service.store.rows import attempt_record, event_record, job_record, newest_events
 from service.store.schema import is_usable, revision, upgrade
+from service.store.thinning import catch_up, is_behind, read
 from workers.events import Numbered
 from workers.rundir import Outcome
 
@@ -63,6 +64,7 @@ class SQLStore:
         try:
             with self._writers.begin() as connection:
                 upgrade(connection)
+            self._catch_up()
         except (DBAPIError, CommandError) as error:
             self.close()
             raise StartupError(self._why_closed(error)) from error
@@ -265,22 +267,25 @@ class SQLStore:
         with self._read() as connection:
             return [event_record(row) for row in connection.execute(query.order_by(t.events.c.id).limit(limit))]
 
-    def newest_event(self, job_id: str, kind: str) -> EventRecord | None:
-        query = sa.select(t.events).where(t.events.c.job_id == job_id, t.events.c.kind == kind)
+    def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:
+        values = {"job_id": job_id, "after": after, "limit": limit}
         with self._read() as connection:
-            row = connection.execute(query.order_by(t.events.c.id.desc()).limit(1)).one_or_none()
-            return None if row is None else event_record(row)
+            return [event_record(row) for row in connection.execute(newest_events(tuple(kinds)), values)][::-1]
 
-    def steps(self, job_id: str, from_step: int) -> list[PointRecord]:
-        return self._points(t.steps, job_id, from_step)
-
-    def evaluations(self, job_id: str, from_step: int) -> list[PointRecord]:
-        return self._points(t.evaluations, job_id, from_step)
-
-    def _points(self, table: sa.Table, job_id: str, from_step: int) -> list[PointRecord]:
-        query = sa.select(table.c.step, table.c.json).where(table.c.job_id == job_id, table.c.step >= from_step)
+    def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
         with self._read() as connection:
-            return [PointRecord(row.step, row.json) for row in connection.execute(query.order_by(table.c.step))]
+            found = read(connection, job_id, kind, wanted)
+            if found.width == 1 or not is_behind(connection, job_id):
+                return found
+        self._catch_up(job_id)
+        return self.spans(job_id, kind, wanted)
+
+    def _catch_up(self, job_id: str | None = None) -> None:
+        """Thins what versions without spans have stored, of one job or of all, in transactions of a bounded size."""
+        is_behind = True
+        while is_behind:
+            with self._write() as connection:
+                is_behind = catch_up(connection, job_id)
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:

@@ -20,7 +20,17 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-__all__ = ["attempts", "evaluations", "events", "idempotency_keys", "installation", "jobs", "metadata", "steps"]
+__all__ = [
+    "attempts",
+    "evaluations",
+    "events",
+    "idempotency_keys",
+    "installation",
+    "jobs",
+    "metadata",
+    "spans",
+    "steps",
+]
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -92,6 +102,7 @@ attempts = Table(
     Column("ended_at", UTCDateTime),
     Column("last_seen_at", UTCDateTime),  # when it reported, or what runs it said that it runs
     Column("is_left_running", Boolean),  # given up while nobody could end it
+    Column("thinned_seq", BigInteger),  # up to which its steps are in spans; none: of an older version
     UniqueConstraint("job_id", "number", name="uq_attempts_job_id_number"),
     Index("ix_attempts_is_left_running", "is_left_running"),
 )
@@ -130,6 +141,17 @@ evaluations = Table(
     Column("step", BigInteger, primary_key=True, autoincrement=False),
     Column("attempt", Integer, nullable=False),
     Column("seq", BigInteger, nullable=False),
+    Column("json", Text, nullable=False),
+)
+
+spans = Table(
+    "spans",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("level", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("last_step", BigInteger, nullable=False),
     Column("json", Text, nullable=False),
 )
 

@@ -2,28 +2,37 @@
 
 import asyncio
 import math
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from nicegui import Client, ui
 
-from service.dashboard.activity import unseen, words
-from service.dashboard.curves import BYTES, Curve, Curves, Mark
-from service.dashboard.heat_map import MAX_CELLS, HeatMap, columns_for
+from service.dashboard.activity import MOST_EVENTS, EventPanel, unseen, words
+from service.dashboard.curves import BYTES, Curve, Curves, Mark, aligned
+from service.dashboard.heat_map import CELLS_PER_STEP, MAX_CELLS, HeatMap, columns_for, span_for
 from service.dashboard.job import marks
 from service.dashboard.jobs import row
-from service.dashboard.training import NAMES, Training, aligned
-from service.dashboard.units import ago, binary_bytes, duration, number, percent
+from service.dashboard.mounting import _failed
+from service.dashboard.training import NAMES, Training
+from service.dashboard.units import ago, binary_bytes, duration, moment, number, percent
 from service.resources import Event, Job, Metrics, Progress, Series, Statistics, Status
 
 NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
 
 
 @pytest.fixture
-def page():
+def sent() -> list[str]:
+    """What the page's browser is told to run."""
+    return []
+
+
+@pytest.fixture
+def page(sent: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """A page that no browser has opened yet."""
     with Client(ui.page("/test"), request=None) as client:
+        monkeypatch.setattr(client, "run_javascript", lambda code, **_: sent.append(code))
         yield client
     client.delete()
 
@@ -67,8 +76,10 @@ def job(phase: str, *, step: int = 0, total: int | None = None, **latest: float)
         (duration(3_900), "1 h 05 min"),
         (duration(90_000), "1 d 01 h"),
         (duration(None), "—"),
-        (ago(NOW - timedelta(seconds=59), NOW), "59 s ago"),
+        (ago(NOW - timedelta(seconds=9), NOW), "just now"),
+        (ago(NOW - timedelta(seconds=59), NOW), "50 s ago"),
         (ago(NOW - timedelta(hours=25), NOW), "1 d ago"),
+        (moment(datetime(2030, 1, 2, 1, 30, tzinfo=timezone(timedelta(hours=2)))), "2030-01-01 23:30:00"),
         (binary_bytes(0), "0 B"),
         (binary_bytes(1536), "1.5 KiB"),
         (binary_bytes(2**60), "1024 PiB"),
@@ -101,11 +112,14 @@ def test_marks_tell_new_attempts_from_restarts_of_the_workers() -> None:
         event("started", attempt=2, resumed_step=100),
     ]
 
-    assert marks(events) == [
+    expected = [
         Mark(50, "checkpoint", "checkpoint 50"),
         Mark(50, "restart", "restart"),
         Mark(100, "attempt", "attempt 2"),
     ]
+    assert marks(events) == (expected, 2)
+    early, attempt = marks(events[:2])
+    assert early + marks(events[2:], attempt)[0] == expected  # as they come in, not all at once
 
 
 @pytest.mark.parametrize(
@@ -146,27 +160,38 @@ def test_row_of_an_ended_job_has_no_time_left() -> None:
 def test_curve_marks_values_that_are_not_finite_on_the_step_axis() -> None:
     curves = Curves("Loss", curves={"loss": Curve("training")})
 
-    curves.replace({"loss": [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]})
+    script = curves.replace({"loss": [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]})
 
-    line, floor = curves.chart.options["series"]
-    assert line["data"] == [[1, 2.0], [2, None], [3, None], [4, 1.0]]
-    assert floor["data"] == [[2, 0], [3, 0]]
+    assert "[0,[[1,2],[2,null],[3,null],[4,1]]],[0,[[2,0],[3,0]]]" in script
+    assert "not finite" in curves.chart.options["legend"]["data"]
 
 
-def test_curve_grows_by_new_points_and_new_series(page: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("page")
+def test_curve_grows_by_new_points_and_new_series() -> None:
     curves = Curves("Time", stacked=True)
     curves.replace({"data": [(1, 0.1)]})
-    sent: list[str] = []
-    monkeypatch.setattr(page, "run_javascript", lambda code, timeout: sent.append(code))
 
-    curves.extend({"data": [(2, 0.2)]})
-    curves.extend({"data": [(3, 0.3)], "reduce": [(3, 0.5)]})
+    longer = curves.extend({"data": [(2, 0.2)]})
+    wider = curves.extend({"data": [(3, 0.3)], "reduce": [(3, 0.5)]})
+    without = curves.extend({"data": [(4, 0.4)]})
 
-    assert curves.points == {"data": [(1, 0.1), (2, 0.2), (3, 0.3)], "reduce": [(3, 0.5)]}
-    drawn = [series["data"] for series in curves.chart.options["series"]]
-    assert drawn == [[[1, 0.1], [2, 0.2], [3, 0.3]], [[3, 0.5]], []]
-    assert len(sent) == 1
-    assert "[[1, [[2, 0.2]]], [0, []]]" in sent[0]
+    assert longer.endswith(",[[1,[[2,0.2]]],[0,[]]]);")
+    assert wider.endswith(",[[0,[[1,0.1],[2,0.2],[3,0.3]]],[0,[[1,0],[2,0],[3,0.5]]],[0,[]]]);")
+    assert without.endswith(",[[3,[[4,0.4]]],[3,[[4,0]]],[0,[]]]);")
+
+
+@pytest.mark.usefixtures("page")
+def test_new_points_leave_the_chart_s_element_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = Curves("Loss", curves={"loss": Curve("training")})
+    curves.replace({"loss": [(1, 1.0)]})
+    updates: list[int] = []
+    monkeypatch.setattr(curves.chart, "update", lambda: updates.append(1))
+
+    curves.extend({"loss": [(2, 2.0)]})
+    curves.cut(1)
+
+    assert updates == []
+    assert curves.points == {"loss": [(1, 1.0)]}
 
 
 @pytest.mark.usefixtures("page")
@@ -175,17 +200,15 @@ def test_chart_without_points_says_so_beside_one_that_has_some() -> None:
 
     full.replace({"loss": [(1, 1.0)]})
 
-    assert [chart.chart.options["title"]["show"] for chart in (full, bare)] == [False, True]
+    assert (full.note.text, bare.note.text) == ("loss 1 at step 1", "No data yet")
 
 
-@pytest.mark.parametrize(("is_thinned", "filled"), [(False, [0.0, 0.5, 0.0]), (True, [0.0, 0.5, 0.5])])
-def test_stacked_parts_get_the_same_steps(*, is_thinned: bool, filled: list[float]) -> None:
-    points = aligned({"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": [(2, 0.5)]}, is_thinned=is_thinned)
+def test_stacked_parts_get_the_same_steps() -> None:
+    points = aligned({"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": [(2, 0.5)]})
 
-    assert points == {"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": list(zip((1, 2, 3), filled, strict=True))}
+    assert points == {"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": [(1, 0.0), (2, 0.5), (3, 0.0)]}
 
 
-@pytest.mark.usefixtures("page")
 class Recorded:
     """Answers with a curve of two steps for each name that is asked for, under which a group has one part."""
 
@@ -196,14 +219,24 @@ class Recorded:
 
 def test_damping_is_drawn_beside_the_learning_rate(page: Client) -> None:
     training = Training()
-    training.is_connected = True  # there is no browser whose charts could be connected
 
-    asyncio.run(training.refresh(Recorded(), "job_1"))
+    asyncio.run(training.refresh(Recorded(), "job_1", 2))
 
     assert training.lr.points == {"lr": [(1, 1.0), (2, 0.5)], "damping": [(1, 1.0), (2, 0.5)]}
     assert sum(len(panel.points) for panel in training.panels) == len(NAMES)
 
 
+def test_steps_that_are_done_again_are_taken_away_until_they_are(page: Client) -> None:
+    training = Training()
+    asyncio.run(training.refresh(Recorded(), "job_1", 2))
+
+    training.redo(1)
+
+    assert training.loss.points == {"loss": [(1, 1.0)], "test_loss": [(1, 1.0)]}
+    assert training.last_step == 1
+
+
+@pytest.mark.usefixtures("page")
 def test_table_of_a_chart_has_its_points_newest_first() -> None:
     curves = Curves("Loss", curves={"loss": Curve("training"), "test_loss": Curve("test")})
     curves.replace({"loss": [(1, 2.0), (2, math.nan)], "test_loss": [(2, 1.5)]})
@@ -229,11 +262,75 @@ def test_chart_says_in_words_what_it_shows() -> None:
     curves.replace({"loss": [(step, 1 / step) for step in range(1, 41)]})
 
     assert curves.note.text == "training 0.025 at step 40, falling"
-    assert curves.figure.props["aria-label"] == "Loss: training 0.025 at step 40, falling"
+    assert (curves.figure.props["aria-label"], curves.figure.props["aria-describedby"]) == ("Loss", curves.note.html_id)
+
+
+def ages(num_steps: int, span: int, first: int = 1) -> Statistics:
+    """Two statistics that are measured every step, and every third."""
+    ends = [min(end, num_steps) for end in range(first + span - 1, num_steps + span, span)]
+    return Statistics(
+        names=["conv.A", "conv.G"],
+        steps=ends,
+        ages=[[0] * len(ends), [(end - 1) % 3 for end in ends]],
+        intervals=[[1] * len(ends), [3] * len(ends)],
+        refreshes=[[span] * len(ends), [span // 3] * len(ends)],
+        span=span,
+        last_step=num_steps,
+    )
+
+
+class Growing:
+    """Answers with the statistics of a job that goes on, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.num_steps = 100
+        self.asked: list[tuple[int, int]] = []
+
+    async def statistics(self, job_id: str, *, max_points: int, from_step: int = 1, span: int = 1) -> Statistics:
+        while -(-(self.num_steps + 1 - from_step) // span) > max_points:
+            span *= 2
+        self.asked.append((from_step, span))
+        return ages(self.num_steps, span, (from_step - 1) // span * span + 1)
 
 
 @pytest.mark.usefixtures("page")
-def test_heat_map_colours_ages_and_dots_refreshes_of_statistics_that_may_rest() -> None:
+def test_heat_map_asks_for_complete_new_columns_alone(sent: list[str]) -> None:
+    heat_map, api = HeatMap("Age"), Growing()
+    heat_map.num_rows = 2
+
+    def goes_on(to: int) -> None:
+        api.num_steps = to
+        asyncio.run(heat_map.refresh(api, "job_1", to, whole=False))
+
+    goes_on(300)
+    goes_on(301)
+    goes_on(303)
+
+    assert api.asked == [(1, 2), (301, 2)]  # at step 301 no column of two steps is complete
+    assert heat_map.statistics is not None
+    assert heat_map.statistics.steps == list(range(2, 303, 2))
+    assert sent[1].endswith(',150,[["302",[0,1],[1,3],[2,0]]])')
+    assert heat_map.rows()[0]["refreshes"] == 302
+
+    goes_on(400)
+
+    assert api.asked[2:] == [(303, 2), (1, 4)]  # there is no more room: half as many columns
+    assert heat_map.statistics.steps == list(range(4, 401, 4))
+
+
+def test_heat_map_takes_columns_away_whose_steps_are_done_again(page: Client) -> None:
+    heat_map, api = HeatMap("Age"), Growing()
+    heat_map.num_rows, api.num_steps = 2, 300
+    asyncio.run(heat_map.refresh(api, "job_1", 300, whole=False))
+
+    heat_map.cut(51)
+
+    assert heat_map.statistics is not None
+    assert (heat_map.statistics.steps[-1], heat_map.complete_until) == (50, 50)
+
+
+@pytest.mark.usefixtures("page")
+def test_heat_map_tells_refreshes_and_intervals() -> None:
     heat_map = HeatMap("Age")
     known = Statistics(
         names=["conv.A", "conv.G"],
@@ -246,15 +343,43 @@ def test_heat_map_colours_ages_and_dots_refreshes_of_statistics_that_may_rest() 
 
     heat_map.replace(known)
 
-    cells, dots = (series["data"] for series in heat_map.chart.options["series"])
-    assert [cell[:3] for cell in cells] == [[0, 0, 0], [1, 0, 0], [2, 0, 0], [0, 1, 0], [1, 1, 1], [2, 1, 0]]
-    assert [dot[:2] for dot in dots] == [[0, 1], [2, 1]]
-    assert heat_map.note.text == "5 of 6 possible refreshes done (83.3%); longest interval now 3 steps"
+    assert heat_map.note.text == "5 of 6 possible refreshes done (83.3%) by step 3; longest interval then 3 steps"
     assert heat_map.rows()[1] == {"key": "conv.G", "age": 0, "interval": 3, "refreshes": 2, "mean": "1.5"}
 
 
 @pytest.mark.parametrize("rows", [1, 13, 108, 1_000])
-def test_heat_map_asks_for_no_more_cells_than_a_browser_redraws_in_a_second(rows: int) -> None:
+def test_heat_map_has_no_more_cells_than_a_browser_redraws_in_a_second(rows: int) -> None:
     columns = columns_for(rows)
 
     assert columns == 20 or columns * rows <= MAX_CELLS
+    assert rows / span_for(rows) <= CELLS_PER_STEP
+
+
+@pytest.mark.usefixtures("page")
+def test_list_of_events_is_bounded_and_dated() -> None:
+    events = EventPanel()
+
+    for batch in range(3):
+        events.add([event("checkpoint", step=batch * 100 + i, bytes=1, path="c") for i in range(100)])
+
+    assert len(events.list.default_slot.children) == MOST_EVENTS + 1  # and the hint, which is hidden
+    newest = events.list.default_slot.children[0].props["innerHTML"]
+    assert "2030-01-02 12:00:00</time>" in newest
+    assert "Checkpoint of step 299 saved (1 B)" in newest
+
+
+@pytest.mark.usefixtures("page")
+def test_words_of_an_event_are_no_html() -> None:
+    events = EventPanel()
+
+    events.add([event("failed", reason="R", message="<img src=x>", retryable=False)])
+
+    assert "R: &lt;img src=x&gt;" in events.list.default_slot.children[0].props["innerHTML"]
+
+
+def test_page_in_whose_place_an_error_was_raised_says_so(page: Client) -> None:
+    _failed()
+
+    shown = [element.text for element in page.elements.values() if isinstance(element, ui.label)]
+    assert "This page can't be shown" in shown
+    assert "Live" not in shown

@@ -189,6 +189,8 @@ def test_metrics_are_columns_with_the_last_point(client: Client) -> None:
     assert metrics.series["loss"].steps[-1] == metrics.last_step == 50
     assert len(metrics.series["loss"].steps) <= 10
     assert client.metrics(job.id, from_step=51).series == {}
+    part = client.metrics(job.id, names=["loss"], from_step=11, to_step=20)
+    assert (part.series["loss"].steps, part.last_step) == (list(range(11, 21)), 20)
 
 
 def test_statistics_are_a_matrix_of_ages(client: Client) -> None:
@@ -202,6 +204,19 @@ def test_statistics_are_a_matrix_of_ages(client: Client) -> None:
     assert matrix.ages[0] == [1, 3] * 5
     assert sum(matrix.refreshes[0]) == 5
     assert matrix.intervals[1] == [2] * 10
+    later = client.statistics(job.id, from_step=13, span=4)
+    assert (later.span, later.steps, later.refreshes[0]) == (4, [16, 20], [1, 1])
+
+
+def test_newest_events_of_some_kinds_are_listed(client: Client) -> None:
+    job = client.submit(spec(steps=20))
+    client.wait(job.id, timeout_s=60)
+    everything = client.events(job.id, limit=1000).events
+
+    newest = client.events(job.id, limit=2, newest_of=["phase", "started"])
+
+    assert newest.events == [event for event in everything if event.kind in ("phase", "started")][-2:]
+    assert client.events(job.id, after=newest.next_after, newest_of=["phase"]).events == []
 
 
 def test_health_and_readiness(client: Client, shared_service: ServiceProcess) -> None:

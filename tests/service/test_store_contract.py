@@ -1,6 +1,5 @@
 """What every store must do, on each database it may be on."""
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +12,7 @@ from ulid import ULID
 
 from service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
 from service.job_state import Action, Decision, Phase
+from service.spans import Name, Span, Wanted
 from service.store.base import Census, Claim, JobRecord, KeyedRequest, Store
 from service.store.sql import SQLStore
 from service.store.tables import metadata
@@ -54,8 +54,17 @@ def seqs(store: Store, job_id: str) -> list[int | None]:
     return [record.seq for record in store.events_after(job_id, 0, 100) if record.seq is not None]
 
 
-def losses(store: Store, job_id: str) -> Iterable[tuple[int, str]]:
-    return [(point.step, point.json.partition('"loss":')[2].partition(",")[0]) for point in store.steps(job_id, 0)]
+def losses(store: Store, job_id: str) -> list[tuple[Any, ...]]:
+    return [(span.last_step, *extremes(span, "loss")) for span in points(store, job_id)]
+
+
+def extremes(span: Span, name: str) -> list[Any]:
+    """The value of a span of one step, in the place that it has: lowest and highest, or not finite."""
+    return [sample and sample[1] for sample in span.content[name]]
+
+
+def points(store: Store, job_id: str, from_step: int = 0, kind: Name = "curves") -> list[Span]:
+    return store.spans(job_id, kind, Wanted(from_step=from_step, most_steps=10_000, most_spans=10)).spans
 
 
 def test_job_reads_back_as_it_was_created(store: SQLStore) -> None:
@@ -176,11 +185,11 @@ def test_repeated_delivery_changes_nothing(store: SQLStore) -> None:
     claim = start(store)
     delivery = [steps(1, 1, 2), steps(2, 3)]
     first = store.ingest(f"{claim.job.id}-a1", delivery)
-    before = store.get_job(claim.job.id), store.steps(claim.job.id, 0), store.events_after(claim.job.id, 0, 100)
+    before = store.get_job(claim.job.id), points(store, claim.job.id), store.events_after(claim.job.id, 0, 100)
 
     again = store.ingest(f"{claim.job.id}-a1", [*delivery, *delivery])
 
-    after = store.get_job(claim.job.id), store.steps(claim.job.id, 0), store.events_after(claim.job.id, 0, 100)
+    after = store.get_job(claim.job.id), points(store, claim.job.id), store.events_after(claim.job.id, 0, 100)
     assert (first.new_events, again.new_events, again.acknowledged_seq) == (2, 0, 2)
     assert after == before
 
@@ -202,7 +211,7 @@ def test_step_redone_after_a_resume_replaces_the_old_one_in_whatever_order_they_
     store.ingest(attempt, [steps(2, 1, loss=22.0), steps(3, 2, loss=33.0)])
     store.ingest(attempt, [steps(1, 1, 2, loss=11.0)])
 
-    assert losses(store, claim.job.id) == [(1, "22.0"), (2, "33.0")]
+    assert losses(store, claim.job.id) == [(1, 22.0, 22.0, None), (2, 33.0, 33.0, None)]
 
 
 def test_numbers_that_are_not_finite_survive(store: SQLStore) -> None:
@@ -213,7 +222,7 @@ def test_numbers_that_are_not_finite_survive(store: SQLStore) -> None:
     job = store.get_job(claim.job.id)
     assert job is not None
     assert job.metrics_latest["loss"] == "NaN"
-    assert losses(store, claim.job.id) == [(1, '"NaN"')]
+    assert losses(store, claim.job.id) == [(1, None, None, "NaN")]
 
 
 def test_progress_and_newest_metrics_follow_the_events(store: SQLStore) -> None:
@@ -226,7 +235,7 @@ def test_progress_and_newest_metrics_follow_the_events(store: SQLStore) -> None:
     assert job is not None
     assert job.progress["step"] == 2
     assert (job.metrics_latest["loss"], job.metrics_latest["test_accuracy"]) == (0.25, 0.8)
-    assert [point.step for point in store.evaluations(claim.job.id, 0)] == [2]
+    assert [span.last_step for span in points(store, claim.job.id, kind="evaluations")] == [2]
 
 
 def test_reports_of_an_ended_attempt_are_refused(store: SQLStore) -> None:
@@ -235,7 +244,7 @@ def test_reports_of_an_ended_attempt_are_refused(store: SQLStore) -> None:
 
     with pytest.raises(StaleAttemptError, match="attempt 1"):
         store.ingest(f"{claim.job.id}-a1", [steps(1, 1)])
-    assert store.steps(claim.job.id, 0) == []
+    assert points(store, claim.job.id) == []
 
 
 def test_reports_of_an_unknown_attempt_are_refused(store: SQLStore) -> None:
@@ -264,7 +273,7 @@ def test_large_delivery_is_stored_whole(store: SQLStore) -> None:
 
     store.ingest(f"{claim.job.id}-a1", [steps(1, *range(1, 1501))])
 
-    assert [point.step for point in store.steps(claim.job.id, 1400)] == list(range(1400, 1501))
+    assert [span.last_step for span in points(store, claim.job.id, 1400)] == list(range(1400, 1501))
 
 
 def test_migrations_make_exactly_the_tables(database_url: str) -> None:

@@ -1,0 +1,175 @@
+"""Pure: what is kept of a span of steps, so that a curve of any length is drawn from a bounded number of them.
+
+A span of level k is 2^k steps: number n holds the steps n 2^k + 1 to (n + 1) 2^k. Spans that lie side by side are
+folded into wider ones, so that those of level 3 (of the steps themselves), 5 (of four of level 3), 7 ... can be kept up
+to date as steps come in, and a reader takes the level that fits its screen.
+
+curves       of each value the lowest, the highest and the first that is not finite, each at its step; of a group of
+             parts (seconds, bytes_sent) those where their sum is such
+statistics   ages and intervals at the span's last step, and the refreshes within it
+evaluations  as curves, of the test values
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+__all__ = [
+    "GROUPS",
+    "KINDS",
+    "LOWEST",
+    "WIDENING",
+    "Kind",
+    "Name",
+    "Span",
+    "Spans",
+    "Wanted",
+    "fold",
+    "ladder",
+    "level_for",
+]
+
+Name = Literal["curves", "statistics", "evaluations"]
+LOWEST, WIDENING = 3, 2  # the first level that is kept, and how many levels lie between one that is and the next
+GROUPS = ("seconds", "bytes_sent")
+TRAINED = (
+    "loss",
+    "accuracy",
+    "lr",
+    "momentum",
+    "damping",
+    "reduction_ratio",
+    "samples_per_s",
+    "epoch",
+    "time_s",
+    "failed_inversions",
+    "skipped_steps",
+    *GROUPS,
+)
+TESTED = ("test_loss", "test_accuracy")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What is kept of some steps that follow each other; `content` is JSON-ready, and the kind's own."""
+
+    last_step: int
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """An answer: spans of `width` steps in order. ends: the first and the last step alone, where spans are wider.
+
+    last_step: the newest that is stored of the kind, to_step at most; 0: none.
+    """
+
+    width: int
+    last_step: int
+    spans: list[Span]
+    ends: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a reader asks for: each step by itself where they are at most most_steps, else at most most_spans spans.
+
+    Spans have at least `width` steps; the first may begin before from_step, and the last end after to_step.
+    """
+
+    from_step: int = 0
+    to_step: int | None = None
+    most_steps: int
+    most_spans: int
+    width: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one step's record becomes a span's content, and how contents of neighbours become one."""
+
+    of_record: Callable[[Mapping[str, Any]], dict[str, Any]]
+    merged: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+
+
+def fold(kind: Kind, spans: Iterable[Span], level: int) -> list[Span]:
+    """Returns spans of this level made of narrower ones, which come in order."""
+    folded = []
+    for _, neighbours in groupby(spans, key=lambda span: (span.last_step - 1) >> level):
+        parts = list(neighbours)
+        content = parts[0].content if len(parts) == 1 else kind.merged([part.content for part in parts])
+        folded.append(Span(parts[-1].last_step, content))
+    return folded
+
+
+def ladder(last_step: int) -> list[int]:
+    """Returns the levels that are kept of a run: up to the one of which a single span holds all steps."""
+    top = max(0, last_step - 1).bit_length()
+    return list(range(LOWEST, max(top, LOWEST) + WIDENING, WIDENING))
+
+
+def level_for(first_step: int, last_step: int, most_spans: int, width: int = 1) -> int:
+    """Returns the finest level, of spans no narrower than `width`, of which at most so many hold these steps."""
+    level = max(0, (width - 1).bit_length())
+    while ((last_step - 1) >> level) - ((first_step - 1) >> level) >= most_spans:
+        level += 1
+    return level
+
+
+def _curves(names: Sequence[str]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    def of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+        """Some steps lack some values: those of an earlier version, or of a setting that was not adapted."""
+        step = record["step"]
+        return {name: _alone([step, record[name]]) for name in names if record.get(name) is not None}
+
+    return of_record
+
+
+def _alone(sample: list[Any]) -> list[Any]:
+    """Returns lowest, highest and not finite, of one sample."""
+    return [sample, sample, None] if math.isfinite(_height(sample)) else [None, None, sample]
+
+
+def _merged_curves(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, list[Any]] = {}
+    for content in contents:
+        for name, (low, high, lost) in content.items():
+            best = found.get(name)
+            if best is None:
+                found[name] = [low, high, lost]
+                continue
+            if low is not None and (best[0] is None or _height(low) < _height(best[0])):
+                best[0] = low
+            if high is not None and (best[1] is None or _height(high) > _height(best[1])):
+                best[1] = high
+            best[2] = best[2] or lost
+    return found
+
+
+def _height(sample: Sequence[Any]) -> float:
+    value = sample[1]
+    return sum(map(float, value.values())) if isinstance(value, dict) else float(value)  # "NaN" travels as a string
+
+
+def _statistics(record: Mapping[str, Any]) -> dict[str, Any]:
+    ages = record["ages"]
+    refreshes = [int(age == 0) for age in ages]
+    return {"ages": ages, "intervals": record["intervals"], "refreshes": refreshes} if ages else {}
+
+
+def _merged_statistics(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of steps that had another number of statistics, as an attempt with another model has, the last ones' count."""
+    last: dict[str, Any] = next((content for content in reversed(contents) if content), {})
+    if not last:
+        return last
+    alike = [content["refreshes"] for content in contents if content and len(content["ages"]) == len(last["ages"])]
+    return last | {"refreshes": [sum(column) for column in zip(*alike, strict=True)]}
+
+
+KINDS: dict[Name, Kind] = {
+    "curves": Kind(_curves(TRAINED), _merged_curves),
+    "statistics": Kind(_statistics, _merged_statistics),
+    "evaluations": Kind(_curves(TESTED), _merged_curves),
+}

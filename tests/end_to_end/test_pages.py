@@ -1,0 +1,247 @@
+"""A browser on the pages of jobs whose worker is the test: what goes over the socket, and what a reader sees."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from service.client import Client
+from service.resources import Job
+from service.store.sql import SQLStore
+from tests.support.attempts import small_spec
+from tests.support.browser import CHROMIUM, browser_page
+from tests.support.deadline import wait_until
+from tests.support.history import long_record, numbered, tell
+from tests.support.service_process import ServiceProcess
+from workers.events import CheckpointSaved, Evaluation, Steps
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium to drive: apt-get install chromium"),
+]
+MOST_BYTES_PER_STEP = 2_048
+DRAW_MS = 120_000  # a browser without a GPU, on two cores that others use too
+SERIES = """title => {
+  const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === title);
+  const chart = getElement(panel.querySelector('.nicegui-echart').id.slice(1)).chart;
+  return chart.getOption().series.map(series => series.data);
+}"""
+
+
+@dataclass
+class Worker:
+    """Plays the worker of a job: its driver only waits."""
+
+    client: Client
+    store: SQLStore
+    job: Job
+    seq: int = 1
+
+    @property
+    def attempt(self) -> str:
+        return f"{self.job.id}-a1"
+
+    def has_done(self, num_steps: int, num_statistics: int) -> None:
+        self.seq = tell(self.store, self.attempt, num_steps, num_statistics, first_seq=2, total_steps=2_000_000)
+
+    def does(self, step: int, num_statistics: int, loss: float | None = None) -> None:
+        self.tells(Steps(records=[long_record(step, num_statistics, loss)]))
+
+    def tells(self, event: Steps | Evaluation | CheckpointSaved) -> None:
+        self.store.ingest(self.attempt, [numbered(self.seq, event)])
+        self.seq += 1
+
+
+@dataclass
+class Frames:
+    """What came over the page's socket."""
+
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(text.encode()) for text in self.texts)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(tmp_path_factory.mktemp("service"), max_running_jobs=8, cancel_grace_s=0.2)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def worker_of(service: ServiceProcess) -> Iterator[Callable[[], Worker]]:
+    """Starts a job that runs until the test is over."""
+    store = SQLStore(f"sqlite:///{service.home / 'ngd.sqlite'}")
+    started: list[Worker] = []
+
+    def start() -> Worker:
+        job = service.client.submit(small_spec(name="waits").model_dump(mode="json"))
+        wait_until(lambda: service.client.get(job.id).status.phase == "RUNNING", "the job runs")
+        started.append(Worker(service.client, store, job))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        service.client.cancel(worker.job.id)
+        service.client.wait(worker.job.id, timeout_s=30)
+    store.close()
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def page(complaints: list[str]) -> Iterator[Page]:
+    with browser_page(complaints) as page:
+        yield page
+    assert complaints == []
+
+
+def open_job(page: Page, service: ServiceProcess, worker: Worker) -> Frames:
+    return open_page(page, f"{service.url}/jobs/{worker.job.id}")
+
+
+def open_page(page: Page, url: str) -> Frames:
+    frames = Frames()
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda text: frames.texts.append(str(text))))
+    page.goto(url)
+    return frames
+
+
+def see_step(page: Page, step: int) -> None:
+    expect(page.get_by_text(f"{step:,} / 2,000,000")).to_be_visible(timeout=DRAW_MS)
+
+
+def settled(page: Page, frames: Frames, worker: Worker, num_steps: int, num_statistics: int) -> int:
+    """Returns how many bytes the first view took, and a step after it, which shows that all of it is there."""
+    see_step(page, num_steps)
+    worker.does(num_steps + 1, num_statistics)
+    see_step(page, num_steps + 1)
+    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)?.[0] === {num_steps + 1}", timeout=DRAW_MS)
+    return frames.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_statistics"), [(10, 12), (3_000, 12), pytest.param(20_000, 160, marks=pytest.mark.slow)]
+)
+def test_a_step_costs_two_kilobytes_on_the_socket_whatever_came_before(
+    service: ServiceProcess,
+    worker_of: Callable[[], Worker],
+    page: Page,
+    num_steps: int,
+    num_statistics: int,
+) -> None:
+    worker = worker_of()
+    worker.has_done(num_steps, num_statistics)
+    frames = open_job(page, service, worker)
+    before = settled(page, frames, worker, num_steps, num_statistics)
+
+    for step in range(num_steps + 2, num_steps + 8):
+        worker.does(step, num_statistics)
+        see_step(page, step)
+
+    per_step = (frames.num_bytes - before) / 6
+    assert per_step <= MOST_BYTES_PER_STEP, "\n".join(frames.texts[-30:])
+    page.wait_for_function(f"(({SERIES})('Loss'))[0].at(-1)[0] === {num_steps + 7}", timeout=DRAW_MS)
+    loss = page.evaluate(SERIES, "Loss")[0]
+    assert [point[0] for point in loss[-6:]] == list(range(num_steps + 2, num_steps + 8))
+
+
+def test_table_of_jobs_is_sent_what_has_changed(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    for _ in range(40):
+        service.client.cancel(service.client.submit(small_spec(name="steps").model_dump(mode="json")).id)
+    worker.has_done(40, 4)
+    frames = open_page(page, service.url)
+    see_step(page, 40)
+    before = frames.num_bytes
+
+    for step in range(41, 45):
+        worker.does(step, 4)
+        see_step(page, step)
+
+    assert (frames.num_bytes - before) / 4 < MOST_BYTES_PER_STEP
+
+
+def test_checkpoints_and_tests_reach_the_charts_by_themselves(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    worker.has_done(40, 4)
+    frames = open_job(page, service, worker)
+    before = settled(page, frames, worker, 40, 4)
+
+    worker.does(42, 4, math.nan)
+    worker.tells(Evaluation(step=42, epoch=0.1, test_loss=0.25, test_accuracy=0.75))
+    worker.tells(CheckpointSaved(step=42, path="checkpoints/step-00000042", bytes=2048))
+
+    expect(page.get_by_text("Checkpoint of step 42 saved (2 KiB)")).to_be_attached(timeout=DRAW_MS)
+    expect(page.get_by_text("Tested at step 42")).to_be_attached()
+    page.wait_for_function(f"(({SERIES})('Loss'))[2].length === 1", timeout=DRAW_MS)
+    training, test, lost = page.evaluate(SERIES, "Loss")
+    assert (training[-1], test[-1], lost) == ([42, None], [42, 0.25], [[42, 0]])
+    assert frames.num_bytes - before < 3 * MOST_BYTES_PER_STEP
+    expect(page.locator("time").first).to_have_text(re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$"))
+    expect(page.get_by_text("times in UTC")).to_be_visible()
+
+
+def test_page_says_that_it_has_no_connection_and_goes_on_when_it_is_back(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page, complaints: list[str]
+) -> None:
+    worker = worker_of()
+    worker.has_done(40, 4)
+    open_job(page, service, worker)
+    see_step(page, 40)
+    mark = page.locator(".fresh")
+    expect(mark).to_have_text("Live")
+    page.evaluate("window.mine = true")
+
+    page.evaluate("window.socket.io.engine.close()")  # as a network does that is gone for a moment
+    expect(page.locator("#popup")).to_have_attribute("aria-hidden", "false")
+    shown = page.evaluate(
+        "[getComputedStyle(document.querySelector('.fresh'), '::after').content, "
+        "document.querySelector('.fresh').innerText]"
+    )
+    worker.does(41, 4)
+
+    see_step(page, 41)
+    assert shown == ['"Not connected"', ""]
+    assert page.evaluate("window.mine"), "the page was loaded again"
+    expect(mark).to_have_text("Live")
+    complaints[:] = [text for text in complaints if "WebSocket" not in text]
+
+
+def test_what_is_not_there_says_so_in_our_words(service: ServiceProcess, page: Page, complaints: list[str]) -> None:
+    page.goto(f"{service.url}/jobs/job_00000000000000000000000000")
+    expect(page.get_by_text("There is no such job")).to_be_visible()
+    expect(page.locator(".fresh")).to_have_text("Not found")
+    expect(page.get_by_role("link", name="All jobs", exact=True)).to_be_visible()
+
+    answer = page.goto(f"{service.url}/nowhere")
+    assert answer is not None
+    assert answer.status == 404
+    expect(page.get_by_role("heading", name="There is no such page")).to_be_visible()
+    page.get_by_role("link", name="All jobs").click()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    complaints[:] = [text for text in complaints if "404" not in text]
+
+
+def test_age_of_an_ended_job_moves_on(service: ServiceProcess, page: Page) -> None:
+    job = service.client.submit(small_spec(name="steps", schedule={"steps": 3}).model_dump(mode="json"))
+    ended = service.client.wait(job.id, timeout_s=60)
+    assert ended.finished_at is not None
+    page.goto(f"{service.url}/jobs/{job.id}")
+    expect(page.locator(".fresh")).to_have_text("Final")
+    shown = page.get_by_text(re.compile("^ended "))
+    first = shown.inner_text()
+
+    expect(shown).not_to_have_text(first, timeout=60_000)
