@@ -5,11 +5,14 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from service.app import create_app
+from service.connections import BROWSER_HEADERS, Connection, Limits
 from service.errors import StartupError
 from service.home import owned
 from service.settings import Settings
@@ -35,7 +38,12 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
             announce(settings)
             # A proxy's X-Forwarded headers are not needed, for NGD_PUBLIC_URL says what they would: none is trusted.
             config = uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=STREAMS_END_WITHIN_S, proxy_headers=False
+                app,
+                log_level="warning",
+                timeout_graceful_shutdown=STREAMS_END_WITHIN_S,
+                proxy_headers=False,
+                http=_connections(settings),
+                headers=BROWSER_HEADERS,
             )
             _Server(config, app.state.parts.closing.set).run(sockets=[listener])
 
@@ -71,6 +79,11 @@ class _Server(uvicorn.Server):
         self._on_exit()
         self.force_exit = self.should_exit
         self.should_exit = True
+
+
+def _connections(settings: Settings) -> type[Connection]:
+    limits = Limits(max_connections=settings.max_connections, arrival_s=settings.arrival_s)
+    return cast(type[Connection], partial(Connection, limits=limits))
 
 
 def _shown(settings: Settings) -> str:

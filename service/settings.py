@@ -85,6 +85,10 @@ class Settings(BaseSettings):
     )
     cancel_grace_s: Seconds = Field(30.0, ge=0, le=DAY_S, description="Seconds a cancelled job has to stop by itself.")
     interrupt_grace_s: Seconds = Field(10.0, ge=0, le=3600, description="Seconds between SIGINT and SIGKILL.")
+    max_connections: int = Field(
+        500, ge=16, le=100_000, description="Sockets at once; never more than half of the process's file descriptors."
+    )
+    arrival_s: Seconds = Field(30.0, gt=0, le=3600, description="Seconds within which a request has to arrive whole.")
     driver_command: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, NoDecode] = Field(
         None,
         description="Command of an attempt, a JSON list; its folder is appended. Unset: python -m workers.driver.",
