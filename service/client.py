@@ -5,32 +5,40 @@
         for job in client.watch(job.id):
             print(job.status.progress.step, job.metrics_latest.get("loss"))
 
-The error tree:
-
-    ServiceError
-        ServiceUnreachableError        nothing answers at the address
-        NotThisServiceError            something else answers there
-        InvalidKeyError                what was given as an API key can't be one
-        RequestRefusedError            the service answered with a problem
-            InvalidRequestError        400, 413, 415, 422: change the request
-            UnauthorizedError          401: no API key, or none of this service's
-            NotFoundError              404
-            ConflictError              409: not in the job's present state
-            ServiceFailedError         5xx: the service's own trouble
+What it raises: answers.py.
 """
 
+import asyncio
 import ipaddress
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self, TypeVar
+from uuid import uuid4
 
 import httpx
-from pydantic import ValidationError
 
 from service import calls
+from service.answers import (
+    ConflictError,
+    InvalidKeyError,
+    InvalidRequestError,
+    NotFoundError,
+    NotThisServiceError,
+    RequestRefusedError,
+    ServiceError,
+    ServiceFailedError,
+    ServiceUnreachableError,
+    UnauthorizedError,
+    check,
+    may_have_arrived,
+    not_this_service,
+    read,
+    unknown_whether_created,
+    unreachable,
+)
 from service.calls import Call, Spec
-from service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Problem, Statistics, Validated
+from service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Statistics, Validated
 from service.server_sent import Frame, frames
 
 __all__ = [
@@ -53,53 +61,9 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 30.0
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
+SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
 PATIENCE_S = 60.0  # a restart of the service takes seconds
 STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
-
-
-class ServiceError(Exception):
-    """Base of what the client raises."""
-
-
-class ServiceUnreachableError(ServiceError, ConnectionError):
-    """Nothing answers at the address."""
-
-
-class NotThisServiceError(ServiceError):
-    """What answers at the address is something else."""
-
-
-class InvalidKeyError(ServiceError, ValueError):
-    """What was given as an API key can't be one."""
-
-
-class RequestRefusedError(ServiceError):
-    """The service answered with a problem; `problem` is the whole of it, str() the text for a person."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        lines = [f"{item.detail}" + (f" ({item.hint})" if item.hint else "") for item in problem.errors]
-        super().__init__("\n".join(lines or [problem.detail]))
-
-
-class InvalidRequestError(RequestRefusedError, ValueError):
-    """The request itself is wrong: change it."""
-
-
-class UnauthorizedError(RequestRefusedError, PermissionError):
-    """The service wants an API key, or another one."""
-
-
-class NotFoundError(RequestRefusedError, LookupError):
-    """There is no such job or route."""
-
-
-class ConflictError(RequestRefusedError):
-    """Not possible in the job's present state."""
-
-
-class ServiceFailedError(RequestRefusedError):
-    """The service's own trouble; `problem.retryable` says whether to try again."""
 
 
 def _base_url(given: str) -> httpx.URL:
@@ -132,38 +96,6 @@ def _authorization(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _refused(response: httpx.Response) -> RequestRefusedError:
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValidationError:
-        detail = f"{response.request.url} answered {response.status_code} and is not this service"
-        problem = Problem(
-            type="about:blank",
-            title=response.reason_phrase,
-            status=response.status_code,
-            detail=detail,
-            instance=response.request.url.path,
-            code="not_this_service",
-            request_id="",
-            retryable=False,
-        )
-    kinds = {401: UnauthorizedError, 404: NotFoundError, 409: ConflictError}
-    default = ServiceFailedError if response.status_code >= 500 else InvalidRequestError
-    return kinds.get(response.status_code, default)(problem)
-
-
-def _not_this_service(response: httpx.Response) -> NotThisServiceError:
-    return NotThisServiceError(
-        f"what answers at {response.request.url} is not an ngd service; give the service's address with --url, or set "
-        "NGD_HOST and NGD_PORT"
-    )
-
-
-def _unreachable(base_url: httpx.URL, error: httpx.RequestError) -> ServiceUnreachableError:
-    reason = str(error) or type(error).__name__
-    return ServiceUnreachableError(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
-
-
 def _request(client: httpx.Client | httpx.AsyncClient, call: Call[Answer]) -> httpx.Request:
     return client.build_request(
         call.method,
@@ -174,21 +106,6 @@ def _request(client: httpx.Client | httpx.AsyncClient, call: Call[Answer]) -> ht
         content=call.content,
         timeout=call.timeout_s or TIMEOUT_S,
     )
-
-
-def _read(response: httpx.Response, call: Call[Answer]) -> Answer:
-    _check(response)
-    try:
-        return call.read(response.content)
-    except ValidationError as error:
-        raise _not_this_service(response) from error
-
-
-def _check(response: httpx.Response) -> None:
-    if response.status_code >= 400:
-        raise _refused(response)
-    if not response.is_success:
-        raise _not_this_service(response)
 
 
 class Client:
@@ -225,8 +142,22 @@ class Client:
         return str(self._http.base_url).rstrip("/")
 
     def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
-        """Returns the new job. spec: a mapping, or YAML or JSON text. The same key and spec return the same job."""
-        return self._send(calls.submit(spec, idempotency_key))
+        """Returns the new job. spec: a mapping, or YAML or JSON text. The same key and spec return the same job.
+
+        Each call has a key of its own if none is given, so that it can be made again where no answer came.
+        """
+        key = idempotency_key or str(uuid4())
+        call = calls.submit(spec, key)
+        for pause_s in (*SUBMIT_PAUSES_S, None):
+            try:
+                return self._send(call)
+            except ServiceError as error:
+                if not may_have_arrived(error):
+                    raise
+                if pause_s is None:
+                    raise unknown_whether_created(error, key) from error
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
     def validate(self, spec: Spec) -> Validated:
         """Returns the spec with its defaults; nothing is created."""
@@ -278,29 +209,43 @@ class Client:
     def statistics(self, job_id: str, *, from_step: int | None = None, max_points: int | None = None) -> Statistics:
         return self._send(calls.statistics(job_id, from_step, max_points))
 
-    def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
-        """Returns the log of the newest, or the given, attempt; tail: its last lines alone."""
-        return self._send(calls.logs(job_id, attempt, tail))
+    def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None) -> str:
+        """Returns the log of the newest, or the given, attempt; tail: its last lines alone; rank: of one rank."""
+        return self._send(calls.logs(job_id, attempt, tail, rank))
 
-    def follow_logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> Iterator[LogChunk]:
+    def download_log(self, job_id: str, *, attempt: int | None = None, rank: int | None = None) -> Iterator[bytes]:
+        """Yields all that is kept of the log, as it was written."""
+        path, params = calls.log_file(job_id, attempt, rank)
+        try:
+            with self._http.stream("GET", path, params=params, timeout=STREAM_TIMEOUT) as response:
+                if response.status_code >= 400:
+                    response.read()
+                check(response)
+                yield from response.iter_bytes()
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
+    def follow_logs(
+        self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
+    ) -> Iterator[LogChunk]:
         """Yields the log as it grows, until the job has ended; goes on to later attempts if none was named."""
-        path, params = calls.log_stream(job_id, attempt, tail)
+        path, params = calls.log_stream(job_id, attempt, tail, rank)
         try:
             with self._stream(path, params=params) as response:
                 for frame in frames(response.iter_lines()):
                     if frame.event == "log":
                         yield LogChunk.model_validate_json(frame.data)
         except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise unreachable(self._http.base_url, error) from error
 
     def ready(self) -> Health:
         return self._send(calls.ready())
 
     def _send(self, call: Call[Answer]) -> Answer:
         try:
-            return _read(self._http.send(_request(self._http, call)), call)
+            return read(self._http.send(_request(self._http, call)), call)
         except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise unreachable(self._http.base_url, error) from error
 
     def _frames(self, job_id: str, after: int) -> Iterator[Frame]:
         """Yields the frames of the event stream; a broken connection is taken up again where it broke."""
@@ -317,7 +262,7 @@ class Client:
                             return
                 trouble: ServiceError = ServiceUnreachableError(f"{self.base_url} ends its streams; try again later")
             except httpx.RequestError as error:
-                trouble = _unreachable(self._http.base_url, error)
+                trouble = unreachable(self._http.base_url, error)
             except ServiceFailedError as error:
                 trouble = error
             lost_at = time.monotonic() if lost_at is None else lost_at
@@ -332,9 +277,9 @@ class Client:
         with self._http.stream("GET", path, params=params, headers=headers, timeout=STREAM_TIMEOUT) as response:
             if response.status_code >= 400:
                 response.read()
-            _check(response)
+            check(response)
             if response.headers.get("content-type", "").partition(";")[0] != "text/event-stream":
-                raise _not_this_service(response)
+                raise not_this_service(response)
             yield response
 
 
@@ -359,7 +304,18 @@ class AsyncClient:
         await self._http.aclose()
 
     async def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
-        return await self._send(calls.submit(spec, idempotency_key))
+        key = idempotency_key or str(uuid4())
+        call = calls.submit(spec, key)
+        for pause_s in (*SUBMIT_PAUSES_S, None):
+            try:
+                return await self._send(call)
+            except ServiceError as error:
+                if not may_have_arrived(error):
+                    raise
+                if pause_s is None:
+                    raise unknown_whether_created(error, key) from error
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
     async def list_jobs(
         self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
@@ -385,14 +341,16 @@ class AsyncClient:
     ) -> Statistics:
         return await self._send(calls.statistics(job_id, from_step, max_points))
 
-    async def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
-        return await self._send(calls.logs(job_id, attempt, tail))
+    async def logs(
+        self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
+    ) -> str:
+        return await self._send(calls.logs(job_id, attempt, tail, rank))
 
     async def ready(self) -> Health:
         return await self._send(calls.ready())
 
     async def _send(self, call: Call[Answer]) -> Answer:
         try:
-            return _read(await self._http.send(_request(self._http, call)), call)
+            return read(await self._http.send(_request(self._http, call)), call)
         except httpx.RequestError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise unreachable(self._http.base_url, error) from error

@@ -54,6 +54,7 @@ class Reconciler:
         max_running_jobs: int,
         tick_s: float,
         lease_s: float,
+        max_log_bytes: int,
         failpoint: Failpoint,
         metrics: ControllerMetrics,
     ) -> None:
@@ -68,6 +69,7 @@ class Reconciler:
         self._max_running_jobs = max_running_jobs
         self._tick_s = tick_s
         self._lease_s = lease_s
+        self._max_log_bytes = max_log_bytes
         self._failpoint = failpoint
         self._metrics = metrics
         self._woken = threading.Event()
@@ -187,7 +189,10 @@ class Reconciler:
             log.info("backend_answers attempt=%s", ref.attempt_id)
         if seen.process is Process.RUNNING:
             self._note_life(claim, now)
-        return Observation(now, seen.process, seen.outcome, seen.message)
+            self._files.bound_logs(ref, self._max_log_bytes)
+        is_unsent = seen.process is Process.UNKNOWN and not claim.attempt.state.is_submitted
+        message = claim.job.message if is_unsent else seen.message  # why the last submission was refused
+        return Observation(now, seen.process, seen.outcome, message)
 
     def _note_life(self, claim: Claim, now: datetime) -> None:
         """Lets the other controllers know that the attempt runs, a few times within their patience with silence."""

@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from service.store.sql import SQLStore
 __all__ = ["migrate", "serve"]
 
 STREAMS_END_WITHIN_S = 3
+OWN_USER_ONLY = 0o077  # umask of the controller and its drivers: the database, logs, specs and tokens are this user's
 
 
 def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _settings: None) -> None:
@@ -31,6 +33,7 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
     with _bound(settings) as listener:
         port = listener.getsockname()[1]
         settings = settings.model_copy(update={"port": port})
+        os.umask(OWN_USER_ONLY)
         with owned(settings.home):
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
             logging.getLogger("service").setLevel(logging.INFO)
@@ -53,6 +56,7 @@ def migrate(settings: Settings) -> str:
 
     Raises: StartupError.
     """
+    os.umask(OWN_USER_ONLY)
     if not settings.database_url:  # the default one is a file in the home
         try:
             settings.home.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from service.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaError
-from service.validation import parse_spec
+from service.validation import parse_spec, refuse_unlisted
 from workers.spec import JobSpec
 from workers.spec_file import MAX_YAML_BYTES, parse_json, parse_yaml
 from workers.spec_problems import SHOWN_CHARACTERS
@@ -54,7 +54,9 @@ async def _read_spec(request: Request) -> JobSpec:
         raise BodyTooLargeError(
             f"the body has {len(body):,} bytes, and YAML is read up to {MAX_YAML_BYTES:,}; send it as JSON"
         )
-    return await read_apart(_parse, media_type, body)
+    spec = await read_apart(_parse, media_type, body)
+    refuse_unlisted(spec, request.app.state.parts.settings.function_modules)
+    return spec
 
 
 def _parse(media_type: str, body: bytes) -> JobSpec:

@@ -26,12 +26,13 @@ from service.store.base import (
     JobRecord,
     KeyedRequest,
     PointRecord,
+    Queue,
     attempt_id,
 )
 from service.store.census import census
 from service.store.engine import READ_ONLY, describe, open_engine, reported
 from service.store.ingest import INSERT, ingest
-from service.store.leases import change_leased, is_alone, is_free, needs_a_look, num_taken
+from service.store.leases import change_leased, is_alone, is_free, needs_a_look, num_taken, queue
 from service.store.rows import attempt_record, event_record, job_record
 from service.store.schema import is_usable, revision, upgrade
 from workers.events import Numbered
@@ -155,6 +156,10 @@ class SQLStore:
             query = query.where(t.jobs.c.id < before_id)
         with self._read() as connection:
             return [job_record(row) for row in connection.execute(query)]
+
+    def queue(self) -> Queue:
+        with self._read() as connection:
+            return queue(connection)
 
     def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
         may_change = (t.jobs.c.desired != Desired.CANCELLED) & t.jobs.c.phase.not_in(TERMINAL)

@@ -82,6 +82,7 @@ class Controller:
             policy=Policy(retry_backoff_s=0, cancel_grace_s=0, interrupt_grace_s=0, unreachable_s=PATIENCE_S),
             max_running_jobs=10,
             tick_s=1,
+            max_log_bytes=1 << 30,
             lease_s=30,
             failpoint=Failpoint(None),
             metrics=ControllerMetrics("0"),
