@@ -22,6 +22,7 @@ from service.store.sql import SQLStore
 __all__ = ["migrate", "serve"]
 
 STREAMS_END_WITHIN_S = 3
+BACKLOG = 64  # accepted all at once where the loop was busy, before any can be closed for being too many
 OWN_USER_ONLY = 0o077  # umask of the controller and its drivers: the database, logs, specs and tokens are this user's
 
 
@@ -47,6 +48,7 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
                 proxy_headers=False,
                 http=_connections(settings),
                 headers=BROWSER_HEADERS,
+                backlog=BACKLOG,
             )
             _Server(config, app.state.parts.closing.set).run(sockets=[listener])
 

@@ -3,6 +3,7 @@
 import logging
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,16 @@ from workers.rank_log import kept_in
 
 
 @pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch) -> None:
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The root logger as a driver sets it up: with a handler that holds the stream of before."""
     root = logging.getLogger()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("[rank 1] %(message)s"))
     monkeypatch.setattr(root, "handlers", [handler])
-    monkeypatch.setattr(root, "level", logging.INFO)
+    before = root.level
+    root.setLevel(logging.INFO)
+    yield
+    root.setLevel(before)
 
 
 @pytest.mark.usefixtures("root")
