@@ -18,7 +18,7 @@ from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
 
-ARRIVAL_S = 0.5
+ARRIVAL_S = 2.0  # a busy machine may take a second to look at what has arrived
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 POST = b"POST /api/v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n"
 SOCKET_PATH = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
@@ -68,7 +68,7 @@ def test_request_that_does_not_arrive_is_cut(service: ServiceProcess, sent: byte
     status, headers, body = answer(connection)
 
     assert (status, headers["content-type"]) == (408, "application/problem+json")
-    assert json.loads(body)["detail"] == "the request did not arrive within 0.5 s; send it again"
+    assert json.loads(body)["detail"] == "the request did not arrive within 2 s; send it again"
 
 
 def test_half_sent_requests_keep_nobody_out(service: ServiceProcess) -> None:
@@ -88,20 +88,19 @@ def test_half_sent_requests_keep_nobody_out(service: ServiceProcess) -> None:
 def test_connections_that_are_all_answered_leave_no_place(service: ServiceProcess) -> None:
     """Whoever comes then is told so, and is let in once one has gone."""
     job = service.client.submit(small_spec(name="waits").model_dump(mode="json"))
-    waiting = [send(service, f"GET /api/v1/jobs/{job.id}/events/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-               for _ in range(100)]  # fmt: skip
-    for connection in waiting:
-        assert connection.recv(12) == b"HTTP/1.1 200"
+    stream = f"GET /api/v1/jobs/{job.id}/events/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+    with contextlib.ExitStack() as held:
+        waiting = [held.enter_context(send(service, stream)) for _ in range(100)]
+        for connection in waiting:
+            assert connection.recv(12) == b"HTTP/1.1 200"
 
-    with socket.create_connection(waiting[0].getpeername(), timeout=30) as late:
-        refused = late.recv(4096)
-    waiting.pop().close()
+        with socket.create_connection(waiting[0].getpeername(), timeout=30) as late:
+            refused = late.recv(4096)
 
     assert refused.startswith(b"HTTP/1.1 503 ")
     assert b'"the service has as many connections as it takes; try again"' in refused
+    wait_until(lambda: httpx.get(f"{service.url}/healthz").status_code == 200, "there is room again")
     service.client.cancel(job.id)
-    for connection in waiting:
-        connection.close()
 
 
 def test_answers_that_take_longer_than_a_request_may_are_not_cut(service: ServiceProcess) -> None:
@@ -110,7 +109,7 @@ def test_answers_that_take_longer_than_a_request_may_are_not_cut(service: Servic
 
     with connect(url, proxy=None) as page:
         assert str(page.recv()).startswith("0{")
-        assert not service.client.wait(job.id, timeout_s=3 * ARRIVAL_S).status.is_terminal
+        assert not service.client.wait(job.id, timeout_s=2 * ARRIVAL_S).status.is_terminal
         page.ping().wait(30)
 
     service.client.cancel(job.id)
