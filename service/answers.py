@@ -38,9 +38,11 @@ __all__ = [
     "address",
     "authorization",
     "check_answer",
+    "may_have_arrived",
     "not_this_service",
     "read_answer",
     "request_of",
+    "unknown_whether_created",
     "unreachable",
     "uses_proxies",
 ]
@@ -182,3 +184,21 @@ def check_answer(response: httpx.Response) -> None:
         raise refused(response)
     if not response.is_success:
         raise not_this_service(response)
+
+
+def may_have_arrived(error: ServiceError) -> bool:
+    """Returns whether the same request may have been carried out, or may be yet, though no answer says so."""
+    if isinstance(error, ServiceFailedError):
+        return error.problem.retryable
+    never_sent = httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol
+    return isinstance(error, ServiceUnreachableError) and not isinstance(error.__cause__, never_sent)
+
+
+def unknown_whether_created(error: ServiceError, key: str) -> ServiceError:
+    """Returns the error with what makes the request safe to repeat."""
+    if not isinstance(error, ServiceUnreachableError):
+        return error
+    return ServiceUnreachableError(
+        f"{error}; the job may have been created all the same: submit it again with --idempotency-key {key}, which "
+        "makes no second one"
+    )

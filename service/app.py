@@ -95,6 +95,7 @@ def _assemble(settings: Settings) -> Parts:
         data_dir=settings.data_dir,
         worker_url=settings.resolved_worker_url,
         cluster="own" if settings.dispatcher == "local" else "given",
+        function_modules=settings.function_modules,
     )
     dispatcher = DISPATCHERS[settings.dispatcher](settings, files, failpoint)
     store, tokens = _open(settings)  # last: a start that fails leaves the database's schema as it was
@@ -110,10 +111,12 @@ def _assemble(settings: Settings) -> Parts:
             unreachable_s=settings.unreachable_s,
             max_failed_starts=settings.max_failed_starts,
             start_backoff_s=settings.start_backoff_s,
+            start_within_s=settings.start_within_s,
         ),
         max_running_jobs=settings.max_running_jobs,
         tick_s=settings.tick_s,
         lease_s=settings.lease_s,
+        max_log_bytes=settings.max_log_mib << 20,
         failpoint=failpoint,
         metrics=metrics,
     )
@@ -124,7 +127,7 @@ def _assemble(settings: Settings) -> Parts:
         access=Access(keys, tokens),
         files=files,
         reconciler=reconciler,
-        jobs=Jobs(store, tokens, reconciler.wake),
+        jobs=Jobs(store, tokens, reconciler.wake, settings.max_running_jobs),
         metrics=metrics,
         database=Probe(store.check),
         census=Probe(store.census),

@@ -56,9 +56,9 @@ def _media_type(text: str) -> str:
     return "application/json"
 
 
-def submit(spec: Spec, idempotency_key: str | None) -> Call[Job]:
+def submit(spec: Spec, idempotency_key: str) -> Call[Job]:
     body = _with_spec(spec)
-    headers = body.pop("headers", {}) | ({"Idempotency-Key": idempotency_key} if idempotency_key else {})
+    headers = body.pop("headers", {}) | {"Idempotency-Key": idempotency_key}
     return Call("POST", f"{PREFIX}/jobs", Job.model_validate_json, headers=headers, **body)
 
 
@@ -100,8 +100,8 @@ def statistics(job_id: str, from_step: int, max_points: int, span: int) -> Call[
     return Call("GET", f"{_job(job_id)}/statistics", Statistics.model_validate_json, params=params)
 
 
-def logs(job_id: str, attempt: int | None, tail: int | None) -> Call[str]:
-    return Call("GET", f"{_job(job_id)}/logs", _text, params=_params(attempt=attempt, tail=tail))
+def logs(job_id: str, attempt: int | None, tail: int | None, rank: int | None) -> Call[str]:
+    return Call("GET", f"{_job(job_id)}/logs", _text, params=_params(attempt=attempt, tail=tail, rank=rank))
 
 
 def ready() -> Call[Health]:
@@ -113,6 +113,11 @@ def event_stream(job_id: str, after: int) -> tuple[str, dict[str, str]]:
     return f"{_job(job_id)}/events/stream", {"Last-Event-ID": str(after)} if after else {}
 
 
-def log_stream(job_id: str, attempt: int | None, tail: int | None) -> tuple[str, dict[str, str]]:
+def log_stream(job_id: str, attempt: int | None, tail: int | None, rank: int | None) -> tuple[str, dict[str, str]]:
     """Returns path and parameters of the stream of an attempt's log."""
-    return f"{_job(job_id)}/logs", _params(attempt=attempt, tail=tail, follow="true")
+    return f"{_job(job_id)}/logs", _params(attempt=attempt, tail=tail, rank=rank, follow="true")
+
+
+def log_file(job_id: str, attempt: int | None, rank: int | None) -> tuple[str, dict[str, str]]:
+    """Returns path and parameters of all that is kept of an attempt's log, as it was written."""
+    return f"{_job(job_id)}/logs", _params(attempt=attempt, rank=rank, download="true")

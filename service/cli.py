@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from service.client import Client, InvalidKeyError, ServiceError
 from service.errors import StartupError
-from service.follow import EXIT_CODES, follow, mark
+from service.follow import EXIT_CODES, follow
+from service.listing import job_table
+from service.terminal import harmless
 from workers.errors import SpecError
 
 if TYPE_CHECKING:
@@ -97,15 +99,22 @@ def submit(
     should_follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show the progress until the job ends.")
     ] = False,
+    should_log: Annotated[bool, typer.Option("--log", "-l", help="With --follow: show the job's log too.")] = False,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(help="The same key and job make one job, however often it is posted [default: a new one]."),
+    ] = None,
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
     """Post a job. With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled."""
+    if should_log and not should_follow:
+        raise typer.BadParameter("--log goes with --follow; give both, or see: ngd logs")
     with _client(url, key_file) as client:
-        job = client.submit(_text(file))
+        job = client.submit(_text(file), idempotency_key=idempotency_key)
         out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", soft_wrap=True)
         if should_follow:
-            raise typer.Exit(EXIT_CODES.get(follow(client, job.id, out).status.phase, 1))
+            raise typer.Exit(EXIT_CODES.get(follow(client, job.id, out, with_log=should_log).status.phase, 1))
 
 
 @app.command()
@@ -118,15 +127,12 @@ def jobs(
     """List jobs, newest first."""
     with _client(url, key_file) as client:
         page = client.list_jobs(page_size=limit, phase=phase)
-    table = Table("id", "name", "phase", "step", "loss", "accuracy", "created", box=None)
-    table.columns[0].no_wrap = True  # an id that is cut in two can be neither copied nor piped
-    for job in page.jobs:
-        progress, metrics = job.status.progress, job.metrics_latest
-        step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else "-"
-        loss, accuracy = (f"{metrics[name]:.4g}" if name in metrics else "-" for name in ("loss", "accuracy"))
-        created = f"{job.created_at:%Y-%m-%d %H:%M:%SZ}"
-        table.add_row(job.id, job.name, f"{mark(job)} {job.status.phase}", step, loss, accuracy, created)
-    out.print(table if page.jobs else "no jobs yet; post one with: ngd submit FILE")
+    if page.jobs:
+        out.print(job_table(page.jobs, out), crop=False, soft_wrap=True)
+    elif phase is None:
+        out.print("no jobs yet; post one with: ngd submit FILE")
+    else:
+        out.print(f"no job is {phase.upper()}; see all of them with: ngd jobs")
 
 
 @app.command()
@@ -142,17 +148,29 @@ def logs(
     should_follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
     attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt [default: the newest].")] = None,
     tail: Annotated[int | None, typer.Option(min=0, help="Only the last lines.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only what this rank wrote.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write all that is kept, as it is, to this file.")
+    ] = None,
+    is_raw: Annotated[
+        bool, typer.Option("--raw", help="Send control sequences in it to the terminal: colours, and whatever else.")
+    ] = False,
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
     """Print what a job's processes wrote."""
+    if output is not None and (should_follow or tail is not None or is_raw):
+        raise typer.BadParameter("--output writes the whole log; leave out --follow, --tail and --raw")
+    shown = str if is_raw or not sys.stdout.isatty() else harmless
     with _client(url, key_file) as client:
-        if not should_follow:
-            sys.stdout.write(client.logs(job_id, attempt=attempt, tail=tail))
-            return
-        for chunk in client.follow_logs(job_id, attempt=attempt, tail=tail):
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
+        if output is not None:
+            _save(client.download_log(job_id, attempt=attempt, rank=rank), output)
+        elif not should_follow:
+            sys.stdout.write(shown(client.logs(job_id, attempt=attempt, tail=tail, rank=rank)))
+        else:
+            for chunk in client.follow_logs(job_id, attempt=attempt, tail=tail, rank=rank):
+                sys.stdout.write(shown(chunk.text))
+                sys.stdout.flush()
 
 
 @app.command()
@@ -181,6 +199,14 @@ def train(
         raise typer.Exit(subprocess.run(command, check=False).returncode)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _save(pieces: Iterable[bytes], output: Path) -> None:
+    try:
+        with output.open("wb") as file:
+            file.writelines(pieces)
+    except OSError as error:
+        raise ServiceError(f"can't write {output}: {error.strerror}; give another --output") from error
 
 
 def _text(file: Path) -> str:
@@ -217,4 +243,4 @@ def _announce(settings: "Settings") -> None:
 
 
 def _complain(error: Exception) -> None:
-    err.print(f"ngd: {error}", style="red", soft_wrap=True)
+    err.print(harmless(f"ngd: {error}"), style="red", soft_wrap=True)

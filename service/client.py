@@ -8,10 +8,12 @@
 What they raise is in answers.py.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self, TypeVar
+from uuid import uuid4
 
 import httpx
 
@@ -31,9 +33,11 @@ from service.answers import (
     address,
     authorization,
     check_answer,
+    may_have_arrived,
     not_this_service,
     read_answer,
     request_of,
+    unknown_whether_created,
     unreachable,
     uses_proxies,
 )
@@ -59,6 +63,7 @@ __all__ = [
 Answer = TypeVar("Answer")
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
+SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
 PATIENCE_S = 60.0  # a restart of the service takes seconds
 STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
 
@@ -97,8 +102,22 @@ class Client:
         return str(self._http.base_url).rstrip("/")
 
     def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
-        """Returns the new job. spec: a mapping, or YAML or JSON text. The same key and spec return the same job."""
-        return self._send(calls.submit(spec, idempotency_key))
+        """Returns the new job. spec: a mapping, or YAML or JSON text. The same key and spec return the same job.
+
+        Each call has a key of its own if none is given, so that it can be made again where no answer came.
+        """
+        key = idempotency_key or str(uuid4())
+        call = calls.submit(spec, key)
+        for pause_s in (*SUBMIT_PAUSES_S, None):
+            try:
+                return self._send(call)
+            except ServiceError as error:
+                if not may_have_arrived(error):
+                    raise
+                if pause_s is None:
+                    raise unknown_whether_created(error, key) from error
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
     def validate(self, spec: Spec) -> Validated:
         """Returns the spec with its defaults; nothing is created."""
@@ -157,13 +176,27 @@ class Client:
     def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
         return self._send(calls.statistics(job_id, from_step, max_points, span))
 
-    def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
-        """Returns the log of the newest, or the given, attempt; tail: its last lines alone."""
-        return self._send(calls.logs(job_id, attempt, tail))
+    def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None) -> str:
+        """Returns the log of the newest, or the given, attempt; tail: its last lines alone; rank: of one rank."""
+        return self._send(calls.logs(job_id, attempt, tail, rank))
 
-    def follow_logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> Iterator[LogChunk]:
+    def download_log(self, job_id: str, *, attempt: int | None = None, rank: int | None = None) -> Iterator[bytes]:
+        """Yields all that is kept of the log, as it was written."""
+        path, params = calls.log_file(job_id, attempt, rank)
+        try:
+            with self._http.stream("GET", path, params=params, timeout=STREAM_TIMEOUT) as response:
+                if response.status_code >= 400:
+                    response.read()
+                check_answer(response)
+                yield from response.iter_bytes()
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
+    def follow_logs(
+        self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
+    ) -> Iterator[LogChunk]:
         """Yields the log as it grows, until the job has ended; goes on to later attempts if none was named."""
-        path, params = calls.log_stream(job_id, attempt, tail)
+        path, params = calls.log_stream(job_id, attempt, tail, rank)
         try:
             with self._stream(path, params=params) as response:
                 for frame in frames(response.iter_lines()):
@@ -238,7 +271,18 @@ class AsyncClient:
         await self._http.aclose()
 
     async def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
-        return await self._send(calls.submit(spec, idempotency_key))
+        key = idempotency_key or str(uuid4())
+        call = calls.submit(spec, key)
+        for pause_s in (*SUBMIT_PAUSES_S, None):
+            try:
+                return await self._send(call)
+            except ServiceError as error:
+                if not may_have_arrived(error):
+                    raise
+                if pause_s is None:
+                    raise unknown_whether_created(error, key) from error
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
     async def list_jobs(
         self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
@@ -270,8 +314,10 @@ class AsyncClient:
     async def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
         return await self._send(calls.statistics(job_id, from_step, max_points, span))
 
-    async def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
-        return await self._send(calls.logs(job_id, attempt, tail))
+    async def logs(
+        self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
+    ) -> str:
+        return await self._send(calls.logs(job_id, attempt, tail, rank))
 
     async def ready(self) -> Health:
         return await self._send(calls.ready())

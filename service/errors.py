@@ -10,6 +10,7 @@ ProblemError                        an answer with a status of 4xx or 5xx
     StaleAttemptError       409     a later attempt has taken over
     BodyTooLargeError       413     more than MAX_BODY_BYTES
     UnsupportedMediaError   415     neither JSON nor YAML
+    RangeError              416     bytes that a log does not have, or no more
     InvalidSpecError        422     the body is read, but is no job
     InvalidParameterError   422     a parameter of the path, the query or a header
     IdempotencyError        422     the key was used with another body
@@ -77,6 +78,14 @@ class BodyTooLargeError(ProblemError, ValueError):
 
 class UnsupportedMediaError(ProblemError, ValueError):
     status, code = HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"
+
+
+class RangeError(ProblemError, ValueError):
+    status, code = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "range_not_satisfiable"
+
+    def __init__(self, detail: str, size: int) -> None:
+        super().__init__(detail)
+        self.headers = {"Content-Range": f"bytes */{size}"}
 
 
 class InvalidSpecError(ProblemError, ValueError):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ def owned(home: Path) -> Iterator[None]:
     try:
         missing = [path for path in (*(home / name for name in NAMES), home, *home.parents) if not path.exists()]
         home.mkdir(parents=True, exist_ok=True)
+        _keep_to_this_user(home)
         lock = (home / LOCK).open("a")
     except OSError as error:
         raise StartupError(f"can't use the folder {home}: {error.strerror}; set NGD_HOME") from error
@@ -38,6 +40,13 @@ def owned(home: Path) -> Iterator[None]:
         except StartupError:
             _remove(missing)
             raise
+
+
+def _keep_to_this_user(home: Path) -> None:
+    """Closes a folder of an earlier version to others; a mounted one, or one that all may write to, stays as it is."""
+    for path in (home, *(home / name for name in NAMES)):
+        if path.exists() and path.stat().st_uid == os.geteuid() and not path.stat().st_mode & stat.S_ISVTX:
+            path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def _is_held(lock: TextIO, path: Path) -> bool:

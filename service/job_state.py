@@ -99,6 +99,7 @@ class AttemptState:
     has_started: bool  # its workers have reported
     stop: Action = Action.NONE  # the strongest signal sent so far
     stop_sent_at: datetime | None = None
+    created_at: datetime | None = None
     last_seen_at: datetime | None = None  # it reported, or was said to run, whoever was told
 
 
@@ -117,6 +118,7 @@ class Policy:
     cancel_grace_s: float
     interrupt_grace_s: float
     unreachable_s: float = 600.0
+    start_within_s: float = 86_400.0
     max_backoff_s: float = 300.0
     max_failed_starts: int = 10
     start_backoff_s: float = 15.0
@@ -145,6 +147,8 @@ class Decision:
     note: str | None = None  # replaces the message of a job whose phase stays: what it waits for
 
 
+SUBMITTING = "waiting for the attempt to be handed over"
+STARTING_WORKERS = "waiting for the workers to report: the driver is up and starts them"
 NOTHING = Decision()
 CANCELLED_BY_USER = Decision(Phase.CANCELLED, "UserCancelled", "cancelled by the user")
 
@@ -158,6 +162,8 @@ def decide(job: JobState, attempt: AttemptState | None, seen: Observation, polic
         return NOTHING
     if attempt is None:
         return _without_attempt(job, seen)
+    if _is_overdue(job, attempt, seen, policy):
+        return _end(Decision(Phase.FAILED, "StartTimeout", _never_started(seen, policy)))
     if seen.process is Process.UNREACHABLE and seen.outcome is None:
         return _while_silent(job, attempt, seen, policy)
     if seen.process is Process.RUNNING:
@@ -165,7 +171,7 @@ def decide(job: JobState, attempt: AttemptState | None, seen: Observation, polic
     if seen.process is Process.UNKNOWN and not attempt.is_submitted:
         if job.desired is Desired.CANCELLED:
             return _end(CANCELLED_BY_USER)
-        return Decision(action=Action.SUBMIT)
+        return Decision(action=Action.SUBMIT, note=STARTING_WORKERS)
     return _after_exit(job, attempt, seen, policy)
 
 
@@ -174,7 +180,24 @@ def _without_attempt(job: JobState, seen: Observation) -> Decision:
         return CANCELLED_BY_USER
     if job.retry_at is not None and seen.now < job.retry_at:
         return NOTHING
-    return Decision(Phase.STARTING, action=Action.NEW_ATTEMPT)
+    return Decision(Phase.STARTING, message=SUBMITTING, action=Action.NEW_ATTEMPT)
+
+
+def _is_overdue(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> bool:
+    """Returns whether the attempt has had its time to start; one that has ended is judged by how it did."""
+    may_yet_start = seen.process is not Process.EXITED and seen.outcome is None and job.desired is Desired.RUNNING
+    began_at = attempt.created_at
+    if job.phase is not Phase.STARTING or attempt.has_started or not may_yet_start or began_at is None:
+        return False
+    return seen.now >= began_at + timedelta(seconds=policy.start_within_s)
+
+
+def _never_started(seen: Observation, policy: Policy) -> str:
+    return (
+        f"the workers did not report within {policy.start_within_s:g} s; the last that it waited for: "
+        f"{seen.message or STARTING_WORKERS}; see the job's log, ask for fewer resources, or allow more time with "
+        "NGD_START_WITHIN_S"
+    )
 
 
 def _while_running(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> Decision:
@@ -184,7 +207,7 @@ def _while_running(job: JobState, attempt: AttemptState, seen: Observation, poli
         return Decision(phase, "UserCancelled", "waiting for the workers to stop", action)
     if job.phase is Phase.STARTING and attempt.has_started:
         return Decision(Phase.RUNNING)
-    return Decision(note=seen.message)
+    return Decision(note=seen.message or (STARTING_WORKERS if job.phase is Phase.STARTING else None))
 
 
 def _while_silent(job: JobState, attempt: AttemptState, seen: Observation, policy: Policy) -> Decision:

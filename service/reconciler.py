@@ -56,6 +56,7 @@ class Reconciler:
         max_running_jobs: int,
         tick_s: float,
         lease_s: float,
+        max_log_bytes: int,
         failpoint: Failpoint,
         metrics: ControllerMetrics,
     ) -> None:
@@ -70,6 +71,7 @@ class Reconciler:
         self._max_running_jobs = max_running_jobs
         self._tick_s = tick_s
         self._lease_s = lease_s
+        self._max_log_bytes = max_log_bytes
         self._failpoint = failpoint
         self._metrics = metrics
         self._woken = threading.Event()
@@ -191,7 +193,10 @@ class Reconciler:
         message = seen.message
         if seen.process is Process.RUNNING:
             self._note_life(claim, now)
+            self._files.bound_logs(ref, self._max_log_bytes)
             message = message or remark(claim.job.progress)
+        elif seen.process is Process.UNKNOWN and not claim.attempt.state.is_submitted:
+            message = claim.job.message  # why the last submission was refused
         return Observation(now, seen.process, seen.outcome, message)
 
     def _outcome_in_sight(self, ref: AttemptRef) -> Outcome | None:

@@ -165,10 +165,11 @@ class Statistics(Resource):
 
 
 class LogChunk(Resource):
-    """A piece of an attempt's log, in order."""
+    """Lines of an attempt's log, in order."""
 
     attempt: int
     text: str
+    end: int = Field(0, description="`offset` of what follows.")
 
 
 class Health(Resource):

@@ -3,14 +3,18 @@
 import gc
 import ipaddress
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from service.app import create_app
+from service.connections import BROWSER_HEADERS, Connection, Limits
 from service.errors import StartupError
 from service.home import owned
 from service.settings import Settings
@@ -19,6 +23,8 @@ from service.store.sql import SQLStore
 __all__ = ["migrate", "serve"]
 
 STREAMS_END_WITHIN_S = 3
+BACKLOG = 64  # accepted all at once where the loop was busy, before any can be closed for being too many
+OWN_USER_ONLY = 0o077  # umask of the controller and its drivers: the database, logs, specs and tokens are this user's
 
 
 def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _settings: None) -> None:
@@ -29,6 +35,7 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
     with _bound(settings) as listener:
         port = listener.getsockname()[1]
         settings = settings.model_copy(update={"port": port})
+        os.umask(OWN_USER_ONLY)
         with owned(settings.home):
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
             logging.getLogger("service").setLevel(logging.INFO)
@@ -37,7 +44,13 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
             announce(settings)
             # A proxy's X-Forwarded headers are not needed, for NGD_PUBLIC_URL says what they would: none is trusted.
             config = uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=STREAMS_END_WITHIN_S, proxy_headers=False
+                app,
+                log_level="warning",
+                timeout_graceful_shutdown=STREAMS_END_WITHIN_S,
+                proxy_headers=False,
+                http=_connections(settings),
+                headers=BROWSER_HEADERS,
+                backlog=BACKLOG,
             )
             _Server(config, app.state.parts.closing.set).run(sockets=[listener])
 
@@ -47,6 +60,7 @@ def migrate(settings: Settings) -> str:
 
     Raises: StartupError.
     """
+    os.umask(OWN_USER_ONLY)
     if not settings.database_url:  # the default one is a file in the home
         try:
             settings.home.mkdir(parents=True, exist_ok=True)
@@ -73,6 +87,11 @@ class _Server(uvicorn.Server):
         self._on_exit()
         self.force_exit = self.should_exit
         self.should_exit = True
+
+
+def _connections(settings: Settings) -> type[Connection]:
+    limits = Limits(max_connections=settings.max_connections, arrival_s=settings.arrival_s)
+    return cast(type[Connection], partial(Connection, limits=limits))
 
 
 def _shown(settings: Settings) -> str:

@@ -75,6 +75,14 @@ class Settings(BaseSettings):
     unreachable_s: Seconds = Field(
         600.0, gt=0, le=7 * DAY_S, description="Seconds of silence after which what runs an attempt counts as lost."
     )
+    function_modules: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Modules, comma-separated, whose functions a job may name, with what lies below them; unset: any.",
+    )
+    start_within_s: Seconds = Field(
+        DAY_S, gt=0, le=90 * DAY_S, description="Seconds in which an attempt's workers have to report; then it fails."
+    )
+    max_log_mib: int = Field(256, ge=2, le=1 << 20, description="MiB on disk that each log keeps: its newest.")
     max_running_jobs: int = Field(1, ge=1, description="Jobs that run at once; the rest wait in order of creation.")
     tick_s: Seconds = Field(1.0, gt=0, le=60, description="Seconds between two looks at the running jobs.")
     lease_s: Seconds = Field(
@@ -91,6 +99,10 @@ class Settings(BaseSettings):
     )
     cancel_grace_s: Seconds = Field(30.0, ge=0, le=DAY_S, description="Seconds a cancelled job has to stop by itself.")
     interrupt_grace_s: Seconds = Field(10.0, ge=0, le=3600, description="Seconds between SIGINT and SIGKILL.")
+    max_connections: int = Field(
+        500, ge=16, le=100_000, description="Sockets at once; never more than half of the process's file descriptors."
+    )
+    arrival_s: Seconds = Field(30.0, gt=0, le=3600, description="Seconds within which a request has to arrive whole.")
     driver_command: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, NoDecode] = Field(
         None,
         description="Command of an attempt, a JSON list; its folder is appended. Unset: python -m workers.driver.",
@@ -119,6 +131,20 @@ class Settings(BaseSettings):
                 "it; leave out what is before the '@' and the '@'"
             )
         return url
+
+    @field_validator("function_modules", mode="before")
+    @classmethod
+    def _modules(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        names = tuple(name.strip() for name in given.split(",") if name.strip())
+        wrong = next((name for name in names if not all(part.isidentifier() for part in name.split("."))), None)
+        if wrong is not None:
+            raise ValueError(
+                f"function_modules (NGD_FUNCTION_MODULES) must be names of modules with commas between, got {wrong!r}; "
+                "write for example: mine.models,mine.data"
+            )
+        return names or None
 
     @field_validator("driver_command", mode="before")
     @classmethod

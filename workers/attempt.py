@@ -18,6 +18,7 @@ from workers.errors import SpecError, StorageError, WorkerError
 from workers.events import WorkersRestarted
 from workers.loop import train
 from workers.patience import insist
+from workers.rank_log import kept_in
 from workers.reporter import Reporter, SilentReporter, SpoolingReporter
 from workers.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, write_json
 from workers.spec import JobSpec
@@ -45,7 +46,8 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
             attempt=facts.attempt,
             reporter=reporter,
         )
-        return train(spec, context)
+        with kept_in(attempt_dir.rank_log(comm.rank)):
+            return train(spec, context)
     except WorkerError as error:
         return failure(error)
     finally:

@@ -12,6 +12,7 @@
             events.jsonl         the reporter's spool: one Numbered event a line
             outcome.json         Outcome: how the attempt ended; written once, by the driver, as its last act
             log.txt              stdout and stderr of the driver and its workers
+            log-rank-<r>.txt     what rank r alone wrote
 
 The driver is ``python -m workers.driver ATTEMPT_DIR``. attempt.json may be replaced while it runs (a restarted service
 may listen on another port): read it again after a connection failed.
@@ -115,6 +116,13 @@ class AttemptDir:
     @property
     def log(self) -> Path:
         return self.path / "log.txt"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.path / f"log-rank-{rank}.txt"
+
+    def logs(self) -> list[Path]:
+        """Returns every log that is there, of the driver and of the ranks."""
+        return list(self.path.glob("log*.txt"))
 
     def claim(self) -> bool:
         """Returns whether this driver is the attempt's first; of two on any machines one alone is told so."""

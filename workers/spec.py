@@ -27,6 +27,8 @@ FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 MAX_DEPTH = 16
 MAX_INT = 2**63 - 1
+MAX_STEPS = 1_000_000_000  # a job of a step each millisecond takes eleven days for them
+MAX_SAMPLES = 1_000_000_000  # of a batch
 
 
 def _json_value(value: object, where: str = "options", depth: int = 0) -> object:
@@ -225,11 +227,17 @@ class PolynomialLR(SpecModel):
 class Schedule(SpecModel):
     """How long the job trains and what changes meanwhile."""
 
-    epochs: int | None = Field(None, ge=1, description="Passes over the training data; give this or steps.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or epochs.")
-    warmup_steps: int = Field(0, ge=0, description="lr rises linearly from lr / warmup_steps over this many steps.")
+    epochs: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description="Passes over the training data; give this or steps."
+    )
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Optimizer steps; give this or epochs.")
+    warmup_steps: int = Field(
+        0, ge=0, le=MAX_STEPS, description="lr rises linearly from lr / warmup_steps over this many steps."
+    )
     lr: Annotated[ConstantLR | PolynomialLR, Field(discriminator="kind")] = ConstantLR()
-    evaluate_every_steps: int | None = Field(None, ge=1, description="None: once an epoch. The last step always is.")
+    evaluate_every_steps: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description="None: once an epoch. The last step always is."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -244,9 +252,12 @@ class Schedule(SpecModel):
 class Batch(SpecModel):
     """The global batch of one optimizer step and how it is cut: workers first, then micro-batches."""
 
-    global_size: int = Field(ge=1, description="Samples per optimizer step over all workers.")
+    global_size: int = Field(ge=1, le=MAX_SAMPLES, description="Samples per optimizer step over all workers.")
     micro_size: int | None = Field(
-        None, ge=1, description="Samples per forward pass on one worker; None: the worker's whole share at once."
+        None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Samples per forward pass on one worker; None: the worker's whole share at once.",
     )
 
 
@@ -261,8 +272,10 @@ class Resources(SpecModel):
 class Checkpoint(SpecModel):
     """When the job saves what it needs to go on after a crash."""
 
-    every_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints; the last step always is one.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    every_steps: int = Field(
+        50, ge=1, le=MAX_STEPS, description="Optimizer steps between checkpoints; the last step always is one."
+    )
+    keep: int = Field(2, ge=1, le=MAX_STEPS, description="Newest checkpoints kept.")
 
 
 class Failure(SpecModel):

@@ -14,14 +14,28 @@ from pydantic.fields import FieldInfo
 
 from workers.spec import JobSpec
 
-__all__ = ["SpecProblem", "SpecProblemsError", "did_you_mean", "explain", "parse_spec", "rule", "shown"]
+__all__ = [
+    "MAX_PROBLEMS",
+    "SHOWN_CHARACTERS",
+    "SpecProblem",
+    "SpecProblemsError",
+    "cut",
+    "did_you_mean",
+    "explain",
+    "parse_spec",
+    "quoted",
+    "rule",
+    "shown",
+]
 
 SHOWN_CHARACTERS = 80  # of a value in a message
+MAX_PROBLEMS = 50  # told at once: one body may have thousands, and each costs time to word
+MAX_VALUES = 10_000  # in a job: numbers, texts, lists and objects; each may be a problem of its own
 BOUNDS = {
-    "greater_than": "must be > {gt:g}",
-    "greater_than_equal": "must be >= {ge:g}",
-    "less_than": "must be < {lt:g}",
-    "less_than_equal": "must be <= {le:g}",
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
     "finite_number": "must be a finite number",
 }
 CHOICES = {"literal_error": "must be {expected}", "string_pattern_mismatch": "must match {pattern}"}
@@ -69,22 +83,42 @@ def parse_spec(value: object) -> JobSpec:
     if not isinstance(value, dict):
         detail = f"a job must be an object of fields, got {shown(value)}; see the recipes for examples"
         raise SpecProblemsError([SpecProblem("", "wrong_type", detail)])
+    if _holds_too_many(value):
+        detail = f"a job may hold {MAX_VALUES:,} values, and this one holds more; put large data into a file"
+        raise SpecProblemsError([SpecProblem("", "too_many_values", detail)])
     try:
         return JobSpec.model_validate(value, strict=True)
     except ValidationError as error:
         raise SpecProblemsError(list(explain(error, JobSpec))) from error
 
 
+def _holds_too_many(value: object) -> bool:
+    left, rest = MAX_VALUES, [value]
+    while rest and left:
+        left -= 1
+        match rest.pop():
+            case dict() as fields:
+                rest.extend(fields.values())
+            case list() as items:
+                rest.extend(items)
+    return bool(rest)
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str | None:
     """Returns "did you mean ...?" if one of the known names is close to the given one."""
+    if len(given) > SHOWN_CHARACTERS:
+        return None
     close = difflib.get_close_matches(given, [str(name) for name in known], n=1)
     return f"did you mean {close[0]!r}?" if close else None
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[SpecProblem]:
-    """Yields one item for each thing that is wrong with a `model`."""
-    for item in error.errors(include_url=False):
+    """Yields one item for each thing that is wrong with a `model`, up to MAX_PROBLEMS, and then how many more."""
+    items = error.errors(include_url=False)
+    for item in items[:MAX_PROBLEMS]:
         yield _explain(item, _Place.of(item["loc"], model))
+    if len(items) > MAX_PROBLEMS:
+        yield SpecProblem("", "more_problems", f"and {len(items) - MAX_PROBLEMS:,} more things are wrong")
 
 
 class _Place:
@@ -116,10 +150,10 @@ class _Place:
 
     @property
     def name(self) -> str:
-        return ".".join(str(part) for part in self.path)
+        return ".".join(cut(str(part)) for part in self.path)
 
     def item(self, code: str, detail: str, hint: str | None = None) -> SpecProblem:
-        pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in self.path)
+        pointer = "".join("/" + cut(str(part)).replace("~", "~0").replace("/", "~1") for part in self.path)
         return SpecProblem(pointer=pointer, code=code, detail=detail, hint=hint)
 
 
@@ -141,7 +175,7 @@ def _explain(error: Mapping[str, Any], place: _Place) -> SpecProblem:
 def rule(kind: str, ctx: Mapping[str, Any], message: str) -> tuple[str, str]:
     """Returns a word for machines, and what must be, for one of pydantic's kinds of error."""
     if kind in BOUNDS:
-        return "out_of_range", BOUNDS[kind].format(**ctx)
+        return "out_of_range", BOUNDS[kind].format(**{name: _number(bound) for name, bound in ctx.items()})
     if kind in CHOICES:
         return "invalid_choice", CHOICES[kind].format(**ctx)
     type_name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float")
@@ -150,11 +184,15 @@ def rule(kind: str, ctx: Mapping[str, Any], message: str) -> tuple[str, str]:
     return "invalid", message[:1].lower() + message[1:]
 
 
+def _number(bound: object) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)  # a whole one in full: 1e+09 is no help
+
+
 def _unknown_field(place: _Place) -> SpecProblem:
     *parents, name = place.path
-    where = ".".join(str(part) for part in parents) or "a job"
+    where = ".".join(cut(str(part)) for part in parents) or "a job"
     hint = did_you_mean(str(name), place.siblings) or f"its fields are {', '.join(place.siblings)}"
-    return place.item("unknown_field", f"{where} has no field {str(name)!r}", hint)
+    return place.item("unknown_field", f"{where} has no field {quoted(name)}", hint)
 
 
 def _unknown_kind(place: _Place, given: object) -> SpecProblem:
@@ -195,4 +233,14 @@ def shown(value: object) -> str:
         text = json.dumps(value, default=str)
     except (TypeError, ValueError, RecursionError):  # odd keys, thousands of digits or of levels
         text = f"a value of type {type(value).__name__}"
+    return cut(text)
+
+
+def quoted(name: object) -> str:
+    """Returns the name between quotes, cut where it is long."""
+    return repr(cut(str(name)))
+
+
+def cut(text: str) -> str:
+    """Returns the text, or its beginning where it is long."""
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -27,7 +27,6 @@ ROUTERS = (
     metrics.router,
     logs.router,
     internal.router,
-    health.router,
     monitoring.router,
 )
 API_KEY = {"type": "http", "scheme": "bearer", "description": "An API key, if the service has any (NGD_API_KEYS_DIR)."}
@@ -55,6 +54,7 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None, parts: Parts | No
     app.add_middleware(problems.RequestId)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_parameters_only)])
+    app.include_router(health.router)  # a probe's cache buster does not make a service ill
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 

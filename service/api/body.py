@@ -1,15 +1,21 @@
-"""The body of POST /jobs: a JobSpec as JSON or YAML."""
+"""The body of POST /jobs, a JobSpec as JSON or YAML; and where bodies are read."""
 
-from typing import Annotated, Any
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from service.errors import MalformedBodyError, UnsupportedMediaError
-from service.validation import parse_spec
+from service.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaError
+from service.validation import parse_spec, refuse_unlisted
 from workers.spec import JobSpec
-from workers.spec_file import parse_json, parse_yaml
+from workers.spec_file import MAX_YAML_BYTES, parse_json, parse_yaml
+from workers.spec_problems import SHOWN_CHARACTERS
 
-__all__ = ["SPEC_BODY", "SpecBody"]
+__all__ = ["SPEC_BODY", "SpecBody", "read_apart"]
+
+Value = TypeVar("Value")
 
 READERS = {
     "application/json": parse_json,
@@ -26,15 +32,36 @@ SPEC_BODY: dict[str, Any] = {
 }
 
 
+# One thread for all: however many bodies are being read, the others share the processor with one of them.
+READING = ThreadPoolExecutor(1, thread_name_prefix="body")
+
+
+async def read_apart(parse: Callable[..., Value], *given: Any) -> Value:
+    """Returns parse(*given) while the event loop answers others: a body may take a tenth of a second to read."""
+    return await asyncio.get_running_loop().run_in_executor(READING, parse, *given)
+
+
 async def _read_spec(request: Request) -> JobSpec:
     # None is refused too: a page of another site can send a body without a type, unasked.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in READERS:
         raise UnsupportedMediaError(
-            f"Content-Type must be application/json or application/yaml, got {media_type!r}; send one of them"
+            f"Content-Type must be application/json or application/yaml, got {media_type[:SHOWN_CHARACTERS]!r}; send "
+            "one of them"
         )
+    body = await request.body()
+    if READERS[media_type] is parse_yaml and len(body) > MAX_YAML_BYTES:
+        raise BodyTooLargeError(
+            f"the body has {len(body):,} bytes, and YAML is read up to {MAX_YAML_BYTES:,}; send it as JSON"
+        )
+    spec = await read_apart(_parse, media_type, body)
+    refuse_unlisted(spec, request.app.state.parts.settings.function_modules)
+    return spec
+
+
+def _parse(media_type: str, body: bytes) -> JobSpec:
     try:
-        value = READERS[media_type](await request.body())
+        value = READERS[media_type](body)
     except ValueError as error:
         raise MalformedBodyError(f"the body is {error}; it was read as its Content-Type says, {media_type}") from error
     return parse_spec(value)

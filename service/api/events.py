@@ -76,14 +76,14 @@ async def stream_events(
 
 
 async def _frames(parts: Parts, job_id: str, after: int) -> AsyncIterator[str]:
-    version, quiet_since = 0, time.monotonic()
+    sent, quiet_since = None, time.monotonic()
     while not parts.closing.is_set():
         job, events = await asyncio.to_thread(_news, parts, job_id, after)
         for event in events:
             after = event.id
             yield encode(event.kind, event_resource(event), cursor=after)
-        if job.resource_version != version:
-            version, quiet_since = job.resource_version, time.monotonic()
+        if (job.resource_version, job.message) != sent:  # a place in the queue changes with the jobs before it
+            sent, quiet_since = (job.resource_version, job.message), time.monotonic()
             yield encode("job", job_resource(job))
         elif time.monotonic() - quiet_since > KEEP_ALIVE_S:
             quiet_since = time.monotonic()

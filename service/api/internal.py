@@ -8,13 +8,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import FailFast, ValidationError
 
+from service.api.body import read_apart
 from service.api.parts import Parts, PartsDep
-from service.errors import UnauthorizedError
+from service.errors import BodyTooLargeError, UnauthorizedError
 from workers.events import EventBatch, EventReply, Numbered
 
 __all__ = ["INTERNAL_PREFIX", "MAX_BATCH_BYTES", "router"]
 
-MAX_BATCH_BYTES = 16 << 20  # one event of 64 steps with 10,000 statistics each; the reporter's batches are far smaller
+MAX_BATCH_BYTES = 8 << 20  # one event of 64 steps with 10,000 statistics each; the reporter's batches are far smaller
+MAX_BATCH_PARTS = 100_000  # lists and objects; a step has five, and a batch of empty ones would take seconds to read
 INTERNAL_PREFIX = "/api/v1/internal"
 BATCH_BODY: dict[str, Any] = {
     "requestBody": {
@@ -22,6 +24,7 @@ BATCH_BODY: dict[str, Any] = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EventBatch"}}},
     }
 }
+SHOWN_BATCH_BYTES = 64 << 10  # of a longer one no part is shown: making it costs as much as reading it all
 router = APIRouter(prefix=INTERNAL_PREFIX, tags=["internal"])
 bearer = HTTPBearer(auto_error=False, description="The attempt's own token.")
 
@@ -50,14 +53,21 @@ async def post_events(
 ) -> EventReply:
     """Stores what an attempt reports; a repeated delivery changes nothing. The reply says what the user wants."""
     # Not a parameter: the framework would read a body before it knew who sent it, and parse it while all others wait.
-    return await asyncio.to_thread(_store, parts, attempt_id, await request.body())
+    events = await read_apart(_events, await request.body())
+    return await asyncio.to_thread(_store, parts, attempt_id, events)
 
 
-def _store(parts: Parts, attempt_id: str, body: bytes) -> EventReply:
+def _events(body: bytes) -> list[Numbered]:
+    if body.count(b"{") + body.count(b"[") > MAX_BATCH_PARTS:
+        raise BodyTooLargeError(f"a batch may hold {MAX_BATCH_PARTS:,} lists and objects; send fewer events at once")
     try:
-        batch = Batch.model_validate_json(body)
+        return Batch.model_validate_json(body).events
     except ValidationError as error:
-        raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in error.errors()]) from error
-    stored = parts.store.ingest(attempt_id, batch.events)
+        items = error.errors(include_input=len(body) <= SHOWN_BATCH_BYTES)
+        raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in items]) from error
+
+
+def _store(parts: Parts, attempt_id: str, events: list[Numbered]) -> EventReply:
+    stored = parts.store.ingest(attempt_id, events)
     parts.metrics.events_ingested(stored.new_events)
     return EventReply(desired=stored.desired.value, acknowledged_seq=stored.acknowledged_seq)

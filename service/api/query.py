@@ -5,7 +5,7 @@ from fastapi.routing import APIRoute
 
 from service.errors import InvalidParameterError
 from service.resources import ProblemItem
-from workers.spec_problems import did_you_mean
+from workers.spec_problems import MAX_PROBLEMS, cut, did_you_mean, quoted
 
 __all__ = ["known_parameters_only"]
 
@@ -16,11 +16,13 @@ async def known_parameters_only(request: Request) -> None:
     known = {field.alias for field in route.dependant.query_params} if isinstance(route, APIRoute) else set()
     unknown = [name for name in request.query_params if name not in known]
     if unknown:
-        items = [_item(request, name, known) for name in dict.fromkeys(unknown)]
+        items = [_item(request, name, known) for name in list(dict.fromkeys(unknown))[:MAX_PROBLEMS]]
         raise InvalidParameterError("; ".join(item.detail for item in items), items)
 
 
 def _item(request: Request, name: str, known: set[str]) -> ProblemItem:
-    detail = f"{request.method} {request.url.path} has no parameter {name!a}"
+    detail = f"{request.method} {request.url.path} has no parameter {quoted(name)}"
     choices = f"its parameters are {', '.join(sorted(known))}" if known else "it has none"
-    return ProblemItem(pointer=name, code="unknown_parameter", detail=detail, hint=did_you_mean(name, known) or choices)
+    return ProblemItem(
+        pointer=cut(name), code="unknown_parameter", detail=detail, hint=did_you_mean(name, known) or choices
+    )

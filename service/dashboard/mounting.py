@@ -7,7 +7,7 @@ from nicegui import app as pages
 from nicegui import ui
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Mount
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from service.access import Access
 from service.client import AsyncClient
@@ -29,7 +29,19 @@ class PagesMount(Mount):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if scope.get("path", "").startswith("/api/"):
             return Match.NONE, {}
-        return super().matches(scope)
+        match, child_scope = super().matches(scope)
+        return Match.PARTIAL if match is Match.FULL and _is_other_method(scope) else match, child_scope
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_other_method(scope):
+            raise HTTPException(405, headers={"Allow": "GET"})
+        await super().handle(scope, receive, send)
+
+
+def _is_other_method(scope: Scope) -> bool:
+    """Returns whether no page takes the request's method; NiceGUI's own paths take what its scripts send."""
+    taken = ("GET", "HEAD", "POST") if scope.get("path", "").startswith("/_nicegui") else ("GET",)
+    return scope["type"] == "http" and scope["method"] not in taken
 
 
 class AsReader(httpx.AsyncBaseTransport):

@@ -8,7 +8,7 @@ import errno
 import logging
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from service.dispatchers.base import AttemptRef, BackendRefusedError, DispatchError, Launch
+from service.errors import InvalidSpecError
+from service.log_file import LogFile
+from service.validation import refuse_unlisted
 from workers.events import Numbered, numbered
 from workers.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from workers.spec_problems import SpecProblemsError, parse_spec
@@ -27,7 +30,6 @@ FINAL = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.E
 log = logging.getLogger(__name__)
 
 BATCH_EVENTS = 512
-TAIL_BYTES = 1 << 20  # the most of a log that is served at once
 OUTCOME_DELAY_S = 90.0  # NFS may show a new file this late: by default it looks at a folder again after 60 s
 
 
@@ -38,12 +40,19 @@ class AttemptFiles:
     """
 
     def __init__(
-        self, *, runs_dir: Path, data_dir: Path | None, worker_url: str, cluster: Literal["own", "given"]
+        self,
+        *,
+        runs_dir: Path,
+        data_dir: Path | None,
+        worker_url: str,
+        cluster: Literal["own", "given"],
+        function_modules: Collection[str] | None = None,
     ) -> None:
         self._runs_dir = runs_dir
         self._data_dir = data_dir
         self._worker_url = worker_url
         self._cluster = cluster
+        self._function_modules = function_modules
 
     def folder(self, ref: AttemptRef) -> AttemptDir:
         return AttemptDir.of(self._runs_dir / ref.job_id, ref.number)
@@ -55,6 +64,10 @@ class AttemptFiles:
             spec = parse_spec(launch.spec)
         except SpecProblemsError as error:
             raise DispatchError(f"this version does not take the stored spec: {error}; submit it anew") from error
+        try:
+            refuse_unlisted(spec, self._function_modules)  # the list may be younger than the job
+        except InvalidSpecError as error:
+            raise DispatchError(error.detail) from error
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json(folder.spec, spec)
@@ -126,26 +139,18 @@ class AttemptFiles:
         if batch:
             yield batch
 
-    def read_log(self, ref: AttemptRef, offset: int, limit: int) -> bytes:
-        """Returns up to `limit` bytes of the log from `offset`; b"" at its end."""
-        try:
-            with self.folder(ref).log.open("rb") as file:
-                file.seek(offset)
-                return file.read(limit)
-        except FileNotFoundError:
-            return b""
+    def log(self, ref: AttemptRef, rank: int | None = None) -> LogFile:
+        """Returns what the attempt's processes wrote, or what one rank did; it may not be there yet."""
+        folder = self.folder(ref)
+        return LogFile(folder.log if rank is None else folder.rank_log(rank))
 
-    def tail_log(self, ref: AttemptRef, lines: int | None) -> tuple[bytes, int]:
-        """Returns the log's last lines (None: all that is served at once) and the offset after them."""
-        path = self.folder(ref).log
-        size = path.stat().st_size if path.exists() else 0
-        start = max(0, size - TAIL_BYTES)
-        text = self.read_log(ref, start, size - start)
-        if start > 0:
-            text = text[text.find(b"\n") + 1 :]  # the first line is cut
-        if lines is not None:
-            text = b"".join(text.splitlines(keepends=True)[-lines:]) if lines else b""
-        return text, size
+    def bound_logs(self, ref: AttemptRef, max_bytes: int) -> None:
+        """Drops the oldest part of logs that have grown too long; a volume that refuses is logged."""
+        try:
+            for path in self.folder(ref).logs():
+                LogFile(path).keep(max_bytes)
+        except OSError as error:
+            log.warning("log_not_bounded attempt=%s error=%s", ref.attempt_id, error)
 
     def _facts(self, launch: Launch) -> Facts:
         return Facts(

@@ -19,6 +19,7 @@ __all__ = [
     "Ingested",
     "JobRecord",
     "KeyedRequest",
+    "Queue",
     "Store",
     "attempt_id",
 ]
@@ -108,6 +109,14 @@ class Census:
     in_phase_since: dict[Phase, datetime]  # of the PASSING phases that a job is in: since when the longest one is
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The waiting jobs, the next one first, and how many jobs hold a slot."""
+
+    ids: list[str]
+    num_active: int
+
+
 class Store(Protocol):
     """What the controller needs of a database. Raises: StoreUnavailableError if it does not answer."""
 
@@ -128,6 +137,8 @@ class Store(Protocol):
     def list_jobs(self, *, phases: Collection[str], before_id: str | None, limit: int) -> list[JobRecord]:
         """Returns jobs older than before_id, newest first; no phases: all."""
         ...
+
+    def queue(self) -> Queue: ...
 
     def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
         """Returns the job with CANCELLED desired; a job that has ended stays as it is. None: no such job."""

@@ -8,10 +8,19 @@ import sqlalchemy as sa
 
 from service.job_state import ACTIVE, Desired, Phase
 from service.store import tables as t
-from service.store.base import Claim
+from service.store.base import Claim, Queue
 from service.store.progress import WAITS_FOR
 
-__all__ = ["change_leased", "failed_starts", "is_alone", "is_free", "needs_a_look", "num_given_back", "num_taken"]
+__all__ = [
+    "change_leased",
+    "failed_starts",
+    "is_alone",
+    "is_free",
+    "needs_a_look",
+    "num_given_back",
+    "num_taken",
+    "queue",
+]
 
 CLAIMING = 0x6E6764_0002  # PostgreSQL's number for the lock: "ngd", 2
 
@@ -58,9 +67,19 @@ def failed_starts(connection: sa.Connection, job_ids: Collection[str]) -> dict[s
 def needs_a_look(slots: int) -> sa.ColumnElement[bool]:
     """Active jobs, cancelled waiting ones, and of the waiting ones the oldest that fit into the free slots."""
     is_waiting = t.jobs.c.phase == Phase.QUEUED
-    oldest = sa.select(t.jobs.c.id).where(is_waiting, t.jobs.c.desired == Desired.RUNNING).order_by(t.jobs.c.id)
-    is_next = t.jobs.c.id.in_(sa.select(oldest.limit(max(slots, 0)).subquery().c.id))
+    is_next = t.jobs.c.id.in_(sa.select(_oldest_waiting().limit(max(slots, 0)).subquery().c.id))
     return t.jobs.c.phase.in_(ACTIVE) | (is_waiting & (t.jobs.c.desired == Desired.CANCELLED)) | is_next
+
+
+def queue(connection: sa.Connection) -> Queue:
+    ids = [row.id for row in connection.execute(_oldest_waiting())]
+    active = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE))
+    return Queue(ids, int(connection.execute(active).scalar_one()))
+
+
+def _oldest_waiting() -> sa.Select[tuple[str]]:
+    is_waiting = (t.jobs.c.phase == Phase.QUEUED) & (t.jobs.c.desired == Desired.RUNNING)
+    return sa.select(t.jobs.c.id).where(is_waiting).order_by(t.jobs.c.id)
 
 
 def change_leased(connection: sa.Connection, claim: Claim, change: Mapping[str, Any]) -> bool:

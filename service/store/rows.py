@@ -50,6 +50,7 @@ def attempt_record(row: Any) -> AttemptRecord:
         has_started=row.has_started,
         stop=Action(row.stop),
         stop_sent_at=row.stop_sent_at,
+        created_at=row.created_at,
         last_seen_at=row.last_seen_at,
     )
     return AttemptRecord(row.id, row.job_id, state, row.acknowledged_seq, row.ended_at)

@@ -26,6 +26,7 @@ from service.store.base import (
     Ingested,
     JobRecord,
     KeyedRequest,
+    Queue,
     attempt_id,
 )
 from service.store.census import census
@@ -39,6 +40,7 @@ from service.store.leases import (
     needs_a_look,
     num_given_back,
     num_taken,
+    queue,
 )
 from service.store.progress import WAITS_FOR
 from service.store.rows import attempt_record, event_record, job_record, newest_events
@@ -166,6 +168,10 @@ class SQLStore:
             query = query.where(t.jobs.c.id < before_id)
         with self._read() as connection:
             return [job_record(row) for row in connection.execute(query)]
+
+    def queue(self) -> Queue:
+        with self._read() as connection:
+            return queue(connection)
 
     def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
         may_change = (t.jobs.c.desired != Desired.CANCELLED) & t.jobs.c.phase.not_in(TERMINAL)

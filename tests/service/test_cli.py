@@ -76,6 +76,41 @@ def test_job_is_listed_shown_and_its_log_printed(tmp_path: Path, url: str) -> No
     assert "SUCCEEDED" in ngd("cancel", job_id, url=url).stdout
 
 
+def test_followed_job_is_told_line_by_line_where_there_is_no_terminal(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(small_spec(name="steps", schedule={"steps": 12345}).model_dump_json())
+    command = [*NGD, "submit", str(path), "--follow", "--log", "--url", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as shown:
+        assert shown.stdout is not None
+        job_id = shown.stdout.readline().split()[0]
+        lines: list[str] = []
+        while not any("RUNNING" in line for line in lines) or not any("attempt 1" in line for line in lines):
+            lines.append(shown.stdout.readline())  # comes while the job runs
+        assert ngd("cancel", job_id, url=url).returncode == 0
+        rest = shown.stdout.read()
+
+    assert shown.returncode == 3
+    assert "- steps CANCELLED - UserCancelled: cancelled by the user" in rest
+    assert "\x1b" not in "".join(lines) + rest
+
+
+def test_phase_that_no_job_is_in_is_named(url: str, tmp_path: Path) -> None:
+    ngd("submit", spec_file(tmp_path, "steps"), url=url)
+
+    assert (
+        ngd("jobs", "--phase", "recovering", url=url).stdout == "no job is RECOVERING; see all of them with: ngd jobs\n"
+    )
+
+
+def test_log_is_saved_as_it_is(url: str, tmp_path: Path) -> None:
+    job_id = ngd("submit", spec_file(tmp_path, "steps"), "--follow", url=url).stdout.split()[0]
+
+    assert ngd("logs", job_id, "--output", str(tmp_path / "log"), url=url).returncode == 0
+    assert "attempt 1 of steps\n" in (tmp_path / "log").read_text()
+    refused = ngd("logs", job_id, "--output", str(tmp_path / "none" / "log"), url=url)
+    assert (refused.returncode, "No such file" in refused.stderr) == (1, True)
+
+
 def test_version_is_the_installed_one() -> None:
     result = ngd("--version")
 

@@ -1,9 +1,11 @@
 """What the client makes of an address where no service answers, or something else does."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 
 from service.client import Client, NotFoundError, NotThisServiceError, ServiceError, ServiceUnreachableError
@@ -69,6 +71,65 @@ def test_follower_gives_up_when_the_service_does_not_come_back(start_service: Ca
         with pytest.raises(ServiceUnreachableError, match="no service answers"):
             list(running)
     start_service()  # whose end stops the job
+
+
+class Losing(httpx.BaseTransport):
+    """Carries requests out, and loses the first answers to a post: the caller has timed out by then."""
+
+    def __init__(self, lost: int) -> None:
+        self._inner = httpx.HTTPTransport()
+        self._lost = lost
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self._inner.handle_request(request)
+        answer.read()
+        if request.method == "POST" and self._lost:
+            self._lost -= 1
+            raise httpx.ReadTimeout("timed out", request=request)
+        return answer
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.fixture
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.client.SUBMIT_PAUSES_S", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("without_pauses")
+def test_post_whose_answers_are_lost_makes_one_job(shared_service: ServiceProcess) -> None:
+    before = len(shared_service.client.list_jobs(page_size=1000).jobs)
+    spec = small_spec(name="steps", schedule={"steps": 1}).model_dump(mode="json")
+
+    with Client(shared_service.url, transport=Losing(lost=2)) as client:
+        job = client.submit(spec)
+
+    assert len(shared_service.client.list_jobs(page_size=1000).jobs) == before + 1
+    assert shared_service.client.get(job.id).name == "steps"
+
+
+@pytest.mark.usefixtures("without_pauses")
+def test_post_that_is_given_up_says_how_to_repeat_it(shared_service: ServiceProcess) -> None:
+    before = len(shared_service.client.list_jobs(page_size=1000).jobs)
+    spec = small_spec(name="steps", schedule={"steps": 1}).model_dump(mode="json")
+    with (
+        Client(shared_service.url, transport=Losing(lost=3)) as client,
+        pytest.raises(ServiceUnreachableError, match="submit it again with --idempotency-key") as caught,
+    ):
+        client.submit(spec)
+    (key,) = re.findall(r"--idempotency-key (\S+),", str(caught.value))
+
+    job = shared_service.client.submit(spec, idempotency_key=key)
+
+    assert [job.id] == [job.id for job in shared_service.client.list_jobs(page_size=1000).jobs[:1]]
+    assert len(shared_service.client.list_jobs(page_size=1000).jobs) == before + 1
+
+
+def test_two_posts_make_two_jobs(client: Client) -> None:
+    spec = small_spec(name="steps", schedule={"steps": 1}).model_dump(mode="json")
+
+    assert client.submit(spec).id != client.submit(spec).id
 
 
 @pytest.mark.parametrize("url", ["", "nonsense", "ftp://127.0.0.1", "http://", "http://127.0.0.1:port"])

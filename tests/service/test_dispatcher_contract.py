@@ -6,6 +6,7 @@ import pytest
 
 from service.dispatchers.base import AttemptRef, DispatchError, Launch
 from service.job_state import Process
+from service.log_file import LogPart
 from tests.support.attempts import small_spec
 from tests.support.backends import (
     Backend,
@@ -57,7 +58,7 @@ def test_submitting_twice_starts_once(backend: Backend) -> None:
     second.submit(launch(backend))
 
     assert is_running(second, backend.ref)
-    assert backend.files().tail_log(backend.ref, None)[0].count(b"attempt 1") == 1
+    assert backend.files().log(backend.ref).tail().text.count(b"attempt 1") == 1
 
 
 def test_submitting_after_the_end_starts_nothing(backend: Backend) -> None:
@@ -69,7 +70,7 @@ def test_submitting_after_the_end_starts_nothing(backend: Backend) -> None:
     backend.dispatcher().submit(launch(backend, "refuses"))
 
     assert dispatcher.inspect(backend.ref).process is Process.EXITED
-    assert backend.files().tail_log(backend.ref, None)[0].count(b"attempt 1") == 1
+    assert backend.files().log(backend.ref).tail().text.count(b"attempt 1") == 1
 
 
 def test_next_controller_finds_the_driver_and_tells_it_where_to_report(backend: Backend) -> None:
@@ -164,10 +165,10 @@ def test_log_is_read_in_pieces_and_from_its_end(backend: Backend) -> None:
     folder_in(backend).log.write_bytes(b"one\ntwo\nthree\n")
     read = backend.files()
 
-    assert read.read_log(backend.ref, 4, 4) == b"two\n"
-    assert read.tail_log(backend.ref, 2) == (b"two\nthree\n", 14)
-    assert read.tail_log(backend.ref, 0) == (b"", 14)
-    assert read.read_log(AttemptRef("job_none", 1), 0, 9) == b""
+    assert read.log(backend.ref).read(4, 4) == b"two\n"
+    assert read.log(backend.ref).tail(2) == LogPart(b"two\nthree\n", 4, 14)
+    assert read.log(backend.ref).tail(0) == LogPart(b"", 14, 14)
+    assert read.log(AttemptRef("job_none", 1)).read(0, 9) == b""
 
 
 def test_driver_that_stays_after_its_outcome_is_ended(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

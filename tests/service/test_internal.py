@@ -14,7 +14,7 @@ from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
 
 WAITS = small_spec(name="waits").model_dump(mode="json")
-MANY = 14 << 20
+MANY = 7 << 20
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_body_of_whoever_has_no_token_is_not_waited_for(shared_service: ServiceP
         (b"{}", 422, "invalid_parameter", "events is missing"),
         (b'{"events": [], "more": 1}', 422, "invalid_parameter", "more"),
         (b'{"events": [{"seq": 0, "time_s": 1}]}', 422, "invalid_parameter", "events.0.seq must be >= 1, got 0"),
-        (b" " * (16 << 20) + b"{}", 413, "body_too_large", "larger than this route takes"),
+        (b" " * (8 << 20) + b"{}", 413, "body_too_large", "larger than this route takes"),
     ],
 )
 def test_body_that_is_no_batch_is_refused(
@@ -71,9 +71,16 @@ def test_body_that_is_no_batch_is_refused(
 
 
 def test_events_that_are_none_by_the_million_get_one_short_answer(shared_service: ServiceProcess, job: Job) -> None:
-    problem: dict[str, Any] = post(shared_service, job, b'{"events": [' + b"[]," * (MANY // 3) + b"[]]}").json()
+    problem: dict[str, Any] = post(shared_service, job, b'{"events": [' + b"1," * (MANY // 2) + b"1]}").json()
 
     assert [item["pointer"] for item in problem["errors"]] == ["events.0"]
+
+
+def test_batch_of_a_million_lists_is_not_read(shared_service: ServiceProcess, job: Job) -> None:
+    answer = post(shared_service, job, b'{"events": [' + b"[]," * (MANY // 3) + b"[]]}")
+
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert "a batch may hold 100,000 lists and objects" in answer.json()["detail"]
 
 
 def test_empty_batch_is_acknowledged(shared_service: ServiceProcess, job: Job) -> None:

@@ -92,6 +92,68 @@ def test_what_follows(
 
 
 @pytest.mark.parametrize(
+    ("state", "live", "observed", "message"),
+    [
+        (job(Phase.QUEUED), None, seen(), "waiting for the attempt to be handed over"),
+        (cancelled(Phase.QUEUED), None, seen(), "cancelled by the user"),
+        (job(Phase.STARTING), attempt(**UNSENT), seen(), "the driver is up and starts them"),
+        (job(Phase.STARTING), attempt(**SILENT), seen(**UP), "waiting for the workers to report"),
+        (job(Phase.STARTING), attempt(**SILENT), seen(**UP, message="no CPU is free"), "no CPU is free"),
+        (job(Phase.STARTING), attempt(**SILENT), seen(process=Process.UNREACHABLE, message="no answer"), "no answer"),
+        (cancelled(Phase.STARTING), attempt(**SILENT), seen(**UP), "waiting for the workers to stop"),
+        (job(Phase.RUNNING), attempt(), seen(**UP, message="a worker restarts"), "a worker restarts"),
+        (cancelled(Phase.RUNNING), attempt(), seen(**UP), "waiting for the workers to stop"),
+        (job(Phase.RUNNING), attempt(), seen(**GONE, outcome=HOPELESS), "no data"),
+        (job(Phase.RUNNING), attempt(), seen(**GONE, outcome=UNLUCKY), "failed: lost; the next one starts in 2 s"),
+        (job(Phase.RUNNING), attempt(), seen(**GONE, outcome=STOPPED), "was stopped from outside at step 4"),
+        (job(Phase.RUNNING), attempt(3), seen(**GONE), "failure.max_attempts is 3"),
+        (job(Phase.RECOVERING, retry_at=NOW), None, seen(), "waiting for the attempt to be handed over"),
+        (cancelled(Phase.RECOVERING), None, seen(), "cancelled by the user"),
+        (cancelled(Phase.CANCELLING), attempt(), seen(**GONE), "cancelled by the user"),
+    ],
+)  # fmt: skip
+def test_each_phase_says_what_it_waits_for_or_why_it_ended(
+    state: JobState, live: AttemptState | None, observed: Observation, message: str
+) -> None:
+    decision = decide(state, live, observed, POLICY)
+
+    assert message in (decision.message or decision.note or "")
+
+
+@pytest.mark.parametrize(
+    ("live", "observed"),
+    [
+        (attempt(**UNSENT), seen(message="the quota is full")),
+        (attempt(**SILENT), seen(**UP, message="the quota is full")),
+        (attempt(**SILENT), seen(process=Process.UNREACHABLE, message="the quota is full")),
+    ],
+)
+def test_job_that_does_not_start_in_its_time_fails_and_says_what_it_waited_for(
+    live: AttemptState, observed: Observation
+) -> None:
+    policy = replace(POLICY, start_within_s=60)
+    live = replace(live, created_at=NOW - timedelta(seconds=60))
+
+    late = decide(job(Phase.STARTING), live, observed, policy)
+    early = decide(job(Phase.STARTING), live, replace(observed, now=NOW - timedelta(seconds=1)), policy)
+
+    assert (late.phase, late.reason, late.ends_attempt) == (Phase.FAILED, "StartTimeout", True)
+    assert "did not report within 60 s; the last that it waited for: the quota is full" in str(late.message)
+    assert "NGD_START_WITHIN_S" in str(late.message)
+    assert early.phase is None
+
+
+def test_attempt_that_has_reported_or_ended_is_not_late() -> None:
+    policy = replace(POLICY, start_within_s=60)
+    old = NOW - timedelta(days=9)
+
+    assert decide(job(Phase.STARTING), attempt(created_at=old), seen(**UP), policy).phase is Phase.RUNNING
+    assert decide(job(Phase.RUNNING), attempt(created_at=old), seen(**UP), policy).phase is None
+    ended = decide(job(Phase.STARTING), attempt(**SILENT, created_at=old), seen(**GONE, outcome=SUCCEEDED), policy)
+    assert ended.phase is Phase.SUCCEEDED
+
+
+@pytest.mark.parametrize(
     ("sent", "after_s", "action"),
     [
         (attempt(), 29, Action.NONE),

@@ -69,6 +69,36 @@ def test_jobs_over_the_limit_wait_in_order(start_service: Callable[..., ServiceP
         assert earlier.finished_at <= later.started_at
 
 
+def test_waiting_jobs_say_their_place_and_what_they_wait_for(start_service: Callable[..., ServiceProcess]) -> None:
+    client = start_service(max_running_jobs=1, cancel_grace_s=0).client
+    running = client.submit(spec("waits"))
+    wait_for_phase(client, running, "RUNNING")
+    waiting = [client.submit(spec("waits")) for _ in range(3)]
+    why = "it waits for a running job to end (1 run, NGD_MAX_RUNNING_JOBS is 1)"
+
+    assert waiting[-1].status.message == f"number 3 of 3 in the queue: {why}"
+    assert [job.status.message for job in client.list_jobs(phase="queued").jobs] == [
+        f"number {place} of 3 in the queue: {why}" for place in (3, 2, 1)
+    ]
+    watched = client.watch(waiting[-1].id)
+    assert next(watched).status.message == f"number 3 of 3 in the queue: {why}"
+    client.cancel(waiting[0].id)
+    assert next(watched).status.message == f"number 2 of 2 in the queue: {why}"
+    watched.close()  # type: ignore[attr-defined]
+    for job in (*waiting, running):
+        client.cancel(job.id)
+
+
+def test_job_that_does_not_start_in_its_time_fails(start_service: Callable[..., ServiceProcess]) -> None:
+    sleeper = ("sh", "-c", "exec sleep 600")
+    client = start_service(driver_command=sleeper, start_within_s=0.5).client
+
+    ended = client.wait(client.submit(spec()).id, timeout_s=60)
+
+    assert (ended.status.phase, ended.status.reason) == ("FAILED", "StartTimeout")
+    assert "did not report within 0.5 s; the last that it waited for: waiting for the" in str(ended.status.message)
+
+
 def test_cancelled_job_stops_by_itself(client: Client) -> None:
     job = client.submit(spec(steps=10_000))
     wait_for_phase(client, job, "RUNNING")
@@ -154,7 +184,7 @@ def test_watch_shows_progress_until_the_end(client: Client) -> None:
 
     seen = list(client.watch(job.id))
 
-    assert [item.resource_version for item in seen] == sorted({item.resource_version for item in seen})
+    assert [item.resource_version for item in seen] == sorted(item.resource_version for item in seen)
     assert seen[-1].status.phase == "SUCCEEDED"
     assert any(0 < item.status.progress.step < 150 for item in seen)
 

@@ -12,6 +12,7 @@ from service.api.present import job_resource
 from service.dashboard.activity import words
 from service.errors import StaleAttemptError
 from service.job_state import Action, Decision, Phase
+from service.spans import Wanted
 from service.store.base import Claim
 from service.store.holes import add_range, gaps, remove_ranges
 from service.store.progress import remark
@@ -103,7 +104,7 @@ def test_late_delivery_is_the_controller_s_alone_and_fills_the_hole(store: SQLSt
     store.ingest(first, left, is_late=True)
     store.ingest(f"{claim.job.id}-a2", [event(1, started(resumed_step=4)), steps(2, 5)])
 
-    assert [point.step for point in store.steps(claim.job.id, 0)] == [1, 2, 3, 4, 5]
+    assert [span.last_step for span in store.spans(claim.job.id, "curves", Wanted(100, 100)).spans] == [1, 2, 3, 4, 5]
     assert lost(store, claim.job.id) == []
 
 

@@ -127,7 +127,7 @@ def test_submission_whose_answer_was_lost_is_taken_for_what_it_is(make: Make, re
 
     wait_until(lambda: has_ended(dispatcher, ref), "the driver ends", timeout_s=RAY_S)
     files = AttemptFiles(runs_dir=tmp_path, data_dir=None, worker_url=NOWHERE, cluster="given")
-    assert files.tail_log(ref, None)[0].count(b"attempt 1 of refuses") == 1
+    assert files.log(ref).tail().text.count(b"attempt 1 of refuses") == 1
 
 
 def test_job_of_another_service_under_the_same_id_is_not_taken_over(make: Make, ref: AttemptRef) -> None:

@@ -23,6 +23,7 @@ from service.job_state import Phase, Policy, Process
 from service.metrics import ControllerMetrics
 from service.reconciler import Reconciler
 from service.silence import LONGEST_GAP_S, Silence
+from service.spans import Wanted
 from service.store import tables as t
 from service.store.sql import SQLStore
 from tests.support.attempts import small_spec
@@ -92,6 +93,7 @@ class Controller:
             policy=POLICY,
             max_running_jobs=10,
             tick_s=1,
+            max_log_bytes=1 << 30,
             lease_s=30,
             failpoint=Failpoint(None),
             metrics=self.metrics,
@@ -428,4 +430,4 @@ def test_events_that_were_written_after_the_end_are_read_before_the_next_attempt
     controller.ticks(2)
 
     assert phase(store, ref) == (Phase.STARTING, 2)
-    assert [point.step for point in store.steps("job_1", 0)] == [1, 2]
+    assert [span.last_step for span in store.spans("job_1", "curves", Wanted(100, 100)).spans] == [1, 2]

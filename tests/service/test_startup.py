@@ -11,6 +11,7 @@ import pytest
 
 from service.client import Client
 from service.errors import StartupError
+from service.home import owned
 from service.settings import load_settings
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
@@ -292,3 +293,34 @@ def test_command_line_loads_no_server() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
 
     assert result.stdout == "[]\n"
+
+
+def test_what_the_service_keeps_is_its_users_alone(start_service: Callable[..., ServiceProcess]) -> None:
+    service = start_service()
+    service.client.wait(service.client.submit(SPEC | {"schedule": {"steps": 2}}).id, timeout_s=60)
+
+    made = [path for path in service.home.rglob("*") if path.name != "serve.txt"]
+    assert {path.name for path in made} >= {"ngd.sqlite", "ngd.sqlite-wal", "log.txt", "spec.json", "events.jsonl"}
+    assert {str(path): oct(path.stat().st_mode) for path in (service.home, *made) if path.stat().st_mode & 0o077} == {}
+
+
+def test_home_of_an_earlier_version_is_closed_to_others(start_service: Callable[..., ServiceProcess]) -> None:
+    first = start_service()
+    first.close()
+    first.home.chmod(0o755)
+    (first.home / "ngd.sqlite").chmod(0o644)
+
+    second = start_service()
+
+    assert [oct(path.stat().st_mode & 0o777) for path in (second.home, second.home / "ngd.sqlite")] == [
+        "0o700",
+        "0o600",
+    ]
+
+
+def test_folder_that_all_may_write_to_stays_as_it_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    with owned(tmp_path):
+        pass
+
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777

@@ -13,7 +13,7 @@ from ulid import ULID
 from service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
 from service.job_state import Action, Decision, Phase
 from service.spans import Name, Span, Wanted
-from service.store.base import Census, Claim, JobRecord, KeyedRequest, Store
+from service.store.base import Census, Claim, JobRecord, KeyedRequest, Queue, Store
 from service.store.sql import SQLStore
 from service.store.tables import metadata
 from tests.support.attempts import small_spec
@@ -82,6 +82,14 @@ def test_jobs_are_listed_newest_first_and_by_phase(store: SQLStore) -> None:
     assert [job.id for job in store.list_jobs(phases=[], before_id=None, limit=9)] == [second.id, first.id]
     assert [job.id for job in store.list_jobs(phases=[], before_id=second.id, limit=9)] == [first.id]
     assert store.list_jobs(phases=[Phase.RUNNING], before_id=None, limit=9) == []
+
+
+def test_queue_is_in_the_order_of_starting_without_those_that_are_cancelled(store: SQLStore) -> None:
+    start(store)
+    waiting = [create(store) for _ in range(3)]
+    store.request_cancel(waiting[1].id, NOW)
+
+    assert store.queue() == Queue([waiting[0].id, waiting[2].id], num_active=1)
 
 
 def test_same_key_and_request_give_the_same_job(store: SQLStore) -> None:

@@ -144,8 +144,8 @@ def folder_in(backend: Backend, ref: AttemptRef | None = None) -> AttemptDir:
 def wait_for_log(backend: Backend, ref: AttemptRef | None = None) -> bytes:
     """Returns what the driver has written, as soon as it has written something."""
     ref = ref or backend.ref
-    wait_until(lambda: backend.files().tail_log(ref, None)[0], "the driver has written something")
-    return backend.files().tail_log(ref, None)[0]
+    wait_until(lambda: backend.files().log(ref).tail().text, "the driver has written something")
+    return backend.files().log(ref).tail().text
 
 
 def drivers_in(folder: Path) -> list[psutil.Process]:

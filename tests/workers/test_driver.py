@@ -106,6 +106,8 @@ def test_digits_train_on_two_workers_and_the_service_hears_all_of_it(tmp_path):
         assert service.kinds[0] == "started"
         assert service.kinds[-1] == "done"
         assert "Traceback" not in attempt.log.read_text()
+        assert "[rank 0] step" in attempt.rank_log(0).read_text()
+        assert attempt.rank_log(1).exists()
 
 
 def test_hopeless_job_ends_at_its_first_start_with_the_reason(tmp_path):

@@ -146,7 +146,7 @@ def test_wrong_choice_says_where_what_and_the_bound(tmp_path, choice, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "no YAML: .* at line 1, column 5"), ("- 1", "must be an object of fields"), (b"\xff", "no YAML")],
+    [("a: [1, ]]", "no YAML: .* at line 1, column 9"), ("- 1", "must be an object of fields"), (b"\xff", "no YAML")],
 )
 def test_file_that_is_no_spec_is_refused(tmp_path, text, message):
     path = tmp_path / "job.yaml"
