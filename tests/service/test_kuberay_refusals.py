@@ -22,7 +22,7 @@ from service.job_state import Phase, Process
 from service.silence import Silence
 from service.store.sql import SQLStore
 from tests.service.test_kuberay_dispatcher import NAME, launch, now, started
-from tests.service.test_reconciler_outages import Controller, phase, post
+from tests.service.test_reconciler_outages import Controller, phase, post, report
 from tests.support.backends import (
     REF,
     KubeRayBackend,
@@ -214,6 +214,7 @@ def started_as_job(backend: KubeRayBackend, store: SQLStore) -> KubeRayDispatche
     post(store, REF.job_id, max_attempts=1)
     Controller(store, backend.dispatcher(), backend.runs_dir).ticks(2)
     dispatcher = started(backend)  # it is there already
+    report(store, REF)
     Controller(store, dispatcher, backend.runs_dir).ticks(1)
     return dispatcher
 
