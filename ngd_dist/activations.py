@@ -92,18 +92,19 @@ def _slope(module: nn.Module, x: Tensor) -> Tensor:
 def _note_input(own: "weakref.ref[Activations]") -> Callable[..., None]:
     """Returns a hook. The model outlives the optimizer."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         alive = own()
         if alive is not None and not is_transformed():
-            alive.on_activation(module, _first(args, kwargs))
+            alive.on_activation(module, _first(args, *rest))
 
     return hook
 
 
 def _note_output(own: "weakref.ref[Activations]") -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         alive = own()
         if alive is not None and not is_transformed():
+            kwargs, output = rest
             alive.on_transparent(_first(args, kwargs), output)
 
     return hook

@@ -83,6 +83,8 @@ class Assembly(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises: ConfigError, with the value and the bound of a bad setting."""
+        if self._is_built and self._capture.is_under_way:
+            raise ConfigError("add_param_group comes between steps: call it after step(), or zero_grad() before it")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

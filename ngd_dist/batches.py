@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ngd_dist.config import Categorical, Empirical, NGDConfig
 from ngd_dist.errors import CaptureError
-from ngd_dist.hooks import tensors_in
+from ngd_dist.hooks import backward_task, tensors_in
 
 __all__ = ["Batch", "Batches", "predictions"]
 
@@ -31,7 +31,8 @@ class Batch:
         self._samples = stated
         self._of_layers: set[int] = set()
         self._outputs: frozenset[int] = frozenset()
-        self._read: list[Tensor | None] = []
+        self._read: dict[int, Tensor] = {}
+        self._arrived: dict[int, dict[int, Tensor]] = {}
         self._positions: tuple[float, bool] | None = None
 
     def returned(self, outputs: list[Tensor], class_dim: int, *, is_watched: bool) -> None:
@@ -39,10 +40,16 @@ class Batch:
         self._outputs = frozenset(output.shape[self._dim] for output in outputs if output.ndim > self._dim)
         if not is_watched:
             return
-        for output in outputs:
+        for index, output in enumerate(outputs):
             if output.requires_grad and self._has_positions(output):
-                self._read.append(None)
-                output.register_hook(partial(self._on_gradient, len(self._read) - 1, class_dim))
+                output.register_hook(partial(self._on_gradient, index, class_dim))
+
+    def confirm(self, task: int | None) -> None:
+        """Notes that this backward pass is one of the step's own; None: that all that have come are."""
+        for arrived in [self._arrived.pop(t) for t in list(self._arrived) if task in (None, t)]:
+            for index, mask in arrived.items():
+                self._read[index] = mask | self._read[index] if index in self._read else mask
+            self._positions = None
 
     def check(self, layer: str, size: int) -> None:
         """Returns if a run of the layer whose batch dimension is of this size is fit, or it is too early to tell.
@@ -75,7 +82,7 @@ class Batch:
         """
         if self._positions is None:
             samples = self._samples or 1
-            masks = [mask for mask in self._read if mask is not None and mask.numel() > samples]
+            masks = [mask for mask in self._read.values() if mask.numel() > samples]
             counts = [int(mask.sum()) for mask in masks]
             ignores = any(count < mask.numel() for count, mask in zip(counts, masks, strict=True))
             self._positions = max([1, *counts]) / samples if counts else 1.0, ignores
@@ -87,9 +94,7 @@ class Batch:
 
     def _on_gradient(self, index: int, class_dim: int, g: Tensor) -> None:
         mask = g.detach().ne(0).any(class_dim if g.ndim > 2 else -1)
-        old = self._read[index]
-        self._read[index] = mask if old is None else mask | old
-        self._positions = None
+        self._arrived.setdefault(backward_task(), {})[index] = mask
 
     def _settled(self, size: int) -> int:
         if self._samples is not None:
@@ -127,7 +132,7 @@ class Batches:
         likelihood = fisher if isinstance(fisher, Empirical) else fisher.likelihood
         self._class_dim = likelihood.class_dim if isinstance(likelihood, Empirical | Categorical) else -1
         self._stated: int | None = None
-        self._of_model: Batch | None = None
+        self._calls: list[Batch | None] = []
         self._outside: Batch | None = None
         self._latest = Batch(self._dim, frozenset())
 
@@ -141,32 +146,37 @@ class Batches:
         finally:
             self._stated, self._outside = before, None
 
-    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begins a forward pass of the model."""
-        inputs = tensors_in((args, kwargs))
-        sizes = frozenset(x.shape[self._dim] for x in inputs if x.ndim > self._dim)
-        self._of_model = self._latest = Batch(self._dim, sizes, self._stated)
-        self._outside = None
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, counts: bool) -> None:
+        """Begins a call of the model, which may call itself; one that does not count is of no batch."""
+        if not counts:
+            self._calls.append(None)
+            return
+        inputs = list(tensors_in((args, kwargs)))
+        sizes = {x.shape[self._dim] for x in inputs if x.ndim > self._dim}
+        sizes |= {len(given) for given in (*args, *kwargs.values()) if isinstance(given, list)}  # of images, say
+        batch = Batch(self._dim, frozenset(sizes), self._stated)
+        self._calls.append(batch)
+        self._latest, self._outside = batch, None
 
     def end(self, output: Any, *, is_watched: bool) -> None:
-        """Ends it."""
-        batch, self._of_model = self._of_model, None
-        if batch is not None:
+        """Ends it; output: None after an error."""
+        batch = self._calls.pop() if self._calls else None
+        if batch is not None and output is not None:
             batch.returned(predictions(output), self._class_dim, is_watched=is_watched)
 
     def current(self, *, is_recomputed: bool) -> Batch:
         """Returns the pass that a run belongs to: for one that is run again in backward, the latest."""
         if is_recomputed:
             return self._latest
-        if self._of_model is not None:
-            return self._of_model
+        if self._calls and self._calls[-1] is not None:
+            return self._calls[-1]
         if self._outside is None:
             self._outside = self._latest = Batch(self._dim, frozenset(), self._stated)
         return self._outside
 
     def forget(self) -> None:
-        """Ends what was begun: no later run belongs to it."""
-        self._of_model = self._outside = None
+        """Ends what was begun outside the model: no later run belongs to it."""
+        self._outside = None
 
     def differentiated(self, batch: Batch) -> None:
         """Notes that a backward pass has come through the pass: later runs outside the model are of another one."""

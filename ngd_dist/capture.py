@@ -12,6 +12,7 @@ belong together, and count as positions. Backward passes are told apart by autog
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -47,6 +48,8 @@ __all__ = ["Capture"]
 
 logger = logging.getLogger(__name__)
 
+MAX_PENDING = 8  # forward passes that fisher_backward may still be given
+
 
 class Capture:
     """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples.
@@ -70,15 +73,16 @@ class Capture:
         self._layers = {layer.name: layer for layer in layers}
         self._reads_slopes = {name for name, preconditioner in preconditioners.items() if preconditioner.reads_slopes}
         self._micro_batches = config.micro_batches
-        self._max_edges = max(2, config.loss_parts)
         self._on_forward = on_forward
         self._is_paused = False
         self._has_warned = False
-        self._edges: list[GradientEdge] = []
+        # By forward pass: those that were never differentiated must not pile up, since an edge keeps its graph alive.
+        self._edges: deque[list[GradientEdge]] = deque(maxlen=max(MAX_PENDING, config.loss_parts))
         self._passes: dict[str, LayerPasses] = {}
         self._arrived: dict[str, Arrivals] = {}
         self._has_run = False
-        self._fisher_passes = self._pending_passes = 0
+        self._fisher_passes = 0
+        self._is_stale = False
         # Layers that have had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
         self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
@@ -88,7 +92,7 @@ class Capture:
         on_run = weakly(self._on_run)
         handles += [handle for layer in layers for handle in layer.watch(partial(on_run, layer))]
         # Last: the model may be a layer itself.
-        handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output))))
+        handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
 
     def arm(self, due: Sequence[Key], step: int) -> None:
@@ -176,6 +180,14 @@ class Capture:
         """Whether a due statistic reads the Fisher's own gradients."""
         return self.measurement.source is Source.FISHER
 
+    def begin_fisher(self) -> None:
+        """Forgets Fisher passes that no loss has followed before gradients were cleared: that batch was given up."""
+        if self._is_stale and not self.has_gradients:
+            for name in list(self.estimates.passes):
+                self.measurement.forget(name)
+            self._fisher_passes = 0
+        self._is_stale = False
+
     def fisher_pass(
         self, outputs: Sequence[Tensor], gradients: Iterable[Sequence[Tensor]], weight: float, *, ignores: bool
     ) -> None:
@@ -191,18 +203,20 @@ class Capture:
             )
         # As small as the loss's own gradients, which is what a GradScaler has made room for.
         scale = self.measurement.scale(outputs[0].shape[0])
+        edges = [edge for of_pass in self._edges for edge in of_pass]
         for number, columns in enumerate(gradients):
-            if not self._edges:
+            if not edges:
                 break  # none of the layers that are due took part
             self._pass = Pass(Source.FISHER, number == 0, weight, scale, ignores)
             try:
                 small = [column / scale for column in columns]
-                torch.autograd.grad(outputs, self._edges, small, retain_graph=True, allow_unused=True)
+                torch.autograd.grad(outputs, edges, small, retain_graph=True, allow_unused=True)
                 for name, arrivals in self._arrived.items():
                     self.measurement.add_fisher(name, arrivals, self._pass)
             finally:
                 self._pass, self._arrived = LOSS_PASS, {}
-        self._edges, self._has_run, self._pending_passes = [], False, 0
+        self._edges.clear()
+        self._has_run = False
         self._fisher_passes += 1
         if self.needs_fisher_pass and self._fisher_passes == self._micro_batches:
             for name in self.estimates.passes:
@@ -210,23 +224,26 @@ class Capture:
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes how many samples the model is given, before its forward pass."""
-        self.batches.begin(args, kwargs)
-        self._pending_passes += 1
-        if self._pending_passes > self._max_edges:
-            self._edges.clear()  # of passes that were never differentiated; an edge keeps its graph alive
+        self.batches.begin(args, kwargs, counts=True)
+        self._edges.append([])
+
+    def clear(self) -> bool:
+        """Returns whether gradients that count are cleared. A Fisher pass that no loss has followed may be given up."""
+        self._is_stale = self._fisher_passes > 0
+        return self.has_gradients
 
     def _note_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_blind or not torch.is_grad_enabled() or backward_task() != OUTSIDE_BACKWARD:
-            return
-        if not self._on_forward(args, kwargs):
+        if self._is_blind or not torch.is_grad_enabled():
+            self.batches.begin(args, kwargs, counts=False)
+        elif backward_task() != OUTSIDE_BACKWARD:  # checkpointed as a whole
+            self.batches.begin(args, kwargs, counts=True)
+        elif not self._on_forward(args, kwargs):
             self.begin_forward(args, kwargs)
 
     def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Notes what the model has returned."""
         measured = self.measurement
-        if not self._is_blind:
-            is_read = measured.keeps_rows or (measured.source is Source.LOSS and bool(measured.due))
-            self.batches.end(output, is_watched=is_read)
+        self.batches.end(output, is_watched=measured.measures_loss and (measured.keeps_rows or bool(measured.due)))
 
     def _on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
@@ -246,22 +263,24 @@ class Capture:
             raise self.measurement.error(
                 f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks"
             )
-        is_recomputed = backward_task() != OUTSIDE_BACKWARD
-        batch = self.batches.current(is_recomputed=is_recomputed)
+        within = backward_task()
+        batch = self.batches.current(is_recomputed=within != OUTSIDE_BACKWARD)
         batch.check(layer.name, size)
         with torch.no_grad():
             kept = layer.keep(x.detach(), output.detach())
-        run = NotedRun(kept, size=size, batch=batch, is_recomputed=is_recomputed)
+        run = NotedRun(kept, size=size, batch=batch, within=within)
         if self._activations is not None and is_due and layer.name in self._reads_slopes:
             self._activations.expect(layer.name, output, run)
-        if is_due and self.needs_fisher_pass and not is_recomputed:
-            self._edges.append(get_gradient_edge(output))
+        if is_due and self.needs_fisher_pass and not run.is_recomputed:
+            if not self._edges:
+                self._edges.append([])
+            self._edges[-1].append(get_gradient_edge(output))
         handles = self._accumulation.setdefault(layer.name, {})
         for p in trained:
             if p not in handles:
                 hook = partial(weakly(self._on_accumulated), layer.name)
                 handles[p] = p.register_post_accumulate_grad_hook(hook)
-        output.register_hook(partial(self._on_gradient, layer.name, run))
+        output.register_hook(partial(weakly(self._on_gradient), layer.name, run))
 
     @torch.no_grad()
     def _on_gradient(self, name: str, run: NotedRun, g: Tensor) -> None:
@@ -273,22 +292,23 @@ class Capture:
             if is_due and self.needs_fisher_pass:
                 self._arrived.setdefault(name, []).append((run, g.detach()))
             return
-        if not (self.measurement.keeps_rows or (is_due and not self.needs_fisher_pass)):
+        if not (self.measurement.keeps_rows or is_due):
             return
         parameters = self._layers[name].parameters
         adds = next((found for p in parameters if (found := accumulates(p)) is not False), False)
-        if adds is False:
+        if adds is False or (adds is None and g.requires_grad):  # create_graph: a part of the loss that is to come
             return
         passes = self._passes.setdefault(name, LayerPasses(self._micro_batches == 1))
-        if passes.micro_batches and all(p.grad is None for p in parameters):  # somebody has cleared them
+        if passes.is_cleared(parameters):
             passes.forget()
             self.measurement.forget(name)
         self.measurement.check(name, run)
-        passes.arrive(backward_task(), run, g.detach(), is_returned=adds is None)
+        is_measured = self.measurement.measures_loss
+        passes.arrive(backward_task(), run, g.detach() if is_measured else None, is_returned=adds is None)
         self.batches.differentiated(run.batch)
 
     @torch.no_grad()
-    def _on_accumulated(self, name: str, parameter: Tensor) -> None:
+    def _on_accumulated(self, name: str, parameter: nn.Parameter) -> None:
         """Takes the pass that is under way for one of the step's own: it has added to the layer's `grad`.
 
         Autograd adds once for all uses of a parameter in a pass, so that all runs of the layer have come by now.
@@ -297,13 +317,15 @@ class Capture:
         if passes is None or self._is_blind:
             return
         keeps = keeps_graph()
-        micro = passes.confirm(backward_task(), keeps_graph=keeps)
-        if micro is None:
+        micro = passes.confirm(backward_task(), parameter, keeps_graph=keeps)
+        if micro is None or not self.measurement.measures_loss:
             return
         if micro.is_closed:  # its rows are gone: what the sum of both passes gives can't be told
             self.measurement.spoiled.add(name)
             self._single.discard(name)
-        elif not keeps and (not passes.adds_up or name in self._single):
+            return
+        may_go_on = passes.adds_up or bool(micro.within)  # another pass may bring more to it
+        if not (keeps or self.measurement.keeps_rows) and (not may_go_on or name in self._single):
             self.measurement.close(name, micro.close())
 
     def _settle(self) -> None:
@@ -312,9 +334,9 @@ class Capture:
             if not passes.micro_batches and any(p.grad is not None for p in self._layers[name].parameters):
                 passes.adopt()
             for micro in passes.micro_batches:
-                if not micro.is_closed:
+                if self.measurement.measures_loss and not micro.is_closed:
                     self.measurement.close(name, micro.close())
-            if passes.adds_up and passes.ended == 1:
+            if passes.micro_batches and passes.ended == len(passes.micro_batches):
                 self._single.add(name)
             elif passes.adds_up and passes.ended > 1 and not self._has_warned:
                 self._has_warned = True
@@ -329,8 +351,8 @@ class Capture:
         self.batches.forget()
         self._passes, self._arrived, self._pass = {}, {}, LOSS_PASS
         self._edges.clear()
-        self._has_run = False
-        self._fisher_passes = self._pending_passes = 0
+        self._has_run = self._is_stale = False
+        self._fisher_passes = 0
 
     @property
     def _is_blind(self) -> bool:

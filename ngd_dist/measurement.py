@@ -97,6 +97,11 @@ class Measurement:
         # What reads the forward pass alone needs no pass of the Fisher's own.
         self.source = Source.FISHER if reads and self._config.fisher.kind != "empirical" else Source.LOSS
 
+    @property
+    def measures_loss(self) -> bool:
+        """Whether anything is made of the passes of the loss itself."""
+        return self.keeps_rows or self.source is Source.LOSS
+
     def check(self, name: str, run: NotedRun) -> None:
         """Returns if it can be told which samples a run is of. Raises: CaptureError."""
         try:
@@ -157,12 +162,13 @@ class Measurement:
         """Returns the runs with their gradients. Raises: CaptureError where they are of batches of several sizes."""
         for run, _ in arrivals:
             self.check(name, run)
-        runs = [run.with_gradient(name, g) for run, g in arrivals]
+        runs = [run.with_gradient(name, g) for run, g in arrivals if g is not None]
         sizes = sorted({run.samples * run.sharers for run in runs})
         if len(sizes) > 1:
             raise self.error(
-                f"layer {name!r} was run on batches of {sizes} samples for one loss; use batches of one size, or set "
-                "micro_batches where these are gradient accumulation"
+                f"layer {name!r} was run on batches of {sizes} samples for one loss; use batches of one size, put what "
+                "is no part of the loss into `with optimizer.paused():`, or set micro_batches if the loss of each is "
+                "divided by their number"
             )
         return runs
 

@@ -89,7 +89,7 @@ class NGD(Assembly):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. Forgets the statistics of the passes whose gradients it clears; then it is collective."""
         super().zero_grad(set_to_none)
-        if self._capture.has_gradients:
+        if self._capture.clear():
             self._arm(self.stats.step + 1)
 
     @overload
@@ -153,6 +153,7 @@ class NGD(Assembly):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a state saved at any world size. Raises: CheckpointError, with nothing changed, if it is unfit."""
+        self._take_in()
         self.saved_state.check(state_dict, self.param_groups)
         self.stats = self.saved_state.restore(state_dict["ngd"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})

@@ -29,6 +29,7 @@ class OutputFisher:
         choice = self._choice
         if isinstance(choice, Empirical) or not self._capture.needs_fisher_pass:
             return
+        self._capture.begin_fisher()
         outputs = _differentiable(output)
         read = None if ignored is None else ~ignored
         if isinstance(choice, Exact):

@@ -60,8 +60,12 @@ class Layer(ABC):
     def watch(self, on_run: OnRun) -> list[RemovableHandle]:
         """Returns the handles of hooks that call `on_run` at every run of the layer."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            on_run(args[0] if args else next(iter(kwargs.values())), output)
+        def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if (
+                len(rest) == 2
+            ):  # else it was taken away while the module ran, and torch no longer knows that it wants kwargs
+                kwargs, output = rest
+                on_run(args[0] if args else next(iter(kwargs.values())), output)
 
         return [self.module.register_forward_hook(ModuleHook(hook), with_kwargs=True)]
 
@@ -250,6 +254,12 @@ class Rows:
         ]
         return torch.tensor(counts, dtype=torch.float64).sum(0)
 
+    @cached_property
+    def mean_positions_B(self) -> Tensor:
+        """The mean of `positions_B` over the samples of the whole micro-batch; not 0 for a batch of padding alone."""
+        assert self.counted_BNP is not None
+        return self.counted_BNP.sum((1, 2)).clamp(min=1).double() / self.samples
+
     def along(self, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, gradient of the sample's own loss>, [N].
 
@@ -329,7 +339,12 @@ class _Some(Rows):
 
     @cached_property
     def positions_B(self) -> Tensor:
-        return self._whole.positions_B
+        whole = self._whole.positions_B
+        return whole if whole.ndim == 1 else whole[:, self._slice]
+
+    @cached_property
+    def mean_positions_B(self) -> Tensor:
+        return self._whole.mean_positions_B
 
     @cached_property
     def input_moment_BII(self) -> Tensor:

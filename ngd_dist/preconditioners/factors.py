@@ -116,9 +116,9 @@ class Factors:
 
 
 def _positions(rows: Rows) -> Tensor:
-    """Returns the positions of all samples, [B] or [1]; 1 at least, so that a batch of padding alone divides 0 by 1."""
+    """Returns the positions of all samples, [B] or [1]. Some of a micro-batch's samples have their share of its own."""
     positions = rows.positions_B
-    return positions * rows.samples if positions.ndim == 1 else positions.sum(1).clamp(min=1)
+    return (positions if positions.ndim == 1 else rows.mean_positions_B) * rows.samples
 
 
 def _spec(

@@ -131,10 +131,28 @@ def test_a_group_that_is_added_trains_with_its_own_settings() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.05] or [
         group["lr"] for group in optimizer.param_groups
     ] == [0.05, 0.01]
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ConfigError, match="between steps"):
+        optimizer.add_param_group({"params": list(model[2].parameters())})
+    optimizer.zero_grad()
     with pytest.raises(ConfigError, match=r"damping must be > 0, got -1"):
         optimizer.add_param_group({"params": list(model[2].parameters()), "damping": -1})
     assert len(optimizer.param_groups) == 2
     train(optimizer, model, x, y, 1)
+
+
+def test_a_state_saved_after_unfreezing_fits_once_the_parameters_are_unfrozen() -> None:
+    x, y = batch()
+    model, twin = mlp(), mlp()
+    optimizer = NGD(model)
+    train(optimizer, model, x, y, 2)
+    twin[:3].requires_grad_(False)
+    resumed = NGD(twin)
+    twin.requires_grad_(True)
+
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    assert resumed.stats.step == 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,7 +3,9 @@
 docs/guides/pitfalls.md lists the ways in which torch's users call an optimizer, with the test of each.
 """
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,23 +107,56 @@ def test_a_pass_that_leaves_grad_alone_counts_for_nothing(probe: Callable[..., N
     assert_same(*weights)
 
 
-@pytest.mark.parametrize("clears", ["optimizer", "model", "optimizer, to zeros"])
-def test_a_pass_whose_gradients_are_cleared_is_forgotten(clears: str) -> None:
+CLEARS: dict[str, Callable[[NGD, nn.Module], None]] = {
+    "optimizer": lambda optimizer, _: optimizer.zero_grad(),
+    "optimizer, to zeros": lambda optimizer, _: optimizer.zero_grad(set_to_none=False),
+    "model": lambda _, model: model.zero_grad(),
+    "model, to zeros": lambda _, model: model.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "monte_carlo"])
+@pytest.mark.parametrize("clears", CLEARS)
+def test_a_pass_whose_gradients_are_cleared_is_forgotten(clears: str, fisher: Any) -> None:
+    if fisher == "monte_carlo" and clears.startswith("model"):
+        pytest.skip("fisher_backward belongs to a forward pass, not to grad: the optimizer has to be told")
     x, y = batch()
     weights = []
     for perturbs in (True, False):
         model = mlp()
-        optimizer = NGD(model, NGDConfig(lr=0.1, staleness=FixedInterval(steps=2)))
+        config = {"lr": 0.1, "staleness": FixedInterval(steps=2), "fisher": {"kind": fisher}}
+        optimizer = NGD(model, NGDConfig.model_validate(config))
         for _ in range(4):
             if perturbs:  # as the first pass of SAM, or a generator's step through its discriminator
-                (3 * F.cross_entropy(model(x.flip(0)), y)).backward()
-            if clears == "model":
-                model.zero_grad()
-            else:
-                optimizer.zero_grad(set_to_none=clears == "optimizer")
-            F.cross_entropy(model(x), y).backward()
+                output = model(x.flip(0))
+                optimizer.fisher_backward(output)
+                (3 * F.cross_entropy(output, y)).backward()
+            CLEARS[clears](optimizer, model)
+            output = model(x)
+            optimizer.fisher_backward(output)
+            F.cross_entropy(output, y).backward()
             optimizer.step()
             model.zero_grad()
+        weights.append(flat(model))
+
+    assert_same(*weights)
+
+
+def test_a_batch_that_is_given_up_after_its_fisher_pass_is_forgotten() -> None:
+    x, y = batch()
+    weights = []
+    for gives_up in (True, False):
+        model = mlp()
+        optimizer = NGD(model, NGDConfig(lr=0.1, fisher=MonteCarlo()))
+        for _ in range(3):
+            optimizer.zero_grad()
+            if gives_up:
+                optimizer.fisher_backward(model(5 * x))  # its loss is NaN, say: on to the next batch
+                optimizer.zero_grad()
+            output = model(x)
+            optimizer.fisher_backward(output)
+            F.cross_entropy(output, y).backward()
+            optimizer.step()
         weights.append(flat(model))
 
     assert_same(*weights)
@@ -213,6 +248,58 @@ def test_gradients_that_autograd_returned_and_the_loop_set_are_the_steps_own() -
         weights.append(flat(model))
 
     assert_same(*weights)
+
+
+@pytest.mark.parametrize("first", ["probe", "create_graph"])
+def test_of_passes_that_returned_their_gradients_those_that_were_set_count(first: str) -> None:
+    x, y = batch()
+    weights = []
+    for has_first in (True, False):
+        model = mlp()
+        parameters = list(model.parameters())
+        optimizer = NGD(model, NGDConfig(lr=0.1))
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if has_first and first == "probe":
+                torch.autograd.grad(3 * F.cross_entropy(model(x.flip(0)), y), parameters)
+            elif has_first:
+                torch.autograd.grad(loss, parameters, create_graph=True)
+            for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                p.grad = g
+            optimizer.step()
+        weights.append(flat(model))
+
+    assert_same(*weights)
+
+
+def test_probes_hold_nothing_until_the_step() -> None:
+    x, y = batch(8)
+    model = mlp()
+    optimizer = NGD(model)
+    parameters = list(model.parameters())
+
+    def held() -> int:
+        return sum(
+            len(arrived) for passes in optimizer._capture._passes.values() for arrived in passes._returned.values()
+        )
+
+    for _ in range(20):
+        torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+
+    assert held() == len(optimizer.layers)
+
+
+def test_nothing_keeps_an_optimizer_alive() -> None:
+    model = mlp()
+    optimizer = NGD(model, NGDConfig(fisher=MonteCarlo()))
+    model(batch()[0])  # a forward pass that is never differentiated
+    gone = weakref.ref(optimizer), weakref.ref(model)
+
+    del optimizer, model
+    gc.collect()
+
+    assert [reference() for reference in gone] == [None, None]
 
 
 def test_a_loss_with_derivatives_in_it_is_one_pass() -> None:
@@ -307,7 +394,8 @@ def test_an_unforeseen_pass_leaves_the_old_inverses_in_use() -> None:
     assert {key.layer for key in optimizer._capture.take()} == before.keys()
 
 
-def test_one_module_in_two_reentrant_blocks_is_one_pass() -> None:
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_one_module_in_two_reentrant_blocks_is_one_pass(micro_batches: int) -> None:
     x, y = batch()
     found = []
     for reentrant in (True, False):
@@ -315,16 +403,57 @@ def test_one_module_in_two_reentrant_blocks_is_one_pass() -> None:
         torch.manual_seed(2)
         for p in model.parameters():
             nn.init.normal_(p)
-        optimizer = NGD(model)
-        inputs = x.clone().requires_grad_()
-        hidden = checkpoint(model[0], inputs, use_reentrant=reentrant)
-        hidden = checkpoint(model[0], hidden, use_reentrant=reentrant)
-        F.cross_entropy(model[1](hidden), y).backward()
+        optimizer = NGD(model, NGDConfig(micro_batches=micro_batches))
+        for _ in range(2):
+            inputs = x.clone().requires_grad_()
+            hidden = checkpoint(model[0], inputs, use_reentrant=reentrant)
+            hidden = checkpoint(model[0], hidden, use_reentrant=reentrant)
+            (F.cross_entropy(model[1](hidden), y) / micro_batches).backward()
         found.append(captured(optimizer))
 
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert_same(value, found[1][name])
+
+
+@pytest.mark.parametrize("method", ["kfac", "lngd"])
+def test_an_unforeseen_pass_takes_part_in_the_length_of_the_step(method: str) -> None:
+    x, y = batch()
+    weights = []
+    for apart in (True, False):
+        model = mlp()
+        config = {
+            "lr": 0.01,
+            "momentum": 0.0,
+            "step_length": {"kind": "layer_wise"},
+            "staleness": FixedInterval(steps=50),
+        }
+        optimizer = NGD(model, NGDConfig.model_validate(config | {"preconditioner": METHODS[method]}))
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first, second = F.cross_entropy(model(x), y), F.cross_entropy(model(x.flip(1)), y)
+        if apart:
+            first.backward()
+            second.backward()
+        else:
+            (first + second).backward()
+        optimizer.step()
+        weights.append(flat(model))
+
+    assert_same(*weights, tolerance=1e-9)
+
+
+def test_a_model_that_is_checkpointed_as_a_whole_has_the_samples_of_its_batch() -> None:
+    model = mlp()
+    optimizer = NGD(model)
+    for samples in (64, 40):
+        x, y = batch(samples)
+        optimizer.zero_grad()
+        F.cross_entropy(checkpoint(model, x.requires_grad_(), use_reentrant=True), y).backward()
+        optimizer.step()
+
+    assert optimizer.stats.step == 2
 
 
 # --- gradient accumulation --------------------------------------------------------------------------------------------

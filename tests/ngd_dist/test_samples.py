@@ -1,6 +1,7 @@
 """What counts as a sample, and which positions count: N of each forward pass, padding, what models return."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, Bernoulli, Empirical, Exact, FixedInterval, MonteCarlo
+from ngd_dist.config import EKFAC, KFAC, LNGD, AdaptiveInterval, Bernoulli, Empirical, Exact, FixedInterval, MonteCarlo
 from ngd_dist.errors import CaptureError, ConfigError
 
 F64 = torch.float64
@@ -139,6 +140,76 @@ def test_layers_that_disagree_outside_the_model_are_an_error_and_can_be_told() -
     assert all(torch.equal(value, found[name]) for name, value in captured(plain).items())
 
 
+def test_a_list_of_inputs_counts_its_members() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4)).double()
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            logits: Tensor = self.net(torch.stack(images))
+            return logits
+
+    torch.manual_seed(0)
+    images, y = [torch.randn(3, 4, 4, dtype=F64) for _ in range(6)], torch.randint(0, 4, (6,))
+    found = []
+    for states in (False, True):
+        model = Images()
+        optimizer = NGD(model)
+        with optimizer.samples(6) if states else nullcontext():
+            F.cross_entropy(model(images), y).backward()
+        found.append(captured(optimizer))
+
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_model_that_calls_itself_or_broke_off_has_the_samples_of_its_batch() -> None:
+    class Taught(Timed):
+        depth = 0
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            if len(x) == 1:
+                raise MemoryError
+            logits = super().forward(t, x)
+            if self.depth == 0:
+                self.depth = 1
+                with torch.no_grad():
+                    taught = self(t, x[:7])
+                self.depth, logits = 0, logits + 0 * taught.mean()
+            return logits
+
+    x, y = batch()
+    t = torch.ones((), dtype=F64)
+    model, plain = Taught(), Timed()
+    optimizer, expected = NGD(model), NGD(plain)
+    with pytest.raises(MemoryError):
+        model(t, x[:1])
+
+    (F.cross_entropy(model(t, x), y) + 0 * model.loss(x, y)).backward()
+
+    (F.cross_entropy(plain(t, x), y) + 0 * plain.loss(x, y)).backward()
+    wanted = captured(expected)
+    assert all(torch.equal(value, wanted[name]) for name, value in captured(optimizer).items())
+
+
+def test_fisher_backward_takes_the_outputs_of_many_forward_passes() -> None:
+    x, y = batch()
+    found = []
+    for at_once in (False, True):
+        model = Timed()
+        optimizer = NGD(model, NGDConfig(fisher=Exact()))
+        views = (x, 2 * x.flip(0), 3 * x)
+        t = torch.ones((), dtype=F64)
+        outputs = (model(t, torch.cat(views)).chunk(3)) if at_once else tuple(model(t, view) for view in views)
+        optimizer.fisher_backward(outputs)
+        sum(F.cross_entropy(output, y) for output in outputs).backward()
+        found.append(captured(optimizer)["net.0.A"])
+
+    # The same rows: as positions of 64 samples, and as 192 samples.
+    torch.testing.assert_close(found[0], 3 * found[1])
+
+
 def test_batches_of_two_sizes_in_one_loss_are_an_error() -> None:
     x, y = batch()
     model = Timed()
@@ -173,14 +244,15 @@ def token_loss(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
+@pytest.mark.parametrize("staleness", [FixedInterval(), AdaptiveInterval()], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_padding_changes_no_step(method: str, ahead: bool) -> None:
+def test_padding_changes_no_step(method: str, ahead: bool, staleness: Any) -> None:
     x, y = tokens()
     weights = []
     for data in ((x, y), padded(x, y, 50, ahead=ahead)):
         model = tagger()
-        config = NGDConfig(lr=0.1, damping=1e-3, preconditioner=METHODS[method], staleness=FixedInterval())
+        config = NGDConfig(lr=0.1, damping=1e-3, preconditioner=METHODS[method], staleness=staleness)
         optimizer = NGD(model, config)
         for _ in range(3):
             optimizer.zero_grad()
@@ -189,6 +261,39 @@ def test_padding_changes_no_step(method: str, ahead: bool) -> None:
         weights.append(flat(model))
 
     torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["kfac", "reduce"])
+def test_halves_of_a_ragged_batch_add_up_to_the_whole(method: str) -> None:
+    """Adaptive intervals measure noise by halves of the batch; fixed ones do not."""
+    x, y = tokens()
+    y[:4, 2:], y[6, 1:] = -100, -100
+    found = []
+    for staleness in (AdaptiveInterval(), FixedInterval()):
+        model = tagger()
+        optimizer = NGD(model, NGDConfig(preconditioner=METHODS[method], staleness=staleness))
+        token_loss(model(x), y).backward()
+        found.append(captured(optimizer))
+
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_probe_through_the_same_forward_pass_makes_no_padding_count() -> None:
+    x, y = padded(*tokens(), 50)
+    weights = []
+    for probes in (True, False):
+        model = tagger()
+        optimizer = NGD(model, NGDConfig(lr=0.1))
+        seen = x.clone().requires_grad_()
+        logits = model(seen)
+        if probes:
+            torch.autograd.grad(logits.sum(), seen, retain_graph=True)
+        token_loss(logits, y).backward()
+        optimizer.step()
+        weights.append(flat(model))
+
+    torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-14)
 
 
 def test_padding_of_different_lengths_counts_the_positions_that_are_there() -> None:

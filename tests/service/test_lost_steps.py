@@ -104,7 +104,9 @@ def test_late_delivery_is_the_controller_s_alone_and_fills_the_hole(store: SQLSt
     store.ingest(first, left, is_late=True)
     store.ingest(f"{claim.job.id}-a2", [event(1, started(resumed_step=4)), steps(2, 5)])
 
-    assert [span.last_step for span in store.spans(claim.job.id, "curves", Wanted(most_steps=100, most_spans=100)).spans] == [1, 2, 3, 4, 5]
+    assert [
+        span.last_step for span in store.spans(claim.job.id, "curves", Wanted(most_steps=100, most_spans=100)).spans
+    ] == [1, 2, 3, 4, 5]
     assert lost(store, claim.job.id) == []
 
 

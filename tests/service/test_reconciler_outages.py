@@ -430,4 +430,6 @@ def test_events_that_were_written_after_the_end_are_read_before_the_next_attempt
     controller.ticks(2)
 
     assert phase(store, ref) == (Phase.STARTING, 2)
-    assert [span.last_step for span in store.spans("job_1", "curves", Wanted(most_steps=100, most_spans=100)).spans] == [1, 2]
+    assert [
+        span.last_step for span in store.spans("job_1", "curves", Wanted(most_steps=100, most_spans=100)).spans
+    ] == [1, 2]
