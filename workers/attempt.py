@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ngd_dist.comm import Communicator
+from ngd_dist.comm import Communicator, end_collectives
 from workers.context import TrainContext, device_of
 from workers.ending import conclude, failure, summary
 from workers.errors import SpecError, WorkerError
@@ -31,6 +31,7 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
     """Collective over the default group, if there is one. Returns how the attempt ended, the same on every rank."""
     spec, facts, comm = attempt_dir.read_spec(), attempt_dir.read_facts(), Communicator()
     reporter = _open_reporter(attempt_dir) if comm.rank == 0 else SilentReporter()
+    is_broken = True  # until it is known that all ranks end here
     try:
         context = TrainContext(
             comm=comm,
@@ -40,11 +41,17 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
             attempt=facts.attempt,
             reporter=reporter,
         )
-        return train(spec, context)
+        outcome = train(spec, context)
+        is_broken = False
     except WorkerError as error:
-        return failure(error)
+        outcome = failure(error)
+        is_broken = False
     finally:
-        reporter.close()
+        try:
+            end_collectives(is_broken=is_broken)
+        finally:
+            reporter.close()
+    return outcome
 
 
 def main() -> None:
