@@ -214,8 +214,8 @@ class Communicator:
             yield
         except RuntimeError as error:
             self._postmortem.failed(str(error), ticket)  # before the others fail by what follows, and look for it
-            assert self._main is not None  # of several ranks
-            _close_links(self._main, _asides.get(self._main))
+            if self._main is not None:  # else `end_collectives` has closed them
+                _close_links(self._main, _asides.get(self._main))
             raise CollectiveError(
                 f"collective {ticket.collective!r} failed on {self._postmortem.rank_names[self.rank]} of "
                 f"{self.world_size}: {self._postmortem.explain()}. Torch says: {str(error).strip()}"

@@ -1,28 +1,24 @@
-"""Ranks that come to a true end of the interpreter: ``python -m tests.support.ways_out '{"way": "returns", ...}'``.
+"""Ranks that come to a true end of the interpreter. START HERE: `run_ways_out`.
 
 A process that has imported torch once forks them, so that a start costs a fraction of a second; each rank then leaves
-by the end of this module, as a script does, and not by the `os._exit` of multiprocessing, which finalizes nothing.
-Writes a line of JSON for each pair: the exit statuses of its ranks, negative for a signal, and what they wrote.
+by the end of the script, and not by the `os._exit` of multiprocessing, which finalizes nothing.
 """
 
 import atexit
-import os
-
-# What a rank calls last, straight from C: it tells the other rank that it is ending, and then keeps the interpreter to
-# itself until that is finalized. So a thread of gloo whose exchange the other rank has completed meanwhile finds
-# nothing finalized yet, waits for the interpreter, and is thrown out of it, as on a busy machine now and then.
-BELL = 90  # a file descriptor
-atexit.register(sum, range(60_000_000))
-atexit.register(os.write, BELL, b"!")
-
+import gc
 import json
+import os
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,11 +27,50 @@ from ngd_dist.comm import Communicator, Pending
 from ngd_dist.errors import CollectiveError
 from tests.support.ranks import free_port
 
+BELL = 90  # a file descriptor
+HOLD = 30_000_000  # numbers to add up: about half a second
+
+# What runs last at the exit of rank 1, straight from C: it tells rank 0, and then keeps the interpreter to itself until
+# the interpreter is being finalized. A thread of gloo whose exchange rank 0 completes meanwhile waits for the
+# interpreter, and is thrown out of it: what happens on a busy machine now and then happens each time.
+SCRIPT = f"""
+import atexit, os
+atexit.register(sum, range({HOLD}))
+atexit.register(os.write, {BELL}, b"!")
+from tests.support.ways_out import main
+main()
+"""
+
+
+def run_ways_out(times: Mapping[str, int], timeout_s: float) -> list[dict[str, Any]]:
+    """Returns how each pair of ranks ended: its way, the ranks' exit statuses (negative: a signal), their stderr."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(dict(times))],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
 
 def gloo_threads() -> list[str]:
-    """Returns the names of this process's threads that are gloo's."""
-    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
-    return sorted(name for name in names if "gloo" in name)
+    """Returns the names of this process's threads that are gloo's and stay."""
+    for _ in range(100):  # a thread that was joined is listed for a moment
+        names = [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := _name(task))]
+        if not names:
+            break
+        time.sleep(0.02)
+    return names
+
+
+def _name(task: Path) -> str:
+    try:
+        return (task / "comm").read_text().strip()
+    except OSError:  # it has just ended
+        return ""
 
 
 class Pair:
@@ -108,8 +143,8 @@ WAYS: dict[str, Callable[[Pair], None]] = {
 kept: dict[str, object] = {}  # as a script's globals: alive until the interpreter is finalized
 
 
-def run_pair(way: str, folder: Path) -> dict[str, list[object]] | None:
-    """Returns how the two ranks ended; None in a rank, which then leaves by the end of this module."""
+def run_pair(way: str, folder: Path) -> dict[str, Any] | None:
+    """Returns how the two ranks ended; None in a rank, which then leaves by the end of the script."""
     port = free_port()
     reader, writer = os.pipe()
     os.dup2(writer, BELL)
@@ -120,7 +155,7 @@ def run_pair(way: str, folder: Path) -> dict[str, list[object]] | None:
         if pid == 0:
             descriptor = os.open(folder / str(rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(descriptor, 2)
-            if rank == 0:
+            if rank == 0 or way in (returns.__name__, destroys.__name__):
                 stay_silent()
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
             torch.set_num_threads(1)
@@ -140,16 +175,16 @@ def stay_silent() -> None:
 
 
 def main() -> None:
-
-    folder = Path(tempfile.mkdtemp())
+    for name in ("ngd_dist.optimizer", "torch._dynamo"):  # once for all ranks: torch's optimizers import its compiler
+        import_module(name)
+    gc.freeze()  # the ranks' own garbage is little
+    folder = Path(tempfile.mkdtemp())  # a rank must not remove it at its end
     for way, times in json.loads(sys.argv[1]).items():
         for _ in range(times):
             ended = run_pair(way, folder)
             if ended is None:
                 return
-            print(json.dumps({"way": way} | ended), flush=True)
+            sys.stdout.write(json.dumps({"way": way} | ended) + "\n")
+            sys.stdout.flush()
+    shutil.rmtree(folder)
     stay_silent()
-
-
-if __name__ == "__main__":
-    main()
