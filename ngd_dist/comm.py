@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
+from dataclasses import dataclass
 from datetime import timedelta
 from traceback import clear_frames
 from typing import Any, Generic, TypeVar, cast
@@ -38,12 +39,13 @@ from ngd_dist.postmortem import Postmortem, Store, Ticket
 __all__ = ["Communicator", "Pending", "end_collectives"]
 
 ENDING_S = 5.0  # for collectives that are still under way at the end: the other ranks end at about the same time
+NO_LIMIT = timedelta(0)  # but that of the group
 FAILING_S = 1.0  # for a collective to fail after its links were closed: that takes milliseconds
 
 # By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
 _postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
 _asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-_under_way: WeakKeyDictionary[dist.ProcessGroup, set[dist.Work]] = WeakKeyDictionary()
+_under_way: WeakKeyDictionary[dist.ProcessGroup, set["_Launched"]] = WeakKeyDictionary()
 _communicators: "WeakSet[Communicator]" = WeakSet()  # those of several ranks, which hold a group
 
 
@@ -62,6 +64,20 @@ class Pending(Generic[T]):
         if not self._found:
             self._found.append(self._finish())
         return self._found[0]
+
+
+@dataclass(eq=False, slots=True)
+class _Launched:
+    """The hold on torch's work of a collective, given up when it has ended: it holds gloo's links and tensors."""
+
+    work: dist.Work | None
+    is_ended: bool = False
+
+    def wait(self, timeout: timedelta = NO_LIMIT) -> None:
+        """Raises: RuntimeError if the collective failed, or is still under way after the timeout."""
+        if self.work is not None:
+            self.work.wait(timeout)
+            self.work = None
 
 
 class Communicator:
@@ -185,15 +201,15 @@ class Communicator:
 
     def _pending(self, ticket: Ticket, work: dist.Work | None, finish: Callable[[], T]) -> Pending[T]:
         assert self._main is not None  # of several ranks
-        under_way = _under_way.setdefault(self._main, set())
-        if work is not None:
-            under_way.add(work)
+        launched, under_way = _Launched(work), _under_way.setdefault(self._main, set())
+        under_way.add(launched)
 
         def wait() -> T:
+            if launched.is_ended:
+                raise CollectiveError(f"collective {ticket.collective!r} was ended by end_collectives()")
             with self._blaming(ticket):
-                if work is not None:
-                    under_way.discard(work)
-                    work.wait()
+                under_way.discard(launched)
+                launched.wait()
             return finish()
 
         return Pending(wait)
@@ -234,14 +250,16 @@ def end_collectives(*, is_broken: bool = False) -> None:
     """
     deadline_s = time.monotonic() + (0.0 if is_broken else ENDING_S)
     for group in list(_postmortems):  # of which there was a Communicator, whether it lives or not
-        works, aside = _under_way.pop(group, set()), _asides.pop(group, None)
+        under_way, aside = _under_way.pop(group, set()), _asides.pop(group, None)
         if _has_gloo(group):
-            _end_works(works, deadline_s)
-            if is_broken or not all(work.is_completed() for work in works):
+            _end_all(under_way, deadline_s)
+            if is_broken or any(launched.work is not None for launched in under_way):
                 _close_links(group, aside)
-                _end_works(works, time.monotonic() + FAILING_S)
+                _end_all(under_way, time.monotonic() + FAILING_S)
             if aside is not None:
                 dist.destroy_process_group(aside)
+        for launched in under_way:
+            launched.work, launched.is_ended = None, True
     for communicator in list(_communicators):
         communicator._group = communicator._main = None
     _communicators.clear()
@@ -266,10 +284,10 @@ def _end_at_exit() -> None:
         gc.collect()
 
 
-def _end_works(works: Collection[dist.Work], deadline_s: float) -> None:
-    for work in works:
+def _end_all(under_way: Collection[_Launched], deadline_s: float) -> None:
+    for launched in under_way:
         with suppress(RuntimeError):  # it failed, or the deadline has passed
-            work.wait(timedelta(seconds=max(deadline_s - time.monotonic(), 0.001)))  # 0 stands for no limit
+            launched.wait(timedelta(seconds=max(deadline_s - time.monotonic(), 0.001)))
 
 
 def _has_gloo(group: dist.ProcessGroup | None) -> bool:
