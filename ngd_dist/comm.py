@@ -9,15 +9,25 @@ that rank then closes its own links, so that all others fail at once too, and ea
 the collective, this rank and who is to blame. The group is of no use after it. Under NCCL collectives are only
 queued: the watchdog of torch ends the process when the timeout is over, and a CollectiveError comes only where
 TORCH_NCCL_BLOCKING_WAIT=1 makes each collective wait.
+
+Gloo's threads must end before the interpreter does: a thread that lets go of a tensor after that aborts the process
+(https://github.com/pytorch/pytorch/issues/190489). `end_collectives` ends them, and runs at a process's exit by itself.
 """
 
+import atexit
+import gc
+import os
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
+from dataclasses import dataclass
 from datetime import timedelta
+from traceback import clear_frames
 from typing import Any, Generic, TypeVar, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -26,11 +36,17 @@ from torch import Tensor
 from ngd_dist.errors import CollectiveError
 from ngd_dist.postmortem import Postmortem, Store, Ticket
 
-__all__ = ["Communicator", "Pending"]
+__all__ = ["Communicator", "Pending", "end_collectives"]
+
+ENDING_S = 5.0  # for collectives that are still under way at the end: the other ranks end at about the same time
+NO_LIMIT = timedelta(0)  # but that of the group
+FAILING_S = 1.0  # for a collective to fail after its links were closed: that takes milliseconds
 
 # By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
 _postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
 _asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+_under_way: WeakKeyDictionary[dist.ProcessGroup, set["_Launched"]] = WeakKeyDictionary()
+_communicators: "WeakSet[Communicator]" = WeakSet()  # those of several ranks, which hold a group
 
 
 T = TypeVar("T")
@@ -50,6 +66,20 @@ class Pending(Generic[T]):
         return self._found[0]
 
 
+@dataclass(eq=False, slots=True)
+class _Launched:
+    """The hold on torch's work of a collective, given up when it has ended: it holds gloo's links and tensors."""
+
+    work: dist.Work | None
+    is_ended: bool = False
+
+    def wait(self, timeout: timedelta = NO_LIMIT) -> None:
+        """Raises: RuntimeError if the collective failed, or is still under way after the timeout."""
+        if self.work is not None:
+            self.work.wait(timeout)
+            self.work = None
+
+
 class Communicator:
     """A process group, or one process without any. Tensors must be contiguous and on the group's device."""
 
@@ -62,6 +92,8 @@ class Communicator:
         self._is_aside = False
         self._main = (group or dist.group.WORLD) if self.world_size > 1 else None
         self._postmortem = None if self._main is None else _postmortem_of(self._main)
+        if self._main is not None:
+            _communicators.add(self)
 
     def aside(self) -> "Communicator":
         """Collective. Returns these ranks over links of their own: collectives there and here may come in any order.
@@ -76,6 +108,7 @@ class Communicator:
                 _asides[self._main] = _group_like(self._main, self.device)
         aside = copy(self)
         aside._group, aside._is_aside = _asides[self._main], True
+        _communicators.add(aside)
         return aside
 
     def begin_all_reduce(self, name: str, tensor: Tensor, *, kinds: Mapping[str, int]) -> Pending[Tensor]:
@@ -167,10 +200,16 @@ class Communicator:
         return sent
 
     def _pending(self, ticket: Ticket, work: dist.Work | None, finish: Callable[[], T]) -> Pending[T]:
+        assert self._main is not None  # of several ranks
+        launched, under_way = _Launched(work), _under_way.setdefault(self._main, set())
+        under_way.add(launched)
+
         def wait() -> T:
+            if launched.is_ended:
+                raise CollectiveError(f"collective {ticket.collective!r} was ended by end_collectives()")
             with self._blaming(ticket):
-                if work is not None:
-                    work.wait()
+                under_way.discard(launched)
+                launched.wait()
             return finish()
 
         return Pending(wait)
@@ -178,6 +217,8 @@ class Communicator:
     @contextmanager
     def _named(self, name: str) -> Iterator[Ticket]:
         assert self._postmortem is not None  # of several ranks
+        if self._main is None:
+            raise CollectiveError(f"collective {name!r} came after end_collectives(); make a new Communicator")
         ticket = self._postmortem.enter(name, is_aside=self._is_aside)
         with self._blaming(ticket):
             yield ticket
@@ -189,7 +230,8 @@ class Communicator:
             yield
         except RuntimeError as error:
             self._postmortem.failed(str(error), ticket)  # before the others fail by what follows, and look for it
-            self._close_links()
+            if self._main is not None:  # else `end_collectives` has closed them
+                _close_links(self._main, _asides.get(self._main))
             raise CollectiveError(
                 f"collective {ticket.collective!r} failed on {self._postmortem.rank_names[self.rank]} of "
                 f"{self.world_size}: {self._postmortem.explain()}. Torch says: {str(error).strip()}"
@@ -198,18 +240,75 @@ class Communicator:
             self._postmortem.raised(f"{type(error).__name__}: {error}")
             raise
 
-    def _close_links(self) -> None:
-        """Makes the collectives of all other ranks fail now, not after their own timeouts, which may be long."""
-        assert self._main is not None  # of several ranks
-        for group in (self._main, _asides.get(self._main)):
-            if group is None or "cpu:gloo" not in dist.get_backend_config(group):
-                continue
-            for peer in set(range(self.world_size)) - {self.rank}:
-                # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
-                with suppress(RuntimeError):
-                    receive = dist.irecv(torch.empty(1), group=group, group_src=peer)
-                    if receive is not None:
-                        receive.wait(timedelta(milliseconds=1))
+
+def end_collectives(*, is_broken: bool = False) -> None:
+    """Ends what Communicators began: collectives under way, links aside, and their hold on the groups. They end too.
+
+    Not collective, but waits some seconds for what other ranks have a part in. If it does not come, or at once when
+    this rank `is_broken`, this rank's links are closed, so that everything over them fails. The process group is left
+    to whoever made it: after its `destroy_process_group` no thread of gloo is left.
+    """
+    deadline_s = time.monotonic() + (0.0 if is_broken else ENDING_S)
+    for group in list(_postmortems):  # of which there was a Communicator, whether it lives or not
+        under_way, aside = _under_way.pop(group, set()), _asides.pop(group, None)
+        if _has_gloo(group):
+            _end_all(under_way, deadline_s)
+            if is_broken or any(launched.work is not None for launched in under_way):
+                _close_links(group, aside)
+                _end_all(under_way, time.monotonic() + FAILING_S)
+            if aside is not None:
+                dist.destroy_process_group(aside)
+        for launched in under_way:
+            launched.work, launched.is_ended = None, True
+    for communicator in list(_communicators):
+        communicator._group = communicator._main = None
+    _communicators.clear()
+    gc.collect()  # an optimizer, its hooks and its model hold each other, and groups and collectives
+
+
+os.register_at_fork(after_in_child=_postmortems.clear)  # gloo's threads, and what to end, stay with the parent
+
+
+@atexit.register
+def _end_at_exit() -> None:
+    """Ends what a script has left. The end of the process would close the links as well."""
+    if not _postmortems:
+        return
+    error = getattr(sys, "last_value", None)
+    while error is not None:  # the frames of an error that ended the script hold its models
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    end_collectives(is_broken=True)
+    if dist.is_initialized() and _has_gloo(dist.group.WORLD):
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def _end_all(under_way: Collection[_Launched], deadline_s: float) -> None:
+    for launched in under_way:
+        with suppress(RuntimeError):  # it failed, or the deadline has passed
+            launched.wait(timedelta(seconds=max(deadline_s - time.monotonic(), 0.001)))
+
+
+def _has_gloo(group: dist.ProcessGroup | None) -> bool:
+    """Returns whether the group has links of gloo; no longer, once it was destroyed."""
+    try:
+        return "cpu:gloo" in dist.get_backend_config(group)
+    except (ValueError, TypeError):  # torch says it in two ways
+        return False
+
+
+def _close_links(*groups: dist.ProcessGroup | None) -> None:
+    """Makes the collectives of all other ranks fail now, not after their own timeouts, which may be long."""
+    for group in groups:
+        if group is None or not _has_gloo(group):
+            continue
+        for peer in set(range(dist.get_world_size(group))) - {dist.get_rank(group)}:
+            # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
+            with suppress(RuntimeError):
+                receive = dist.irecv(torch.empty(1), group=group, group_src=peer)
+                if receive is not None:
+                    receive.wait(timedelta(milliseconds=1))
 
 
 def _is_part_of_a_split(group: dist.ProcessGroup) -> bool:

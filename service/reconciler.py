@@ -288,11 +288,12 @@ class Reconciler:
             self._metrics.attempt_ended("lost" if is_lost else result)
 
     def _act(self, ref: AttemptRef, claim: Claim, decision: Decision) -> str | None:
-        """Does what was decided. Returns why it was not done, if it is to be tried again."""
+        """Does what was decided. Returns why it was not done."""
         try:
             self._do(ref, claim, decision)
         except DispatchError as error:
             self._apply(claim, Decision(Phase.FAILED, "DispatchFailed", str(error), ends_attempt=True), None)
+            return str(error)
         except BackendError as error:
             self._note_trouble(decision.action, error)
             log.warning("not_done attempt=%s action=%s error=%s", ref.attempt_id, decision.action, error)

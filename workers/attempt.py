@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ngd_dist.comm import Communicator
+from ngd_dist.comm import Communicator, end_collectives
 from workers.context import TrainContext, device_of
 from workers.ending import conclude, failure, summary
 from workers.errors import SpecError, StorageError, WorkerError
@@ -37,6 +37,7 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
     facts = insist(attempt_dir.read_facts, f"read {attempt_dir.facts}", patience_s=READ_S)
     comm = Communicator()
     reporter: Reporter = SpoolingReporter(attempt_dir, on_restart=RESTARTED) if comm.rank == 0 else SilentReporter()
+    is_broken = True  # until it is known that all ranks end here
     try:
         context = TrainContext(
             comm=comm,
@@ -47,11 +48,17 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
             reporter=reporter,
         )
         with kept_in(attempt_dir.rank_log(comm.rank)):
-            return train(spec, context)
+            outcome = train(spec, context)
+        is_broken = False
     except WorkerError as error:
-        return failure(error)
+        outcome = failure(error)
+        is_broken = False
     finally:
-        reporter.close()
+        try:
+            end_collectives(is_broken=is_broken)
+        finally:
+            reporter.close()
+    return outcome
 
 
 def main() -> None:

@@ -216,7 +216,7 @@ def test_migrations_may_be_started_at_once(postgresql_database: str, tmp_path: P
         done = list(pool.map(lambda _: migrate(postgresql_database, tmp_path / "home"), range(3)))
 
     assert [(result.returncode, result.stderr) for result in done] == [(0, "")] * 3
-    assert {result.stdout.partition(" is at ")[2] for result in done} == {"revision 0003\n"}
+    assert {result.stdout.partition(" is at ")[2] for result in done} == {"revision 0004\n"}
     assert not (tmp_path / "home").exists()
 
 

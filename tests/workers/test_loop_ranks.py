@@ -3,10 +3,13 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ngd_dist.comm import Communicator
+from ngd_dist.errors import CollectiveError
 from tests.support.attempts import make_attempt, records, small_spec, spooled
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, run_survivors
+from tests.support.ways_out import gloo_threads
 from workers.attempt import run_rank
 from workers.context import TrainContext
 from workers.learner import Learner
@@ -139,3 +142,34 @@ def test_failure_of_one_rank_in_preparation_ends_all_with_its_message(tmp_path):
 
     assert outcomes[0] == outcomes[1]
     assert re.search("this machine has no data", json.dumps(outcomes[0]))
+
+
+def ended(rank: int, world_size: int, attempts: dict[str, AttemptDir]) -> tuple[dict[str, object], list[str]]:
+    """Returns what became of each attempt in one process, and gloo's threads after the last and its group's end."""
+    found: dict[str, object] = {}
+    for name, attempt in attempts.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "raised" and rank == 1:
+                patch.setattr(Run, "evaluate", raise_an_error)
+            try:
+                found[name] = run_rank(attempt).result
+            except (CollectiveError, ZeroDivisionError) as error:
+                found[name] = type(error).__name__
+    dist.destroy_process_group()
+    return found, gloo_threads()
+
+
+def raise_an_error(self: Run) -> None:
+    raise ZeroDivisionError
+
+
+def test_no_thread_of_gloo_is_left_however_the_loop_ends(tmp_path):
+    made = {name: make_attempt(tmp_path / name, split(2, "ngd")) for name in ("succeeded", "cancelled", "raised")}
+    made["cancelled"].stop.touch()
+
+    first, second = run_survivors(2, ended, made, doomed=set(), timeout_s=60).values()
+
+    for found, threads in (first, second):
+        assert found | {"raised": ""} == {"succeeded": "succeeded", "cancelled": "cancelled", "raised": ""}
+        assert threads == []
+    assert {first[0]["raised"], second[0]["raised"]} == {"CollectiveError", "ZeroDivisionError"}
