@@ -87,6 +87,7 @@ class Capture:
         self._single: set[str] = set()
         self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
         self._clear()
+        self._gradient_hook, self._accumulation_hook = weakly(self._on_gradient), weakly(self._on_accumulated)
         self._activations = Activations(model) if self._reads_slopes else None
         handles = [model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True)]
         on_run = weakly(self._on_run)
@@ -251,8 +252,10 @@ class Capture:
             return
         self._has_run = True
         is_due = layer.name in self.measurement.due
+        if not (self.measurement.keeps_rows or is_due):
+            return
         trained = [p for p in layer.parameters if p.requires_grad]
-        if not (self.measurement.keeps_rows or is_due) or not trained or layer.replaced():
+        if not trained or layer.replaced():
             return
         expected, size = layer.expected_input(x), x.shape[layer.batch_dim] if x.ndim > layer.batch_dim else 0
         if expected is not None:
@@ -278,11 +281,9 @@ class Capture:
         handles = self._accumulation.setdefault(layer.name, {})
         for p in trained:
             if p not in handles:
-                hook = partial(weakly(self._on_accumulated), layer.name)
-                handles[p] = p.register_post_accumulate_grad_hook(hook)
-        output.register_hook(partial(weakly(self._on_gradient), layer.name, run))
+                handles[p] = p.register_post_accumulate_grad_hook(partial(self._accumulation_hook, layer.name))
+        output.register_hook(partial(self._gradient_hook, layer.name, run))
 
-    @torch.no_grad()
     def _on_gradient(self, name: str, run: NotedRun, g: Tensor) -> None:
         """Takes the gradient of a run, if the pass that brings it may count."""
         if self._is_blind:
@@ -307,7 +308,6 @@ class Capture:
         passes.arrive(backward_task(), run, g.detach() if is_measured else None, is_returned=adds is None)
         self.batches.differentiated(run.batch)
 
-    @torch.no_grad()
     def _on_accumulated(self, name: str, parameter: nn.Parameter) -> None:
         """Takes the pass that is under way for one of the step's own: it has added to the layer's `grad`.
 

@@ -1,6 +1,6 @@
 """This rank's gradients: without a GradScaler's factor, and whether they are all finite."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class Gradients:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], loss_scale: LossScale, comm: Communicator) -> None:
         self._parameters = parameters
+        self._all = frozenset(parameters.values())
         self._loss_scale = loss_scale
         self._comm = comm
 
@@ -38,14 +39,14 @@ class Gradients:
             bad = (~all_finite(found)).float().view(1) if found else torch.zeros(1, device=device)
         return torch.cat([bad, bad.new_full((1,), len(self._parameters) - len(found))])
 
-    def there(self, *, everywhere: bool, averaged: bool) -> Set[nn.Parameter]:
+    def there(self, *, everywhere: bool, averaged: bool) -> Collection[nn.Parameter]:
         """Returns the parameters that have a gradient on any rank; collective unless all have one `everywhere`.
 
         averaged: whether NGD averages gradients: an engine that does gives the same ones to all ranks.
         """
         parameters = self._parameters.values()
         if everywhere:
-            return set(parameters)
+            return self._all
         flags = [p.grad is not None for p in parameters]
         if self._comm.world_size > 1 and averaged:
             counts = torch.tensor(flags, dtype=torch.float32, device=next(iter(parameters)).device)

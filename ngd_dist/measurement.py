@@ -123,13 +123,15 @@ class Measurement:
             kept = [replace(run, slope=None) for run in runs]
             self.rows.setdefault(name, []).append(self._rows_of(name, kept, scale, ignores=ignores))
         if self.source is Source.LOSS and name in self.due:
-            self._estimate(name, runs, replace(LOSS_PASS, scale=scale, ignores=ignores))
+            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores))
             if self.estimates.passes[name] == self._config.micro_batches:
                 self.hand_over(name)
 
     @torch.no_grad()
     def add_fisher(self, name: str, arrivals: Arrivals, origin: Pass) -> None:
         """Takes one backward pass of the Fisher's own. Raises: CaptureError."""
+        for run, _ in arrivals:
+            self.check(name, run)
         self._estimate(name, self._with_gradients(name, arrivals), origin)
 
     def forget(self, name: str) -> None:
@@ -160,8 +162,6 @@ class Measurement:
 
     def _with_gradients(self, name: str, arrivals: Arrivals) -> list[NotedRun]:
         """Returns the runs with their gradients. Raises: CaptureError where they are of batches of several sizes."""
-        for run, _ in arrivals:
-            self.check(name, run)
         runs = [run.with_gradient(name, g) for run, g in arrivals if g is not None]
         sizes = sorted({run.samples * run.sharers for run in runs})
         if len(sizes) > 1:

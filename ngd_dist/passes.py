@@ -6,7 +6,7 @@ count for nothing, and whoever sets `grad` to what `torch.autograd.grad` returne
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -37,7 +37,9 @@ class NotedRun(Run):
     def with_gradient(self, layer: str, g: Tensor) -> "NotedRun":
         """Returns the run with its gradient, and with what of it the batch decides. Raises: CaptureError."""
         samples, sharers = self.batch.of_run(layer, self.size)
-        return replace(self, g=g, samples=samples, sharers=sharers)
+        return NotedRun(
+            self.kept, samples, sharers, g=g, slope=self.slope, size=self.size, batch=self.batch, within=self.within
+        )
 
 
 # The gradient is None where the pass counts and nothing is made of it: the Fisher has passes of its own.

@@ -219,8 +219,9 @@ class Rows:
     @cached_property
     def a_BNPI(self) -> Tensor:
         a_BNPI = self._cat([self._layer.inputs(run.kept) for run in self._runs])
-        if self.counted_BNP is None or self._layer.shape.has_one_hot_inputs:
+        if not self._ignores or self._layer.shape.has_one_hot_inputs:
             return a_BNPI
+        assert self.counted_BNP is not None
         # Not a product: what stands at padding may be NaN.
         return a_BNPI.masked_fill(~self.counted_BNP.unsqueeze(-1), 0)
 
@@ -246,7 +247,8 @@ class Rows:
 
         Where the loss ignores some they differ: [B, N], on the rows' device.
         """
-        if self.counted_BNP is not None:
+        if self._ignores:
+            assert self.counted_BNP is not None
             return self.counted_BNP.sum(2).double()
         counts = [
             [p * g.shape[1] / self.samples for p in self._layer.positions(run.kept, g)]
