@@ -268,7 +268,10 @@ class Capture:
             )
         within = backward_task()
         batch = self.batches.current(is_recomputed=within != OUTSIDE_BACKWARD)
-        batch.check(layer.name, size)
+        try:
+            batch.check(layer.name, size)
+        except CaptureError as error:
+            raise self.measurement.error(str(error)) from None
         with torch.no_grad():
             kept = layer.keep(x.detach(), output.detach())
         run = NotedRun(kept, size=size, batch=batch, within=within)
