@@ -48,7 +48,7 @@ __all__ = ["Capture"]
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 8  # forward passes that fisher_backward may still be given
+MAX_PENDING = 6  # forward passes that fisher_backward may still be given
 
 
 class Capture:
