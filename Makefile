@@ -32,9 +32,10 @@ demo: $(STAMP) ## run the main job: a service, a training job on two workers, it
 serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:8000
 	$(BIN)/ngd serve
 
-# Most tests wait for processes to start: two files at a time keep two cores busy.
+# Most tests wait for processes to start: two files at a time keep two cores busy. Files with few tests are the long
+# ones here, so that xdist's order, which takes them last, would leave one core idle at the end.
 test: $(STAMP) browser cluster-tools ## run the tests
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) image-tools cluster-tools ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 3600

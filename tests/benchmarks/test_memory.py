@@ -25,6 +25,7 @@ def test_ngd_holds_an_inverse_for_each_factor_and_nothing_unnamed(tiny_model: st
     assert found["other"] < 100
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_share_the_inverses() -> None:
     rows = memory.measure(["mlp"], ["ngd"], 8, world_size=2)

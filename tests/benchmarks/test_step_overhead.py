@@ -84,6 +84,7 @@ def test_bound_is_half_the_overhead_of_the_best_dense_rival() -> None:
     assert "| curvlinops kfac | 1/1 | fails | | | | ValueError: no |" in text
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_give_one_row_each_optimizer() -> None:
     rows = on_two_ranks(Plan("mlp", 8, blocks=1, steps=1, settle=1, names=("sgd", "ngd")))

@@ -87,6 +87,7 @@ def test_reader_logs_in_reads_acts_and_is_thrown_out_with_the_key(
     assert complaints == []
 
 
+@pytest.mark.slow
 def test_service_ends_soon_under_open_pages_and_streams(service: ServiceProcess, browser: BrowserContext) -> None:
     expect.set_options(timeout=PAGE_MS)
     job = service.client.submit(SPEC)

@@ -235,6 +235,7 @@ def test_what_is_not_there_says_so_in_our_words(service: ServiceProcess, page: P
     complaints[:] = [text for text in complaints if "404" not in text]
 
 
+@pytest.mark.slow
 def test_age_of_an_ended_job_moves_on(service: ServiceProcess, page: Page) -> None:
     job = service.client.submit(small_spec(name="steps", schedule={"steps": 3}).model_dump(mode="json"))
     ended = service.client.wait(job.id, timeout_s=60)

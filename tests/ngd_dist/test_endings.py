@@ -21,6 +21,7 @@ pytestmark = pytest.mark.ranks
 ENDS = {"returns": [0, 0], "destroys": [0, 0], "raises": [1, 1], "exits": [3, 3], "is_told_to_stop": [0, -15]}
 
 
+@pytest.mark.slow
 def test_every_way_out_of_a_process_keeps_its_status() -> None:
     ended = run_ways_out(dict.fromkeys(ENDS, 1), timeout_s=200)
 

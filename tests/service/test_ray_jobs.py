@@ -118,6 +118,7 @@ def lose(response: httpx.Response) -> httpx.Response:
     raise httpx.ReadTimeout("the answer was lost", request=None)
 
 
+@pytest.mark.slow
 def test_submission_whose_answer_was_lost_is_taken_for_what_it_is(make: Make, ref: AttemptRef, tmp_path: Path) -> None:
     dispatcher = with_fault(make(), Faulty("POST", lose))
     with pytest.raises(BackendUnavailableError, match=r"does not answer \((the answer was lost|timed out)\)"):

@@ -55,6 +55,7 @@ def processes_of(attempt_id: str) -> dict[int, str]:
     return titles
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_of_a_killed_driver_end_with_its_attempt(start_service: Callable[..., ServiceProcess]) -> None:
     service = start_service(driver_command=None, retry_backoff_s=5)

@@ -88,6 +88,7 @@ def test_what_one_is_told_the_other_knows(pair: Pair, tmp_path: Path) -> None:
     assert second.client.logs(jobs[0].id).count("attempt 1 of steps") == 1
 
 
+@pytest.mark.slow
 def test_attempt_and_browser_are_known_to_both(pair: Pair, tmp_path: Path) -> None:
     first, second = pair
     job = first.client.submit(spec("waits"))

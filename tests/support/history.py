@@ -18,10 +18,10 @@ def start_job(store: Store) -> Claim:
     """Returns a job that runs, with a live attempt."""
     now = datetime.now(UTC)
     store.create_job(f"job_{ULID()}", "long", small_spec(name="long").model_dump(mode="json"), now)
-    (claim,) = store.claim(lease_token="history", now=now, lease_s=3600, max_running=1)
+    (claim,) = store.claim(lease_token="history", now=now, lease_s=3600, max_running=100)
     assert store.apply(claim, Decision(Phase.STARTING, action=Action.NEW_ATTEMPT), now)
     store.release(claim)
-    (claim,) = store.claim(lease_token="history", now=now, lease_s=3600, max_running=1)
+    (claim,) = store.claim(lease_token="history", now=now, lease_s=3600, max_running=100)
     assert store.apply(claim, Decision(Phase.RUNNING), now)
     return claim
 

@@ -87,7 +87,9 @@ def test_killed_worker_is_replaced_and_training_goes_on_from_the_checkpoint(tmp_
     assert events[-1].kind == "cancelled"
     assert checkpoints.newest_step() == outcome.step > starts[1]
     log = attempt.log.read_text()
-    assert "] this rank stops: " in log  # the one that was not killed
+    # The other rank waits some seconds for the dead one's word before it says that it stops; Ray may end it before.
+    assert "A worker died or was killed" in log
+    assert f"resumed from the checkpoint of step {starts[1]}" in log
     assert "Traceback" not in log
     assert "frame #" not in log  # of C++
 
