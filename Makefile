@@ -22,8 +22,8 @@ $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "uv>=0.9"
 
-$(STAMP): $(BIN)/uv pyproject.toml uv.lock
-	$(BIN)/uv sync --frozen --quiet --extra dev
+$(STAMP): $(BIN)/uv pyproject.toml workers/pyproject.toml service/pyproject.toml uv.lock
+	$(BIN)/uv sync --frozen --quiet
 	@touch $@
 
 demo: $(STAMP) ## run the main job: a service, a training job on two workers, its result beside SGD's
@@ -56,7 +56,7 @@ gpu: $(STAMP) ## run what needs one GPU, in under ten minutes; says so where the
 	$(BIN)/python -m benchmarks.gpu_suite
 
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/uv sync --frozen --quiet --extra dev --extra bench
+	$(BIN)/uv sync --frozen --quiet --group bench
 	@touch $@
 
 bench: $(BENCH_STAMP) ## measure on this CPU, for two hours or more; writes benchmarks/results/; needs NGD_DATA_DIR

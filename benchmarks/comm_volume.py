@@ -29,9 +29,9 @@ from benchmarks.models import batches, count_parameters, model_of
 from benchmarks.ranks import on_ranks
 from benchmarks.record import folder_for, write
 from ngd_dist import NGD, NGDConfig
+from ngd_dist.distributed.wire import Wire
 from ngd_dist.inversion import solve
-from ngd_dist.statistics import Key
-from ngd_dist.strategies.wire import Wire
+from ngd_dist.statistics.statistic import Key
 
 CASE = ("model", "ranks", "batch", "steps")
 KINDS = ("statistics", "gradients", "inverses", "directions", "reports", "control")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.factors import seconds, spectrum_of, successor
 from benchmarks.record import folder_for, write
+from ngd_dist.capture.coverage import cover
 from ngd_dist.config import CholeskyInversion, NewtonSchulzInversion, NGDConfig
-from ngd_dist.coverage import cover
 from ngd_dist.inversion import Inverse, ToInvert, eigen, solve
 from ngd_dist.inversion.direct import damped
 from ngd_dist.inversion.newton_schulz import spectral_radius

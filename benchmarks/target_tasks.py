@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from workers.data import load_dataset
-from workers.spec import IDX
+from ngd_workers.contract.spec import IDX
+from ngd_workers.data import load_dataset
 
 __all__ = ["TASKS", "Data", "Task"]
 

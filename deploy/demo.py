@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from service.client import Client, ServiceError, ServiceUnreachableError
-from service.follow import follow
-from service.resources import Job
+from ngd_service.cli.follow import follow
+from ngd_service.client.client import Client, ServiceError, ServiceUnreachableError
+from ngd_service.resources import Job
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".ngd" / "demo"
@@ -48,7 +48,7 @@ def _service() -> Iterator[Client]:
     HOME.mkdir(parents=True)
     log = HOME / "service.log"
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "service", "--port", "0", "--home", str(HOME)]
+        command = [sys.executable, "-m", "ngd_service", "--port", "0", "--home", str(HOME)]
         # In a session of its own: Ctrl-C reaches this process alone, which cancels the jobs while the service is up.
         process = subprocess.Popen(
             command,
@@ -91,7 +91,7 @@ def _cancel_all(client: Client) -> None:
 
 
 def _run(client: Client, recipe: str, console: Console) -> Job:
-    job = client.submit((ROOT / "workers" / "recipes" / recipe).read_text())
+    job = client.submit((ROOT / "workers" / "ngd_workers" / "recipes" / recipe).read_text())
     return follow(client, job.id, console)
 
 

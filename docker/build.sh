@@ -24,7 +24,7 @@ fi
 read -r -a build <<<"$BUILDER build"
 [[ $BUILDER != *buildah* ]] || build+=(--format docker)
 
-version=${VERSION:-$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)}
+version=${VERSION:-$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' ngd_dist/__init__.py)}
 arguments=(--build-arg "VERSION=$version" --build-arg "SOURCE=${SOURCE:-unknown}")
 if git rev-parse --quiet --verify HEAD >/dev/null 2>&1; then
   revision=$(git rev-parse HEAD)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes /opt/ngd, the Python environment of an image, inside its builder stage. Each command is one layer:
 #   environment.sh tools                     uv, hatchling and cyclonedx-py in /opt/tools, pinned by build.txt
-#   environment.sh dependencies EXTRA...     what uv.lock pins for these extras, each file checked by its hash
+#   environment.sh dependencies GROUP        what uv.lock pins for this dependency group, each file checked by its hash
 #   environment.sh dependencies-cuda ...     the same: PyPI's torch brings the CUDA libraries, and runs on CPUs too
 #   environment.sh dependencies-cpu ...      with PyTorch's CPU build in place of torch and the CUDA libraries
-#   environment.sh project                   this project's own wheel, bytecode for everything, and the bill of materials
+#   environment.sh project                   this project's own wheels, bytecode for everything, and the bill of materials
 # Settings of the package index come from the secret "package-index" (lines NAME=value: UV_DEFAULT_INDEX, UV_INDEX,
 # PIP_INDEX_URL ...) and from "ca-certificates" (a PEM file); neither is kept in a layer.
 set -euo pipefail
@@ -36,13 +36,9 @@ tools() {
   "$TOOLS/bin/pip" install --quiet --require-hashes --no-deps --requirement docker/build.txt
 }
 
-# lock OPTION...: writes what uv.lock pins as requirements with hashes, the project itself left out.
+# lock --only-group GROUP OPTION...: writes what uv.lock pins as requirements with hashes, our own packages left out.
 lock() {
-  "$TOOLS/bin/uv" export --quiet --frozen --no-dev --no-emit-project --no-header --no-annotate "$@"
-}
-
-options_of() {
-  for extra in "$@"; do echo --extra "$extra"; done
+  "$TOOLS/bin/uv" export --quiet --frozen --no-emit-workspace --no-header --no-annotate "$@"
 }
 
 install() {
@@ -51,8 +47,7 @@ install() {
 
 dependencies() {
   python3 -m venv --without-pip "$TARGET"
-  # shellcheck disable=SC2046  # one word per option
-  lock $(options_of "$@") >/tmp/locked.txt
+  lock --only-group "$1" >/tmp/locked.txt
   install --require-hashes --no-deps --requirement /tmp/locked.txt
 }
 
@@ -60,10 +55,8 @@ dependencies() {
 # alone are pinned by version. CPU_TORCH names others, where a mirror has no such version.
 dependencies_cpu() {
   python3 -m venv --without-pip "$TARGET"
-  # shellcheck disable=SC2046
-  lock $(options_of "$@") --prune torch --prune torchvision >/tmp/locked.txt
-  # shellcheck disable=SC2046
-  lock $(options_of "$@") --no-hashes >/tmp/all.txt
+  lock --only-group "$1" --prune torch --prune torchvision >/tmp/locked.txt
+  lock --only-group "$1" --no-hashes >/tmp/all.txt
   local wanted
   read -r -a wanted <<<"${CPU_TORCH:-$(sed -n -E 's/^(torch|torchvision)==([^ ;]+).*/\1==\2/p' /tmp/all.txt | xargs)}"
   grep -vE '^(torch|torchvision)==' /tmp/all.txt >/tmp/constraints.txt
@@ -72,7 +65,7 @@ dependencies_cpu() {
 }
 
 project() {
-  "$TOOLS/bin/uv" build --quiet --wheel --no-build-isolation --python "$TOOLS/bin/python" --out-dir /tmp/wheel
+  "$TOOLS/bin/uv" build --quiet --all-packages --wheel --no-build-isolation --python "$TOOLS/bin/python" --out-dir /tmp/wheel
   # By pip: uv would note the wheel's time of making beside it.
   "$TOOLS/bin/pip" --python "$TARGET/bin/python" install --quiet --no-index --no-deps --no-compile /tmp/wheel/*.whl
   rm -f "$TARGET/.lock" # of uv, and writable for all
@@ -86,11 +79,11 @@ project() {
 # Templates inside of packages need not be valid Python: hence || true.
 bytecode() {
   PYTHONHASHSEED=0 "$TARGET/bin/python" -m compileall -q -f -j 1 --invalidation-mode unchecked-hash "$TARGET/lib" >/dev/null || true
-  [[ -n $(find "$TARGET/lib" -path '*service/__pycache__/app.*.pyc' -print -quit) ]]
+  [[ -n $(find "$TARGET/lib" -path '*ngd_service/__pycache__/app.*.pyc' -print -quit) ]]
 }
 
 materials() {
-  "$TOOLS/bin/cyclonedx-py" environment "$TARGET/bin/python" --pyproject pyproject.toml --mc-type application \
+  "$TOOLS/bin/cyclonedx-py" environment "$TARGET/bin/python" --pyproject service/pyproject.toml --mc-type application \
     --output-reproducible --spec-version 1.6 --output-format JSON --output-file "$MATERIALS"
 }
 

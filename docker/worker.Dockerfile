@@ -17,9 +17,11 @@ COPY docker/environment.sh docker/build.txt docker/
 RUN --mount=type=secret,id=package-index --mount=type=secret,id=ca-certificates \
     docker/environment.sh tools
 COPY pyproject.toml uv.lock ./
+COPY workers/pyproject.toml workers/
+COPY service/pyproject.toml service/
 RUN --mount=type=secret,id=package-index --mount=type=secret,id=ca-certificates \
     CPU_TORCH_INDEX="${CPU_TORCH_INDEX}" CPU_TORCH="${CPU_TORCH}" \
-    docker/environment.sh "dependencies-${VARIANT}" cluster service postgres kuberay
+    docker/environment.sh "dependencies-${VARIANT}" worker-image
 COPY README.md LICENSE ./
 COPY ngd_dist ngd_dist
 COPY workers workers

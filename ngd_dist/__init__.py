@@ -1,6 +1,6 @@
 """Natural gradient for PyTorch, on one rank or thousands. Start at `optimizer.NGD`.
 
-Names load on first use, so that `ngd_dist.config` and `ngd_dist.cost` cost no torch.
+Names load on first use, so that `ngd_dist.config` and `ngd_dist.factors.cost` cost no torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from ngd_dist.optimizer import NGD
     from ngd_dist.sharded_state import ShardedState
 
-__all__ = ["NGD", "NGDConfig", "ShardedState"]
+__all__ = ["NGD", "NGDConfig", "ShardedState", "__version__"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -12,26 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ngd_dist.adaptation import Adaptation
-from ngd_dist.capture import Capture
+from ngd_dist.capture.capture import Capture
+from ngd_dist.capture.coverage import check_engine, check_sparse, cover, is_averaged_by_ddp, unwrap
+from ngd_dist.capture.measurement import Measurement
+from ngd_dist.capture.output_fisher import OutputFisher
 from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
-from ngd_dist.comm import Communicator
 from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
-from ngd_dist.coverage import check_engine, check_sparse, cover, is_averaged_by_ddp, unwrap
 from ngd_dist.curvature import Curvature, cargo_of, schedule_for
+from ngd_dist.distributed import Strategy, build_strategy
+from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import ConfigError
-from ngd_dist.fallback import Fallback
-from ngd_dist.gradients import Gradients
-from ngd_dist.hooks import weakly
 from ngd_dist.layers import Layer
-from ngd_dist.loss_scale import LossScale
-from ngd_dist.measurement import Measurement
-from ngd_dist.output_fisher import OutputFisher
-from ngd_dist.param_groups import Uncopied, check_group, take_in
+from ngd_dist.layers.hooks import weakly
 from ngd_dist.preconditioners import preconditioner_for
-from ngd_dist.staleness import Schedule
-from ngd_dist.step_length import StepLength
-from ngd_dist.strategies import Strategy, build_strategy
+from ngd_dist.statistics.staleness import Schedule
+from ngd_dist.step.adaptation import Adaptation
+from ngd_dist.step.fallback import Fallback
+from ngd_dist.step.gradients import Gradients
+from ngd_dist.step.length import StepLength
+from ngd_dist.step.loss_scale import LossScale
+from ngd_dist.step.param_groups import Uncopied, check_group, take_in
 from ngd_dist.telemetry import StepStats, Stopwatch
 
 __all__ = ["Assembly"]

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngd_dist.comm import Communicator
 from ngd_dist.curvature import Curvature
+from ngd_dist.distributed import Strategy
+from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CheckpointError
-from ngd_dist.fallback import Fallback
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Preconditioner
-from ngd_dist.staleness import Schedule, Track
-from ngd_dist.statistics import Key
-from ngd_dist.strategies import Strategy
+from ngd_dist.statistics.staleness import Schedule, Track
+from ngd_dist.statistics.statistic import Key
+from ngd_dist.step.fallback import Fallback
+from ngd_dist.step.update import MomentumMode
 from ngd_dist.telemetry import StepStats
-from ngd_dist.update import MomentumMode
 
 __all__ = ["LayerFormat", "SavedState", "check_format", "from_bytes", "to_bytes"]
 

@@ -11,14 +11,14 @@ from math import isclose
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.finite import is_finite
+from ngd_dist.distributed import Cargo, Collected, Field, Report, Strategy
+from ngd_dist.factors.storage import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, ToInvertRows, solve
-from ngd_dist.inversion.storage import Caches
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
-from ngd_dist.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
-from ngd_dist.statistics import Key, Statistic
-from ngd_dist.strategies import Cargo, Collected, Field, Report, Strategy
+from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
+from ngd_dist.statistics.statistic import Key, Statistic
+from ngd_dist.step.finite import is_finite
 from ngd_dist.telemetry import Refresh
 
 __all__ = ["Curvature", "cargo_of", "schedule_for"]

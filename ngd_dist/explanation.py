@@ -5,10 +5,10 @@ from math import prod
 from typing import Any
 
 from ngd_dist.config import AdamWFallback, NGDConfig
-from ngd_dist.fallback import lr_ratio
+from ngd_dist.distributed import Strategy
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Preconditioner
-from ngd_dist.strategies import Strategy
+from ngd_dist.step.fallback import lr_ratio
 
 __all__ = ["explain"]
 

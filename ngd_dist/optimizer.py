@@ -9,16 +9,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ngd_dist import failures, update
-from ngd_dist.adaptation import Objective
 from ngd_dist.assembly import Assembly
-from ngd_dist.coverage import check_held, check_owned
-from ngd_dist.damping import damping_after
+from ngd_dist.capture.coverage import check_held, check_owned
+from ngd_dist.distributed import Collected, Findings, Local, Report
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
-from ngd_dist.staleness import Verdict
-from ngd_dist.statistics import Key
-from ngd_dist.strategies import Collected, Findings, Local, Report
+from ngd_dist.statistics.staleness import Verdict
+from ngd_dist.statistics.statistic import Key
+from ngd_dist.step import failure_budget as failures
+from ngd_dist.step import update
+from ngd_dist.step.adaptation import Objective
+from ngd_dist.step.damping import damping_after
 from ngd_dist.telemetry import Adapted, StepStats
 
 __all__ = ["NGD"]

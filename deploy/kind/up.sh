@@ -10,8 +10,8 @@ cd "$(dirname "$0")/../.."
 CLUSTER=ngd NAMESPACE=ngd
 MODE=${MODE:-kuberay}
 KUBERAY=${KUBERAY:-1.7.0}
-VERSION=${VERSION:-$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)}
-RECIPE=${1:-workers/recipes/digits.yaml}
+VERSION=${VERSION:-$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' ngd_dist/__init__.py)}
+RECIPE=${1:-workers/ngd_workers/recipes/digits.yaml}
 IMAGES=("ngd-service:$VERSION" "ngd-worker:$VERSION-cpu")
 
 case $MODE in

@@ -5,9 +5,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ngd_dist.factors.woodbury import damped_inverse, product_left
 from ngd_dist.inversion.ladder import ending_of
 from ngd_dist.inversion.problem import Eigen, Ending, Inverse, Method
-from ngd_dist.woodbury import damped_inverse, product_left
 
 __all__ = [
     "Found",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer, OnRun
 from ngd_dist.layers.linear_calls import LinearCalls
 

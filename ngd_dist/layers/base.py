@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ngd_dist.cost import LayerShape
-from ngd_dist.hooks import ModuleHook
-from ngd_dist.kronecker import second_moment
+from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.kronecker import second_moment
+from ngd_dist.layers.hooks import ModuleHook
 
 __all__ = ["Layer", "OnRun", "Replicate", "Rows", "Run", "statistics_dtype"]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.autocorrelation import Window, is_worthwhile, patch_moment
 from ngd_dist.layers.base import Layer
 

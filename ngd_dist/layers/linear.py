@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
 
 __all__ = ["Linear", "TransposedLinear"]

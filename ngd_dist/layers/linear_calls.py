@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ngd_dist.hooks import ModuleHook, is_transformed
+from ngd_dist.layers.hooks import ModuleHook, is_transformed
 
 __all__ = ["LinearCalls", "OnLinear"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
 
 __all__ = ["ChannelNorm", "Norm"]

@@ -9,8 +9,8 @@ from typing import Any
 
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import NGDConfig
-from ngd_dist.cost import LayerShape
 from ngd_dist.errors import ConfigError
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.ekfac import EKFAC
 from ngd_dist.preconditioners.kfac import KFAC

@@ -8,11 +8,11 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.storage import Cache
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution
-from ngd_dist.inversion.storage import Cache
 from ngd_dist.layers.base import Rows
-from ngd_dist.statistics import StatisticSpec
+from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]
 

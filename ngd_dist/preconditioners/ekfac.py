@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ngd_dist.config import EKFAC as EKFACConfig
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.kronecker import from_basis, outer, to_basis
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.factors import Factors
-from ngd_dist.statistics import StatisticSpec
+from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["EKFAC"]
 

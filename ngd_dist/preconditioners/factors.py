@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ngd_dist.config import Sharing
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.kronecker import sampled, second_moment, square_moment
 from ngd_dist.inversion import Eigen, Ending, Problem, Solution, ToDecompose
-from ngd_dist.kronecker import sampled, second_moment, square_moment
 from ngd_dist.layers.base import Replicate, Rows
 from ngd_dist.preconditioners.base import Cache
-from ngd_dist.statistics import StatisticSpec
+from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["Decomposition", "Factors"]
 

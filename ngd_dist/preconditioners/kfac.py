@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ngd_dist.config import KFAC as KFACConfig
-from ngd_dist.cost import LayerShape
-from ngd_dist.damping import pi_split
+from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.kronecker import from_basis, mean_diagonal, outer, pi_split, precondition, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution, ToInvert, ToInvertRows, error_of
-from ngd_dist.kronecker import from_basis, mean_diagonal, outer, precondition, to_basis
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.preconditioners.factors import Factors

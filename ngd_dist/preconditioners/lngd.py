@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ngd_dist.config import LNGD as LNGDConfig
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.kronecker import mean_diagonal, precondition, second_moment, square_moment
 from ngd_dist.inversion import Problem, Solution, ToInvert, error_of
-from ngd_dist.kronecker import mean_diagonal, precondition, second_moment, square_moment
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
-from ngd_dist.statistics import StatisticSpec
+from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["LNGD"]
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.inversion import Ending, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
-from ngd_dist.statistics import StatisticSpec
+from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["UnitWise"]
 

@@ -1,4 +1,4 @@
-"""Each extra brings what its part needs, into an empty environment, and nothing heavier."""
+"""Each distribution and extra brings what its part needs, into an empty environment, and nothing heavier."""
 
 import subprocess
 import sys
@@ -8,25 +8,42 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 UV = str(Path(sys.executable).with_name("uv"))
-# What each extra must make importable, and what it must not bring.
+FOLDERS = (ROOT, ROOT / "workers", ROOT / "service")
+NOT_OF_THE_LIBRARY = {"ngd_workers", "ngd_service", "workers", "service"}
+# What each must make importable, and what it must not bring.
 EXTRAS = {
-    "": ("ngd_dist.config, ngd_dist.cost, ngd_dist.errors, workers.spec, workers.events", {"torch", "numpy"}),
-    "train": ("ngd_dist.optimizer", {"numpy", "ray", "torchvision", "transformers", "timm", "fastapi"}),
-    "workers": ("workers.loop, workers.driver, ray.train.torch", {"fastapi", "sqlalchemy"}),
-    "deepspeed": ("ngd_dist.optimizer, deepspeed", {"ray", "fastapi"}),
-    "service": ("service.app, service.cli, service.dashboard", {"torch", "ray", "psycopg"}),
-    "postgres": ("service.app, psycopg", {"torch", "ray"}),
+    "ngd-dist": ("ngd_dist.config, ngd_dist.factors.cost, ngd_dist.errors", {"torch", "numpy", *NOT_OF_THE_LIBRARY}),
+    "ngd-dist[train]": (
+        "ngd_dist.optimizer",
+        {"numpy", "ray", "torchvision", "transformers", "timm", "fastapi", *NOT_OF_THE_LIBRARY},
+    ),
+    "ngd-workers": ("ngd_workers.contract.spec, ngd_workers.contract.spec_file", {"torch", "numpy", "ngd_service"}),
+    "ngd-workers[train]": (
+        "ngd_workers.train.loop, ngd_workers.launch.driver, ray.train.torch",
+        {"fastapi", "sqlalchemy", "ngd_service"},
+    ),
+    "ngd-workers[deepspeed]": ("ngd_dist.optimizer, deepspeed", {"fastapi"}),
+    "ngd-service": ("ngd_service.app, ngd_service.cli.commands, ngd_service.dashboard", {"torch", "ray", "psycopg"}),
+    "ngd-service[postgres]": ("ngd_service.app, psycopg", {"torch", "ray"}),
 }
 
 
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheels")
+    for folder in FOLDERS:
+        subprocess.run([UV, "build", "--quiet", "--wheel", "--out-dir", str(target), str(folder)], check=True)
+    return target
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", EXTRAS)
-def test_extra_is_enough_for_its_part(tmp_path: Path, extra: str) -> None:
-    wanted, unwanted = EXTRAS[extra]
+@pytest.mark.parametrize("package", EXTRAS)
+def test_package_is_enough_for_its_part(wheels: Path, tmp_path: Path, package: str) -> None:
+    wanted, unwanted = EXTRAS[package]
     python = str(tmp_path / "venv" / "bin" / "python")
     subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, str(tmp_path / "venv")], check=True)
-    package = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    subprocess.run([UV, "pip", "install", "--quiet", "--python", python, package], check=True)
+    install = [UV, "pip", "install", "--quiet", "--python", python, "--find-links", str(wheels)]
+    subprocess.run([*install, package], cwd=tmp_path, check=True)
 
     code = f"""
 import importlib.util, {wanted}

@@ -3,20 +3,23 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(p for package in ("ngd_dist", "workers", "service") for p in (ROOT / package).rglob("*.py"))
+SHIPPED = sorted(
+    p for package in ("ngd_dist", "workers/ngd_workers", "service/ngd_service") for p in (ROOT / package).rglob("*.py")
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 LONGER = {"ngd_dist/config.py": 640}  # a flat list of small classes, read like a table
 # Which file alone may import a module: everything else goes through it.
 ONLY_HERE = {
-    "ray": ("workers/driver.py", "workers/ray_cluster.py"),
-    "sqlalchemy": ("service/store/",),
-    "alembic": ("service/store/",),
-    "kubernetes": ("service/dispatchers/rayjob_api.py",),
+    "ray": ("workers/ngd_workers/launch/driver.py", "workers/ngd_workers/launch/ray_cluster.py"),
+    "sqlalchemy": ("service/ngd_service/store/",),
+    "alembic": ("service/ngd_service/store/",),
+    "kubernetes": ("service/ngd_service/dispatchers/rayjob_api.py",),
 }
 COLLECTIVES = {"all_reduce", "all_to_all_single", "all_gather_object", "broadcast"}
 
@@ -66,7 +69,7 @@ def test_only_comm_calls_collectives() -> None:
         and node.value.id == "dist"
     }
 
-    assert calling == {"ngd_dist/comm.py"}
+    assert calling == {"ngd_dist/distributed/comm.py"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -82,7 +85,11 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
 def test_the_environment_is_read_in_one_place() -> None:
     reading = {str(p.relative_to(ROOT)) for p in SHIPPED if "os.environ" in p.read_text() or "getenv" in p.read_text()}
 
-    assert reading <= {"service/settings.py", "service/dispatchers/local.py", "workers/ray_cluster.py"}
+    assert reading <= {
+        "service/ngd_service/settings.py",
+        "service/ngd_service/dispatchers/local.py",
+        "workers/ngd_workers/launch/ray_cluster.py",
+    }
 
 
 def test_no_module_is_a_dumping_ground() -> None:
@@ -95,7 +102,7 @@ def test_public_names_change_only_on_purpose() -> None:
     import ngd_dist
     from ngd_dist import config
 
-    assert set(ngd_dist.__all__) == {"NGD", "NGDConfig", "ShardedState"}
+    assert set(ngd_dist.__all__) == {"NGD", "NGDConfig", "ShardedState", "__version__"}
     assert set(config.NGDConfig.model_fields) == {
         "preconditioner", "fisher", "staleness", "strategy", "lr", "momentum", "momentum_mode", "weight_decay",
         "weight_rescaling", "damping", "damping_rule", "step_length", "clip", "burn_in", "fallback", "ema_decay",
@@ -104,10 +111,20 @@ def test_public_names_change_only_on_purpose() -> None:
     }  # fmt: skip
 
 
+def test_the_three_distributions_are_of_one_version() -> None:
+    import ngd_dist
+
+    for folder, needs in {"workers": "ngd-dist", "service": "ngd-workers"}.items():
+        project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
+        assert project["version"] == ngd_dist.__version__
+        assert f"{needs}=={ngd_dist.__version__}" in project["dependencies"]
+
+
 def test_the_training_loop_needs_torch_and_pydantic_alone() -> None:
     """A machine with a GPU may have nothing else; data formats and launchers import what they need when used."""
     code = """
 import sys
+import tomllib
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {"numpy", "yaml", "httpx", "ray", "sklearn", "torchvision", "fastapi", "psutil"}:
@@ -115,7 +132,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import warnings
 warnings.simplefilter("ignore")  # torch misses numpy
-import ngd_dist.optimizer, workers.loop
+import ngd_dist.optimizer, ngd_workers.train.loop
 """
 
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -6,14 +6,14 @@ import shutil
 import stat
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from service.settings import ClientSettings, Settings
+import ngd_dist
+from ngd_service.settings import ClientSettings, Settings
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "compose"
@@ -64,7 +64,7 @@ def test_images_have_a_full_tag(name: str) -> None:
 
 
 def test_our_images_have_the_version_of_the_project() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = ngd_dist.__version__
 
     assert {service["image"] for service in SERVICES.values() if is_ours(service)} == {
         f"ngd-service:{version}",

@@ -3,18 +3,19 @@
 import re
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import ngd_dist
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kind"
 SCRIPT = FOLDER / "up.sh"
 CHART = ROOT / "helm" / "ngd"
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+VERSION = ngd_dist.__version__
 MODES = {
     "kuberay": {"dispatcher": {"mode": "kuberay"}},
     "ray_jobs": {"dispatcher": {"mode": "ray_jobs"}, "rayCluster": {"enabled": True}},
@@ -74,7 +75,9 @@ def test_files_and_names_in_the_script_exist() -> None:
     cluster = yaml.safe_load((FOLDER / "cluster.yaml").read_text())
     volume, claim = yaml.safe_load_all((FOLDER / "runs.yaml").read_text())
 
-    assert all((ROOT / path).exists() for path in re.findall(r"\b(?:deploy/kind|workers/recipes)/[\w.]+", script))
+    assert all(
+        (ROOT / path).exists() for path in re.findall(r"\b(?:deploy/kind|workers/ngd_workers/recipes)/[\w.]+", script)
+    )
     assert f"CLUSTER={cluster['name']} " in script
     assert [node["role"] for node in cluster["nodes"]] == ["control-plane"]
     assert volume["spec"]["hostPath"]["path"] in script

@@ -19,9 +19,9 @@ CHECKOV = ROOT / ".tools" / "checkov" / "bin" / "checkov"
 # What docker/ may name of the world outside; a mirror of one's own is given from outside.
 PUBLIC_HOSTS = {"download.pytorch.org"}
 LABELS = {"title", "description", "licenses", "version", "revision", "created", "source", "base.name"}
-EXTRAS = {
-    "service.Dockerfile": ("dependencies", "service postgres kuberay"),
-    "worker.Dockerfile": ('"dependencies-${VARIANT}"', "cluster service postgres kuberay"),
+GROUPS = {
+    "service.Dockerfile": ("dependencies", "service-image"),
+    "worker.Dockerfile": ('"dependencies-${VARIANT}"', "worker-image"),
 }
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -44,19 +44,16 @@ def final_stage(path: Path) -> list[tuple[str, str]]:
     return found[max(i for i, (name, _) in enumerate(found) if name == "FROM") :]
 
 
-def export(*options: str) -> dict[str, str]:
-    """Returns name -> version of what uv.lock pins, for every platform."""
-    command = [UV, "export", "--quiet", "--frozen", "--no-dev", "--no-emit-project", "--no-header", "--no-annotate"]
-    exported = subprocess.run([*command, "--no-hashes", *options], cwd=ROOT, capture_output=True, text=True, check=True)
+def export(group: str, *options: str) -> dict[str, str]:
+    """Returns name -> version of what uv.lock pins for a dependency group, for every platform."""
+    command = [UV, "export", "--quiet", "--frozen", "--only-group", group, "--no-emit-workspace", "--no-header"]
+    command += ["--no-annotate", "--no-hashes", *options]
+    exported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return dict(re.findall(r"^([\w.-]+)(?:\[[^]]*\])?==([^ ;\n]+)", exported.stdout, re.MULTILINE))
 
 
-def extras(names: str) -> list[str]:
-    return [word for name in names.split() for word in ("--extra", name)]
-
-
 def test_there_are_the_two_images_of_the_chart() -> None:
-    assert {path.name for path in FILES} == set(EXTRAS)
+    assert {path.name for path in FILES} == set(GROUPS)
 
 
 @every_file
@@ -156,13 +153,13 @@ def test_final_stage_has_no_build_tools(path: Path) -> None:
 @every_file
 def test_extras_are_those_of_the_chart(path: Path) -> None:
     commands = [words for name, words in instructions(path) if name == "RUN"]
-    command, wanted = EXTRAS[path.name]
+    command, wanted = GROUPS[path.name]
 
     assert any(words.endswith(f"docker/environment.sh {command} {wanted}") for words in commands)
 
 
 def test_service_has_neither_torch_nor_ray() -> None:
-    names = export(*extras(EXTRAS["service.Dockerfile"][1]))
+    names = export(GROUPS["service.Dockerfile"][1])
 
     assert {"fastapi", "psycopg", "kubernetes", "nicegui"} <= names.keys()
     assert not names.keys() & {"torch", "torchvision", "ray", "triton", "numpy"}
@@ -172,14 +169,14 @@ def test_worker_has_the_ray_of_the_lock_file() -> None:
     lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     ray = [package["version"] for package in lock if package["name"] == "ray"]
 
-    assert [export(*extras(EXTRAS["worker.Dockerfile"][1]))["ray"]] == ray
+    assert [export(GROUPS["worker.Dockerfile"][1])["ray"]] == ray
 
 
 def test_cpu_variant_brings_nothing_of_cuda() -> None:
     """What environment.sh prunes: the rest of CUDA hangs on torch alone."""
     script = (DOCKER / "environment.sh").read_text()
     pruned = re.findall(r"--prune (\w+)", script)
-    names = export(*extras(EXTRAS["worker.Dockerfile"][1]), *(word for name in pruned for word in ("--prune", name)))
+    names = export(GROUPS["worker.Dockerfile"][1], *(word for name in pruned for word in ("--prune", name)))
 
     assert pruned == ["torch", "torchvision"]
     assert "ray" in names
@@ -203,6 +200,7 @@ def test_context_holds_what_is_copied_and_nothing_else() -> None:
         for name, words in instructions(path)
         if name == "COPY" and "--from" not in words
         for source in words.split()[:-1]
+        if not source.startswith(("workers/", "service/"))  # a part of what is copied whole
     }
 
     assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from service.client import Client, ServiceError
-from service.resources import Job
+from ngd_service.client.client import Client, ServiceError
+from ngd_service.resources import Job
 from tests.support.browser import CHROMIUM, browser_page
 from tests.support.deadline import wait_until
 
@@ -47,7 +47,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
         port = free.getsockname()[1]
     environment = os.environ | {"NGD_HOME": str(tmp_path / "home"), "NGD_PORT": str(port)}
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "ngd_service"], env=environment)
     with Client(url) as client:
         try:
             wait_until(lambda: process.poll() is not None or _answers(client), "the service starts", timeout_s=60)

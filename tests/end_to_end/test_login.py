@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
-from service.access import SESSION_COOKIE
-from service.client import Client
+from ngd_service.auth.access import SESSION_COOKIE
+from ngd_service.client.client import Client
 from tests.support.attempts import small_spec
 from tests.support.keys import ALICE, BOB, write_keys
 from tests.support.service_process import ServiceProcess

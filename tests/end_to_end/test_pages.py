@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import pytest
 from playwright.sync_api import Page, expect
 
-from service.client import Client
-from service.resources import Job
-from service.store.sql import SQLStore
+from ngd_service.client.client import Client
+from ngd_service.resources import Job
+from ngd_service.store.sql import SQLStore
+from ngd_workers.contract.events import CheckpointSaved, Evaluation, Steps
 from tests.support.attempts import small_spec
 from tests.support.browser import CHROMIUM, browser_page
 from tests.support.deadline import wait_until
 from tests.support.history import long_record, numbered, tell
 from tests.support.service_process import ServiceProcess
-from workers.events import CheckpointSaved, Evaluation, Steps
 
 pytestmark = [
     pytest.mark.browser,

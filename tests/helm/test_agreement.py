@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from service.dispatchers.rayjob import groups_of, read_template, replicas_for
-from service.settings import ClientSettings, Settings
+import ngd_dist
+from ngd_service.dispatchers.rayjob import groups_of, read_template, replicas_for
+from ngd_service.settings import ClientSettings, Settings
+from ngd_workers.contract.spec import Resources
 from tests.support.chart import (
     CHART,
     ROOT,
@@ -22,7 +24,6 @@ from tests.support.chart import (
     render,
     values_of,
 )
-from workers.spec import Resources
 
 SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 RUNS, DATA = "/var/lib/ngd/runs", "/var/lib/ngd/data"
@@ -220,7 +221,7 @@ def test_controller_fills_the_rayjob_in(workers: int, tmp_path: Path) -> None:
 
 
 def test_versions_are_the_projects() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    project = ngd_dist.__version__
     lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())

@@ -13,8 +13,8 @@ import referencing
 import yaml
 from kubernetes_validate.utils import schema_contents
 
-from service.dispatchers.base import AttemptRef, Launch
-from service.dispatchers.rayjob import rayjob
+from ngd_service.dispatchers.base import AttemptRef, Launch
+from ngd_service.dispatchers.rayjob import rayjob
 from tests.helm.ray_schema import RAY_CLUSTER, broken_rules
 from tests.support.chart import (
     CHECKOV,
@@ -115,7 +115,7 @@ def filled_in(template: Object) -> Object:
     """As the controller sends it for an attempt of a job with two workers."""
     spec = {"name": "digits", "resources": {"workers": 2}}
     launch = Launch(AttemptRef("job_01KB0000000000000000000000", 1), spec, "token")
-    return rayjob(template, launch, "python -m workers.driver /var/lib/ngd/runs/job/attempts/1")
+    return rayjob(template, launch, "python -m ngd_workers.launch /var/lib/ngd/runs/job/attempts/1")
 
 
 def test_pods_of_an_attempt_keep_the_labels_that_policies_select() -> None:

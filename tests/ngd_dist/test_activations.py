@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.activations import ELEMENTWISE, is_activation
+from ngd_dist.capture.activations import ELEMENTWISE, is_activation
 from ngd_dist.config import KFAC, LayerWise
 from tests.reference.lngd import factors
 from tests.support.slopes import CONFIG, F64, captured, two_layers, weighed, with_ones

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import KFAC, FixedInterval
 from ngd_dist.errors import CaptureError
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.statistic import Key
 from tests.reference.layers import attention, kronecker_factors
 from tests.support.layer_runs import autograd_sample_gradients, layers_of, sample_gradients, watched
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ngd_dist.comm import Communicator
+from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CollectiveError
 from tests.support.ranks import run_ranks, run_survivors
 

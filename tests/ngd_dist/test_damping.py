@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngd_dist.config import ConstantDamping, ExponentialDamping, LevenbergMarquardt, PolynomialDamping
-from ngd_dist.damping import levenberg_marquardt, pi_split, reduction_ratio, scheduled
+from ngd_dist.factors.kronecker import pi_split
+from ngd_dist.step.damping import levenberg_marquardt, reduction_ratio, scheduled
 
 F64 = torch.float64
 LM = LevenbergMarquardt(decay=0.9, every=2, low=0.25, high=0.75, minimum=0.1, maximum=10.0)

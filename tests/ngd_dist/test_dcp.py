@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ngd_dist import NGD, NGDConfig, ShardedState
-from ngd_dist.comm import Communicator
+from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CheckpointError
 from tests.support.ranks import run_ranks
 

@@ -11,14 +11,14 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC as EKFACConfig
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import AdaptiveInterval, FixedInterval, Settings, Thresholds
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.inversion import Eigen, Ending, solver
 from ngd_dist.layers import Rows
 from ngd_dist.preconditioners import Cache, ekfac
 from ngd_dist.preconditioners.ekfac import EKFAC
 from ngd_dist.preconditioners.kfac import KFAC
-from ngd_dist.staleness import REFRESHED, Schedule, Verdict
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.staleness import REFRESHED, Schedule, Verdict
+from ngd_dist.statistics.statistic import Key
 from tests.reference import kronecker as dense
 from tests.support.refreshing import refresh
 from tests.support.rows import random_rows

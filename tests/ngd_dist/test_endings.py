@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ngd_dist import NGD
-from ngd_dist.comm import Communicator, end_collectives
+from ngd_dist.distributed.comm import Communicator, end_collectives
 from ngd_dist.errors import CollectiveError
 from tests.support.ranks import run_survivors
 from tests.support.ways_out import gloo_threads, run_ways_out

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, LNGD, AdaptiveInterval, Settings
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.inversion import error_of
 from ngd_dist.preconditioners import preconditioner_for
-from ngd_dist.staleness import Schedule, Verdict, judge_error
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.staleness import Schedule, Verdict, judge_error
+from ngd_dist.statistics.statistic import Key
 from tests.support.refreshing import refresh
 from tests.support.work import together
 

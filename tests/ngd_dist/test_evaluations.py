@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ngd_dist.quadratic import Objective, curvature_products, evaluate
+from ngd_dist.step.quadratic import Objective, curvature_products, evaluate
 
 F64 = torch.float64
 Tangent = Mapping[nn.Parameter, Tensor]

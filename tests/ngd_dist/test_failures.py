@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ngd_dist import NGD, postmortem
-from ngd_dist.comm import Communicator
+from ngd_dist import NGD
+from ngd_dist.distributed import postmortem
+from ngd_dist.distributed.comm import Communicator
+from ngd_dist.distributed.postmortem import Postmortem
 from ngd_dist.errors import CaptureError, CollectiveError, NgdError
-from ngd_dist.postmortem import Postmortem
 from tests.support.ranks import run_survivors
 
 TIMEOUT_S = 3.0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ngd_dist.config import AdamWFallback
 from ngd_dist.errors import CheckpointError
-from ngd_dist.fallback import Fallback
+from ngd_dist.step.fallback import Fallback
 
 F64 = torch.float64
 CONFIG = AdamWFallback(lr=0.01, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
+from ngd_dist.factors.storage import Caches, InverseDtype, store
 from ngd_dist.inversion import Inverse, ToInvert, solve
-from ngd_dist.inversion.storage import Caches, InverseDtype, store
 from tests.reference.inverses import spd
 from tests.support.training import train
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.errors import CaptureError
 from ngd_dist.layers import LAYERS, LAYERS_BY_NAME
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.statistic import Key
 from tests.reference.layers import kronecker_factors, unit_rows
 from tests.support.layer_runs import autograd_sample_gradients, layers_of, sample_gradients, watched
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ngd_dist.capture.likelihood import exact_gradients, outputs_per_sample, sampled_gradients
 from ngd_dist.config import Bernoulli, Categorical, Gaussian, LikelihoodChoice, Positions
 from ngd_dist.errors import ConfigError
-from ngd_dist.likelihood import exact_gradients, outputs_per_sample, sampled_gradients
 from tests.reference.generalised import output_hessian
 
 F64 = torch.float64

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import LNGD, GivenLength
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.inversion import Ending
 from ngd_dist.preconditioners import preconditioner_for
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.statistic import Key
 from tests.reference.lngd import direction, factors, layer_fisher, sampled_squares
 from tests.support.refreshing import refresh
 from tests.support.slopes import CONFIG, F64, captured, two_layers, weighed, with_ones

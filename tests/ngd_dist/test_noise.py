@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, FixedInterval, MonteCarlo, Settings
-from ngd_dist.staleness import Schedule, judge, threshold_for
-from ngd_dist.statistics import Key, Statistic, StatisticSpec
-from ngd_dist.strategies.base import Tally
+from ngd_dist.distributed.base import Tally
+from ngd_dist.statistics.staleness import Schedule, judge, threshold_for
+from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec
 from tests.support.ranks import run_ranks
 from tests.support.work import together
 

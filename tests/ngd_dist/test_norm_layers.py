@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD
 from ngd_dist.layers.batchnorm import normalisation_of
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.statistic import Key
 from tests.support.layer_runs import autograd_sample_gradients, layers_of, sample_gradients, watched
 
 F64 = torch.float64

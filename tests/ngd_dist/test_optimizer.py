@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.statistic import Key
 from tests.support.training import train
 
 F64 = torch.float64
@@ -399,7 +399,7 @@ def test_bad_settings_are_refused_by_name(settings: dict[str, float], field: str
 
 
 def test_the_configuration_imports_without_torch() -> None:
-    code = "import sys, ngd_dist, ngd_dist.config, ngd_dist.cost; assert 'torch' not in sys.modules"
+    code = "import sys, ngd_dist, ngd_dist.config, ngd_dist.factors.cost; assert 'torch' not in sys.modules"
 
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.comm import Communicator, Pending
+from ngd_dist.distributed.comm import Communicator, Pending
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, PreconditionerChoice, Settings
-from ngd_dist.cost import LayerShape
+from ngd_dist.factors.cost import LayerShape
 from ngd_dist.inversion import Ending
 from ngd_dist.layers import Rows
 from ngd_dist.preconditioners import PRECONDITIONERS, Cache, Preconditioner, preconditioner_for

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval
+from ngd_dist.distributed import Report
+from ngd_dist.distributed.parcel import Field, open_parcel, pack_parcel, parcel_size
+from ngd_dist.distributed.placement import Placement, place
 from ngd_dist.inversion import Ending
-from ngd_dist.placement import Placement, place
-from ngd_dist.staleness import REFRESHED, Schedule, Track, Verdict
-from ngd_dist.statistics import Key, Statistic, StatisticSpec, pack, packed_size, unpack
-from ngd_dist.strategies import Report
-from ngd_dist.strategies.parcel import Field, open_parcel, pack_parcel, parcel_size
+from ngd_dist.statistics.staleness import REFRESHED, Schedule, Track, Verdict
+from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec, pack, packed_size, unpack
 from tests.support.work import together
 
 F64 = torch.float64

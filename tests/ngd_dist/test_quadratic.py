@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist.errors import ConfigError
-from ngd_dist.quadratic import Objective, curvature_products, evaluate, predicted_change, solve_lengths
+from ngd_dist.step.quadratic import Objective, curvature_products, evaluate, predicted_change, solve_lengths
 from tests.reference.generalised import flattened, gauss_newton
 
 F64 = torch.float64

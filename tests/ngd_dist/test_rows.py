@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from ngd_dist.errors import ConfigError
+from ngd_dist.factors.kronecker import sampled
 from ngd_dist.inversion import Ending, invert, invert_rows
-from ngd_dist.kronecker import sampled
-from ngd_dist.statistics import Statistic, StatisticSpec
+from ngd_dist.statistics.statistic import Statistic, StatisticSpec
 from tests.support.ranks import run_ranks
 
 F64 = torch.float64

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval, NGDConfig
-from ngd_dist.staleness import CAP_MARGIN, Schedule, Verdict, adaptive_interval, judge
-from ngd_dist.statistics import Change, Key, Statistic, StatisticSpec
+from ngd_dist.statistics.staleness import CAP_MARGIN, Schedule, Verdict, adaptive_interval, judge
+from ngd_dist.statistics.statistic import Change, Key, Statistic, StatisticSpec
 from tests.support.work import apart, together
 
 VERDICTS = st.sampled_from([Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED])

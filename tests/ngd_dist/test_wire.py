@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngd_dist.statistics import Key, StatisticSpec
-from ngd_dist.strategies.parcel import open_parcel, pack_parcel
-from ngd_dist.strategies.wire import Wire
+from ngd_dist.distributed.parcel import open_parcel, pack_parcel
+from ngd_dist.distributed.wire import Wire
+from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 KEY = Key("layer", "X")
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

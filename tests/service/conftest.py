@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from service.client import Client
-from service.store.sql import SQLStore
+from ngd_service.client.client import Client
+from ngd_service.store.sql import SQLStore
 from tests.support.kube_cluster import KubeCluster
 from tests.support.ray_head import RayHead
 from tests.support.service_process import ServiceProcess

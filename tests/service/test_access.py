@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.access import SESSION_COOKIE
-from service.client import AsyncClient, Client, InvalidKeyError, InvalidRequestError, UnauthorizedError
+from ngd_service.auth.access import SESSION_COOKIE
+from ngd_service.client.client import AsyncClient, Client, InvalidKeyError, InvalidRequestError, UnauthorizedError
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, BOB, write_keys
@@ -262,7 +262,7 @@ def test_key_that_no_header_carries_is_refused_by_the_client(key: str) -> None:
 
 def ngd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from service.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from ngd_service.cli.commands import main; main()", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from service import api_keys
-from service.access import SESSION_COOKIE, SESSION_S, Access
-from service.api_keys import ApiKeys
-from service.errors import StartupError
-from service.tokens import Tokens
+from ngd_service.auth import api_keys
+from ngd_service.auth.access import SESSION_COOKIE, SESSION_S, Access
+from ngd_service.auth.api_keys import ApiKeys
+from ngd_service.auth.tokens import Tokens
+from ngd_service.errors import StartupError
 from tests.support.keys import ALICE, BOB, swap_volume, write_keys
 
 TOKENS = Tokens(b"k" * 32)

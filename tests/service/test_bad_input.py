@@ -7,8 +7,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from service.client import Client, InvalidRequestError, NotFoundError
-from service.resources import Problem, ProblemItem
+from ngd_service.client.client import Client, InvalidRequestError, NotFoundError
+from ngd_service.resources import Problem, ProblemItem
 from tests.support.attempts import small_spec
 
 GOOD = small_spec(name="steps").model_dump(mode="json")

@@ -12,14 +12,14 @@ import pytest
 from tests.support.attempts import small_spec
 from tests.support.service_process import ServiceProcess
 
-NGD = (sys.executable, "-c", "from service.cli import main; main()")
+NGD = (sys.executable, "-c", "from ngd_service.cli.commands import main; main()")
 
 
 def ngd(*arguments: str, url: str | None = None, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-c",
-        "from service.cli import main; main()",
+        "from ngd_service.cli.commands import main; main()",
         *arguments,
         *(["--url", url] if url else []),
     ]
@@ -53,7 +53,13 @@ def test_submit_and_follow_ends_as_the_job_does(tmp_path: Path, url: str, name: 
 
 
 def test_following_a_job_that_is_cancelled_ends_with_3(tmp_path: Path, shared_service: ServiceProcess) -> None:
-    command = [sys.executable, "-c", "from service.cli import main; main()", "submit", spec_file(tmp_path, "waits")]
+    command = [
+        sys.executable,
+        "-c",
+        "from ngd_service.cli.commands import main; main()",
+        "submit",
+        spec_file(tmp_path, "waits"),
+    ]
     with subprocess.Popen(
         [*command, "--follow", "--url", shared_service.url], stdout=subprocess.PIPE, text=True
     ) as shown:

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from service.client import Client, NotFoundError, NotThisServiceError, ServiceError, ServiceUnreachableError
+from ngd_service.client.client import Client, NotFoundError, NotThisServiceError, ServiceError, ServiceUnreachableError
 from tests.service.test_cli import ngd
 from tests.support.attempts import small_spec
 from tests.support.service_process import ServiceProcess
@@ -94,7 +94,7 @@ class Losing(httpx.BaseTransport):
 
 @pytest.fixture
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.client.SUBMIT_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("ngd_service.client.client.SUBMIT_PAUSES_S", (0.0, 0.0))
 
 
 @pytest.mark.usefixtures("without_pauses")

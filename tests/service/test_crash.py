@@ -7,12 +7,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.client import Client
-from service.resources import Event, Job
+from ngd_service.client.client import Client
+from ngd_service.resources import Event, Job
+from ngd_workers.contract.rundir import AttemptDir
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
-from workers.rundir import AttemptDir
 
 Start = Callable[..., ServiceProcess]
 STEPS = 150  # three seconds of the fault driver

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from nicegui import Client, ui
 
-from service.dashboard.activity import MOST_EVENTS, EventPanel, unseen, words
-from service.dashboard.curves import BYTES, Curve, Curves, Mark, aligned
-from service.dashboard.heat_map import CELLS_PER_STEP, MAX_CELLS, HeatMap, columns_for, span_for
-from service.dashboard.job import marks
-from service.dashboard.jobs import row
-from service.dashboard.mounting import _failed
-from service.dashboard.training import NAMES, Training
-from service.dashboard.units import ago, binary_bytes, duration, moment, number, percent
-from service.resources import Event, Job, Metrics, Progress, Series, Statistics, Status
+from ngd_service.dashboard.activity import MOST_EVENTS, EventPanel, unseen, words
+from ngd_service.dashboard.curves import BYTES, Curve, Curves, Mark, aligned
+from ngd_service.dashboard.heat_map import CELLS_PER_STEP, MAX_CELLS, HeatMap, columns_for, span_for
+from ngd_service.dashboard.job import marks
+from ngd_service.dashboard.jobs import row
+from ngd_service.dashboard.mounting import _failed
+from ngd_service.dashboard.training import NAMES, Training
+from ngd_service.dashboard.units import ago, binary_bytes, duration, moment, number, percent
+from ngd_service.resources import Event, Job, Metrics, Progress, Series, Statistics, Status
 
 NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.dispatchers.base import AttemptRef, DispatchError, Launch
-from service.job_state import Process
-from service.log_file import LogPart
+from ngd_service.dispatchers.base import AttemptRef, DispatchError, Launch
+from ngd_service.dispatchers.log_file import LogPart
+from ngd_service.job_state import Process
+from ngd_workers.contract.rundir import Outcome, write_json
 from tests.support.attempts import small_spec
 from tests.support.backends import (
     Backend,
@@ -19,7 +20,6 @@ from tests.support.backends import (
     wait_for_log,
 )
 from tests.support.deadline import wait_until
-from workers.rundir import Outcome, write_json
 
 
 @pytest.fixture(params=["local", pytest.param("ray_jobs", marks=pytest.mark.ray), "kuberay"])

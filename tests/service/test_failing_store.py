@@ -9,10 +9,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.own_pages import OwnPagesOnly
-from service.api.parts import Parts
-from service.app import create_app
-from service.settings import load_settings
+from ngd_service.api.own_pages import OwnPagesOnly
+from ngd_service.api.parts import Parts
+from ngd_service.app import create_app
+from ngd_service.settings import load_settings
 
 
 @pytest.fixture

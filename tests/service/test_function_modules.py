@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from service.client import InvalidRequestError
-from service.dispatchers.base import AttemptRef, DispatchError, Launch
-from service.dispatchers.files import AttemptFiles
-from service.errors import InvalidSpecError, StartupError
-from service.settings import load_settings
-from service.validation import refuse_unlisted
+from ngd_service.client.client import InvalidRequestError
+from ngd_service.dispatchers.base import AttemptRef, DispatchError, Launch
+from ngd_service.dispatchers.files import AttemptFiles
+from ngd_service.errors import InvalidSpecError, StartupError
+from ngd_service.settings import load_settings
+from ngd_service.validation import refuse_unlisted
 from tests.support.attempts import small_spec
 from tests.support.service_process import ServiceProcess
 

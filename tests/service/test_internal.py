@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.resources import Job
+from ngd_service.resources import Job
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess

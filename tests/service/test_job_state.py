@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.job_state import (
+from ngd_service.job_state import (
     ACTIVE,
     TERMINAL,
     TRANSITIONS,
@@ -22,7 +22,7 @@ from service.job_state import (
     Process,
     decide,
 )
-from workers.rundir import Outcome
+from ngd_workers.contract.rundir import Outcome
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 POLICY = Policy(retry_backoff_s=2, cancel_grace_s=30, interrupt_grace_s=10)

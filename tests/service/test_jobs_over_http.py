@@ -9,11 +9,11 @@ import httpx
 import psutil
 import pytest
 
-from service.client import Client, NotFoundError
-from service.dashboard.activity import words
-from service.dashboard.summary import progress_words
-from service.resources import Job
-from service.server_sent import frames
+from ngd_service.client.client import Client, NotFoundError
+from ngd_service.client.server_sent import frames
+from ngd_service.dashboard.activity import words
+from ngd_service.dashboard.summary import progress_words
+from ngd_service.resources import Job
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess

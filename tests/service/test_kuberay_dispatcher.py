@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 
-from service.dispatchers import files, kuberay, rayjob_api
-from service.dispatchers.base import BackendError, BackendRefusedError, BackendUnavailableError, DispatchError, Launch
-from service.dispatchers.kuberay import KubeRayDispatcher
-from service.dispatchers.rayjob import name_of
-from service.job_state import Process
+from ngd_service.dispatchers import files, kuberay, rayjob_api
+from ngd_service.dispatchers.base import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    DispatchError,
+    Launch,
+)
+from ngd_service.dispatchers.kuberay import KubeRayDispatcher
+from ngd_service.dispatchers.rayjob import name_of
+from ngd_service.job_state import Process
+from ngd_workers.contract.rundir import Outcome, write_json
 from tests.support.attempts import small_spec
 from tests.support.backends import (
     REF,
@@ -26,7 +33,6 @@ from tests.support.backends import (
 )
 from tests.support.deadline import wait_until
 from tests.support.kube_cluster import NAMESPACE, TEMPLATE, KubeCluster
-from workers.rundir import Outcome, write_json
 
 NAME = name_of(REF)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service.client import Client
-from service.dispatchers.base import AttemptRef
-from service.dispatchers.rayjob import name_of
-from service.resources import Job
+from ngd_service.client.client import Client
+from ngd_service.dispatchers.base import AttemptRef
+from ngd_service.dispatchers.rayjob import name_of
+from ngd_service.resources import Job
 from tests.service.test_crash import assert_nothing_lost_or_doubled, drivers, spec, wait_for_step
 from tests.support.deadline import wait_until
 from tests.support.kube_cluster import TEMPLATE, KubeCluster

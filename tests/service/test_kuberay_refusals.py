@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from service.dispatchers import kuberay
-from service.dispatchers.base import (
+from ngd_service.dispatchers import kuberay
+from ngd_service.dispatchers.base import (
     AttemptRef,
     BackendFullError,
     BackendRefusedError,
     BackendUnavailableError,
     DispatchError,
 )
-from service.dispatchers.kuberay import KubeRayDispatcher
-from service.dispatchers.rayjob import name_of
-from service.job_state import Phase, Process
-from service.silence import Silence
-from service.store.sql import SQLStore
+from ngd_service.dispatchers.kuberay import KubeRayDispatcher
+from ngd_service.dispatchers.rayjob import name_of
+from ngd_service.dispatchers.unresponsive import Silence
+from ngd_service.job_state import Phase, Process
+from ngd_service.store.sql import SQLStore
 from tests.service.test_kuberay_dispatcher import NAME, launch, now, started
 from tests.service.test_reconciler_outages import Controller, phase, post, report
 from tests.support.backends import (

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service.dispatchers import rayjob_api
-from service.dispatchers.rayjob_api import connect
-from service.errors import StartupError
-from service.settings import load_settings
+from ngd_service.dispatchers import rayjob_api
+from ngd_service.dispatchers.rayjob_api import connect
+from ngd_service.errors import StartupError
+from ngd_service.settings import load_settings
 from tests.service.test_startup import assert_refused, serve
 from tests.support.kube_cluster import NAMESPACE, TEMPLATE, KubeCluster
 
@@ -112,12 +112,14 @@ def test_no_way_to_kubernetes_is_said_in_one_sentence(monkeypatch: pytest.Monkey
 def test_extra_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kubernetes.client", None)
 
-    with pytest.raises(StartupError, match=r"needs the extra kuberay.*pip install 'ngd-dist\[kuberay\]'"):
+    with pytest.raises(StartupError, match=r"needs the extra kuberay.*pip install 'ngd-service\[kuberay\]'"):
         connect("", "")
 
 
 def test_service_starts_without_the_extra_where_it_is_not_asked_for() -> None:
-    code = "import sys, service.app; print([name for name in ('kubernetes', 'ray', 'torch') if name in sys.modules])"
+    code = (
+        "import sys, ngd_service.app; print([name for name in ('kubernetes', 'ray', 'torch') if name in sys.modules])"
+    )
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.dispatchers.base import AttemptRef, BackendRefusedError, DispatchError, Launch, Seen
-from service.dispatchers.local import DriverProcess
-from service.job_state import Process
+from ngd_service.dispatchers.base import AttemptRef, BackendRefusedError, DispatchError, Launch, Seen
+from ngd_service.dispatchers.local import DriverProcess
+from ngd_service.job_state import Process
+from ngd_workers.contract.rundir import AttemptDir, write_json
 from tests.support.attempts import small_spec
 from tests.support.backends import REF, LocalBackend, drivers_in, folder_in, is_running, local_backend, wait_for_log
 from tests.support.deadline import wait_until
-from workers.rundir import AttemptDir, write_json
 
 LEAVES_A_CHILD = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
 
@@ -150,7 +150,7 @@ def test_full_disk_neither_fails_the_job_nor_starts_a_second_driver(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     dispatcher = backend.dispatcher()
-    monkeypatch.setattr("service.dispatchers.local.write_json", full)
+    monkeypatch.setattr("ngd_service.dispatchers.local.write_json", full)
     dispatcher.submit(launch())  # it runs, and nothing can note that it does
     wait_for_log(backend)
     assert not folder.process.exists()
@@ -168,7 +168,7 @@ def test_log_that_can_not_be_opened_for_now_is_tried_again(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("service.dispatchers.local.subprocess.Popen", full)
+    monkeypatch.setattr("ngd_service.dispatchers.local.subprocess.Popen", full)
 
     with pytest.raises(BackendRefusedError, match="No space left on device"):
         backend.dispatcher().submit(launch())

@@ -6,13 +6,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.client import Client, InvalidRequestError, NotFoundError
-from service.log_file import TAIL_BYTES, LogFile, as_read
-from service.resources import Job
+from ngd_service.client.client import Client, InvalidRequestError, NotFoundError
+from ngd_service.dispatchers.log_file import TAIL_BYTES, LogFile, as_read
+from ngd_service.resources import Job
+from ngd_workers.contract.rundir import AttemptDir
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
-from workers.rundir import AttemptDir
 
 MIB = 1 << 20
 LINE = b"line %07d\n"
@@ -165,7 +165,7 @@ def test_log_is_cut_where_the_file_system_takes_no_blocks_back(tmp_path: Path, m
     def refuse(descriptor: int, end: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("service.log_file._punch", refuse)
+    monkeypatch.setattr("ngd_service.dispatchers.log_file._punch", refuse)
     path = tmp_path / "log.txt"
     path.write_bytes(LINES)
     with path.open("ab") as writer:

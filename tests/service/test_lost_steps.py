@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import resources
-from service.api.present import job_resource
-from service.dashboard.activity import words
-from service.errors import StaleAttemptError
-from service.job_state import Action, Decision, Phase
-from service.spans import Wanted
-from service.store.base import Claim
-from service.store.holes import add_range, gaps, remove_ranges
-from service.store.progress import remark
-from service.store.sql import SQLStore
+from ngd_service import resources
+from ngd_service.api.present import job_resource
+from ngd_service.dashboard.activity import words
+from ngd_service.errors import StaleAttemptError
+from ngd_service.job_state import Action, Decision, Phase
+from ngd_service.store.base import Claim
+from ngd_service.store.holes import add_range, gaps, remove_ranges
+from ngd_service.store.progress import remark
+from ngd_service.store.spans import Wanted
+from ngd_service.store.sql import SQLStore
+from ngd_workers.contract.events import Cancelled, Done, Event, Started, StepsLost, Waiting
 from tests.service.test_store_contract import NOW, claim_all, create, event, start, steps
-from workers.events import Cancelled, Done, Event, Started, StepsLost, Waiting
 
 ranges = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=8)
 

@@ -12,14 +12,14 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api.parts import Parts
-from service.app import create_app
-from service.client import Client
-from service.errors import StoreUnavailableError
-from service.metrics import ControllerMetrics
-from service.probe import Probe
-from service.settings import load_settings
-from service.store.base import Census
+from ngd_service.api.parts import Parts
+from ngd_service.app import create_app
+from ngd_service.client.client import Client
+from ngd_service.errors import StoreUnavailableError
+from ngd_service.monitoring.metrics import ControllerMetrics
+from ngd_service.monitoring.probe import Probe
+from ngd_service.settings import load_settings
+from ngd_service.store.base import Census
 from tests.support.attempts import small_spec
 from tests.support.chart import PROMTOOL, tool
 from tests.support.deadline import wait_until

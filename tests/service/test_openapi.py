@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from service.api.application import api_application
+from ngd_service.api.application import api_application
 
 FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
 
@@ -14,7 +14,7 @@ def test_written_description_is_the_one_served() -> None:
     served = json.loads(json.dumps(api_application().openapi()))
     served["info"].pop("version")
 
-    assert written == served, "run: python -m service.api.application > docs/openapi.json"
+    assert written == served, "run: python -m ngd_service.api.application > docs/openapi.json"
 
 
 def test_every_operation_documents_its_problem() -> None:

@@ -13,15 +13,15 @@ from fastapi import FastAPI
 from nicegui import Client as PageClient
 from nicegui import ui
 
-from service.api.application import api_application
-from service.api.parts import Parts
-from service.app import _assemble
-from service.client import AsyncClient
-from service.dashboard.job import POLL_S, JobPage
-from service.dashboard.theme import page_frame
-from service.settings import Settings
+from ngd_service.api.application import api_application
+from ngd_service.api.parts import Parts
+from ngd_service.app import _assemble
+from ngd_service.client.client import AsyncClient
+from ngd_service.dashboard.job import POLL_S, JobPage
+from ngd_service.dashboard.theme import page_frame
+from ngd_service.settings import Settings
+from ngd_workers.contract.events import Steps
 from tests.support.history import long_record, numbered, start_job, tell
-from workers.events import Steps
 
 NUM_STATISTICS = 160
 FIRST_VIEW_S, INCREMENT_S, POLL_COST_S = 0.2, 0.005, 0.5 * POLL_S / 50  # half a core for 50 open pages

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from ulid import ULID
 
-from service.client import Client
-from service.dispatchers.base import (
+from ngd_service.client.client import Client
+from ngd_service.dispatchers.base import (
     AttemptRef,
     BackendError,
     BackendRefusedError,
@@ -17,10 +17,10 @@ from service.dispatchers.base import (
     DispatchError,
     Launch,
 )
-from service.dispatchers.files import AttemptFiles
-from service.dispatchers.ray_jobs import RayJobsDispatcher
-from service.failpoint import Failpoint
-from service.job_state import Process
+from ngd_service.dispatchers.files import AttemptFiles
+from ngd_service.dispatchers.ray_jobs import RayJobsDispatcher
+from ngd_service.failpoint import Failpoint
+from ngd_service.job_state import Process
 from tests.service.test_crash import assert_nothing_lost_or_doubled, drivers, spec, wait_for_step
 from tests.service.test_real_driver import kill_the_driver_and_go_on
 from tests.support.attempts import small_spec
@@ -31,7 +31,7 @@ from tests.support.service_process import FAULT_DRIVER, ServiceProcess
 pytestmark = pytest.mark.ray
 
 NOWHERE = "http://127.0.0.1:1"
-REAL_DRIVER = [sys.executable, "-m", "workers.driver"]
+REAL_DRIVER = [sys.executable, "-m", "ngd_workers.launch"]
 RAY_S = 120.0  # a driver that Ray starts takes seconds, on busy cores many
 
 
@@ -224,7 +224,7 @@ def test_outcome_that_the_volume_shows_late_is_waited_for(
     outcome.write_bytes(content)
     assert dispatcher.inspect(ref).process is Process.EXITED
     outcome.unlink()
-    monkeypatch.setattr("service.dispatchers.files.OUTCOME_DELAY_S", 0.0)
+    monkeypatch.setattr("ngd_service.dispatchers.files.OUTCOME_DELAY_S", 0.0)
     assert dispatcher.inspect(ref).process is Process.EXITED
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError, Launch
-from service.dispatchers.rayjob import Group, groups_of, rayjob, read_template, replicas_for
-from service.errors import StartupError
+from ngd_service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError, Launch
+from ngd_service.dispatchers.rayjob import Group, groups_of, rayjob, read_template, replicas_for
+from ngd_service.errors import StartupError
+from ngd_workers.contract.spec import Resources
 from tests.support.attempts import small_spec
 from tests.support.fake_kuberay import why_invalid
 from tests.support.kube_cluster import TEMPLATE
 from tests.support.rayjob_schema import problems
-from workers.spec import Resources
 
 REF = AttemptRef("job_01JD3F8Z6Q4V5X7Y9A0BCDEFGH", 2)
 HEAD = ("spec", "rayClusterSpec", "headGroupSpec", "template")

@@ -7,8 +7,8 @@ from contextlib import closing
 import psutil
 import pytest
 
-from service.dispatchers.processes import MARK
-from service.resources import Job, Status
+from ngd_service.dispatchers.processes import MARK
+from ngd_service.resources import Job, Status
 from tests.service.test_crash import all_events, assert_nothing_lost_or_doubled, drivers, wait_for_step
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from service import metrics
-from service.dispatchers.base import (
+from ngd_service.control.reconciler import Reconciler
+from ngd_service.dispatchers.base import (
     AttemptRef,
     BackendFullError,
     BackendRefusedError,
@@ -17,21 +17,21 @@ from service.dispatchers.base import (
     Launch,
     Seen,
 )
-from service.dispatchers.files import AttemptFiles
-from service.failpoint import Failpoint
-from service.job_state import Phase, Policy, Process
-from service.metrics import ControllerMetrics
-from service.reconciler import Reconciler
-from service.silence import LONGEST_GAP_S, Silence
-from service.spans import Wanted
-from service.store import tables as t
-from service.store.sql import SQLStore
+from ngd_service.dispatchers.files import AttemptFiles
+from ngd_service.dispatchers.unresponsive import LONGEST_GAP_S, Silence
+from ngd_service.failpoint import Failpoint
+from ngd_service.job_state import Phase, Policy, Process
+from ngd_service.monitoring import metrics
+from ngd_service.monitoring.metrics import ControllerMetrics
+from ngd_service.store import tables as t
+from ngd_service.store.spans import Wanted
+from ngd_service.store.sql import SQLStore
+from ngd_workers.contract.events import Numbered, Started, Steps
+from ngd_workers.contract.rundir import Outcome, write_json
+from ngd_workers.report.spool import Spool
 from tests.support.attempts import small_spec
 from tests.support.fault_driver import step_record
 from tests.support.faulty_files import ERRORS, Faults
-from workers.events import Numbered, Started, Steps
-from workers.rundir import Outcome, write_json
-from workers.spool import Spool
 
 PATIENCE_S = 100.0
 

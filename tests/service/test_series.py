@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.series import curves, spans_for, statistics
-from service.spans import KINDS, Name, Span, Spans, fold, ladder, level_for
+from ngd_service.api.series import curves, spans_for, statistics
+from ngd_service.store.spans import KINDS, Name, Span, Spans, fold, ladder, level_for
+from ngd_workers.contract.events import StepRecord
 from tests.support.fault_driver import step_record
-from workers.events import StepRecord
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from service.client import Client
-from service.errors import StartupError
-from service.home import owned
-from service.settings import load_settings
+from ngd_service.client.client import Client
+from ngd_service.errors import StartupError
+from ngd_service.home import owned
+from ngd_service.settings import load_settings
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, write_keys
@@ -23,7 +23,7 @@ SPEC = small_spec(name="steps", schedule={"steps": 10_000}).model_dump(mode="jso
 
 def serve(home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "service"],
+        [sys.executable, "-m", "ngd_service"],
         env=os.environ | {"NGD_HOME": str(home), "NGD_PORT": "0"} | environment,
         capture_output=True,
         text=True,
@@ -278,9 +278,8 @@ def test_service_stops_in_order_while_a_stream_is_open(
 
 
 def test_importing_the_service_loads_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys, service.app, service.cli, service.server; print([m for m in ('torch', 'ray') if m in sys.modules])"
-    )
+    modules = "ngd_service.app, ngd_service.cli.commands, ngd_service.server"
+    code = f"import sys, {modules}; print([m for m in ('torch', 'ray') if m in sys.modules])"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
 
@@ -288,7 +287,8 @@ def test_importing_the_service_loads_neither_torch_nor_ray() -> None:
 
 
 def test_command_line_loads_no_server() -> None:
-    code = "import sys, service.cli; print([m for m in ('fastapi', 'sqlalchemy', 'nicegui') if m in sys.modules])"
+    heavy = ("fastapi", "sqlalchemy", "nicegui")
+    code = f"import sys, ngd_service.cli.commands; print([m for m in {heavy} if m in sys.modules])"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
 

@@ -10,15 +10,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from ulid import ULID
 
-from service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
-from service.job_state import Action, Decision, Phase
-from service.spans import Name, Span, Wanted
-from service.store.base import Census, Claim, JobRecord, KeyedRequest, Queue, Store
-from service.store.sql import SQLStore
-from service.store.tables import metadata
+from ngd_service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
+from ngd_service.job_state import Action, Decision, Phase
+from ngd_service.store.base import Census, Claim, JobRecord, KeyedRequest, Queue, Store
+from ngd_service.store.spans import Name, Span, Wanted
+from ngd_service.store.sql import SQLStore
+from ngd_service.store.tables import metadata
+from ngd_workers.contract.events import Evaluation, Event, Numbered, Steps
 from tests.support.attempts import small_spec
 from tests.support.fault_driver import step_record
-from workers.events import Evaluation, Event, Numbered, Steps
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 SPEC = small_spec().model_dump(mode="json")

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from service.terminal import harmless
+from ngd_service.cli.terminal import harmless
+from ngd_workers.contract.rundir import AttemptDir
 from tests.support.attempts import small_spec
 from tests.support.service_process import ServiceProcess
-from workers.rundir import AttemptDir
 
-NGD = (sys.executable, "-c", "from service.cli import main; main()")
+NGD = (sys.executable, "-c", "from ngd_service.cli.commands import main; main()")
 NASTY = "\x1b[31mred\x1b[0m \x1b]0;title\x07\x1b]52;c;aGk=\x1b\\ \x1b[6n \x9b2J bell\x07 \u202etxt\n"
 
 

@@ -10,15 +10,15 @@ from datetime import UTC, datetime
 import pytest
 import sqlalchemy as sa
 
-from service.job_state import Action, Decision
-from service.series import curves, spans_for
-from service.spans import KINDS, Name, Span, Wanted, fold
-from service.store import tables as t
-from service.store.base import Claim, Store
-from service.store.sql import SQLStore
-from service.store.thinning import MOST_RECORDS
+from ngd_service.api.series import curves, spans_for
+from ngd_service.job_state import Action, Decision
+from ngd_service.store import tables as t
+from ngd_service.store.base import Claim, Store
+from ngd_service.store.spans import KINDS, Name, Span, Wanted, fold
+from ngd_service.store.sql import SQLStore
+from ngd_service.store.thinning import MOST_RECORDS
+from ngd_workers.contract.events import Evaluation, StepRecord, Steps
 from tests.support.history import long_record, numbered, start_job, tell
-from workers.events import Evaluation, StepRecord, Steps
 
 NOW = datetime(2030, 1, 2, tzinfo=UTC)
 MOST = Wanted(most_steps=20, most_spans=20)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import PageTokenError, StartupError
-from service.tokens import Tokens, read_key, read_or_create_key
+from ngd_service.auth.tokens import Tokens, read_key, read_or_create_key
+from ngd_service.errors import PageTokenError, StartupError
 
 TOKENS = Tokens(b"k" * 32)
 

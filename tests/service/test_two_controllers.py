@@ -13,15 +13,15 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from service.job_state import Action, Decision, Phase
-from service.store import sql
-from service.store.base import Claim
-from service.store.sql import SQLStore
+from ngd_service.job_state import Action, Decision, Phase
+from ngd_service.store import sql
+from ngd_service.store.base import Claim
+from ngd_service.store.sql import SQLStore
+from ngd_workers.contract.rundir import AttemptDir
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, write_keys
 from tests.support.service_process import ServiceProcess
-from workers.rundir import AttemptDir
 
 Start = Callable[[str], ServiceProcess]
 Pair = tuple[ServiceProcess, ServiceProcess]
@@ -185,7 +185,7 @@ def test_claims_at_the_same_time_do_not_both_count_the_same_free_slot(
 def test_controller_that_vanishes_in_a_transaction_gives_its_locks_back(
     postgresql_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.store.engine.SILENCE_TIMEOUT_S", 1)
+    monkeypatch.setattr("ngd_service.store.engine.SILENCE_TIMEOUT_S", 1)
     store, vanished = SQLStore(postgresql_database), SQLStore(postgresql_database)
     now = datetime.now(UTC)
     store.create_job("job_1", "small", spec(), now)
@@ -203,7 +203,7 @@ def test_controller_that_vanishes_in_a_transaction_gives_its_locks_back(
 
 def migrate(url: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from service.cli import main; main(['migrate'])"],
+        [sys.executable, "-c", "from ngd_service.cli.commands import main; main(['migrate'])"],
         env=os.environ | {"NGD_DATABASE_URL": url, "NGD_HOME": str(home), "COLUMNS": "200"},
         capture_output=True,
         text=True,

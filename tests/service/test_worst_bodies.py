@@ -9,12 +9,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api.internal import MAX_BATCH_BYTES
-from service.app import create_app
-from service.errors import MAX_BODY_BYTES
-from service.settings import load_settings
+from ngd_service.api.internal import MAX_BATCH_BYTES
+from ngd_service.app import create_app
+from ngd_service.errors import MAX_BODY_BYTES
+from ngd_service.settings import load_settings
+from ngd_workers.contract.spec_file import MAX_YAML_BYTES
 from tests.support.keys import ALICE, write_keys
-from workers.spec_file import MAX_YAML_BYTES
 
 SILENT_CPU_S = 1.5  # four times what is measured; the pure-Python YAML reader took 22, and held on to it all
 FIELDS = b",".join(b'"f%x": 1' % number for number in range(90_000))

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from workers.events import Event, Numbered, StepRecord
-from workers.rundir import AttemptDir, Facts, write_json
-from workers.spec import JobSpec
+from ngd_workers.contract.events import Event, Numbered, StepRecord
+from ngd_workers.contract.rundir import AttemptDir, Facts, write_json
+from ngd_workers.contract.spec import JobSpec
 
 
 def small_spec(**changes: Any) -> JobSpec:

@@ -9,20 +9,20 @@ from typing import Any, Protocol
 import psutil
 from ulid import ULID
 
-from service.dispatchers import kuberay, local, ray_jobs
-from service.dispatchers.base import AttemptRef, Dispatcher
-from service.dispatchers.files import AttemptFiles
-from service.dispatchers.kuberay import KubeRayDispatcher
-from service.dispatchers.local import LocalDispatcher
-from service.dispatchers.ray_jobs import RayJobsDispatcher
-from service.dispatchers.rayjob_api import connect
-from service.failpoint import Failpoint
-from service.job_state import Process
+from ngd_service.dispatchers import kuberay, local, ray_jobs
+from ngd_service.dispatchers.base import AttemptRef, Dispatcher
+from ngd_service.dispatchers.files import AttemptFiles
+from ngd_service.dispatchers.kuberay import KubeRayDispatcher
+from ngd_service.dispatchers.local import LocalDispatcher
+from ngd_service.dispatchers.ray_jobs import RayJobsDispatcher
+from ngd_service.dispatchers.rayjob_api import connect
+from ngd_service.failpoint import Failpoint
+from ngd_service.job_state import Process
+from ngd_workers.contract.rundir import AttemptDir
 from tests.support.deadline import wait_until
 from tests.support.kube_cluster import TEMPLATE, KubeCluster
 from tests.support.ray_head import RayHead
 from tests.support.service_process import FAULT_DRIVER
-from workers.rundir import AttemptDir
 
 REF = AttemptRef("job_01JD0000000000000000000000", 1)
 NOWHERE = "http://127.0.0.1:1"

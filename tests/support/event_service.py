@@ -4,7 +4,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
-from workers.events import Event, EventBatch, EventReply, Numbered
+from ngd_workers.contract.events import Event, EventBatch, EventReply, Numbered
 
 
 class EventService:

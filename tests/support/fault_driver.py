@@ -19,10 +19,10 @@ import threading
 import time
 from pathlib import Path
 
-from workers import reporter as reporting
-from workers.events import Done, Evaluation, Started, StepRecord
-from workers.reporter import SpoolingReporter
-from workers.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Outcome, write_json
+from ngd_workers.contract.events import Done, Evaluation, Started, StepRecord
+from ngd_workers.contract.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Outcome, write_json
+from ngd_workers.report import reporter as reporting
+from ngd_workers.report.reporter import SpoolingReporter
 
 STEP_S = 0.02
 reporting.FLUSH_S = 1.0  # many tests have no service that would take the last events: none waits ten seconds for it

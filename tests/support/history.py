@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 from ulid import ULID
 
-from service.job_state import Action, Decision, Phase
-from service.store.base import Claim, Store
+from ngd_service.job_state import Action, Decision, Phase
+from ngd_service.store.base import Claim, Store
+from ngd_workers.contract.events import Evaluation, Numbered, Started, StepRecord, Steps
 from tests.support.attempts import small_spec
-from workers.events import Evaluation, Numbered, Started, StepRecord, Steps
 
 BATCH = 512
 PHASES = ("data", "forward_backward", "reduce", "refresh", "apply", "publish", "update", "evaluate")

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from ngd_workers.launch.ray_cluster import free_ports
 from tests.support.deadline import wait_until
-from workers.ray_cluster import free_ports
 
 __all__ = ["RayHead"]
 

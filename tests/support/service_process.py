@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from service.client import Client
+from ngd_service.client.client import Client
 from tests.support.deadline import wait_until
 
 FAULT_DRIVER = (sys.executable, "-m", "tests.support.fault_driver")
@@ -17,7 +17,7 @@ START_S = 60.0
 class ServiceProcess:
     """A controller on a home. Another one may be started on the same home once this one has gone."""
 
-    def __init__(self, home: Path, *, module: str = "service", key: str | None = None, **settings: Any) -> None:
+    def __init__(self, home: Path, *, module: str = "ngd_service", key: str | None = None, **settings: Any) -> None:
         """module: what is run; key: the API key of its `client`."""
         home.mkdir(parents=True, exist_ok=True)
         self.home = home

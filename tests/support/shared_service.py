@@ -6,9 +6,9 @@ On one machine the local dispatcher finds the processes that another controller 
 NGD_DISPATCHER=ray_jobs here.
 """
 
-from service.cli import main
-from service.dispatchers import DISPATCHERS
-from service.dispatchers.local import LocalDispatcher
+from ngd_service.cli.commands import main
+from ngd_service.dispatchers import DISPATCHERS
+from ngd_service.dispatchers.local import LocalDispatcher
 
 if __name__ == "__main__":
     DISPATCHERS["ray_jobs"] = LocalDispatcher.of

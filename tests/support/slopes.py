@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import LNGD, FixedInterval
-from ngd_dist.statistics import Key
+from ngd_dist.statistics.statistic import Key
 
 F64 = torch.float64
 CONFIG = NGDConfig(preconditioner=LNGD(), momentum=0.0, staleness=FixedInterval())

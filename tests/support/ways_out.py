@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ngd_dist.comm import Communicator, Pending
+from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.errors import CollectiveError
 from tests.support.ranks import free_port
 

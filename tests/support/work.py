@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ngd_dist.staleness import Work
+from ngd_dist.statistics.staleness import Work
 
 
 def together(costs: Mapping[str, int]) -> Work:

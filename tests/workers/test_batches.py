@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from workers.batches import Batches, seed_step
-from workers.errors import SpecError
+from ngd_workers.contract.errors import SpecError
+from ngd_workers.train.batches import Batches, seed_step
 
 NUM_SAMPLES, GLOBAL_SIZE = 103, 12
 

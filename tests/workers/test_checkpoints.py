@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from ngd_workers.contract.errors import StorageError, SupersededError
+from ngd_workers.contract.rundir import AttemptDir
+from ngd_workers.train.checkpoints import Checkpoints
 from tests.support.faulty_files import ERRORS, Faults
-from workers.checkpoints import Checkpoints
-from workers.errors import StorageError, SupersededError
-from workers.rundir import AttemptDir
 
 CPU = torch.device("cpu")
 
@@ -120,7 +120,7 @@ def test_attempt_that_the_service_has_ended_commits_nothing(checkpoints):
 def test_attempt_that_is_ended_while_it_writes_commits_nothing(checkpoints, monkeypatch):
     ended = AttemptDir.of(checkpoints.folder.parent, checkpoints.attempt).ended
     ended.parent.mkdir(parents=True)
-    monkeypatch.setattr("workers.checkpoints.write_json", lambda path, manifest: ended.touch())
+    monkeypatch.setattr("ngd_workers.train.checkpoints.write_json", lambda path, manifest: ended.touch())
 
     with pytest.raises(SupersededError):
         save(checkpoints, 1)
@@ -158,7 +158,7 @@ def test_checkpoint_that_can_not_be_read_now_is_not_passed_over(checkpoints, mon
 
 def test_disk_that_is_full_in_the_middle_of_the_state_is_a_storage_error(checkpoints, monkeypatch):
     folder = checkpoints.folder / "step-00000001.tmp-a2"
-    monkeypatch.setattr("workers.checkpoints.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("ngd_workers.train.checkpoints.shutil.rmtree", lambda *_, **__: None)
     folder.mkdir(parents=True)
     (folder / "state.pt").symlink_to("/dev/full")
     monkeypatch.setattr("pathlib.Path.mkdir", lambda *_, **__: None)

@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Outcome, write_json
+from ngd_workers.train.checkpoints import Checkpoints
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.deadline import wait_until
 from tests.support.event_service import EventService
-from workers.checkpoints import Checkpoints
-from workers.rundir import EXIT_STATUS, AttemptDir, Outcome, write_json
 
 pytestmark = pytest.mark.ray
 
@@ -26,7 +26,7 @@ LONG = {"steps": 100_000, "evaluate_every_steps": 100_000}
 @contextmanager
 def driver(attempt_dir: AttemptDir) -> Iterator[subprocess.Popen[bytes]]:
     """Runs the driver until it ends, or kills it and all below it."""
-    command = [sys.executable, "-m", "workers.driver", str(attempt_dir.path)]
+    command = [sys.executable, "-m", "ngd_workers.launch", str(attempt_dir.path)]
     with attempt_dir.log.open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     try:

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 
+from ngd_workers.contract import patience
+from ngd_workers.contract.errors import StorageError
+from ngd_workers.contract.patience import insist
+from ngd_workers.contract.rundir import EXIT_STATUS
+from ngd_workers.launch import driver, ending
+from ngd_workers.train import loop
 from tests.support.attempts import make_attempt, small_spec, spooled
 from tests.support.faulty_files import ERRORS, Faults
-from workers import driver, ending, loop, patience
-from workers.errors import StorageError
-from workers.patience import insist
-from workers.rundir import EXIT_STATUS
 
 FOREVER = 1_000_000
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.data import load_dataset
-from workers.data.idx import read_idx
-from workers.errors import DataNotFoundError, InvalidDataError
-from workers.spec import IDX
+from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError
+from ngd_workers.contract.spec import IDX
+from ngd_workers.data import load_dataset
+from ngd_workers.data.idx import read_idx
 
 IMAGES = torch.arange(4 * 3 * 2, dtype=torch.uint8).reshape(4, 3, 2)
 LABELS = torch.tensor([0, 2, 1, 2], dtype=torch.uint8)

@@ -3,9 +3,9 @@ import re
 import pytest
 import torch
 
+from ngd_workers.launch.attempt import run_rank
+from ngd_workers.train.checkpoints import Checkpoints
 from tests.support.attempts import make_attempt, records, small_spec, spooled
-from workers.attempt import run_rank
-from workers.checkpoints import Checkpoints
 
 CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
 OPTIMIZERS = {
@@ -166,7 +166,7 @@ def test_finished_run_that_is_run_again_trains_no_step(tmp_path):
         (
             small_spec(data=function("no_model", shape=1)),
             "UserCodeError",
-            "must return a workers.data.Dataset, got str",
+            "must return a ngd_workers.data.Dataset, got str",
         ),
         (small_spec(data={"kind": "idx", "directory": "absent"}), "DataNotFound", "no data directory .*absent"),
         (

@@ -5,18 +5,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ngd_dist.comm import Communicator
+from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CollectiveError
+from ngd_workers.contract.rundir import AttemptDir
+from ngd_workers.contract.spec import JobSpec
+from ngd_workers.launch.attempt import run_rank
+from ngd_workers.report.reporter import SilentReporter
+from ngd_workers.train.context import TrainContext
+from ngd_workers.train.learner import Learner
+from ngd_workers.train.loop import Run
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.ranks import run_ranks, run_survivors
 from tests.support.ways_out import gloo_threads
-from workers.attempt import run_rank
-from workers.context import TrainContext
-from workers.learner import Learner
-from workers.loop import Run
-from workers.reporter import SilentReporter
-from workers.rundir import AttemptDir
-from workers.spec import JobSpec
 
 pytestmark = pytest.mark.ranks
 
@@ -126,8 +126,8 @@ def test_ranks_that_adapt_do_not_drift_by_one_bit(tmp_path):
 def absent_on_rank_1(**options: object) -> object:
     import torch.distributed as dist
 
-    from workers.data.digits import load
-    from workers.spec import Digits
+    from ngd_workers.contract.spec import Digits
+    from ngd_workers.data.digits import load
 
     if dist.get_rank() == 1:
         raise FileNotFoundError("this machine has no data")

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from ngd_dist.comm import Communicator
+from ngd_dist.distributed.comm import Communicator
+from ngd_workers.contract.events import StepRecord
+from ngd_workers.contract.spec import JobSpec
+from ngd_workers.launch.attempt import run_rank
+from ngd_workers.train.checkpoints import Checkpoints
+from ngd_workers.train.learner import Learner
 from tests.support.attempts import make_attempt, records, small_spec, spooled
-from workers.attempt import run_rank
-from workers.checkpoints import Checkpoints
-from workers.events import StepRecord
-from workers.learner import Learner
-from workers.spec import JobSpec
 
 CNN = {"kind": "small_cnn", "channels": 4, "hidden": 16}
 GIVEN = {"kind": "ngd", "lr": 0.03, "damping": 0.03}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.rank_log import kept_in
+from ngd_workers.report.rank_log import kept_in
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def test_what_a_rank_writes_is_in_its_file_and_in_the_common_log(
     with kept_in(path):
         sys.stdout.write("printed\n")
         sys.stderr.write("complained\n")
-        logging.getLogger("workers.loop").info("logged")
+        logging.getLogger("ngd_workers.train.loop").info("logged")
     sys.stdout.write("after\n")
-    logging.getLogger("workers.loop").info("logged after")
+    logging.getLogger("ngd_workers.train.loop").info("logged after")
 
     assert path.read_text() == "printed\ncomplained\n[rank 1] logged\n"
     assert capsys.readouterr().out == "printed\nafter\n"
@@ -61,7 +61,7 @@ def test_full_disk_costs_the_copy_alone(capsys: pytest.CaptureFixture[str]) -> N
     with kept_in(Path("/dev/full")):
         for _ in range(3):
             sys.stdout.write("printed\n")
-            logging.getLogger("workers.loop").error("logged")
+            logging.getLogger("ngd_workers.train.loop").error("logged")
         sys.stdout.flush()
 
     shown = capsys.readouterr()

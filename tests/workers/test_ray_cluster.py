@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from workers import ray_cluster
-from workers.errors import RayStartError
-from workers.ray_cluster import RayCluster, bundle
-from workers.spec import Resources
+from ngd_workers.contract.errors import RayStartError
+from ngd_workers.contract.spec import Resources
+from ngd_workers.launch import ray_cluster
+from ngd_workers.launch.ray_cluster import RayCluster, bundle
 
 RAYLET = """\
 [2026-11-28 21:45:58,254 I 6006 6006] (raylet) main.cc:283: Setting cluster ID to: 2a29

@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
+from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec_file import load_spec
+from ngd_workers.contract.spec_problems import parse_spec
+from ngd_workers.launch.attempt import run_rank
 from tests.support.attempts import make_attempt, records, small_spec, spooled
-from workers.attempt import run_rank
-from workers.errors import SpecError
-from workers.spec import JobSpec
-from workers.spec_file import load_spec
-from workers.spec_problems import parse_spec
 
-RECIPES = sorted((Path(__file__).parents[2] / "workers" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "workers" / "ngd_workers" / "recipes").glob("*.yaml"))
 
 QUADRATIC = "{kind: ngd, step_length: {kind: quadratic_model}}"
 GOOD = """

@@ -2,12 +2,12 @@ import time
 
 import pytest
 
+from ngd_workers.contract.events import Cancelled, StepRecord
+from ngd_workers.report import delivery, reporter
+from ngd_workers.report.reporter import SpoolingReporter
 from tests.support.attempts import make_attempt, records, small_spec, spooled, write_facts
 from tests.support.deadline import wait_until
 from tests.support.event_service import EventService
-from workers import delivery, reporter
-from workers.events import Cancelled, StepRecord
-from workers.reporter import SpoolingReporter
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,15 @@ import threading
 
 import pytest
 
+from ngd_workers.contract.events import Cancelled, StepsLost, WorkersRestarted
+from ngd_workers.report import backlog, delivery, reporter
+from ngd_workers.report.backlog import Backlog
+from ngd_workers.report.reporter import SpoolingReporter
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.deadline import wait_until
 from tests.support.event_service import EventService
 from tests.support.fault_driver import step_record
 from tests.support.faulty_files import ERRORS, Faults
-from workers import backlog, delivery, reporter
-from workers.backlog import Backlog
-from workers.events import Cancelled, StepsLost, WorkersRestarted
-from workers.reporter import SpoolingReporter
 
 TICKS = 4  # of failure: the reporter has to come back more than once
 

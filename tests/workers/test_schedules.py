@@ -1,7 +1,7 @@
 import pytest
 
-from workers.schedules import lr_factor, total_steps
-from workers.spec import Schedule
+from ngd_workers.contract.spec import Schedule
+from ngd_workers.train.schedules import lr_factor, total_steps
 
 
 def factors(total: int = 10, **settings: object) -> list[float]:

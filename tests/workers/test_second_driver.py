@@ -5,12 +5,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ngd_workers.contract.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir
 from tests.support.attempts import make_attempt, small_spec
-from workers.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir
 
 
 def run(attempt: AttemptDir) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "workers.driver", str(attempt.path)]
+    command = [sys.executable, "-m", "ngd_workers.launch", str(attempt.path)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.errors import SpecError
-from workers.spec_file import MAX_YAML_BYTES, load_spec, parse_json, parse_yaml
+from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.spec_file import MAX_YAML_BYTES, load_spec, parse_json, parse_yaml
 
 MIB = 1 << 20
 CPU_S = 2.0  # ten times what is measured; the pure-Python loader took 22 for a MiB

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ngd_workers.contract.rundir import AttemptDir, write_json
 from tests.support.attempts import records, small_spec, spooled
-from workers.rundir import AttemptDir, write_json
 
 pytestmark = pytest.mark.ranks
 
@@ -20,7 +20,7 @@ def test_two_processes_make_one_attempt_and_the_next_call_resumes_it(tmp_path: P
 
     for _ in range(2):
         ended = subprocess.run(
-            [*command, "-m", "workers.loop", "spec.json", "--run-dir", "run"],
+            [*command, "-m", "ngd_workers", "spec.json", "--run-dir", "run"],
             cwd=tmp_path,
             env=_environment(),
             check=False,

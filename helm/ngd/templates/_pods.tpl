@@ -144,7 +144,7 @@ volumeMounts:
   {{- include "ngd.controllerMounts" $root | nindent 2 }}
 {{- end -}}
 
-{{/* The service's settings; their names are fields of service/settings.py. */}}
+{{/* The service's settings; their names are fields of service/ngd_service/settings.py. */}}
 {{- define "ngd.controllerEnv" -}}
 {{- $own := include "ngd.ownEnv" . -}}
 {{ $own }}

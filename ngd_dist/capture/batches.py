@@ -1,0 +1,196 @@
+"""The forward passes of a step: how many samples each is given, and which positions of its output the loss reads.
+
+N is a property of the batch, and no layer's: a layer's own first dimension may count windows or tokens too. It is
+stated (`Batches.stated`), or it is the one size that the model's inputs have in common or, where they have several,
+that its outputs share with them. Where the model itself is not called it is the one size of its layers' inputs.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_dist.config import Categorical, Empirical, NGDConfig
+from ngd_dist.errors import CaptureError
+from ngd_dist.layers.hooks import backward_task, tensors_in
+
+__all__ = ["Batch", "Batches", "predictions"]
+
+STATE_IT = "state it: `with optimizer.samples(n): ...` around the forward pass"
+
+
+class Batch:
+    """One forward pass. `sizes`: of its inputs in the dimension that counts samples; empty outside the model's own."""
+
+    def __init__(self, dim: int, sizes: frozenset[int], stated: int | None = None) -> None:
+        self._dim = dim
+        self._sizes = sizes
+        self._samples = stated
+        self._of_layers: set[int] = set()
+        self._outputs: frozenset[int] = frozenset()
+        self._read: dict[int, Tensor] = {}
+        self._arrived: dict[int, dict[int, Tensor]] = {}
+        self._positions: tuple[float, bool] | None = None
+
+    def returned(self, outputs: list[Tensor], class_dim: int, *, is_watched: bool) -> None:
+        """Notes what the model returned and, if asked to, which of its positions get a gradient."""
+        self._outputs = frozenset(output.shape[self._dim] for output in outputs if output.ndim > self._dim)
+        if not is_watched:
+            return
+        for index, output in enumerate(outputs):
+            if output.requires_grad and self._has_positions(output):
+                output.register_hook(partial(self._on_gradient, index, class_dim))
+
+    def confirm(self, task: int | None) -> None:
+        """Notes that this backward pass is one of the step's own; None: that all that have come are."""
+        for arrived in [self._arrived.pop(t) for t in list(self._arrived) if task in (None, t)]:
+            for index, mask in arrived.items():
+                self._read[index] = mask | self._read[index] if index in self._read else mask
+            self._positions = None
+
+    def check(self, layer: str, size: int) -> None:
+        """Returns if a run of the layer whose batch dimension is of this size is fit, or it is too early to tell.
+
+        Raises: CaptureError.
+        """
+        if self._samples is not None or len(self._sizes) == 1:
+            self.of_run(layer, size)
+
+    def of_run(self, layer: str, size: int) -> tuple[int, int]:
+        """Returns N, and how many samples share a run of the layer whose batch dimension is of this size.
+
+        Raises: CaptureError where N can't be told, or the rows of a sample can't.
+        """
+        samples = self._settled(size)
+        if size == 1:
+            return 1, samples
+        if size % samples:
+            raise CaptureError(
+                f"layer {layer!r} is given {size} samples where the model is given {samples}: which rows belong to one "
+                f"sample can't be told; {STATE_IT}, set batch_dim=1 if dimension 1 counts samples, or name the layer "
+                "in exclude"
+            )
+        return samples, 1
+
+    def positions(self) -> tuple[float, bool]:
+        """Returns how many positions of a sample the loss read, on average, and whether it ignored others.
+
+        One host read per output with positions, in steps that measure.
+        """
+        if self._positions is None:
+            samples = self._samples or 1
+            masks = [mask for mask in self._read.values() if mask.numel() > samples]
+            counts = [int(mask.sum()) for mask in masks]
+            ignores = any(count < mask.numel() for count, mask in zip(counts, masks, strict=True))
+            self._positions = max([1, *counts]) / samples if counts else 1.0, ignores
+        return self._positions
+
+    def _has_positions(self, output: Tensor) -> bool:
+        """Returns whether it is [N, ..., C] or, with samples and positions in one dimension, [rows, C]."""
+        return output.ndim > 2 or (output.ndim == 2 and output.shape[0] not in self._sizes | {self._samples})
+
+    def _on_gradient(self, index: int, class_dim: int, g: Tensor) -> None:
+        mask = g.detach().ne(0).any(class_dim if g.ndim > 2 else -1)
+        self._arrived.setdefault(backward_task(), {})[index] = mask
+
+    def _settled(self, size: int) -> int:
+        if self._samples is not None:
+            return self._samples
+        if not self._sizes:
+            return self._of_layer(size)
+        sizes = self._sizes if len(self._sizes) == 1 else self._sizes & self._outputs
+        if len(sizes) != 1:
+            raise CaptureError(
+                f"can't tell how many samples the model was given: its inputs have {sorted(self._sizes)} in dimension "
+                f"{self._dim}, its outputs {sorted(self._outputs)}; {STATE_IT}"
+            )
+        (self._samples,) = sizes
+        return self._samples
+
+    def _of_layer(self, size: int) -> int:
+        """Returns N by the layers' own inputs, which must agree: nothing else is known of a pass outside the model."""
+        if size == 1:
+            return max(self._of_layers, default=1)
+        self._of_layers.add(size)
+        if len(self._of_layers) > 1:
+            raise CaptureError(
+                f"can't tell how many samples a pass has that does not call the model itself: its layers are given "
+                f"{sorted(self._of_layers)} in dimension {self._dim}; {STATE_IT}"
+            )
+        return size
+
+
+class Batches:
+    """Tells which forward pass a layer's run belongs to."""
+
+    def __init__(self, config: NGDConfig) -> None:
+        self._dim = config.batch_dim
+        fisher = config.fisher
+        likelihood = fisher if isinstance(fisher, Empirical) else fisher.likelihood
+        self._class_dim = likelihood.class_dim if isinstance(likelihood, Empirical | Categorical) else -1
+        self._stated: int | None = None
+        self._calls: list[Batch | None] = []
+        self._outside: Batch | None = None
+        self._latest = Batch(self._dim, frozenset())
+
+    @contextmanager
+    def stated(self, samples: int) -> Iterator[None]:
+        """Gives the forward passes inside the block so many samples."""
+        before, self._stated = self._stated, samples
+        self._outside = None
+        try:
+            yield
+        finally:
+            self._stated, self._outside = before, None
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, counts: bool) -> None:
+        """Begins a call of the model, which may call itself; one that does not count is of no batch."""
+        if not counts:
+            self._calls.append(None)
+            return
+        inputs = list(tensors_in((args, kwargs)))
+        sizes = {x.shape[self._dim] for x in inputs if x.ndim > self._dim}
+        sizes |= {len(given) for given in (*args, *kwargs.values()) if isinstance(given, list)}  # of images, say
+        batch = Batch(self._dim, frozenset(sizes), self._stated)
+        self._calls.append(batch)
+        self._latest, self._outside = batch, None
+
+    def end(self, output: Any, *, is_watched: bool) -> None:
+        """Ends it; output: None after an error."""
+        batch = self._calls.pop() if self._calls else None
+        if batch is not None and output is not None:
+            batch.returned(predictions(output), self._class_dim, is_watched=is_watched)
+
+    def current(self, *, is_recomputed: bool) -> Batch:
+        """Returns the pass that a run belongs to: for one that is run again in backward, the latest."""
+        if is_recomputed:
+            return self._latest
+        if self._calls and self._calls[-1] is not None:
+            return self._calls[-1]
+        if self._outside is None:
+            self._outside = self._latest = Batch(self._dim, frozenset(), self._stated)
+        return self._outside
+
+    def forget(self) -> None:
+        """Ends what was begun outside the model: no later run belongs to it."""
+        self._outside = None
+
+    def differentiated(self, batch: Batch) -> None:
+        """Notes that a backward pass has come through the pass: later runs outside the model are of another one."""
+        if batch is self._outside:
+            self._outside = None
+
+
+def predictions(output: Any) -> list[Tensor]:
+    """Returns the tensors of a model's result that a label is predicted from.
+
+    Of a mapping (a dict, a ModelOutput) its logits, where keys say which they are; of all else every floating tensor
+    with a dimension for samples, so that a loss beside them is none.
+    """
+    if isinstance(output, Mapping):
+        named = [value for key, value in output.items() if str(key) == "logits" or str(key).endswith("_logits")]
+        output = named or list(output.values())
+    return [x for x in tensors_in(output) if x.ndim > 0 and torch.is_floating_point(x)]

@@ -1,0 +1,367 @@
+"""Hooks that tell what a covered layer sees, only for layers that have a statistic due.
+
+A forward hook notes each run of a layer and puts a hook on its output; when the output's gradient has come and the pass
+that brought it has added to the parameters' `grad`, the two make statistics (`measurement`). So a forward pass without
+gradient, one that is never differentiated, a pass that leaves `grad` alone and the second forward pass of activation
+checkpointing count for nothing. Hooks sit on the output tensor because module backward hooks break under an in-place
+activation that follows (pytorch/pytorch#61519).
+
+A layer may run several times in one forward pass (shared modules, siamese batches): the runs of one backward pass
+belong together, and count as positions. Backward passes are told apart by autograd's own number for them.
+"""
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from ngd_dist.capture.activations import Activations
+from ngd_dist.capture.batches import Batches
+from ngd_dist.capture.estimates import Estimates
+from ngd_dist.capture.measurement import LOSS_PASS, Measurement, Pass, Source
+from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun
+from ngd_dist.config import NGDConfig
+from ngd_dist.errors import CaptureError
+from ngd_dist.layers import Layer, Rows
+from ngd_dist.layers.hooks import (
+    OUTSIDE_BACKWARD,
+    ModuleHook,
+    accumulates,
+    backward_task,
+    is_transformed,
+    keeps_graph,
+    remove,
+    weakly,
+)
+from ngd_dist.preconditioners import Preconditioner
+from ngd_dist.statistics.statistic import Key
+
+__all__ = ["Capture"]
+
+logger = logging.getLogger(__name__)
+
+MAX_PENDING = 6  # forward passes that fisher_backward may still be given
+
+
+class Capture:
+    """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples.
+
+    `on_forward` is called before each forward pass of the model that is watched, and returns whether another capture
+    has taken this one's place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        preconditioners: Mapping[str, Preconditioner],
+        config: NGDConfig,
+        measurement: Measurement,
+        *,
+        on_forward: Callable[[tuple[Any, ...], Mapping[str, Any]], bool | None],
+    ) -> None:
+        self.batches = Batches(config)
+        self.measurement = measurement
+        self._layers = {layer.name: layer for layer in layers}
+        self._reads_slopes = {name for name, preconditioner in preconditioners.items() if preconditioner.reads_slopes}
+        self._micro_batches = config.micro_batches
+        self._on_forward = on_forward
+        self._is_paused = False
+        self._has_warned = False
+        # By forward pass: those that were never differentiated must not pile up, since an edge keeps its graph alive.
+        self._edges: deque[list[GradientEdge]] = deque(maxlen=max(MAX_PENDING, config.loss_parts))
+        self._passes: dict[str, LayerPasses] = {}
+        self._arrived: dict[str, Arrivals] = {}
+        self._has_run = False
+        self._fisher_passes = 0
+        self._is_stale = False
+        # Layers that have had a step in which no pass came after one that ended: their rows need not wait for the step.
+        self._single: set[str] = set()
+        self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
+        self._clear()
+        self._gradient_hook, self._accumulation_hook = weakly(self._on_gradient), weakly(self._on_accumulated)
+        self._activations = Activations(model) if self._reads_slopes else None
+        handles = [model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True)]
+        on_run = weakly(self._on_run)
+        handles += [handle for layer in layers for handle in layer.watch(partial(on_run, layer))]
+        # Last: the model may be a layer itself.
+        handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
+        self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
+
+    def arm(self, due: Sequence[Key], step: int) -> None:
+        """Starts a new step in which these statistics, and no others, are captured."""
+        self.measurement.begin(due, step)
+        self._clear()
+        if not self.measurement.keeps_rows:
+            for name in self._accumulation.keys() - self.measurement.due.keys():
+                remove(self._accumulation.pop(name).values())
+
+    def close(self) -> None:
+        """Takes all hooks away."""
+        self._finalizer()
+
+    def take(self) -> dict[Key, Tensor]:
+        """Returns what was captured since `arm`. Layers that did not run, or too often, are absent."""
+        self._settle()
+        left_out = self.miscounted().keys() | self.measurement.spoiled
+        return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
+
+    def rows(self, layer: str) -> list[Rows]:
+        """Returns the rows of the layer's micro-batches, where they are kept."""
+        self._settle()
+        return self.measurement.rows.get(layer, [])
+
+    def miscounted(self) -> dict[str, int]:
+        """Returns the layers that have had more micro-batches than the config says."""
+        wanted, counts = self._micro_batches, self.estimates.passes.items()
+        return {} if wanted == "any" else {layer: count for layer, count in counts if count > wanted}
+
+    def miscount(self, layer: str) -> CaptureError:
+        """Returns the error for a layer that has had too many micro-batches on some rank."""
+        here, wanted = self.miscounted().get(layer), self._micro_batches
+        times = f"{here} times" if here else "too often on another rank"
+        if self.measurement.source is Source.FISHER:
+            return CaptureError(
+                f"fisher_backward was called {times} in one optimizer step, but micro_batches is {wanted}: call it "
+                "once per micro-batch, with a tuple of the outputs if there are several; where the loss is divided by "
+                "the number of calls, set micro_batches to it"
+            )
+        return CaptureError(
+            f"layer {layer!r} was differentiated {times} in one optimizer step, through a forward pass of its own each "
+            f"time, but micro_batches is {wanted}. If the loss of each is divided by their number, set micro_batches "
+            "to it, or to 'any'; add up losses on the same samples, and differentiate the sum; put passes that are not "
+            "the step's own into `with optimizer.paused():`; a module that runs in several checkpointed blocks needs "
+            "use_reentrant=False"
+        )
+
+    @property
+    def estimates(self) -> Estimates:
+        """What has been estimated since `arm`."""
+        return self.measurement.estimates
+
+    @property
+    def activations(self) -> Mapping[str, str | None]:
+        """By layer that has run, the type of the activation that read it; empty where no method asks for slopes."""
+        return {} if self._activations is None else self._activations.found
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether anything that the step counts on has been captured since `arm`."""
+        return self._fisher_passes > 0 or self.has_gradients
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a pass of the loss that counts has come since `arm`."""
+        return any(passes.micro_batches for passes in self._passes.values())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing that runs inside the block."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    @property
+    def fisher_passes(self) -> int:
+        """How many micro-batches of this step have had their Fisher passes."""
+        return self._fisher_passes
+
+    @property
+    def needs_fisher_pass(self) -> bool:
+        """Whether a due statistic reads the Fisher's own gradients."""
+        return self.measurement.source is Source.FISHER
+
+    def begin_fisher(self) -> None:
+        """Forgets Fisher passes that no loss has followed before gradients were cleared: that batch was given up."""
+        if self._is_stale and not self.has_gradients:
+            for name in list(self.estimates.passes):
+                self.measurement.forget(name)
+            self._fisher_passes = 0
+        self._is_stale = False
+
+    def fisher_pass(
+        self, outputs: Sequence[Tensor], gradients: Iterable[Sequence[Tensor]], weight: float, *, ignores: bool
+    ) -> None:
+        """Runs one backward pass per gradients of the outputs, each in units of a sample's own loss, to the due layers.
+
+        Statistics that read gradients are summed over the passes, times `weight`. No parameter's gradient is touched:
+        autograd stops at the outputs of the layers. Raises: CaptureError if none of them has run.
+        """
+        if not self._has_run:
+            raise self.measurement.error(
+                "no covered layer has run since the last call; call fisher_backward(output) once after "
+                "each forward pass, on what that pass returned, outside torch.no_grad()"
+            )
+        # As small as the loss's own gradients, which is what a GradScaler has made room for.
+        scale = self.measurement.scale(outputs[0].shape[0])
+        edges = [edge for of_pass in self._edges for edge in of_pass]
+        for number, columns in enumerate(gradients):
+            if not edges:
+                break  # none of the layers that are due took part
+            self._pass = Pass(Source.FISHER, number == 0, weight, scale, ignores)
+            try:
+                small = [column / scale for column in columns]
+                torch.autograd.grad(outputs, edges, small, retain_graph=True, allow_unused=True)
+                for name, arrivals in self._arrived.items():
+                    self.measurement.add_fisher(name, arrivals, self._pass)
+            finally:
+                self._pass, self._arrived = LOSS_PASS, {}
+        self._edges.clear()
+        self._has_run = False
+        self._fisher_passes += 1
+        if self.needs_fisher_pass and self._fisher_passes == self._micro_batches:
+            for name in self.estimates.passes:
+                self.measurement.hand_over(name)
+
+    def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Notes how many samples the model is given, before its forward pass."""
+        self.batches.begin(args, kwargs, counts=True)
+        self._edges.append([])
+
+    def clear(self) -> bool:
+        """Returns whether gradients that count are cleared. A Fisher pass that no loss has followed may be given up."""
+        self._is_stale = self._fisher_passes > 0
+        return self.has_gradients
+
+    def _note_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_blind or not torch.is_grad_enabled():
+            self.batches.begin(args, kwargs, counts=False)
+        elif backward_task() != OUTSIDE_BACKWARD:  # checkpointed as a whole
+            self.batches.begin(args, kwargs, counts=True)
+        elif not self._on_forward(args, kwargs):
+            self.begin_forward(args, kwargs)
+
+    def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Notes what the model has returned."""
+        measured = self.measurement
+        self.batches.end(output, is_watched=measured.measures_loss and (measured.keeps_rows or bool(measured.due)))
+
+    def _on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+        """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
+        if self._is_blind or not (torch.is_grad_enabled() and output.requires_grad):
+            return
+        self._has_run = True
+        is_due = layer.name in self.measurement.due
+        if not (self.measurement.keeps_rows or is_due):
+            return
+        trained = [p for p in layer.parameters if p.requires_grad]
+        if not trained or layer.replaced():
+            return
+        expected, size = layer.expected_input(x), x.shape[layer.batch_dim] if x.ndim > layer.batch_dim else 0
+        if expected is not None:
+            raise self.measurement.error(
+                f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}"
+            )
+        if size == 0:
+            raise self.measurement.error(
+                f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks"
+            )
+        within = backward_task()
+        batch = self.batches.current(is_recomputed=within != OUTSIDE_BACKWARD)
+        try:
+            batch.check(layer.name, size)
+        except CaptureError as error:
+            raise self.measurement.error(str(error)) from None
+        with torch.no_grad():
+            kept = layer.keep(x.detach(), output.detach())
+        run = NotedRun(kept, size=size, batch=batch, within=within)
+        if self._activations is not None and is_due and layer.name in self._reads_slopes:
+            self._activations.expect(layer.name, output, run)
+        if is_due and self.needs_fisher_pass and not run.is_recomputed:
+            if not self._edges:
+                self._edges.append([])
+            self._edges[-1].append(get_gradient_edge(output))
+        handles = self._accumulation.setdefault(layer.name, {})
+        for p in trained:
+            if p not in handles:
+                handles[p] = p.register_post_accumulate_grad_hook(partial(self._accumulation_hook, layer.name))
+        output.register_hook(partial(self._gradient_hook, layer.name, run))
+
+    def _on_gradient(self, name: str, run: NotedRun, g: Tensor) -> None:
+        """Takes the gradient of a run, if the pass that brings it may count."""
+        if self._is_blind:
+            return
+        is_due = name in self.measurement.due
+        if self._pass.source is Source.FISHER:
+            if is_due and self.needs_fisher_pass:
+                self._arrived.setdefault(name, []).append((run, g.detach()))
+            return
+        if not (self.measurement.keeps_rows or is_due):
+            return
+        parameters = self._layers[name].parameters
+        adds = next((found for p in parameters if (found := accumulates(p)) is not False), False)
+        if adds is False or (adds is None and g.requires_grad):  # create_graph: a part of the loss that is to come
+            return
+        passes = self._passes.setdefault(name, LayerPasses(self._micro_batches == 1))
+        if passes.is_cleared(parameters):
+            passes.forget()
+            self.measurement.forget(name)
+        self.measurement.check(name, run)
+        is_measured = self.measurement.measures_loss
+        passes.arrive(backward_task(), run, g.detach() if is_measured else None, is_returned=adds is None)
+        self.batches.differentiated(run.batch)
+
+    def _on_accumulated(self, name: str, parameter: nn.Parameter) -> None:
+        """Takes the pass that is under way for one of the step's own: it has added to the layer's `grad`.
+
+        Autograd adds once for all uses of a parameter in a pass, so that all runs of the layer have come by now.
+        """
+        passes = self._passes.get(name)
+        if passes is None or self._is_blind:
+            return
+        keeps = keeps_graph()
+        micro = passes.confirm(backward_task(), parameter, keeps_graph=keeps)
+        if micro is None or not self.measurement.measures_loss:
+            return
+        if micro.is_closed:  # its rows are gone: what the sum of both passes gives can't be told
+            self.measurement.spoiled.add(name)
+            self._single.discard(name)
+            return
+        may_go_on = passes.adds_up or bool(micro.within)  # another pass may bring more to it
+        if not (keeps or self.measurement.keeps_rows) and (not may_go_on or name in self._single):
+            self.measurement.close(name, micro.close())
+
+    def _settle(self) -> None:
+        """Makes statistics of all that has come, now that nothing more will."""
+        for name, passes in self._passes.items():
+            if not passes.micro_batches and any(p.grad is not None for p in self._layers[name].parameters):
+                passes.adopt()
+            for micro in passes.micro_batches:
+                if self.measurement.measures_loss and not micro.is_closed:
+                    self.measurement.close(name, micro.close())
+            if passes.micro_batches and passes.ended == len(passes.micro_batches):
+                self._single.add(name)
+            elif passes.adds_up and passes.ended > 1 and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "layer %r had %d backward passes in one step: they count as parts of one loss on the same samples. "
+                    "If they are gradient accumulation, set micro_batches",
+                    name,
+                    passes.ended,
+                )
+
+    def _clear(self) -> None:
+        self.batches.forget()
+        self._passes, self._arrived, self._pass = {}, {}, LOSS_PASS
+        self._edges.clear()
+        self._has_run = self._is_stale = False
+        self._fisher_passes = 0
+
+    @property
+    def _is_blind(self) -> bool:
+        return self._is_paused or is_transformed()
+
+
+def _let_go(handles: Iterable[RemovableHandle], of_parameters: Mapping[str, Mapping[Any, RemovableHandle]]) -> None:
+    for each in (handles, *(own.values() for own in of_parameters.values())):
+        remove(each)

@@ -1,0 +1,172 @@
+"""The due statistics of one step as this rank finds them: means over its micro-batches, and how its replicates scatter.
+
+Replicates tell the sampling noise, and are there anyway: the micro-batches of all ranks or, where there is one in all,
+the two halves of its samples. Statistics are linear in rows, so that halves cost no more products than the whole.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ngd_dist.config import NGDConfig
+from ngd_dist.layers import Rows
+from ngd_dist.preconditioners import Cache, Preconditioner
+from ngd_dist.statistics.statistic import Key, StatisticSpec
+
+__all__ = ["Estimates"]
+
+
+@dataclass(slots=True)
+class _Mean:
+    """One statistic. A replicate is its share of a micro-batch's samples, and its own mean, which may grow by passes.
+
+    `total` and `square` are sums over micro-batches. `parts`: the replicates of all ranks, among which the rows of a
+    root are shared out.
+    """
+
+    spec: StatisticSpec
+    parts: int
+    replicates: list[tuple[float, Tensor]] = field(default_factory=list)
+    count: int = 0
+    total: Tensor | None = None
+    square: Tensor | None = None
+    seconds: float = 0.0
+
+    def add(self, values: Sequence[tuple[float, Tensor]]) -> None:
+        """Adds one pass to the replicates that are under way, which have the same shares."""
+        if not self.replicates:
+            self.replicates = list(values)
+            return
+        pairs = zip(self.replicates, values, strict=True)
+        self.replicates = [(share, total + value) for (share, total), (_, value) in pairs]
+
+    def complete(self, *, measures: bool) -> None:
+        """Takes the replicates that are under way into the mean and, where noise is measured, into the mean square."""
+        for share, value in self.replicates:
+            part = value if share == 1.0 else value * share
+            self.total = part if self.total is None else self.total + part
+            if measures:
+                # A root has the rows of its own part alone, scaled for the mean over all parts.
+                norm = self.spec.norm(value) / (self.parts if self.spec.is_root else 1)
+                square = norm.square() * share
+                self.square = square if self.square is None else self.square + square
+        self.count += len(self.replicates)
+        self.replicates = []
+
+    def scaled(self, passes: int, parts: int, divisor: int) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the mean over so many micro-batches, and its mean square.
+
+        parts: how many micro-batches a root's rows are shared out among. divisor: what the loss of each was divided by
+        and g was not multiplied by. A root is of the first power of g, all else of the second.
+        """
+        if self.total is None or (passes == 1 and parts == 1 and divisor == 1):
+            return self.total, self.square
+        power = divisor**2 if self.spec.reads_gradients else 1
+        factor = (power / (passes * parts)) ** 0.5 if self.spec.is_root else power / passes
+        return self.total * factor, None if self.square is None else self.square * (power**2 / passes)
+
+
+class Estimates:
+    """Adds up what preconditioners estimate, pass by pass. `is_alone`: whether this is the only rank."""
+
+    def __init__(
+        self,
+        preconditioners: Mapping[str, Preconditioner],
+        config: NGDConfig,
+        shared_of: Callable[[str], Cache],
+        *,
+        is_alone: bool,
+    ) -> None:
+        self._preconditioners = preconditioners
+        self._parts = config.loss_parts
+        self._counts_parts = config.micro_batches == "any"
+        self._shared_of = shared_of
+        self._measures = config.measures_noise
+        self._halves = config.measures_noise and is_alone and config.loss_parts == 1
+        self.clear()
+
+    def forget(self, layer: str) -> None:
+        """Forgets what one layer has had."""
+        for key in [key for key in self._means if key.layer == layer]:
+            del self._means[key]
+        self.passes.pop(layer, None)
+        self._rows.pop(layer, None)
+
+    def clear(self) -> None:
+        """Forgets the last step."""
+        self._means: dict[Key, _Mean] = {}
+        self.passes: dict[str, int] = defaultdict(int)
+        self._rows: dict[str, int] = defaultdict(int)
+
+    def add(self, name: str, rows: Rows, due: frozenset[str], *, is_first: bool, weight: float) -> None:
+        """Adds one backward pass of a layer to its due statistics.
+
+        The first one of a micro-batch counts it, and adds those that read no gradient. What reads them is a sum over
+        the passes of a micro-batch, times `weight`.
+        """
+        preconditioner = self._preconditioners[name]
+        specs = [spec for spec in preconditioner.statistics if spec.name in due and (is_first or spec.reads_gradients)]
+        if is_first:
+            self._complete(name)
+            self.passes[name] += 1
+            self._rows[name] += rows.count
+        parts = rows.halves() if self._halves and rows.samples > 1 else (rows,)
+        shares = [part.samples / rows.samples for part in parts]
+        for spec in specs:
+            start = time.perf_counter()
+            own, scale = frozenset({spec.name}), weight if spec.reads_gradients else 1.0
+            found = [preconditioner.estimate(part, own, self._shared_of(name)) for part in parts]
+            values = [value[spec.name] for value in found if value]
+            mean = self._means.setdefault(Key(name, spec.name), _Mean(spec, parts[0].replicate.count))
+            if values:  # else there is no basis yet to measure it in
+                scaled = values if scale == 1.0 else [value * scale for value in values]
+                mean.add(list(zip(shares, scaled, strict=True)))
+            mean.seconds += time.perf_counter() - start
+
+    def values(self) -> dict[Key, Tensor]:
+        """Returns the mean of each statistic over this rank's samples."""
+        return {key: value for layer in self.passes for key, value in self.of(layer).items()}
+
+    def of(self, layer: str) -> dict[Key, Tensor]:
+        """Returns the means of one layer's statistics over the samples seen so far."""
+        self._complete(layer)
+        means = ((key, self._scaled(mean, layer)[0]) for key, mean in self._means.items() if key.layer == layer)
+        return {key: total for key, total in means if total is not None}
+
+    def seconds(self, key: Key) -> float:
+        """Returns the host seconds that estimating the statistic took."""
+        return self._means[key].seconds if key in self._means else 0.0
+
+    def tallies(
+        self, due: Sequence[Key], wrong: Collection[str], device: torch.device, spoiled: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """Returns what travels beside the statistics of each due layer: the numbers of a `Tally`.
+
+        Zeros for a layer that was not captured, NaN for those that were captured `wrong`, infinity for those whose
+        statistics are `spoiled`.
+        """
+        found: dict[str, Tensor] = {}
+        for layer in dict.fromkeys(key.layer for key in due):
+            means = [self._means.get(key) for key in due if key.layer == layer]
+            captured = [mean for mean in means if mean is not None and mean.total is not None]
+            first = math.nan if layer in wrong else math.inf if layer in spoiled else float(bool(captured))
+            count = max((mean.count for mean in captured), default=0)
+            numbers = torch.tensor([first, self._rows.get(layer, 0), count], dtype=torch.float64, device=device)
+            found_squares = [None if mean is None else self._scaled(mean, layer)[1] for mean in means]
+            squares = [numbers.new_zeros(()) if square is None else square.to(numbers) for square in found_squares]
+            found[layer] = torch.cat([numbers, torch.stack(squares)]) if self._measures else numbers
+        return found
+
+    def _scaled(self, mean: _Mean, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        passes = self.passes[layer]
+        return mean.scaled(passes, self._parts, passes if self._counts_parts else 1)
+
+    def _complete(self, layer: str) -> None:
+        for key, mean in self._means.items():
+            if key.layer == layer:
+                mean.complete(measures=self._measures)

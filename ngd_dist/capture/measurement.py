@@ -1,0 +1,196 @@
+"""Turns the runs of a layer, once their gradients have come, into statistics and kept rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ngd_dist.capture.estimates import Estimates
+from ngd_dist.capture.passes import Arrivals, NotedRun
+from ngd_dist.config import NGDConfig
+from ngd_dist.distributed.comm import Communicator
+from ngd_dist.errors import CaptureError
+from ngd_dist.layers import Layer, Replicate, Rows
+from ngd_dist.preconditioners import Cache, Preconditioner, check_rows
+from ngd_dist.statistics.statistic import Key
+from ngd_dist.telemetry import Stopwatch
+
+__all__ = ["LOSS_PASS", "Measurement", "Pass", "Source"]
+
+
+class Source(Enum):
+    """Whose gradients statistics are made of."""
+
+    LOSS = "the training loss"
+    FISHER = "labels drawn from the model, or all of them"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One backward pass: of the loss, or one of those that make up the Fisher of a micro-batch, with its weight.
+
+    `scale` is what its gradients are multiplied by; None for those of the loss, where it follows from the batch.
+    `ignores`: whether its gradients are 0 at positions that the loss ignores.
+    """
+
+    source: Source
+    is_first: bool = True
+    weight: float = 1.0
+    scale: float | None = None
+    ignores: bool = False
+
+
+LOSS_PASS = Pass(Source.LOSS)
+
+
+class Measurement:
+    """The statistics of one step as this rank measures them. What its arguments are, `Capture` says.
+
+    `due`: by layer, the names of the statistics that are. `spoiled`: the layers whose statistics are of no use, because
+    values have left this rank, or have lost their rows, before it was known that they would change.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        preconditioners: Mapping[str, Preconditioner],
+        config: NGDConfig,
+        comm: Communicator,
+        *,
+        shared_of: Callable[[str], Cache],
+        loss_scale: Callable[[], float],
+        on_ready: Callable[[Key, Tensor], None],
+        stopwatch: Stopwatch,
+        keeps_rows: bool,
+    ) -> None:
+        self.estimates = Estimates(preconditioners, config, shared_of, is_alone=comm.world_size == 1)
+        self.keeps_rows = keeps_rows
+        self._layers = layers
+        self._preconditioners = preconditioners
+        self._config = config
+        self._comm = comm
+        self._replicates = comm.world_size * config.loss_parts
+        check_rows(config, self._replicates)
+        # g of a mean over P positions times sqrt(P): the mean over positions of g g^T is then that of their own losses.
+        self._averages = config.fisher.positions == "mean" and config.loss_reduction == "mean"
+        self._loss_scale = loss_scale
+        self._on_ready = on_ready
+        self._stopwatch = stopwatch
+        self.begin([], 0)
+
+    def begin(self, due: Sequence[Key], step: int) -> None:
+        """Starts a new step."""
+        self._step = step
+        self.estimates.clear()
+        self.rows: dict[str, list[Rows]] = {}
+        self.spoiled: set[str] = set()
+        self._handed_over: set[str] = set()
+        self.due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
+        reads = any(
+            spec.reads_gradients
+            for layer, names in self.due.items()
+            for spec in self._preconditioners[layer].statistics
+            if spec.name in names
+        )
+        # What reads the forward pass alone needs no pass of the Fisher's own.
+        self.source = Source.FISHER if reads and self._config.fisher.kind != "empirical" else Source.LOSS
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether anything is made of the passes of the loss itself."""
+        return self.keeps_rows or self.source is Source.LOSS
+
+    def check(self, name: str, run: NotedRun) -> None:
+        """Returns if it can be told which samples a run is of. Raises: CaptureError."""
+        try:
+            run.batch.of_run(name, run.size)
+        except CaptureError as error:
+            self._comm.post_error(str(error))
+            raise
+
+    @torch.no_grad()
+    def close(self, name: str, arrivals: Arrivals) -> None:
+        """Takes a micro-batch of the loss that is complete. Raises: CaptureError."""
+        runs = self._with_gradients(name, arrivals)
+        scale, ignores = self.scale(runs[0].samples * runs[0].sharers), False
+        for run in runs:
+            positions, ignores_some = run.batch.positions()
+            run.weight, ignores = positions**0.5 if self._averages else 1.0, ignores or ignores_some
+        if self.keeps_rows:
+            # Rows of their own: those of the statistics hold on to all that was made of the runs.
+            kept = [replace(run, slope=None) for run in runs]
+            self.rows.setdefault(name, []).append(self._rows_of(name, kept, scale, ignores=ignores))
+        if self.source is Source.LOSS and name in self.due:
+            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores))
+            if self.estimates.passes[name] == self._config.micro_batches:
+                self.hand_over(name)
+
+    @torch.no_grad()
+    def add_fisher(self, name: str, arrivals: Arrivals, origin: Pass) -> None:
+        """Takes one backward pass of the Fisher's own. Raises: CaptureError."""
+        for run, _ in arrivals:
+            self.check(name, run)
+        self._estimate(name, self._with_gradients(name, arrivals), origin)
+
+    def forget(self, name: str) -> None:
+        """Forgets what one layer has had."""
+        self.estimates.forget(name)
+        self.rows.pop(name, None)
+        self.spoiled.discard(name)
+        if name in self._handed_over:  # a value that has left can't be taken back
+            self.spoiled.add(name)
+
+    def hand_over(self, name: str) -> None:
+        """Gives what is due of a layer to those that may send it: nothing more will come, as far as one can tell."""
+        if self._comm.world_size > 1:
+            self._handed_over.add(name)
+            for key, value in self.estimates.of(name).items():
+                self._on_ready(key, value)
+
+    def scale(self, samples: int) -> float:
+        """Returns what makes the gradient of the loss, as it is differentiated, that of one sample's own loss."""
+        # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
+        mean = samples * self._config.loss_parts if self._config.loss_reduction == "mean" else 1
+        return mean / self._loss_scale()
+
+    def error(self, message: str) -> CaptureError:
+        """Returns the error, which the other ranks are told of."""
+        self._comm.post_error(message)
+        return CaptureError(message)
+
+    def _with_gradients(self, name: str, arrivals: Arrivals) -> list[NotedRun]:
+        """Returns the runs with their gradients. Raises: CaptureError where they are of batches of several sizes."""
+        runs = [run.with_gradient(name, g) for run, g in arrivals if g is not None]
+        sizes = sorted({run.samples * run.sharers for run in runs})
+        if len(sizes) > 1:
+            raise self.error(
+                f"layer {name!r} was run on batches of {sizes} samples for one loss; use batches of one size, put what "
+                "is no part of the loss into `with optimizer.paused():`, or set micro_batches if the loss of each is "
+                "divided by their number"
+            )
+        return runs
+
+    def _rows_of(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> Rows:
+        # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
+        # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
+        scale /= runs[0].sharers ** 0.5
+        return Rows(self._layers[name], runs, scale, self._replicate(name), ignores=ignores)
+
+    def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
+        assert origin.scale is not None
+        rows = self._rows_of(name, runs, origin.scale, ignores=origin.ignores)
+        # Autocast, where backward runs under it, would form the products in 16 bits.
+        with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
+            self.estimates.add(name, rows, self.due[name], is_first=origin.is_first, weight=origin.weight)
+
+    def _replicate(self, name: str) -> Replicate:
+        """Returns which part of the global batch the layer's next micro-batch is; too many are an error of the step."""
+        parts = self._config.loss_parts
+        index = self._comm.rank * parts + self.estimates.passes.get(name, 0) % parts
+        return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
+
+
+def _device_type(runs: Sequence[NotedRun]) -> str:
+    return next((run.g.device.type for run in runs if run.g is not None), "cpu")

@@ -1,0 +1,75 @@
+"""The backward passes that a Fisher other than the empirical one takes: one per drawn label, or per output."""
+
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_dist.capture.batches import predictions
+from ngd_dist.capture.capture import Capture
+from ngd_dist.capture.likelihood import exact_gradients, outputs_per_sample, sampled_gradients
+from ngd_dist.config import Empirical, Exact, NGDConfig
+from ngd_dist.errors import ConfigError
+
+__all__ = ["OutputFisher"]
+
+
+class OutputFisher:
+    """Feeds `capture` with gradients of the model's own predictions."""
+
+    def __init__(self, config: NGDConfig, capture: Capture, rank: int) -> None:
+        self._choice = config.fisher
+        self._capture = capture
+        self._rank = rank
+
+    def backward(self, output: Any, step: int, ignored: Tensor | None) -> None:
+        """Runs the passes of one micro-batch, if a due statistic needs them. Raises: ConfigError, CaptureError."""
+        choice = self._choice
+        if isinstance(choice, Empirical) or not self._capture.needs_fisher_pass:
+            return
+        self._capture.begin_fisher()
+        outputs = _differentiable(output)
+        read = None if ignored is None else ~ignored
+        if isinstance(choice, Exact):
+            count = sum(outputs_per_sample(out) for out in outputs)
+            if count > choice.max_outputs:
+                raise ConfigError(
+                    f"the exact Fisher takes one backward pass per output of a sample: {count}, but max_outputs is "
+                    f"{choice.max_outputs}; raise it, or take fisher monte_carlo"
+                )
+            columns = self._columns(choice, outputs, read)
+            self._capture.fisher_pass(outputs, columns, weight=1.0, ignores=ignored is not None)
+            return
+        # Of the step, the rank and the micro-batch alone, so that a resumed run draws what an unbroken one draws.
+        place = f"{choice.seed} {step} {self._rank} {self._capture.fisher_passes}"
+        generator = torch.Generator(outputs[0].device).manual_seed(_seed(place))
+        # The labels of several outputs are independent, so that one pass serves them all.
+        draws = (
+            [sampled_gradients(choice.likelihood, out, generator, choice.positions, read) for out in outputs]
+            for _ in range(choice.samples)
+        )
+        self._capture.fisher_pass(outputs, draws, weight=1 / choice.samples, ignores=ignored is not None)
+
+    def _columns(self, choice: Exact, outputs: Sequence[Tensor], read: Tensor | None) -> Iterator[list[Tensor]]:
+        """Yields the columns of each output, with zeros for the others."""
+        for index, output in enumerate(outputs):
+            for column in exact_gradients(choice.likelihood, output, choice.positions, read):
+                yield [column if i == index else torch.zeros_like(other) for i, other in enumerate(outputs)]
+
+
+def _differentiable(output: Any) -> list[Tensor]:
+    """Returns the predictions among what the model returned. Raises: ConfigError if there is none."""
+    outputs = [x for x in predictions(output) if x.requires_grad]
+    if not outputs:
+        raise ConfigError(
+            "fisher_backward needs what the model returned: a tensor [samples, ...] with gradient, or a dict, a tuple "
+            f"or a ModelOutput that has some, got {type(output).__name__}"
+        )
+    return outputs
+
+
+def _seed(place: str) -> int:
+    """Returns a 63-bit number that differs between places; Python's own hash of a string changes between processes."""
+    return int.from_bytes(sha256(place.encode()).digest()[:8], "big") >> 1

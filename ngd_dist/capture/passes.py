@@ -1,0 +1,159 @@
+"""Which backward passes a layer has had since the last step, and which of its runs each of them came through.
+
+A pass belongs to the step if what it computes is in the parameters' `grad`: it has added to them, and nobody has
+cleared them since. So probes that differentiate with respect to inputs (saliency, adversarial examples, penalties)
+count for nothing, and whoever sets `grad` to what `torch.autograd.grad` returned is understood too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ngd_dist.capture.batches import Batch
+from ngd_dist.layers import Run
+from ngd_dist.layers.hooks import OUTSIDE_BACKWARD
+
+__all__ = ["Arrivals", "LayerPasses", "MicroBatch", "NotedRun"]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class NotedRun(Run):
+    """A run, and the forward pass that it is part of.
+
+    `size`: the length of its input's batch dimension, which may count parts of samples. `within`: the backward pass in
+    which it ran again (activation checkpointing), or OUTSIDE_BACKWARD.
+    """
+
+    size: int
+    batch: Batch
+    within: int = OUTSIDE_BACKWARD
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether it ran again in backward."""
+        return self.within != OUTSIDE_BACKWARD
+
+    def with_gradient(self, layer: str, g: Tensor) -> "NotedRun":
+        """Returns the run with its gradient, and with what of it the batch decides. Raises: CaptureError."""
+        samples, sharers = self.batch.of_run(layer, self.size)
+        return NotedRun(
+            self.kept, samples, sharers, g=g, slope=self.slope, size=self.size, batch=self.batch, within=self.within
+        )
+
+
+# The gradient is None where the pass counts and nothing is made of it: the Fisher has passes of its own.
+Arrivals = list[tuple[NotedRun, Tensor | None]]
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Runs of a layer that belong together, with the sum of the gradients that the passes through them have given.
+
+    `within`: the backward passes in which they ran again; a reentrant checkpoint has a pass of its own inside of those.
+    """
+
+    gradients: dict[NotedRun, Tensor | None] = field(default_factory=dict)
+    is_closed: bool = False
+    within: set[int] = field(default_factory=set)
+
+    def add(self, arrivals: Arrivals) -> None:
+        """Adds one pass."""
+        for run, g in arrivals:
+            old = self.gradients.get(run)
+            self.gradients[run] = g if old is None or g is None else old + g
+
+    def close(self) -> Arrivals:
+        """Returns the runs with their gradients, and keeps none of them."""
+        arrivals, self.gradients = list(self.gradients.items()), {}
+        self.is_closed = True
+        return arrivals
+
+
+@dataclass(slots=True)
+class LayerPasses:
+    """One layer's. `adds_up`: whether all passes of a step are parts of one loss on one micro-batch.
+
+    `ended` counts the passes that left no graph for another one to come through.
+    """
+
+    adds_up: bool
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    ended: int = 0
+    _added: tuple[nn.Parameter, int] | None = None
+    _arriving: dict[int, Arrivals] = field(default_factory=dict)
+    _returned: dict[int, Arrivals] = field(default_factory=dict)
+
+    def arrive(self, task: int, run: NotedRun, g: Tensor | None, *, is_returned: bool) -> None:
+        """Takes the gradient of one run, in a backward pass that will add to `grad`, or returns its gradients."""
+        passes = self._returned if is_returned else self._arriving
+        if task not in passes and is_returned:
+            # Of several that returned theirs, the loop can have set those alone that came through one forward pass.
+            self._returned = passes = {t: came for t, came in passes.items() if any(run is r for r, _ in came)}
+        elif task not in passes and not run.is_recomputed:
+            passes.clear()  # of passes that were broken off; a reentrant one is inside of another, which goes on
+        passes.setdefault(task, []).append((run, g))
+
+    def is_cleared(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Returns whether what was added to `grad` is gone: set to None, or to zeros in place.
+
+        Reads a number from the device where somebody has written to a `grad` since.
+        """
+        if not self.micro_batches:
+            return False
+        if all(p.grad is None for p in parameters):
+            return True
+        if self._added is None:
+            return False
+        parameter, version = self._added
+        is_written = parameter.grad is not None and parameter.grad._version != version
+        return is_written and not bool(parameter.grad.any())  # type: ignore[union-attr]
+
+    def confirm(self, task: int, parameter: nn.Parameter, *, keeps_graph: bool) -> MicroBatch | None:
+        """Returns the micro-batch that the pass has come through, now that it has added to `grad`; None if to none.
+
+        A closed one is returned as it is.
+        """
+        if self._added is not None and self._added[0] is parameter:
+            self._added = (parameter, _version_of(parameter))
+        arrivals = self._arriving.pop(task, None)
+        if not arrivals:
+            return None
+        self._added = (parameter, _version_of(parameter))
+        self.ended += not keeps_graph
+        for run, _ in arrivals:
+            run.batch.confirm(None if run.is_recomputed else task)
+        return self._place(arrivals)
+
+    def adopt(self) -> None:
+        """Takes the newest passes that returned their gradients for the step's own: `grad` was set from somewhere."""
+        for task, arrivals in self._returned.items():
+            self.ended += 1
+            self._place(arrivals)
+            for run, _ in arrivals:
+                run.batch.confirm(task)
+        self._returned.clear()
+
+    def forget(self) -> None:
+        """Forgets what has been added to `grad`: it was cleared."""
+        self.micro_batches.clear()
+        self.ended, self._added = 0, None
+
+    def _place(self, arrivals: Arrivals) -> MicroBatch:
+        micro = self._of(arrivals)
+        if not micro.is_closed:
+            micro.add(arrivals)
+        return micro
+
+    def _of(self, arrivals: Arrivals) -> MicroBatch:
+        for micro in self.micro_batches:
+            if self.adds_up or any(run in micro.gradients or run.within in micro.within for run, _ in arrivals):
+                return micro
+        within = {run.within for run, _ in arrivals if run.is_recomputed}
+        self.micro_batches.append(MicroBatch(within=within))
+        return self.micro_batches[-1]
+
+
+def _version_of(parameter: nn.Parameter) -> int:
+    """Returns a number that changes with every write to the parameter's `grad`."""
+    return -1 if parameter.grad is None else parameter.grad._version

@@ -1,0 +1,71 @@
+"""How statistics, gradients, inverses and directions move between ranks. Start at `strategy.Strategy`.
+
+What `NGDConfig.strategy` chooses is who does what (`placement`); the movement is the same code for all.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
+from ngd_dist.distributed.base import Cargo, Collected, Findings, Local, Report
+from ngd_dist.distributed.comm import Communicator
+from ngd_dist.distributed.parcel import Field
+from ngd_dist.distributed.placement import Roles, place
+from ngd_dist.distributed.sync import Strategy
+from ngd_dist.distributed.wire import Wire
+from ngd_dist.errors import ConfigError
+from ngd_dist.statistics.statistic import Key
+
+__all__ = ["Cargo", "Collected", "Field", "Findings", "Local", "Report", "Strategy", "build_strategy"]
+
+MB = 2**20
+
+
+def build_strategy(
+    config: NGDConfig,
+    comm: Communicator,
+    costs: Mapping[str, int],
+    cargo: Mapping[str, Cargo],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_averaged_by_ddp: bool,
+    settled: Mapping[str, Roles],
+) -> Strategy:
+    """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
+
+    costs: of refreshing each layer. settled: the roles of layers that keep theirs.
+    """
+    sums = config.loss_reduction == "sum"
+    if sums and is_averaged_by_ddp:
+        raise ConfigError("loss_reduction 'sum' needs the bare model: DDP divides the sum by the number of ranks")
+    choice = config.strategy or (Single() if comm.world_size == 1 else OwnerSharded())
+    if isinstance(choice, Single) and comm.world_size > 1:
+        raise ConfigError(
+            f"strategy 'single' needs one process, got a group of {comm.world_size}; "
+            "choose all_reduce or owner_sharded, or leave strategy out"
+        )
+    placement = place(
+        costs,
+        comm.world_size,
+        fraction=choice.fraction if isinstance(choice, OwnerSharded) else 0.0,
+        replicate_below=choice.replicate_below if isinstance(choice, OwnerSharded) else 0,
+        everyone_inverts=isinstance(choice, AllReduce),
+        settled=settled,
+    )
+    specs = {Key(name, spec.name): spec for name, parts in cargo.items() for spec in parts.statistics}
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    wire = exact if exact == torch.float64 else getattr(torch, config.statistics_wire)
+    return Strategy(
+        comm,
+        placement,
+        cargo,
+        kind=choice.kind,
+        dtype=dtype,
+        wire=Wire(wire, exact, specs),
+        inverse_dtype=config.inverse_dtype,
+        device=device,
+        gradient_scale=None if is_averaged_by_ddp else 1.0 if sums else 1 / comm.world_size,
+        bucket_bytes=config.bucket_mb * MB,
+    )

@@ -1,0 +1,348 @@
+"""The only caller of torch.distributed: named collectives that count what they send.
+
+A collective here must be called by every rank of the group, with the same names in the same order, and with shapes
+that fit. Those that `begin_` are under way until they are waited for; what they read and write is theirs until then.
+
+A rank that raises, hangs or dies never leaves the others waiting for ever. Under gloo a link that breaks, or else the
+group's timeout (`init_process_group(timeout=...)`, half an hour unless given), fails the collective on some rank;
+that rank then closes its own links, so that all others fail at once too, and each raises a CollectiveError that names
+the collective, this rank and who is to blame. The group is of no use after it. Under NCCL collectives are only
+queued: the watchdog of torch ends the process when the timeout is over, and a CollectiveError comes only where
+TORCH_NCCL_BLOCKING_WAIT=1 makes each collective wait.
+
+Gloo's threads must end before the interpreter does: a thread that lets go of a tensor after that aborts the process
+(https://github.com/pytorch/pytorch/issues/190489). `end_collectives` ends them, and runs at a process's exit by itself.
+"""
+
+import atexit
+import gc
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from dataclasses import dataclass
+from datetime import timedelta
+from traceback import clear_frames
+from typing import Any, Generic, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ngd_dist.distributed.postmortem import Postmortem, Store, Ticket
+from ngd_dist.errors import CollectiveError
+
+__all__ = ["Communicator", "Pending", "end_collectives"]
+
+ENDING_S = 5.0  # for collectives that are still under way at the end: the other ranks end at about the same time
+NO_LIMIT = timedelta(0)  # but that of the group
+FAILING_S = 1.0  # for a collective to fail after its links were closed: that takes milliseconds
+
+# By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
+_postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
+_asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+_under_way: WeakKeyDictionary[dist.ProcessGroup, set["_Launched"]] = WeakKeyDictionary()
+_communicators: "WeakSet[Communicator]" = WeakSet()  # those of several ranks, which hold a group
+
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """A collective under way. Every rank launches its collectives in one order; it may wait for them in any."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish = finish
+        self._found: list[T] = []
+
+    def wait(self) -> T:
+        """Returns what came of it, also when called again. Raises: CollectiveError that names the collective."""
+        if not self._found:
+            self._found.append(self._finish())
+        return self._found[0]
+
+
+@dataclass(eq=False, slots=True)
+class _Launched:
+    """The hold on torch's work of a collective, given up when it has ended: it holds gloo's links and tensors."""
+
+    work: dist.Work | None
+    is_ended: bool = False
+
+    def wait(self, timeout: timedelta = NO_LIMIT) -> None:
+        """Raises: RuntimeError if the collective failed, or is still under way after the timeout."""
+        if self.work is not None:
+            self.work.wait(timeout)
+            self.work = None
+
+
+class Communicator:
+    """A process group, or one process without any. Tensors must be contiguous and on the group's device."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank(group) if joined else 0
+        self.world_size: int = dist.get_world_size(group) if joined else 1
+        self._sent: Counter[str] = Counter()
+        self._is_aside = False
+        self._main = (group or dist.group.WORLD) if self.world_size > 1 else None
+        self._postmortem = None if self._main is None else _postmortem_of(self._main)
+        if self._main is not None:
+            _communicators.add(self)
+
+    def aside(self) -> "Communicator":
+        """Collective. Returns these ranks over links of their own: collectives there and here may come in any order.
+
+        What is sent is counted together, and a failure of one ends both. All asides of a group share their links. Where
+        torch can't make them it is this communicator itself, and the order is not free.
+        """
+        if self._main is None or _is_part_of_a_split(self._main):
+            return self
+        if self._main not in _asides:
+            with self._named("links aside"):
+                _asides[self._main] = _group_like(self._main, self.device)
+        aside = copy(self)
+        aside._group, aside._is_aside = _asides[self._main], True
+        _communicators.add(aside)
+        return aside
+
+    def begin_all_reduce(self, name: str, tensor: Tensor, *, kinds: Mapping[str, int]) -> Pending[Tensor]:
+        """Collective. Once waited for, the tensor is on every rank its sum over the ranks; it is not to be read before.
+
+        kinds: the bytes of the tensor, by what they are counted as.
+        """
+        if self.world_size == 1:
+            return Pending(lambda: tensor)
+        for kind, nbytes in kinds.items():
+            # A ring sends (P - 1) / P of the buffer twice: it scatters the sums, and gathers them.
+            self._sent[kind] += 2 * nbytes * (self.world_size - 1) // self.world_size
+        with self._named(name) as ticket:
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        return self._pending(ticket, work, lambda: tensor)
+
+    def all_reduce(self, name: str, tensor: Tensor, *, kind: str = "control") -> None:
+        """Collective. Replaces the tensor, on every rank, by its sum over the ranks."""
+        self.begin_all_reduce(name, tensor, kinds={kind: tensor.nbytes}).wait()
+
+    def begin_exchange(
+        self, name: str, parts: Sequence[Tensor], sizes: Sequence[int], *, kind: str
+    ) -> Pending[list[Tensor]]:
+        """Collective. Sends `parts[r]` to rank r. Once waited for, returns what each rank sent here, in rank order.
+
+        parts: [any length] each, of one dtype. sizes: the length of what each rank sends here, which both sides know.
+        This rank's own part is handed over as it is: nothing else than what others need travels, and nothing is padded.
+        """
+        if self.world_size == 1:
+            return Pending(lambda: list(parts))
+        sent = [0 if r == self.rank else part.numel() for r, part in enumerate(parts)]
+        received = [0 if r == self.rank else size for r, size in enumerate(sizes)]
+        travelling = [part for r, part in enumerate(parts) if r != self.rank]
+        outgoing = travelling[0] if len(travelling) == 1 else torch.cat(travelling)
+        incoming = outgoing.new_empty(sum(received))
+        self._sent[kind] += outgoing.nbytes
+        with self._named(name) as ticket:
+            work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)
+
+        def finish() -> list[Tensor]:
+            found = list(incoming.split(received))
+            found[self.rank] = parts[self.rank]
+            return found
+
+        return self._pending(ticket, work, finish)
+
+    def all_gather_object(self, name: str, value: Any) -> list[Any]:
+        """Collective. Returns every rank's value, pickled on the way: for checkpoints, not for steps."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self._named(name):
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast(self, name: str, tensor: Tensor, *, src: int = 0) -> None:
+        """Collective. Replaces the tensor, on every rank, by that of the rank `src` of the group."""
+        if self.world_size == 1:
+            return
+        with self._named(name):
+            dist.broadcast(tensor, group=self._group, group_src=src)
+
+    def barrier(self, name: str) -> None:
+        """Collective. Returns when every rank has called it."""
+        arrived = torch.zeros(1, device=self.device)
+        self.all_reduce(name, arrived)
+        arrived.item()  # NCCL only queues: reading the result waits for it
+
+    def post_error(self, message: str) -> None:
+        """Tells the other ranks why this one is about to raise: the errors of their collectives will quote `message`.
+
+        Not collective; returns within seconds. The next collective of this rank takes it back. It is lost if this
+        rank hosts the group's store, as rank 0 does without a launcher, and ends before the others have read it.
+        """
+        if self._postmortem is not None:
+            self._postmortem.raised(message)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must lie: the current CUDA device under NCCL, else the CPU."""
+        if self.world_size > 1 and dist.get_backend(self._group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def take_sent(self) -> dict[str, int]:
+        """Returns the bytes that this rank has sent since the last call, by kind."""
+        sent = dict(self._sent)
+        self._sent.clear()
+        return sent
+
+    def _pending(self, ticket: Ticket, work: dist.Work | None, finish: Callable[[], T]) -> Pending[T]:
+        assert self._main is not None  # of several ranks
+        launched, under_way = _Launched(work), _under_way.setdefault(self._main, set())
+        under_way.add(launched)
+
+        def wait() -> T:
+            if launched.is_ended:
+                raise CollectiveError(f"collective {ticket.collective!r} was ended by end_collectives()")
+            with self._blaming(ticket):
+                under_way.discard(launched)
+                launched.wait()
+            return finish()
+
+        return Pending(wait)
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[Ticket]:
+        assert self._postmortem is not None  # of several ranks
+        if self._main is None:
+            raise CollectiveError(f"collective {name!r} came after end_collectives(); make a new Communicator")
+        ticket = self._postmortem.enter(name, is_aside=self._is_aside)
+        with self._blaming(ticket):
+            yield ticket
+
+    @contextmanager
+    def _blaming(self, ticket: Ticket) -> Iterator[None]:
+        assert self._postmortem is not None  # of several ranks
+        try:
+            yield
+        except RuntimeError as error:
+            self._postmortem.failed(str(error), ticket)  # before the others fail by what follows, and look for it
+            if self._main is not None:  # else `end_collectives` has closed them
+                _close_links(self._main, _asides.get(self._main))
+            raise CollectiveError(
+                f"collective {ticket.collective!r} failed on {self._postmortem.rank_names[self.rank]} of "
+                f"{self.world_size}: {self._postmortem.explain()}. Torch says: {str(error).strip()}"
+            ) from error
+        except Exception as error:  # before anything was sent: a value that can't be pickled
+            self._postmortem.raised(f"{type(error).__name__}: {error}")
+            raise
+
+
+def end_collectives(*, is_broken: bool = False) -> None:
+    """Ends what Communicators began: collectives under way, links aside, and their hold on the groups. They end too.
+
+    Not collective, but waits some seconds for what other ranks have a part in. If it does not come, or at once when
+    this rank `is_broken`, this rank's links are closed, so that everything over them fails. The process group is left
+    to whoever made it: after its `destroy_process_group` no thread of gloo is left.
+    """
+    deadline_s = time.monotonic() + (0.0 if is_broken else ENDING_S)
+    for group in list(_postmortems):  # of which there was a Communicator, whether it lives or not
+        under_way, aside = _under_way.pop(group, set()), _asides.pop(group, None)
+        if _has_gloo(group):
+            _end_all(under_way, deadline_s)
+            if is_broken or any(launched.work is not None for launched in under_way):
+                _close_links(group, aside)
+                _end_all(under_way, time.monotonic() + FAILING_S)
+            if aside is not None:
+                dist.destroy_process_group(aside)
+        for launched in under_way:
+            launched.work, launched.is_ended = None, True
+    for communicator in list(_communicators):
+        communicator._group = communicator._main = None
+    _communicators.clear()
+    gc.collect()  # an optimizer, its hooks and its model hold each other, and groups and collectives
+
+
+os.register_at_fork(after_in_child=_postmortems.clear)  # gloo's threads, and what to end, stay with the parent
+
+
+@atexit.register
+def _end_at_exit() -> None:
+    """Ends what a script has left. The end of the process would close the links as well."""
+    if not _postmortems:
+        return
+    error = getattr(sys, "last_value", None)
+    while error is not None:  # the frames of an error that ended the script hold its models
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    end_collectives(is_broken=True)
+    if dist.is_initialized() and _has_gloo(dist.group.WORLD):
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def _end_all(under_way: Collection[_Launched], deadline_s: float) -> None:
+    for launched in under_way:
+        with suppress(RuntimeError):  # it failed, or the deadline has passed
+            launched.wait(timedelta(seconds=max(deadline_s - time.monotonic(), 0.001)))
+
+
+def _has_gloo(group: dist.ProcessGroup | None) -> bool:
+    """Returns whether the group has links of gloo; no longer, once it was destroyed."""
+    try:
+        return "cpu:gloo" in dist.get_backend_config(group)
+    except (ValueError, TypeError):  # torch says it in two ways
+        return False
+
+
+def _close_links(*groups: dist.ProcessGroup | None) -> None:
+    """Makes the collectives of all other ranks fail now, not after their own timeouts, which may be long."""
+    for group in groups:
+        if group is None or not _has_gloo(group):
+            continue
+        for peer in set(range(dist.get_world_size(group))) - {dist.get_rank(group)}:
+            # A receive that times out makes gloo close every link of this rank; from a dead peer it just raises.
+            with suppress(RuntimeError):
+                receive = dist.irecv(torch.empty(1), group=group, group_src=peer)
+                if receive is not None:
+                    receive.wait(timedelta(milliseconds=1))
+
+
+def _is_part_of_a_split(group: dist.ProcessGroup) -> bool:
+    """Returns whether ranks outside of the group would have to take part when torch makes another one like it.
+
+    It splits the communicator of the world where `init_process_group` was given a device.
+    """
+    world = dist.group.WORLD
+    return world is not None and world.bound_device_id is not None and dist.get_world_size(group) < world.size()
+
+
+def _group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Collective over the group alone. Returns another group of the same ranks, in the same order."""
+    alike = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=group._get_backend(device).options._timeout,  # torch has no public way to ask for it
+        backend=dist.get_backend_config(group),
+        use_local_synchronization=True,
+        sort_ranks=False,
+    )
+    return cast(dist.ProcessGroup, alike)  # a number stands for the group only outside of it
+
+
+def _postmortem_of(group: dist.ProcessGroup | None) -> Postmortem:
+    assert group is not None  # there are several ranks
+    if group not in _postmortems:
+        weak = ref(group)
+
+        def store() -> Store:
+            if (alive := weak()) is None:
+                raise RuntimeError("the process group was destroyed")
+            return cast(Store, alive.get_group_store())
+
+        global_ranks = dist.get_process_group_ranks(group)
+        names = [f"rank {r}" + (f" (global rank {g})" if g != r else "") for r, g in enumerate(global_ranks)]
+        _postmortems[group] = Postmortem(dist.get_rank(group), names, store)
+    return _postmortems[group]

@@ -1,0 +1,52 @@
+"""One exchange of tensors between all ranks, where each pair of ranks has its own list of them."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ngd_dist.distributed.comm import Communicator, Pending
+from ngd_dist.distributed.parcel import Field, open_parcel, pack_parcel, parcel_size
+
+__all__ = ["Route", "begin_exchange"]
+
+Item = TypeVar("Item", bound=Hashable)
+# What the first rank sends to the second. A pure function of what all ranks know: both sides ask it.
+Route = Callable[[int, int], Mapping[Item, Field]]
+
+
+def begin_exchange(
+    comm: Communicator,
+    name: str,
+    route: Route[Item],
+    tensors: Mapping[Item, Tensor],
+    device: torch.device,
+    *,
+    kind: str,
+) -> Pending[list[dict[Item, Tensor]]]:
+    """Collective. Sends `tensors` along the route, zeros for those that are not there.
+
+    Once waited for, returns what each rank sent here, in rank order: views of one buffer. What a rank sends to itself
+    is returned as it is.
+    """
+    zero = torch.zeros((), device=device)
+    here, everyone = comm.rank, range(comm.world_size)
+    outgoing = [route(here, r) for r in everyone]
+    incoming = [route(r, here) for r in everyone]
+    own = {item: tensors[item] for item in outgoing[here] if item in tensors}
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    parcels = [
+        nothing if r == here else pack_parcel([*fields.values()], [tensors.get(i, zero) for i in fields], device)
+        for r, fields in enumerate(outgoing)
+    ]
+    pending = comm.begin_exchange(name, parcels, [parcel_size([*fields.values()]) for fields in incoming], kind=kind)
+
+    def unpack() -> list[dict[Item, Tensor]]:
+        received = zip(incoming, pending.wait(), strict=True)
+        return [
+            own if r == here else dict(zip(fields, open_parcel([*fields.values()], parcel), strict=True))
+            for r, (fields, parcel) in enumerate(received)
+        ]
+
+    return Pending(unpack)

@@ -1,0 +1,296 @@
+"""How statistics, gradients, inverses and directions move: the roles of `placement` put into collectives.
+
+Ranks are data-parallel until the gradients are there and layer-parallel from then on: SP-NGD's stages 3 to 5
+([OT20]), with directions gathered instead of weights.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ngd_dist.distributed.base import (
+    REPORT_NUMBERS,
+    Cargo,
+    Collected,
+    Findings,
+    Local,
+    Report,
+    flatten,
+    split_like,
+    tallied,
+)
+from ngd_dist.distributed.buckets import Buckets
+from ngd_dist.distributed.comm import Communicator, Pending
+from ngd_dist.distributed.entries import Entries, Part
+from ngd_dist.distributed.exchange import Route, begin_exchange
+from ngd_dist.distributed.parcel import Field
+from ngd_dist.distributed.placement import Placement
+from ngd_dist.distributed.wire import Item, Wire
+from ngd_dist.factors.storage import InverseDtype
+from ngd_dist.statistics.statistic import Key
+
+__all__ = ["Strategy"]
+
+THERE, REPORTS, INNER = ("", "there", ""), ("", "reports", ""), ("", "inner", "")
+Cache = dict[str, Tensor]
+
+
+class Strategy:
+    """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
+
+    kind: what the config calls it. dtype: of gradients and directions on their way. gradient_scale: what sums of
+    gradients over ranks are multiplied by; None leaves gradients as they are, where an engine (DDP) has averaged them
+    already. bucket_bytes: what a bucket of statistics may hold that leaves while the backward pass is running, over
+    links of its own, since the model or the training loop may send then too; 0: all of them leave in `collect`.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        placement: Placement,
+        cargo: Mapping[str, Cargo],
+        *,
+        kind: str,
+        dtype: torch.dtype,
+        wire: Wire,
+        inverse_dtype: InverseDtype,
+        device: torch.device,
+        gradient_scale: float | None,
+        bucket_bytes: float,
+    ) -> None:
+        self.comm = comm
+        self.placement = placement
+        self.kind = kind
+        self.dtype = dtype
+        self.gradient_scale = gradient_scale
+        self._cargo = cargo
+        self._wire = wire
+        self._entries = Entries(cargo, inverse_dtype)
+        self._device = device
+        roles = placement.roles
+        self._everywhere = {name for name in cargo if placement.is_everywhere(name)}
+        # To several holders a gradient goes by an all-reduce: that is two of its size, at most what they would receive.
+        self._reduced = [name for name in cargo if len(roles[name].holders) == 1 < comm.world_size]
+        self._due: list[Key] = []
+        self._small: dict[Key, Tensor] = {}
+        owners = {name: role.owner for name, role in roles.items()}
+        beside_backward = comm.aside() if bucket_bytes else comm
+        self._buckets = Buckets(beside_backward, wire, owners, device, limit_bytes=bucket_bytes)
+
+    def inverts(self, layer: str) -> bool:
+        """Returns whether this rank folds the layer's statistics and refreshes its cache."""
+        return self.comm.rank in self.placement.roles[layer].inverters
+
+    def holds(self, layer: str) -> bool:
+        """Returns whether this rank has the layer's cache, and applies it."""
+        return self.comm.rank in self.placement.roles[layer].holders
+
+    def reports(self, layer: str) -> bool:
+        """Returns whether this rank's reports on the layer count."""
+        return self.comm.rank == self.placement.roles[layer].owner
+
+    def is_replicated(self, layer: str) -> bool:
+        """Returns whether all ranks of several refresh the layer."""
+        return len(self.placement.roles[layer].inverters) > 1
+
+    def statistic_bytes(self, key: Key) -> int:
+        """Returns what a rank sends of this statistic, the mean over ranks."""
+        ranks, is_small = self.comm.world_size, self._is_summed_everywhere(key.layer)
+        nbytes = self._wire.specs[key].numbers * self.dtype.itemsize if is_small else self._wire.nbytes(key)
+        return nbytes * (ranks - 1) * (2 if self.is_replicated(key.layer) else 1) // ranks
+
+    def begin(self, due: Sequence[Key]) -> None:
+        """Collective. Makes way for the statistics of a new step."""
+        self._due, self._small = list(due), {}
+        self._buckets.begin([key for key in due if not self._is_summed_everywhere(key.layer)])
+
+    def offer(self, key: Key, value: Tensor) -> None:
+        """Takes this rank's value of a due statistic; it must not change any more. The first one counts."""
+        value = value.to(self._wire.exact)
+        if self.comm.world_size == 1:
+            self._small.setdefault(key, value)
+        elif self._is_summed_everywhere(key.layer):
+            self._small.setdefault(key, self._wire.specs[key].flatten(value))
+        else:
+            self._buckets.offer(key, self._wire.specs[key].flatten(value))
+
+    def collect(self, local: Local) -> Collected:
+        """Collective. Returns the means over ranks; a due statistic that was not offered counts as zeros."""
+        travels = self.gradient_scale is not None
+        self._buckets.launch()
+        small = {key: self._small_value(key) for key in self._due if self._is_summed_everywhere(key.layer)}
+        wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if travels else {}
+        # What DDP has averaged is finite on all ranks or on none.
+        others = [local.flags, *wide.values(), *local.plain] if travels else []
+        pending = self._begin_sum([*small.values()], [*local.tallies.values(), *others])
+        own = self._begin_reduce(local.gradients) if travels else None
+        sums = self._spread(self._buckets.finish())
+        statistics, found = pending.wait()
+        sums |= zip(small, statistics, strict=True)
+        tallies, found = dict(zip(local.tallies, found, strict=False)), found[len(local.tallies) :]
+        flags, gradients, plain = local.flags, local.gradients, local.plain
+        if own is not None:
+            flags, *averaged = [found[0], *map(self._averaged, found[1:])]
+            gradients = {name: self._averaged(total) for name, total in self._added(own.wait()).items()}
+            gradients |= zip(wide, averaged, strict=False)
+            plain = averaged[len(wide) :]
+        is_finite, missing, miscounted, captured = tallied(flags, tallies, self._due)
+        means = {k: self._mean(k, total, captured[k.layer].ranks) for k, total in sums.items() if k.layer in captured}
+        held = {name: gradients[name] for name in self._cargo if self.holds(name)}
+        return Collected(is_finite, missing, miscounted, captured, means, held, plain)
+
+    def share(
+        self, caches: Mapping[str, Cache | None], entries: Mapping[str, Collection[str]]
+    ) -> dict[str, Cache | None]:
+        """Collective. Returns these entries as their layers' owners have made them, None where there is no cache.
+
+        entries: those that may have changed, by layer, the same on every rank. A rank that holds a layer gets them
+        all but those that it made itself, others the shared ones; layers of which nothing travels are left out.
+        `caches`: those of this rank.
+        """
+        travelling = {name: list(changed) for name, changed in entries.items() if self._travels(name, changed)}
+        if not travelling:
+            return {}
+        own = {name: caches[name] for name in travelling if self.reports(name)}
+        sent: dict[Part, Tensor] = {}
+        for name, cache in own.items():
+            if cache is not None:
+                for entry in travelling[name]:
+                    sent |= self._entries.encode(name, entry, cache[entry])
+        sent[THERE] = torch.tensor([float(cache is not None) for cache in own.values()], device=self._device)
+        route = self._cache_route(travelling)
+        parts = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
+        there = torch.cat([part[THERE] for part in parts]).tolist()  # one host read
+        found: dict[str, Cache | None] = {}
+        for rank, part in enumerate(parts):
+            for name in (name for name in travelling if self.placement.roles[name].owner == rank):
+                came = [entry for entry in travelling[name] if (name, entry, "") in part]
+                got = {entry: self._entries.decode(name, entry, part) for entry in came}
+                found[name] = got if there.pop(0) else None
+        return found
+
+    def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
+        """Collective. Returns the findings of all ranks; on each statistic, the report that counts."""
+        is_sharded = len(self._everywhere) < len(self._cargo)
+        if not (is_sharded or due) or self.comm.world_size == 1:
+            return findings
+        rows = [findings.reports[key].numbers() for key in due if self.reports(key.layer)]
+        sent = {(name, "direction", ""): direction for name, direction in findings.directions.items()}
+        sent[REPORTS] = torch.tensor(rows, dtype=self.dtype, device=self._device).view(-1, REPORT_NUMBERS)
+        counts = [float(self.reports(name)) for name in self._cargo]
+        sent[INNER] = findings.inner * findings.inner.new_tensor(counts)  # of a layer with several holders, one's
+        kind = "directions" if is_sharded else "reports"
+        route = self._finding_route(due, findings.inner)
+        parts = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
+        directions = dict(findings.directions)
+        for part in parts:
+            directions |= {name: direction for (name, what, _), direction in part.items() if what == "direction"}
+        reports: dict[Key, Report] = {}
+        for rank, part in enumerate(parts):
+            keys = [key for key in due if self.placement.roles[key.layer].owner == rank]
+            reports |= zip(keys, map(Report.parse, part[REPORTS].tolist()), strict=True)
+        inner = torch.stack([part[INNER] for part in parts]).sum(0)
+        return Findings({name: directions[name].to(self.dtype) for name in self._cargo}, reports, inner)
+
+    def _is_summed_everywhere(self, layer: str) -> bool:
+        return self.comm.world_size == 1 or self.placement.roles[layer].is_small
+
+    def _small_value(self, key: Key) -> Tensor:
+        if key in self._small:
+            return self._small[key]
+        spec = self._wire.specs[key]
+        shape = spec.shape if self.comm.world_size == 1 else (spec.numbers,)
+        return torch.zeros(shape, dtype=self._wire.exact, device=self._device)
+
+    def _mean(self, key: Key, total: Tensor, ranks: int) -> Tensor:
+        """Returns the mean in its own shape. On one rank nothing was flattened: packing takes as long as inverting."""
+        return total if self.comm.world_size == 1 else self._wire.specs[key].expand(total / ranks)
+
+    def _begin_sum(self, statistics: list[Tensor], others: list[Tensor]) -> Pending[tuple[list[Tensor], list[Tensor]]]:
+        """Returns the sums of both on every rank."""
+        tensors = [*statistics, *others]
+        if self.comm.world_size == 1 or not tensors:
+            return Pending(lambda: (statistics, others))
+        buffer = flatten(tensors, self.dtype)
+        size = sum(tensor.numel() for tensor in statistics) * buffer.itemsize
+        kinds = {"gradients": buffer.nbytes - size} | ({"statistics": size} if size else {})
+        pending = self.comm.begin_all_reduce("gradients", buffer, kinds=kinds)
+
+        def split() -> tuple[list[Tensor], list[Tensor]]:
+            parts = split_like(pending.wait(), tensors)
+            return parts[: len(statistics)], parts[len(statistics) :]
+
+        return Pending(split)
+
+    def _begin_reduce(self, gradients: Mapping[str, Tensor]) -> Pending[list[dict[str, Tensor]]]:
+        """Returns what each rank has of the gradients of the layers that this rank alone holds."""
+        if not self._reduced:
+            return Pending(list)
+        fields = {name: Field(self._cargo[name].gradient, self.dtype) for name in self._reduced}
+
+        def route(source: int, target: int) -> dict[str, Field]:
+            return {name: field for name, field in fields.items() if self.placement.roles[name].owner == target}
+
+        return begin_exchange(self.comm, "gradients to owners", route, gradients, self._device, kind="gradients")
+
+    def _added(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns the sums in rank order."""
+        sums = {name: gradient.to(self.dtype) for name, gradient in parts[0].items()} if parts else {}
+        for part in parts[1:]:
+            sums = {name: total + part[name] for name, total in sums.items()}
+        return sums
+
+    def _averaged(self, total: Tensor) -> Tensor:
+        return total if self.gradient_scale in (None, 1.0) else total.mul_(self.gradient_scale)
+
+    def _spread(self, sums: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        """Returns the sums, on all ranks those of the layers that all ranks invert, as they arrive: rounded again."""
+        roles = self.placement.roles
+        keys = [k for k in self._due if self.is_replicated(k.layer) and not self._is_summed_everywhere(k.layer)]
+        if not keys:
+            return sums
+
+        def route(source: int, target: int) -> dict[Item, Field]:
+            return self._wire.fields(key for key in keys if roles[key.layer].owner == source)
+
+        sent = self._wire.encode({key: sums[key] for key in keys if key in sums})
+        parts = begin_exchange(self.comm, "sums of statistics", route, sent, self._device, kind="statistics").wait()
+        everywhere = {item: tensor for part in parts for item, tensor in part.items()}
+        return sums | {key: self._wire.decode(key, everywhere) for key in keys}
+
+    def _travels(self, layer: str, entries: Collection[str]) -> bool:
+        """Returns whether any other rank needs one of these entries of the layer's cache."""
+        roles = self.placement.roles[layer]
+        if self.is_replicated(layer) or self.comm.world_size == 1:
+            return False
+        return len(roles.holders) > 1 or any(entry in self._cargo[layer].shared for entry in entries)
+
+    def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[Part]:
+        def route(source: int, target: int) -> dict[Part, Field]:
+            owned = [name for name in travelling if self.placement.roles[name].owner == source]
+            fields: dict[Part, Field] = {THERE: Field((len(owned),), torch.float32)}
+            for name in owned:
+                cargo, is_held = self._cargo[name], target in self.placement.roles[name].holders
+                for entry in travelling[name]:
+                    if target != source and (is_held or entry in cargo.shared):
+                        fields |= self._entries.fields(name, entry)
+            return fields
+
+        return route
+
+    def _finding_route(self, due: Sequence[Key], inner: Tensor) -> Route[Part]:
+        roles = self.placement.roles
+
+        def route(source: int, target: int) -> dict[Part, Field]:
+            fields: dict[Part, Field] = {
+                (name, "direction", ""): Field(cargo.gradient, self.dtype)
+                for name, cargo in self._cargo.items()
+                if target not in roles[name].holders and self.placement.supplier(name, target) == source
+            }
+            reported = sum(roles[key.layer].owner == source for key in due)
+            fields[REPORTS] = Field((reported, REPORT_NUMBERS), self.dtype)
+            fields[INNER] = Field(tuple(inner.shape), self.dtype)
+            return fields
+
+        return route

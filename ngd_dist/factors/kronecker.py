@@ -1,0 +1,112 @@
+"""Pure functions on rows and Kronecker factors.
+
+Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias), O outputs. A factor is dense,
+[B, n, n], diagonal, [B, n], or known by its rows, [B, R, n] with R < n; a basis is [B, n, n] with a vector in each
+column, or None for the standard basis.
+"""
+
+import torch
+from torch import Tensor
+
+from ngd_dist.factors.woodbury import product_left, product_right
+
+__all__ = [
+    "from_basis",
+    "is_rows",
+    "mean_diagonal",
+    "outer",
+    "precondition",
+    "sampled",
+    "second_moment",
+    "square_moment",
+    "to_basis",
+]
+
+
+def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
+    """Returns scale * sum over n and p of r r^T, [B, D, D], in the dtype of the rows. scale: a number, or [B]."""
+    rows = rows_BNPD.flatten(1, 2)
+    return rows.mT @ rows * _per_block(scale, rows, 2)
+
+
+def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:
+    """Returns `count` of the R rows, drawn without replacement, times sqrt(R / count); all of them if they are fewer.
+
+    The mean of the sum of r r^T over draws is that over all rows. The same rows of all blocks, whatever the device.
+    """
+    rows = rows_BRD.shape[1]
+    if rows <= count:
+        return rows_BRD
+    chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count]
+    scale: float = (rows / count) ** 0.5
+    return rows_BRD.index_select(1, chosen.to(rows_BRD.device)) * scale
+
+
+def square_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
+    """Returns scale * sum over n and p of r^2, [B, D]: the diagonal of `second_moment`."""
+    return rows_BNPD.square().sum((1, 2)) * _per_block(scale, rows_BNPD, 1)
+
+
+def mean_diagonal(factor: Tensor) -> Tensor:
+    """Returns the mean eigenvalue of a factor, [B]."""
+    if is_rows(factor):
+        return factor.square().sum((-2, -1)) / factor.shape[-1]
+    return (factor.diagonal(dim1=-2, dim2=-1) if factor.ndim == 3 else factor).mean(-1)
+
+
+def is_rows(factor: Tensor) -> bool:
+    """Returns whether this is X, [B, R, n] with R < n, for X^T X."""
+    return factor.ndim == 3 and factor.shape[-2] != factor.shape[-1]
+
+
+def precondition(A_inverse: Tensor, G_inverse: Tensor, grad_BOI: Tensor) -> Tensor:
+    """Returns G^-1 grad A^-1, [B, O, I]: (G (x) A)^-1 vec(grad) for a row-major gradient. Source: [MG15].
+
+    An inverse is dense, diagonal, or Z of `woodbury.damped_inverse`, which leaves out 1 / damping.
+    """
+    if is_rows(A_inverse):
+        right = product_right(grad_BOI, A_inverse)
+    else:
+        right = grad_BOI @ A_inverse if A_inverse.ndim == 3 else grad_BOI * A_inverse.unsqueeze(-2)
+    if is_rows(G_inverse):
+        return product_left(G_inverse, right)
+    return G_inverse @ right if G_inverse.ndim == 3 else G_inverse.unsqueeze(-1) * right
+
+
+def to_basis(A_basis: Tensor | None, G_basis: Tensor | None, grad_BOI: Tensor) -> Tensor:
+    """Returns U_G^T grad U_A, [B, O, I]: the gradient's entries in the two bases."""
+    right = grad_BOI if A_basis is None else grad_BOI @ A_basis
+    return right if G_basis is None else G_basis.mT @ right
+
+
+def from_basis(A_basis: Tensor | None, G_basis: Tensor | None, entries_BOI: Tensor) -> Tensor:
+    """Returns U_G entries U_A^T, [B, O, I]: the inverse of `to_basis`."""
+    right = entries_BOI if A_basis is None else entries_BOI @ A_basis.mT
+    return right if G_basis is None else G_basis @ right
+
+
+def outer(values_BO: Tensor, values_BI: Tensor) -> Tensor:
+    """Returns the products of two factors' eigenvalues, [B, O, I]."""
+    return values_BO.unsqueeze(-1) * values_BI.unsqueeze(-2)
+
+
+def _per_block(scale: float | Tensor, like: Tensor, dims: int) -> float | Tensor:
+    if not isinstance(scale, torch.Tensor):
+        return scale
+    return scale.to(like.device, like.dtype).view(-1, *[1] * dims)
+
+
+def pi_split(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Returns the multiples of I to add to A and to G: pi sqrt(lambda) and sqrt(lambda) / pi, both [B].
+
+    mean_a, mean_g: [B], the mean of each factor's diagonal, tr A / dim A and tr G / dim G.
+
+    pi = sqrt(mean_a / mean_g): with it the damped product is closest to A (x) G + lambda I in trace norm. pi is 1 in a
+    block where a mean is 0, negative or not finite, so that a dead layer still gets an invertible factor.
+    Source: [MG15] section 6.3, trace norm.
+    """
+    ratio = mean_a / mean_g
+    is_alive = (mean_a > 0) & (ratio > 0) & torch.isfinite(ratio)
+    pi = torch.where(is_alive, ratio, torch.ones_like(ratio)).sqrt()
+    root = damping**0.5
+    return pi * root, root / pi

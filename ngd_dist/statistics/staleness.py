@@ -1,0 +1,296 @@
+"""When each statistic is refreshed next. Everything here is a pure function of integers that every rank has.
+
+A statistic's owner measures how far it changed and sends a verdict; every rank then applies the same rules to the
+same verdicts, so that the due sets, which shape the next collectives, can't differ between ranks.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from functools import lru_cache
+from math import ceil, inf
+
+from ngd_dist.config import AdaptiveInterval, FixedInterval
+from ngd_dist.statistics.statistic import Change, Key
+
+__all__ = [
+    "REFRESHED",
+    "Schedule",
+    "Track",
+    "Verdict",
+    "adaptive_interval",
+    "error_threshold",
+    "judge",
+    "judge_error",
+    "threshold_for",
+]
+
+
+class Verdict(IntEnum):
+    """What a refresh showed of a statistic. The integer is what travels between ranks."""
+
+    CHANGED = 0
+    MOVING = 1
+    SETTLED = 2
+    UNSEEN = 3  # no rank captured it: its layer did not run
+    UNUSABLE = 4  # not finite, or not invertible: the old inverse stays in use
+    MISCOUNTED = 5  # some rank captured it more often than there are micro-batches
+
+
+def judge(change: Change, threshold: float) -> Verdict:
+    """Returns CHANGED if the newest value is unlike the last, MOVING if unlike the one before, else SETTLED.
+
+    X is like Y if its relative change is below the threshold. A change of NaN is like nothing. Source: [OT20], stale
+    statistics.
+    """
+    if not change.to_last < threshold:
+        return Verdict.CHANGED
+    if not change.to_before < threshold:
+        return Verdict.MOVING
+    return Verdict.SETTLED
+
+
+def judge_error(error: float, threshold: float) -> Verdict:
+    """Returns CHANGED from the threshold on, MOVING from half of it on, else SETTLED. NaN is above any threshold.
+
+    The error is that of an inverse which stays in use until it reaches the threshold: the two bounds take the place of
+    the two last values.
+    """
+    if not error < threshold:
+        return Verdict.CHANGED
+    return Verdict.MOVING if error >= threshold / 2 else Verdict.SETTLED
+
+
+# A statistic that has doubled or halved has changed by 1, whatever its noise.
+MAX_THRESHOLD_OF_NOISE = 1.0
+
+
+def threshold_for(policy: AdaptiveInterval | FixedInterval, statistic: str, noise: float) -> float:
+    """Returns the change from which on a statistic counts as changed: the configured one, or more if it is so noisy.
+
+    `noise` is the expected relative change of a statistic that does not change: of the difference of its newest value,
+    with the sampling error of one batch, and the average that is in use, with an error of its own that a long memory
+    makes small (`Statistic.spread`). Infinity where that could not be measured. Of fixed intervals there is none.
+    """
+    if isinstance(policy, FixedInterval):
+        return inf
+    fixed: float = getattr(policy.thresholds, statistic)
+    if noise == inf:
+        return fixed
+    return max(fixed, min(policy.noise_margin * noise, MAX_THRESHOLD_OF_NOISE))
+
+
+def error_threshold(policy: AdaptiveInterval | FixedInterval) -> float | None:
+    """Returns the error up to which what is in use is kept for a new value; None where nobody measures it."""
+    if isinstance(policy, AdaptiveInterval) and policy.criterion == "error":
+        return policy.error_threshold
+    return None
+
+
+def adaptive_interval(verdict: Verdict, last: int, before: int) -> int:
+    """Returns the next interval: the same while moving, the sum of the last two once settled, else half the last.
+
+    Identical statistics give 1, 1, 2, 3, 5, 8, ... Source: [OT20], stale statistics.
+    """
+    if verdict is Verdict.MOVING:
+        return last
+    if verdict is Verdict.SETTLED:
+        return last + before
+    return max(1, last // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """The schedule of one statistic, in optimizer steps; step numbers start at 1.
+
+    `due` is at most `interval` after the last try: staggering may make it less, and the step for which a new basis is
+    left alone one more. A statistic that is due may have to wait for its turn. `refreshed` is the step of the value
+    that is in use: 0 until there is one, and unmoved by a try that gave nothing usable. `rows` is what all ranks
+    estimated it from when it was last seen.
+    """
+
+    due: int = 1
+    refreshed: int = 0
+    interval: int = 1
+    interval_before: int = 1
+    rows: int = 0
+
+
+# The operations of refreshing some of a layer's statistics, each estimated from so many rows.
+Work = Callable[[str, Mapping[str, int]], int]
+# Where no cap is set, a step may do this many times the mean that the intervals ask for. With much less than 1/4 above
+# it statistics wait longer and longer; with more, steps differ by more.
+CAP_MARGIN = 1.25
+NEVER = 2**62
+REFRESHED = (Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED)
+
+
+class Schedule:
+    """The tracks of all statistics: replicated on every rank, advanced by the same verdicts everywhere."""
+
+    def __init__(
+        self,
+        keys: Sequence[Key],
+        work: Work,
+        policy: AdaptiveInterval | FixedInterval,
+        *,
+        stagger: float,
+        cap: float | None = None,
+        in_basis: Collection[Key] = (),
+    ) -> None:
+        """`keys` gives the order in which ties are broken. `cap` is `NGDConfig.refresh_cap`.
+
+        The statistics `in_basis` are measured in what the others of their layer made, and start anew a step after.
+        The others leave them that step: made anew each time, a basis would never have anything measured in it.
+        """
+        self.tracks: dict[Key, Track] = {key: Track(due=NEVER if key in in_basis else 1) for key in keys}
+        self._in_basis = frozenset(in_basis)
+        self._work = _remembered(work)
+        self._policy = policy
+        self._stagger = stagger
+        self._cap = cap
+
+    def due(self, step: int) -> list[Key]:
+        """Returns the statistics to refresh in this step, in registration order.
+
+        What has no value yet is refreshed at once. The rest follows as far as the cap allows, most overdue first and
+        one layer at least; none is passed over for a cheaper one, so that the dear ones have their turn.
+        """
+        due = [key for key, track in self.tracks.items() if track.due <= step]
+        # What is measured in the basis that this step replaces would be thrown away.
+        replaced = {key.layer for key in due if key not in self._in_basis}
+        due = [key for key in due if key not in self._in_basis or key.layer not in replaced]
+        waiting = sorted((key for key in due if self.tracks[key].refreshed > 0), key=lambda key: self.tracks[key].due)
+        late = set(waiting[self._fitting(waiting) :])
+        return [key for key in due if key not in late]
+
+    def advance(self, step: int, verdicts: Mapping[Key, Verdict], rows: Mapping[Key, int] | None = None) -> None:
+        """Plans the next refresh of every statistic that was due in this step, estimated from so many rows."""
+        due = self.due(step)
+        plan = _Plan(self._work)
+        for key, track in self.tracks.items():
+            if step < track.due < NEVER:
+                plan.add(track.due, key, track.rows)
+        for key in due:
+            verdict = verdicts[key]
+            track = self.tracks[key]
+            if verdict is Verdict.UNSEEN:
+                self.tracks[key] = replace(track, due=step + 1)
+                continue
+            interval = self._interval(verdict, track)
+            seen = (rows or {}).get(key, 0) or track.rows
+            planned = self._quietest(plan, key, seen, step, interval)
+            refreshed = track.refreshed if verdict is Verdict.UNUSABLE else step
+            self.tracks[key] = Track(planned, refreshed, interval, track.interval, seen)
+            plan.add(planned, key, seen)
+        remade = (Verdict.CHANGED,) if error_threshold(self._policy) else REFRESHED
+        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in remade}
+        self._begin_anew({key.layer for key in self._in_basis} & rebuilt, step)
+
+    def inherit(self, old: "Schedule") -> None:
+        """Goes on with the tracks of those statistics that the old one had too."""
+        self.tracks |= {key: track for key, track in old.tracks.items() if key in self.tracks}
+
+    def state(self) -> list[dict[str, int]]:
+        """Returns the tracks as plain integers, in key order."""
+        return [asdict(track) for track in self.tracks.values()]
+
+    def _begin_anew(self, layers: Collection[str], step: int) -> None:
+        """Plans the first measurements in these layers' new bases, which last until then."""
+        for key, track in self.tracks.items():
+            if key.layer in layers:
+                is_first = key in self._in_basis
+                first = Track(due=step + 1, rows=track.rows)
+                self.tracks[key] = first if is_first else replace(track, due=max(track.due, step + 2))
+
+    def _interval(self, verdict: Verdict, track: Track) -> int:
+        if isinstance(self._policy, FixedInterval):
+            return self._policy.steps
+        grown = adaptive_interval(verdict, track.interval, track.interval_before)
+        return min(grown, self._policy.max_interval)
+
+    def _fitting(self, waiting: Sequence[Key]) -> int:
+        """Returns how many of these, in this order, a step has room for."""
+        room = self._room() if len(waiting) > 1 else inf
+        plan = _Plan(self._work)
+        for count, key in enumerate(waiting):
+            rows = self.tracks[key].rows
+            is_too_much = plan.total(0) + plan.added(0, key, rows) > room
+            if count > 0 and is_too_much and not plan.saved(0, key, rows):
+                return count
+            plan.add(0, key, rows)
+        return len(waiting)
+
+    def _room(self) -> float:
+        """Returns the operations that one step may spend on refreshing what could wait."""
+        if self._cap is None and self._stagger == 0:
+            return inf
+        by_layer: dict[str, list[tuple[int, Key]]] = defaultdict(list)
+        for key, track in self.tracks.items():
+            if key not in self._in_basis and (self._cap is not None or track.refreshed > 0):
+                by_layer[key.layer].append((1 if self._cap is not None else track.interval, key))
+        mean, plan = 0.0, _Plan(self._work)
+        for own in by_layer.values():
+            # A rarer refresh meets the more frequent ones of its layer, and adds what they don't do anyway.
+            for interval, key in sorted(own, key=lambda pair: pair[0]):
+                mean += plan.added(0, key, self.tracks[key].rows) / interval
+                plan.add(0, key, self.tracks[key].rows)
+        return mean * (CAP_MARGIN if self._cap is None else self._cap)
+
+    def _quietest(self, plan: "_Plan", key: Key, rows: int, step: int, interval: int) -> int:
+        """Returns the step, at most `interval` away, on which this refresh adds least to the planned work.
+
+        A refresh may come early by the staggering fraction, and is never planned late. Where a layer's cache is made of
+        all its statistics at once, the step of another one saves work. Ties go to the latest step.
+        """
+        earliest, latest = step + max(1, ceil(interval * (1 - self._stagger))), step + interval
+
+        def work(candidate: int) -> tuple[int, int, int]:
+            saved = plan.saved(candidate, key, rows)
+            return plan.total(candidate) + plan.added(candidate, key, rows) - saved, -saved, -candidate
+
+        free = next((candidate for candidate in range(latest, earliest - 1, -1) if not plan.total(candidate)), latest)
+        return min({free, *(candidate for candidate in plan.steps if earliest <= candidate <= latest)}, key=work)
+
+
+def _remembered(work: Work) -> Work:
+    """Returns the same, asked once for each layer and rows: a schedule asks for all of them several times a step."""
+
+    @lru_cache(maxsize=2**14)
+    def ask(layer: str, rows: tuple[tuple[str, int], ...]) -> int:
+        return work(layer, dict(rows))
+
+    return lambda layer, rows: ask(layer, tuple(rows.items()))
+
+
+class _Plan:
+    """The statistics to refresh by step, and their work."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._rows: dict[tuple[int, str], dict[str, int]] = {}
+        self._totals: dict[int, int] = {}
+
+    @property
+    def steps(self) -> Collection[int]:
+        return self._totals
+
+    def total(self, step: int) -> int:
+        return self._totals.get(step, 0)
+
+    def added(self, step: int, key: Key, rows: int) -> int:
+        """Returns what one more statistic adds to a step."""
+        there = self._rows.get((step, key.layer))
+        with_it = self._work(key.layer, {**(there or {}), key.statistic: rows})
+        return with_it - (self._work(key.layer, there) if there else 0)
+
+    def saved(self, step: int, key: Key, rows: int) -> int:
+        """Returns by how much that is less than on a step without others of its layer."""
+        if (step, key.layer) not in self._rows:
+            return 0
+        return self._work(key.layer, {key.statistic: rows}) - self.added(step, key, rows)
+
+    def add(self, step: int, key: Key, rows: int) -> None:
+        self._totals[step] = self.total(step) + self.added(step, key, rows)
+        self._rows.setdefault((step, key.layer), {})[key.statistic] = rows

@@ -1,0 +1,156 @@
+"""Settings that follow the loss: lr and momentum from the exact quadratic model, damping by Levenberg-Marquardt.
+
+Source: [MG15] sections 6.5 and 7.
+"""
+
+import math
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngd_dist.config import LevenbergMarquardt, NGDConfig, QuadraticModel
+from ngd_dist.distributed.comm import Communicator
+from ngd_dist.errors import NonFiniteError
+from ngd_dist.step.damping import levenberg_marquardt, reduction_ratio
+from ngd_dist.step.quadratic import Objective, curvature_products, evaluate, predicted_change, solve_lengths
+from ngd_dist.step.update import MomentumMode
+from ngd_dist.telemetry import Adapted
+
+__all__ = ["Adaptation", "Objective"]
+
+Groups = list[dict[str, Any]]
+Steps = Mapping[nn.Parameter, Tensor]
+
+
+class Adaptation:
+    """Moves the weights with what it has chosen, and sees how it went. What is set is the same on every rank.
+
+    `unwatched` keeps the evaluations of the objective out of the statistics.
+    """
+
+    def __init__(
+        self,
+        config: NGDConfig,
+        model: nn.Module,
+        comm: Communicator,
+        unwatched: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._rule = config.damping_rule
+        self._chooses = isinstance(config.length, QuadraticModel)
+        self._momentum_mode: MomentumMode = "chosen" if self._chooses else config.momentum_mode
+        self._skips = config.non_finite == "skip"
+        self._model = model
+        self._comm = comm
+        # The objective of a summed loss is a sum over ranks too.
+        self._shares = 1 if config.loss_reduction == "sum" else comm.world_size
+        self._unwatched = unwatched
+
+    @property
+    def momentum_mode(self) -> MomentumMode:
+        """How the momentum of the param groups takes part in the update."""
+        return self._momentum_mode
+
+    def move(
+        self,
+        step: int,
+        groups: Groups,
+        directions: Steps,
+        state: Mapping[Any, MutableMapping[str, Any]],
+        objective: Objective | None,
+        apply: Callable[[Steps], None],
+    ) -> Adapted:
+        """Collective if the settings need an objective. Sets lr and momentum, calls `apply`, sets the damping."""
+        rule = self._rule if isinstance(self._rule, LevenbergMarquardt) else None
+        adapts = rule is not None and step % rule.every == 0
+        if objective is None or not (self._chooses or adapts):
+            apply(directions)
+            return Adapted()
+        before = {p: p.detach().clone() for p in directions} if adapts else {}
+        model = self._choose(groups, directions, state, objective) if self._chooses else None
+        if self._chooses and model is None:
+            return self._give_up(step)
+        apply(directions)
+        if rule is None or not adapts:
+            return Adapted()
+        if model is None:
+            model = self._model_of(groups, before, objective)
+        loss, predicted = model
+        after = self._evaluate(objective)
+        rho = reduction_ratio(after - loss, predicted)
+        for group in groups:
+            group["damping"] = levenberg_marquardt(rule, group["damping"], rho)
+        return Adapted(reduction_ratio=rho)
+
+    def _give_up(self, step: int) -> Adapted:
+        """Leaves the weights as they are. Raises: NonFiniteError, on all ranks, unless such steps are to be skipped."""
+        if self._skips:
+            return Adapted(reduction_ratio=math.nan)
+        raise NonFiniteError(
+            f"the quadratic model of the loss is NaN or infinite in step {step}; no weight was changed. Raise damping, "
+            "or set non_finite='skip' to go on with the next batch"
+        )
+
+    def _choose(
+        self, groups: Groups, directions: Steps, state: Mapping[Any, MutableMapping[str, Any]], objective: Objective
+    ) -> tuple[float, float] | None:
+        """Sets every group's lr and momentum; returns the loss and the change that the model predicts.
+
+        None, on all ranks, if the model has NaN or infinity.
+        """
+        down = {p: -direction for p, direction in directions.items()}
+        last = {p: -state[p]["momentum_buffer"] for p in directions if "momentum_buffer" in state[p]}
+        tangents = [down, last] if last else [down]
+        loss, DFD, Dg = self._products(objective, tangents)
+        DD = self._damped_products(groups, tangents)
+        lengths = solve_lengths(DFD, DD, Dg, damping=1.0)
+        if not all(map(math.isfinite, lengths)):
+            return None
+        for group in groups:
+            group["lr"], group["momentum"] = lengths
+        return loss, predicted_change(lengths[: len(tangents)], DFD, DD, Dg, damping=1.0)
+
+    def _model_of(self, groups: Groups, before: Steps, objective: Objective) -> tuple[float, float]:
+        """Returns the loss before a step that was taken, and the change that the model would have predicted."""
+        after = {p: p.detach().clone() for p in before}
+        tangents = [{p: after[p] - old for p, old in before.items()}]
+        _write(before)
+        try:
+            loss, DFD, Dg = self._products(objective, tangents)
+        finally:
+            _write(after)
+        return loss, predicted_change([1.0], DFD, self._damped_products(groups, tangents), Dg, damping=1.0)
+
+    def _products(self, objective: Objective, tangents: Sequence[Steps]) -> tuple[float, Tensor, Tensor]:
+        """Collective. Returns the loss, D^T F D and D^T grad as means over ranks."""
+        with self._unwatched():
+            loss, DFD, Dg = curvature_products(self._model, objective, tangents)
+        k = len(tangents)
+        numbers = torch.cat([loss.view(1), DFD.flatten(), Dg])
+        self._comm.all_reduce("quadratic model", numbers, kind="adaptation")
+        numbers = (numbers / self._shares).cpu()
+        return float(numbers[0]), numbers[1 : 1 + k * k].view(k, k), numbers[1 + k * k :]
+
+    def _evaluate(self, objective: Objective) -> float:
+        with self._unwatched():
+            loss = evaluate(self._model, objective).view(1)
+        self._comm.all_reduce("loss after the step", loss, kind="adaptation")
+        return float(loss) / self._shares
+
+    def _damped_products(self, groups: Groups, tangents: Sequence[Steps]) -> Tensor:
+        """Returns the sum over groups of damping D^T D, [k, k]."""
+        total = torch.zeros(len(tangents), len(tangents), dtype=torch.float64)
+        for group in groups:
+            for i, x in enumerate(tangents):
+                for j, y in enumerate(tangents):
+                    both = [(x[p], y[p]) for p in group["params"] if p in x and p in y]
+                    inner = [torch.sum(a * b, dtype=torch.float64) for a, b in both]
+                    total[i, j] += group["damping"] * float(sum(inner))
+        return total
+
+
+def _write(values: Steps) -> None:
+    for parameter, value in values.items():
+        parameter.detach().copy_(value)

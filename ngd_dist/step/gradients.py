@@ -1,0 +1,67 @@
+"""This rank's gradients: without a GradScaler's factor, and whether they are all finite."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngd_dist.distributed.comm import Communicator
+from ngd_dist.errors import NonFiniteError
+from ngd_dist.step.finite import all_finite, is_finite
+from ngd_dist.step.loss_scale import LossScale
+
+__all__ = ["Gradients"]
+
+
+class Gradients:
+    """Reads the `grad` of parameters, given by name."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], loss_scale: LossScale, comm: Communicator) -> None:
+        self._parameters = parameters
+        self._all = frozenset(parameters.values())
+        self._loss_scale = loss_scale
+        self._comm = comm
+
+    def of(self, optimizer: Any, parameter: nn.Parameter) -> Tensor:
+        """Returns the gradient of the loss; zeros where there is none."""
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        return self._loss_scale.unscaled(optimizer, parameter.grad)
+
+    def flags(self, optimizer: Any, device: torch.device) -> Tensor:
+        """Returns, without reading it, [2]: 1 if a gradient of this rank has NaN or infinity; how many have none."""
+        found = [p.grad for p in self._parameters.values() if p.grad is not None]
+        overflow = self._loss_scale.overflow(optimizer)
+        if overflow is not None:
+            bad = overflow.to(device, torch.float32).sign().view(1)
+        else:
+            bad = (~all_finite(found)).float().view(1) if found else torch.zeros(1, device=device)
+        return torch.cat([bad, bad.new_full((1,), len(self._parameters) - len(found))])
+
+    def there(self, *, everywhere: bool, averaged: bool) -> Collection[nn.Parameter]:
+        """Returns the parameters that have a gradient on any rank; collective unless all have one `everywhere`.
+
+        averaged: whether NGD averages gradients: an engine that does gives the same ones to all ranks.
+        """
+        parameters = self._parameters.values()
+        if everywhere:
+            return self._all
+        flags = [p.grad is not None for p in parameters]
+        if self._comm.world_size > 1 and averaged:
+            counts = torch.tensor(flags, dtype=torch.float32, device=next(iter(parameters)).device)
+            self._comm.all_reduce("which parameters have a gradient", counts, kind="gradients")
+            flags = (counts > 0).tolist()
+        return {p for p, is_there in zip(parameters, flags, strict=True) if is_there}
+
+    def error(self, step: int) -> NonFiniteError:
+        """Collective. Returns the same error on every rank: it names the first bad parameter of the first bad rank."""
+        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        bad = next((name for name, grad in found.items() if not is_finite(grad)), None)
+        names = self._comm.all_gather_object("non-finite gradients", bad)
+        rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
+        return NonFiniteError(
+            f"the gradient of {name!r} is NaN or infinite on rank {rank} of {self._comm.world_size} in step {step}; "
+            "no weight and no statistic was changed. Lower lr, raise damping, or set non_finite='skip' to go on with "
+            "the next batch"
+        )

@@ -1,0 +1,92 @@
+"""How far a step goes along the directions: each layer's own factor, clipping, and what of it must cross ranks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngd_dist.config import KLClip, LayerWise, NGDConfig, NormClip
+from ngd_dist.distributed.comm import Communicator
+from ngd_dist.layers import Rows
+from ngd_dist.step.clip import kl_factor, norm_factor
+
+__all__ = ["StepLength"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLength:
+    """Factors on the directions of the covered layers, `names`, in registration order.
+
+    `lr_of` gives a layer's lr; `rows_of` its rows of this step, where the config keeps them.
+    """
+
+    config: NGDConfig
+    names: Sequence[str]
+    comm: Communicator
+    lr_of: Callable[[str], float]
+    rows_of: Callable[[str], list[Rows]]
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the layers' rows must be kept until the step."""
+        return isinstance(self.config.length, LayerWise)
+
+    def inner(self, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """Returns <direction, gradient> of the layers at hand, [1, layers], 0 for the others; [0, layers] if unused."""
+        if not (self.needs_rows or isinstance(self.config.clip, KLClip)):
+            return like.new_empty(0, len(self.names))
+        found = [
+            torch.sum(directions[name] * gradients[name]) if name in directions else like.new_zeros(())
+            for name in self.names
+        ]
+        return torch.stack([value.to(like) for value in found]).unsqueeze(0)
+
+    def scale(self, directions: Mapping[str, Tensor], inner: Tensor) -> dict[str, Tensor]:
+        """Collective under `layer_wise`. Returns the directions of all layers, each times its factor."""
+        scaled = dict(directions)
+        if self.needs_rows and self.names:
+            factors = self._layer_wise(directions, inner[0])
+            # Not squared: (alpha d)^T F (alpha d) = alpha d^T grad, since alpha is d^T grad / d^T F d.
+            inner = inner * factors
+            scaled = {name: scaled[name] * factor for name, factor in zip(self.names, factors, strict=True)}
+        factor = self._clip(scaled, inner)
+        return scaled if factor is None else {name: direction * factor for name, direction in scaled.items()}
+
+    def _layer_wise(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor:
+        """Returns d^T grad / (d^T F d + mu) per layer, F the empirical Fisher of the loss over all ranks' samples.
+
+        It is what minimises the quadratic model alpha^2 / 2 d^T F d - alpha d^T grad. A layer of which no rank has
+        rows gets 1: it did not run, or its weights are used past its module. Source: [L24] eq. 12-13.
+        """
+        length = self.config.length
+        assert isinstance(length, LayerWise)
+        curvature = torch.stack([self._along(name, directions[name]).to(inner) for name in self.names])
+        self.comm.all_reduce("curvature along directions", curvature, kind="step length")
+        if self.config.loss_reduction == "mean":
+            curvature /= self.comm.world_size
+        return torch.where(curvature > 0, inner / (curvature + length.mu), 1.0)
+
+    def _along(self, name: str, direction_BOI: Tensor) -> Tensor:
+        """Returns the mean over this rank's samples of (d^T gradient of the sample)^2, micro-batches weighing alike.
+
+        Or, for a loss that is summed over samples, their sum: its Fisher is that of all samples together.
+        """
+        total, micro_batches = direction_BOI.new_zeros(()), self.rows_of(name)
+        for rows in micro_batches:
+            squares = rows.along(direction_BOI).square()
+            total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * rows.sharers)
+        if not micro_batches or self.config.loss_reduction == "sum":
+            return total
+        # The square of what the loss of each was divided by, where that was not known when its rows were made.
+        divisor = len(micro_batches) if self.config.micro_batches == "any" else 1
+        return total * (divisor**2 / len(micro_batches))
+
+    def _clip(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor | None:
+        clip = self.config.clip
+        if not self.names or clip is None:
+            return None
+        if isinstance(clip, NormClip):
+            return norm_factor(directions.values(), clip.max_norm)
+        rates = inner.new_tensor([self.lr_of(name) ** 2 for name in self.names])
+        return kl_factor((rates * inner).sum(), clip.max_kl)

@@ -1,0 +1,89 @@
+"""The REST API as an app, without the controller behind it; run as a module, it prints its OpenAPI document."""
+
+import json
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.types import Lifespan
+
+from ngd_service.api import events, health, internal, jobs, logs, metrics, monitoring, problems
+from ngd_service.api.counting import CountRequests
+from ngd_service.api.key_holders import KeyHoldersOnly
+from ngd_service.api.own_pages import OwnPagesOnly
+from ngd_service.api.parts import Parts
+from ngd_service.api.query import known_parameters_only
+from ngd_workers.contract.events import EventBatch
+from ngd_workers.contract.spec import JobSpec
+
+__all__ = ["api_application"]
+
+ROUTERS = (
+    jobs.router,
+    events.router,
+    metrics.router,
+    logs.router,
+    internal.router,
+    monitoring.router,
+)
+API_KEY = {"type": "http", "scheme": "bearer", "description": "An API key, if the service has any (NGD_API_KEYS_DIR)."}
+PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
+
+
+def api_application(lifespan: Lifespan[FastAPI] | None = None, parts: Parts | None = None) -> FastAPI:
+    """Returns the app with its routes, its errors and what guards it. parts: None to describe the API alone."""
+    app = FastAPI(
+        title="ngd-dist",
+        version=version("ngd-dist"),
+        description="Distributed large-batch training with SP-NGD: jobs, their progress and their metrics.",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from a CDN; /openapi.json needs none
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=problems.PROBLEM_RESPONSES,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    problems.install(app)
+    app.add_middleware(problems.BodyLimit)
+    if parts is not None:
+        app.state.parts = parts
+        _guard(app, parts)
+    app.add_middleware(problems.RequestId)
+    for router in ROUTERS:
+        app.include_router(router, dependencies=[Depends(known_parameters_only)])
+    app.include_router(health.router)  # a probe's cache buster does not make a service ill
+    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
+    return app
+
+
+def _guard(app: FastAPI, parts: Parts) -> None:
+    """Adds what each request passes before its route, the innermost first."""
+    settings = parts.settings
+    app.add_middleware(KeyHoldersOnly, access=parts.access)
+    app.add_middleware(OwnPagesOnly, public_url=settings.public_url, is_loopback=settings.is_loopback)
+    app.add_middleware(CountRequests, metrics=parts.metrics)
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """Returns the OpenAPI document, with what routes read by themselves and the problems' media type."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, bodies = models_json_schema(
+            [(JobSpec, "validation"), (EventBatch, "validation")], ref_template="#/components/schemas/{model}"
+        )
+        schema["components"]["schemas"] |= bodies["$defs"]
+        schema["components"]["securitySchemes"]["ApiKey"] = API_KEY
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                if path.startswith("/api/") and not path.startswith(internal.INTERNAL_PREFIX):
+                    operation["security"] = [{"ApiKey": []}, {}]  # {}: a service without keys asks for none
+                operation["responses"]["default"]["content"] = {problems.MEDIA_TYPE: {"schema": PROBLEM_SCHEMA}}
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(api_application().openapi(), indent=2) + "\n")

@@ -1,0 +1,70 @@
+"""The body of POST /jobs, a JobSpec as JSON or YAML; and where bodies are read."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+
+from ngd_service.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaError
+from ngd_service.validation import parse_spec, refuse_unlisted
+from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec_file import MAX_YAML_BYTES, parse_json, parse_yaml
+from ngd_workers.contract.spec_problems import SHOWN_CHARACTERS
+
+__all__ = ["SPEC_BODY", "SpecBody", "read_apart"]
+
+Value = TypeVar("Value")
+
+READERS = {
+    "application/json": parse_json,
+    "application/yaml": parse_yaml,
+    "application/x-yaml": parse_yaml,
+    "text/yaml": parse_yaml,
+}
+SPEC_SCHEMA = {"$ref": "#/components/schemas/JobSpec"}
+SPEC_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": SPEC_SCHEMA}, "application/yaml": {"schema": SPEC_SCHEMA}},
+    }
+}
+
+
+# One thread for all: however many bodies are being read, the others share the processor with one of them.
+READING = ThreadPoolExecutor(1, thread_name_prefix="body")
+
+
+async def read_apart(parse: Callable[..., Value], *given: Any) -> Value:
+    """Returns parse(*given) while the event loop answers others: a body may take a tenth of a second to read."""
+    return await asyncio.get_running_loop().run_in_executor(READING, parse, *given)
+
+
+async def _read_spec(request: Request) -> JobSpec:
+    # None is refused too: a page of another site can send a body without a type, unasked.
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in READERS:
+        raise UnsupportedMediaError(
+            f"Content-Type must be application/json or application/yaml, got {media_type[:SHOWN_CHARACTERS]!r}; send "
+            "one of them"
+        )
+    body = await request.body()
+    if READERS[media_type] is parse_yaml and len(body) > MAX_YAML_BYTES:
+        raise BodyTooLargeError(
+            f"the body has {len(body):,} bytes, and YAML is read up to {MAX_YAML_BYTES:,}; send it as JSON"
+        )
+    spec = await read_apart(_parse, media_type, body)
+    refuse_unlisted(spec, request.app.state.parts.settings.function_modules)
+    return spec
+
+
+def _parse(media_type: str, body: bytes) -> JobSpec:
+    try:
+        value = READERS[media_type](body)
+    except ValueError as error:
+        raise MalformedBodyError(f"the body is {error}; it was read as its Content-Type says, {media_type}") from error
+    return parse_spec(value)
+
+
+SpecBody = Annotated[JobSpec, Depends(_read_spec)]

@@ -1,0 +1,101 @@
+"""/jobs/{id}/events: the list, and the stream that a client resumes by Last-Event-ID."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query
+from fastapi.responses import StreamingResponse
+
+from ngd_service.api.parts import MAX_CURSOR, JobId, Parts, PartsDep
+from ngd_service.api.present import event_resource, job_resource
+from ngd_service.client.server_sent import KEEP_ALIVE, encode
+from ngd_service.job_state import TERMINAL
+from ngd_service.resources import EventPage
+from ngd_service.store.base import EventRecord, JobRecord
+
+__all__ = ["STREAM_HEADERS", "router"]
+
+router = APIRouter(prefix="/api/v1/jobs/{job_id}/events", tags=["events"])
+
+STREAM_POLL_S = 0.25  # at most four redraws a second
+STREAM_BATCH = 500
+KEEP_ALIVE_S = 15.0
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+After = Annotated[int, Query(ge=0, le=MAX_CURSOR, description="Only events after this id.")]
+NewestOf = Annotated[
+    str,
+    Query(
+        pattern=r"^[a-z_, ]*$",
+        max_length=500,
+        description="Comma-separated kinds: only the newest events of these, `limit` at most.",
+    ),
+]
+
+
+@router.get("")
+def list_events(
+    parts: PartsDep,
+    job_id: JobId,
+    after: After = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    newest_of: NewestOf = "",
+) -> EventPage:
+    """Lists a job's events, oldest first."""
+    parts.jobs.get(job_id)
+    kinds = dict.fromkeys(kind.strip() for kind in newest_of.split(",") if kind.strip())
+    if kinds:
+        events = parts.store.newest_events(job_id, list(kinds), after, limit)
+    else:
+        events = parts.store.events_after(job_id, after, limit)
+    return EventPage(events=[event_resource(event) for event in events], next_after=events[-1].id if events else after)
+
+
+@router.get(
+    "/stream",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "job, then one frame per event, then end."}},
+)
+async def stream_events(
+    parts: PartsDep,
+    job_id: JobId,
+    after: After = 0,
+    last_event_id: Annotated[
+        int | None, Header(ge=0, le=MAX_CURSOR, description="As `after`; browsers send it.")
+    ] = None,
+) -> StreamingResponse:
+    """Streams the job and its events as they come, until it has ended.
+
+    `event: job` holds the whole job, at first and after each change; the others are named for the event's kind and
+    carry its id; `end` is the last.
+    """
+    await asyncio.to_thread(parts.jobs.get, job_id)
+    frames = _frames(parts, job_id, after if last_event_id is None else last_event_id)
+    return StreamingResponse(frames, media_type="text/event-stream", headers=STREAM_HEADERS)
+
+
+async def _frames(parts: Parts, job_id: str, after: int) -> AsyncIterator[str]:
+    sent, quiet_since = None, time.monotonic()
+    while not parts.closing.is_set():
+        job, events = await asyncio.to_thread(_news, parts, job_id, after)
+        for event in events:
+            after = event.id
+            yield encode(event.kind, event_resource(event), cursor=after)
+        if (job.resource_version, job.message) != sent:  # a place in the queue changes with the jobs before it
+            sent, quiet_since = (job.resource_version, job.message), time.monotonic()
+            yield encode("job", job_resource(job))
+        elif time.monotonic() - quiet_since > KEEP_ALIVE_S:
+            quiet_since = time.monotonic()
+            yield KEEP_ALIVE
+        if job.state.phase in TERMINAL and len(events) < STREAM_BATCH:
+            yield encode("end", None)
+            return
+        if len(events) < STREAM_BATCH:
+            await asyncio.sleep(STREAM_POLL_S)
+
+
+def _news(parts: Parts, job_id: str, after: int) -> tuple[JobRecord, list[EventRecord]]:
+    # The job is read first: if it has ended by then, all of its events are there to be read.
+    job = parts.jobs.get(job_id)
+    return job, parts.store.events_after(job_id, after, STREAM_BATCH)

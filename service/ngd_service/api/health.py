@@ -1,0 +1,44 @@
+"""/healthz: the process answers. /readyz: it can do its work."""
+
+from fastapi import APIRouter, Response
+
+from ngd_service.api.parts import PartsDep
+from ngd_service.errors import StoreUnavailableError
+from ngd_service.resources import Health
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["health"])
+
+DATABASE_WITHIN_S = 0.8  # a probe of Kubernetes waits for 1 s by default
+STALE_TICKS, STALE_S = 10, 30.0  # that many missed ticks, and at least that long, mean that the reconciler hangs
+
+
+@router.head("/healthz", include_in_schema=False)
+@router.get("/healthz")
+async def healthz() -> Health:
+    return Health(status="ok")
+
+
+@router.head("/readyz", include_in_schema=False)
+@router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; checks says why."}})
+async def readyz(parts: PartsDep, response: Response) -> Health:
+    checks = {"database": await _database(parts), "reconciler": _reconciler(parts)}
+    is_ready = all(check == "ok" for check in checks.values())
+    response.status_code = 200 if is_ready else 503
+    return Health(status="ok" if is_ready else "unavailable", checks=checks)
+
+
+async def _database(parts: PartsDep) -> str:
+    try:
+        await parts.database.answer(within_s=DATABASE_WITHIN_S)
+    except StoreUnavailableError as error:
+        return error.detail
+    except TimeoutError:
+        return f"the database has not answered for {parts.database.waited_s:.0f} s"
+    return "ok"
+
+
+def _reconciler(parts: PartsDep) -> str:
+    age_s, limit_s = parts.reconciler.tick_age_s, max(STALE_TICKS * parts.settings.tick_s, STALE_S)
+    return "ok" if age_s < limit_s else f"last tick {age_s:.0f} s ago; the limit is {limit_s:.0f} s"

@@ -1,0 +1,63 @@
+"""/jobs/{id}/metrics and /statistics: columns, thinned out to what a screen can show."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from ngd_service.api.parts import MAX_CURSOR, FromStep, JobId, MaxPoints, PartsDep
+from ngd_service.api.series import curves, spans_for, statistics
+from ngd_service.resources import Metrics, Statistics
+from ngd_service.store.spans import Name, Wanted
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/api/v1/jobs/{job_id}", tags=["metrics"])
+
+KINDS: tuple[Name, Name] = ("curves", "evaluations")
+MAX_COLUMNS = 1_000
+Names = Annotated[
+    str, Query(description='Comma-separated; "seconds" and "bytes_sent" stand for all of their parts; empty: all.')
+]
+ToStep = Annotated[int | None, Query(ge=0, le=MAX_CURSOR, description="Last step wanted; None: the newest.")]
+Columns = Annotated[int, Query(ge=10, le=MAX_COLUMNS, description="Columns at most.")]
+Width = Annotated[
+    int,
+    Query(
+        ge=1,
+        le=2**40,
+        description="Steps that a column holds at least: with `span` and last column of an earlier answer, only the "
+        "columns after it.",
+    ),
+]
+
+
+@router.get("/metrics")
+def get_metrics(
+    parts: PartsDep,
+    job_id: JobId,
+    names: Names = "",
+    from_step: FromStep = 0,
+    to_step: ToStep = None,
+    max_points: MaxPoints = 1000,
+) -> Metrics:
+    """Returns curves of a job; a name that it does not have is left out."""
+    parts.jobs.get(job_id)
+    wanted = {name.strip() for name in names.split(",") if name.strip()}
+    range_ = Wanted(from_step=from_step, to_step=to_step, most_steps=max_points, most_spans=spans_for(max_points))
+    trained, tested = (parts.store.spans(job_id, kind, range_) for kind in KINDS)
+    series = curves(trained, wanted) | curves(tested, wanted)
+    # Of the two reads the first one's: what has come in between is asked for again.
+    return Metrics(series=series, last_step=max(trained.last_step or tested.last_step, from_step - 1))
+
+
+@router.get("/statistics")
+def get_statistics(
+    parts: PartsDep, job_id: JobId, from_step: FromStep = 0, max_points: Columns = 200, span: Width = 1
+) -> Statistics:
+    """Returns the age and the interval of each statistic, a row for each, a column for each span of steps."""
+    parts.jobs.get(job_id)
+    started = parts.store.newest_events(job_id, ["started"], 0, 1)
+    names = started[0].data["statistics"] if started else []
+    range_ = Wanted(from_step=from_step, most_steps=max_points, most_spans=max_points, width=span)
+    known = parts.store.spans(job_id, "statistics", range_)
+    return statistics(names, known)

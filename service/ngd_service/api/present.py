@@ -1,0 +1,65 @@
+"""Records of the store as resources of the API."""
+
+from ngd_service.job_state import TERMINAL
+from ngd_service.resources import Event, Job, Progress, Result, Status, StepRange
+from ngd_service.store.base import EventRecord, JobRecord
+from ngd_service.store.progress import LOST
+from ngd_workers.contract.rundir import Outcome
+
+__all__ = ["event_resource", "job_resource"]
+
+
+def job_resource(job: JobRecord) -> Job:
+    return Job(
+        id=job.id,
+        name=job.name,
+        spec=job.spec,
+        desired_state=job.state.desired,
+        status=Status(
+            phase=job.state.phase,
+            is_terminal=job.state.phase in TERMINAL,
+            reason=job.reason,
+            message=job.message,
+            attempt=job.attempt,
+            progress=_progress(job),
+            result=None if job.result is None else _result(job.result),
+        ),
+        metrics_latest=job.metrics_latest,
+        created_at=job.created_at,
+        created_by=job.created_by,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        resource_version=job.resource_version,
+    )
+
+
+def event_resource(event: EventRecord) -> Event:
+    return Event(
+        id=event.id,
+        job_id=event.job_id,
+        attempt=event.attempt,
+        seq=event.seq,
+        kind=event.kind,
+        time=event.time,
+        data=event.data,
+    )
+
+
+def _progress(job: JobRecord) -> Progress:
+    step, total_steps = job.progress.get("step", 0), job.progress.get("total_steps")
+    step_s = job.progress.get("step_s")
+    is_moving = job.state.phase not in TERMINAL and total_steps is not None and step_s is not None
+    eta_s = round((total_steps - step) * step_s, 1) if is_moving else None
+    lost = [StepRange(first_step=first, last_step=last) for first, last in job.progress.get(LOST, [])]
+    epoch = job.progress.get("epoch")
+    return Progress(step=step, total_steps=total_steps, epoch=epoch, eta_s=eta_s, lost_steps=lost)
+
+
+def _result(outcome: Outcome) -> Result:
+    return Result(
+        test_accuracy=outcome.test_accuracy,
+        test_loss=outcome.test_loss,
+        step=outcome.step,
+        target_step=outcome.target_step,
+        seconds=outcome.seconds,
+    )

@@ -1,0 +1,81 @@
+"""Pure: curves and matrices of a job from the spans of its steps, thinned out so that nothing seen is lost."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+from ngd_service.resources import Series, Statistics
+from ngd_service.store.spans import GROUPS, Spans
+
+__all__ = ["curves", "spans_for", "statistics"]
+
+
+def spans_for(max_points: int) -> int:
+    """Returns how many spans make a curve of at most so many points: two of each, and the first and the last step."""
+    return (max_points - 2) // 2
+
+
+def curves(known: Spans, names: Collection[str]) -> dict[str, Series]:
+    """Returns the named curves, all if no name is given.
+
+    Of each span the lowest and the highest value; where one is not finite, that and the highest. The parts of a group
+    have the same steps, so that they can be stacked: those where their sum is lowest and highest.
+    """
+    found: dict[str, dict[int, Any]] = {}
+    for span in [*known.ends, *known.spans]:
+        for name, extremes in span.content.items():
+            if _is_wanted(name, names):
+                found.setdefault(name, {}).update(_drawn(extremes))
+    series: dict[str, Series] = {}
+    for name, samples in found.items():
+        in_order = sorted(samples.items())
+        if name in GROUPS:
+            series |= _stack(name, in_order, names)
+        else:
+            series[name] = Series(steps=[step for step, _ in in_order], values=[float(value) for _, value in in_order])
+    return series
+
+
+def statistics(names: Sequence[str], known: Spans) -> Statistics:
+    """Returns ages and intervals at the last step of each span, and how often each was refreshed within it.
+
+    Spans of steps that had another number of statistics are left out.
+    """
+    columns = [span for span in known.spans if len(span.content.get("ages", ())) == len(names)]
+
+    def rows(field: str) -> list[list[int]]:
+        return [list(row) for row in zip(*(span.content[field] for span in columns), strict=True)] or [
+            [] for _ in names
+        ]
+
+    return Statistics(
+        names=list(names),
+        steps=[span.last_step for span in columns],
+        ages=rows("ages"),
+        intervals=rows("intervals"),
+        refreshes=rows("refreshes"),
+        span=known.width,
+        last_step=known.last_step,
+    )
+
+
+def _drawn(extremes: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    low, high, lost = extremes
+    return ((sample[0], sample[1]) for sample in (low if lost is None else lost, high) if sample is not None)
+
+
+def _stack(group: str, samples: Sequence[tuple[int, dict[str, Any]]], names: Collection[str]) -> dict[str, Series]:
+    """Returns the wanted parts of a group; a part that a step lacks is 0 there."""
+    steps = [step for step, _ in samples]
+    return {
+        f"{group}.{part}": Series(steps=steps, values=[float(parts.get(part, 0.0)) for _, parts in samples])
+        for part in _in_order(samples)
+        if not names or group in names or f"{group}.{part}" in names
+    }
+
+
+def _in_order(samples: Iterable[tuple[int, dict[str, Any]]]) -> list[str]:
+    return list(dict.fromkeys(part for _, parts in samples for part in parts))
+
+
+def _is_wanted(name: str, names: Collection[str]) -> bool:
+    return not names or name in names or (name in GROUPS and any(wanted.startswith(f"{name}.") for wanted in names))

@@ -1,0 +1,78 @@
+"""Who is behind a request: the holder of an API key, by the key itself or by a browser's session."""
+
+import base64
+import binascii
+import hmac
+import time
+from collections.abc import Callable
+
+from starlette.requests import cookie_parser
+
+from ngd_service.auth.api_keys import ApiKeys
+from ngd_service.auth.tokens import Tokens
+
+__all__ = ["LOGIN", "LOGOUT", "SESSION_COOKIE", "SESSION_S", "Access", "bearer_key"]
+
+LOGIN, LOGOUT = "/login", "/logout"
+SESSION_COOKIE = "ngd_session"
+SESSION_S = 7 * 24 * 3600
+
+
+class Access:
+    """Tells who calls. keys: None if the service has none, and then everybody is let in.
+
+    A session is a signed text in the browser and nothing on the server: every controller with the same signing key and
+    the same API keys knows it, and it ends with its week or with its holder's key.
+    """
+
+    def __init__(self, keys: ApiKeys | None, tokens: Tokens, now_s: Callable[[], float] = time.time) -> None:
+        self._keys = keys
+        self._tokens = tokens
+        self._now_s = now_s
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are no keys."""
+        return self._keys is None
+
+    def holder(self, authorization: str | None, cookies: str | None) -> str | None:
+        """Returns who sent these headers; None: nobody that is known. A Bearer header counts alone.
+
+        One of another scheme is a proxy's own, which browsers send along.
+        """
+        if self._keys is None:
+            return None
+        key = bearer_key(authorization)
+        if key is not None:
+            return self._keys.holder_of(key)
+        session = cookie_parser(cookies or "").get(SESSION_COOKIE)
+        return None if session is None else self._holder_of_session(session)
+
+    def session(self, key: str) -> tuple[str, str] | None:
+        """Returns the holder of the key and a new session for them; None: the key is nobody's."""
+        holder = self._keys.holder_of(key) if self._keys else None
+        digest = self._keys.digest_of(holder) if self._keys and holder else None
+        if holder is None or digest is None:
+            return None
+        expires_s = int(self._now_s()) + SESSION_S
+        proof = self._tokens.of_session(holder, expires_s, digest)
+        return holder, base64.urlsafe_b64encode(f"{holder} {expires_s} {proof}".encode()).decode().rstrip("=")
+
+    def _holder_of_session(self, session: str) -> str | None:
+        try:
+            text = base64.urlsafe_b64decode(session + "=" * (-len(session) % 4)).decode("ascii")
+            holder, expires, proof = text.split(" ")
+            expires_s = int(expires)
+        except (binascii.Error, ValueError):
+            return None
+        digest = self._keys.digest_of(holder) if self._keys else None
+        if digest is None or expires_s < self._now_s():
+            return None
+        is_genuine = hmac.compare_digest(self._tokens.of_session(holder, expires_s, digest).encode(), proof.encode())
+        return holder if is_genuine else None
+
+
+def bearer_key(authorization: str | None) -> str | None:
+    """Returns the key in an Authorization header; None: it is of another scheme, or there is none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None

@@ -1,0 +1,58 @@
+"""The table of `ngd jobs`: a line for each job, whole, whatever the width of the terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from ngd_service.cli.follow import mark
+from ngd_service.cli.terminal import harmless
+from ngd_service.resources import Job
+
+__all__ = ["job_table"]
+
+WIDEST = 1000
+LEFT_OUT_FIRST = ("accuracy", "loss", "step", "created")  # where a terminal is too narrow for all columns
+
+
+def job_table(jobs: Sequence[Job], console: Console) -> Table:
+    """Returns the jobs with as many columns as fit; in a pipe all of them do."""
+    table, left_out = _table(jobs, set()), set[str]()
+    for name in LEFT_OUT_FIRST:
+        if not console.is_terminal or _width(table, console) <= console.width:
+            break
+        left_out.add(name)
+        table = _table(jobs, left_out)
+    table.width = _width(table, console)  # else cells would be cut to the terminal's width
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    """Returns the columns that the table takes where nothing is cut."""
+    return Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+
+
+def _table(jobs: Sequence[Job], left_out: set[str]) -> Table:
+    rows = [_row(job) for job in jobs]
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0]:
+        if name not in left_out:
+            table.add_column(name, no_wrap=True, overflow="ignore")
+    for row in rows:
+        table.add_row(*(text for name, text in row.items() if name not in left_out))
+    return table
+
+
+def _row(job: Job) -> dict[str, str]:
+    progress, metrics = job.status.progress, job.metrics_latest
+    loss, accuracy = (f"{metrics[name]:.4g}" if name in metrics else "-" for name in ("loss", "accuracy"))
+    return {
+        "id": job.id,
+        "name": harmless(job.name),
+        "phase": f"{mark(job)} {job.status.phase}",
+        "step": f"{progress.step}/{progress.total_steps}" if progress.total_steps else "-",
+        "loss": loss,
+        "accuracy": accuracy,
+        "created": f"{job.created_at:%Y-%m-%d %H:%MZ}",
+    }

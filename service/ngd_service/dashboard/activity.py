@@ -1,0 +1,149 @@
+"""What happened to a job in words: the tail of its log, and the list of its events."""
+
+import html
+import json
+from collections.abc import Sequence
+
+from nicegui import ui
+
+from ngd_service.dashboard.theme import panel
+from ngd_service.dashboard.units import binary_bytes, moment, number, percent
+from ngd_service.resources import Event
+
+__all__ = ["LOG_LINES", "MOST_EVENTS", "TOLD", "EventPanel", "LogPanel", "unseen", "words"]
+
+LOG_LINES = 500
+MOST_EVENTS = 100
+ICONS = {
+    "phase": "swap_horiz",
+    "started": "rocket_launch",
+    "evaluation": "fact_check",
+    "checkpoint": "save",
+    "checkpoint_failed": "warning",
+    "steps_lost": "warning",
+    "target_reached": "flag",
+    "waiting": "hourglass_empty",
+    "workers_restarted": "restart_alt",
+    "failed": "error",
+    "cancelled": "block",
+    "done": "check_circle",
+}
+TOLD = tuple(ICONS)  # kinds of events; batches of steps are left to the curves
+TONES = {
+    "failed": "bad",
+    "workers_restarted": "bad",
+    "checkpoint_failed": "bad",
+    "steps_lost": "bad",
+    "done": "good",
+    "target_reached": "good",
+}
+
+
+class LogPanel:
+    """The last lines of the newest attempt's log; follows the end until the reader scrolls up."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        with panel("Log", "wide"), ui.element("div").classes("panel-body"):
+            self.hint = ui.label("Nothing written yet").classes("muted")
+            self.log = ui.element("pre").classes("log").props('tabindex=0 role=log aria-label="Log"')
+        self.log.set_visibility(False)
+
+    def show(self, text: str) -> None:
+        """Takes the log's tail; lines that are there already are not sent again."""
+        new = unseen(self.lines, text.splitlines())
+        if not new:
+            return
+        self.hint.set_visibility(False)
+        self.log.set_visibility(True)
+        self.lines = [*self.lines, *new][-LOG_LINES:]
+        written = json.dumps("".join(f"{line}\n" for line in new))
+        ui.run_javascript(f"ngd.log('{self.log.html_id}',{written},{LOG_LINES})")
+
+
+class EventPanel:
+    """The job's newest events, newest first; batches of steps are left to the curves."""
+
+    def __init__(self) -> None:
+        self.rows: list[ui.element] = []
+        with panel("Events") as head, ui.element("div").classes("panel-body"):
+            self.list = ui.element("div").classes("events").props('tabindex=0 role=list aria-label="Events"')
+            with self.list:
+                self.hint = ui.label("Nothing happened yet").classes("muted")
+        with head:
+            ui.element("div").classes("spread")
+            ui.label("times in UTC").classes("muted")
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Puts these events, oldest first, above those that are there."""
+        if events:
+            self.hint.set_visibility(False)
+        for event in events:
+            with self.list:
+                row = ui.html(_row(event), sanitize=False)
+            row.classes(f"event {_tone(event)}").props("role=listitem")
+            row.move(target_index=0)
+            self.rows.append(row)
+        for oldest in self.rows[:-MOST_EVENTS]:
+            self.list.remove(oldest)
+        self.rows = self.rows[-MOST_EVENTS:]
+
+
+def _row(event: Event) -> str:
+    """One element an event: a list of them is made while the reader waits."""
+    icon, text = ICONS.get(event.kind, "info"), html.escape(words(event))
+    return (
+        f'<time datetime="{event.time.isoformat()}">{moment(event.time)}</time>'
+        f'<i class="q-icon material-icons" aria-hidden="true">{icon}</i><div class="event-text">{text}</div>'
+    )
+
+
+def unseen(shown: list[str], tail: list[str]) -> list[str]:
+    """The lines of `tail` that follow what is shown, where the end of one and the start of the other overlap."""
+    for start in range(max(0, len(shown) - len(tail)), len(shown)):
+        if shown[start:] == tail[: len(shown) - start]:
+            return tail[len(shown) - start :]
+    return tail
+
+
+def words(event: Event) -> str:
+    """An event as one sentence."""
+    data = event.data
+    match event.kind:
+        case "phase":
+            why = f": {data['message'] or data['reason']}" if data.get("message") or data.get("reason") else ""
+            return f"{str(data['to']).capitalize()}{why}"
+        case "started":
+            resumed = f", resumed after step {data['resumed_step']:,}" if data["resumed_step"] else ""
+            return f"Attempt {event.attempt}: {data['world_size']} workers on {data['device']} started{resumed}"
+        case "evaluation":
+            return (
+                f"Tested at step {data['step']:,}: accuracy {percent(float(data['test_accuracy']))}, "
+                f"loss {number(float(data['test_loss']))}"
+            )
+        case "checkpoint":
+            return f"Checkpoint of step {data['step']:,} saved ({binary_bytes(data['bytes'])})"
+        case "checkpoint_failed":
+            return f"Checkpoint of step {data['step']:,} left out: {data['message']}"
+        case "steps_lost":
+            return f"Steps {data['first_step']:,} to {data['last_step']:,} are lost: {data['message']}"
+        case "waiting":
+            message = str(data["message"] or "waiting is over")
+            return message[:1].upper() + message[1:]
+        case "target_reached":
+            return f"Target reached at step {data['step']:,}: test accuracy {percent(data['test_accuracy'])}"
+        case "workers_restarted":
+            return f"Workers are started again: {data['message']}"
+        case "failed":
+            return f"{data['reason']}: {data['message']}"
+        case "cancelled":
+            return f"Stopped after step {data['step']:,}"
+        case "done":
+            return f"Done at step {data['step']:,}: test accuracy {percent(float(data['test_accuracy']))}"
+    return event.kind.replace("_", " ").capitalize()
+
+
+def _tone(event: Event) -> str:
+    if event.kind == "phase":
+        return {"FAILED": "bad", "RECOVERING": "bad", "SUCCEEDED": "good"}.get(event.data.get("to", ""), "")
+    return TONES.get(event.kind, "")

@@ -1,0 +1,212 @@
+"""The staleness heat map: one row a statistic, one column a span of steps, colour the age of the statistic in use."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ngd_service.client.client import AsyncClient
+from ngd_service.dashboard.chart_panel import MUTED, TOOLTIP, ChartPanel, axis
+from ngd_service.dashboard.units import number
+from ngd_service.resources import Statistics
+
+__all__ = ["MAX_CELLS", "HeatMap", "columns_for", "span_for"]
+
+# One SVG node a cell: above this a redraw takes longer than the second between two of them.
+MAX_CELLS = 6_000
+MAX_COLUMNS = 160
+CELLS_PER_STEP = 64  # that a running job adds: some 400 bytes
+ROW_PX = 20
+FRAME_PX = 96
+VIRIDIS = ["#fde725", "#a0da39", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154"]
+CELL_TEXT = (
+    "p => {{ const [x, y, age, interval, refreshes] = p.data; return {names}[y] + ', step ' + p.name + '\\n' + "
+    "(age ? 'measured ' + age + ' steps ago' : 'measured in this step') + '\\ninterval ' + interval + "
+    "(interval === 1 ? ' step' : ' steps') + (refreshes ? '\\nrefreshed ' + refreshes + ' times here' : ''); }}"
+)
+
+
+class HeatMap(ChartPanel):
+    """Ages of all statistics over the run. A dot marks a refresh of a statistic that may rest longer than a step."""
+
+    def __init__(self, title: str) -> None:
+        self.statistics: Statistics | None = None
+        self.complete_until = 0  # columns up to this step hold all of their steps
+        self.num_rows = 1
+        super().__init__(title, _options(), classes="wide", height_px=FRAME_PX + 4 * ROW_PX)
+
+    async def refresh(self, api: AsyncClient, job_id: str, step: int, *, whole: bool) -> None:
+        """Fetches and draws the columns that are complete by this step, which the job is at; all if `whole`."""
+        known = self.statistics
+        if known is None or whole:
+            await self._replace(api, job_id, step)
+        elif step >= self.complete_until + known.span:
+            most, after = columns_for(self.num_rows), self.complete_until
+            new = await api.statistics(job_id, from_step=after + 1, max_points=most, span=known.span)
+            start = sum(end <= after for end in known.steps)
+            complete = [i for i, end in enumerate(new.steps) if _last_of(end, new.span) <= step]
+            if new.span != known.span or new.names != known.names or start + len(complete) > most:
+                await self._replace(api, job_id, step)
+            elif complete:
+                self.extend(new, start, complete)
+                self.complete_until = step // known.span * known.span
+
+    async def _replace(self, api: AsyncClient, job_id: str, step: int) -> None:
+        most, span = columns_for(self.num_rows), span_for(self.num_rows)
+        new = await api.statistics(job_id, max_points=most, span=span)
+        _keep(new, sum(_last_of(end, new.span) - new.span < step for end in new.steps))
+        self.replace(new)
+        self.complete_until = step // new.span * new.span
+
+    def cut(self, last_step: int) -> None:
+        """Takes the columns away that hold steps after this one."""
+        if self.statistics is not None:
+            start = sum(end <= last_step for end in self.statistics.steps)
+            _keep(self.statistics, start)
+            self.tell(f"ngd.columns({self.chart.id},{start},[])")
+            self.complete_until = last_step // self.statistics.span * self.statistics.span
+            if not start:
+                self.statistics = None
+
+    def replace(self, statistics: Statistics) -> None:
+        """Draws these statistics instead of those that were there."""
+        if not statistics.names or not statistics.steps:
+            return
+        self.statistics = statistics
+        options = self.chart.options
+        options["tooltip"][":formatter"] = CELL_TEXT.format(names=json.dumps(statistics.names))
+        options["yAxis"]["data"] = statistics.names
+        options["grid"]["left"] = min(260, 24 + 7 * max(map(len, statistics.names)))
+        self.chart.style(f"height: {FRAME_PX + ROW_PX * len(statistics.names)}px")
+        self.chart.update()
+        self.tell(self._script(statistics, 0, range(len(statistics.steps))))
+        self.describe(now=True)
+        self.refill()
+
+    def extend(self, new: Statistics, start: int, columns: Sequence[int]) -> None:
+        """Draws these columns of new statistics in place of those from `start` on."""
+        assert self.statistics is not None
+        _keep(self.statistics, start)
+        self.tell(self._script(new, start, columns))
+        self.statistics.steps += [new.steps[i] for i in columns]
+        for field in ("ages", "intervals", "refreshes"):
+            for row, added in zip(getattr(self.statistics, field), getattr(new, field), strict=True):
+                row += [added[i] for i in columns]
+        self.statistics.last_step = new.last_step
+        self.describe(now=False)
+
+    def explain(self, why: str) -> None:
+        """Says why there is no map."""
+        self.note.set_text(why)
+        self.chart.set_visibility(False)
+        self.toggle.set_visibility(False)
+
+    def columns(self) -> list[tuple[str, str]]:
+        return [
+            ("key", "statistic"),
+            ("age", "age, steps"),
+            ("interval", "interval, steps"),
+            ("refreshes", "refreshes"),
+            ("mean", "steps per refresh"),
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        if self.statistics is None:
+            return []
+        known = self.statistics
+        totals = map(sum, known.refreshes)
+        rows = zip(known.names, known.ages, known.intervals, totals, strict=True)
+        return [
+            {
+                "key": name,
+                "age": ages[-1],
+                "interval": intervals[-1],
+                "refreshes": total,
+                "mean": number(known.steps[-1] / total) if total else None,
+            }
+            for name, ages, intervals, total in rows
+        ]
+
+    def sentence(self) -> str:
+        known = self.statistics
+        if known is None:
+            return "No data yet"
+        refreshed, last = sum(map(sum, known.refreshes)), known.steps[-1]
+        possible = len(known.names) * last
+        longest = max(row[-1] for row in known.intervals)
+        return (
+            f"{refreshed:,} of {possible:,} possible refreshes done ({100 * refreshed / possible:.1f}%) "
+            f"by step {last:,}; longest interval then {_steps(longest)}"
+        )
+
+    def _script(self, statistics: Statistics, start: int, columns: Sequence[int]) -> str:
+        fields = (statistics.ages, statistics.intervals, statistics.refreshes)
+        added = [[f"{statistics.steps[i]:,}", *([row[i] for row in rows] for rows in fields)] for i in columns]
+        return f"ngd.columns({self.chart.id},{start},{json.dumps(added, separators=(',', ':'))})"
+
+
+def span_for(rows: int) -> int:
+    """How many steps a column of so many rows has at least."""
+    return max(1, 1 << (-(-rows // CELLS_PER_STEP) - 1).bit_length())
+
+
+def columns_for(rows: int) -> int:
+    """How many columns a map of so many rows may have."""
+    return max(20, min(MAX_COLUMNS, MAX_CELLS // max(1, rows)))
+
+
+def _keep(known: Statistics, num_columns: int) -> None:
+    del known.steps[num_columns:]
+    for row in (*known.ages, *known.intervals, *known.refreshes):
+        del row[num_columns:]
+
+
+def _last_of(step: int, span: int) -> int:
+    """The last step of the column that holds this one."""
+    return -(-step // span) * span
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step" + ("" if count == 1 else "s")
+
+
+def _category(name: str, data: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+    plain = axis(name, type="category", data=list(data), splitLine={"show": False})
+    return plain | {"axisTick": {"show": False}} | more
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "animation": False,
+        "grid": {"left": 120, "right": 18, "top": 40, "bottom": 46},
+        "tooltip": TOOLTIP | {"renderMode": "richText"},
+        "visualMap": {
+            "type": "continuous",
+            "seriesIndex": 0,
+            "dimension": 2,
+            "min": 0,
+            "max": 1,
+            "precision": 0,
+            "orient": "horizontal",
+            "left": 0,
+            "top": 0,
+            "itemWidth": 12,
+            "itemHeight": 130,
+            "text": ["steps old", "0"],
+            "textStyle": {"color": MUTED},
+            "inRange": {"color": VIRIDIS},
+        },
+        "xAxis": _category("step", nameLocation="middle", nameGap=28),
+        "yAxis": _category("", inverse=True),
+        "series": [
+            {"name": "age", "type": "heatmap", "data": [], "emphasis": {"disabled": True}},
+            {
+                "name": "refresh",
+                "type": "scatter",
+                "symbol": "circle",
+                "symbolSize": 4,
+                "silent": True,
+                "itemStyle": {"color": "#ffffff", "borderColor": "#000000", "borderWidth": 0.8},
+                "data": [],
+            },
+        ],
+    }

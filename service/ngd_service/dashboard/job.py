@@ -1,0 +1,223 @@
+"""The page of one job: how far it is, its curves, the age of its statistics, what happened, its log and its spec."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+from fastapi import Request
+from nicegui import ui
+
+from ngd_service.client.client import AsyncClient, NotFoundError, ServiceError, UnauthorizedError
+from ngd_service.dashboard.activity import LOG_LINES, MOST_EVENTS, TOLD, EventPanel, LogPanel
+from ngd_service.dashboard.curves import MOST_MARKS, Mark
+from ngd_service.dashboard.heat_map import HeatMap
+from ngd_service.dashboard.summary import Summary
+from ngd_service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, panel, reader
+from ngd_service.dashboard.training import Training
+from ngd_service.resources import Event, Job
+
+__all__ = ["marks", "register"]
+
+CHARTS = Path(__file__).with_name("charts.js")
+POLL_S = 1.0
+CLOCK_S = 10.0  # between two looks at the clock, once nothing else changes
+MARKED = ("started", "checkpoint")
+LEGEND = (("attempt", "new attempt"), ("restart", "workers restarted"), ("checkpoint", "checkpoint"))
+
+
+def register(api_of: Callable[[Request], AsyncClient]) -> None:
+    """Serves the page at /jobs/{id}, reading through what `api_of` gives its reader."""
+
+    @ui.page("/jobs/{job_id}", reconnect_timeout=RECONNECT_S)
+    async def job(request: Request, job_id: str) -> None:
+        ui.add_head_html(f"<script>{CHARTS.read_text()}</script>")
+        with page_frame("Job", reader(request)) as freshness:
+            page = JobPage(api_of(request), job_id, freshness)
+        timer = ui.timer(POLL_S, page.refresh)
+        page.timer = timer
+        ui.on("visible", lambda event: setattr(timer, "active", event.args))
+
+
+class JobPage:
+    """The panels of the page, and what was read last."""
+
+    timer: ui.timer
+
+    def __init__(self, api: AsyncClient, job_id: str, freshness: Freshness) -> None:
+        self.api = api
+        self.job_id = job_id
+        self.freshness = freshness
+        self.reading = asyncio.Lock()  # events that two reads at once both got would be listed twice
+        self.client = ui.context.client
+        self.job: Job | None = None  # as it was read last
+        self.polls = 0
+        self.next_after = 0
+        self.told_version: int | None = None  # of the job when its events were read
+        self.attempt = 0
+        self.is_complete = False
+        self.loading = ui.skeleton().style("height: 220px; width: 100%").props('aria-label="Loading the job"')
+        self.missing = empty(
+            "search_off",
+            "There is no such job",
+            f"The service knows no job {job_id}.",
+        )
+        with self.missing:
+            ui.link("All jobs", "/")
+        self.missing.set_visibility(False)
+        with ui.element("div").classes("sections") as self.content:
+            self._lay_out()
+        self.content.set_visibility(False)
+
+    def _lay_out(self) -> None:
+        self.summary = Summary(self._cancel)
+        self.legend = ui.element("div").classes("legend").props('aria-label="Vertical lines in the charts"')
+        with self.legend:
+            for kind, meaning in LEGEND:
+                with ui.element("span"):
+                    ui.element("i").classes(kind)
+                    ui.label(meaning)
+        self.legend.set_visibility(False)
+        with ui.element("div").classes("grid"):
+            self.training = Training()
+            self.heat_map = HeatMap("Age of the statistics in use")
+            self.log = LogPanel()
+            self.event_panel = EventPanel()
+            self._lay_out_spec()
+
+    def _lay_out_spec(self) -> None:
+        with panel("Spec") as head:
+            place = ui.element("div").classes("panel-body")
+        with place, ui.element("pre").classes("code mono spec").props('tabindex=0 aria-label="Spec"'):
+            self.spec = ui.label()
+        with head:
+            ui.element("div").classes("spread")
+            copy = ui.button(icon="content_copy", color=None, on_click=lambda: ui.clipboard.write(self.spec.text))
+            copy.props('flat round dense aria-label="Copy the spec" title="Copy"').classes("plain")
+
+    async def refresh(self) -> None:
+        """Brings the page up to date; once the job has ended and all of it is here, only the ages in it change."""
+        if self.is_complete:
+            if self.job is not None:
+                self.summary.show(self.job)
+            return
+        if self.client.has_socket_connection:  # nobody reads it else; NiceGUI keeps the page for a while
+            async with self.reading:
+                await self._refresh()
+
+    async def _refresh(self) -> None:
+        try:
+            job = await self.api.get(self.job_id)
+            await self._read(job)
+        except NotFoundError:
+            self.missing.set_visibility(True)
+            self.loading.set_visibility(False)
+            self.freshness.missing()
+            self._rest()
+            return
+        except UnauthorizedError:
+            ask_to_log_in()
+            return
+        except ServiceError as error:
+            self.freshness.stale(str(error))
+            return
+        if job.status.is_terminal:
+            self.freshness.ended()
+            self._rest()
+        else:
+            self.freshness.live()
+
+    async def _read(self, job: Job) -> None:
+        is_new, has_ended = self.job is None, job.status.is_terminal
+        is_changed = self.job is None or job.resource_version != self.job.resource_version
+        self.summary.show(job)
+        if is_new:
+            ui.page_title(f"{job.name} · ngd-dist")
+            self.spec.set_text(yaml.safe_dump(job.spec, sort_keys=False))
+            self.loading.set_visibility(False)
+            self.content.set_visibility(True)
+        is_turn_of_log = self.polls % 2 == 0  # the log's and the events' turns alternate
+        events = await self._read_events(job) if is_new or has_ended or not is_turn_of_log else []
+        if is_changed or events:
+            await self.training.refresh(self.api, self.job_id, job.status.progress.step, whole=has_ended)
+            await self._read_statistics(job)
+            self._mark(events)
+        if has_ended or is_turn_of_log:
+            self.log.show(await self.api.logs(self.job_id, tail=LOG_LINES))
+        self.polls += 1
+        self.job = job
+
+    async def _read_events(self, job: Job) -> list[Event]:
+        """Returns what happened since the last time, if anything did."""
+        if job.resource_version == self.told_version:
+            return []
+        events = await (self._newest_events() if self.told_version is None else self._new_events())
+        self.told_version = job.resource_version
+        for event in events:
+            if event.kind == "started":
+                self.heat_map.num_rows = len(event.data["statistics"])
+        return events
+
+    async def _newest_events(self) -> list[Event]:
+        """Returns the newest events, and those that the charts mark however many came after them."""
+        told = (await self.api.events(self.job_id, limit=MOST_EVENTS, newest_of=TOLD)).events
+        found = {event.id: event for event in told}
+        for kind in MARKED:
+            page = await self.api.events(self.job_id, limit=MOST_MARKS // 2, newest_of=[kind])
+            found |= {event.id: event for event in page.events}
+        self.event_panel.add(told)
+        self.next_after = told[-1].id if told else 0
+        return [event for _, event in sorted(found.items())]
+
+    async def _new_events(self) -> list[Event]:
+        page = await self.api.events(self.job_id, after=self.next_after, limit=MOST_EVENTS, newest_of=TOLD)
+        self.next_after = page.next_after
+        self.event_panel.add(page.events)
+        for event in page.events:
+            if event.kind == "started":
+                self.training.redo(event.data["resumed_step"])
+                self.heat_map.cut(event.data["resumed_step"])
+        return page.events
+
+    def _mark(self, events: Sequence[Event]) -> None:
+        new, self.attempt = marks(events, self.attempt)
+        if new:
+            self.training.mark(new)
+            self.legend.set_visibility(True)
+
+    async def _read_statistics(self, job: Job) -> None:
+        step = job.status.progress.step
+        if self.heat_map.num_rows and step:
+            await self.heat_map.refresh(self.api, self.job_id, step, whole=job.status.is_terminal)
+        elif step:
+            self.heat_map.explain(f"{job.spec['optimizer']['kind']} keeps no statistics")
+
+    async def _cancel(self) -> None:
+        try:
+            await self.api.cancel(self.job_id)
+        except ServiceError as error:
+            ui.notify(f"The job was not cancelled: {error}", type="negative")
+        await self.refresh()
+
+    def _rest(self) -> None:
+        self.is_complete = True
+        self.timer.interval = CLOCK_S
+
+
+def marks(events: Sequence[Event], attempt: int = 0) -> tuple[list[Mark], int]:
+    """The vertical lines of a job: where attempts began, where workers were restarted, where checkpoints lie.
+
+    attempt: which one was under way before these events; the one after them comes back.
+    """
+    found = []
+    for event in events:
+        if event.kind == "checkpoint":
+            found.append(Mark(event.data["step"], "checkpoint", f"checkpoint {event.data['step']}"))
+        elif event.kind == "started":
+            is_new = event.attempt != attempt
+            attempt = event.attempt or 0
+            if is_new and attempt > 1:
+                found.append(Mark(event.data["resumed_step"], "attempt", f"attempt {attempt}"))
+            elif not is_new:
+                found.append(Mark(event.data["resumed_step"], "restart", "restart"))
+    return found, attempt

@@ -1,0 +1,119 @@
+"""The contract of a dispatcher: it starts attempts, says how they are, and stops them. It knows nothing of phases.
+
+What an attempt reads and leaves are files, which files.py knows, the same for every dispatcher.
+"""
+
+import hashlib
+import json
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ngd_service.job_state import Process
+from ngd_workers.contract.rundir import Outcome
+
+__all__ = [
+    "JOB_ID",
+    "SPEC_SHA256",
+    "AttemptRef",
+    "BackendError",
+    "BackendFullError",
+    "BackendRefusedError",
+    "BackendUnavailableError",
+    "DispatchError",
+    "Dispatcher",
+    "Launch",
+    "Seen",
+    "exit_words",
+]
+
+JOB_ID, SPEC_SHA256 = "ngd.dev/job-id", "ngd.dev/spec-sha256"  # under which a backend keeps these of a Launch
+
+
+class DispatchError(Exception):
+    """An attempt can't be started here; str() is one sentence for the job's owner."""
+
+
+class BackendError(Exception):
+    """What runs the attempts did not do what was asked; the call is made again. str(): one sentence."""
+
+
+class BackendUnavailableError(BackendError):
+    """It does not answer, or not to this service: nothing is known of any attempt, so str() names none.
+
+    One call that fails so speaks for all jobs of a tick; each of them tells its owner this sentence.
+    """
+
+
+class BackendRefusedError(BackendError):
+    """It answers, and did not do this: of other attempts that says nothing."""
+
+
+class BackendFullError(BackendRefusedError):
+    """It has no room for the attempt now, as when a quota is full: that is nobody's fault, and nothing is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRef:
+    """Names an attempt, whether or not it was ever started."""
+
+    job_id: str
+    number: int
+
+    @property
+    def attempt_id(self) -> str:
+        return f"{self.job_id}-a{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that an attempt needs to start."""
+
+    ref: AttemptRef
+    spec: Mapping[str, Any]
+    token: str
+
+    @property
+    def spec_sha256(self) -> str:
+        """Tells a backend's job that is this attempt from one that only has its name."""
+        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How an attempt is; its outcome, once written, is the truth of how it ended."""
+
+    process: Process
+    outcome: Outcome | None = None
+    message: str | None = None  # for the job's owner: what it waits for, or what the backend says of its end
+
+
+def exit_words(status: int) -> str:
+    """Returns how a process ended. status: as Python gives it, negative for a signal, or a shell, 128 + its number."""
+    number = -status if status < 0 else status - 128
+    try:
+        return f"was ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"ended with exit status {status}"
+
+
+class Dispatcher(Protocol):
+    """Every call may raise BackendError, and may be made again."""
+
+    def submit(self, launch: Launch) -> None:
+        """Starts the attempt unless it was started before: calling it again changes nothing. Raises: DispatchError."""
+        ...
+
+    def inspect(self, ref: AttemptRef) -> Seen: ...
+
+    def interrupt(self, ref: AttemptRef) -> None:
+        """Asks the driver to stop in order; nothing happens if it has ended."""
+        ...
+
+    def kill(self, ref: AttemptRef) -> None:
+        """Ends every process of the attempt, also those that a dead driver has left behind.
+
+        On this machine it returns when they are gone; elsewhere inspect tells when.
+        """
+        ...

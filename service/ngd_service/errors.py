@@ -1,0 +1,127 @@
+"""What can go wrong with a request or at the start, and its one mapping to problem+json.
+
+StartupError                        the service can't start: one sentence, exit code 2
+ProblemError                        an answer with a status of 4xx or 5xx
+    MalformedBodyError      400     the body is no JSON or YAML
+    PageTokenError          400     a page token of another list, or altered
+    UnauthorizedError       401     no attempt's token, or another attempt's
+    ForeignPageError        403     a page of another site, or another name for this machine
+    NotFoundError           404     no such job or attempt
+    StaleAttemptError       409     a later attempt has taken over
+    BodyTooLargeError       413     more than MAX_BODY_BYTES
+    UnsupportedMediaError   415     neither JSON nor YAML
+    RangeError              416     bytes that a log does not have, or no more
+    InvalidSpecError        422     the body is read, but is no job
+    InvalidParameterError   422     a parameter of the path, the query or a header
+    IdempotencyError        422     the key was used with another body
+    StoreUnavailableError   503     the database does not answer
+"""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+
+from ngd_service.resources import Problem, ProblemItem
+
+__all__ = ["MAX_BODY_BYTES", "ProblemError", "StartupError", "as_problem", "problem_of_status"]
+
+MAX_BODY_BYTES = 1 << 20
+
+
+class StartupError(Exception):
+    """The service can't start; str() is one sentence: what, the value, what to do."""
+
+    exit_code = 2
+
+
+class ProblemError(Exception):
+    """An answer other than the one asked for; its detail is safe to show."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    code = "internal"
+    retryable = False
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, detail: str, errors: Sequence[ProblemItem] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = list(errors)
+
+
+class MalformedBodyError(ProblemError, ValueError):
+    status, code = HTTPStatus.BAD_REQUEST, "malformed_body"
+
+
+class PageTokenError(ProblemError, ValueError):
+    status, code = HTTPStatus.BAD_REQUEST, "page_token_mismatch"
+
+
+class UnauthorizedError(ProblemError, PermissionError):
+    status, code = HTTPStatus.UNAUTHORIZED, "unauthorized"
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
+
+
+class ForeignPageError(ProblemError, PermissionError):
+    status, code = HTTPStatus.FORBIDDEN, "foreign_page"
+
+
+class NotFoundError(ProblemError, LookupError):
+    status, code = HTTPStatus.NOT_FOUND, "not_found"
+
+
+class StaleAttemptError(ProblemError):
+    status, code = HTTPStatus.CONFLICT, "stale_attempt"
+
+
+class BodyTooLargeError(ProblemError, ValueError):
+    status, code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large"
+
+
+class UnsupportedMediaError(ProblemError, ValueError):
+    status, code = HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"
+
+
+class RangeError(ProblemError, ValueError):
+    status, code = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "range_not_satisfiable"
+
+    def __init__(self, detail: str, size: int) -> None:
+        super().__init__(detail)
+        self.headers = {"Content-Range": f"bytes */{size}"}
+
+
+class InvalidSpecError(ProblemError, ValueError):
+    status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_spec"
+
+
+class InvalidParameterError(ProblemError, ValueError):
+    status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_parameter"
+
+
+class IdempotencyError(ProblemError, ValueError):
+    status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "idempotency_key_reused"
+
+
+class StoreUnavailableError(ProblemError):
+    status, code, retryable = HTTPStatus.SERVICE_UNAVAILABLE, "store_unavailable", True
+    headers: Mapping[str, str] = {"Retry-After": "1"}
+
+
+def as_problem(error: ProblemError, *, instance: str, request_id: str) -> Problem:
+    """Returns the body of the answer to a request that failed with `error`."""
+    return Problem(
+        type=f"urn:ngd:problem:{error.code}",
+        title=error.status.phrase,
+        status=error.status,
+        detail=error.detail,
+        instance=instance,
+        code=error.code,
+        errors=error.errors,
+        request_id=request_id,
+        retryable=error.retryable,
+    )
+
+
+def problem_of_status(status: HTTPStatus, detail: str) -> ProblemError:
+    """Returns the error for a status that the framework chose by itself (no such route, wrong method ...)."""
+    error = ProblemError(detail)
+    error.status, error.code = status, status.name.lower()
+    return error

@@ -1,0 +1,233 @@
+"""The contract of a store, and the records it returns. Every method is one transaction; times are aware and in UTC."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Protocol
+
+from ngd_service.job_state import Action, AttemptState, Decision, Desired, JobState, Phase
+from ngd_service.store.spans import Name, Spans, Wanted
+from ngd_workers.contract.events import Numbered
+from ngd_workers.contract.rundir import Outcome
+
+__all__ = [
+    "AttemptRecord",
+    "Census",
+    "Claim",
+    "EventRecord",
+    "Ingested",
+    "JobRecord",
+    "KeyedRequest",
+    "Queue",
+    "Store",
+    "attempt_id",
+]
+
+
+def attempt_id(job_id: str, number: int) -> str:
+    """Returns the attempt's id, which is also its reference at the dispatcher: known before anything is started."""
+    return f"{job_id}-a{number}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    id: str
+    name: str
+    spec: dict[str, Any]
+    state: JobState
+    reason: str | None
+    message: str | None
+    attempt: int
+    progress: dict[str, Any]  # step, total_steps, epoch, step_s; empty until the workers have started
+    metrics_latest: dict[str, float]
+    result: Outcome | None
+    created_at: datetime
+    created_by: str | None  # holder of an API key
+    started_at: datetime | None
+    finished_at: datetime | None
+    resource_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    id: str
+    job_id: str
+    state: AttemptState
+    acknowledged_seq: int
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    id: int
+    job_id: str
+    attempt: int | None
+    seq: int | None
+    kind: str
+    time: datetime
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedRequest:
+    """An Idempotency-Key, the fingerprint of the request that came with it, and the API key's holder who sent both."""
+
+    key: str
+    fingerprint: str
+    holder: str | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """Its name in the database: each holder has keys of their own."""
+        return self.key if self.holder is None else sha256(f"{self.holder}\0{self.key}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that this controller alone may change until the lease ends; `attempt` is the live one, if any."""
+
+    job: JobRecord
+    attempt: AttemptRecord | None
+    lease_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    desired: Desired
+    acknowledged_seq: int
+    new_events: int
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """How the jobs stand. last_report: when a running job's workers, or the controller, last told something of it."""
+
+    num_in_phase: dict[Phase, int]  # a phase that no job is in is left out
+    oldest_queued_at: datetime | None
+    last_report_at: dict[str, datetime]  # of RUNNING jobs, by id
+    in_phase_since: dict[Phase, datetime]  # of the PASSING phases that a job is in: since when the longest one is
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The waiting jobs, the next one first, and how many jobs hold a slot."""
+
+    ids: list[str]
+    num_active: int
+
+
+class Store(Protocol):
+    """What the controller needs of a database. Raises: StoreUnavailableError if it does not answer."""
+
+    def create_job(
+        self,
+        job_id: str,
+        name: str,
+        spec: Mapping[str, Any],
+        now: datetime,
+        keyed: KeyedRequest | None = None,
+        created_by: str | None = None,
+    ) -> tuple[JobRecord, bool]:
+        """Returns the job and whether it is an older one of the same key. Raises: IdempotencyError (other request)."""
+        ...
+
+    def get_job(self, job_id: str) -> JobRecord | None: ...
+
+    def list_jobs(self, *, phases: Collection[str], before_id: str | None, limit: int) -> list[JobRecord]:
+        """Returns jobs older than before_id, newest first; no phases: all."""
+        ...
+
+    def queue(self) -> Queue: ...
+
+    def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
+        """Returns the job with CANCELLED desired; a job that has ended stays as it is. None: no such job."""
+        ...
+
+    def claim(self, *, lease_token: str, now: datetime, lease_s: float, max_running: int) -> list[Claim]:
+        """Returns the jobs to look at, each with its live attempt, under a lease of lease_s.
+
+        They are the active ones, cancelled ones that wait, and the oldest waiting ones that fit beside the active
+        within max_running. Jobs under the lease of another claim are left out.
+        """
+        ...
+
+    def renew(self, claim: Claim, now: datetime, lease_s: float) -> bool:
+        """Returns whether the lease still holds; if so it does for another lease_s."""
+        ...
+
+    def apply(
+        self,
+        claim: Claim,
+        decision: Decision,
+        now: datetime,
+        outcome: Outcome | None = None,
+        *,
+        is_left_running: bool = False,
+    ) -> bool:
+        """Returns whether the lease still held and the decision was stored: phase, event and attempt together.
+
+        is_left_running: the attempt that ends with it could not be ended where it runs, and is to be when that answers.
+        """
+        ...
+
+    def mark_submitted(self, claim: Claim) -> bool: ...
+
+    def mark_stopped(self, claim: Claim, signal: Action, now: datetime) -> bool: ...
+
+    def mark_seen(self, claim: Claim, now: datetime) -> None:
+        """Notes that the attempt is known to run, with no event and no change of the job."""
+        ...
+
+    def left_running(self) -> list[AttemptRecord]:
+        """Returns the ended attempts that could not be ended where they run."""
+        ...
+
+    def mark_gone(self, attempt_id: str) -> None:
+        """Takes an attempt off left_running."""
+        ...
+
+    def note(self, claim: Claim, message: str | None) -> bool:
+        """Replaces the job's message, with no event: what it waits for while its phase stays."""
+        ...
+
+    def release(self, claim: Claim) -> None:
+        """Ends the lease, if it is still this claim's."""
+        ...
+
+    def get_attempt(self, attempt_id: str) -> AttemptRecord | None:
+        """Returns the attempt, ended or not; None: there is none."""
+        ...
+
+    def ingest(self, attempt_id: str, delivered: Sequence[Numbered], *, is_late: bool = False) -> Ingested:
+        """Stores what is new by (attempt, seq); a repeated delivery changes nothing.
+
+        is_late: the controller itself delivers what an attempt has left behind, before the next one starts.
+        Raises: NotFoundError, StaleAttemptError (the attempt has ended or a later one has taken over).
+        """
+        ...
+
+    def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]:
+        """Returns the job's first events after the one with this id."""
+        ...
+
+    def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:
+        """Returns the last events of these kinds, oldest first, as far as they come after the one with this id."""
+        ...
+
+    def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
+        """Returns the steps asked for, as fine as is allowed; however long the job, the rows that are read are bounded.
+
+        A step redone by a later attempt stands as that attempt did it.
+        """
+        ...
+
+    def census(self) -> Census:
+        """Returns how the jobs stand, for whoever watches over the service."""
+        ...
+
+    def check(self) -> None:
+        """Raises: StoreUnavailableError if the database does not answer or its schema is not one this version takes."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,135 @@
+"""Pure: what a job's progress and newest metrics become as its workers' events arrive."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ngd_service.store.holes import add_range, gaps, remove_ranges
+from ngd_workers.contract.events import (
+    Cancelled,
+    Done,
+    Evaluation,
+    Numbered,
+    Started,
+    StepRecord,
+    Steps,
+    StepsLost,
+    Waiting,
+)
+
+__all__ = ["LOST", "REWOUND", "WAITS_FOR", "Standing", "advance", "newly_lost", "remark", "summary"]
+
+# Names in the jobs table's progress beside step, total_steps, epoch, time_s and step_s.
+LOST = "lost_steps"  # ranges [first, last] of steps that were done and of which there is no record
+REWOUND = "rewound"  # [from, to]: the step that was done, and the checkpoint that newly started workers go on from
+WAITS_FOR = "waits_for"  # what the driver waits for before it starts its workers
+
+RATE_MEMORY = 0.8  # weight of the past in the moving average of seconds per step: some five batches of steps
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a job stands: JSON-ready dictionaries, as the jobs table keeps them."""
+
+    progress: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+def advance(standing: Standing, numbered: Numbered, *, is_in_order: bool = True) -> Standing:
+    """Returns the standing after one more event. is_in_order: all before it are there: what it passes over is lost."""
+    progress = _with_holes(standing.progress, numbered) if is_in_order else standing.progress
+    match numbered.event:
+        case Started() as started:
+            return Standing(_after_start(progress, started), standing.metrics)
+        case Steps(records=[*_, last] as records) if last.step > progress.get("step", 0):  # not an older delivery
+            return Standing(_after_steps(progress, records), {**standing.metrics, **_newest(last)})
+        case StepsLost(last_step=last_step) if last_step > progress.get("step", 0):
+            return Standing({**progress, "step": last_step}, standing.metrics)
+        case Waiting(message=message):
+            return Standing({**progress, WAITS_FOR: message}, standing.metrics)
+        case Evaluation() | Done() as event:
+            tested = {"test_loss": _plain(event.test_loss), "test_accuracy": _plain(event.test_accuracy)}
+            return Standing(progress, {**standing.metrics, **tested})
+    return Standing(progress, standing.metrics)
+
+
+def newly_lost(before: Standing, after: Standing, numbered: Numbered) -> list[list[int]]:
+    """Returns the ranges of lost steps that this event has brought to light, unless it says so itself."""
+    if isinstance(numbered.event, StepsLost):
+        return []
+    known = before.progress.get(LOST, [])
+    return [one for one in after.progress.get(LOST, []) if not any(k[0] <= one[0] and one[1] <= k[1] for k in known)]
+
+
+def remark(progress: Mapping[str, Any]) -> str | None:
+    """Returns what there is to say of a job that runs: what its driver waits for, or that steps are done once more."""
+    if progress.get(WAITS_FOR):
+        return str(progress[WAITS_FOR])
+    done, resumed = progress.get(REWOUND, (0, 0))
+    if progress.get("step", 0) < done:
+        return f"the workers were started again and go on from the checkpoint of step {resumed}; step {done} was done"
+    return None
+
+
+def summary(numbered: Numbered) -> dict[str, Any]:
+    """Returns what the event list keeps of an event: of steps the range and the newest, for the records lie apart."""
+    event = numbered.event
+    if isinstance(event, Steps):
+        if not event.records:
+            return {}
+        first, last = event.records[0], event.records[-1]
+        return {"first_step": first.step, "last_step": last.step, "latest": {"epoch": last.epoch, **_newest(last)}}
+    plain: dict[str, Any] = event.model_dump(mode="python", exclude={"kind"})
+    return {name: _plain(value) for name, value in plain.items()}
+
+
+def _with_holes(progress: Mapping[str, Any], numbered: Numbered) -> dict[str, Any]:
+    """Returns the progress with the steps that are known to be lost: those passed over, less those done once more."""
+    done = int(progress.get("step", 0))
+    lost: list[list[int]] = progress.get(LOST, [])
+    match numbered.event:
+        case Started(resumed_step=step) | Done(step=step) | Cancelled(step=step):
+            lost = add_range(lost, done + 1, step)
+        case StepsLost(first_step=first, last_step=last) if last > 0:
+            lost = add_range(lost, first, last)
+        case Steps(records=records):
+            steps = [record.step for record in records]
+            for first, last in gaps(done, steps):
+                lost = add_range(lost, first, last)
+            lost = remove_ranges(lost, steps)
+    return {**progress, LOST: lost} if lost or LOST in progress else dict(progress)
+
+
+def _after_start(progress: Mapping[str, Any], started: Started) -> dict[str, Any]:
+    done, resumed = int(progress.get("step", 0)), started.resumed_step
+    after: dict[str, Any] = {
+        "step": resumed,
+        "total_steps": started.total_steps,
+        "epoch": resumed / started.steps_per_epoch if started.steps_per_epoch else None,
+    }
+    kept = {name: progress[name] for name in (LOST,) if name in progress}
+    return after | kept | ({REWOUND: [done, resumed]} if resumed < done else {})
+
+
+def _after_steps(progress: Mapping[str, Any], records: list[StepRecord]) -> dict[str, Any]:
+    last = records[-1]
+    then_s, then_step = progress.get("time_s"), progress.get("step", 0)
+    if then_s is None:
+        then_s, then_step = records[0].time_s, records[0].step
+    step_s = progress.get("step_s")
+    if last.step > then_step and last.time_s > then_s:
+        newest = (last.time_s - then_s) / (last.step - then_step)
+        step_s = newest if step_s is None else RATE_MEMORY * step_s + (1 - RATE_MEMORY) * newest
+    return {**progress, "step": last.step, "epoch": last.epoch, "time_s": last.time_s, "step_s": step_s}
+
+
+def _newest(record: StepRecord) -> dict[str, Any]:
+    return {name: _plain(getattr(record, name)) for name in ("loss", "accuracy", "lr", "samples_per_s")}
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON can carry it: PostgreSQL's JSON type has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value

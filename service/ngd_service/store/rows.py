@@ -1,0 +1,76 @@
+"""Rows of the tables as the records of base.py, and the query of a job's newest events."""
+
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from ngd_service.job_state import Action, AttemptState, Desired, JobState, Phase
+from ngd_service.store import tables as t
+from ngd_service.store.base import AttemptRecord, EventRecord, JobRecord
+from ngd_workers.contract.rundir import Outcome
+
+__all__ = ["attempt_record", "event_record", "job_record", "newest_events"]
+
+
+def job_record(row: Any, failed_starts: int = 0, failed_starts_in_a_row: int = 0) -> JobRecord:
+    """Returns the job; the attempts' rows tell of failed starts, which only who decides on the job needs."""
+    state = JobState(
+        phase=Phase(row.phase),
+        desired=Desired(row.desired),
+        max_attempts=row.max_attempts,
+        cancel_requested_at=row.cancel_requested_at,
+        retry_at=row.retry_at,
+        failed_starts=failed_starts,
+        failed_starts_in_a_row=failed_starts_in_a_row,
+    )
+    return JobRecord(
+        id=row.id,
+        name=row.name,
+        spec=row.spec,
+        state=state,
+        reason=row.reason,
+        message=row.message,
+        attempt=row.attempt,
+        progress=row.progress,
+        metrics_latest=row.metrics_latest,
+        result=None if row.result is None else Outcome.model_validate_json(row.result),
+        created_at=row.created_at,
+        created_by=row.created_by,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        resource_version=row.resource_version,
+    )
+
+
+def attempt_record(row: Any) -> AttemptRecord:
+    state = AttemptState(
+        number=row.number,
+        is_submitted=row.is_submitted,
+        has_started=row.has_started,
+        stop=Action(row.stop),
+        stop_sent_at=row.stop_sent_at,
+        created_at=row.created_at,
+        last_seen_at=row.last_seen_at,
+    )
+    return AttemptRecord(row.id, row.job_id, state, row.acknowledged_seq, row.ended_at)
+
+
+def event_record(row: Any) -> EventRecord:
+    return EventRecord(row.id, row.job_id, row.attempt, row.seq, row.kind, row.time, row.data)
+
+
+@lru_cache(maxsize=64)
+def newest_events(kinds: tuple[str, ...]) -> sa.Executable:
+    """Returns the query of a job's newest events of these kinds, last first. Its values: job_id, after, limit."""
+    job_id: sa.BindParameter[str] = sa.bindparam("job_id")
+    after, limit = (sa.bindparam(name, type_=sa.BigInteger) for name in ("after", "limit"))
+    found = [  # each kind's own, for an index gives those in order
+        sa.select(t.events)
+        .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.id > after)
+        .order_by(t.events.c.id.desc())
+        .limit(limit)
+        .subquery()
+        for kind in kinds
+    ]
+    return sa.union_all(*(sa.select(of_kind) for of_kind in found)).order_by(sa.desc("id")).limit(limit)

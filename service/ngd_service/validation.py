@@ -1,0 +1,56 @@
+"""Turns what is wrong with a request into the API's problems."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ngd_service.errors import InvalidSpecError
+from ngd_service.resources import ProblemItem
+from ngd_workers.contract import spec_problems
+from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec_problems import SpecProblemsError, cut, rule, shown
+
+__all__ = ["explain_parameter", "parse_spec", "refuse_unlisted"]
+
+
+def parse_spec(value: object) -> JobSpec:
+    """Returns the spec. Raises: InvalidSpecError that lists each thing that is wrong."""
+    try:
+        return spec_problems.parse_spec(value)
+    except SpecProblemsError as error:
+        items = [ProblemItem(**asdict(problem)) for problem in error.problems]
+        raise InvalidSpecError(str(error), items) from error
+
+
+def refuse_unlisted(spec: JobSpec, modules: Collection[str] | None) -> None:
+    """Lets a spec pass whose functions are in these modules, or below them; None: any.
+
+    Raises: InvalidSpecError that lists each function that is not.
+    """
+    if modules is None:
+        return
+    named = {part: getattr(getattr(spec, part), "function", None) for part in ("model", "data")}
+    items = [
+        ProblemItem(
+            pointer=f"/{part}/function",
+            code="function_not_listed",
+            detail=f"{part}.function must be of the modules {', '.join(modules)}, got {shown(address)}",
+            hint="whoever runs the service lists modules with NGD_FUNCTION_MODULES",
+        )
+        for part, address in named.items()
+        if address is not None and not any(f"{address.partition(':')[0]}.".startswith(f"{name}.") for name in modules)
+    ]
+    if items:
+        raise InvalidSpecError("; ".join(item.detail for item in items), items)
+
+
+def explain_parameter(error: Mapping[str, Any]) -> ProblemItem:
+    """Returns the item for one thing that is wrong with a parameter, or with the body of an internal route."""
+    _, *path = error["loc"]
+    name = ".".join(cut(str(part)) for part in path) or "the body"
+    if error["type"] == "missing":
+        return ProblemItem(pointer=name, code="missing", detail=f"{name} is missing")
+    code, must = rule(error["type"], error.get("ctx", {}), error["msg"])
+    is_shown = "input" in error and not isinstance(error["input"], dict | list)  # those may be megabytes long
+    got = f", got {shown(error['input'])}" if is_shown else ""
+    return ProblemItem(pointer=name, code=code, detail=f"{name} {must}{got}")

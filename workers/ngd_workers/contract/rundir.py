@@ -1,0 +1,169 @@
+"""Where a job's files lie on disk, and how they are read and written. Imports without torch.
+
+    RUN_DIR/                     one job; shared by all of its attempts
+        checkpoints/             what a later attempt resumes from
+        attempts/<n>/            ATTEMPT_DIR: one attempt
+            spec.json            JobSpec, written before the driver starts
+            attempt.json         Facts (mode 0600): who this attempt is and where the service listens
+            process.json         pid and start time of the driver, written by what started it
+            started              its existence says that a driver has begun, where somebody else might begin it again
+            stop                 its existence asks the attempt to end in order; names the signal that asked, if one did
+            ended                the fence: the service has ended the attempt, which commits no checkpoint any more
+            events.jsonl         the reporter's spool: one Numbered event a line
+            outcome.json         Outcome: how the attempt ended; written once, by the driver, as its last act
+            log.txt              stdout and stderr of the driver and its workers
+            log-rank-<r>.txt     what rank r alone wrote
+
+The driver is ``python -m ngd_workers.launch ATTEMPT_DIR``. attempt.json may be replaced while it runs (a restarted
+service may listen on another port): read it again after a connection failed.
+"""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ngd_workers.contract.spec import JobSpec
+
+__all__ = ["EXIT_STATUS", "NOT_THE_FIRST", "AttemptDir", "Facts", "Outcome", "read_json", "write_json"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Facts(BaseModel):
+    """attempt.json: what the driver needs to know beside the spec."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempt_id: str
+    attempt: int = Field(ge=1, description="Number of this attempt within its job; later attempts fence earlier ones.")
+    job_id: str
+    url: str | None = Field(description="Base URL of the service; None: run without one.")
+    token: str | None = Field(description="Bearer token of this attempt alone.")
+    run_dir: Path = Field(description="Absolute; holds checkpoints/.")
+    data_dir: Path | None = Field(description="Absolute; what a relative data directory in the spec is relative to.")
+    cluster: Literal["own", "given"] = Field(
+        "own", description="own: the driver starts a Ray on its machine; given: it runs inside the one that runs it."
+    )
+
+
+class Outcome(BaseModel):
+    """outcome.json: the truth of how an attempt ended, whatever the process status says."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    result: Literal["succeeded", "failed", "cancelled"]
+    reason: str | None = Field(None, description="CamelCase word for machines when failed, or stopped by a signal.")
+    message: str | None = Field(None, description="One sentence for a person when failed, or stopped by a signal.")
+    retryable: bool = Field(False, description="Whether another attempt could end differently.")
+    step: int = 0
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    target_step: int | None = None
+    seconds: float | None = Field(None, description="Wall time of training, start-up not counted.")
+
+
+EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}  # of a driver that has written its outcome
+NOT_THE_FIRST = 4  # exit status of a driver that found that another had begun the attempt
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptDir:
+    """Names of the files of one attempt."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, run_dir: Path, attempt: int) -> "AttemptDir":
+        return cls(run_dir / "attempts" / str(attempt))
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def facts(self) -> Path:
+        return self.path / "attempt.json"
+
+    @property
+    def process(self) -> Path:
+        return self.path / "process.json"
+
+    @property
+    def spool(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def started(self) -> Path:
+        return self.path / "started"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def ended(self) -> Path:
+        return self.path / "ended"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "outcome.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.path / f"log-rank-{rank}.txt"
+
+    def logs(self) -> list[Path]:
+        """Returns every log that is there, of the driver and of the ranks."""
+        return list(self.path.glob("log*.txt"))
+
+    def claim(self) -> bool:
+        """Returns whether this driver is the attempt's first; of two on any machines one alone is told so."""
+        try:
+            self.started.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def read_spec(self) -> JobSpec:
+        """Returns the job's spec. Raises: FileNotFoundError, pydantic.ValidationError."""
+        return JobSpec.model_validate_json(self.spec.read_bytes())
+
+    def read_facts(self) -> Facts:
+        """Returns attempt.json. Raises: FileNotFoundError, pydantic.ValidationError."""
+        return Facts.model_validate_json(self.facts.read_bytes())
+
+    def read_outcome(self) -> Outcome | None:
+        """Returns how the attempt ended, None while it has not."""
+        return read_json(self.outcome, Outcome)
+
+
+def read_json(path: Path, model: type[Model]) -> Model | None:
+    """Returns the file as `model`, None if there is no such file. Raises: pydantic.ValidationError."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return model.model_validate_json(text)
+
+
+def write_json(path: Path, value: BaseModel) -> None:
+    """Replaces the file in one step, mode 0600: a reader, and a crash, see the old content or the new, never half."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(value.model_dump_json(indent=2))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise

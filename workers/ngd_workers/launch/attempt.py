@@ -1,0 +1,139 @@
+"""One attempt of a job as one rank runs it, and how its end is recorded. Also the command without Ray or service.
+
+``python -m ngd_workers SPEC --run-dir DIR [--data-dir DIR]``, alone or under torchrun.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ngd_dist.distributed.comm import Communicator, end_collectives
+from ngd_workers.contract.errors import SpecError, StorageError, WorkerError
+from ngd_workers.contract.events import WorkersRestarted
+from ngd_workers.contract.patience import insist
+from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, write_json
+from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec_file import load_spec
+from ngd_workers.launch.ending import conclude, failure, summary
+from ngd_workers.report.rank_log import kept_in
+from ngd_workers.report.reporter import Reporter, SilentReporter, SpoolingReporter
+from ngd_workers.train.context import TrainContext, device_of
+from ngd_workers.train.loop import train
+
+__all__ = ["main", "run_rank"]
+
+READ_S = 30.0
+RESTARTED = WorkersRestarted(message="the workers were started again after some of them died")
+SAME_ON_RESUME = {"model", "data", "optimizer", "schedule", "batch", "seed"}
+
+
+def run_rank(attempt_dir: AttemptDir) -> Outcome:
+    """Collective over the default group, if there is one. Returns how the attempt ended, the same on every rank."""
+    spec = insist(attempt_dir.read_spec, f"read {attempt_dir.spec}", patience_s=READ_S)
+    facts = insist(attempt_dir.read_facts, f"read {attempt_dir.facts}", patience_s=READ_S)
+    comm = Communicator()
+    reporter: Reporter = SpoolingReporter(attempt_dir, on_restart=RESTARTED) if comm.rank == 0 else SilentReporter()
+    is_broken = True  # until it is known that all ranks end here
+    try:
+        context = TrainContext(
+            comm=comm,
+            device=device_of(spec.resources),
+            run_dir=facts.run_dir,
+            data_dir=facts.data_dir,
+            attempt=facts.attempt,
+            reporter=reporter,
+        )
+        with kept_in(attempt_dir.rank_log(comm.rank)):
+            outcome = train(spec, context)
+        is_broken = False
+    except WorkerError as error:
+        outcome = failure(error)
+        is_broken = False
+    finally:
+        try:
+            end_collectives(is_broken=is_broken)
+        finally:
+            reporter.close()
+    return outcome
+
+
+def main() -> None:
+    """Runs a spec in this process, or in torchrun's, and exits with EXIT_STATUS."""
+    parser = argparse.ArgumentParser(prog="python -m ngd_workers", description="Train a JobSpec without Ray.")
+    parser.add_argument("spec", type=Path, help="JobSpec in YAML or JSON")
+    parser.add_argument("--run-dir", type=Path, required=True, help="checkpoints and events; used again, it resumes")
+    parser.add_argument("--data-dir", type=Path, default=Path(), help="what data.directory is relative to")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        outcome = _run_command(arguments.spec, arguments.run_dir.resolve(), arguments.data_dir.resolve())
+    except (SpecError, StorageError) as error:
+        sys.exit(str(error))
+    sys.exit(EXIT_STATUS[outcome.result])
+
+
+def _run_command(spec_file: Path, run_dir: Path, data_dir: Path) -> Outcome:
+    spec = load_spec(spec_file)
+    if dist.is_torchelastic_launched():
+        device_of(spec.resources)  # before the first collective: NCCL takes the current device
+        dist.init_process_group("nccl" if spec.resources.gpus_per_worker else "gloo")
+    comm = Communicator()
+    attempt_dir = _next_attempt(_for_world(spec, comm.world_size), run_dir, data_dir, comm)
+    outcome = run_rank(attempt_dir)
+    if comm.rank == 0:
+        conclude(attempt_dir, outcome)
+        logging.info("%s", summary(outcome))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return outcome
+
+
+def _for_world(spec: JobSpec, world_size: int) -> JobSpec:
+    """Returns the spec with as many workers as there are processes; the global batch stays."""
+    content = spec.model_dump()
+    content["resources"]["workers"] = world_size
+    try:
+        return JobSpec.model_validate(content)
+    except ValueError as error:
+        raise SpecError(f"the spec doesn't fit {world_size} processes: {error}") from error
+
+
+def _next_attempt(spec: JobSpec, run_dir: Path, data_dir: Path, comm: Communicator) -> AttemptDir:
+    number = torch.zeros(1, dtype=torch.int64, device=comm.device)
+    if comm.rank == 0:
+        number.fill_(1 + max((int(path.name) for path in run_dir.glob("attempts/*")), default=0))
+    comm.broadcast("attempt number", number)
+    attempt_dir = AttemptDir.of(run_dir, int(number))
+    if number > 1:
+        _check_same_job(AttemptDir.of(run_dir, int(number) - 1), spec)
+    if comm.rank == 0:
+        attempt_dir.path.mkdir(parents=True)
+        write_json(attempt_dir.spec, spec)
+        write_json(attempt_dir.facts, _facts(spec, int(number), run_dir, data_dir))
+    comm.barrier("attempt directory")
+    return attempt_dir
+
+
+def _check_same_job(earlier: AttemptDir, spec: JobSpec) -> None:
+    before = earlier.read_spec()
+    differing = sorted(name for name in SAME_ON_RESUME if getattr(before, name) != getattr(spec, name))
+    if differing:
+        raise SpecError(
+            f"{earlier.path.parent.parent} holds a run that differs in {', '.join(differing)}; choose another --run-dir"
+        )
+
+
+def _facts(spec: JobSpec, number: int, run_dir: Path, data_dir: Path) -> Facts:
+    return Facts(
+        attempt_id=f"{spec.name}-a{number}",
+        attempt=number,
+        job_id=spec.name,
+        url=None,
+        token=None,
+        run_dir=run_dir,
+        data_dir=data_dir,
+    )

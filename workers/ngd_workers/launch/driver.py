@@ -1,0 +1,247 @@
+"""Runs one attempt: ``python -m ngd_workers.launch ATTEMPT_DIR``. START HERE: `main`. The only user of Ray Train.
+
+The driver outlives the service: it needs it for nothing, and ends with outcome.json, the truth of how it ended.
+A single worker on a machine of its own is trained in this process, several by Ray.
+Torch and Ray are imported late, so that a signal in the seconds that takes ends the attempt in order too.
+"""
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ngd_workers.contract.errors import ClusterError, SpecError, StorageError, WorkerError
+from ngd_workers.contract.patience import insist
+from ngd_workers.contract.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Facts, Outcome, read_json
+from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec_problems import explain
+from ngd_workers.launch.ending import conclude, failure, record, summary
+from ngd_workers.launch.ray_cluster import RayCluster, bundle
+from ngd_workers.launch.waiting import WaitingReporter
+
+__all__ = ["main", "run_worker"]
+
+log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+READ_S = 30.0  # for a file to come into sight: NFS may show a new one late
+STOP_S = 600.0
+
+
+def main() -> None:
+    """Runs the attempt to its end and exits with EXIT_STATUS. An attempt that has already ended is left alone."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ngd_workers.launch", description="Run one attempt of a job on Ray."
+    )
+    parser.add_argument("attempt_dir", type=Path)
+    attempt_dir = AttemptDir(parser.parse_args().attempt_dir.resolve())
+    if not attempt_dir.path.is_dir():
+        parser.error(f"no attempt directory {attempt_dir.path}; the service makes it")
+    _log_to_stderr()
+    try:
+        outcome = insist(attempt_dir.read_outcome, f"read {attempt_dir.outcome}", patience_s=READ_S)
+        if outcome is None:
+            _refuse_to_be_second(attempt_dir)
+            _stop_in_order_on_signals(attempt_dir)
+            outcome = _run(attempt_dir)
+            log.info("%s", summary(outcome))
+    except StorageError as error:  # there is no outcome then: the service starts another attempt
+        log.error("%s", error)
+        sys.exit(EXIT_STATUS["failed"])
+    sys.exit(EXIT_STATUS[outcome.result])
+
+
+def run_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs on each rank, inside the process group that Ray Train made. Returns the outcome, as JSON would hold it."""
+    import torch.distributed as dist
+
+    from ngd_workers.launch.attempt import run_rank
+
+    _log_to_stderr(f"[rank {dist.get_rank()}] ")
+    try:
+        return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+    except Exception as error:  # most often that another rank has died, and all are started again
+        log.error("this rank stops: %s: %s", type(error).__name__, _last_line(error))
+        raise
+
+
+def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
+    """Ends a driver on a given cluster that would run an attempt once more, as KubeRay makes it after a head was lost.
+
+    Its events would be numbered anew and refused; the next attempt, of the service, goes on from a checkpoint.
+    """
+    try:
+        facts = read_json(attempt_dir.facts, Facts)
+    except (OSError, ValidationError):
+        return  # _run says so in the outcome
+    if facts is None or facts.cluster == "own":
+        return
+    if not insist(attempt_dir.claim, f"write {attempt_dir.started}", patience_s=READ_S):
+        log.error("%s was begun before; the service starts the next attempt", facts.attempt_id)
+        sys.exit(NOT_THE_FIRST)
+
+
+def _log_to_stderr(prefix: str = "") -> None:
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {prefix}%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+
+
+def _run(attempt_dir: AttemptDir) -> Outcome:
+    try:
+        facts = _read(attempt_dir.facts, Facts)
+    except WorkerError as error:
+        outcome = failure(error)
+        record(attempt_dir, outcome)  # nothing says which service to tell
+        return outcome
+    try:
+        outcome = _train(attempt_dir, _read(attempt_dir.spec, JobSpec), facts)
+    except WorkerError as error:
+        outcome = failure(error)
+    except Exception as error:
+        log.exception("the driver failed")
+        outcome = failure(ClusterError(f"the driver failed with {type(error).__name__}: {_last_line(error)}"))
+    if outcome.result == "cancelled":
+        outcome = _with_signal(attempt_dir, outcome)
+    conclude(attempt_dir, outcome)
+    return outcome
+
+
+def _read(path: Path, model: type[Model]) -> Model:
+    def read() -> Model:
+        content = read_json(path, model)
+        if content is None:
+            raise FileNotFoundError(f"no file {path}; whoever starts the driver writes it first")
+        return content
+
+    try:
+        return insist(read, f"read {path}", patience_s=READ_S)
+    except ValidationError as error:
+        raise SpecError(
+            f"{path} is invalid: " + "; ".join(problem.detail for problem in explain(error, model))
+        ) from error
+
+
+def _train(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    if facts.cluster == "own" and spec.resources.workers == 1:
+        return _train_here(attempt_dir, spec, facts)
+    return _train_on_ray(attempt_dir, spec, facts)
+
+
+def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    from ngd_workers.launch.attempt import run_rank
+
+    for restarts_left in range(spec.failure.worker_restarts, -1, -1):
+        if _is_stopped(attempt_dir):
+            return Outcome(result="cancelled", step=_saved_step(spec, facts))
+        try:
+            return run_rank(attempt_dir)
+        except Exception as error:
+            log.exception("the worker failed; it is started again %d times at most", restarts_left)
+            if not restarts_left:
+                raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
+    raise AssertionError("the last round returns or raises")
+
+
+def _train_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort. The thread that
+    # started Ray has to outlive it: shut down after that, it ends the process without a word.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread, RayCluster(facts.cluster) as cluster:
+        thread.submit(cluster.start, spec.resources).result()
+        _log_to_stderr()  # again: Ray has put its own handler there
+        _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
+        cluster.check(spec)
+        waiting = WaitingReporter(attempt_dir)
+        try:
+            thread.submit(cluster.wait_for_room, spec, waiting.tell, lambda: _is_stopped(attempt_dir)).result()
+        finally:
+            waiting.close()
+        if _is_stopped(attempt_dir):
+            return Outcome(result="cancelled", step=_saved_step(spec, facts))
+        return thread.submit(_fit, attempt_dir, spec, facts).result()
+
+
+def _stop_in_order_on_signals(attempt_dir: AttemptDir) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        log.info("%s: the workers stop after the current step", name)
+        # In a thread: what the main thread does must neither wait for the disk nor meet its errors.
+        threading.Thread(target=_ask_to_stop, args=(attempt_dir.stop, name), daemon=True).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _ask_to_stop(path: Path, signal_name: str) -> None:
+    try:
+        insist(lambda: path.write_text(signal_name), f"write {path}", patience_s=STOP_S)
+    except StorageError as error:
+        log.error("%s", error)
+
+
+def _is_stopped(attempt_dir: AttemptDir) -> bool:
+    return insist(attempt_dir.stop.exists, f"look for {attempt_dir.stop}", patience_s=READ_S)
+
+
+def _with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
+    """Returns the outcome with the signal that it was stopped by, if it was one."""
+    with contextlib.suppress(OSError):
+        if name := attempt_dir.stop.read_text():
+            return outcome.model_copy(update={"reason": "StoppedFromOutside", "message": f"stopped by {name}"})
+    return outcome
+
+
+def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    resources = spec.resources
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"attempt_dir": str(attempt_dir.path)},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=bundle(resources),
+        ),
+        run_config=RunConfig(
+            name=facts.attempt_id,
+            storage_path=str(facts.run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
+            # A traceback of each rank at each restart, and of Ray's own cleaning up; the last ones are in `error`.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        log.error("%s", error)
+        raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
+    return Outcome.model_validate(result.return_value)
+
+
+def _saved_step(spec: JobSpec, facts: Facts) -> int:
+    from ngd_workers.train.checkpoints import Checkpoints
+
+    return Checkpoints(facts.run_dir / "checkpoints", facts.attempt, spec.checkpoint.keep).newest_step()
+
+
+def _explain(error: Exception, restarts: int) -> str:
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())] or [
+        _last_line(error)
+    ]
+    return f"the workers failed after {restarts} restarts (failure.worker_restarts); " + "; ".join(causes)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

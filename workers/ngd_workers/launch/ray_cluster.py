@@ -1,0 +1,190 @@
+"""The Ray cluster of an attempt: its own, on this machine and for this attempt alone, or the one that runs the driver.
+
+Ray is imported late: that takes seconds, in which the driver already heeds signals.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import random
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from unittest import mock
+
+from ngd_workers.contract.errors import RayStartError, SpecError
+from ngd_workers.contract.spec import JobSpec, Resources
+
+__all__ = ["RayCluster", "bundle", "free_ports"]
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+MESSAGE_CHARACTERS = 500
+FATAL = re.compile(r"^\[[^]]* [CF] [^]]*\] \(\w+\) \S+: +")  # of Ray's C++ parts: time, severity, process, file
+OBJECT_STORE_BYTES = 100 * 1024**2  # nothing large goes through Ray; its default is 30 % of the memory
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",  # the log is a file
+    "RAY_DEDUP_LOGS": "0",  # each rank's lines in full
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on a notice: a lost worker costs up to a checkpoint
+}
+OWN_SETTINGS = {
+    "RAY_AUTH_MODE": "token",  # Ray's default, said aloud: leaving it out makes Ray warn in the job's log
+    # Ray's cleaner asks the dashboard, which is off, and without an address trips over any second Ray on the machine.
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else each rank that outlives another prints a stack of C++
+}
+
+
+class RayCluster:
+    """Gives the driver a Ray to train on, from `start` until the context is left."""
+
+    def __init__(self, kind: Literal["own", "given"]) -> None:
+        self._kind = kind
+        self._temporary: str | None = None
+        os.environ.update(SETTINGS | (OWN_SETTINGS if kind == "own" else {}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        ray.shutdown()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def start(self, resources: Resources) -> None:
+        """Raises: RayStartError."""
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        quiet: dict[str, Any] = {"logging_config": ray.LoggingConfig(log_level="ERROR"), "log_to_driver": True}
+        try:
+            if self._kind == "given":
+                ray.init(address="auto", **quiet)
+            else:
+                self._start_own(resources, quiet)
+        except Exception as error:  # Ray raises nothing more special when its processes do not come up
+            raise RayStartError(self._why_not(error)) from error
+
+    def check(self, spec: JobSpec) -> None:
+        """Raises: SpecError for more GPUs than a machine of its own has. A given cluster may grow: it is waited for."""
+        import ray
+
+        resources, num_gpus = spec.resources, ray.cluster_resources().get("GPU", 0)
+        wanted = resources.workers * resources.gpus_per_worker
+        if self._kind == "own" and wanted > num_gpus:
+            raise SpecError(
+                f"resources ask for {wanted} GPUs (workers {resources.workers} x gpus_per_worker "
+                f"{resources.gpus_per_worker}), this machine has {num_gpus:g}; lower them"
+            )
+
+    def wait_for_room(self, spec: JobSpec, tell: Callable[[str | None], None], is_stopped: Callable[[], bool]) -> None:
+        """Returns when a given cluster has room for all workers at once, or when stopped. `tell` hears of each change.
+
+        Ray Train would wait too, without a word to the job's owner and with a traceback each minute. The request stands
+        as a placement group: a cluster that scales grows for it, and it holds nothing until it holds all.
+        """
+        if self._kind == "own":
+            return
+        from ray.util import placement_group, remove_placement_group
+
+        wanted = bundle(spec.resources)
+        room = placement_group([wanted] * spec.resources.workers, strategy="PACK")
+        try:
+            while not room.wait(LOOK_S) and not is_stopped():
+                tell(_what_is_short(spec.resources))
+        finally:
+            remove_placement_group(room)
+        tell(None)
+
+    def _start_own(self, resources: Resources, quiet: dict[str, Any]) -> None:
+        import ray
+        from ray._private import parameter
+
+        # A socket's path may have 107 bytes, and Ray puts some 60 of its own below this.
+        self._temporary = tempfile.mkdtemp(prefix="ngd-", dir="/tmp")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile Ray again
+        # Given their ports, the raylet need not wait for its agents to choose some: it dies where these start slowly
+        # (https://github.com/ray-project/ray/issues/65983), and ray.init has no arguments for them.
+        metrics, metrics_export, runtime_env, listen = free_ports(4)
+        ports = {"metrics_agent_port": metrics, "runtime_env_agent_port": runtime_env}
+        given = functools.partial(parameter.RayParams, dashboard_agent_listen_port=listen, **ports)
+        with mock.patch.object(parameter, "RayParams", given):
+            ray.init(
+                address="local",
+                num_cpus=resources.workers * resources.threads_per_worker,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=self._temporary,
+                _metrics_export_port=metrics_export,
+                **quiet,
+            )
+
+    def _why_not(self, error: Exception) -> str:
+        if self._kind == "given":
+            return f"the Ray that runs the driver does not answer: {error}"
+        return f"Ray did not start on this machine: {_fatal_line(self._temporary) or error}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns ports below those that the kernel gives to connections, which come and go until Ray is up."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            ports += [port] if port not in ports else []
+    return ports
+
+
+def bundle(resources: Resources) -> dict[str, float]:
+    """Returns what one worker reserves."""
+    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
+    return {"CPU": float(resources.threads_per_worker)} | gpus
+
+
+def _what_is_short(resources: Resources) -> str:
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    each = {"CPU": resources.threads_per_worker, "GPU": resources.gpus_per_worker}
+    wanted = {name: resources.workers * count for name, count in each.items() if count}
+    for name, count in wanted.items():
+        if total.get(name, 0) < count:
+            return (
+                f"waiting for {count} {name}s (workers {resources.workers} x {each[name]}): the Ray cluster has "
+                f"{total.get(name, 0):g} in all; add nodes, or cancel the job and ask for less"
+            )
+    for name, count in wanted.items():
+        if free.get(name, 0) < count:
+            return (
+                f"waiting for {count} {name}s: {free.get(name, 0):g} of the Ray cluster's {total[name]:g} are free, "
+                "others hold the rest"
+            )
+    return "waiting for nodes with room for a whole worker each: what is free on the Ray cluster is scattered"
+
+
+def _fatal_line(temporary: str | None) -> str | None:
+    """Returns what Ray's own processes wrote before they gave up; Ray's exception says only that they did."""
+    if temporary is None:
+        return None
+    for name in ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out"):
+        for path in Path(temporary).glob(f"session_*/logs/{name}"):
+            with contextlib.suppress(OSError):
+                fatal = [line for line in path.read_text(errors="replace").splitlines() if FATAL.search(line)]
+                if fatal:
+                    return FATAL.sub("", fatal[-1]).strip()[:MESSAGE_CHARACTERS]
+    return None

@@ -1,0 +1,172 @@
+"""Takes events from the training loop without ever making it wait, spools them to disk and has them delivered."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ngd_workers.contract.events import Event, StepRecord, Steps
+from ngd_workers.contract.rundir import AttemptDir
+from ngd_workers.report.backlog import Backlog
+from ngd_workers.report.delivery import Delivery, StopRequest
+from ngd_workers.report.spool import Spool
+
+__all__ = ["Reporter", "SilentReporter", "SpoolingReporter"]
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+GATHER_STEPS = 64
+GATHER_S = 0.5
+FLUSH_S = 10.0
+
+
+class Reporter(Protocol):
+    """Where the loop puts what it did, and where it sees that it should stop."""
+
+    @property
+    def stop_request(self) -> StopRequest | None: ...
+    def report(self, event: Event | StepRecord) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class SilentReporter:
+    """The reporter of every rank but 0."""
+
+    stop_request: StopRequest | None = None
+
+    def report(self, event: Event | StepRecord) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class SpoolingReporter:
+    """Rank 0's reporter: a bounded backlog, and one daemon thread that writes the spool and talks to the service.
+
+    Each part of the thread's turn that fails is tried again in the next turn, for as long as the attempt runs.
+    """
+
+    def __init__(self, attempt_dir: AttemptDir, *, on_restart: Event | None = None) -> None:
+        """on_restart: the first event, if an earlier reporter of this attempt has told of its workers."""
+        self._stop_file = attempt_dir.stop
+        self._spool = Spool(attempt_dir.spool)
+        self._delivery = Delivery(attempt_dir, self._spool)
+        self._on_restart = on_restart
+        self._backlog = Backlog()
+        self._records: list[StepRecord] = []
+        self._gathered_since_s = 0.0
+        self._failing: set[str] = set()
+        self._writing = threading.Lock()
+        self._closing = threading.Event()
+        self._stop_file_seen = False
+        self._guarded("look for a request to stop", self._look_for_stop_file)
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self._thread.start()
+
+    @property
+    def stop_request(self) -> StopRequest | None:
+        """What the service wants, or "cancelled" when the driver was told to stop."""
+        return self._delivery.stop_request or ("cancelled" if self._stop_file_seen else None)
+
+    def report(self, event: Event | StepRecord) -> None:
+        """Takes the event; returns at once. Step records are gathered into `Steps` events."""
+        self._backlog.put(event)
+
+    def flush(self) -> None:
+        """Writes what was reported to disk, if that can be done now: no checkpoint must be ahead of its steps."""
+        self._guarded("write the events", lambda: self._write(everything=True, to_disk=True))
+
+    def close(self) -> None:
+        """Writes what is left and gives the service some seconds to take it; the spool keeps what it does not take."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(TICK_S):
+            self._guarded("write the events", self._write)
+            self._guarded("deliver the events", self._delivery.push)
+            self._guarded("look for a request to stop", self._look_for_stop_file)
+        deadline_s = time.monotonic() + FLUSH_S
+        while not self._flush() and time.monotonic() < deadline_s:
+            time.sleep(TICK_S)
+        if self._is_behind:
+            log.error("the last events of this attempt are lost: %s can't be written", self._spool.path)
+        self._delivery.close()
+        self._guarded("close the spool", self._spool.close)
+
+    def _flush(self) -> bool:
+        """Returns whether nothing is left to write or to send."""
+        self._guarded("write the events", lambda: self._write(everything=True))
+        self._guarded("deliver the events", lambda: self._delivery.push(now=True))
+        return not self._is_behind and self._delivery.is_done
+
+    @property
+    def _is_behind(self) -> bool:
+        return bool(self._records) or not self._backlog.is_empty
+
+    def _guarded(self, what: str, call: Callable[[], None]) -> None:
+        """Calls; a failure is logged once, until it is over."""
+        try:
+            call()
+        except OSError as error:
+            if what not in self._failing:
+                log.error("can't %s: %s; it is tried again", what, error)
+                self._failing.add(what)
+            self._backlog.note_trouble(str(error))
+        except Exception:  # the boundary of this thread, without which nobody hears of the job any more
+            if what not in self._failing:
+                log.exception("can't %s; it is tried again", what)
+                self._failing.add(what)
+        else:
+            if what in self._failing:
+                log.info("it works again to %s", what)
+                self._failing.discard(what)
+
+    def _look_for_stop_file(self) -> None:
+        self._stop_file_seen = self._stop_file_seen or self._stop_file.exists()
+
+    def _write(self, *, everything: bool = False, to_disk: bool = False) -> None:
+        with self._writing:
+            self._open()
+            while (event := self._backlog.first()) is not None:
+                self._take(event)
+                self._backlog.remove_first()
+            if everything or time.monotonic() - self._gathered_since_s >= GATHER_S:
+                self._write_records()
+            if to_disk:
+                self._spool.sync()
+
+    def _open(self) -> None:
+        if self._spool.is_open:
+            return
+        self._spool.open()
+        if self._on_restart is not None and self._spool.has_started:
+            self._backlog.put_first(self._on_restart)
+
+    def _take(self, event: Event | StepRecord) -> None:
+        if len(self._records) >= GATHER_STEPS or not isinstance(event, StepRecord):
+            self._write_records()
+        if not isinstance(event, StepRecord):
+            self._append(event)
+            return
+        if not self._records:
+            self._gathered_since_s = time.monotonic()
+        self._records.append(event)
+
+    def _write_records(self) -> None:
+        if self._records:
+            self._append(Steps(records=self._records))
+            self._records = []
+
+    def _append(self, event: Event) -> None:
+        try:
+            self._spool.append(event)
+        except ValueError:  # text that is no Unicode: it would be refused for ever, and hold up what follows
+            log.exception("an event of the kind %s is left out", event.kind)

@@ -1,0 +1,71 @@
+"""OptimizerSpec -> torch.optim.Optimizer, what its newest step did, and its errors as a job's."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn, optim
+
+from ngd_dist import NGD, NGDConfig
+from ngd_dist.config import QuadraticModel
+from ngd_dist.errors import CaptureError, ConfigError, InversionError, NgdError, NonFiniteError
+from ngd_dist.telemetry import StepStats
+from ngd_workers.contract.errors import NonFiniteLossError, SpecError, UserCodeError
+from ngd_workers.contract.spec import SGD, AdamW, JobSpec
+
+__all__ = ["build_optimizer", "chooses_lr", "job_errors", "step_stats"]
+
+
+def build_optimizer(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+    """Collective for NGD. Returns the optimizer of a bare model on its device. Raises: SpecError."""
+    return BUILDERS[spec.optimizer.kind](model, spec)
+
+
+def step_stats(optimizer: optim.Optimizer) -> StepStats:
+    """Returns what the newest step did; torch's own optimizers have neither statistics nor phases."""
+    return optimizer.stats if isinstance(optimizer, NGD) else StepStats()
+
+
+def chooses_lr(optimizer: optim.Optimizer) -> bool:
+    """Returns whether each step sets lr and momentum itself, so that nobody else may."""
+    return isinstance(optimizer, NGD) and isinstance(optimizer.config.length, QuadraticModel)
+
+
+@contextmanager
+def job_errors() -> Iterator[None]:
+    """Raises what NGD says of the model, the settings and the gradients as the worker's error that it is."""
+    try:
+        yield
+    except CaptureError as error:
+        raise UserCodeError(f"the model doesn't fit optimizer ngd: {error}") from error
+    except ConfigError as error:
+        raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
+    except (NonFiniteError, InversionError) as error:
+        raise NonFiniteLossError(f"training diverged: {error}") from error
+
+
+def _ngd(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+    settings = spec.optimizer.model_dump(exclude={"kind"}) | {"micro_batches": spec.micro_batches}
+    try:
+        return NGD(model, NGDConfig.model_validate(settings))
+    except NgdError as error:
+        raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
+
+
+def _sgd(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+    assert isinstance(spec.optimizer, SGD)
+    return optim.SGD(model.parameters(), **spec.optimizer.model_dump(exclude={"kind"}))
+
+
+def _adamw(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+    choice = spec.optimizer
+    assert isinstance(choice, AdamW)
+    return optim.AdamW(
+        model.parameters(),
+        lr=choice.lr,
+        betas=(choice.beta1, choice.beta2),
+        eps=choice.eps,
+        weight_decay=choice.weight_decay,
+    )
+
+
+BUILDERS: dict[str, Callable[[nn.Module, JobSpec], optim.Optimizer]] = {"ngd": _ngd, "sgd": _sgd, "adamw": _adamw}
