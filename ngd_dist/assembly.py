@@ -14,11 +14,12 @@ from torch import nn
 
 from ngd_dist.capture.capture import Capture
 from ngd_dist.capture.coverage import check_engine, check_sparse, cover, is_averaged_by_ddp, unwrap
-from ngd_dist.capture.measurement import Measurement
+from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.output_fisher import OutputFisher
 from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
-from ngd_dist.config import AdamWFallback, LayerWise, NGDConfig
-from ngd_dist.curvature import Curvature, cargo_of, schedule_for
+from ngd_dist.config import AdamWFallback, NGDConfig
+from ngd_dist.covered import CoveredLayer
+from ngd_dist.curvature import Curvature, schedule_for
 from ngd_dist.distributed import Strategy, build_strategy
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import ConfigError
@@ -26,12 +27,10 @@ from ngd_dist.layers import Layer
 from ngd_dist.layers.hooks import weakly
 from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.statistics.staleness import Schedule
-from ngd_dist.step.adaptation import Adaptation
 from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
-from ngd_dist.step.length import StepLength
-from ngd_dist.step.loss_scale import LossScale
 from ngd_dist.step.param_groups import Uncopied, check_group, take_in
+from ngd_dist.step.update import Update
 from ngd_dist.telemetry import StepStats, Stopwatch
 
 __all__ = ["Assembly"]
@@ -114,7 +113,12 @@ class Assembly(torch.optim.Optimizer):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         if "model" not in saved:  # torch's `load_state_dict` sets its own part by this
+            groups = self.param_groups
             super().__setstate__(saved)
+            for group, loaded in zip(groups, self.param_groups, strict=True):
+                group.clear()
+                group.update(loaded)
+            self.param_groups = groups  # the same ones: the covered layers refer to them
             return
         groups, group, scaler = saved["param_groups"], saved["process_group"].value, saved["grad_scaler"]
         Assembly.__init__(
@@ -134,32 +138,34 @@ class Assembly(torch.optim.Optimizer):
         self._trained |= {p for p in in_groups if p.requires_grad}
         self._waiting = self._untrained()
         self.layers, self.plain_parameters = cover(self._bare, self._trained, config)
-        self._layer = {layer.name: layer for layer in self.layers}
-        covered = {p for layer in self.layers for p in layer.parameters}
-        self._plain = [p for p in in_groups if p in self._trained and p not in covered]
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self._covered = {
+            layer.name: CoveredLayer(layer, preconditioner_for(layer.shape, config), group_of[layer.parameters[0]])
+            for layer in self.layers
+        }
+        in_layers = {p for layer in self.layers for p in layer.parameters}
+        self._plain = [p for p in in_groups if p in self._trained and p not in in_layers]
         check_sparse(self._bare, self._plain, config)
-        group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        self._group_of = {name: group_of[layer.parameters[0]] for name, layer in self._layer.items()}
-        self._preconditioners = {layer.name: preconditioner_for(layer.shape, config) for layer in self.layers}
         self._strategy = self._build_strategy()
         self._report_plain()
         self._build_state()
         trained = {self._names[p]: p for p in in_groups if p in self._trained}
-        self._gradients = Gradients(trained, self._loss_scale, self._comm)
+        is_averaged = self._strategy.gradient_scale is None
+        self._gradients = Gradients(trained, self._loss_scale, self._comm, is_averaged=is_averaged)
         self._capture = self._build_capture()
-        self._length = StepLength(config, list(self._layer), self._comm, self._lr, self._capture.rows)
         self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
-        self._adaptation = Adaptation(config, self._bare, self._comm, self._capture.paused)
+        self._update = Update(
+            self._covered, self._plain, self._gradients, self._fallback, self._bare, config, self._comm, self._capture
+        )
         self.saved_state = SavedState(
-            self.layers,
-            self._preconditioners,
+            self._covered,
             self._curvature,
             self._schedule,
             self._strategy,
             parameters={name: p for p, name in self._names.items()},
             plain=[self._names[p] for p in self._plain],
             fallback=self._fallback,
-            momentum_mode=self._adaptation.momentum_mode,
+            momentum_mode=self._update.momentum_mode,
             device=self._device,
         )
         self._is_built = True
@@ -171,8 +177,8 @@ class Assembly(torch.optim.Optimizer):
         names = {p: self._names[p] for p in self._plain}
         adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
         self._fallback = None if adamw is None else Fallback(self.param_groups, names, adamw)
-        self._schedule = schedule_for(self._preconditioners, config)
-        self._curvature = Curvature(self.layers, self._preconditioners, self._strategy, config, self._damping)
+        self._schedule = schedule_for(self._covered, config)
+        self._curvature = Curvature(self._covered, self._strategy, config)
         if old is not None:
             curvature, schedule, fallback = old
             self._curvature.inherit(curvature)
@@ -183,19 +189,17 @@ class Assembly(torch.optim.Optimizer):
     def _build_capture(self) -> Capture:
         if self._is_built:
             self._capture.close()
-        measurement = Measurement(
-            self._layer,
-            self._preconditioners,
+        return Capture(
+            self._bare,
+            self._covered,
             self.config,
             self._comm,
-            shared_of=self._curvature.shared_of,
-            loss_scale=self._loss_scale.factor,
-            on_ready=self._strategy.offer,
+            caches=self._curvature.caches,
+            loss_scale=self._loss_scale,
+            sink=self._strategy,
             stopwatch=self._stopwatch,
-            keeps_rows=isinstance(self.config.length, LayerWise),
+            on_forward=weakly(self._on_forward),
         )
-        on_forward = weakly(self._on_forward)
-        return Capture(self._bare, self.layers, self._preconditioners, self.config, measurement, on_forward=on_forward)
 
     def _on_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Returns whether the model was given other hooks than those that ask: its parameters were unfrozen."""
@@ -239,8 +243,8 @@ class Assembly(torch.optim.Optimizer):
         return build_strategy(
             self.config,
             self._comm,
-            {name: method.refresh_flops() for name, method in self._preconditioners.items()},
-            {layer.name: cargo_of(layer, self._preconditioners[layer.name]) for layer in self.layers},
+            {name: covered.method.refresh_flops() for name, covered in self._covered.items()},
+            {name: covered.cargo for name, covered in self._covered.items()},
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
             is_averaged_by_ddp=is_averaged_by_ddp(self._model),
@@ -264,9 +268,3 @@ class Assembly(torch.optim.Optimizer):
         self._loss_scale.begin()
         self._capture.arm(due, step)
         self._strategy.begin(due)
-
-    def _lr(self, name: str) -> float:
-        return float(self.param_groups[self._group_of[name]]["lr"])
-
-    def _damping(self, name: str) -> float:
-        return float(self.param_groups[self._group_of[name]]["damping"])

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.curvature import Curvature
 from ngd_dist.distributed import Strategy
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CheckpointError
-from ngd_dist.layers import Layer
-from ngd_dist.preconditioners import Preconditioner
 from ngd_dist.statistics.staleness import Schedule, Track
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.step.fallback import Fallback
-from ngd_dist.step.update import MomentumMode
+from ngd_dist.step.weights import MomentumMode
 from ngd_dist.telemetry import StepStats
 
 __all__ = ["LayerFormat", "SavedState", "check_format", "from_bytes", "to_bytes"]
@@ -66,8 +65,7 @@ class SavedState:
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        preconditioners: Mapping[str, Preconditioner],
+        layers: CoveredLayers,
         curvature: Curvature,
         schedule: Schedule,
         strategy: Strategy,
@@ -80,7 +78,7 @@ class SavedState:
     ) -> None:
         self.parameters = parameters
         self.plain = plain if fallback is not None else []
-        self.formats = {layer.name: _format(layer, preconditioners[layer.name], strategy) for layer in layers}
+        self.formats = {name: _format(covered, strategy) for name, covered in layers.items()}
         self._curvature = curvature
         self._schedule = schedule
         self._fallback = fallback
@@ -164,7 +162,7 @@ class SavedState:
 
     def _layer(self, name: str) -> State:
         curvature, layer_format = self._curvature, self.formats[name]
-        cache = curvature.caches[name] if layer_format.holds else curvature.shared.get(name)
+        cache = curvature.caches[name] if layer_format.holds else curvature.caches.elsewhere.get(name)
         state: State = {"cache": None if cache is None else dict(cache)}
         if layer_format.inverts:
             state["statistics"] = {
@@ -263,15 +261,15 @@ def check_format(found: object) -> None:
         )
 
 
-def _format(layer: Layer, preconditioner: Preconditioner, strategy: Strategy) -> LayerFormat:
+def _format(covered: CoveredLayer, strategy: Strategy) -> LayerFormat:
     return LayerFormat(
-        statistics={spec.name: spec.numbers for spec in preconditioner.statistics},
-        cache=preconditioner.cache_shapes,
-        shared=preconditioner.shared,
-        dtype=layer.dtype,
-        inverts=strategy.inverts(layer.name),
-        holds=strategy.holds(layer.name),
-        remembers=strategy.reports(layer.name),
+        statistics={spec.name: spec.numbers for spec in covered.method.statistics},
+        cache=covered.method.cache_shapes,
+        shared=covered.method.shared,
+        dtype=covered.layer.dtype,
+        inverts=strategy.inverts(covered.name),
+        holds=strategy.holds(covered.name),
+        remembers=strategy.reports(covered.name),
     )
 
 

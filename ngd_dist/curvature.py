@@ -11,17 +11,17 @@ from math import isclose
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.distributed import Cargo, Collected, Field, Report, Strategy
+from ngd_dist.covered import CoveredLayers
+from ngd_dist.distributed import Collected, Report, Strategy
 from ngd_dist.factors.storage import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, ToInvertRows, solve
-from ngd_dist.layers import Layer
-from ngd_dist.preconditioners import Cache, Preconditioner
+from ngd_dist.preconditioners import Cache
 from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
 from ngd_dist.statistics.statistic import Key, Statistic
 from ngd_dist.step.finite import is_finite
 from ngd_dist.telemetry import Refresh
 
-__all__ = ["Curvature", "cargo_of", "schedule_for"]
+__all__ = ["Curvature", "schedule_for"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
 # less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
@@ -40,27 +40,19 @@ class _Rebuilt:
 
 
 class Curvature:
-    """What turns gradients into directions. `damping_of` gives a layer's damping at the time of a refresh."""
+    """What turns gradients into directions."""
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        preconditioners: Mapping[str, Preconditioner],
-        strategy: Strategy,
-        config: NGDConfig,
-        damping_of: Callable[[str], float],
-    ) -> None:
-        self._dtypes = {layer.name: layer.dtype for layer in layers}
-        self._preconditioners = preconditioners
+    def __init__(self, layers: CoveredLayers, strategy: Strategy, config: NGDConfig) -> None:
+        self._layers = layers
         self._strategy = strategy
         self._staleness = config.staleness
         self._inversion = config.inversion
-        self._damping_of = damping_of
+        methods = {name: covered.method for name, covered in layers.items()}
         self.caches = Caches(
-            {layer.name: preconditioners[layer.name].inverses for layer in layers}, config.inverse_dtype
+            {name: method.inverses for name, method in methods.items()},
+            config.inverse_dtype,
+            {name: method.shared for name, method in methods.items()},
         )
-        # What other ranks made and `estimate` reads; on the ranks that hold a layer its cache has it too.
-        self.shared: dict[str, Cache | None] = {}
         # By layer that has been refreshed; known to every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
         adapts = config.staleness.kind == "adaptive"  # under a fixed interval nobody asks how far a value changed
@@ -68,29 +60,23 @@ class Curvature:
             Key(name, spec.name): Statistic(
                 spec, ema_decay=config.ema_decay, remembers=strategy.reports(name) and adapts
             )
-            for name, preconditioner in preconditioners.items()
-            for spec in preconditioner.statistics
+            for name, method in methods.items()
+            for spec in method.statistics
         }
 
     def inherit(self, old: "Curvature") -> None:
         """Goes on with what the old one had of those layers that both have, each on the same ranks."""
         for name in self.caches.keys() & old.caches.keys():
             self.caches[name] = old.caches[name]
-        self.shared = {name: cache for name, cache in old.shared.items() if name in self.caches}
+        self.caches.elsewhere = {name: cache for name, cache in old.caches.elsewhere.items() if name in self.caches}
         self.damped_with = {name: used for name, used in old.damped_with.items() if name in self.caches}
         self.statistics |= {key: value for key, value in old.statistics.items() if key in self.statistics}
 
-    def shared_of(self, name: str) -> Cache:
-        """Returns the entries of the layer's cache that `estimate` reads; empty before the first refresh."""
-        entries = self._preconditioners[name].shared
-        source = (self.caches[name] or self.shared.get(name) or {}) if entries else {}
-        return {entry: source[entry] for entry in entries if entry in source}
-
     def apply(self, name: str, grad_BOI: Tensor) -> Tensor:
         """Returns the direction, [B, O, I]; the gradient itself while the layer has no cache."""
-        cache = self.caches[name]
-        grad_BOI = grad_BOI.to(self._dtypes[name])
-        return grad_BOI if cache is None else self._preconditioners[name].apply(cache, grad_BOI)
+        cache, covered = self.caches[name], self._layers[name]
+        grad_BOI = grad_BOI.to(covered.layer.dtype)
+        return grad_BOI if cache is None else covered.method.apply(cache, grad_BOI)
 
     def refresh(self, due: Sequence[Key], means: Collected, seconds: Callable[[Key], float]) -> dict[Key, Report]:
         """Collective. Returns a report on each due statistic of the layers that this rank inverts.
@@ -110,7 +96,7 @@ class Curvature:
         drifted = self._drifted()
         here = [name for name in drifted if self._strategy.inverts(name)]
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
-        self.damped_with |= {name: self._damping_of(name) for name in drifted}
+        self.damped_with |= {name: self._layers[name].damping for name in drifted}
         self._share(due, drifted)
         ended = {key: _with_ending(key, report, found, rebuilt) for key, report in found.items()}
         return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
@@ -139,15 +125,15 @@ class Curvature:
         refreshed = [key for key, report in reports.items() if report.makes_anew]
         for name in {key.layer for key in refreshed}:
             own = {key.statistic for key in refreshed if key.layer == name}
-            if name not in self.damped_with or own.issuperset(self._preconditioners[name].parts):
-                self.damped_with[name] = self._damping_of(name)
+            if name not in self.damped_with or own.issuperset(self._layers[name].method.parts):
+                self.damped_with[name] = self._layers[name].damping
 
     def take(self, name: str, entries: Cache | None) -> None:
         """Keeps entries of a layer's cache that another rank made, or that were saved; None: there is no cache."""
         if self._strategy.holds(name):
             self.caches[name] = None if entries is None else (self.caches[name] or {}) | entries
-        elif entries is None or entries.keys() >= set(self._preconditioners[name].shared):
-            self.shared[name] = entries
+        elif entries is None or entries.keys() >= set(self._layers[name].method.shared):
+            self.caches.elsewhere[name] = entries
 
     def _share(self, due: Sequence[Key], drifted: Collection[str]) -> None:
         """Sends around the entries that may have changed: those that all ranks need only with a new basis."""
@@ -156,14 +142,14 @@ class Curvature:
         entries = {
             name: [e for e in method.cache_shapes if name in rebased or e not in method.shared]
             for name in moved
-            if (method := self._preconditioners[name])
+            if (method := self._layers[name].method)
         }
         for name, found in self._strategy.share(self.caches, entries).items():
             self.take(name, found)
 
     def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
         """Forgets what was measured in a basis that is about to be replaced."""
-        in_basis = {spec.name for spec in self._preconditioners[name].statistics if spec.in_basis}
+        in_basis = {spec.name for spec in self._layers[name].method.statistics if spec.in_basis}
         if fresh - in_basis:
             for statistic in in_basis:
                 self.statistics[Key(name, statistic)].reset()
@@ -175,7 +161,7 @@ class Curvature:
                 verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
             return Report(verdict, Ending.OK)
         tally, statistic = means.tallies[key.layer], self.statistics[key]
-        mean = means.statistics[key].to(self._dtypes[key.layer])
+        mean = means.statistics[key].to(self._layers[key.layer].layer.dtype)
         if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
             return Report(Verdict.UNUSABLE, Ending.NON_FINITE, rows=tally.rows)
         spread = statistic.spread
@@ -197,7 +183,7 @@ class Curvature:
         old, statistics = self.caches[key.layer], self._ready(key.layer)
         if old is None or statistics is None:
             return None
-        error = self._preconditioners[key.layer].error(key.statistic, statistics, self._damping_of(key.layer), old)
+        error = self._layers[key.layer].method.error(key.statistic, statistics, self._layers[key.layer].damping, old)
         return None if error is None else float(error)
 
     def _rebuild(self, fresh: Mapping[str, frozenset[str]]) -> "_Rebuilt":
@@ -206,14 +192,14 @@ class Curvature:
         A layer is left as it is until each of its statistics in the standard basis has a value.
         """
         arguments = {
-            name: (values, new, self._damping_of(name), self.caches[name])
+            name: (values, new, self._layers[name].damping, self.caches[name])
             for name, new in fresh.items()
             if (values := self._ready(name)) is not None and (new or self.caches.has(name))
         }
         problems = {
             Key(name, statistic): problem
             for name, given in arguments.items()
-            for statistic, problem in self._preconditioners[name].problems(*given).items()
+            for statistic, problem in self._layers[name].method.problems(*given).items()
         }
         # What all ranks invert goes by itself: batched alike, it has the same bits on each.
         replicated = {key: problem for key, problem in problems.items() if self._strategy.is_replicated(key.layer)}
@@ -223,14 +209,14 @@ class Curvature:
         found = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
         for name, given in arguments.items():
             own = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
-            refreshed = self._preconditioners[name].refresh(*given, own)
+            refreshed = self._layers[name].method.refresh(*given, own)
             self.caches[name] = refreshed.cache
             found.endings[name] = refreshed.endings
         return found
 
     def _ready(self, name: str) -> dict[str, Tensor] | None:
         """Returns the layer's statistics; None if one that the cache can't do without has no value yet."""
-        specs = self._preconditioners[name].statistics
+        specs = self._layers[name].method.statistics
         found = {spec.name: self.statistics[Key(name, spec.name)].value for spec in specs}
         if any(found[spec.name] is None and not spec.in_basis for spec in specs):
             return None
@@ -241,35 +227,24 @@ class Curvature:
         return [
             name
             for name, used in self.damped_with.items()
-            if not isclose(used, self._damping_of(name), rel_tol=DAMPING_DRIFT)
+            if not isclose(used, self._layers[name].damping, rel_tol=DAMPING_DRIFT)
         ]
 
     def _redamped(self, name: str, fresh: Mapping[str, frozenset[str]]) -> frozenset[str]:
         """Returns what counts as new in a layer all of which is damped anew: what is, and the parts made with it."""
-        return fresh[name] | self._preconditioners[name].parts.keys() if name in fresh else frozenset()
+        return fresh[name] | self._layers[name].method.parts.keys() if name in fresh else frozenset()
 
 
-def schedule_for(preconditioners: Mapping[str, Preconditioner], config: NGDConfig) -> Schedule:
+def schedule_for(layers: CoveredLayers, config: NGDConfig) -> Schedule:
     """Returns the schedule of these layers' statistics, in the order of layers and of their statistics."""
-    specs = {Key(name, spec.name): spec for name, method in preconditioners.items() for spec in method.statistics}
+    specs = {Key(name, spec.name): spec for name, covered in layers.items() for spec in covered.method.statistics}
     return Schedule(
         list(specs),
-        lambda layer, rows: preconditioners[layer].work(rows),
+        lambda layer, rows: layers[layer].method.work(rows),
         config.staleness,
         stagger=config.stagger,
         cap=config.refresh_cap,
         in_basis=[key for key, spec in specs.items() if spec.in_basis],
-    )
-
-
-def cargo_of(layer: Layer, preconditioner: Preconditioner) -> Cargo:
-    """Returns what travels of the layer."""
-    return Cargo(
-        layer.shape.gradient,
-        preconditioner.statistics,
-        {entry: Field(shape, layer.dtype) for entry, shape in preconditioner.cache_shapes.items()},
-        frozenset(preconditioner.inverses),
-        preconditioner.shared,
     )
 
 

@@ -5,9 +5,8 @@ from math import prod
 from typing import Any
 
 from ngd_dist.config import AdamWFallback, NGDConfig
+from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.distributed import Strategy
-from ngd_dist.layers import Layer
-from ngd_dist.preconditioners import Preconditioner
 from ngd_dist.step.fallback import lr_ratio
 
 __all__ = ["explain"]
@@ -18,8 +17,7 @@ UNITS = ("", "K", "M", "G", "T")
 
 def explain(
     config: NGDConfig,
-    layers: Sequence[Layer],
-    preconditioners: Mapping[str, Preconditioner],
+    layers: CoveredLayers,
     strategy: Strategy,
     plain_parameters: Mapping[str, str],
     activations: Mapping[str, str | None],
@@ -34,11 +32,9 @@ def explain(
     once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer.
     `activations`: by layer that has run, what was found to read its output, where the method asks.
     """
-    rows = [_row(layer, preconditioners[layer.name], strategy, activations) for layer in layers]
-    flops = [
-        (preconditioners[layer.name].refresh_flops(), preconditioners[layer.name].apply_flops()) for layer in layers
-    ]
-    total = sum(_bytes(layer, preconditioners[layer.name]) for layer in layers)
+    rows = [_row(covered, strategy, activations) for covered in layers.values()]
+    flops = [(covered.method.refresh_flops(), covered.method.apply_flops()) for covered in layers.values()]
+    total = sum(_bytes(covered) for covered in layers.values())
     sums = ("all", "", "", "", "", *(_scaled(sum(column)) for column in zip(*flops, strict=True)), _scaled(total, 1024))
     lines = [_head(config, strategy), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
     for head, reasons in (
@@ -65,9 +61,8 @@ def _head(config: NGDConfig, strategy: Strategy) -> str:
     return f"{config.preconditioner.kind}, {config.fisher.kind} Fisher, {config.staleness.kind} refresh, {kind} {where}"
 
 
-def _row(
-    layer: Layer, preconditioner: Preconditioner, strategy: Strategy, activations: Mapping[str, str | None]
-) -> tuple[str, ...]:
+def _row(covered: CoveredLayer, strategy: Strategy, activations: Mapping[str, str | None]) -> tuple[str, ...]:
+    layer, preconditioner = covered.layer, covered.method
     blocks, outputs, inputs = layer.shape.gradient
     read_by = f", read by {activations[layer.name]}" if layer.name in activations else ""
     statistics = ", ".join(f"{spec.name} {_size(spec.shape)}" for spec in preconditioner.statistics)
@@ -79,7 +74,7 @@ def _row(
         _ranks(layer.name, strategy),
         _scaled(preconditioner.refresh_flops()),
         _scaled(preconditioner.apply_flops()),
-        _scaled(_bytes(layer, preconditioner), 1024),
+        _scaled(_bytes(covered), 1024),
     )
 
 
@@ -92,14 +87,14 @@ def _ranks(name: str, strategy: Strategy) -> str:
     return f"{roles.owner} for {others}" if others else str(roles.owner)
 
 
-def _bytes(layer: Layer, preconditioner: Preconditioner) -> int:
+def _bytes(covered: CoveredLayer) -> int:
     """Returns what statistics and cache take on a rank that holds the layer and reports on it.
 
     A statistic is held whole, and its value before the newest as it travels (packed, where symmetric).
     """
-    kept = sum(prod(spec.shape) + spec.numbers for spec in preconditioner.statistics)
-    cached = sum(prod(shape) for shape in preconditioner.cache_shapes.values())
-    return (kept + cached) * layer.dtype.itemsize
+    kept = sum(prod(spec.shape) + spec.numbers for spec in covered.method.statistics)
+    cached = sum(prod(shape) for shape in covered.method.cache_shapes.values())
+    return (kept + cached) * covered.layer.dtype.itemsize
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ngd_dist.assembly import Assembly
 from ngd_dist.capture.coverage import check_held, check_owned
@@ -17,9 +17,7 @@ from ngd_dist.explanation import explain
 from ngd_dist.statistics.staleness import Verdict
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.step import failure_budget as failures
-from ngd_dist.step import update
 from ngd_dist.step.adaptation import Objective
-from ngd_dist.step.damping import damping_after
 from ngd_dist.telemetry import Adapted, StepStats
 
 __all__ = ["NGD"]
@@ -130,7 +128,8 @@ class NGD(Assembly):
             self._curvature.settle(findings.reports)
             self._check(findings.reports)
             with phase("update"):
-                adapted = self._update(findings, means, objective)
+                move = self._update.move
+                adapted = move(self.stats.step + 1, self.param_groups, self.state, means, findings, objective)
         self._finish(due, findings, adapted)
         self._take_in()
         return loss
@@ -139,8 +138,7 @@ class NGD(Assembly):
         """Returns a table of what each layer gets, and why the other parameters are left to the fallback."""
         return explain(
             self.config,
-            self.layers,
-            self._preconditioners,
+            self._covered,
             self._strategy,
             self.plain_parameters,
             self._capture.activations,
@@ -207,7 +205,7 @@ class NGD(Assembly):
 
     def _findings(self, directions: dict[str, Tensor], means: Collected, reports: dict[Key, Report]) -> Findings:
         like = torch.zeros((), dtype=self._strategy.dtype, device=self._device)
-        inner = self._length.inner(directions, means.gradients, like)
+        inner = self._update.length.inner(directions, means.gradients, like)
         return Findings(directions, reports, inner)
 
     def _check(self, reports: Mapping[Key, Report]) -> None:
@@ -218,37 +216,6 @@ class NGD(Assembly):
         if error is not None:
             self._arm(self.stats.step + 1)
             raise error
-
-    def _update(self, findings: Findings, means: Collected, objective: Objective | None) -> Adapted:
-        """Moves the weights that have a gradient, unless this step belongs to the burn-in."""
-        for group in self.param_groups:
-            group["damping"] = damping_after(self.config.damping_rule, group, self.stats.step + 1)
-        if self.stats.step < self.config.burn_in:
-            return Adapted()
-        there = self._gradients.there(everywhere=means.missing == 0, averaged=self._strategy.gradient_scale is not None)
-        directions = self._length.scale(findings.directions, findings.inner)
-        steps: dict[nn.Parameter, Tensor] = {}
-        for layer in self.layers:
-            steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
-        gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in there}
-        if self._fallback is None:
-            steps |= gradients
-        else:
-            self._fallback.step(self.param_groups, gradients)
-        steps = {p: step.to(p.dtype) for p, step in steps.items() if p in there}
-        return self._adaptation.move(self.stats.step + 1, self.param_groups, steps, self.state, objective, self._apply)
-
-    def _apply(self, steps: Mapping[nn.Parameter, Tensor]) -> None:
-        shapes = {layer.parameters[0]: layer.shape for layer in self.layers}
-        matrices = {p: s for p, s in shapes.items() if s.fisher == "kronecker" and not s.has_one_hot_inputs}
-        update.apply_(
-            self.param_groups,
-            steps,
-            self.state,
-            momentum_mode=self._adaptation.momentum_mode,
-            rescaled={p: shape.blocks * shape.outputs for p, shape in matrices.items()},
-            rescaling=self.config.weight_rescaling,
-        )
 
     def _finish(self, due: list[Key], findings: Findings, adapted: Adapted) -> None:
         """Plans the next refreshes from the reports, the same on every rank, and writes the step's statistics."""
@@ -278,7 +245,7 @@ class NGD(Assembly):
     def _report_unseen(self, layers: Iterable[str]) -> None:
         """Tells once of each layer that has gradients but never ran: something uses its weights past its module."""
         for name in set(layers):
-            parameters = self._layer[name].parameters
+            parameters = self._covered[name].layer.parameters
             if (
                 not self._curvature.caches.has(name)
                 and name not in self._unseen

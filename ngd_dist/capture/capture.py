@@ -26,10 +26,14 @@ from torch.utils.hooks import RemovableHandle
 from ngd_dist.capture.activations import Activations
 from ngd_dist.capture.batches import Batches
 from ngd_dist.capture.estimates import Estimates
-from ngd_dist.capture.measurement import LOSS_PASS, Measurement, Pass, Source
+from ngd_dist.capture.loss_scale import LossScale
+from ngd_dist.capture.measurement import LOSS_PASS, Measurement, Pass, Sink, Source
 from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun
 from ngd_dist.config import NGDConfig
+from ngd_dist.covered import CoveredLayers
+from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
+from ngd_dist.factors.storage import Caches
 from ngd_dist.layers import Layer, Rows
 from ngd_dist.layers.hooks import (
     OUTSIDE_BACKWARD,
@@ -41,8 +45,8 @@ from ngd_dist.layers.hooks import (
     remove,
     weakly,
 )
-from ngd_dist.preconditioners import Preconditioner
 from ngd_dist.statistics.statistic import Key
+from ngd_dist.telemetry import Stopwatch
 
 __all__ = ["Capture"]
 
@@ -54,24 +58,43 @@ MAX_PENDING = 6  # forward passes that fisher_backward may still be given
 class Capture:
     """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples.
 
-    `on_forward` is called before each forward pass of the model that is watched, and returns whether another capture
-    has taken this one's place.
+    caches: of the curvature, which some statistics are measured in the bases of. sink: is offered each statistic once
+    it is complete, if there are other ranks. on_forward: is called before each forward pass of the model that is
+    watched, and returns whether it has begun the pass itself, maybe with another capture in this one's place.
+
+    By itself, without an optimizer:
+
+        capture = Capture(model, layers, config)
+        capture.arm([Key("0", "A"), Key("0", "G")], step=1)
+        loss_fn(model(x), y).backward()
+        values = capture.take()  # {Key("0", "A"): [1, I, I], Key("0", "G"): [1, O, O]}
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[Layer],
-        preconditioners: Mapping[str, Preconditioner],
+        layers: CoveredLayers,
         config: NGDConfig,
-        measurement: Measurement,
+        comm: Communicator | None = None,
         *,
-        on_forward: Callable[[tuple[Any, ...], Mapping[str, Any]], bool | None],
+        caches: Caches | None = None,
+        loss_scale: LossScale | None = None,
+        sink: Sink | None = None,
+        stopwatch: Stopwatch | None = None,
+        on_forward: Callable[[tuple[Any, ...], Mapping[str, Any]], bool | None] | None = None,
     ) -> None:
         self.batches = Batches(config)
-        self.measurement = measurement
-        self._layers = {layer.name: layer for layer in layers}
-        self._reads_slopes = {name for name, preconditioner in preconditioners.items() if preconditioner.reads_slopes}
+        self.measurement = Measurement(
+            layers,
+            config,
+            comm or Communicator(),
+            caches=Caches({}) if caches is None else caches,
+            loss_scale=loss_scale or LossScale(None),
+            sink=sink,
+            stopwatch=stopwatch or Stopwatch(),
+        )
+        self._layers = {name: covered.layer for name, covered in layers.items()}
+        self._reads_slopes = {name for name, covered in layers.items() if covered.method.reads_slopes}
         self._micro_batches = config.micro_batches
         self._on_forward = on_forward
         self._is_paused = False
@@ -91,7 +114,7 @@ class Capture:
         self._activations = Activations(model) if self._reads_slopes else None
         handles = [model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True)]
         on_run = weakly(self._on_run)
-        handles += [handle for layer in layers for handle in layer.watch(partial(on_run, layer))]
+        handles += [handle for layer in self._layers.values() for handle in layer.watch(partial(on_run, layer))]
         # Last: the model may be a layer itself.
         handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
@@ -238,7 +261,7 @@ class Capture:
             self.batches.begin(args, kwargs, counts=False)
         elif backward_task() != OUTSIDE_BACKWARD:  # checkpointed as a whole
             self.batches.begin(args, kwargs, counts=True)
-        elif not self._on_forward(args, kwargs):
+        elif self._on_forward is None or not self._on_forward(args, kwargs):
             self.begin_forward(args, kwargs)
 
     def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

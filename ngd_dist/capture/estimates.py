@@ -7,15 +7,16 @@ the two halves of its samples. Statistics are linear in rows, so that halves cos
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
+from ngd_dist.covered import CoveredLayers
+from ngd_dist.factors.storage import Caches
 from ngd_dist.layers import Rows
-from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 __all__ = ["Estimates"]
@@ -74,18 +75,11 @@ class _Mean:
 class Estimates:
     """Adds up what preconditioners estimate, pass by pass. `is_alone`: whether this is the only rank."""
 
-    def __init__(
-        self,
-        preconditioners: Mapping[str, Preconditioner],
-        config: NGDConfig,
-        shared_of: Callable[[str], Cache],
-        *,
-        is_alone: bool,
-    ) -> None:
-        self._preconditioners = preconditioners
+    def __init__(self, layers: CoveredLayers, config: NGDConfig, caches: Caches, *, is_alone: bool) -> None:
+        self._layers = layers
         self._parts = config.loss_parts
         self._counts_parts = config.micro_batches == "any"
-        self._shared_of = shared_of
+        self._caches = caches
         self._measures = config.measures_noise
         self._halves = config.measures_noise and is_alone and config.loss_parts == 1
         self.clear()
@@ -109,7 +103,7 @@ class Estimates:
         The first one of a micro-batch counts it, and adds those that read no gradient. What reads them is a sum over
         the passes of a micro-batch, times `weight`.
         """
-        preconditioner = self._preconditioners[name]
+        preconditioner = self._layers[name].method
         specs = [spec for spec in preconditioner.statistics if spec.name in due and (is_first or spec.reads_gradients)]
         if is_first:
             self._complete(name)
@@ -120,7 +114,7 @@ class Estimates:
         for spec in specs:
             start = time.perf_counter()
             own, scale = frozenset({spec.name}), weight if spec.reads_gradients else 1.0
-            found = [preconditioner.estimate(part, own, self._shared_of(name)) for part in parts]
+            found = [preconditioner.estimate(part, own, self._caches.shared_of(name)) for part in parts]
             values = [value[spec.name] for value in found if value]
             mean = self._means.setdefault(Key(name, spec.name), _Mean(spec, parts[0].replicate.count))
             if values:  # else there is no basis yet to measure it in

@@ -1,23 +1,27 @@
 """Turns the runs of a layer, once their gradients have come, into statistics and kept rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ngd_dist.capture.estimates import Estimates
+from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.passes import Arrivals, NotedRun
-from ngd_dist.config import NGDConfig
+from ngd_dist.config import LayerWise, NGDConfig
+from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
-from ngd_dist.layers import Layer, Replicate, Rows
-from ngd_dist.preconditioners import Cache, Preconditioner, check_rows
+from ngd_dist.factors.storage import Caches
+from ngd_dist.layers import Replicate, Rows
+from ngd_dist.preconditioners import check_rows
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.telemetry import Stopwatch
 
-__all__ = ["LOSS_PASS", "Measurement", "Pass", "Source"]
+__all__ = ["LOSS_PASS", "Measurement", "Pass", "Sink", "Source"]
 
 
 class Source(Enum):
@@ -45,6 +49,12 @@ class Pass:
 LOSS_PASS = Pass(Source.LOSS)
 
 
+class Sink(Protocol):
+    """Takes each statistic of a layer as soon as this rank has it; the distribution begins to send it then."""
+
+    def offer(self, key: Key, value: Tensor) -> None: ...
+
+
 class Measurement:
     """The statistics of one step as this rank measures them. What its arguments are, `Capture` says.
 
@@ -54,21 +64,18 @@ class Measurement:
 
     def __init__(
         self,
-        layers: Mapping[str, Layer],
-        preconditioners: Mapping[str, Preconditioner],
+        layers: CoveredLayers,
         config: NGDConfig,
         comm: Communicator,
         *,
-        shared_of: Callable[[str], Cache],
-        loss_scale: Callable[[], float],
-        on_ready: Callable[[Key, Tensor], None],
+        caches: Caches,
+        loss_scale: LossScale,
+        sink: Sink | None,
         stopwatch: Stopwatch,
-        keeps_rows: bool,
     ) -> None:
-        self.estimates = Estimates(preconditioners, config, shared_of, is_alone=comm.world_size == 1)
-        self.keeps_rows = keeps_rows
+        self.estimates = Estimates(layers, config, caches, is_alone=comm.world_size == 1)
+        self.keeps_rows = isinstance(config.length, LayerWise)
         self._layers = layers
-        self._preconditioners = preconditioners
         self._config = config
         self._comm = comm
         self._replicates = comm.world_size * config.loss_parts
@@ -76,7 +83,7 @@ class Measurement:
         # g of a mean over P positions times sqrt(P): the mean over positions of g g^T is then that of their own losses.
         self._averages = config.fisher.positions == "mean" and config.loss_reduction == "mean"
         self._loss_scale = loss_scale
-        self._on_ready = on_ready
+        self._sink = sink
         self._stopwatch = stopwatch
         self.begin([], 0)
 
@@ -91,7 +98,7 @@ class Measurement:
         reads = any(
             spec.reads_gradients
             for layer, names in self.due.items()
-            for spec in self._preconditioners[layer].statistics
+            for spec in self._layers[layer].method.statistics
             if spec.name in names
         )
         # What reads the forward pass alone needs no pass of the Fisher's own.
@@ -144,16 +151,16 @@ class Measurement:
 
     def hand_over(self, name: str) -> None:
         """Gives what is due of a layer to those that may send it: nothing more will come, as far as one can tell."""
-        if self._comm.world_size > 1:
+        if self._sink is not None and self._comm.world_size > 1:
             self._handed_over.add(name)
             for key, value in self.estimates.of(name).items():
-                self._on_ready(key, value)
+                self._sink.offer(key, value)
 
     def scale(self, samples: int) -> float:
         """Returns what makes the gradient of the loss, as it is differentiated, that of one sample's own loss."""
         # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
         mean = samples * self._config.loss_parts if self._config.loss_reduction == "mean" else 1
-        return mean / self._loss_scale()
+        return mean / self._loss_scale.factor()
 
     def error(self, message: str) -> CaptureError:
         """Returns the error, which the other ranks are told of."""
@@ -176,7 +183,7 @@ class Measurement:
         # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
         # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
         scale /= runs[0].sharers ** 0.5
-        return Rows(self._layers[name], runs, scale, self._replicate(name), ignores=ignores)
+        return Rows(self._layers[name].layer, runs, scale, self._replicate(name), ignores=ignores)
 
     def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
         assert origin.scale is not None

@@ -46,10 +46,20 @@ class Caches(MutableMapping[str, Cache | None]):
     """A cache by layer; None while a layer has none. Those entries that are dense inverses are kept in 16 bits.
 
     Each look at a layer whose inverses are rounded makes them anew, O(n^2); `has` does not.
+
+    inverses: the names of each layer's dense inverses. dtype: theirs; float32: they are kept as they are.
+    shared: the names of each layer's entries that estimating its statistics reads, on all ranks.
     """
 
-    def __init__(self, inverses: Mapping[str, Collection[str]], dtype: InverseDtype) -> None:
-        """Takes the names of each layer's dense inverses, and their dtype; float32: they are kept as they are."""
+    def __init__(
+        self,
+        inverses: Mapping[str, Collection[str]],
+        dtype: InverseDtype = "float32",
+        shared: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
+        self._shared = shared or {}
+        # The shared entries of layers whose cache is not here.
+        self.elsewhere: dict[str, Cache | None] = {}
         self._inverses = inverses
         self._dtype: torch.dtype | None = None if dtype == "float32" else getattr(torch, dtype)
         self._caches: dict[str, dict[str, Tensor | Stored] | None] = dict.fromkeys(inverses)
@@ -57,6 +67,12 @@ class Caches(MutableMapping[str, Cache | None]):
     def has(self, layer: str) -> bool:
         """Returns whether the layer has a cache."""
         return self._caches[layer] is not None
+
+    def shared_of(self, layer: str) -> Cache:
+        """Returns the entries of the layer's cache that `estimate` reads; empty before the first refresh."""
+        entries = self._shared.get(layer, ())
+        source = (self[layer] or self.elsewhere.get(layer) or {}) if entries else {}
+        return {entry: source[entry] for entry in entries if entry in source}
 
     def __getitem__(self, layer: str) -> Cache | None:
         cache = self._caches[layer]

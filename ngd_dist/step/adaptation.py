@@ -4,31 +4,44 @@ Source: [MG15] sections 6.5 and 7.
 """
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ngd_dist.capture.capture import Capture
 from ngd_dist.config import LevenbergMarquardt, NGDConfig, QuadraticModel
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import NonFiniteError
 from ngd_dist.step.damping import levenberg_marquardt, reduction_ratio
 from ngd_dist.step.quadratic import Objective, curvature_products, evaluate, predicted_change, solve_lengths
-from ngd_dist.step.update import MomentumMode
+from ngd_dist.step.weights import MomentumMode
 from ngd_dist.telemetry import Adapted
 
-__all__ = ["Adaptation", "Objective"]
+__all__ = ["Adaptation", "Objective", "Trial"]
 
 Groups = list[dict[str, Any]]
 Steps = Mapping[nn.Parameter, Tensor]
 
 
-class Adaptation:
-    """Moves the weights with what it has chosen, and sees how it went. What is set is the same on every rank.
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A step that is being tried: the weights before it, if its success is to be judged, and the model's prediction.
 
-    `unwatched` keeps the evaluations of the objective out of the statistics.
+    `model`: the loss before the step and the change that the quadratic model predicts, where it chose the step.
+    """
+
+    is_judged: bool = False
+    before: Steps = field(default_factory=dict)
+    model: tuple[float, float] | None = None
+
+
+class Adaptation:
+    """Chooses lr and momentum before a step, and damping from how it went. What it sets is the same on every rank.
+
+    `capture` is paused while the objective is evaluated, which keeps these passes out of the statistics.
     """
 
     def __init__(
@@ -36,7 +49,7 @@ class Adaptation:
         config: NGDConfig,
         model: nn.Module,
         comm: Communicator,
-        unwatched: Callable[[], AbstractContextManager[None]],
+        capture: Capture,
     ) -> None:
         self._rule = config.damping_rule
         self._chooses = isinstance(config.length, QuadraticModel)
@@ -46,52 +59,53 @@ class Adaptation:
         self._comm = comm
         # The objective of a summed loss is a sum over ranks too.
         self._shares = 1 if config.loss_reduction == "sum" else comm.world_size
-        self._unwatched = unwatched
+        self._capture = capture
 
     @property
     def momentum_mode(self) -> MomentumMode:
         """How the momentum of the param groups takes part in the update."""
         return self._momentum_mode
 
-    def move(
+    def begin(
         self,
         step: int,
         groups: Groups,
         directions: Steps,
         state: Mapping[Any, MutableMapping[str, Any]],
         objective: Objective | None,
-        apply: Callable[[Steps], None],
-    ) -> Adapted:
-        """Collective if the settings need an objective. Sets lr and momentum, calls `apply`, sets the damping."""
-        rule = self._rule if isinstance(self._rule, LevenbergMarquardt) else None
-        adapts = rule is not None and step % rule.every == 0
-        if objective is None or not (self._chooses or adapts):
-            apply(directions)
+    ) -> Trial | None:
+        """Collective if the settings need an objective. Sets lr and momentum where the quadratic model chooses them.
+
+        Returns None, on all ranks, for a step to be skipped: its quadratic model has NaN or infinity.
+        Raises: NonFiniteError, on all ranks, for the same unless such steps are to be skipped.
+        """
+        if objective is None:
+            return Trial()
+        is_judged = isinstance(self._rule, LevenbergMarquardt) and step % self._rule.every == 0
+        before = {p: p.detach().clone() for p in directions} if is_judged else {}
+        if not self._chooses:
+            return Trial(is_judged, before)
+        model = self._choose(groups, directions, state, objective)
+        if model is not None:
+            return Trial(is_judged, before, model)
+        if self._skips:
+            return None
+        raise NonFiniteError(
+            f"the quadratic model of the loss is NaN or infinite in step {step}; no weight was changed. Raise damping, "
+            "or set non_finite='skip' to go on with the next batch"
+        )
+
+    def end(self, trial: Trial, groups: Groups, objective: Objective | None) -> Adapted:
+        """Collective if the trial is judged. Sets the damping from what the step has done to the loss."""
+        rule = self._rule
+        if objective is None or not trial.is_judged or not isinstance(rule, LevenbergMarquardt):
             return Adapted()
-        before = {p: p.detach().clone() for p in directions} if adapts else {}
-        model = self._choose(groups, directions, state, objective) if self._chooses else None
-        if self._chooses and model is None:
-            return self._give_up(step)
-        apply(directions)
-        if rule is None or not adapts:
-            return Adapted()
-        if model is None:
-            model = self._model_of(groups, before, objective)
-        loss, predicted = model
+        loss, predicted = trial.model or self._model_of(groups, trial.before, objective)
         after = self._evaluate(objective)
         rho = reduction_ratio(after - loss, predicted)
         for group in groups:
             group["damping"] = levenberg_marquardt(rule, group["damping"], rho)
         return Adapted(reduction_ratio=rho)
-
-    def _give_up(self, step: int) -> Adapted:
-        """Leaves the weights as they are. Raises: NonFiniteError, on all ranks, unless such steps are to be skipped."""
-        if self._skips:
-            return Adapted(reduction_ratio=math.nan)
-        raise NonFiniteError(
-            f"the quadratic model of the loss is NaN or infinite in step {step}; no weight was changed. Raise damping, "
-            "or set non_finite='skip' to go on with the next batch"
-        )
 
     def _choose(
         self, groups: Groups, directions: Steps, state: Mapping[Any, MutableMapping[str, Any]], objective: Objective
@@ -125,7 +139,7 @@ class Adaptation:
 
     def _products(self, objective: Objective, tangents: Sequence[Steps]) -> tuple[float, Tensor, Tensor]:
         """Collective. Returns the loss, D^T F D and D^T grad as means over ranks."""
-        with self._unwatched():
+        with self._capture.paused():
             loss, DFD, Dg = curvature_products(self._model, objective, tangents)
         k = len(tangents)
         numbers = torch.cat([loss.view(1), DFD.flatten(), Dg])
@@ -134,7 +148,7 @@ class Adaptation:
         return float(numbers[0]), numbers[1 : 1 + k * k].view(k, k), numbers[1 + k * k :]
 
     def _evaluate(self, objective: Objective) -> float:
-        with self._unwatched():
+        with self._capture.paused():
             loss = evaluate(self._model, objective).view(1)
         self._comm.all_reduce("loss after the step", loss, kind="adaptation")
         return float(loss) / self._shares

@@ -6,22 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import NonFiniteError
 from ngd_dist.step.finite import all_finite, is_finite
-from ngd_dist.step.loss_scale import LossScale
 
 __all__ = ["Gradients"]
 
 
 class Gradients:
-    """Reads the `grad` of parameters, given by name."""
+    """Reads the `grad` of parameters, given by name.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], loss_scale: LossScale, comm: Communicator) -> None:
+    is_averaged: whether an engine averages gradients over ranks, and so gives the same ones to all.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], loss_scale: LossScale, comm: Communicator, *, is_averaged: bool
+    ) -> None:
         self._parameters = parameters
         self._all = frozenset(parameters.values())
         self._loss_scale = loss_scale
         self._comm = comm
+        self._is_averaged = is_averaged
 
     def of(self, optimizer: Any, parameter: nn.Parameter) -> Tensor:
         """Returns the gradient of the loss; zeros where there is none."""
@@ -39,16 +45,13 @@ class Gradients:
             bad = (~all_finite(found)).float().view(1) if found else torch.zeros(1, device=device)
         return torch.cat([bad, bad.new_full((1,), len(self._parameters) - len(found))])
 
-    def there(self, *, everywhere: bool, averaged: bool) -> Collection[nn.Parameter]:
-        """Returns the parameters that have a gradient on any rank; collective unless all have one `everywhere`.
-
-        averaged: whether NGD averages gradients: an engine that does gives the same ones to all ranks.
-        """
+    def there(self, *, everywhere: bool) -> Collection[nn.Parameter]:
+        """Returns the parameters that have a gradient on any rank; collective unless all have one `everywhere`."""
         parameters = self._parameters.values()
         if everywhere:
             return self._all
         flags = [p.grad is not None for p in parameters]
-        if self._comm.world_size > 1 and averaged:
+        if self._comm.world_size > 1 and not self._is_averaged:
             counts = torch.tensor(flags, dtype=torch.float32, device=next(iter(parameters)).device)
             self._comm.all_reduce("which parameters have a gradient", counts, kind="gradients")
             flags = (counts > 0).tolist()

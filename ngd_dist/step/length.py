@@ -1,14 +1,15 @@
 """How far a step goes along the directions: each layer's own factor, clipping, and what of it must cross ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ngd_dist.capture.capture import Capture
 from ngd_dist.config import KLClip, LayerWise, NGDConfig, NormClip
+from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
-from ngd_dist.layers import Rows
 from ngd_dist.step.clip import kl_factor, norm_factor
 
 __all__ = ["StepLength"]
@@ -16,16 +17,12 @@ __all__ = ["StepLength"]
 
 @dataclass(frozen=True, slots=True)
 class StepLength:
-    """Factors on the directions of the covered layers, `names`, in registration order.
-
-    `lr_of` gives a layer's lr; `rows_of` its rows of this step, where the config keeps them.
-    """
+    """Factors on the directions of the covered layers; `capture` has the rows that some configs read for them."""
 
     config: NGDConfig
-    names: Sequence[str]
+    layers: CoveredLayers
     comm: Communicator
-    lr_of: Callable[[str], float]
-    rows_of: Callable[[str], list[Rows]]
+    capture: Capture
 
     @property
     def needs_rows(self) -> bool:
@@ -35,21 +32,21 @@ class StepLength:
     def inner(self, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """Returns <direction, gradient> of the layers at hand, [1, layers], 0 for the others; [0, layers] if unused."""
         if not (self.needs_rows or isinstance(self.config.clip, KLClip)):
-            return like.new_empty(0, len(self.names))
+            return like.new_empty(0, len(self.layers))
         found = [
             torch.sum(directions[name] * gradients[name]) if name in directions else like.new_zeros(())
-            for name in self.names
+            for name in self.layers
         ]
         return torch.stack([value.to(like) for value in found]).unsqueeze(0)
 
     def scale(self, directions: Mapping[str, Tensor], inner: Tensor) -> dict[str, Tensor]:
         """Collective under `layer_wise`. Returns the directions of all layers, each times its factor."""
         scaled = dict(directions)
-        if self.needs_rows and self.names:
+        if self.needs_rows and self.layers:
             factors = self._layer_wise(directions, inner[0])
             # Not squared: (alpha d)^T F (alpha d) = alpha d^T grad, since alpha is d^T grad / d^T F d.
             inner = inner * factors
-            scaled = {name: scaled[name] * factor for name, factor in zip(self.names, factors, strict=True)}
+            scaled = {name: scaled[name] * factor for name, factor in zip(self.layers, factors, strict=True)}
         factor = self._clip(scaled, inner)
         return scaled if factor is None else {name: direction * factor for name, direction in scaled.items()}
 
@@ -61,7 +58,7 @@ class StepLength:
         """
         length = self.config.length
         assert isinstance(length, LayerWise)
-        curvature = torch.stack([self._along(name, directions[name]).to(inner) for name in self.names])
+        curvature = torch.stack([self._along(name, directions[name]).to(inner) for name in self.layers])
         self.comm.all_reduce("curvature along directions", curvature, kind="step length")
         if self.config.loss_reduction == "mean":
             curvature /= self.comm.world_size
@@ -72,7 +69,7 @@ class StepLength:
 
         Or, for a loss that is summed over samples, their sum: its Fisher is that of all samples together.
         """
-        total, micro_batches = direction_BOI.new_zeros(()), self.rows_of(name)
+        total, micro_batches = direction_BOI.new_zeros(()), self.capture.rows(name)
         for rows in micro_batches:
             squares = rows.along(direction_BOI).square()
             total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * rows.sharers)
@@ -84,9 +81,9 @@ class StepLength:
 
     def _clip(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor | None:
         clip = self.config.clip
-        if not self.names or clip is None:
+        if not self.layers or clip is None:
             return None
         if isinstance(clip, NormClip):
             return norm_factor(directions.values(), clip.max_norm)
-        rates = inner.new_tensor([self.lr_of(name) ** 2 for name in self.names])
+        rates = inner.new_tensor([covered.lr**2 for covered in self.layers.values()])
         return kl_factor((rates * inner).sum(), clip.max_kl)

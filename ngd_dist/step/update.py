@@ -1,94 +1,109 @@
-"""Writes the weights. Given the same directions, every rank computes bit-identical weights."""
+"""From directions to new weights: the length of the step, momentum, decay, and the settings that follow the loss.
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+Given the same directions, every rank computes bit-identical weights.
+"""
 
-import torch
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
-__all__ = ["MomentumMode", "apply_"]
+from ngd_dist.capture.capture import Capture
+from ngd_dist.config import NGDConfig
+from ngd_dist.covered import CoveredLayers
+from ngd_dist.distributed import Collected, Findings
+from ngd_dist.distributed.comm import Communicator
+from ngd_dist.step.adaptation import Adaptation, Objective
+from ngd_dist.step.damping import damping_after
+from ngd_dist.step.fallback import Fallback
+from ngd_dist.step.gradients import Gradients
+from ngd_dist.step.length import StepLength
+from ngd_dist.step.weights import MomentumMode, apply_
+from ngd_dist.telemetry import Adapted
 
-MomentumMode = Literal["correct", "proportional", "chosen"]
-Rescaling = Literal["off", "always", "shrink"]
+__all__ = ["Update"]
 
 
-@torch.no_grad()
-def apply_(
-    groups: Sequence[dict[str, Any]],
-    directions: Mapping[nn.Parameter, Tensor],
-    state: Mapping[Any, dict[str, Any]],
-    *,
-    momentum_mode: MomentumMode = "correct",
-    rescaled: Mapping[nn.Parameter, int] | None = None,
-    rescaling: Rescaling = "off",
-) -> None:
-    """Moves each parameter that has a direction; decays it by lr * weight_decay before (decoupled), rescales it after.
+class Update:
+    """Moves the weights of the covered layers along their directions, and the plain parameters by the fallback.
 
-    momentum_mode: how the past, kept under "momentum_buffer" in `state`, takes part. Source: [OT20].
-        correct: v <- m v + direction, w <- w - lr v, as torch.optim.SGD. A smaller lr shrinks the past's share of the
-        next step with it; while lr falls this is the released code's rule, v <- m (lr / last lr) v + lr direction.
-        proportional: v <- m' v + lr direction, w <- w - v, with the paper's m' = m lr / group["first_lr"].
-        chosen: the same with m as it stands, of any sign: -v is the last step. For an lr and m of the quadratic model.
-    rescaled: outputs (d_out) of each weight of a linear or convolution layer.
-    rescaling: gives them the norm sqrt(2 d_out): always, or where it is larger (shrink, the released code's choice).
-
-    Reads no number back from the device.
+    plain: the parameters that no covered layer has. fallback: the optimizer that updates them; None: a plain gradient
+    step does. capture: keeps the rows that a layer-wise length reads, and is paused while the loss is evaluated again.
     """
-    for group in groups:
-        steps = {p: directions[p] for p in group["params"] if p in directions}
-        if steps:
-            _move_(steps, group, state, momentum_mode)
-    moved = {weight: d_out for weight, d_out in (rescaled or {}).items() if weight in directions}
-    if moved and rescaling != "off":
-        _rescale_(moved, only_shrinks=rescaling == "shrink")
 
+    def __init__(
+        self,
+        layers: CoveredLayers,
+        plain: Sequence[nn.Parameter],
+        gradients: Gradients,
+        fallback: Fallback | None,
+        model: nn.Module,
+        config: NGDConfig,
+        comm: Communicator,
+        capture: Capture,
+    ) -> None:
+        self.length = StepLength(config, layers, comm, capture)
+        self._layers = [covered.layer for covered in layers.values()]
+        self._plain = plain
+        self._gradients = gradients
+        self._fallback = fallback
+        self._config = config
+        self._adaptation = Adaptation(config, model, comm, capture)
+        matrices = [
+            layer for layer in self._layers if layer.shape.fisher == "kronecker" and not layer.shape.has_one_hot_inputs
+        ]
+        self._rescaled = {layer.parameters[0]: layer.shape.blocks * layer.shape.outputs for layer in matrices}
 
-def _move_(
-    steps_by_parameter: Mapping[nn.Parameter, Tensor],
-    group: dict[str, Any],
-    state: Mapping[Any, dict[str, Any]],
-    mode: MomentumMode,
-) -> None:
-    parameters: list[Tensor] = list(steps_by_parameter)
-    steps = list(steps_by_parameter.values())
-    lr, momentum = group["lr"], group["momentum"]
-    if group["weight_decay"] > 0:
-        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-    if momentum == 0 and mode != "chosen":  # a chosen momentum of 0 may be another one at the next step
-        torch._foreach_add_(parameters, steps, alpha=-lr)
-        return
-    if mode == "proportional":
-        momentum *= _share_of_first_lr(group)
-    into_buffer, into_weights = (1, lr) if mode == "correct" else (lr, 1)
-    buffers = [_buffer(state[p], p) for p in parameters]
-    torch._foreach_mul_(buffers, momentum)
-    torch._foreach_add_(buffers, steps, alpha=into_buffer)
-    torch._foreach_add_(parameters, buffers, alpha=-into_weights)
+    @property
+    def momentum_mode(self) -> MomentumMode:
+        """How the momentum of the param groups takes part in the update."""
+        return self._adaptation.momentum_mode
 
+    def move(
+        self,
+        step: int,
+        groups: list[dict[str, Any]],
+        state: Mapping[Any, MutableMapping[str, Any]],
+        means: Collected,
+        findings: Findings,
+        objective: Objective | None,
+    ) -> Adapted:
+        """Collective. Moves the parameters that have a gradient on any rank, unless the step is of the burn-in.
 
-def _share_of_first_lr(group: dict[str, Any]) -> float:
-    """Returns lr / first_lr, at most 1: the paper's lr only falls, and under a rising one momentum could reach 1."""
-    first = group["first_lr"]
-    return min(1.0, group["lr"] / first) if first > 0 else 1.0
+        Sets the groups' damping for this step and, where the config chooses them, their lr and momentum.
+        Raises: NonFiniteError, on all ranks, with no weight changed.
+        """
+        for group in groups:
+            group["damping"] = damping_after(self._config.damping_rule, group, step)
+        if step <= self._config.burn_in:
+            return Adapted()
+        steps = self._steps(groups, means, findings)
+        trial = self._adaptation.begin(step, groups, steps, state, objective)
+        if trial is None:
+            return Adapted(reduction_ratio=math.nan)
+        apply_(
+            groups,
+            steps,
+            state,
+            momentum_mode=self.momentum_mode,
+            rescaled=self._rescaled,
+            rescaling=self._config.weight_rescaling,
+        )
+        return self._adaptation.end(trial, groups, objective)
 
-
-def _buffer(state: dict[str, Any], parameter: Tensor) -> Tensor:
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(parameter)
-    buffer: Tensor = state["momentum_buffer"]
-    return buffer
-
-
-def _rescale_(outputs: Mapping[nn.Parameter, int], *, only_shrinks: bool) -> None:
-    """w <- sqrt(2 d_out) w / (||w||_F + 1e-9). Source: [OT20]."""
-    weights: list[Tensor] = list(outputs)
-    # Half precision holds neither the 1e-9 nor the scale of a weight that is all zeros.
-    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-    scales = list(torch._foreach_norm(weights, 2, dtype))
-    torch._foreach_add_(scales, 1e-9)
-    torch._foreach_reciprocal_(scales)
-    torch._foreach_mul_(scales, [(2 * d_out) ** 0.5 for d_out in outputs.values()])
-    if only_shrinks:
-        torch._foreach_clamp_max_(scales, 1.0)
-    for weight, scale in zip(weights, scales, strict=True):
-        weight.copy_(weight.to(dtype) * scale)
+    def _steps(
+        self, groups: Sequence[Mapping[str, Any]], means: Collected, findings: Findings
+    ) -> dict[nn.Parameter, Tensor]:
+        """Returns the step of each parameter; the fallback has moved its own by then."""
+        there = self._gradients.there(everywhere=means.missing == 0)
+        directions = self.length.scale(findings.directions, findings.inner)
+        steps: dict[nn.Parameter, Tensor] = {}
+        for layer in self._layers:
+            steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
+        gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in there}
+        if self._fallback is None:
+            steps |= gradients
+        else:
+            self._fallback.step(groups, gradients)
+        return {p: step.to(p.dtype) for p, step in steps.items() if p in there}

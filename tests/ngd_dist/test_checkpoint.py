@@ -144,7 +144,7 @@ def test_what_was_there_before_does_not_outlive_a_load() -> None:
 
     optimizer.load_state_dict(fresh.state_dict())
 
-    assert all(optimizer._curvature.shared_of(layer.name) == {} for layer in optimizer.layers)
+    assert all(optimizer._curvature.caches.shared_of(layer.name) == {} for layer in optimizer.layers)
     assert not optimizer.state
 
 

@@ -20,8 +20,8 @@ def run_until_it_stops(rank: int, world_size: int, max_failed_inversions: int | 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
     config = NGDConfig(damping=0.1, staleness=FixedInterval(), max_failed_inversions=max_failed_inversions)
-    optimizer = NGD(model, config)
-    optimizer._curvature._damping_of = lambda name: 0.0 if name == "0" else 0.1
+    optimizer = NGD(model, config, param_groups=[{"params": layer.parameters()} for layer in model])
+    optimizer.param_groups[0]["damping"] = 0.0
     x, y = torch.zeros(4, 3), torch.randint(2, (4,))
     message, is_kept = "", True
     for _ in range(6):

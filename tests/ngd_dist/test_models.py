@@ -181,7 +181,10 @@ def test_a_full_size_model_registers_and_explains_itself(build: Callable[[], nn.
     assert all(layer.name in table for layer in optimizer.layers)
     assert all(f"{name} " in table for name in optimizer.plain_parameters)
     widest = max(
-        max(spec.shape) for p in optimizer._preconditioners.values() for spec in p.statistics if spec.is_symmetric
+        max(spec.shape)
+        for covered in optimizer._covered.values()
+        for spec in covered.method.statistics
+        if spec.is_symmetric
     )
     assert widest <= optimizer.config.max_dense
 

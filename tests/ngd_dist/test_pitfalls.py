@@ -54,7 +54,7 @@ def test_a_layer_one_factor_of_which_is_due_is_damped_anew_as_a_whole() -> None:
     train(optimizer, model, x, y, 1)
 
     assert len(optimizer.stats.refreshes) == 1
-    method, statistics = optimizer._preconditioners[""], values(optimizer)
+    method, statistics = optimizer._covered[""].method, values(optimizer)
     plain = {name.rpartition(".")[2]: value for name, value in statistics.items()}
     expected = refresh(method, plain, frozenset(), optimizer.param_groups[0]["damping"], None).cache
     assert expected is not None

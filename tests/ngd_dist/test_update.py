@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngd_dist.step.update import MomentumMode, apply_
+from ngd_dist.step.weights import MomentumMode, apply_
 
 F64 = torch.float64
 FALLING = [0.3, 0.3, 0.2, 0.15, 0.01, 0.001]

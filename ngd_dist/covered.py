@@ -1,0 +1,49 @@
+"""One record per covered layer: its module's tensors, its preconditioner, its settings, and what travels of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ngd_dist.distributed import Cargo, Field
+from ngd_dist.layers import Layer
+from ngd_dist.preconditioners import Preconditioner
+
+__all__ = ["CoveredLayer", "CoveredLayers"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CoveredLayer:
+    """A layer that is preconditioned.
+
+    group: the optimizer's param group of the layer's weight, whose lr and damping may change between steps.
+    """
+
+    layer: Layer
+    method: Preconditioner
+    group: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name of the module in the model."""
+        return self.layer.name
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the layer's param group at this moment."""
+        return float(self.group["lr"])
+
+    @property
+    def damping(self) -> float:
+        """The damping of the layer's param group at this moment."""
+        return float(self.group["damping"])
+
+    @property
+    def cargo(self) -> Cargo:
+        """What of the layer may travel between ranks."""
+        cache = {entry: Field(shape, self.layer.dtype) for entry, shape in self.method.cache_shapes.items()}
+        inverses = frozenset(self.method.inverses)
+        return Cargo(self.layer.shape.gradient, self.method.statistics, cache, inverses, self.method.shared)
+
+
+CoveredLayers = Mapping[str, CoveredLayer]
+"""By name, in the order in which the model registers them."""
