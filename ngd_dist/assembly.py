@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ngd_dist.capture.capture import Capture
-from ngd_dist.capture.coverage import check_engine, check_sparse, cover, is_averaged_by_ddp, unwrap
+from ngd_dist.capture.coverage import check_sparse, cover
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.output_fisher import OutputFisher
 from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
@@ -22,6 +22,7 @@ from ngd_dist.covered import CoveredLayer
 from ngd_dist.curvature import Curvature, schedule_for
 from ngd_dist.distributed import Strategy, build_strategy
 from ngd_dist.distributed.comm import Communicator
+from ngd_dist.engines import check_whole, unwrap
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers import Layer
 from ngd_dist.layers.hooks import weakly
@@ -60,8 +61,9 @@ class Assembly(torch.optim.Optimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.config = config = NGDConfig.model_validate(config or {})
-        self._model, self._bare = model, unwrap(model)
-        check_engine(self._bare)
+        self._model = model
+        self._engine, self._bare = unwrap(model)
+        check_whole(self._bare)
         trainable = [p for p in self._bare.parameters() if p.requires_grad]
         if not trainable:
             raise ConfigError("the model has no trainable parameter; NGD needs at least one")
@@ -150,8 +152,7 @@ class Assembly(torch.optim.Optimizer):
         self._report_plain()
         self._build_state()
         trained = {self._names[p]: p for p in in_groups if p in self._trained}
-        is_averaged = self._strategy.gradient_scale is None
-        self._gradients = Gradients(trained, self._loss_scale, self._comm, is_averaged=is_averaged)
+        self._gradients = Gradients(trained, self._loss_scale, self._comm, is_averaged=self._engine.averages_gradients)
         self._capture = self._build_capture()
         self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
         self._update = Update(
@@ -213,11 +214,7 @@ class Assembly(torch.optim.Optimizer):
         unfrozen = [p for p in self._waiting if p.requires_grad]
         if not unfrozen or self._capture.is_under_way:
             return False
-        if self._strategy.gradient_scale is None:
-            raise ConfigError(
-                f"DDP averages the gradients of what was trainable when it was built: {len(unfrozen)} parameters were "
-                "not; after unfreezing wrap the model again, and build a new NGD"
-            )
+        self._engine.check_unfrozen(len(unfrozen))
         if self._takes_all:
             take_in(self.param_groups[0], unfrozen, self._bare)
         self._assemble()
@@ -247,16 +244,15 @@ class Assembly(torch.optim.Optimizer):
             {name: covered.cargo for name, covered in self._covered.items()},
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
-            is_averaged_by_ddp=is_averaged_by_ddp(self._model),
+            engine=self._engine,
             settled=self._strategy.placement.roles if self._is_built else {},
         )
 
     def _report_plain(self) -> None:
         of_model = set(self._bare.parameters())
         count = sum(p not in of_model for p in self._plain)
-        if count and self._strategy.gradient_scale is None:
-            raise ConfigError(f"DDP averages its model's gradients alone: {count} in param_groups are not of the model")
         if count:
+            self._engine.check_foreign(count)
             self.plain_parameters[f"{count} in param_groups"] = "not a parameter of the model"
         if self.plain_parameters:
             reasons = "; ".join(f"{name} ({reason})" for name, reason in self.plain_parameters.items())

@@ -7,6 +7,7 @@ from typing import Any
 from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.distributed import Strategy
+from ngd_dist.engines import Engine
 from ngd_dist.step.fallback import lr_ratio
 
 __all__ = ["explain"]
@@ -18,6 +19,7 @@ UNITS = ("", "K", "M", "G", "T")
 def explain(
     config: NGDConfig,
     layers: CoveredLayers,
+    engine: Engine,
     strategy: Strategy,
     plain_parameters: Mapping[str, str],
     activations: Mapping[str, str | None],
@@ -36,7 +38,7 @@ def explain(
     flops = [(covered.method.refresh_flops(), covered.method.apply_flops()) for covered in layers.values()]
     total = sum(_bytes(covered) for covered in layers.values())
     sums = ("all", "", "", "", "", *(_scaled(sum(column)) for column in zip(*flops, strict=True)), _scaled(total, 1024))
-    lines = [_head(config, strategy), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
+    lines = [_head(config, engine, strategy), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
     for head, reasons in (
         (f"left to the fallback, {_fallback(config, groups)}:", plain_parameters),
         ("not updated:", frozen),
@@ -53,10 +55,9 @@ def _fallback(config: NGDConfig, groups: Sequence[Mapping[str, Any]]) -> str:
     return f"{config.fallback.kind} at lr {', '.join(f'{rate:.3g}' for rate in dict.fromkeys(rates))}"
 
 
-def _head(config: NGDConfig, strategy: Strategy) -> str:
+def _head(config: NGDConfig, engine: Engine, strategy: Strategy) -> str:
     ranks = strategy.comm.world_size
-    averaged = "DistributedDataParallel" if strategy.gradient_scale is None else "the optimizer"
-    where = "in one process" if ranks == 1 else f"on {ranks} ranks; gradients are averaged by {averaged}"
+    where = "in one process" if ranks == 1 else f"on {ranks} ranks; gradients are averaged by {engine.averager}"
     kind = strategy.kind
     return f"{config.preconditioner.kind}, {config.fisher.kind} Fisher, {config.staleness.kind} refresh, {kind} {where}"
 

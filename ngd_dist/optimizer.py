@@ -139,6 +139,7 @@ class NGD(Assembly):
         return explain(
             self.config,
             self._covered,
+            self._engine,
             self._strategy,
             self.plain_parameters,
             self._capture.activations,

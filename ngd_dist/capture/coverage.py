@@ -6,43 +6,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers import Layer, kind_of
 
-__all__ = ["check_engine", "check_held", "check_owned", "check_sparse", "cover", "is_averaged_by_ddp", "unwrap"]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside torch.compile's and DDP's wrappers. Raises: ConfigError for nn.DataParallel."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"NGD takes the model itself, got {type(model).__name__}; parameters go into param_groups=[...]"
-        )
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise ConfigError(
-                "NGD can't see into nn.DataParallel's copies; use DistributedDataParallel or the bare model"
-            )
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def check_engine(model: nn.Module) -> None:
-    """Returns if no engine shards the model's parameters. Raises: ConfigError that names it."""
-    for module in model.modules():
-        if type(module).__module__.startswith("deepspeed.") or type(module).__name__ == "FullyShardedDataParallel":
-            raise _unsupported(type(module).__name__)
-    for name, p in model.named_parameters():
-        # By name: importing either takes seconds, and an engine that is at work has imported its own.
-        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
-            raise _unsupported(f"a DTensor ({name}; FSDP2 and tensor parallelism make them)")
-        if hasattr(p, "ds_id"):
-            raise _unsupported(f"a parameter that DeepSpeed ZeRO 3 has partitioned ({name})")
+__all__ = ["check_held", "check_owned", "check_sparse", "cover"]
 
 
 def check_held(layers: Iterable[Layer]) -> None:
@@ -75,16 +44,6 @@ def check_sparse(model: nn.Module, plain: Collection[nn.Parameter], config: NGDC
                 f"{type(module).__name__} {name!r} has sparse=True, and fallback adamw needs dense gradients: set "
                 "sparse=False, or take fallback sgd"
             )
-
-
-def is_averaged_by_ddp(model: nn.Module) -> bool:
-    """Returns whether DDP is among the model's wrappers: it then averages the gradients in backward."""
-    while not isinstance(model, DistributedDataParallel):
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return False
-        model = inner
-    return True
 
 
 def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tuple[list[Layer], dict[str, str]]:
@@ -130,12 +89,6 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
                 f"exclude names no module or layer: {pattern!r}; explain() lists the layers, such as {max(known)!r}"
             )
     return layers, reasons
-
-
-def _unsupported(what: str) -> ConfigError:
-    return ConfigError(
-        f"NGD does not support {what}: it needs whole parameters; use the bare model or DistributedDataParallel"
-    )
 
 
 def _batch_first(module: nn.Module) -> object:

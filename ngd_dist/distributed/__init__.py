@@ -14,6 +14,7 @@ from ngd_dist.distributed.parcel import Field
 from ngd_dist.distributed.placement import Roles, place
 from ngd_dist.distributed.sync import Strategy
 from ngd_dist.distributed.wire import Wire
+from ngd_dist.engines import Engine
 from ngd_dist.errors import ConfigError
 from ngd_dist.statistics.statistic import Key
 
@@ -30,7 +31,7 @@ def build_strategy(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    is_averaged_by_ddp: bool,
+    engine: Engine,
     settled: Mapping[str, Roles],
 ) -> Strategy:
     """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
@@ -38,8 +39,7 @@ def build_strategy(
     costs: of refreshing each layer. settled: the roles of layers that keep theirs.
     """
     sums = config.loss_reduction == "sum"
-    if sums and is_averaged_by_ddp:
-        raise ConfigError("loss_reduction 'sum' needs the bare model: DDP divides the sum by the number of ranks")
+    engine.check_reduction(config.loss_reduction)
     choice = config.strategy or (Single() if comm.world_size == 1 else OwnerSharded())
     if isinstance(choice, Single) and comm.world_size > 1:
         raise ConfigError(
@@ -66,6 +66,6 @@ def build_strategy(
         wire=Wire(wire, exact, specs),
         inverse_dtype=config.inverse_dtype,
         device=device,
-        gradient_scale=None if is_averaged_by_ddp else 1.0 if sums else 1 / comm.world_size,
+        gradient_scale=None if engine.averages_gradients else 1.0 if sums else 1 / comm.world_size,
         bucket_bytes=config.bucket_mb * MB,
     )

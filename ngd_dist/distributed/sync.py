@@ -40,7 +40,7 @@ class Strategy:
     """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
 
     kind: what the config calls it. dtype: of gradients and directions on their way. gradient_scale: what sums of
-    gradients over ranks are multiplied by; None leaves gradients as they are, where an engine (DDP) has averaged them
+    gradients over ranks are multiplied by; None leaves gradients as they are, where an engine has averaged them
     already. bucket_bytes: what a bucket of statistics may hold that leaves while the backward pass is running, over
     links of its own, since the model or the training loop may send then too; 0: all of them leave in `collect`.
     """
@@ -121,7 +121,7 @@ class Strategy:
         self._buckets.launch()
         small = {key: self._small_value(key) for key in self._due if self._is_summed_everywhere(key.layer)}
         wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if travels else {}
-        # What DDP has averaged is finite on all ranks or on none.
+        # What an engine has averaged is finite on all ranks or on none.
         others = [local.flags, *wide.values(), *local.plain] if travels else []
         pending = self._begin_sum([*small.values()], [*local.tallies.values(), *others])
         own = self._begin_reduce(local.gradients) if travels else None

@@ -15,15 +15,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import combinations_with_replacement
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
+from ngd_dist.engines import all_at_rest
 from ngd_dist.errors import ConfigError
 
 __all__ = ["Objective", "curvature_products", "evaluate", "predicted_change", "solve_lengths"]
@@ -37,14 +37,6 @@ NEGLIGIBLE_CURVATURE = 1e-6
 # Of two ways to compute one number, through a deep model in bfloat16: 4e-3 per rounding.
 LINEARITY_TOLERANCE = 0.1
 WAY_OUT = "or choose another step_length and damping_rule: given, and constant, exponential or polynomial"
-
-# Else an evaluation inside DDP would count as an iteration of training, broadcast buffers and keep the next forward
-# pass from broadcasting them; looking for unused parameters inserts an operation that forward mode can't pass.
-DDP_AT_REST = {
-    "require_backward_grad_sync": False,
-    "require_forward_param_sync": False,
-    "find_unused_parameters": False,
-}
 
 
 def curvature_products(
@@ -304,7 +296,7 @@ def _undisturbed(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> I
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_ddp_at_rest())
+        stack.enter_context(all_at_rest())
         stack.enter_context(_substituted(model, replaced))
         torch.clear_autocast_cache()  # an autocast around the training loop keeps copies of the weights as they were
         yield
@@ -328,28 +320,3 @@ def _substituted(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> I
         for registry, original in zip(registries, originals, strict=True):
             registry.clear()
             registry.update(original)
-
-
-@contextmanager
-def _ddp_at_rest() -> Iterator[None]:
-    """Keeps DistributedDataParallel from expecting gradients, in the one place that every wrapper has in common.
-
-    The wrapper may be known to the objective alone. A global module hook would see it too, but torch.compile warns of
-    those.
-    """
-    forward: Callable[..., Any] = DistributedDataParallel.forward
-
-    def at_rest(ddp: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
-        settings = vars(ddp)
-        before = {name: settings[name] for name in DDP_AT_REST}
-        settings.update(DDP_AT_REST)
-        try:
-            return forward(ddp, *inputs, **kwargs)
-        finally:
-            settings.update(before)
-
-    DistributedDataParallel.forward = at_rest  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        DistributedDataParallel.forward = forward  # type: ignore[method-assign]
