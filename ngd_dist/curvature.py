@@ -13,6 +13,7 @@ from torch import Tensor
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed import Collected, Report, Strategy
+from ngd_dist.errors import InversionError
 from ngd_dist.factors.storage import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, ToInvertRows, solve
 from ngd_dist.preconditioners import Cache
@@ -21,7 +22,7 @@ from ngd_dist.statistics.statistic import Key, Statistic
 from ngd_dist.step.finite import is_finite
 from ngd_dist.telemetry import Refresh
 
-__all__ = ["Curvature", "schedule_for"]
+__all__ = ["Curvature", "failed_inversions", "schedule_for", "too_many_failed"]
 
 # A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
 # less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
@@ -245,6 +246,23 @@ def schedule_for(layers: CoveredLayers, config: NGDConfig) -> Schedule:
         stagger=config.stagger,
         cap=config.refresh_cap,
         in_basis=[key for key, spec in specs.items() if spec.in_basis],
+    )
+
+
+def failed_inversions(before: int, reports: Mapping[Key, Report]) -> int:
+    """Returns the failures of the whole run, from those before this step and this step's reports."""
+    return before + sum(report.ending is not Ending.OK for report in reports.values())
+
+
+def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, Report]) -> InversionError | None:
+    """Returns what to raise if this step's failures exceed the bound; it names the first of them."""
+    failures = failed_inversions(before, reports)
+    if bound is None or failures == before or failures <= bound:
+        return None
+    key, report = next((key, report) for key, report in reports.items() if report.ending is not Ending.OK)
+    return InversionError(
+        f"{failures} inversions have failed, of which max_failed_inversions allows {bound}; the last was that of "
+        f"{key}, {report.ending.name}: {report.ending.advice}. The weights are as they were before this step"
     )
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ngd_dist.assembly import Assembly
 from ngd_dist.capture.coverage import check_held, check_owned
+from ngd_dist.curvature import failed_inversions, too_many_failed
 from ngd_dist.distributed import Collected, Findings, Local, Report
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
 from ngd_dist.statistics.staleness import Verdict
 from ngd_dist.statistics.statistic import Key
-from ngd_dist.step import failure_budget as failures
 from ngd_dist.step.adaptation import Objective
 from ngd_dist.telemetry import Adapted, StepStats
 
@@ -213,7 +213,7 @@ class NGD(Assembly):
         """Raises on every rank or on none, since every rank has the same reports; arms again for who goes on."""
         wrong = sorted({key.layer for key, report in reports.items() if report.verdict is Verdict.MISCOUNTED})
         bound, before = self.config.max_failed_inversions, self.stats.failed_inversions
-        error = self._capture.miscount(wrong[0]) if wrong else failures.error_beyond(bound, before, reports)
+        error = self._capture.miscount(wrong[0]) if wrong else too_many_failed(bound, before, reports)
         if error is not None:
             self._arm(self.stats.step + 1)
             raise error
@@ -234,7 +234,7 @@ class NGD(Assembly):
             ages=[step - track.refreshed for track in tracks],
             intervals=[track.interval for track in tracks],
             refreshes=self._curvature.told({key: reports[key] for key in due}, before, self._schedule.tracks, step),
-            failed_inversions=failures.count(self.stats.failed_inversions, reports),
+            failed_inversions=failed_inversions(self.stats.failed_inversions, reports),
             skipped_steps=self.stats.skipped_steps,
             lr=float(self.param_groups[0]["lr"]),
             momentum=float(self.param_groups[0]["momentum"]),

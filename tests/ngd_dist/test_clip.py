@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngd_dist.step.clip import kl_factor, norm_factor
+from ngd_dist.step.length import kl_factor, norm_factor
 
 F64 = torch.float64
 LRS = [0.3, 0.05]
