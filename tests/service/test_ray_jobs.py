@@ -301,6 +301,7 @@ def test_cancelled_job_that_hears_nothing_is_ended(start_on_ray: Start) -> None:
 def test_job_waits_for_a_cluster_that_does_not_answer_and_says_so(start_on_ray: Start, ray_head: RayHead) -> None:
     service = start_on_ray(ray_address=NOWHERE)
     job = service.client.submit(spec(steps=10))
+    wait_until(lambda: service.client.get(job.id).status.phase == "STARTING", "the job has its turn")
     wait_until(lambda: service.client.get(job.id).status.message, "the job says what it waits for")
     waiting = service.client.get(job.id)
     assert waiting.status.phase == "STARTING"
