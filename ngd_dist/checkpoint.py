@@ -265,7 +265,7 @@ def check_format(found: object) -> None:
 
 def _format(layer: Layer, preconditioner: Preconditioner, strategy: Strategy) -> LayerFormat:
     return LayerFormat(
-        statistics={spec.name: spec.numbers for spec in preconditioner.statistics},
+        statistics={spec.name: spec.form.numbers for spec in preconditioner.statistics},
         cache=preconditioner.cache_shapes,
         shared=preconditioner.shared,
         dtype=layer.dtype,

@@ -11,9 +11,9 @@ from math import isclose
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.distributed import Cargo, Collected, Field, Report, Strategy
-from ngd_dist.factors.storage import Caches
-from ngd_dist.inversion import Ending, Inverse, Problem, Solution, ToInvertRows, solve
+from ngd_dist.distributed import Cargo, Collected, Report, Strategy
+from ngd_dist.factors.caches import Caches
+from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
@@ -57,7 +57,7 @@ class Curvature:
         self._inversion = config.inversion
         self._damping_of = damping_of
         self.caches = Caches(
-            {layer.name: preconditioners[layer.name].inverses for layer in layers}, config.inverse_dtype
+            {layer.name: preconditioners[layer.name].entries for layer in layers}, config.inverse_dtype
         )
         # What other ranks made and `estimate` reads; on the ranks that hold a layer its cache has it too.
         self.shared: dict[str, Cache | None] = {}
@@ -154,7 +154,7 @@ class Curvature:
         moved = dict.fromkeys([*(key.layer for key in due), *drifted])
         rebased = {key.layer for key in due if not self.statistics[key].spec.in_basis}
         entries = {
-            name: [e for e in method.cache_shapes if name in rebased or e not in method.shared]
+            name: [e for e in method.entries if name in rebased or e not in method.shared]
             for name in moved
             if (method := self._preconditioners[name])
         }
@@ -267,8 +267,8 @@ def cargo_of(layer: Layer, preconditioner: Preconditioner) -> Cargo:
     return Cargo(
         layer.shape.gradient,
         preconditioner.statistics,
-        {entry: Field(shape, layer.dtype) for entry, shape in preconditioner.cache_shapes.items()},
-        frozenset(preconditioner.inverses),
+        preconditioner.entries,
+        layer.dtype,
         preconditioner.shared,
     )
 
@@ -285,9 +285,6 @@ def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], rebuilt:
 
 def _shares(seconds: float, problems: Mapping[Key, Problem]) -> dict[Key, float]:
     """Returns the seconds that solving all problems at once took, shared out by n^3 for n^2 numbers."""
-    weights = {
-        key: (problem.rows if isinstance(problem, ToInvertRows) else problem.factor).numel() ** 1.5
-        for key, problem in problems.items()
-    }
+    weights = {key: problem.factor.numel() ** 1.5 for key, problem in problems.items()}
     total = sum(weights.values())
     return {key: seconds * weight / total for key, weight in weights.items()}

@@ -97,7 +97,7 @@ def _bytes(layer: Layer, preconditioner: Preconditioner) -> int:
 
     A statistic is held whole, and its value before the newest as it travels (packed, where symmetric).
     """
-    kept = sum(prod(spec.shape) + spec.numbers for spec in preconditioner.statistics)
+    kept = sum(prod(spec.shape) + spec.form.numbers for spec in preconditioner.statistics)
     cached = sum(prod(shape) for shape in preconditioner.cache_shapes.values())
     return (kept + cached) * layer.dtype.itemsize
 
