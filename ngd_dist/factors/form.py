@@ -70,7 +70,7 @@ class Form:
     def norm(self, value: Tensor, parts: int = 1) -> Tensor:
         """Returns the Frobenius norm of the matrix or tensor that the value stands for, [].
 
-        parts: where a value is that of one replicate, how many there are; see `FactorForm.moment`.
+        parts: the number of replicates if the value is that of one; see `FactorForm.moment`.
         """
         norm: Tensor = torch.linalg.vector_norm(value)
         return norm
@@ -81,15 +81,15 @@ class Form:
         return distance
 
     def mean(self, total: Tensor, passes: int, parts: int, power: float) -> Tensor:
-        """Returns the value of `power` times the mean over micro-batches, from the sum over so many of their values.
+        """Returns `power` times the mean over micro-batches, from the sum of their values: `passes` of them.
 
-        parts: as many of them as there are in all, where each has a share of the value.
+        parts: the micro-batches among which a form shares out its value, if it does.
         """
         return total * (power / passes)
 
     @property
     def row_numbers(self) -> int:
-        """Returns how many numbers the row of one sample and position has, of those that this is estimated from."""
+        """Returns the numbers of one row, of the rows from which this is estimated: one a sample and position."""
         return prod(self.shape)
 
     def on_wire(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
@@ -129,8 +129,8 @@ class Entrywise(Form):
 class FactorForm(Form, ABC):
     """A symmetric positive semidefinite matrix [n, n] in each of B blocks: how it is made, inverted and applied.
 
-    direct: the one way to invert it; None where the ladder of dense matrices decides. lacks_damping: whether the
-    inverse is kept times the damping, which whoever applies it then divides by.
+    direct: the one way to invert it; None if the ladder of dense matrices decides. lacks_damping: the inverse is kept
+    times the damping, and a direction is divided by that.
     """
 
     direct: ClassVar[Direct | None] = None

@@ -1,6 +1,5 @@
 """K-FAC: the Fisher block of a layer as the Kronecker product of A (inputs) and G (output gradients)."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -70,40 +69,11 @@ class KFAC(Preconditioner):
         return self._mode.apply_flops()
 
 
-class _Mode(ABC):
-    """How A and G become a cache, and the cache a direction; the arguments are those of `Preconditioner`."""
-
-    entries: Mapping[str, Form]
-
-    def __init__(self, factors: Factors) -> None:
-        self._factors = factors
-
-    @abstractmethod
-    def problems(self, statistics: Statistics, damping: float, old: Cache) -> dict[str, Problem]: ...
-
-    def error(self, name: str, statistics: Statistics, damping: float, old: Cache) -> Tensor | None:
-        return None
-
-    @abstractmethod
-    def refresh(
-        self, statistics: Statistics, damping: float, old: Cache | None, solutions: Mapping[str, Solution]
-    ) -> Refreshed: ...
-
-    @abstractmethod
-    def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def refresh_flops(self) -> int: ...
-
-    @abstractmethod
-    def apply_flops(self) -> int: ...
-
-
-class _Split(_Mode):
+class _Split:
     """The inverses of both factors, each with its share of the damping. One that fails stays as it was."""
 
     def __init__(self, factors: Factors) -> None:
-        super().__init__(factors)
+        self._factors = factors
         self.entries = {name: form.inverse for name, form in factors.forms.items()}
 
     def problems(self, statistics: Statistics, damping: float, old: Cache) -> dict[str, Problem]:
@@ -159,15 +129,18 @@ class _ScaledSplit(_Split):
         return self._factors.precondition(cache, grad_BOI).mul_(cache["scale"])
 
 
-class _Exact(_Mode):
+class _Exact:
     """Bases and 1 / (d_G d_A^T + damping): the old ones unless both factors gave theirs."""
 
     def __init__(self, factors: Factors, gradient: tuple[int, int, int]) -> None:
-        super().__init__(factors)
+        self._factors = factors
         self.entries = {**factors.bases, "inverse": Form(gradient)}
 
     def problems(self, statistics: Statistics, damping: float, old: Cache) -> dict[str, Problem]:
         return self._factors.to_decompose(statistics)
+
+    def error(self, name: str, statistics: Statistics, damping: float, old: Cache) -> Tensor | None:
+        return None
 
     def refresh(
         self, statistics: Statistics, damping: float, old: Cache | None, solutions: Mapping[str, Solution]
@@ -189,7 +162,8 @@ class _Exact(_Mode):
         return 2 * self._factors.product_flops()
 
 
-def _mode_of(config: KFACConfig, factors: Factors, shape: LayerShape) -> _Mode:
+def _mode_of(config: KFACConfig, factors: Factors, shape: LayerShape) -> _Split | _Exact:
+    """Returns how A and G become a cache, and the cache a direction. Its methods answer for those of `KFAC`."""
     if config.damping_form == "exact":
         return _Exact(factors, shape.gradient)
     if any(form.lacks_damping for form in factors.forms.values()):
