@@ -151,13 +151,13 @@ def wire_errors(model_name: str, batch: int) -> list[dict[str, Any]]:
     optimizer = NGD(model, NGDConfig.model_validate(COMMON | EVERY_STEP))
     one_step(model, optimizer, *next(batches(model_name, batch)))
     values = {key: s.value for key, s in optimizer._curvature.statistics.items() if s.value is not None}
-    specs = {key: optimizer._curvature.statistics[key].spec for key in values}
+    forms = {key: optimizer._curvature.statistics[key].spec.form for key in values}
     exact = _directions(optimizer, values)
     rows = []
     for dtype in (torch.bfloat16, torch.float16):
-        wire = Wire(dtype, torch.float32, specs)
+        wire = Wire({key: form.on_wire(torch.float32, dtype) for key, form in forms.items()})
         crossed = {
-            key: specs[key].expand(wire.decode(key, wire.encode({key: specs[key].flatten(value)})))
+            key: forms[key].expand(wire.decode(key, wire.encode({key: forms[key].flatten(value)})))
             for key, value in values.items()
         }
         directions = _directions(optimizer, crossed)

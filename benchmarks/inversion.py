@@ -25,6 +25,7 @@ from benchmarks.factors import seconds, spectrum_of, successor
 from benchmarks.record import folder_for, write
 from ngd_dist.capture.coverage import cover
 from ngd_dist.config import CholeskyInversion, NewtonSchulzInversion, NGDConfig
+from ngd_dist.factors.dense import Dense
 from ngd_dist.inversion import Inverse, ToInvert, eigen, solve
 from ngd_dist.inversion.direct import damped
 from ngd_dist.inversion.newton_schulz import spectral_radius
@@ -68,7 +69,7 @@ def factor_sizes(build: Callable[[], nn.Module]) -> Counter[int]:
         model = build()
     layers, _ = cover(model, set(model.parameters()), NGDConfig())
     specs = [spec for layer in layers for spec in preconditioner_for(layer.shape, NGDConfig()).statistics]
-    return sum((Counter({spec.shape[-1]: spec.shape[0]}) for spec in specs if spec.is_symmetric), Counter())
+    return sum((Counter({spec.shape[-1]: spec.shape[0]}) for spec in specs if isinstance(spec.form, Dense)), Counter())
 
 
 @dataclass(frozen=True, slots=True)

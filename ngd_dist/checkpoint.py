@@ -263,7 +263,7 @@ def check_format(found: object) -> None:
 
 def _format(covered: CoveredLayer, strategy: Strategy) -> LayerFormat:
     return LayerFormat(
-        statistics={spec.name: spec.numbers for spec in covered.method.statistics},
+        statistics={spec.name: spec.form.numbers for spec in covered.method.statistics},
         cache=covered.method.cache_shapes,
         shared=covered.method.shared,
         dtype=covered.layer.dtype,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ngd_dist.distributed import Cargo, Field
+from ngd_dist.distributed import Cargo
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Preconditioner
 
@@ -40,9 +40,8 @@ class CoveredLayer:
     @property
     def cargo(self) -> Cargo:
         """What of the layer may travel between ranks."""
-        cache = {entry: Field(shape, self.layer.dtype) for entry, shape in self.method.cache_shapes.items()}
-        inverses = frozenset(self.method.inverses)
-        return Cargo(self.layer.shape.gradient, self.method.statistics, cache, inverses, self.method.shared)
+        method, layer = self.method, self.layer
+        return Cargo(layer.shape.gradient, method.statistics, method.entries, layer.dtype, method.shared)
 
 
 CoveredLayers = Mapping[str, CoveredLayer]

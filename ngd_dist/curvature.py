@@ -14,8 +14,8 @@ from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed import Collected, Report, Strategy
 from ngd_dist.errors import InversionError
-from ngd_dist.factors.storage import Caches
-from ngd_dist.inversion import Ending, Inverse, Problem, Solution, ToInvertRows, solve
+from ngd_dist.factors.caches import Caches
+from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
 from ngd_dist.preconditioners import Cache
 from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
 from ngd_dist.statistics.statistic import Key, Statistic
@@ -50,7 +50,7 @@ class Curvature:
         self._inversion = config.inversion
         methods = {name: covered.method for name, covered in layers.items()}
         self.caches = Caches(
-            {name: method.inverses for name, method in methods.items()},
+            {name: method.entries for name, method in methods.items()},
             config.inverse_dtype,
             {name: method.shared for name, method in methods.items()},
         )
@@ -141,7 +141,7 @@ class Curvature:
         moved = dict.fromkeys([*(key.layer for key in due), *drifted])
         rebased = {key.layer for key in due if not self.statistics[key].spec.in_basis}
         entries = {
-            name: [e for e in method.cache_shapes if name in rebased or e not in method.shared]
+            name: [e for e in method.entries if name in rebased or e not in method.shared]
             for name in moved
             if (method := self._layers[name].method)
         }
@@ -278,9 +278,6 @@ def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], rebuilt:
 
 def _shares(seconds: float, problems: Mapping[Key, Problem]) -> dict[Key, float]:
     """Returns the seconds that solving all problems at once took, shared out by n^3 for n^2 numbers."""
-    weights = {
-        key: (problem.rows if isinstance(problem, ToInvertRows) else problem.factor).numel() ** 1.5
-        for key, problem in problems.items()
-    }
+    weights = {key: problem.factor.numel() ** 1.5 for key, problem in problems.items()}
     total = sum(weights.values())
     return {key: seconds * weight / total for key, weight in weights.items()}

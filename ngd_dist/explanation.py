@@ -93,7 +93,7 @@ def _bytes(covered: CoveredLayer) -> int:
 
     A statistic is held whole, and its value before the newest as it travels (packed, where symmetric).
     """
-    kept = sum(prod(spec.shape) + spec.numbers for spec in covered.method.statistics)
+    kept = sum(prod(spec.shape) + spec.form.numbers for spec in covered.method.statistics)
     cached = sum(prod(shape) for shape in covered.method.cache_shapes.values())
     return (kept + cached) * covered.layer.dtype.itemsize
 

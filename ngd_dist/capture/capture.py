@@ -33,7 +33,7 @@ from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
-from ngd_dist.factors.storage import Caches
+from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import Layer, Rows
 from ngd_dist.layers.hooks import (
     OUTSIDE_BACKWARD,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
-from ngd_dist.factors.storage import Caches
+from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import Rows
 from ngd_dist.statistics.statistic import Key, StatisticSpec
 
@@ -26,8 +26,8 @@ __all__ = ["Estimates"]
 class _Mean:
     """One statistic. A replicate is its share of a micro-batch's samples, and its own mean, which may grow by passes.
 
-    `total` and `square` are sums over micro-batches. `parts`: the replicates of all ranks, among which the rows of a
-    root are shared out.
+    `total` and `square` are sums over micro-batches. `parts`: the replicates of all ranks, which share a value in
+    forms that do so.
     """
 
     spec: StatisticSpec
@@ -52,9 +52,7 @@ class _Mean:
             part = value if share == 1.0 else value * share
             self.total = part if self.total is None else self.total + part
             if measures:
-                # A root has the rows of its own part alone, scaled for the mean over all parts.
-                norm = self.spec.norm(value) / (self.parts if self.spec.is_root else 1)
-                square = norm.square() * share
+                square = self.spec.form.norm(value, self.parts).square() * share
                 self.square = square if self.square is None else self.square + square
         self.count += len(self.replicates)
         self.replicates = []
@@ -62,14 +60,14 @@ class _Mean:
     def scaled(self, passes: int, parts: int, divisor: int) -> tuple[Tensor | None, Tensor | None]:
         """Returns the mean over so many micro-batches, and its mean square.
 
-        parts: how many micro-batches a root's rows are shared out among. divisor: what the loss of each was divided by
-        and g was not multiplied by. A root is of the first power of g, all else of the second.
+        parts: how many micro-batches share a value, in forms that do. divisor: what the loss of each was divided by and
+        g was not multiplied by; a statistic is of its second power.
         """
         if self.total is None or (passes == 1 and parts == 1 and divisor == 1):
             return self.total, self.square
         power = divisor**2 if self.spec.reads_gradients else 1
-        factor = (power / (passes * parts)) ** 0.5 if self.spec.is_root else power / passes
-        return self.total * factor, None if self.square is None else self.square * (power**2 / passes)
+        mean = self.spec.form.mean(self.total, passes, parts, power)
+        return mean, None if self.square is None else self.square * (power**2 / passes)
 
 
 class Estimates:

@@ -15,7 +15,7 @@ from ngd_dist.config import LayerWise, NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
-from ngd_dist.factors.storage import Caches
+from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import Replicate, Rows
 from ngd_dist.preconditioners import check_rows
 from ngd_dist.statistics.statistic import Key

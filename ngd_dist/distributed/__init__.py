@@ -10,15 +10,12 @@ import torch
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
 from ngd_dist.distributed.base import Cargo, Collected, Findings, Local, Report
 from ngd_dist.distributed.comm import Communicator
-from ngd_dist.distributed.parcel import Field
 from ngd_dist.distributed.placement import Roles, place
 from ngd_dist.distributed.sync import Strategy
-from ngd_dist.distributed.wire import Wire
 from ngd_dist.engines import Engine
 from ngd_dist.errors import ConfigError
-from ngd_dist.statistics.statistic import Key
 
-__all__ = ["Cargo", "Collected", "Field", "Findings", "Local", "Report", "Strategy", "build_strategy"]
+__all__ = ["Cargo", "Collected", "Findings", "Local", "Report", "Strategy", "build_strategy"]
 
 MB = 2**20
 
@@ -54,17 +51,16 @@ def build_strategy(
         everyone_inverts=isinstance(choice, AllReduce),
         settled=settled,
     )
-    specs = {Key(name, spec.name): spec for name, parts in cargo.items() for spec in parts.statistics}
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    wire = exact if exact == torch.float64 else getattr(torch, config.statistics_wire)
     return Strategy(
         comm,
         placement,
         cargo,
         kind=choice.kind,
         dtype=dtype,
-        wire=Wire(wire, exact, specs),
-        inverse_dtype=config.inverse_dtype,
+        exact=exact,
+        wire=exact if exact == torch.float64 else getattr(torch, config.statistics_wire),
+        kept=None if config.inverse_dtype == "float32" else getattr(torch, config.inverse_dtype),
         device=device,
         gradient_scale=None if engine.averages_gradients else 1.0 if sums else 1 / comm.world_size,
         bucket_bytes=config.bucket_mb * MB,

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, fields
 import torch
 from torch import Tensor
 
-from ngd_dist.distributed.parcel import Field
+from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending
 from ngd_dist.statistics.staleness import REFRESHED, Verdict
 from ngd_dist.statistics.statistic import Key, StatisticSpec
@@ -99,16 +99,16 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Cargo:
-    """What travels of one layer: its gradient's shape, [B, O, I]; its statistics; the fields of its cache by entry.
+    """What travels of one layer: its gradient's shape, [B, O, I]; its statistics; the entries of its cache.
 
-    `symmetric`: the entries that travel as packed triangles. `shared`: those that every rank needs, of which each is a
-    function of the statistics that are not `in_basis`.
+    `dtype`: of these entries. `shared`: those that every rank needs, of which each is a function of the statistics that
+    are not `in_basis`.
     """
 
     gradient: tuple[int, ...]
     statistics: Sequence[StatisticSpec]
-    cache: Mapping[str, Field]
-    symmetric: frozenset[str]
+    cache: Mapping[str, Form]
+    dtype: torch.dtype
     shared: tuple[str, ...]
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.distributed.exchange import begin_exchange
-from ngd_dist.distributed.parcel import Field
-from ngd_dist.distributed.wire import Item, Wire
+from ngd_dist.distributed.wire import Wire
+from ngd_dist.factors.codec import Field
 from ngd_dist.statistics.statistic import Key
 
 __all__ = ["Buckets"]
+
+Item = tuple[Key, int]  # a statistic, and which of its fields
 
 
 @dataclass(slots=True)
@@ -29,22 +31,27 @@ class Buckets:
     """Owner by owner, sums over the ranks: each rank sends a statistic to its owner, which decodes and adds them up.
 
     Collective: `begin` and `finish`, and also `offer`, which launches what has become complete.
+    sizes: the numbers of each flat statistic. exact: the dtype in which they are summed.
     limit_bytes: what a bucket may hold, unless one statistic has more. 0: there is one bucket, and `launch` sends it.
     """
 
     def __init__(
         self,
         comm: Communicator,
-        wire: Wire,
+        wire: Wire[Key],
         owners: Mapping[str, int],
+        sizes: Mapping[Key, int],
         device: torch.device,
         *,
+        exact: torch.dtype,
         limit_bytes: float,
     ) -> None:
         self._comm = comm
         self._wire = wire
         self._owners = owners
+        self._sizes = sizes
         self._device = device
+        self._exact = exact
         self._limit_bytes = limit_bytes
         self._overlaps = limit_bytes > 0 and comm.world_size > 1
         self._values: dict[Key, Tensor] = {}
@@ -102,7 +109,7 @@ class Buckets:
 
     def _sum(self, key: Key, parts: Sequence[Mapping[Item, Tensor]]) -> Tensor:
         """Returns the sum in rank order."""
-        total = torch.zeros(self._wire.specs[key].numbers, dtype=self._wire.exact, device=self._device)
+        total = torch.zeros(self._sizes[key], dtype=self._exact, device=self._device)
         for rank, part in enumerate(parts):
             if rank != self._comm.rank:
                 total += self._wire.decode(key, part)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ngd_dist.distributed.comm import Communicator, Pending
-from ngd_dist.distributed.parcel import Field, open_parcel, pack_parcel, parcel_size
+from ngd_dist.distributed.parcel import open_parcel, pack_parcel, parcel_size
+from ngd_dist.factors.codec import Field
 
 __all__ = ["Route", "begin_exchange"]
 

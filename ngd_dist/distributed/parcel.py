@@ -1,27 +1,15 @@
 """Tensors of known shapes and dtypes as one run of bytes, so that one collective carries them all."""
 
 from collections.abc import Sequence
-from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Field", "open_parcel", "pack_parcel", "parcel_size"]
+from ngd_dist.factors.codec import Field
+
+__all__ = ["open_parcel", "pack_parcel", "parcel_size"]
 
 ALIGNMENT = 8  # bytes: where a tensor of any dtype may begin
-
-
-class Field(NamedTuple):
-    """One tensor of a parcel. Sender and receiver work it out for themselves; it does not travel."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Returns the bytes of its numbers."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 def parcel_size(fields: Sequence[Field]) -> int:

@@ -22,24 +22,25 @@ from ngd_dist.distributed.base import (
 )
 from ngd_dist.distributed.buckets import Buckets
 from ngd_dist.distributed.comm import Communicator, Pending
-from ngd_dist.distributed.entries import Entries, Part
 from ngd_dist.distributed.exchange import Route, begin_exchange
-from ngd_dist.distributed.parcel import Field
 from ngd_dist.distributed.placement import Placement
-from ngd_dist.distributed.wire import Item, Wire
-from ngd_dist.factors.storage import InverseDtype
+from ngd_dist.distributed.wire import Wire
+from ngd_dist.factors.codec import Field
 from ngd_dist.statistics.statistic import Key
 
 __all__ = ["Strategy"]
 
-THERE, REPORTS, INNER = ("", "there", ""), ("", "reports", ""), ("", "inner", "")
 Cache = dict[str, Tensor]
+Part = tuple[str, str]  # a layer, and an entry of its cache or what else a rank sends for it
+THERE, REPORTS, INNER = (("", "there"), 0), ("", "reports"), ("", "inner")
 
 
 class Strategy:
     """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
 
-    kind: what the config calls it. dtype: of gradients and directions on their way. gradient_scale: what sums of
+    kind: what the config calls it. dtype: of gradients and directions on their way. exact, wire: those in which
+    statistics are summed, and travel; see `Form.on_wire`. kept: that of dense inverses, if it is one of 16 bits. A rank
+    decodes what each other rank sent before it sums, so that a value is rounded once. gradient_scale: what sums of
     gradients over ranks are multiplied by; None leaves gradients as they are, where an engine has averaged them
     already. bucket_bytes: what a bucket of statistics may hold that leaves while the backward pass is running, over
     links of its own, since the model or the training loop may send then too; 0: all of them leave in `collect`.
@@ -53,8 +54,9 @@ class Strategy:
         *,
         kind: str,
         dtype: torch.dtype,
-        wire: Wire,
-        inverse_dtype: InverseDtype,
+        exact: torch.dtype,
+        wire: torch.dtype,
+        kept: torch.dtype | None,
         device: torch.device,
         gradient_scale: float | None,
         bucket_bytes: float,
@@ -65,8 +67,12 @@ class Strategy:
         self.dtype = dtype
         self.gradient_scale = gradient_scale
         self._cargo = cargo
-        self._wire = wire
-        self._entries = Entries(cargo, inverse_dtype)
+        self._exact = exact
+        self._forms = {Key(name, spec.name): spec.form for name, parts in cargo.items() for spec in parts.statistics}
+        self._wire = Wire({key: form.on_wire(exact, wire) for key, form in self._forms.items()})
+        self._entries: Wire[Part] = Wire(
+            {(n, e): form.in_cache(parts.dtype, kept) for n, parts in cargo.items() for e, form in parts.cache.items()}
+        )
         self._device = device
         roles = placement.roles
         self._everywhere = {name for name in cargo if placement.is_everywhere(name)}
@@ -76,7 +82,10 @@ class Strategy:
         self._small: dict[Key, Tensor] = {}
         owners = {name: role.owner for name, role in roles.items()}
         beside_backward = comm.aside() if bucket_bytes else comm
-        self._buckets = Buckets(beside_backward, wire, owners, device, limit_bytes=bucket_bytes)
+        sizes = {key: form.numbers for key, form in self._forms.items()}
+        self._buckets = Buckets(
+            beside_backward, self._wire, owners, sizes, device, exact=exact, limit_bytes=bucket_bytes
+        )
 
     def inverts(self, layer: str) -> bool:
         """Returns whether this rank folds the layer's statistics and refreshes its cache."""
@@ -97,7 +106,7 @@ class Strategy:
     def statistic_bytes(self, key: Key) -> int:
         """Returns what a rank sends of this statistic, the mean over ranks."""
         ranks, is_small = self.comm.world_size, self._is_summed_everywhere(key.layer)
-        nbytes = self._wire.specs[key].numbers * self.dtype.itemsize if is_small else self._wire.nbytes(key)
+        nbytes = self._forms[key].numbers * self.dtype.itemsize if is_small else self._wire.nbytes(key)
         return nbytes * (ranks - 1) * (2 if self.is_replicated(key.layer) else 1) // ranks
 
     def begin(self, due: Sequence[Key]) -> None:
@@ -107,13 +116,13 @@ class Strategy:
 
     def offer(self, key: Key, value: Tensor) -> None:
         """Takes this rank's value of a due statistic; it must not change any more. The first one counts."""
-        value = value.to(self._wire.exact)
+        value = value.to(self._exact)
         if self.comm.world_size == 1:
             self._small.setdefault(key, value)
         elif self._is_summed_everywhere(key.layer):
-            self._small.setdefault(key, self._wire.specs[key].flatten(value))
+            self._small.setdefault(key, self._forms[key].flatten(value))
         else:
-            self._buckets.offer(key, self._wire.specs[key].flatten(value))
+            self._buckets.offer(key, self._forms[key].flatten(value))
 
     def collect(self, local: Local) -> Collected:
         """Collective. Returns the means over ranks; a due statistic that was not offered counts as zeros."""
@@ -153,11 +162,8 @@ class Strategy:
         if not travelling:
             return {}
         own = {name: caches[name] for name in travelling if self.reports(name)}
-        sent: dict[Part, Tensor] = {}
-        for name, cache in own.items():
-            if cache is not None:
-                for entry in travelling[name]:
-                    sent |= self._entries.encode(name, entry, cache[entry])
+        made = {(n, entry): cache[entry] for n, cache in own.items() if cache is not None for entry in travelling[n]}
+        sent = self._entries.encode(made)
         sent[THERE] = torch.tensor([float(cache is not None) for cache in own.values()], device=self._device)
         route = self._cache_route(travelling)
         parts = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
@@ -165,8 +171,8 @@ class Strategy:
         found: dict[str, Cache | None] = {}
         for rank, part in enumerate(parts):
             for name in (name for name in travelling if self.placement.roles[name].owner == rank):
-                came = [entry for entry in travelling[name] if (name, entry, "") in part]
-                got = {entry: self._entries.decode(name, entry, part) for entry in came}
+                came = [entry for entry in travelling[name] if ((name, entry), 0) in part]
+                got = {entry: self._entries.decode((name, entry), part) for entry in came}
                 found[name] = got if there.pop(0) else None
         return found
 
@@ -176,7 +182,7 @@ class Strategy:
         if not (is_sharded or due) or self.comm.world_size == 1:
             return findings
         rows = [findings.reports[key].numbers() for key in due if self.reports(key.layer)]
-        sent = {(name, "direction", ""): direction for name, direction in findings.directions.items()}
+        sent = {(name, "direction"): direction for name, direction in findings.directions.items()}
         sent[REPORTS] = torch.tensor(rows, dtype=self.dtype, device=self._device).view(-1, REPORT_NUMBERS)
         counts = [float(self.reports(name)) for name in self._cargo]
         sent[INNER] = findings.inner * findings.inner.new_tensor(counts)  # of a layer with several holders, one's
@@ -185,7 +191,7 @@ class Strategy:
         parts = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
         directions = dict(findings.directions)
         for part in parts:
-            directions |= {name: direction for (name, what, _), direction in part.items() if what == "direction"}
+            directions |= {name: direction for (name, what), direction in part.items() if what == "direction"}
         reports: dict[Key, Report] = {}
         for rank, part in enumerate(parts):
             keys = [key for key in due if self.placement.roles[key.layer].owner == rank]
@@ -199,13 +205,13 @@ class Strategy:
     def _small_value(self, key: Key) -> Tensor:
         if key in self._small:
             return self._small[key]
-        spec = self._wire.specs[key]
-        shape = spec.shape if self.comm.world_size == 1 else (spec.numbers,)
-        return torch.zeros(shape, dtype=self._wire.exact, device=self._device)
+        form = self._forms[key]
+        shape = form.shape if self.comm.world_size == 1 else (form.numbers,)
+        return torch.zeros(shape, dtype=self._exact, device=self._device)
 
     def _mean(self, key: Key, total: Tensor, ranks: int) -> Tensor:
         """Returns the mean in its own shape. On one rank nothing was flattened: packing takes as long as inverting."""
-        return total if self.comm.world_size == 1 else self._wire.specs[key].expand(total / ranks)
+        return total if self.comm.world_size == 1 else self._forms[key].expand(total / ranks)
 
     def _begin_sum(self, statistics: list[Tensor], others: list[Tensor]) -> Pending[tuple[list[Tensor], list[Tensor]]]:
         """Returns the sums of both on every rank."""
@@ -251,7 +257,7 @@ class Strategy:
         if not keys:
             return sums
 
-        def route(source: int, target: int) -> dict[Item, Field]:
+        def route(source: int, target: int) -> dict[tuple[Key, int], Field]:
             return self._wire.fields(key for key in keys if roles[key.layer].owner == source)
 
         sent = self._wire.encode({key: sums[key] for key in keys if key in sums})
@@ -266,15 +272,15 @@ class Strategy:
             return False
         return len(roles.holders) > 1 or any(entry in self._cargo[layer].shared for entry in entries)
 
-    def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[Part]:
-        def route(source: int, target: int) -> dict[Part, Field]:
+    def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[tuple[Part, int]]:
+        def route(source: int, target: int) -> dict[tuple[Part, int], Field]:
             owned = [name for name in travelling if self.placement.roles[name].owner == source]
-            fields: dict[Part, Field] = {THERE: Field((len(owned),), torch.float32)}
+            fields: dict[tuple[Part, int], Field] = {THERE: Field((len(owned),), torch.float32)}
             for name in owned:
                 cargo, is_held = self._cargo[name], target in self.placement.roles[name].holders
-                for entry in travelling[name]:
-                    if target != source and (is_held or entry in cargo.shared):
-                        fields |= self._entries.fields(name, entry)
+                sent = [entry for entry in travelling[name] if is_held or entry in cargo.shared]
+                if target != source:
+                    fields |= self._entries.fields((name, entry) for entry in sent)
             return fields
 
         return route
@@ -284,7 +290,7 @@ class Strategy:
 
         def route(source: int, target: int) -> dict[Part, Field]:
             fields: dict[Part, Field] = {
-                (name, "direction", ""): Field(cargo.gradient, self.dtype)
+                (name, "direction"): Field(cargo.gradient, self.dtype)
                 for name, cargo in self._cargo.items()
                 if target not in roles[name].holders and self.placement.supplier(name, target) == source
             }

@@ -1,21 +1,16 @@
-"""Pure functions on rows and Kronecker factors.
+"""Pure functions on rows, and on the bases and eigenvalues of Kronecker factors.
 
-Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias), O outputs. A factor is dense,
-[B, n, n], diagonal, [B, n], or known by its rows, [B, R, n] with R < n; a basis is [B, n, n] with a vector in each
-column, or None for the standard basis.
+Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias), O outputs. A basis is [B, n, n] with a
+vector in each column, or None for the standard basis.
 """
 
 import torch
 from torch import Tensor
 
-from ngd_dist.factors.woodbury import product_left, product_right
-
 __all__ = [
     "from_basis",
-    "is_rows",
-    "mean_diagonal",
     "outer",
-    "precondition",
+    "pi_split",
     "sampled",
     "second_moment",
     "square_moment",
@@ -45,32 +40,6 @@ def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:
 def square_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     """Returns scale * sum over n and p of r^2, [B, D]: the diagonal of `second_moment`."""
     return rows_BNPD.square().sum((1, 2)) * _per_block(scale, rows_BNPD, 1)
-
-
-def mean_diagonal(factor: Tensor) -> Tensor:
-    """Returns the mean eigenvalue of a factor, [B]."""
-    if is_rows(factor):
-        return factor.square().sum((-2, -1)) / factor.shape[-1]
-    return (factor.diagonal(dim1=-2, dim2=-1) if factor.ndim == 3 else factor).mean(-1)
-
-
-def is_rows(factor: Tensor) -> bool:
-    """Returns whether this is X, [B, R, n] with R < n, for X^T X."""
-    return factor.ndim == 3 and factor.shape[-2] != factor.shape[-1]
-
-
-def precondition(A_inverse: Tensor, G_inverse: Tensor, grad_BOI: Tensor) -> Tensor:
-    """Returns G^-1 grad A^-1, [B, O, I]: (G (x) A)^-1 vec(grad) for a row-major gradient. Source: [MG15].
-
-    An inverse is dense, diagonal, or Z of `woodbury.damped_inverse`, which leaves out 1 / damping.
-    """
-    if is_rows(A_inverse):
-        right = product_right(grad_BOI, A_inverse)
-    else:
-        right = grad_BOI @ A_inverse if A_inverse.ndim == 3 else grad_BOI * A_inverse.unsqueeze(-2)
-    if is_rows(G_inverse):
-        return product_left(G_inverse, right)
-    return G_inverse @ right if G_inverse.ndim == 3 else G_inverse.unsqueeze(-1) * right
 
 
 def to_basis(A_basis: Tensor | None, G_basis: Tensor | None, grad_BOI: Tensor) -> Tensor:

@@ -3,36 +3,48 @@
 Start at `solve`, which gets all factors of a step at once; `ladder` decides which method is tried, and which after it.
 """
 
-from ngd_dist.inversion.direct import eigen, error_of, invert, invert_diagonal, invert_rows
+from ngd_dist.inversion.direct import (
+    eigen,
+    error_of,
+    invert,
+    invert_diagonal,
+    invert_rows,
+    reciprocal,
+    woodbury,
+)
 from ngd_dist.inversion.problem import (
     MAX_RESIDUAL,
+    Direct,
     Eigen,
     Ending,
+    Found,
     Inverse,
     Method,
     Problem,
     Solution,
     ToDecompose,
     ToInvert,
-    ToInvertRows,
 )
 from ngd_dist.inversion.solver import solve
 
 __all__ = [
     "MAX_RESIDUAL",
+    "Direct",
     "Eigen",
     "Ending",
+    "Found",
     "Inverse",
     "Method",
     "Problem",
     "Solution",
     "ToDecompose",
     "ToInvert",
-    "ToInvertRows",
     "eigen",
     "error_of",
     "invert",
     "invert_diagonal",
     "invert_rows",
+    "reciprocal",
     "solve",
+    "woodbury",
 ]

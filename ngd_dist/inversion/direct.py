@@ -5,12 +5,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ngd_dist.factors.woodbury import damped_inverse, product_left
 from ngd_dist.inversion.ladder import ending_of
-from ngd_dist.inversion.problem import Eigen, Ending, Inverse, Method
+from ngd_dist.inversion.problem import Eigen, Ending, Found, Inverse, Method
+from ngd_dist.inversion.woodbury import damped_inverse, product_left
 
 __all__ = [
-    "Found",
     "cholesky",
     "damped",
     "eigen",
@@ -26,9 +25,6 @@ __all__ = [
 ]
 
 PROBES = 4
-# One inverse per block, and what tells how it went, [B, 3]: whether the matrix was finite, whether it was positive
-# definite, and the residual. On the device still: reading it waits for the inversion.
-Found = tuple[Tensor, Tensor]
 
 
 def invert(factor: Tensor, damping: Tensor) -> Inverse:
@@ -131,11 +127,8 @@ def eigen(factor: Tensor) -> Eigen:
 def error_of(factor: Tensor, damping: Tensor, inverse: Tensor) -> Tensor:
     """Returns ||I - (factor + damping I) inverse||_F / sqrt(n), [], the largest of the blocks, estimated in O(n^2).
 
-    factor and inverse: [B, n, n], or both diagonal, [B, n]. damping: [B].
+    factor and inverse: [B, n, n]. damping: [B].
     """
-    if factor.ndim == 2:
-        rest = 1 - (factor + damping.unsqueeze(-1)) * inverse.to(factor.dtype)
-        return rest.square().mean(-1).sqrt().amax()
     return outcome(damped(factor, damping), inverse, damping > 0)[:, -1].amax()
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngd_dist.inversion.direct import Found, outcome, probes
+from ngd_dist.inversion.direct import outcome, probes
+from ngd_dist.inversion.problem import Found
 
 __all__ = ["Bounds", "bounds", "equilibrated", "iterate", "newton_schulz", "spectral_radius"]
 

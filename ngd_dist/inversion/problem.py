@@ -1,29 +1,34 @@
 """What is to be inverted or decomposed, and what came of it.
 
-A factor is [B, n, n], symmetric, or [B, n], diagonal, or known by its rows. It succeeds or fails as a whole: its blocks
-are refreshed together.
+A factor succeeds or fails as a whole: its blocks are refreshed together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from torch import Tensor
 
 __all__ = [
     "MAX_RESIDUAL",
+    "Direct",
     "Eigen",
     "Ending",
+    "Found",
     "Inverse",
     "Method",
     "Problem",
     "Solution",
     "ToDecompose",
     "ToInvert",
-    "ToInvertRows",
 ]
 
 # ||I - X inverse||_F / sqrt(n) above which an inverse is not used: a direction could be off by as much.
 MAX_RESIDUAL = 0.05
+# One inverse per block, and what tells how it went, [B, 3]: whether the matrix was finite, whether it was positive
+# definite, and the residual. On the device still: reading it waits for the inversion.
+Found = tuple[Tensor, Tensor]
 
 
 class Ending(IntEnum):
@@ -85,21 +90,25 @@ class Eigen:
     ending: Ending
 
 
+class Direct(NamedTuple):
+    """The one way to invert factors of some form, which `inverse` goes: from factors [B, ...] and dampings [B]."""
+
+    method: Method
+    inverse: Callable[[Tensor, Tensor], Found]
+
+
 @dataclass(frozen=True, slots=True)
 class ToInvert:
-    """factor + damping * I is to be inverted: [B, n, n] or [B, n], damping [B]. `old` is the inverse in use, if any."""
+    """factor + damping * I is to be inverted, damping [B]. `old` is the inverse in use, if any.
+
+    The factor is dense, [B, n, n] and symmetric, and the ladder decides how; where there is a `direct` way it is
+    whatever that takes, [B, ...].
+    """
 
     factor: Tensor
     damping: Tensor
     old: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ToInvertRows:
-    """X^T X + damping * I is to be inverted: `rows` X [B, R, n], R < n, damping [B]. The value is Woodbury's Z."""
-
-    rows: Tensor
-    damping: Tensor
+    direct: Direct | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,5 +118,5 @@ class ToDecompose:
     factor: Tensor
 
 
-Problem = ToInvert | ToInvertRows | ToDecompose
+Problem = ToInvert | ToDecompose
 Solution = Inverse | Eigen

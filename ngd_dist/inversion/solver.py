@@ -11,19 +11,19 @@ from torch import Tensor
 
 from ngd_dist.config import AutomaticInversion, InversionChoice
 from ngd_dist.inversion.crossover import terms_for
-from ngd_dist.inversion.direct import Found, cholesky, damped, eigen, judged, reciprocal, woodbury
+from ngd_dist.inversion.direct import cholesky, damped, eigen, judged
 from ngd_dist.inversion.ladder import Attempt, Estimate, Terms, after, first
 from ngd_dist.inversion.newton_schulz import bounds, equilibrated, newton_schulz, spectral_radius
 from ngd_dist.inversion.problem import (
     Eigen,
     Ending,
+    Found,
     Inverse,
     Method,
     Problem,
     Solution,
     ToDecompose,
     ToInvert,
-    ToInvertRows,
 )
 
 __all__ = ["solve"]
@@ -39,7 +39,7 @@ Name = TypeVar("Name", bound=Hashable)
 class _Case:
     """One factor on its way. `inverse` is what the last attempt gave."""
 
-    problem: ToInvert | ToInvertRows
+    problem: ToInvert
     terms: Terms
     estimate: Estimate
     attempt: Attempt | None
@@ -47,16 +47,12 @@ class _Case:
 
     @property
     def factor(self) -> Tensor:
-        return self.problem.rows if isinstance(self.problem, ToInvertRows) else self.problem.factor
-
-    @property
-    def old(self) -> Tensor | None:
-        return None if isinstance(self.problem, ToInvertRows) else self.problem.old
+        return self.problem.factor
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """What cases that one call can take have in common."""
-        return isinstance(self.problem, ToInvertRows), *_kind(self.factor)
+        return self.problem.direct, *_kind(self.factor)
 
 
 def solve(problems: Mapping[Name, Problem], choice: InversionChoice = AUTOMATIC) -> dict[Name, Solution]:
@@ -71,7 +67,7 @@ def solve(problems: Mapping[Name, Problem], choice: InversionChoice = AUTOMATIC)
     return {name: inverted[name] if name in inverted else decomposed[name] for name in problems}
 
 
-def _invert_all(problems: Mapping[Name, ToInvert | ToInvertRows], choice: InversionChoice) -> dict[Name, Inverse]:
+def _invert_all(problems: Mapping[Name, ToInvert], choice: InversionChoice) -> dict[Name, Inverse]:
     cases = dict(zip(problems, _cases(list(problems.values()), choice), strict=True))
     waiting = list(cases.values())
     while waiting:
@@ -82,9 +78,12 @@ def _invert_all(problems: Mapping[Name, ToInvert | ToInvertRows], choice: Invers
     return {name: case.inverse for name, case in cases.items() if case.inverse is not None}
 
 
-def _cases(problems: Sequence[ToInvert | ToInvertRows], choice: InversionChoice) -> list[_Case]:
+def _cases(problems: Sequence[ToInvert], choice: InversionChoice) -> list[_Case]:
     """Returns what each factor's first attempt is, having looked at those that Newton-Schulz may be tried on."""
-    cases = [_Case(problem, Terms(direct=()), Estimate(), _only_attempt(problem)) for problem in problems]
+    cases = [
+        _Case(problem, Terms(direct=()), Estimate(), Attempt(problem.direct.method) if problem.direct else None)
+        for problem in problems
+    ]
     dense = [case for case in cases if case.attempt is None]
     blocks: dict[Hashable, int] = defaultdict(int)
     for case in dense:
@@ -100,20 +99,13 @@ def _cases(problems: Sequence[ToInvert | ToInvertRows], choice: InversionChoice)
     return cases
 
 
-def _only_attempt(problem: ToInvert | ToInvertRows) -> Attempt | None:
-    """Returns the one way there is to invert what is not dense."""
-    if isinstance(problem, ToInvertRows):
-        return Attempt(Method.WOODBURY)
-    return Attempt(Method.RECIPROCAL) if problem.factor.ndim == 2 else None
-
-
 def _look(case: _Case) -> tuple[Tensor, Tensor]:
     """Returns the largest condition number of the blocks, and the largest spectral radius of I - X old. O(n^2)."""
     matrix = damped(case.factor, case.problem.damping)
     kappa = bounds(*equilibrated(matrix), case.problem.damping).kappa.amax()
-    if case.old is None:
+    if case.problem.old is None:
         return kappa, torch.full_like(kappa, torch.inf)
-    return kappa, spectral_radius(matrix, case.old.to(matrix.dtype)).amax()
+    return kappa, spectral_radius(matrix, case.problem.old.to(matrix.dtype)).amax()
 
 
 def _batches(cases: Sequence[_Case]) -> Iterator[list[_Case]]:
@@ -138,16 +130,14 @@ def _run(batch: Sequence[_Case]) -> Found:
     factor = torch.cat([case.factor for case in batch])
     attempts = [case.attempt for case in batch if case.attempt is not None]
     method, terms = attempts[0].method, batch[0].terms
-    if method is Method.RECIPROCAL:
-        return reciprocal(factor, damping)
-    if method is Method.WOODBURY:
-        return woodbury(factor, damping)
+    if batch[0].problem.direct:
+        return batch[0].problem.direct.inverse(factor, damping)
     if method is Method.CHOLESKY_FLOAT64:
         factor, damping = factor.double(), damping.double()
     factor.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     if method in (Method.CHOLESKY, Method.CHOLESKY_FLOAT64):
         return cholesky(factor, batch[0].factor.dtype)
-    olds = [case.old for case in batch if case.old is not None]
+    olds = [case.problem.old for case in batch if case.problem.old is not None]
     return newton_schulz(
         factor,
         damping,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.form import Replicate
 from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.layers.hooks import ModuleHook
 
@@ -184,15 +185,6 @@ class Run:
     slope: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Replicate:
-    """Which of the equal parts of a global batch rows are of: a rank's micro-batch. `seed` decides what is drawn."""
-
-    index: int = 0
-    count: int = 1
-    seed: int = 0
-
-
 class Rows:
     """One micro-batch of one layer: rows made on first use, so that what no statistic reads costs nothing.
 
@@ -207,7 +199,7 @@ class Rows:
         layer: Layer,
         runs: Sequence[Run],
         scale: float,
-        replicate: Replicate = Replicate(),
+        replicate: Replicate = Replicate(),  # noqa: B008 - frozen
         *,
         ignores: bool = False,
     ) -> None:

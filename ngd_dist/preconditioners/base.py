@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from ngd_dist.factors.caches import Cache
 from ngd_dist.factors.cost import LayerShape
-from ngd_dist.factors.storage import Cache
+from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.statistics.statistic import StatisticSpec
@@ -36,22 +37,26 @@ class Refreshed:
 class Preconditioner(ABC):
     """How one layer's gradient becomes its direction. Holds no tensors.
 
-    `statistics`: what is averaged over samples, ranks and time. `cache_shapes`: the entries of a cache. `shared`: those
-    of them that `estimate` reads, and which every rank therefore gets; they follow from the statistics that are not
-    `in_basis`. `inverses`: those that are dense inverses, which may be kept in 16 bits. `parts`: the operations of
-    making what a statistic alone decides, of a cache that is made statistic by statistic; empty where it is made as a
-    whole. `reads_slopes`: whether `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
+    `statistics`: what is averaged over samples, ranks and time. `entries`: the forms of the entries of a cache; a dense
+    inverse's may be kept in 16 bits. `shared`: those of them that `estimate` reads, and which every rank therefore
+    gets; they follow from the statistics that are not `in_basis`. `parts`: the operations of making what a statistic
+    alone decides, of a cache that is made statistic by statistic; empty where it is made as a whole. `reads_slopes`:
+    whether `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
     """
 
     statistics: tuple[StatisticSpec, ...]
-    cache_shapes: Mapping[str, tuple[int, ...]]
+    entries: Mapping[str, Form]
     shared: tuple[str, ...] = ()
-    inverses: tuple[str, ...] = ()
     parts: Mapping[str, int] = MappingProxyType({})
     reads_slopes: bool = False
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
+
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the entries of a cache."""
+        return {name: form.shape for name, form in self.entries.items()}
 
     @abstractmethod
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
@@ -129,5 +134,4 @@ def with_inverses(old: Cache | None, solutions: Mapping[str, Solution], entries:
 
 def _row_flops(spec: StatisticSpec) -> int:
     """Returns the operations for one more row: products with itself, or passes over it where those take longer."""
-    width = prod(spec.shape) if len(spec.shape) == 2 else spec.shape[0] * spec.shape[-1]
-    return max(2 * prod(spec.shape), PASSES * width)
+    return max(2 * prod(spec.shape), PASSES * spec.form.row_numbers)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ngd_dist.config import EKFAC as EKFACConfig
 from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.form import Entrywise, Form
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
-from ngd_dist.preconditioners.factors import Factors
+from ngd_dist.preconditioners.factors import Factors, factor_forms
 from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["EKFAC"]
@@ -31,9 +32,9 @@ class EKFAC(Preconditioner):
 
     def __init__(self, shape: LayerShape, config: EKFACConfig, max_dense: int) -> None:
         super().__init__(shape)
-        self._factors = Factors(shape, config.sharing, max_dense)
-        self.statistics = (*self._factors.specs, StatisticSpec("S", shape.gradient, in_basis=True))
-        self.cache_shapes = {**self._factors.bases, "S": shape.gradient, "damping": ()}
+        self._factors = Factors(shape, config.sharing, factor_forms(shape, max_dense))
+        self.statistics = (*self._factors.specs, StatisticSpec("S", Entrywise(shape.gradient), in_basis=True))
+        self.entries = {**self._factors.bases, "S": Form(shape.gradient), "damping": Form(())}
         self.shared = tuple(self._factors.bases)
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
@@ -59,6 +60,7 @@ class EKFAC(Preconditioner):
         X = statistics[name]
         if name not in self.shared:
             return X.new_zeros(())
+        X = self._factors.forms[name].dense(X)
         whole, diagonal = X.square().sum((-2, -1)), (old[name] * (X @ old[name])).sum(-2).square().sum(-1)
         rest = ((whole - diagonal).clamp(min=0) / whole.where(whole > 0, 1)).sqrt()
         return rest.amax()

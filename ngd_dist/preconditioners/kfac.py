@@ -7,13 +7,16 @@ from torch import Tensor
 
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.factors.cost import LayerShape
-from ngd_dist.factors.kronecker import from_basis, mean_diagonal, outer, pi_split, precondition, to_basis
-from ngd_dist.inversion import Ending, Problem, Solution, ToInvert, ToInvertRows, error_of
+from ngd_dist.factors.form import FactorForm, Form
+from ngd_dist.factors.kronecker import from_basis, outer, to_basis
+from ngd_dist.inversion import Ending, Problem, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
-from ngd_dist.preconditioners.factors import Factors
+from ngd_dist.preconditioners.factors import Factors, factor_forms
 
 __all__ = ["KFAC"]
+
+Statistics = Mapping[str, Tensor]
 
 
 class KFAC(Preconditioner):
@@ -25,84 +28,144 @@ class KFAC(Preconditioner):
 
     def __init__(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> None:
         super().__init__(shape)
-        self._factors = Factors(shape, config.sharing, max_dense, config.rows)
-        self._is_exact = config.damping_form == "exact"
+        self._factors = Factors(shape, config.sharing, self.forms(shape, config, max_dense))
+        self._mode = _mode_of(config, self._factors, shape)
         self.statistics = self._factors.specs
-        self.cache_shapes = {spec.name: spec.shape for spec in self.statistics}
-        self._roots = [spec.name for spec in self.statistics if spec.is_root]
-        if self._roots:
-            self.cache_shapes = {**self.cache_shapes, "scale": (shape.blocks, 1, 1)}
-        if self._is_exact:
-            self.cache_shapes = self._factors.bases | {"inverse": shape.gradient}
-        else:
-            self.inverses = tuple(self._factors.bases)
+        self.entries = self._mode.entries
+
+    def forms(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> Mapping[str, FactorForm]:
+        """Returns the forms of A and G. A subclass may choose others."""
+        return factor_forms(shape, max_dense, config.rows)
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         return self._factors.estimate(rows, due)
 
     def problems(
-        self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
+        self, statistics: Statistics, fresh: frozenset[str], damping: float, old: Cache | None
     ) -> dict[str, Problem]:
         """Returns both factors if one is new: pi ties them, and the cache stays a function of what is current."""
-        if self._is_exact:
-            return self._factors.to_decompose(statistics)
-        old = old or {}
-        return {
-            name: ToInvertRows(statistics[name], own)
-            if name in self._roots
-            else ToInvert(statistics[name], own, old.get(name))
-            for name, own in _split(statistics, damping).items()
-        }
+        return self._mode.problems(statistics, damping, old or {})
 
-    def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
-        if self._is_exact or self._roots:
-            return None
-        return error_of(statistics[name], _split(statistics, damping)[name], old[name])
+    def error(self, name: str, statistics: Statistics, damping: float, old: Cache) -> Tensor | None:
+        return self._mode.error(name, statistics, damping, old)
 
     def refresh(
         self,
-        statistics: Mapping[str, Tensor],
+        statistics: Statistics,
         fresh: frozenset[str],
         damping: float,
         old: Cache | None,
         solutions: Mapping[str, Solution],
     ) -> Refreshed:
-        if self._is_exact:
-            return self._refresh_exact(statistics, damping, old, solutions)
-        if not self._roots:
-            return with_inverses(old, solutions, self.cache_shapes)
-        if any(solution.ending is not Ending.OK for solution in solutions.values()):
-            # The scale goes with both inverses: neither is of use without the other.
-            return Refreshed(old, {name: solution.ending for name, solution in solutions.items()})
-        split = _split(statistics, damping)
-        scale = torch.stack([split[name] for name in self._roots]).prod(0).reciprocal().view(-1, 1, 1)
-        return with_inverses({**(old or {}), "scale": scale}, solutions, self.cache_shapes)
+        return self._mode.refresh(statistics, damping, old, solutions)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
-        if not self._is_exact:
-            direction = precondition(cache["A"], cache["G"], grad_BOI)
-            return direction.mul_(cache["scale"]) if self._roots else direction
-        A, G = cache.get("A"), cache.get("G")
-        return from_basis(A, G, to_basis(A, G, grad_BOI) * cache["inverse"])
+        return self._mode.apply(cache, grad_BOI)
 
     def refresh_flops(self) -> int:
-        return self._factors.eigen_flops() if self._is_exact else sum(self._factors.cholesky_flops().values())
+        return self._mode.refresh_flops()
 
     def apply_flops(self) -> int:
-        return self._factors.product_flops() * (2 if self._is_exact else 1)
+        return self._mode.apply_flops()
 
-    def _refresh_exact(
-        self, statistics: Mapping[str, Tensor], damping: float, old: Cache | None, solutions: Mapping[str, Solution]
+
+class _Split:
+    """The inverses of both factors, each with its share of the damping. One that fails stays as it was."""
+
+    def __init__(self, factors: Factors) -> None:
+        self._factors = factors
+        self.entries = {name: form.inverse for name, form in factors.forms.items()}
+
+    def problems(self, statistics: Statistics, damping: float, old: Cache) -> dict[str, Problem]:
+        split = self._factors.damping(statistics, damping)
+        return {
+            name: form.problem(statistics[name], split[name], old.get(name))
+            for name, form in self._factors.forms.items()
+        }
+
+    def error(self, name: str, statistics: Statistics, damping: float, old: Cache) -> Tensor | None:
+        split = self._factors.damping(statistics, damping)
+        return self._factors.forms[name].error(statistics[name], split[name], old[name])
+
+    def refresh(
+        self, statistics: Statistics, damping: float, old: Cache | None, solutions: Mapping[str, Solution]
     ) -> Refreshed:
-        """Returns bases and 1 / (d_G d_A^T + damping): the old ones unless both factors gave theirs."""
+        return with_inverses(old, solutions, self.entries)
+
+    def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
+        return self._factors.precondition(cache, grad_BOI)
+
+    def refresh_flops(self) -> int:
+        return self._factors.inverse_flops()
+
+    def apply_flops(self) -> int:
+        return self._factors.product_flops()
+
+
+class _ScaledSplit(_Split):
+    """As `_Split`, where some inverses are kept times their damping: `scale` is one over the product of theirs.
+
+    The scale goes with both inverses, so that neither is of use without the other: if one fails both stay.
+    """
+
+    def __init__(self, factors: Factors, blocks: int) -> None:
+        super().__init__(factors)
+        self.entries = {**self.entries, "scale": Form((blocks, 1, 1))}
+
+    def error(self, name: str, statistics: Statistics, damping: float, old: Cache) -> Tensor | None:
+        return None
+
+    def refresh(
+        self, statistics: Statistics, damping: float, old: Cache | None, solutions: Mapping[str, Solution]
+    ) -> Refreshed:
+        if any(solution.ending is not Ending.OK for solution in solutions.values()):
+            return Refreshed(old, {name: solution.ending for name, solution in solutions.items()})
+        split = self._factors.damping(statistics, damping)
+        lacking = [split[name] for name, form in self._factors.forms.items() if form.lacks_damping]
+        scale = torch.stack(lacking).prod(0).reciprocal().view(-1, 1, 1)
+        return with_inverses({**(old or {}), "scale": scale}, solutions, self.entries)
+
+    def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
+        return self._factors.precondition(cache, grad_BOI).mul_(cache["scale"])
+
+
+class _Exact:
+    """Bases and 1 / (d_G d_A^T + damping): the old ones unless both factors gave theirs."""
+
+    def __init__(self, factors: Factors, gradient: tuple[int, int, int]) -> None:
+        self._factors = factors
+        self.entries = {**factors.bases, "inverse": Form(gradient)}
+
+    def problems(self, statistics: Statistics, damping: float, old: Cache) -> dict[str, Problem]:
+        return self._factors.to_decompose(statistics)
+
+    def error(self, name: str, statistics: Statistics, damping: float, old: Cache) -> Tensor | None:
+        return None
+
+    def refresh(
+        self, statistics: Statistics, damping: float, old: Cache | None, solutions: Mapping[str, Solution]
+    ) -> Refreshed:
         found = self._factors.decomposition(statistics, solutions)
         if found.values is None or found.bases is None:
             return Refreshed(old, found.endings)
         inverse = (outer(found.values["G"], found.values["A"]) + damping).reciprocal()
         return Refreshed({**found.bases, "inverse": inverse}, found.endings)
 
+    def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
+        A, G = cache.get("A"), cache.get("G")
+        return from_basis(A, G, to_basis(A, G, grad_BOI) * cache["inverse"])
 
-def _split(statistics: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-    """Returns what is added to each factor, [B]."""
-    damping_a, damping_g = pi_split(mean_diagonal(statistics["A"]), mean_diagonal(statistics["G"]), damping)
-    return {"A": damping_a, "G": damping_g}
+    def refresh_flops(self) -> int:
+        return self._factors.eigen_flops()
+
+    def apply_flops(self) -> int:
+        return 2 * self._factors.product_flops()
+
+
+def _mode_of(config: KFACConfig, factors: Factors, shape: LayerShape) -> _Split | _Exact:
+    """Returns how A and G become a cache, and the cache a direction. Its methods answer for those of `KFAC`."""
+    if config.damping_form == "exact":
+        return _Exact(factors, shape.gradient)
+    if any(form.lacks_damping for form in factors.forms.values()):
+        return _ScaledSplit(factors, shape.blocks)
+    return _Split(factors)

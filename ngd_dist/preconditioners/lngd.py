@@ -2,22 +2,19 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ngd_dist.config import LNGD as LNGDConfig
 from ngd_dist.factors.cost import LayerShape
-from ngd_dist.factors.kronecker import mean_diagonal, precondition, second_moment, square_moment
-from ngd_dist.inversion import Problem, Solution, ToInvert, error_of
+from ngd_dist.factors.diagonal import Diagonal
+from ngd_dist.factors.form import FactorForm
+from ngd_dist.inversion import Problem, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
+from ngd_dist.preconditioners.factors import factor_form
 from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["LNGD"]
-
-# Damping of a dense factor, in units of rounding errors of its trace, below which its Cholesky inverse is rounding
-# error too. Phi of ResNet-18 at 4 and 32 small images, without full rank: a residual up to 0.09 with 1, 0.012 with 10.
-ROUNDING_ERRORS = 10
 
 
 class LNGD(Preconditioner):
@@ -30,7 +27,7 @@ class LNGD(Preconditioner):
     s' is 1, and Phi a multiple of K-FAC's A. A Phi wider than `max_dense` is kept as its diagonal. Source: [L24].
 
     The damping is the method's own, so that `refresh` doesn't read the one that it is given: the mean eigenvalue of
-    each factor, between the config's bounds, and not below what the factor's dtype resolves.
+    each factor, between the config's bounds, and not below what the factor's form and dtype resolve.
     """
 
     reads_slopes = True
@@ -38,28 +35,21 @@ class LNGD(Preconditioner):
     def __init__(self, shape: LayerShape, config: LNGDConfig, max_dense: int) -> None:
         super().__init__(shape)
         B, I, O = shape.blocks, shape.inputs, shape.outputs  # noqa: E741
-        self._is_dense = max_dense >= I
         self._bounds = (config.min_damping, config.max_damping)
-        self.statistics = (
-            StatisticSpec(
-                "Phi", (B, I, I) if self._is_dense else (B, I), is_symmetric=self._is_dense, reads_gradients=False
-            ),
-            StatisticSpec("Psi", (B, O), reads_gradients=False),
-        )
-        self.cache_shapes = {spec.name: spec.shape for spec in self.statistics}
-        self.inverses = ("Phi",) if self._is_dense else ()
-        # Cholesky and the inverse from it: n^3 / 3 + 2 n^3 / 3 multiply-adds, two operations each.
-        self.parts = {"Phi": 2 * B * I ** (3 if self._is_dense else 1), "Psi": B * O}
+        self._forms: dict[str, FactorForm] = {"Phi": factor_form(B, I, max_dense), "Psi": Diagonal((B, O))}
+        self.statistics = tuple(StatisticSpec(name, form, reads_gradients=False) for name, form in self._forms.items())
+        self.entries = {name: form.inverse for name, form in self._forms.items()}
+        self.parts = {"Phi": self._forms["Phi"].inverse_flops, "Psi": B * O}
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         a_BNPI, slopes_BNPO, weight = rows.a_BNPI, rows.slopes_BNPO, 1 / rows.samples
         found: dict[str, Tensor] = {}
         if "Phi" in due:
             weighted = a_BNPI * slopes_BNPO.square().sum(-1, keepdim=True).sqrt()
-            found["Phi"] = (second_moment if self._is_dense else square_moment)(weighted, weight)
+            found["Phi"] = self._forms["Phi"].moment(weighted, weight, rows.replicate)
         if "Psi" in due:
             lengths = a_BNPI.square().sum(-1, keepdim=True).sqrt()
-            found["Psi"] = square_moment(slopes_BNPO * lengths, weight)
+            found["Psi"] = self._forms["Psi"].moment(slopes_BNPO * lengths, weight, rows.replicate)
         return found
 
     def problems(
@@ -69,14 +59,14 @@ class LNGD(Preconditioner):
         old = old or {}
         factors = {"Phi": statistics["Phi"], "Psi": _with_unit_trace(statistics["Psi"])}
         return {
-            name: ToInvert(factor, self._own_damping(factor), old.get(name))
+            name: self._forms[name].problem(factor, self._own_damping(name, factor), old.get(name))
             for name, factor in factors.items()
             if name in fresh or name not in old
         }
 
     def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
         factor = statistics[name] if name == "Phi" else _with_unit_trace(statistics[name])
-        return error_of(factor, self._own_damping(factor), old[name])
+        return self._forms[name].error(factor, self._own_damping(name, factor), old[name])
 
     def refresh(
         self,
@@ -86,24 +76,21 @@ class LNGD(Preconditioner):
         old: Cache | None,
         solutions: Mapping[str, Solution],
     ) -> Refreshed:
-        return with_inverses(old, solutions, self.cache_shapes)
+        return with_inverses(old, solutions, self.entries)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
-        return precondition(cache["Phi"], cache["Psi"], grad_BOI)
+        return self._forms["Psi"].left(cache["Psi"], self._forms["Phi"].right(grad_BOI, cache["Phi"]))
 
     def refresh_flops(self) -> int:
         return sum(self.parts.values())
 
     def apply_flops(self) -> int:
         entries = self.shape.blocks * self.shape.outputs * self.shape.inputs
-        return entries * (2 * self.shape.inputs + 1 if self._is_dense else 2)
+        return entries * sum(form.product_flops for form in self._forms.values())
 
-    def _own_damping(self, factor: Tensor) -> Tensor:
-        mean = mean_diagonal(factor)
-        bounded = mean.clamp(*self._bounds)
-        if factor.ndim == 2:
-            return bounded
-        return torch.maximum(bounded, ROUNDING_ERRORS * torch.finfo(factor.dtype).eps * factor.shape[-1] * mean)
+    def _own_damping(self, name: str, factor: Tensor) -> Tensor:
+        mean = self._forms[name].mean_eigenvalue(factor)
+        return self._forms[name].resolved(mean.clamp(*self._bounds), mean)
 
 
 def _with_unit_trace(Psi_BO: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending, Solution
 from ngd_dist.layers.base import Rows
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
@@ -23,8 +24,9 @@ class UnitWise(Preconditioner):
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape)
         self._has_shift = shape.inputs == 2
-        self.statistics = (StatisticSpec("F", (shape.outputs, 3 if self._has_shift else 1)),)
-        self.cache_shapes = {"F": self.statistics[0].shape}
+        form = Form((shape.outputs, 3 if self._has_shift else 1))
+        self.statistics = (StatisticSpec("F", form),)
+        self.entries = {"F": form}
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "F" not in due:

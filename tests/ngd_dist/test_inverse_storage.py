@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
-from ngd_dist.factors.storage import Caches, InverseDtype, store
+from ngd_dist.factors.caches import Caches
+from ngd_dist.factors.dense import Dense
+from ngd_dist.factors.diagonal import Diagonal
+from ngd_dist.factors.storage import InverseDtype, store
 from ngd_dist.inversion import Inverse, ToInvert, solve
 from tests.reference.inverses import spd
 from tests.support.training import train
@@ -79,7 +82,7 @@ def test_one_refinement_repairs_what_float16_lost() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_only_inverses_are_rounded(dtype: InverseDtype) -> None:
     exact, other = inverse_of(1e2)[1].float(), torch.rand(1, 256)
-    caches = Caches({"fc": ("A",), "unused": ()}, dtype)
+    caches = Caches({"fc": {"A": Dense((1, 256, 256)), "G": Diagonal((1, 256))}, "unused": {}}, dtype)
 
     caches["fc"] = {"A": exact, "G": other}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, LNGD, AdamWFallback, FixedInterval, Settings
+from ngd_dist.factors.dense import Dense
 
 VOCABULARY, TOKENS = 50, 7
 
@@ -146,7 +147,7 @@ def test_resnet50_has_the_sizes_of_the_paper() -> None:
 
     packed: Counter[str] = Counter()
     for key, statistic in optimizer._curvature.statistics.items():
-        packed[key.statistic] += statistic.spec.numbers
+        packed[key.statistic] += statistic.spec.form.numbers
     channels = sum(layer.shape.outputs for layer in optimizer.layers if layer.shape.fisher == "unit_wise")
     assert len(optimizer.layers) == 107
     assert sum(p.numel() for layer in optimizer.layers for p in layer.parameters) == 25_557_032
@@ -184,7 +185,7 @@ def test_a_full_size_model_registers_and_explains_itself(build: Callable[[], nn.
         max(spec.shape)
         for covered in optimizer._covered.values()
         for spec in covered.method.statistics
-        if spec.is_symmetric
+        if isinstance(spec.form, Dense)
     )
     assert widest <= optimizer.config.max_dense
 

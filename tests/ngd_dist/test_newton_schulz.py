@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.config import CholeskyInversion, InversionChoice, NewtonSchulzInversion
+from ngd_dist.factors.diagonal import Diagonal
 from ngd_dist.inversion import Ending, Inverse, Method, ToInvert, solve
 from ngd_dist.inversion.ladder import cold_iterations
 from ngd_dist.inversion.newton_schulz import bounds, equilibrated, iterate, newton_schulz, spectral_radius
@@ -194,7 +195,7 @@ def test_a_batch_gives_what_one_by_one_does(choice: InversionChoice) -> None:
         "large": problem(1e3, 48),
         "ill": problem(1e6, 32, 1),
         "blocks": ToInvert(blocks, torch.tensor([0.02, 0.03])),
-        "diagonal": ToInvert(torch.rand(2, 32), torch.tensor([0.1, 0.2])),
+        "diagonal": Diagonal((2, 32)).problem(torch.rand(2, 32), torch.tensor([0.1, 0.2]), None),
     }
 
     together = solve(problems, choice)

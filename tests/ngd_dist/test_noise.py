@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, FixedInterval, MonteCarlo, Settings
 from ngd_dist.distributed.base import Tally
+from ngd_dist.factors.dense import Dense
+from ngd_dist.factors.form import Form
 from ngd_dist.statistics.staleness import Schedule, judge, threshold_for
 from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec
 from tests.support.ranks import run_ranks
@@ -21,7 +23,7 @@ KEY = Key("layer", "A")
 
 def noisy_intervals(values: list[list[Tensor]], policy: AdaptiveInterval) -> list[int]:
     """Returns the interval after each refresh of a statistic whose values are means of these replicates."""
-    statistic = Statistic(StatisticSpec("A", (1, 30, 30), is_symmetric=True), ema_decay=0, remembers=True)
+    statistic = Statistic(StatisticSpec("A", Dense((1, 30, 30))), ema_decay=0, remembers=True)
     schedule = Schedule([KEY], together({"layer": 1}), policy, stagger=0)
     intervals = []
     for replicates in values:
@@ -64,7 +66,7 @@ def test_a_real_change_of_a_noisy_statistic_is_caught(factor: float) -> None:
 
 @pytest.mark.parametrize("factor", [2.01, 0.49])
 def test_twice_or_half_the_size_is_a_change_whatever_the_noise(factor: float) -> None:
-    statistic = Statistic(StatisticSpec("F", (4,)), ema_decay=0, remembers=True)
+    statistic = Statistic(StatisticSpec("F", Form((4,))), ema_decay=0, remembers=True)
     statistic.fold(torch.ones(4))
 
     change = statistic.fold(factor * torch.ones(4))
@@ -75,7 +77,7 @@ def test_twice_or_half_the_size_is_a_change_whatever_the_noise(factor: float) ->
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_the_spread_of_a_change_follows_from_the_weights_of_the_average(decay: float, count: int) -> None:
-    statistic = Statistic(StatisticSpec("F", (1,)), ema_decay=decay, remembers=True)
+    statistic = Statistic(StatisticSpec("F", Form((1,))), ema_decay=decay, remembers=True)
     for _ in range(count):
         statistic.fold(torch.ones(1, dtype=F64))
 

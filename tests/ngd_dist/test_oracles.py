@@ -13,8 +13,8 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import KFAC, FixedInterval
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.kronecker import pi_split
+from ngd_dist.factors.triangle import pack, packed_size, unpack
 from ngd_dist.preconditioners.unit_wise import UnitWise
-from ngd_dist.statistics.statistic import pack, packed_size, unpack
 from tests.reference.fisher import block, damped_kfac_step, gauss_newton_blocks, sample_gradients
 from tests.support.refreshing import refresh
 

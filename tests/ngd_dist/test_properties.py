@@ -12,11 +12,15 @@ from torch import Tensor
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval
 from ngd_dist.distributed import Report
-from ngd_dist.distributed.parcel import Field, open_parcel, pack_parcel, parcel_size
+from ngd_dist.distributed.parcel import open_parcel, pack_parcel, parcel_size
 from ngd_dist.distributed.placement import Placement, place
+from ngd_dist.factors.codec import Field
+from ngd_dist.factors.dense import Dense
+from ngd_dist.factors.form import Form
+from ngd_dist.factors.triangle import pack, packed_size, unpack
 from ngd_dist.inversion import Ending
 from ngd_dist.statistics.staleness import REFRESHED, Schedule, Track, Verdict
-from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec, pack, packed_size, unpack
+from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec
 from tests.support.work import together
 
 F64 = torch.float64
@@ -58,13 +62,13 @@ def test_a_statistic_travels_as_as_many_numbers_as_it_says(
     shape: tuple[int, ...], n: int, is_symmetric: bool, seed: int
 ) -> None:
     whole = (*shape, n, n) if is_symmetric else shape
-    spec = StatisticSpec("X", whole, is_symmetric=is_symmetric)
+    form = Dense(whole) if is_symmetric else Form(whole)
     value = symmetric(seed, *whole) if is_symmetric else random(seed, *whole)
 
-    flat = spec.flatten(value)
+    flat = form.flatten(value)
 
-    assert flat.shape == (spec.numbers,)
-    assert torch.equal(spec.expand(flat), value)
+    assert flat.shape == (form.numbers,)
+    assert torch.equal(form.expand(flat), value)
 
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, F64])
@@ -101,7 +105,8 @@ def test_a_report_arrives_as_it_was_sent(verdict: Verdict, ending: Ending, rows:
 
 
 def folded(values: Sequence[Tensor], decay: float, *, is_symmetric: bool = False) -> Statistic:
-    spec = StatisticSpec("X", tuple(values[0].shape), is_symmetric=is_symmetric)
+    shape = tuple(values[0].shape)
+    spec = StatisticSpec("X", Dense(shape) if is_symmetric else Form(shape))
     statistic = Statistic(spec, ema_decay=decay, remembers=True)
     for value in values:
         statistic.fold(value.clone())

@@ -11,6 +11,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from ngd_dist.errors import ConfigError
 from ngd_dist.factors.kronecker import sampled
+from ngd_dist.factors.root import Root
 from ngd_dist.inversion import Ending, invert, invert_rows
 from ngd_dist.statistics.statistic import Statistic, StatisticSpec
 from tests.support.ranks import run_ranks
@@ -111,7 +112,7 @@ def test_rows_that_have_no_inverse_say_why(rows: float, damping: float, ending: 
 
 def test_the_change_of_rows_is_that_of_their_factor() -> None:
     first, second = torch.randn(2, 1, 4, 9, dtype=F64, generator=torch.Generator().manual_seed(3)).unbind(0)
-    statistic = Statistic(StatisticSpec("A", (1, 4, 9), is_root=True), ema_decay=0.0, remembers=True)
+    statistic = Statistic(StatisticSpec("A", Root((1, 4, 9))), ema_decay=0.0, remembers=True)
     statistic.fold(first)
 
     change = statistic.fold(second)

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval, NGDConfig
+from ngd_dist.factors.dense import Dense
+from ngd_dist.factors.form import Form
 from ngd_dist.statistics.staleness import CAP_MARGIN, Schedule, Verdict, adaptive_interval, judge
 from ngd_dist.statistics.statistic import Change, Key, Statistic, StatisticSpec
 from tests.support.work import apart, together
@@ -15,7 +17,7 @@ VERDICTS = st.sampled_from([Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED])
 
 def measured_intervals(values: list[torch.Tensor], threshold: float = 0.1) -> list[int]:
     """Returns the interval after each refresh of a statistic that takes these values."""
-    statistic = Statistic(StatisticSpec("A", tuple(values[0].shape), is_symmetric=True), ema_decay=0, remembers=True)
+    statistic = Statistic(StatisticSpec("A", Dense(tuple(values[0].shape))), ema_decay=0, remembers=True)
     key = Key("layer", "A")
     schedule = Schedule([key], together({"layer": 1}), AdaptiveInterval(), stagger=0)
     intervals, step = [], 1
@@ -57,7 +59,7 @@ def test_intervals_grow_only_if_the_threshold_exceeds_the_sampling_noise_of_two_
 
 
 def test_a_long_memory_does_not_hide_a_jump() -> None:
-    statistic = Statistic(StatisticSpec("A", (3, 3), is_symmetric=True), ema_decay=0.95, remembers=True)
+    statistic = Statistic(StatisticSpec("A", Dense((3, 3))), ema_decay=0.95, remembers=True)
     for _ in range(20):
         statistic.fold(torch.eye(3))
 
@@ -230,7 +232,7 @@ def test_an_unseen_statistic_stays_due() -> None:
 
 
 def test_moving_average_weighs_the_first_value_fully() -> None:
-    statistic = Statistic(StatisticSpec("F", (2,), is_symmetric=False), ema_decay=0.5, remembers=True)
+    statistic = Statistic(StatisticSpec("F", Form((2,))), ema_decay=0.5, remembers=True)
 
     statistic.fold(torch.tensor([4.0, 4.0]))
     assert statistic.value is not None

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from ngd_dist.distributed.parcel import open_parcel, pack_parcel
 from ngd_dist.distributed.wire import Wire
+from ngd_dist.factors.dense import Dense
+from ngd_dist.factors.diagonal import Diagonal
+from ngd_dist.factors.form import Entrywise
 from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 KEY = Key("layer", "X")
@@ -16,11 +19,11 @@ FLOAT32 = 6 * 2.0**-24
 
 def crossed(spec: StatisticSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the value as another rank has it."""
-    wire = Wire(dtype, torch.float32, {KEY: spec})
-    fields, tensors = wire.fields([KEY]), wire.encode({KEY: spec.flatten(value)})
+    wire = Wire({KEY: spec.form.on_wire(torch.float32, dtype)})
+    fields, tensors = wire.fields([KEY]), wire.encode({KEY: spec.form.flatten(value)})
     parcel = pack_parcel([*fields.values()], [tensors[item] for item in fields], value.device)
     arrived = dict(zip(fields, open_parcel([*fields.values()], parcel), strict=True))
-    return spec.expand(wire.decode(KEY, arrived))
+    return spec.form.expand(wire.decode(KEY, arrived))
 
 
 def second_moment(n: int, spread: float, blocks: int = 1) -> Tensor:
@@ -31,7 +34,7 @@ def second_moment(n: int, spread: float, blocks: int = 1) -> Tensor:
 
 
 def matrix(n: int, blocks: int = 1) -> StatisticSpec:
-    return StatisticSpec("X", (blocks, n, n), is_symmetric=True)
+    return StatisticSpec("X", Dense((blocks, n, n)))
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -71,7 +74,7 @@ def test_a_direction_is_off_by_no_more_than_its_conditioning_makes_of_the_roundi
 def test_a_value_per_gradient_entry_keeps_its_relative_rounding(dtype: torch.dtype, largest: float) -> None:
     S = largest * torch.rand(1, 6, 7, generator=torch.Generator().manual_seed(0)).square()
 
-    error = (crossed(StatisticSpec("X", (1, 6, 7)), S, dtype) - S).abs()
+    error = (crossed(StatisticSpec("X", Entrywise((1, 6, 7))), S, dtype) - S).abs()
 
     # 2^-39 of the largest is half of float16's smallest step where the largest is at least 2^13.
     assert bool((error <= (ROUNDING[dtype] + FLOAT32) * S + 2.0**-38 * S.max()).all())
@@ -79,13 +82,13 @@ def test_a_value_per_gradient_entry_keeps_its_relative_rounding(dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_vectors_of_second_moments_cross_whole(dtype: torch.dtype) -> None:
-    diagonal = torch.logspace(-30, 30, 50)
+    spec, diagonal = StatisticSpec("X", Diagonal((1, 50))), torch.logspace(-30, 30, 50)
 
-    assert torch.equal(crossed(StatisticSpec("X", (1, 50)), diagonal.unsqueeze(0), dtype), diagonal.unsqueeze(0))
+    assert torch.equal(crossed(spec, diagonal.unsqueeze(0), dtype), diagonal.unsqueeze(0))
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("spec", [matrix(4), StatisticSpec("X", (1, 4, 4))])
+@pytest.mark.parametrize("spec", [matrix(4), StatisticSpec("X", Entrywise((1, 4, 4)))])
 def test_zeros_stay_zeros_and_what_is_not_finite_stays_so(dtype: torch.dtype, spec: StatisticSpec) -> None:
     dead = second_moment(4, spread=0)
     dead[:, 1], dead[:, :, 1] = 0.0, 0.0

@@ -1,0 +1,212 @@
+"""The form in which a statistic, or an entry of a cache, is kept. Start at `Form`; `FactorForm` is that of a matrix.
+
+One file a form: `dense`, `diagonal`, `root`. Nothing else asks which form a tensor has, so that another one is one
+file more.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ngd_dist.factors.codec import AsItIs, Codec, Copied, OverPowerOfTwo
+from ngd_dist.factors.storage import Stored
+from ngd_dist.inversion import Direct, Eigen, Solution, ToDecompose, ToInvert
+
+__all__ = ["Entrywise", "FactorForm", "Form", "InputRows", "Replicate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Which of the equal parts of a global batch rows are of: a rank's micro-batch. `seed` decides what is drawn."""
+
+    index: int = 0
+    count: int = 1
+    seed: int = 0
+
+
+class InputRows(Protocol):
+    """The input rows of one micro-batch, as `layers.Rows` has them."""
+
+    @property
+    def samples(self) -> int:
+        """The number of samples."""
+
+    @property
+    def replicate(self) -> Replicate:
+        """Which part of the global batch they are of."""
+
+    @property
+    def a_BNPI(self) -> Tensor:
+        """The rows themselves."""
+
+    @property
+    def input_moment_BII(self) -> Tensor:
+        """Sum over samples and positions of a a^T: cheaper than from the rows, where a layer knows how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A tensor of this shape that stands for itself, and travels as it is."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        """Returns how many numbers travel and are remembered."""
+        return prod(self.shape)
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """Returns the value as it is summed over ranks and saved: [numbers]."""
+        return value.flatten()
+
+    def expand(self, flat: Tensor) -> Tensor:
+        """Returns the value that was flattened."""
+        return flat.view(self.shape)
+
+    def norm(self, value: Tensor, parts: int = 1) -> Tensor:
+        """Returns the Frobenius norm of the matrix or tensor that the value stands for, [].
+
+        parts: the number of replicates if the value is that of one; see `FactorForm.moment`.
+        """
+        norm: Tensor = torch.linalg.vector_norm(value)
+        return norm
+
+    def distance(self, value: Tensor, other: Tensor) -> Tensor:
+        """Returns the Frobenius norm of the difference of the two that the values stand for, []."""
+        distance: Tensor = torch.linalg.vector_norm(value - other)
+        return distance
+
+    def mean(self, total: Tensor, passes: int, parts: int, power: float) -> Tensor:
+        """Returns `power` times the mean over micro-batches, from the sum of their values: `passes` of them.
+
+        parts: the micro-batches among which a form shares out its value, if it does.
+        """
+        return total * (power / passes)
+
+    @property
+    def row_numbers(self) -> int:
+        """Returns the numbers of one row, of the rows from which this is estimated: one a sample and position."""
+        return prod(self.shape)
+
+    def on_wire(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
+        """Returns how a flat statistic travels between ranks that sum it.
+
+        exact: float32 or float64, in which it is summed. dtype: in which it travels: `exact` too, or one of 16 bits.
+        """
+        return self.rounded(exact, dtype) if dtype.itemsize == 2 else AsItIs((self.numbers,), exact)
+
+    def rounded(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
+        """Returns how it travels in 16 bits: as it is, unless overridden. Vectors of second moments are short."""
+        return AsItIs((self.numbers,), exact)
+
+    def in_cache(self, dtype: torch.dtype, kept: torch.dtype | None) -> Codec:
+        """Returns how an entry of a cache travels, to the bit as its owner applies it.
+
+        dtype: the entry's. kept: the one of 16 bits in which dense inverses are kept, if any.
+        """
+        return Copied(self.shape, dtype)
+
+    def keep(self, entry: Tensor, dtype: torch.dtype) -> Tensor | Stored:
+        """Returns an entry of a cache as it waits there, where inverses are kept in this dtype of 16 bits."""
+        return entry
+
+
+class Entrywise(Form):
+    """A value for each entry of the gradient, [B, O, I]."""
+
+    @property
+    def row_numbers(self) -> int:
+        return self.shape[0] * self.shape[-1]
+
+    def rounded(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
+        return OverPowerOfTwo(self.numbers, exact, dtype)
+
+
+class FactorForm(Form, ABC):
+    """A symmetric positive semidefinite matrix [n, n] in each of B blocks: how it is made, inverted and applied.
+
+    direct: the one way to invert it; None if the ladder of dense matrices decides. lacks_damping: the inverse is kept
+    times the damping, and a direction is divided by that.
+    """
+
+    direct: ClassVar[Direct | None] = None
+    lacks_damping: ClassVar[bool] = False
+
+    @abstractmethod
+    def dense(self, value: Tensor) -> Tensor:
+        """Returns the whole matrices, [B, n, n]."""
+
+    @abstractmethod
+    def moment(self, rows_BNPD: Tensor, scale: float | Tensor, replicate: Replicate) -> Tensor:
+        """Returns scale * the sum over n and p of r r^T in this form. scale: a number, or [B].
+
+        The mean of the replicates' values is that of the whole batch.
+        """
+
+    def input_moment(self, rows: InputRows) -> Tensor:
+        """Returns the mean over samples, and sum over positions, of a a^T in this form."""
+        return self.moment(rows.a_BNPI, 1 / rows.samples, rows.replicate)
+
+    @abstractmethod
+    def mean_eigenvalue(self, value: Tensor) -> Tensor:
+        """Returns the mean eigenvalue of each block, [B]."""
+
+    @property
+    def inverse(self) -> Form:
+        """Returns the form of the inverse as an entry of a cache."""
+        return Form(self.shape)
+
+    def problem(self, value: Tensor, damping: Tensor, old: Tensor | None) -> ToInvert:
+        """Returns that value + damping * I is to be inverted. damping: [B]. old: the inverse in use, if any."""
+        return ToInvert(value, damping, old, self.direct)
+
+    def error(self, value: Tensor, damping: Tensor, inverse: Tensor) -> Tensor | None:
+        """Returns ||I - (value + damping I) inverse||_F / sqrt(n), [], of the worst block; None where unknown."""
+        return None
+
+    def resolved(self, damping: Tensor, mean: Tensor) -> Tensor:
+        """Returns the damping, [B], but no less than an inverse needs to be more than rounding error.
+
+        mean: the mean eigenvalues, [B].
+        """
+        return damping
+
+    @property
+    def basis(self) -> tuple[int, ...] | None:
+        """Returns the shape of its eigenvectors, [B, n, n]; None where they are the standard basis."""
+        return self.shape[0], self.shape[-1], self.shape[-1]
+
+    def to_decompose(self, value: Tensor) -> ToDecompose | None:
+        """Returns the matrices whose eigendecomposition `eigen` reads; None where it reads none."""
+        return ToDecompose(self.dense(value))
+
+    def eigen(self, value: Tensor, solution: Solution | None) -> Eigen:
+        """Returns eigenvalues [B, n], and eigenvectors where there is a `basis`. solution: that of `to_decompose`."""
+        assert isinstance(solution, Eigen)
+        return solution
+
+    @abstractmethod
+    def left(self, inverse: Tensor, matrix_BnI: Tensor) -> Tensor:
+        """Returns inverse M, [B, n, I], a new tensor."""
+
+    @abstractmethod
+    def right(self, matrix_BOn: Tensor, inverse: Tensor) -> Tensor:
+        """Returns M inverse, [B, O, n], a new tensor."""
+
+    @property
+    @abstractmethod
+    def product_flops(self) -> int:
+        """Returns the operations of `left` or `right` for each entry of M."""
+
+    @property
+    @abstractmethod
+    def inverse_flops(self) -> int:
+        """Returns the operations of inverting it."""
+
+    @property
+    def row_numbers(self) -> int:
+        return self.shape[0] * self.shape[-1]
