@@ -53,7 +53,7 @@ class Curvature:
         self._dtypes = {layer.name: layer.dtype for layer in layers}
         self._preconditioners = preconditioners
         self._strategy = strategy
-        self._staleness = config.staleness
+        self._staleness, self._thresholds = config.staleness, config.preconditioner.thresholds
         self._inversion = config.inversion
         self._damping_of = damping_of
         self.caches = Caches(
@@ -184,7 +184,7 @@ class Curvature:
         if error is not None and bound is not None:
             return Report(judge_error(error, bound), Ending.OK, tally.rows, threshold=bound, error=error)
         noise = tally.noise(key.statistic, change.norm)
-        threshold = threshold_for(self._staleness, key.statistic, noise * spread)
+        threshold = threshold_for(self._staleness, key.statistic, noise * spread, self._thresholds)
         verdict = judge(change, threshold)
         return Report(
             verdict, Ending.OK, tally.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
