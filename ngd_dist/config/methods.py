@@ -33,18 +33,22 @@ PRECONDITIONERS: "dict[str, type[PreconditionerConfig]]" = {}
 
 
 class PreconditionerConfig(Choice):
-    """Base of the settings of a method. A subclass names its `kind` and its `method`, and imports no torch for that.
+    """Base of the settings of a method. Defining a subclass registers it; docs/extending.md has an example.
 
-    `kind: Literal["mine"] = "mine"` is what a file says. `method` is the class that carries it out, as
-    "package.module:Class": a `Preconditioner`, built as `Class(shape, config, max_dense)` for each layer.
+    A subclass gives two things. `kind: Literal["mine"] = "mine"`: how files name it. `method`: the class that carries
+    it out, as "package.module:Class", so that the settings import no torch; the class is a `Preconditioner`, built as
+    `Class(shape, config, max_dense)` for each layer.
+
+    `thresholds`: by statistic of the method, the relative change below which values count as similar, where the
+    schedule sets no other. `default_length`: the length of steps where `NGDConfig.step_length` is None.
+    `takes_one_hot_inputs`: whether the method takes layers with one-hot inputs (embeddings); if not, K-FAC does.
+
+    Raises: TypeError, when a subclass is defined without `kind` or `method`, or with a `kind` of this package.
     """
 
     method: ClassVar[str]
-    # By the method's statistics: their relative change that counts as none, where the schedule sets no other.
     thresholds: ClassVar[Mapping[str, float]] = {}
-    # How long steps are where `NGDConfig.step_length` is None.
     default_length: ClassVar[LengthChoice] = GivenLength()
-    # Whether the method takes layers whose inputs are one-hot (embeddings); K-FAC has those of other methods.
     takes_one_hot_inputs: ClassVar[bool] = False
 
     @classmethod
