@@ -1,10 +1,9 @@
 """When a statistic is refreshed."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
 
 from ngd_dist.config.choice import Choice, Settings
 from ngd_dist.config.methods import DEFAULT_THRESHOLD, EKFAC, KFAC, LNGD, PRECONDITIONERS
@@ -15,12 +14,19 @@ if TYPE_CHECKING:
 __all__ = ["AdaptiveInterval", "FixedInterval", "StalenessChoice", "Thresholds"]
 
 
+def _of_a_method(statistic: str) -> str:
+    """Returns the name of a statistic that a registered method has. Raises: PydanticKnownError, of any other."""
+    if not any(statistic in choice.thresholds for choice in PRECONDITIONERS.values()):
+        raise PydanticKnownError("extra_forbidden")
+    return statistic
+
+
 class Thresholds(Settings):
     """||X - Y|| / min(||X||, ||Y||) below which values of a statistic count as similar, if its noise is no larger."""
 
     # A method from outside brings statistics with other names; in a job there are none.
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
-    __pydantic_extra__: dict[str, Annotated[float, Field(gt=0)]]
+    __pydantic_extra__: dict[Annotated[str, AfterValidator(_of_a_method)], Annotated[float, Field(gt=0)]]
 
     A: float = Field(KFAC.thresholds["A"], gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
     G: float = Field(KFAC.thresholds["G"], gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
@@ -28,19 +34,6 @@ class Thresholds(Settings):
     Phi: float = Field(LNGD.thresholds["Phi"], gt=0, description="LNGD: weighted second moment of layer inputs.")
     Psi: float = Field(LNGD.thresholds["Psi"], gt=0, description="LNGD: weighted second moments of outputs.")
     F: float = Field(DEFAULT_THRESHOLD, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _statistics_are_known(cls, given: object) -> object:
-        known = {*cls.model_fields, *(name for choice in PRECONDITIONERS.values() for name in choice.thresholds)}
-        unknown = [
-            InitErrorDetails(type="extra_forbidden", loc=(name,), input=value)
-            for name, value in (given.items() if isinstance(given, Mapping) else ())
-            if isinstance(name, str) and name not in known
-        ]
-        if unknown:
-            raise ValidationError.from_exception_data(cls.__name__, unknown)
-        return given
 
     def of(self, statistic: str) -> float | None:
         """Returns the threshold that is set for the statistic, or None."""
