@@ -46,7 +46,7 @@ class Curvature:
     def __init__(self, layers: CoveredLayers, strategy: Strategy, config: NGDConfig) -> None:
         self._layers = layers
         self._strategy = strategy
-        self._staleness = config.staleness
+        self._staleness, self._thresholds = config.staleness, config.preconditioner.thresholds
         self._inversion = config.inversion
         methods = {name: covered.method for name, covered in layers.items()}
         self.caches = Caches(
@@ -171,7 +171,7 @@ class Curvature:
         if error is not None and bound is not None:
             return Report(judge_error(error, bound), Ending.OK, tally.rows, threshold=bound, error=error)
         noise = tally.noise(key.statistic, change.norm)
-        threshold = threshold_for(self._staleness, key.statistic, noise * spread)
+        threshold = threshold_for(self._staleness, key.statistic, noise * spread, self._thresholds)
         verdict = judge(change, threshold)
         return Report(
             verdict, Ending.OK, tally.rows, change.to_last, change.to_before, noise=noise, threshold=threshold

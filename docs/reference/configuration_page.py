@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from ngd_dist.config import NGDConfig
 
 HEAD = """\
-<!-- Written by docs/reference/configuration_page.py from ngd_dist/config.py: change it there. -->
+<!-- Written by docs/reference/configuration_page.py from ngd_dist/config: change it there. -->
 # Configuration
 
 Every setting is a field of `NGDConfig`. Where several methods can fill one field, each is a class with settings of its

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from math import ceil, inf
+from types import MappingProxyType
 
-from ngd_dist.config import AdaptiveInterval, FixedInterval
+from ngd_dist.config import DEFAULT_THRESHOLD, AdaptiveInterval, FixedInterval
 from ngd_dist.statistics.statistic import Change, Key
 
 __all__ = [
@@ -66,16 +67,23 @@ def judge_error(error: float, threshold: float) -> Verdict:
 MAX_THRESHOLD_OF_NOISE = 1.0
 
 
-def threshold_for(policy: AdaptiveInterval | FixedInterval, statistic: str, noise: float) -> float:
+def threshold_for(
+    policy: AdaptiveInterval | FixedInterval,
+    statistic: str,
+    noise: float,
+    defaults: Mapping[str, float] = MappingProxyType({}),
+) -> float:
     """Returns the change from which on a statistic counts as changed: the configured one, or more if it is so noisy.
 
+    `defaults`: the thresholds of the method's statistics, where the policy sets no other.
     `noise` is the expected relative change of a statistic that does not change: of the difference of its newest value,
     with the sampling error of one batch, and the average that is in use, with an error of its own that a long memory
     makes small (`Statistic.spread`). Infinity where that could not be measured. Of fixed intervals there is none.
     """
     if isinstance(policy, FixedInterval):
         return inf
-    fixed: float = getattr(policy.thresholds, statistic)
+    configured = policy.thresholds.of(statistic)
+    fixed = defaults.get(statistic, DEFAULT_THRESHOLD) if configured is None else configured
     if noise == inf:
         return fixed
     return max(fixed, min(policy.noise_margin * noise, MAX_THRESHOLD_OF_NOISE))

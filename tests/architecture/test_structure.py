@@ -13,7 +13,6 @@ SHIPPED = sorted(
     p for package in ("ngd_dist", "workers/ngd_workers", "service/ngd_service") for p in (ROOT / package).rglob("*.py")
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-LONGER = {"ngd_dist/config.py": 640}  # a flat list of small classes, read like a table
 # Which file alone may import a module: everything else goes through it.
 ONLY_HERE = {
     "ray": ("workers/ngd_workers/launch/driver.py", "workers/ngd_workers/launch/ray_cluster.py"),
@@ -76,7 +75,7 @@ def test_only_comm_calls_collectives() -> None:
 def test_files_and_functions_stay_readable(path: Path) -> None:
     text = path.read_text()
 
-    assert len(text.splitlines()) <= LONGER.get(str(path.relative_to(ROOT)), MAX_FILE_LINES)
+    assert len(text.splitlines()) <= MAX_FILE_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name

@@ -104,13 +104,13 @@ def test_a_loaded_run_goes_on_bit_for_bit(case: str, steps: int) -> None:
 
 
 def test_cases_save_stale_statistics_and_every_method() -> None:
-    from ngd_dist.preconditioners import PRECONDITIONERS
+    from tests.support.methods import SHIPPED
 
     model, optimizer = build("kfac")
     train(model, optimizer, range(STEPS))
 
     assert max(optimizer.stats.ages) > 0
-    assert {case["preconditioner"]["kind"] for case in METHODS.values()} == set(PRECONDITIONERS)
+    assert {case["preconditioner"]["kind"] for case in METHODS.values()} == set(SHIPPED)
 
 
 def test_counters_survive() -> None:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.extending.method import Diagonal
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
-from ngd_dist.preconditioners import PRECONDITIONERS
+from tests.support.methods import SHIPPED
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -29,13 +30,14 @@ FIRST = "all_reduce"
 STALENESS: dict[str, Settings] = {
     "every step": FixedInterval(steps=1),
     # Loose: small batches are noisy, and some refreshes should be left out.
-    "adaptive": AdaptiveInterval(thresholds=Thresholds(A=0.6, G=0.8, S=1.5, Phi=0.6, Psi=0.6, F=1.0)),
+    "adaptive": AdaptiveInterval(thresholds=Thresholds(A=0.6, G=0.8, S=1.5, Phi=0.6, Psi=0.6, F=1.0, D=0.6)),
 }
+METHODS = [*SHIPPED, Diagonal().kind]
 Case = tuple[str, str, str]
-CASES: list[Case] = list(product(PRECONDITIONERS, STRATEGIES, STALENESS))
+CASES: list[Case] = list(product(METHODS, STRATEGIES, STALENESS))
 # No margin: the noise is measured between the parts of the batch, which are others on every number of ranks.
 STALENESS["error"] = AdaptiveInterval(criterion="error", error_threshold=0.9, noise_margin=0)
-CASES += list(product(PRECONDITIONERS, (FIRST, "default"), ["error"]))
+CASES += list(product(METHODS, (FIRST, "default"), ["error"]))
 RESUMED = [case for case in CASES if case[2] == "adaptive"]
 
 
@@ -166,13 +168,13 @@ def test_a_resumed_run_takes_the_same_steps_bit_for_bit(ranks: list[dict[Any, An
 
 
 def test_adaptive_staleness_leaves_refreshes_out(alone: dict[Case, dict[str, Any]]) -> None:
-    for method in PRECONDITIONERS:
+    for method in METHODS:
         adaptive, every = (sum(alone[method, FIRST, kind]["refreshed"]) for kind in ("adaptive", "every step"))
         assert adaptive < every
 
 
 def test_methods_differ(alone: dict[Case, dict[str, Any]]) -> None:
-    found = [alone[method, FIRST, "every step"]["weights"][0] for method in PRECONDITIONERS]
+    found = [alone[method, FIRST, "every step"]["weights"][0] for method in METHODS]
 
     for i, ours in enumerate(found):
         assert not any(torch.allclose(ours, theirs, rtol=1e-3) for theirs in found[i + 1 :])

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.extending.method import Diagonal
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, PreconditionerChoice, Settings
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.dense import Dense
 from ngd_dist.inversion import Ending
 from ngd_dist.layers import Rows
-from ngd_dist.preconditioners import PRECONDITIONERS, Cache, Preconditioner, preconditioner_for
+from ngd_dist.preconditioners import Cache, Preconditioner, preconditioner_for
+from tests.support.methods import SHIPPED
 from tests.support.refreshing import refresh
 from tests.support.rows import ForwardRows, GivenRows, random_rows
 
@@ -25,7 +27,8 @@ CHOICES: dict[str, type[Settings]] = {
     choice.model_fields["kind"].default: choice for choice in get_args(get_args(PreconditionerChoice)[0])
 }
 METHODS: dict[str, Settings] = {
-    **{kind: CHOICES[kind]() for kind in PRECONDITIONERS},
+    **{kind: CHOICES[kind]() for kind in SHIPPED},
+    "from outside": Diagonal(),
     "kfac exact": KFAC(damping_form="exact"),
     "kfac reduce": KFAC(sharing="reduce"),
     "ekfac reduce": EKFAC(sharing="reduce"),
@@ -98,7 +101,7 @@ def gradient(method: Preconditioner, seed: int) -> Tensor:
 
 
 def test_every_choice_of_the_configuration_is_registered() -> None:
-    assert set(PRECONDITIONERS) == set(CHOICES)
+    assert set(SHIPPED) == set(CHOICES)
 
 
 @every_case
@@ -348,7 +351,7 @@ def test_many_narrow_rows_cost_the_passes_over_them() -> None:
     assert 0.1 < ratio < 0.5  # measured: 9.7 ms to 29 ms and an inverse
 
 
-@pytest.mark.parametrize("kind", PRECONDITIONERS)
+@pytest.mark.parametrize("kind", SHIPPED)
 def test_every_method_trains_by_one_line_of_config(kind: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 4))

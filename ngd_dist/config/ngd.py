@@ -1,0 +1,165 @@
+"""`NGDConfig`: all choices and numbers together."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ngd_dist.config.choice import Choice, Settings
+from ngd_dist.config.damping import ConstantDamping, DampingChoice
+from ngd_dist.config.distribution import StrategyChoice
+from ngd_dist.config.fisher import Empirical, FisherChoice
+from ngd_dist.config.inversion import AutomaticInversion, InversionChoice
+from ngd_dist.config.methods import KFAC, PreconditionerChoice
+from ngd_dist.config.staleness import AdaptiveInterval, StalenessChoice
+from ngd_dist.config.step import ClipChoice, FallbackChoice, LengthChoice, SGDFallback
+
+__all__ = ["NGDConfig"]
+
+
+class NGDConfig(Settings):
+    """Everything that decides the update of `NGD`.
+
+    The defaults ask nothing of the training loop but `step()`. The empirical Fisher shrinks with the loss, so let lr
+    fall towards 0 over the run. A loop that can evaluate the loss again takes a third of the steps at batch 4,096 with
+    step_length quadratic_model, damping_rule levenberg_marquardt, fisher monte_carlo, damping 0.03 and ema_decay 0.9
+    (docs/guides/settings.md, benchmarks/results).
+    """
+
+    preconditioner: PreconditionerChoice = Field(KFAC(), description="The approximation of a layer's Fisher block.")
+    fisher: FisherChoice = Field(Empirical(), description="Whose gradients the statistics are made of.")
+    staleness: StalenessChoice = Field(AdaptiveInterval(), description="When a statistic is refreshed.")
+    strategy: StrategyChoice | None = Field(
+        None, description="None: `single` in one process, `owner_sharded` in several."
+    )
+    lr: float = Field(
+        0.1,
+        gt=0,
+        description="eta: weights move by -lr times the momentum buffer. Take 0.01 under LNGD and layer_wise.",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Buffer = momentum * buffer + direction, as torch's SGD.")
+    momentum_mode: Literal["correct", "proportional"] = Field(
+        "correct",
+        description="correct: momentum stays, and a smaller lr shrinks the past's share of the next step too, as in "
+        "SP-NGD's code. proportional: momentum * lr / (first lr), as in its paper ([OT20]).",
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled: weights shrink by lr * weight_decay each step; the direction is untouched."
+    )
+    weight_rescaling: Literal["off", "always", "shrink"] = Field(
+        "off",
+        description="After each step, weights of linear and convolution layers get the norm sqrt(2 outputs): always, "
+        "or only where theirs is larger (shrink) ([OT20]).",
+    )
+    damping: float = Field(
+        0.1,
+        gt=0,
+        description="lambda, in units of squared per-sample gradient: the Fisher block is F + lambda I. With the pi "
+        "split, sqrt(lambda) is shared between the factors.",
+    )
+    damping_rule: DampingChoice = Field(ConstantDamping(), description="How damping changes over the steps.")
+    step_length: LengthChoice | None = Field(None, description="None: `layer_wise` under LNGD, else `given`.")
+    clip: ClipChoice | None = Field(None, description="None: directions are taken as they are.")
+    burn_in: int = Field(0, ge=0, description="First steps, which gather statistics and leave the weights alone.")
+    fallback: FallbackChoice = Field(
+        SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
+    )
+    inversion: InversionChoice = Field(AutomaticInversion(), description="How dense factors are inverted.")
+    inverse_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="What dense inverses are kept in between refreshes. float32: as they were computed. 16 bits halve "
+        "their memory, and at worst add to a direction its condition number times 2^-11 (float16) or 2^-8 (bfloat16).",
+    )
+    max_failed_inversions: int | None = Field(
+        None,
+        ge=0,
+        description="Inversions of the whole run, over all ranks, that may fail, the old inverse staying in use. None: "
+        "any number. One more, and every rank raises InversionError.",
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Weight of the past in the moving average of a statistic; 0: the newest batch only.",
+    )
+    stagger: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Fraction of an interval by which a refresh may come early, so that layers refresh on different "
+        "steps; 0 turns staggering off.",
+    )
+    refresh_cap: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The share of a refresh of all statistics that one step may do; what is most overdue goes first, "
+        "one layer at least, and the rest waits. None: somewhat more than the mean that the intervals ask for, or no "
+        "bound where stagger is 0. First refreshes don't wait.",
+    )
+    max_dense: int = Field(
+        8192, ge=1, description="Factors with more rows than this are kept as their diagonal: wide heads, first layers."
+    )
+    exclude: tuple[str, ...] = Field(
+        (),
+        description="Names of modules or layers to leave to the fallback, with all inside them; * stands for anything.",
+    )
+    batch_dim: Literal[0, 1] = Field(
+        0,
+        description="Dimension of the model's inputs, and of what its layers read, that counts samples. torch's "
+        "modules with batch_first say so themselves.",
+    )
+    statistics_wire: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Dtype in which statistics cross the network. In 16 bits a matrix keeps its diagonal in float32, "
+        "and the rest is scaled by the diagonal's roots; float64 models always send float64.",
+    )
+    bucket_mb: float = Field(
+        25.0,
+        ge=0,
+        description="Statistics leave during the backward pass, in buckets of so many MiB, over links of their own. "
+        "0: all at once, in `step`, over those of the group.",
+    )
+    micro_batches: Annotated[int, Field(ge=1)] | Literal["any"] = Field(
+        1,
+        description="What the mean loss of each backward pass of a step is divided by: gradient accumulation. A step "
+        "may have fewer passes (the last of an epoch). any: by as many as it has, as in Hugging Face's Trainer. "
+        "With 1 all passes of a step are parts of one loss on the same samples, as if their sum were differentiated.",
+    )
+    loss_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g."
+    )
+    non_finite: Literal["raise", "skip"] = Field(
+        "raise",
+        description="What all ranks do together with a gradient that is NaN or infinite on any of them. Under a "
+        "GradScaler such steps are always skipped.",
+    )
+
+    @property
+    def length(self) -> LengthChoice:
+        """How long steps are, after the default is settled."""
+        return self.preconditioner.default_length if self.step_length is None else self.step_length
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the sampling noise of statistics is asked for."""
+        return self.staleness.measures_noise
+
+    @property
+    def needs_objective(self) -> bool:
+        """Whether `NGD.step` must be able to evaluate the loss again."""
+        return self.length.needs_objective or self.damping_rule.needs_objective
+
+    @property
+    def loss_parts(self) -> int:
+        """What the loss of a micro-batch is known to be divided by before the step is over."""
+        return 1 if self.micro_batches == "any" else self.micro_batches
+
+    @model_validator(mode="after")
+    def _choices_agree(self) -> Self:
+        """Refuses what another setting would make be ignored."""
+        chosen = [value for _, value in self if isinstance(value, Choice)]
+        # The method is asked last: the others' way out is the simpler one.
+        for choice in (self.length, *reversed(chosen)):
+            if refusal := choice.refuses(self):
+                raise ValueError(refusal)
+        return self

@@ -1,0 +1,9 @@
+"""The methods that ship: those of the registry without the ones that a test brings."""
+
+from ngd_dist.config import PRECONDITIONERS, PreconditionerConfig, methods
+
+__all__ = ["SHIPPED"]
+
+SHIPPED: dict[str, type[PreconditionerConfig]] = {
+    kind: choice for kind, choice in PRECONDITIONERS.items() if choice.__module__ == methods.__name__
+}
