@@ -63,15 +63,15 @@ class KFAC(Settings):
     """Kronecker factors A and G per layer ([MG15])."""
 
     kind: Literal["kfac"] = "kfac"
-    sharing: Sharing = Field("expand", description=SHARING)
+    sharing: Sharing = Field(default="expand", description=SHARING)
     damping_form: Literal["pi", "exact"] = Field(
-        "pi",
+        default="pi",
         description="pi: multiples of I are added to A and to G, and both inverted by Cholesky ([MG15] 6.3). exact: "
         "lambda is added to the eigenvalues of their product; the direction is (A (x) G + lambda I)^-1 grad, for an "
         "eigendecomposition at each refresh and twice the work at each step.",
     )
     rows: int | None = Field(
-        None,
+        default=None,
         ge=2,
         description="A factor at least twice as wide as this is kept as this many rows of the batch, of all ranks and "
         "micro-batches together, drawn without replacement (all of a smaller batch, and then it is exact); its inverse "
@@ -89,7 +89,7 @@ class EKFAC(Settings):
     """Per-entry second moments in the eigenbasis of K-FAC's factors ([GLB18]). Damping is exact."""
 
     kind: Literal["ekfac"] = "ekfac"
-    sharing: Sharing = Field("expand", description=SHARING)
+    sharing: Sharing = Field(default="expand", description=SHARING)
 
 
 class LNGD(Settings):
@@ -100,9 +100,9 @@ class LNGD(Settings):
     """
 
     kind: Literal["lngd"] = "lngd"
-    min_damping: float = Field(1e-5, gt=0, description="nu_1: the least that is added to a factor.")
+    min_damping: float = Field(default=1e-5, gt=0, description="nu_1: the least that is added to a factor.")
     max_damping: float = Field(
-        1e-2, gt=0, description="nu_2: the most that is added to a factor, unless its rounding needs more."
+        default=1e-2, gt=0, description="nu_2: the most that is added to a factor, unless its rounding needs more."
     )
 
     @model_validator(mode="after")
@@ -119,7 +119,9 @@ class Categorical(Settings):
     """The model's output are logits of one class: softmax with cross-entropy."""
 
     kind: Literal["categorical"] = "categorical"
-    class_dim: int = Field(-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W].")
+    class_dim: int = Field(
+        default=-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W]."
+    )
 
 
 class Bernoulli(Settings):
@@ -133,7 +135,9 @@ class Gaussian(Settings):
 
     kind: Literal["gaussian"] = "gaussian"
     variance: float = Field(
-        1.0, gt=0, description="1/2 for the plain squared error; outputs / 2 for torch's mse_loss, which averages them."
+        default=1.0,
+        gt=0,
+        description="1/2 for the plain squared error; outputs / 2 for torch's mse_loss, which averages them.",
     )
 
 
@@ -147,31 +151,39 @@ class Empirical(Settings):
 
     kind: Literal["empirical"] = "empirical"
     positions: Positions = Field(
-        "sum",
+        default="sum",
         description="sum: damping is in units of the square of a sample's own gradient, which falls with the positions "
         "(tokens, pixels) that its loss is a mean over. mean: of a position's own, as under the other Fishers: damping "
         "then means the same at any number of positions.",
     )
-    class_dim: int = Field(-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W].")
+    class_dim: int = Field(
+        default=-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W]."
+    )
 
 
 class MonteCarlo(Settings):
     """Gradients for labels drawn from the model's own prediction: one more backward pass per sample, when due."""
 
     kind: Literal["monte_carlo"] = "monte_carlo"
-    likelihood: LikelihoodChoice = Field(Categorical(), description="What the model's output says about a label.")
-    positions: Positions = Field("mean", description=POSITIONS)
-    samples: int = Field(1, ge=1, le=100, description="Labels drawn per prediction.")
-    seed: int = Field(0, ge=0, lt=2**31, description="With step and rank, decides what is drawn.")
+    likelihood: LikelihoodChoice = Field(
+        default=Categorical(), description="What the model's output says about a label."
+    )
+    positions: Positions = Field(default="mean", description=POSITIONS)
+    samples: int = Field(default=1, ge=1, le=100, description="Labels drawn per prediction.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="With step and rank, decides what is drawn.")
 
 
 class Exact(Settings):
     """Type-2: the expectation over all labels, by one backward pass per output of a sample. For small outputs."""
 
     kind: Literal["exact"] = "exact"
-    likelihood: LikelihoodChoice = Field(Categorical(), description="What the model's output says about a label.")
-    positions: Positions = Field("mean", description=POSITIONS)
-    max_outputs: int = Field(128, ge=1, description="Outputs per sample, and so backward passes, that are accepted.")
+    likelihood: LikelihoodChoice = Field(
+        default=Categorical(), description="What the model's output says about a label."
+    )
+    positions: Positions = Field(default="mean", description=POSITIONS)
+    max_outputs: int = Field(
+        default=128, ge=1, description="Outputs per sample, and so backward passes, that are accepted."
+    )
 
 
 # --- staleness --------------------------------------------------------------------------------------------------------
@@ -180,41 +192,41 @@ class Exact(Settings):
 class Thresholds(Settings):
     """||X - Y|| / min(||X||, ||Y||) below which values of a statistic count as similar, if its noise is no larger."""
 
-    A: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
-    G: float = Field(0.1, gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
-    S: float = Field(0.1, gt=0, description="EKFAC: second moments in the eigenbasis.")
-    Phi: float = Field(0.1, gt=0, description="LNGD: weighted second moment of layer inputs.")
-    Psi: float = Field(0.1, gt=0, description="LNGD: weighted second moments of outputs.")
-    F: float = Field(0.1, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
+    A: float = Field(default=0.1, gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
+    G: float = Field(default=0.1, gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
+    S: float = Field(default=0.1, gt=0, description="EKFAC: second moments in the eigenbasis.")
+    Phi: float = Field(default=0.1, gt=0, description="LNGD: weighted second moment of layer inputs.")
+    Psi: float = Field(default=0.1, gt=0, description="LNGD: weighted second moments of outputs.")
+    F: float = Field(default=0.1, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
 
 
 class AdaptiveInterval(Settings):
     """SP-NGD's stale statistics: a statistic's interval grows while it stays similar ([OT20])."""
 
     kind: Literal["adaptive"] = "adaptive"
-    thresholds: Thresholds = Field(Thresholds(), description="By statistic.")
+    thresholds: Thresholds = Field(default=Thresholds(), description="By statistic.")
     noise_margin: float = Field(
-        1.5,
+        default=1.5,
         ge=0,
         description="A threshold is at least this times the sampling noise that is measured of the change, sqrt(2) "
         "times that of one batch without ema_decay, but at most 1. 0: thresholds are fixed, and a statistic whose "
         "noise is above them is refreshed in every step.",
     )
     criterion: Literal["change", "error"] = Field(
-        "change",
+        default="change",
         description="What makes a statistic count as changed. change: its own relative change. error: how far the "
         "inverse in use is from that of the new value, ||I - (X + damping) inverse|| / sqrt(n), or how far a basis of "
         "EKFAC is from diagonalising it; below error_threshold the old one stays in use and nothing is inverted. What "
         "has neither follows its change: normalisation layers, exact damping, factors kept as rows.",
     )
     error_threshold: float = Field(
-        0.25,
+        default=0.25,
         gt=0,
         lt=1,
         description="With criterion error. From half of it on an interval grows no more, from all of it on it is "
         "halved and the inverse made anew.",
     )
-    max_interval: int = Field(1000, ge=1, description="Steps; no longer interval is planned for a statistic.")
+    max_interval: int = Field(default=1000, ge=1, description="Steps; no longer interval is planned for a statistic.")
 
     @model_validator(mode="after")
     def _threshold_is_read(self) -> Self:
@@ -229,7 +241,7 @@ class FixedInterval(Settings):
     """Every statistic is refreshed once in `steps` optimizer steps; under EKFAC a basis lasts for two at least."""
 
     kind: Literal["fixed"] = "fixed"
-    steps: int = Field(1, ge=1, description="Optimizer steps between two refreshes of one statistic.")
+    steps: int = Field(default=1, ge=1, description="Optimizer steps between two refreshes of one statistic.")
 
 
 # --- strategy ---------------------------------------------------------------------------------------------------------
@@ -256,10 +268,13 @@ class OwnerSharded(Settings):
 
     kind: Literal["owner_sharded"] = "owner_sharded"
     fraction: float = Field(
-        0.0, ge=0, le=1, description="Share of the ranks that hold a layer's inverses. 0: its owner alone; 1: all."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the ranks that hold a layer's inverses. 0: its owner alone; 1: all.",
     )
     replicate_below: int = Field(
-        1_000_000,
+        default=1_000_000,
         ge=0,
         description="A layer whose refresh takes fewer floating-point operations is refreshed and held by all ranks: "
         "normalisation layers, factors of up to some 60 rows. Its statistics are summed along with the gradients.",
@@ -279,7 +294,7 @@ class CholeskyInversion(Settings):
     """Cholesky. What fails in float32 is tried in float64."""
 
     kind: Literal["cholesky"] = "cholesky"
-    dtype: Literal["float32", "float64"] = Field("float32", description="float64 models always use float64.")
+    dtype: Literal["float32", "float64"] = Field(default="float32", description="float64 models always use float64.")
 
 
 class NewtonSchulzInversion(Settings):
@@ -287,18 +302,18 @@ class NewtonSchulzInversion(Settings):
 
     kind: Literal["newton_schulz"] = "newton_schulz"
     update_dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        "float16", description="To which the operands of X (I - A X) are rounded; sums are float32."
+        default="float16", description="To which the operands of X (I - A X) are rounded; sums are float32."
     )
     residual: Literal["float32", "split"] = Field(
-        "split",
+        default="split",
         description="How I - A X is computed: in float32, TF32 off; or by three products of numbers split into two "
         "float16, as accurate up to a condition number of 1e4.",
     )
     max_iterations: int = Field(
-        20, ge=1, le=40, description="Factors that are expected to need more are inverted by Cholesky."
+        default=20, ge=1, le=40, description="Factors that are expected to need more are inverted by Cholesky."
     )
     tolerance: float = Field(
-        1e-3, gt=0, le=0.05, description="Spectral norm of I - A X that the iteration is run down to."
+        default=1e-3, gt=0, le=0.05, description="Spectral norm of I - A X that the iteration is run down to."
     )
 
 
@@ -316,8 +331,8 @@ class ExponentialDamping(Settings):
 
     kind: Literal["exponential"] = "exponential"
     factor: float = Field(gt=0, le=1, description="What damping is multiplied by over `every` steps.")
-    every: int = Field(1, ge=1, description="Optimizer steps.")
-    minimum: float = Field(1e-8, gt=0, description="Damping never falls below.")
+    every: int = Field(default=1, ge=1, description="Optimizer steps.")
+    minimum: float = Field(default=1e-8, gt=0, description="Damping never falls below.")
 
 
 class PolynomialDamping(Settings):
@@ -326,7 +341,7 @@ class PolynomialDamping(Settings):
     kind: Literal["polynomial"] = "polynomial"
     end: float = Field(gt=0, description="Damping from step `steps` on.")
     steps: int = Field(ge=1, description="Optimizer steps.")
-    power: float = Field(1.0, gt=0, description="1: a straight line.")
+    power: float = Field(default=1.0, gt=0, description="1: a straight line.")
 
 
 class LevenbergMarquardt(Settings):
@@ -338,13 +353,16 @@ class LevenbergMarquardt(Settings):
 
     kind: Literal["levenberg_marquardt"] = "levenberg_marquardt"
     decay: float = Field(
-        0.95, gt=0, lt=1, description="omega, per step ([MG15]). 0.9 threw a run on mini-batches of digits far off."
+        default=0.95,
+        gt=0,
+        lt=1,
+        description="omega, per step ([MG15]). 0.9 threw a run on mini-batches of digits far off.",
     )
-    every: int = Field(5, ge=1, description="Optimizer steps between two adaptations.")
-    low: float = Field(0.25, gt=0, lt=1, description="rho below which damping rises.")
-    high: float = Field(0.75, gt=0, lt=1, description="rho above which damping falls.")
-    minimum: float = Field(1e-5, gt=0, description="Damping never falls below.")
-    maximum: float = Field(1e4, gt=0, description="Damping never rises above.")
+    every: int = Field(default=5, ge=1, description="Optimizer steps between two adaptations.")
+    low: float = Field(default=0.25, gt=0, lt=1, description="rho below which damping rises.")
+    high: float = Field(default=0.75, gt=0, lt=1, description="rho above which damping falls.")
+    minimum: float = Field(default=1e-5, gt=0, description="Damping never falls below.")
+    maximum: float = Field(default=1e4, gt=0, description="Damping never rises above.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -372,7 +390,7 @@ class LayerWise(Settings):
     """
 
     kind: Literal["layer_wise"] = "layer_wise"
-    mu: float = Field(1e-8, gt=0, description="Keeps the quotient finite; squared gradient units.")
+    mu: float = Field(default=1e-8, gt=0, description="Keeps the quotient finite; squared gradient units.")
 
 
 class QuadraticModel(Settings):
@@ -390,14 +408,14 @@ class KLClip(Settings):
     """
 
     kind: Literal["kl"] = "kl"
-    max_kl: float = Field(1e-3, gt=0, description="Bound on the sum over preconditioned layers.")
+    max_kl: float = Field(default=1e-3, gt=0, description="Bound on the sum over preconditioned layers.")
 
 
 class NormClip(Settings):
     """Preconditioned layers' directions are scaled so that their norm as one vector stays bounded."""
 
     kind: Literal["norm"] = "norm"
-    max_norm: float = Field(1.0, gt=0, description="Bound on the norm.")
+    max_norm: float = Field(default=1.0, gt=0, description="Bound on the norm.")
 
 
 # --- parameters outside any covered layer -----------------------------------------------------------------------------
@@ -413,11 +431,11 @@ class AdamWFallback(Settings):
     """torch.optim.AdamW. Its lr falls and rises in proportion with the param group's lr; weight decay is its own."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0, description="Where the param group's lr is the one that it began with.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Of the mean of gradients.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="Of the mean of their squares.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of that mean.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled, at the fallback's own lr.")
+    lr: float = Field(default=1e-3, gt=0, description="Where the param group's lr is the one that it began with.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Of the mean of gradients.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Of the mean of their squares.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of that mean.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, at the fallback's own lr.")
 
 
 PreconditionerChoice = Annotated[KFAC | EKFAC | LNGD, Field(discriminator="kind")]
@@ -442,71 +460,79 @@ class NGDConfig(Settings):
     (docs/guides/settings.md, benchmarks/results).
     """
 
-    preconditioner: PreconditionerChoice = Field(KFAC(), description="The approximation of a layer's Fisher block.")
-    fisher: FisherChoice = Field(Empirical(), description="Whose gradients the statistics are made of.")
-    staleness: StalenessChoice = Field(AdaptiveInterval(), description="When a statistic is refreshed.")
+    preconditioner: PreconditionerChoice = Field(
+        default=KFAC(), description="The approximation of a layer's Fisher block."
+    )
+    fisher: FisherChoice = Field(default=Empirical(), description="Whose gradients the statistics are made of.")
+    staleness: StalenessChoice = Field(default=AdaptiveInterval(), description="When a statistic is refreshed.")
     strategy: StrategyChoice | None = Field(
-        None, description="None: `single` in one process, `owner_sharded` in several."
+        default=None, description="None: `single` in one process, `owner_sharded` in several."
     )
     lr: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="eta: weights move by -lr times the momentum buffer. Take 0.01 under LNGD and layer_wise.",
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Buffer = momentum * buffer + direction, as torch's SGD.")
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="Buffer = momentum * buffer + direction, as torch's SGD."
+    )
     momentum_mode: Literal["correct", "proportional"] = Field(
-        "correct",
+        default="correct",
         description="correct: momentum stays, and a smaller lr shrinks the past's share of the next step too, as in "
         "SP-NGD's code. proportional: momentum * lr / (first lr), as in its paper ([OT20]).",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled: weights shrink by lr * weight_decay each step; the direction is untouched."
+        default=0.0,
+        ge=0,
+        description="Decoupled: weights shrink by lr * weight_decay each step; the direction is untouched.",
     )
     weight_rescaling: Literal["off", "always", "shrink"] = Field(
-        "off",
+        default="off",
         description="After each step, weights of linear and convolution layers get the norm sqrt(2 outputs): always, "
         "or only where theirs is larger (shrink) ([OT20]).",
     )
     damping: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="lambda, in units of squared per-sample gradient: the Fisher block is F + lambda I. With the pi "
         "split, sqrt(lambda) is shared between the factors.",
     )
-    damping_rule: DampingChoice = Field(ConstantDamping(), description="How damping changes over the steps.")
-    step_length: LengthChoice | None = Field(None, description="None: `layer_wise` under LNGD, else `given`.")
-    clip: ClipChoice | None = Field(None, description="None: directions are taken as they are.")
-    burn_in: int = Field(0, ge=0, description="First steps, which gather statistics and leave the weights alone.")
-    fallback: FallbackChoice = Field(
-        SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
+    damping_rule: DampingChoice = Field(default=ConstantDamping(), description="How damping changes over the steps.")
+    step_length: LengthChoice | None = Field(default=None, description="None: `layer_wise` under LNGD, else `given`.")
+    clip: ClipChoice | None = Field(default=None, description="None: directions are taken as they are.")
+    burn_in: int = Field(
+        default=0, ge=0, description="First steps, which gather statistics and leave the weights alone."
     )
-    inversion: InversionChoice = Field(AutomaticInversion(), description="How dense factors are inverted.")
+    fallback: FallbackChoice = Field(
+        default=SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
+    )
+    inversion: InversionChoice = Field(default=AutomaticInversion(), description="How dense factors are inverted.")
     inverse_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
+        default="float32",
         description="What dense inverses are kept in between refreshes. float32: as they were computed. 16 bits halve "
         "their memory, and at worst add to a direction its condition number times 2^-11 (float16) or 2^-8 (bfloat16).",
     )
     max_failed_inversions: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Inversions of the whole run, over all ranks, that may fail, the old inverse staying in use. None: "
         "any number. One more, and every rank raises InversionError.",
     )
     ema_decay: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         description="Weight of the past in the moving average of a statistic; 0: the newest batch only.",
     )
     stagger: float = Field(
-        0.5,
+        default=0.5,
         ge=0,
         le=1,
         description="Fraction of an interval by which a refresh may come early, so that layers refresh on different "
         "steps; 0 turns staggering off.",
     )
     refresh_cap: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=1,
         description="The share of a refresh of all statistics that one step may do; what is most overdue goes first, "
@@ -514,39 +540,42 @@ class NGDConfig(Settings):
         "bound where stagger is 0. First refreshes don't wait.",
     )
     max_dense: int = Field(
-        8192, ge=1, description="Factors with more rows than this are kept as their diagonal: wide heads, first layers."
+        default=8192,
+        ge=1,
+        description="Factors with more rows than this are kept as their diagonal: wide heads, first layers.",
     )
     exclude: tuple[str, ...] = Field(
-        (),
+        default=(),
         description="Names of modules or layers to leave to the fallback, with all inside them; * stands for anything.",
     )
     batch_dim: Literal[0, 1] = Field(
-        0,
+        default=0,
         description="Dimension of the model's inputs, and of what its layers read, that counts samples. torch's "
         "modules with batch_first say so themselves.",
     )
     statistics_wire: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
+        default="float32",
         description="Dtype in which statistics cross the network. In 16 bits a matrix keeps its diagonal in float32, "
         "and the rest is scaled by the diagonal's roots; float64 models always send float64.",
     )
     bucket_mb: float = Field(
-        25.0,
+        default=25.0,
         ge=0,
         description="Statistics leave during the backward pass, in buckets of so many MiB, over links of their own. "
         "0: all at once, in `step`, over those of the group.",
     )
     micro_batches: Annotated[int, Field(ge=1)] | Literal["any"] = Field(
-        1,
+        default=1,
         description="What the mean loss of each backward pass of a step is divided by: gradient accumulation. A step "
         "may have fewer passes (the last of an epoch). any: by as many as it has, as in Hugging Face's Trainer. "
         "With 1 all passes of a step are parts of one loss on the same samples, as if their sum were differentiated.",
     )
     loss_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g."
+        default="mean",
+        description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g.",
     )
     non_finite: Literal["raise", "skip"] = Field(
-        "raise",
+        default="raise",
         description="What all ranks do together with a gradient that is NaN or infinite on any of them. Under a "
         "GradScaler such steps are always skipped.",
     )

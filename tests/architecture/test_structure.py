@@ -13,7 +13,7 @@ SHIPPED = sorted(
     p for package in ("ngd_dist", "workers/ngd_workers", "service/ngd_service") for p in (ROOT / package).rglob("*.py")
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-LONGER = {"ngd_dist/config.py": 640}  # a flat list of small classes, read like a table
+LONGER = {"ngd_dist/config.py": 670}  # a flat list of small classes, read like a table
 # Which file alone may import a module: everything else goes through it.
 ONLY_HERE = {
     "ray": ("workers/ngd_workers/launch/driver.py", "workers/ngd_workers/launch/ray_cluster.py"),
