@@ -1,12 +1,13 @@
 """The picture of imports in docs/architecture.md is of today, and nothing in it leads up or in a circle."""
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-WRITER = Path(__file__).parents[2] / "docs" / "reference" / "import_picture.py"
+from tests.support import ROOT
+
+WRITER = ROOT / "docs" / "reference" / "import_picture.py"
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ngd_workers.contract.spec_file import load_spec
+from tests.support import ROOT
 from tests.support.service_process import ServiceProcess
 
-RECIPE = Path(__file__).parents[2] / "workers" / "ngd_workers" / "recipes" / "digits.yaml"
+RECIPE = ROOT / "workers" / "ngd_workers" / "recipes" / "digits.yaml"
 TRAINING_S = 200
 
 

@@ -13,6 +13,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
 from ngd_dist.preconditioners import PRECONDITIONERS
 from tests.support.ranks import run_ranks
+from tests.support.tensors import weights
 
 pytestmark = pytest.mark.ranks
 
@@ -78,10 +79,6 @@ def train(model: nn.Module, optimizer: NGD, steps: range, rank: int, world_size:
         optimizer.step()
         refreshed.append(len(optimizer.stats.refreshes))
     return refreshed
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def train_case(rank: int, world_size: int, case: Case) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ngd_service.client.client import Client
 from tests.support.deadline import wait_until
 
 FAULT_DRIVER = (sys.executable, "-m", "tests.support.fault_driver")
+NGD = (sys.executable, "-c", "from ngd_service.cli.commands import main; main()")  # the command `ngd`
 START_S = 60.0
 
 
