@@ -458,6 +458,11 @@ class NGDConfig(Settings):
     fall towards 0 over the run. A loop that can evaluate the loss again takes a third of the steps at batch 4,096 with
     step_length quadratic_model, damping_rule levenberg_marquardt, fisher monte_carlo, damping 0.03 and ema_decay 0.9
     (docs/guides/settings.md, benchmarks/results).
+
+    >>> from ngd_dist.config import EKFAC, ExponentialDamping, NGDConfig
+    >>> config = NGDConfig(lr=0.05, preconditioner=EKFAC(), damping_rule=ExponentialDamping(factor=0.5, every=100))
+    >>> config.momentum
+    0.9
     """
 
     preconditioner: PreconditionerChoice = Field(
