@@ -83,7 +83,13 @@ class Assembly(torch.optim.Optimizer):
         self._assemble()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. Raises: ConfigError, with the value and the bound of a bad setting."""
+        """As torch's. Raises: ConfigError, with the value and the bound of a bad setting.
+
+        >>> from ngd_dist import NGD
+        >>> body, head = nn.Linear(8, 16), nn.Linear(16, 4)
+        >>> optimizer = NGD(nn.Sequential(body, head), param_groups=[{"params": body.parameters()}])
+        >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.01})
+        """
         if self._is_built and self._capture.is_under_way:
             raise ConfigError("add_param_group comes between steps: call it after step(), or zero_grad() before it")
         super().add_param_group(param_group)

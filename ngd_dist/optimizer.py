@@ -41,6 +41,16 @@ class NGD(Assembly):
     Collective: every rank calls the constructor, `step`, `zero_grad`, `add_param_group`, `state_dict` and
     `load_state_dict`, in the same order. Copies (`copy.deepcopy`, `pickle`) bring a copy of the model along.
     Raises: ConfigError for settings that contradict the model or the group.
+
+    >>> from ngd_dist import NGD, NGDConfig
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> optimizer = NGD(model, NGDConfig(lr=0.1, damping=0.1))
+    >>> for x, y in [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(3)]:
+    ...     optimizer.zero_grad()
+    ...     nn.functional.cross_entropy(model(x), y).backward()
+    ...     optimizer.step()
+    >>> optimizer.stats.step, optimizer.stats.ages
+    (3, [0, 0, 0, 0])
     """
 
     _step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to skip a step that overflowed
@@ -60,6 +70,14 @@ class NGD(Assembly):
         Call it once per forward pass, between it and `loss.backward()`. It runs the backward passes that this step
         needs, often none, and touches no parameter's gradient.
         Raises: ConfigError for an output with too many dimensions for the exact Fisher; CaptureError.
+
+        >>> from ngd_dist.config import MonteCarlo, NGDConfig
+        >>> model = nn.Linear(8, 4)
+        >>> optimizer = NGD(model, NGDConfig(fisher=MonteCarlo()))
+        >>> output = model(torch.randn(32, 8))
+        >>> optimizer.fisher_backward(output)
+        >>> nn.functional.cross_entropy(output, torch.randint(4, (32,))).backward()
+        >>> optimizer.step()
         """
         self._output_fisher.backward(output, self.stats.step + 1, ignored)
 
@@ -69,24 +87,41 @@ class NGD(Assembly):
         For passes that add to `grad` and are not the step's own. Those that leave `grad` alone need it not, nor those
         that a `zero_grad` follows.
 
-            with optimizer.paused():
-                probe(model).backward()
+        >>> model = nn.Linear(8, 4)
+        >>> optimizer = NGD(model)
+        >>> with optimizer.paused():
+        ...     model(torch.randn(32, 8)).square().mean().backward()  # a penalty, beside the loss
+        >>> nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.randint(4, (32,))).backward()
+        >>> optimizer.step()
         """
         return self._capture.paused()
 
     def samples(self, count: int) -> AbstractContextManager[None]:
         """Returns a context whose forward passes have so many samples each, where inputs and outputs don't tell.
 
-        with optimizer.samples(len(x)):
-            loss = model.loss(x)  # not a call of the model itself
-        loss.backward()
+        Raises: ConfigError for a count below 1.
+
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> optimizer, x = NGD(model), torch.randn(32, 8)
+        >>> with optimizer.samples(len(x)):
+        ...     loss = model[0](x).square().mean()  # no call of the model itself
+        >>> loss.backward()
+        >>> optimizer.step()
         """
         if count < 1:
             raise ConfigError(f"samples must be >= 1, got {count}")
         return self._capture.batches.stated(count)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's. Forgets the statistics of the passes whose gradients it clears; then it is collective."""
+        """As torch's. Forgets the statistics of the passes whose gradients it clears; then it is collective.
+
+        >>> model = nn.Linear(8, 4)
+        >>> optimizer = NGD(model)
+        >>> model(torch.randn(32, 8)).square().mean().backward()
+        >>> optimizer.zero_grad()
+        >>> model.weight.grad is None
+        True
+        """
         super().zero_grad(set_to_none)
         if self._capture.clear():
             self._arm(self.stats.step + 1)
@@ -105,6 +140,15 @@ class NGD(Assembly):
         A parameter whose `grad` is None on every rank is left alone, as by torch's optimizers; on some, it counts as
         zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the config says;
         NonFiniteError; InversionError; CollectiveError. ConfigError for parameters that NGD was not built with.
+
+        >>> from ngd_dist.config import NGDConfig, QuadraticModel
+        >>> model, x, y = nn.Linear(8, 4), torch.randn(32, 8), torch.randint(4, (32,))
+        >>> def objective():
+        ...     output = model(x)
+        ...     return nn.functional.cross_entropy(output, y), output
+        >>> optimizer = NGD(model, NGDConfig(step_length=QuadraticModel()))  # chooses lr and momentum
+        >>> objective()[0].backward()
+        >>> optimizer.step(objective=objective)
         """
         loss = None
         if closure is not None:
@@ -135,7 +179,16 @@ class NGD(Assembly):
         return loss
 
     def explain(self) -> str:
-        """Returns a table of what each layer gets, and why the other parameters are left to the fallback."""
+        """Returns a table of each layer's treatment and its cost, and why the fallback has the other parameters.
+
+        >>> print(NGD(nn.Sequential(nn.Linear(8, 4), nn.PReLU())).explain())
+        kfac, empirical Fisher, adaptive refresh, single in one process
+        <BLANKLINE>
+        layer  kind          gradient  statistics    rank  refresh  apply  memory
+        0      Linear, KFAC  4x9       A 9x9, G 4x4  0     ...
+        left to the fallback, sgd at lr 0.1:
+          1.weight  no layer kind covers PReLU
+        """
         return explain(
             self.config,
             self._covered,
@@ -148,11 +201,19 @@ class NGD(Assembly):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Collective. Returns the whole state on every rank: torch's, and under "ngd" the layers' by name."""
+        """Collective. Returns the whole state on every rank: torch's, and under "ngd" the layers' by name.
+
+        >>> sorted(NGD(nn.Linear(8, 4)).state_dict())
+        ['ngd', 'param_groups', 'state']
+        """
         return super().state_dict() | {"ngd": self.saved_state.gather(self._comm, self.stats)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a state saved at any world size. Raises: CheckpointError, with nothing changed, if it is unfit."""
+        """Takes over a state saved at any world size. Raises: CheckpointError, with nothing changed, if it is unfit.
+
+        >>> saved = NGD(nn.Linear(8, 4)).state_dict()
+        >>> NGD(nn.Linear(8, 4)).load_state_dict(saved)
+        """
         self._take_in()
         self.saved_state.check(state_dict, self.param_groups)
         self.stats = self.saved_state.restore(state_dict["ngd"])

@@ -23,10 +23,15 @@ State = dict[str, Any]
 
 
 class ShardedState:
-    """NGD's state as torch.distributed.checkpoint takes it, in files that load at any world size:
+    """NGD's state as torch.distributed.checkpoint takes it, in files that load at any world size.
 
-        dcp.save({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
-        dcp.load({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
+    >>> import tempfile
+    >>> import torch.distributed.checkpoint as dcp
+    >>> from ngd_dist import NGD, ShardedState
+    >>> model = torch.nn.Linear(8, 4)
+    >>> optimizer, folder = NGD(model), tempfile.mkdtemp()
+    >>> saved = dcp.save({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
+    >>> dcp.load({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
 
     A rank writes the layers that it holds, and what all ranks have alike (momentum, schedule, settings) is shared out
     between them. At load a rank reads its own layers and what all need. All tensors here are copies in host memory, so

@@ -66,7 +66,8 @@ def _section(model: type[BaseModel], level: str, written: set[type[BaseModel]]) 
 def _body(model: type[BaseModel]) -> Iterator[str]:
     if "kind" in model.model_fields:
         yield f"`kind: {model.model_fields['kind'].default}`\n"
-    yield _escaped(inspect.getdoc(model) or "") + "\n"
+    paragraphs = (inspect.getdoc(model) or "").split("\n\n")
+    yield "\n\n".join(f"```pycon\n{p}\n```" if p.startswith(">>> ") else _escaped(p) for p in paragraphs) + "\n"
     rows = [_row(name, field) for name, field in model.model_fields.items() if name != "kind"]
     if rows:
         yield "\n".join([ROW_HEAD, *rows]) + "\n"

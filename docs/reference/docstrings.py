@@ -26,13 +26,14 @@ class Docstrings(Extension):
 
 
 def as_markdown(text: str) -> str:
-    """Returns the docstring with arguments as a list, "Collective" and "Raises" as paragraphs, trees as code."""
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(_tree(p) if "\n+-- " in p else _prose(p) for p in paragraphs)
+    """Returns the docstring with arguments as a list, "Collective" and "Raises" as paragraphs, the rest as code."""
+    return "\n\n".join(_paragraph(paragraph) for paragraph in text.split("\n\n"))
 
 
-def _tree(paragraph: str) -> str:
-    return f"```text\n{paragraph}\n```"
+def _paragraph(text: str) -> str:
+    if text.startswith(">>> "):
+        return f"```pycon\n{text}\n```"
+    return f"```text\n{text}\n```" if "\n+-- " in text else _prose(text)
 
 
 def _prose(paragraph: str) -> str:

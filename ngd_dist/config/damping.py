@@ -20,8 +20,8 @@ class ExponentialDamping(Choice):
 
     kind: Literal["exponential"] = "exponential"
     factor: float = Field(gt=0, le=1, description="What damping is multiplied by over `every` steps.")
-    every: int = Field(1, ge=1, description="Optimizer steps.")
-    minimum: float = Field(1e-8, gt=0, description="Damping never falls below.")
+    every: int = Field(default=1, ge=1, description="Optimizer steps.")
+    minimum: float = Field(default=1e-8, gt=0, description="Damping never falls below.")
 
 
 class PolynomialDamping(Choice):
@@ -30,7 +30,7 @@ class PolynomialDamping(Choice):
     kind: Literal["polynomial"] = "polynomial"
     end: float = Field(gt=0, description="Damping from step `steps` on.")
     steps: int = Field(ge=1, description="Optimizer steps.")
-    power: float = Field(1.0, gt=0, description="1: a straight line.")
+    power: float = Field(default=1.0, gt=0, description="1: a straight line.")
 
 
 class LevenbergMarquardt(Choice):
@@ -43,13 +43,16 @@ class LevenbergMarquardt(Choice):
     kind: Literal["levenberg_marquardt"] = "levenberg_marquardt"
     needs_objective: ClassVar[bool] = True
     decay: float = Field(
-        0.95, gt=0, lt=1, description="omega, per step ([MG15]). 0.9 threw a run on mini-batches of digits far off."
+        default=0.95,
+        gt=0,
+        lt=1,
+        description="omega, per step ([MG15]). 0.9 threw a run on mini-batches of digits far off.",
     )
-    every: int = Field(5, ge=1, description="Optimizer steps between two adaptations.")
-    low: float = Field(0.25, gt=0, lt=1, description="rho below which damping rises.")
-    high: float = Field(0.75, gt=0, lt=1, description="rho above which damping falls.")
-    minimum: float = Field(1e-5, gt=0, description="Damping never falls below.")
-    maximum: float = Field(1e4, gt=0, description="Damping never rises above.")
+    every: int = Field(default=5, ge=1, description="Optimizer steps between two adaptations.")
+    low: float = Field(default=0.25, gt=0, lt=1, description="rho below which damping rises.")
+    high: float = Field(default=0.75, gt=0, lt=1, description="rho above which damping falls.")
+    minimum: float = Field(default=1e-5, gt=0, description="Damping never falls below.")
+    maximum: float = Field(default=1e4, gt=0, description="Damping never rises above.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -30,10 +30,13 @@ class OwnerSharded(Choice):
 
     kind: Literal["owner_sharded"] = "owner_sharded"
     fraction: float = Field(
-        0.0, ge=0, le=1, description="Share of the ranks that hold a layer's inverses. 0: its owner alone; 1: all."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the ranks that hold a layer's inverses. 0: its owner alone; 1: all.",
     )
     replicate_below: int = Field(
-        1_000_000,
+        default=1_000_000,
         ge=0,
         description="A layer whose refresh takes fewer floating-point operations is refreshed and held by all ranks: "
         "normalisation layers, factors of up to some 60 rows. Its statistics are summed along with the gradients.",

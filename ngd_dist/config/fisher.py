@@ -26,7 +26,9 @@ class Categorical(Choice):
     """The model's output are logits of one class: softmax with cross-entropy."""
 
     kind: Literal["categorical"] = "categorical"
-    class_dim: int = Field(-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W].")
+    class_dim: int = Field(
+        default=-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W]."
+    )
 
 
 class Bernoulli(Choice):
@@ -40,7 +42,9 @@ class Gaussian(Choice):
 
     kind: Literal["gaussian"] = "gaussian"
     variance: float = Field(
-        1.0, gt=0, description="1/2 for the plain squared error; outputs / 2 for torch's mse_loss, which averages them."
+        default=1.0,
+        gt=0,
+        description="1/2 for the plain squared error; outputs / 2 for torch's mse_loss, which averages them.",
     )
 
 
@@ -54,12 +58,14 @@ class Empirical(Choice):
 
     kind: Literal["empirical"] = "empirical"
     positions: Positions = Field(
-        "sum",
+        default="sum",
         description="sum: damping is in units of the square of a sample's own gradient, which falls with the positions "
         "(tokens, pixels) that its loss is a mean over. mean: of a position's own, as under the other Fishers: damping "
         "then means the same at any number of positions.",
     )
-    class_dim: int = Field(-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W].")
+    class_dim: int = Field(
+        default=-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W]."
+    )
 
     @property
     def takes_one_pass(self) -> bool:
@@ -80,10 +86,12 @@ class MonteCarlo(ModelFisher):
     """Gradients for labels drawn from the model's own prediction: one more backward pass per sample, when due."""
 
     kind: Literal["monte_carlo"] = "monte_carlo"
-    likelihood: LikelihoodChoice = Field(Categorical(), description="What the model's output says about a label.")
-    positions: Positions = Field("mean", description=POSITIONS)
-    samples: int = Field(1, ge=1, le=100, description="Labels drawn per prediction.")
-    seed: int = Field(0, ge=0, lt=2**31, description="With step and rank, decides what is drawn.")
+    likelihood: LikelihoodChoice = Field(
+        default=Categorical(), description="What the model's output says about a label."
+    )
+    positions: Positions = Field(default="mean", description=POSITIONS)
+    samples: int = Field(default=1, ge=1, le=100, description="Labels drawn per prediction.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="With step and rank, decides what is drawn.")
 
     @property
     def takes_one_pass(self) -> bool:
@@ -95,9 +103,13 @@ class Exact(ModelFisher):
     """Type-2: the expectation over all labels, by one backward pass per output of a sample. For small outputs."""
 
     kind: Literal["exact"] = "exact"
-    likelihood: LikelihoodChoice = Field(Categorical(), description="What the model's output says about a label.")
-    positions: Positions = Field("mean", description=POSITIONS)
-    max_outputs: int = Field(128, ge=1, description="Outputs per sample, and so backward passes, that are accepted.")
+    likelihood: LikelihoodChoice = Field(
+        default=Categorical(), description="What the model's output says about a label."
+    )
+    positions: Positions = Field(default="mean", description=POSITIONS)
+    max_outputs: int = Field(
+        default=128, ge=1, description="Outputs per sample, and so backward passes, that are accepted."
+    )
 
     @property
     def takes_one_pass(self) -> bool:

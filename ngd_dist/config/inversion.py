@@ -19,7 +19,7 @@ class CholeskyInversion(Choice):
     """Cholesky. What fails in float32 is tried in float64."""
 
     kind: Literal["cholesky"] = "cholesky"
-    dtype: Literal["float32", "float64"] = Field("float32", description="float64 models always use float64.")
+    dtype: Literal["float32", "float64"] = Field(default="float32", description="float64 models always use float64.")
 
 
 class NewtonSchulzInversion(Choice):
@@ -27,18 +27,18 @@ class NewtonSchulzInversion(Choice):
 
     kind: Literal["newton_schulz"] = "newton_schulz"
     update_dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        "float16", description="To which the operands of X (I - A X) are rounded; sums are float32."
+        default="float16", description="To which the operands of X (I - A X) are rounded; sums are float32."
     )
     residual: Literal["float32", "split"] = Field(
-        "split",
+        default="split",
         description="How I - A X is computed: in float32, TF32 off; or by three products of numbers split into two "
         "float16, as accurate up to a condition number of 1e4.",
     )
     max_iterations: int = Field(
-        20, ge=1, le=40, description="Factors that are expected to need more are inverted by Cholesky."
+        default=20, ge=1, le=40, description="Factors that are expected to need more are inverted by Cholesky."
     )
     tolerance: float = Field(
-        1e-3, gt=0, le=0.05, description="Spectral norm of I - A X that the iteration is run down to."
+        default=1e-3, gt=0, le=0.05, description="Spectral norm of I - A X that the iteration is run down to."
     )
 
 

@@ -84,15 +84,15 @@ class KFAC(PreconditionerConfig):
     method: ClassVar[str] = "ngd_dist.preconditioners.kfac:KFAC"
     thresholds: ClassVar[Mapping[str, float]] = {"A": DEFAULT_THRESHOLD, "G": DEFAULT_THRESHOLD}
     takes_one_hot_inputs: ClassVar[bool] = True
-    sharing: Sharing = Field("expand", description=SHARING)
+    sharing: Sharing = Field(default="expand", description=SHARING)
     damping_form: Literal["pi", "exact"] = Field(
-        "pi",
+        default="pi",
         description="pi: multiples of I are added to A and to G, and both inverted by Cholesky ([MG15] 6.3). exact: "
         "lambda is added to the eigenvalues of their product; the direction is (A (x) G + lambda I)^-1 grad, for an "
         "eigendecomposition at each refresh and twice the work at each step.",
     )
     rows: int | None = Field(
-        None,
+        default=None,
         ge=2,
         description="A factor at least twice as wide as this is kept as this many rows of the batch, of all ranks and "
         "micro-batches together, drawn without replacement (all of a smaller batch, and then it is exact); its inverse "
@@ -129,7 +129,7 @@ class EKFAC(PreconditionerConfig):
     kind: Literal["ekfac"] = "ekfac"
     method: ClassVar[str] = "ngd_dist.preconditioners.ekfac:EKFAC"
     thresholds: ClassVar[Mapping[str, float]] = {**KFAC.thresholds, "S": DEFAULT_THRESHOLD}
-    sharing: Sharing = Field("expand", description=SHARING)
+    sharing: Sharing = Field(default="expand", description=SHARING)
 
     def refuses(self, config: "NGDConfig") -> str | None:
         return _refuses_inversion(self.kind, config)
@@ -146,9 +146,9 @@ class LNGD(PreconditionerConfig):
     method: ClassVar[str] = "ngd_dist.preconditioners.lngd:LNGD"
     thresholds: ClassVar[Mapping[str, float]] = {"Phi": DEFAULT_THRESHOLD, "Psi": DEFAULT_THRESHOLD}
     default_length: ClassVar[LengthChoice] = LayerWise()
-    min_damping: float = Field(1e-5, gt=0, description="nu_1: the least that is added to a factor.")
+    min_damping: float = Field(default=1e-5, gt=0, description="nu_1: the least that is added to a factor.")
     max_damping: float = Field(
-        1e-2, gt=0, description="nu_2: the most that is added to a factor, unless its rounding needs more."
+        default=1e-2, gt=0, description="nu_2: the most that is added to a factor, unless its rounding needs more."
     )
 
     @model_validator(mode="after")

@@ -23,73 +23,86 @@ class NGDConfig(Settings):
     fall towards 0 over the run. A loop that can evaluate the loss again takes a third of the steps at batch 4,096 with
     step_length quadratic_model, damping_rule levenberg_marquardt, fisher monte_carlo, damping 0.03 and ema_decay 0.9
     (docs/guides/settings.md, benchmarks/results).
+
+    >>> from ngd_dist.config import EKFAC, ExponentialDamping, NGDConfig
+    >>> config = NGDConfig(lr=0.05, preconditioner=EKFAC(), damping_rule=ExponentialDamping(factor=0.5, every=100))
+    >>> config.momentum
+    0.9
     """
 
-    preconditioner: PreconditionerChoice = Field(KFAC(), description="The approximation of a layer's Fisher block.")
-    fisher: FisherChoice = Field(Empirical(), description="Whose gradients the statistics are made of.")
-    staleness: StalenessChoice = Field(AdaptiveInterval(), description="When a statistic is refreshed.")
+    preconditioner: PreconditionerChoice = Field(
+        default=KFAC(), description="The approximation of a layer's Fisher block."
+    )
+    fisher: FisherChoice = Field(default=Empirical(), description="Whose gradients the statistics are made of.")
+    staleness: StalenessChoice = Field(default=AdaptiveInterval(), description="When a statistic is refreshed.")
     strategy: StrategyChoice | None = Field(
-        None, description="None: `single` in one process, `owner_sharded` in several."
+        default=None, description="None: `single` in one process, `owner_sharded` in several."
     )
     lr: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="eta: weights move by -lr times the momentum buffer. Take 0.01 under LNGD and layer_wise.",
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Buffer = momentum * buffer + direction, as torch's SGD.")
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="Buffer = momentum * buffer + direction, as torch's SGD."
+    )
     momentum_mode: Literal["correct", "proportional"] = Field(
-        "correct",
+        default="correct",
         description="correct: momentum stays, and a smaller lr shrinks the past's share of the next step too, as in "
         "SP-NGD's code. proportional: momentum * lr / (first lr), as in its paper ([OT20]).",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled: weights shrink by lr * weight_decay each step; the direction is untouched."
+        default=0.0,
+        ge=0,
+        description="Decoupled: weights shrink by lr * weight_decay each step; the direction is untouched.",
     )
     weight_rescaling: Literal["off", "always", "shrink"] = Field(
-        "off",
+        default="off",
         description="After each step, weights of linear and convolution layers get the norm sqrt(2 outputs): always, "
         "or only where theirs is larger (shrink) ([OT20]).",
     )
     damping: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="lambda, in units of squared per-sample gradient: the Fisher block is F + lambda I. With the pi "
         "split, sqrt(lambda) is shared between the factors.",
     )
-    damping_rule: DampingChoice = Field(ConstantDamping(), description="How damping changes over the steps.")
-    step_length: LengthChoice | None = Field(None, description="None: `layer_wise` under LNGD, else `given`.")
-    clip: ClipChoice | None = Field(None, description="None: directions are taken as they are.")
-    burn_in: int = Field(0, ge=0, description="First steps, which gather statistics and leave the weights alone.")
-    fallback: FallbackChoice = Field(
-        SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
+    damping_rule: DampingChoice = Field(default=ConstantDamping(), description="How damping changes over the steps.")
+    step_length: LengthChoice | None = Field(default=None, description="None: `layer_wise` under LNGD, else `given`.")
+    clip: ClipChoice | None = Field(default=None, description="None: directions are taken as they are.")
+    burn_in: int = Field(
+        default=0, ge=0, description="First steps, which gather statistics and leave the weights alone."
     )
-    inversion: InversionChoice = Field(AutomaticInversion(), description="How dense factors are inverted.")
+    fallback: FallbackChoice = Field(
+        default=SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
+    )
+    inversion: InversionChoice = Field(default=AutomaticInversion(), description="How dense factors are inverted.")
     inverse_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
+        default="float32",
         description="What dense inverses are kept in between refreshes. float32: as they were computed. 16 bits halve "
         "their memory, and at worst add to a direction its condition number times 2^-11 (float16) or 2^-8 (bfloat16).",
     )
     max_failed_inversions: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Inversions of the whole run, over all ranks, that may fail, the old inverse staying in use. None: "
         "any number. One more, and every rank raises InversionError.",
     )
     ema_decay: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         description="Weight of the past in the moving average of a statistic; 0: the newest batch only.",
     )
     stagger: float = Field(
-        0.5,
+        default=0.5,
         ge=0,
         le=1,
         description="Fraction of an interval by which a refresh may come early, so that layers refresh on different "
         "steps; 0 turns staggering off.",
     )
     refresh_cap: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=1,
         description="The share of a refresh of all statistics that one step may do; what is most overdue goes first, "
@@ -97,39 +110,42 @@ class NGDConfig(Settings):
         "bound where stagger is 0. First refreshes don't wait.",
     )
     max_dense: int = Field(
-        8192, ge=1, description="Factors with more rows than this are kept as their diagonal: wide heads, first layers."
+        default=8192,
+        ge=1,
+        description="Factors with more rows than this are kept as their diagonal: wide heads, first layers.",
     )
     exclude: tuple[str, ...] = Field(
-        (),
+        default=(),
         description="Names of modules or layers to leave to the fallback, with all inside them; * stands for anything.",
     )
     batch_dim: Literal[0, 1] = Field(
-        0,
+        default=0,
         description="Dimension of the model's inputs, and of what its layers read, that counts samples. torch's "
         "modules with batch_first say so themselves.",
     )
     statistics_wire: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
+        default="float32",
         description="Dtype in which statistics cross the network. In 16 bits a matrix keeps its diagonal in float32, "
         "and the rest is scaled by the diagonal's roots; float64 models always send float64.",
     )
     bucket_mb: float = Field(
-        25.0,
+        default=25.0,
         ge=0,
         description="Statistics leave during the backward pass, in buckets of so many MiB, over links of their own. "
         "0: all at once, in `step`, over those of the group.",
     )
     micro_batches: Annotated[int, Field(ge=1)] | Literal["any"] = Field(
-        1,
+        default=1,
         description="What the mean loss of each backward pass of a step is divided by: gradient accumulation. A step "
         "may have fewer passes (the last of an epoch). any: by as many as it has, as in Hugging Face's Trainer. "
         "With 1 all passes of a step are parts of one loss on the same samples, as if their sum were differentiated.",
     )
     loss_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g."
+        default="mean",
+        description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g.",
     )
     non_finite: Literal["raise", "skip"] = Field(
-        "raise",
+        default="raise",
         description="What all ranks do together with a gradient that is NaN or infinite on any of them. Under a "
         "GradScaler such steps are always skipped.",
     )

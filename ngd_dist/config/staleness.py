@@ -28,12 +28,14 @@ class Thresholds(Settings):
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_of_a_method)], Annotated[float, Field(gt=0)]]
 
-    A: float = Field(KFAC.thresholds["A"], gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
-    G: float = Field(KFAC.thresholds["G"], gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
-    S: float = Field(EKFAC.thresholds["S"], gt=0, description="EKFAC: second moments in the eigenbasis.")
-    Phi: float = Field(LNGD.thresholds["Phi"], gt=0, description="LNGD: weighted second moment of layer inputs.")
-    Psi: float = Field(LNGD.thresholds["Psi"], gt=0, description="LNGD: weighted second moments of outputs.")
-    F: float = Field(DEFAULT_THRESHOLD, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
+    A: float = Field(default=KFAC.thresholds["A"], gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
+    G: float = Field(default=KFAC.thresholds["G"], gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
+    S: float = Field(default=EKFAC.thresholds["S"], gt=0, description="EKFAC: second moments in the eigenbasis.")
+    Phi: float = Field(
+        default=LNGD.thresholds["Phi"], gt=0, description="LNGD: weighted second moment of layer inputs."
+    )
+    Psi: float = Field(default=LNGD.thresholds["Psi"], gt=0, description="LNGD: weighted second moments of outputs.")
+    F: float = Field(default=DEFAULT_THRESHOLD, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
 
     def of(self, statistic: str) -> float | None:
         """Returns the threshold that is set for the statistic, or None."""
@@ -44,29 +46,29 @@ class AdaptiveInterval(Choice):
     """SP-NGD's stale statistics: a statistic's interval grows while it stays similar ([OT20])."""
 
     kind: Literal["adaptive"] = "adaptive"
-    thresholds: Thresholds = Field(Thresholds(), description="By statistic.")
+    thresholds: Thresholds = Field(default=Thresholds(), description="By statistic.")
     noise_margin: float = Field(
-        1.5,
+        default=1.5,
         ge=0,
         description="A threshold is at least this times the sampling noise that is measured of the change, sqrt(2) "
         "times that of one batch without ema_decay, but at most 1. 0: thresholds are fixed, and a statistic whose "
         "noise is above them is refreshed in every step.",
     )
     criterion: Literal["change", "error"] = Field(
-        "change",
+        default="change",
         description="What makes a statistic count as changed. change: its own relative change. error: how far the "
         "inverse in use is from that of the new value, ||I - (X + damping) inverse|| / sqrt(n), or how far a basis of "
         "EKFAC is from diagonalising it; below error_threshold the old one stays in use and nothing is inverted. What "
         "has neither follows its change: normalisation layers, exact damping, factors kept as rows.",
     )
     error_threshold: float = Field(
-        0.25,
+        default=0.25,
         gt=0,
         lt=1,
         description="With criterion error. From half of it on an interval grows no more, from all of it on it is "
         "halved and the inverse made anew.",
     )
-    max_interval: int = Field(1000, ge=1, description="Steps; no longer interval is planned for a statistic.")
+    max_interval: int = Field(default=1000, ge=1, description="Steps; no longer interval is planned for a statistic.")
 
     @model_validator(mode="after")
     def _threshold_is_read(self) -> Self:
@@ -86,7 +88,7 @@ class FixedInterval(Choice):
     """Every statistic is refreshed once in `steps` optimizer steps; under EKFAC a basis lasts for two at least."""
 
     kind: Literal["fixed"] = "fixed"
-    steps: int = Field(1, ge=1, description="Optimizer steps between two refreshes of one statistic.")
+    steps: int = Field(default=1, ge=1, description="Optimizer steps between two refreshes of one statistic.")
 
     @property
     def measures_noise(self) -> bool:

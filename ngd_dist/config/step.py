@@ -33,11 +33,11 @@ class AdamWFallback(Choice):
     """torch.optim.AdamW. Its lr falls and rises in proportion with the param group's lr; weight decay is its own."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0, description="Where the param group's lr is the one that it began with.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Of the mean of gradients.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="Of the mean of their squares.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of that mean.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled, at the fallback's own lr.")
+    lr: float = Field(default=1e-3, gt=0, description="Where the param group's lr is the one that it began with.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Of the mean of gradients.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Of the mean of their squares.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of that mean.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, at the fallback's own lr.")
 
 
 class GivenLength(Choice):
@@ -54,7 +54,7 @@ class LayerWise(Choice):
     """
 
     kind: Literal["layer_wise"] = "layer_wise"
-    mu: float = Field(1e-8, gt=0, description="Keeps the quotient finite; squared gradient units.")
+    mu: float = Field(default=1e-8, gt=0, description="Keeps the quotient finite; squared gradient units.")
 
 
 class QuadraticModel(Choice):
@@ -87,14 +87,14 @@ class KLClip(Choice):
     """
 
     kind: Literal["kl"] = "kl"
-    max_kl: float = Field(1e-3, gt=0, description="Bound on the sum over preconditioned layers.")
+    max_kl: float = Field(default=1e-3, gt=0, description="Bound on the sum over preconditioned layers.")
 
 
 class NormClip(Choice):
     """Preconditioned layers' directions are scaled so that their norm as one vector stays bounded."""
 
     kind: Literal["norm"] = "norm"
-    max_norm: float = Field(1.0, gt=0, description="Bound on the norm.")
+    max_norm: float = Field(default=1.0, gt=0, description="Bound on the norm.")
 
 
 LengthChoice = Annotated[GivenLength | LayerWise | QuadraticModel, Field(discriminator="kind")]

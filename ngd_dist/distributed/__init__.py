@@ -1,4 +1,4 @@
-"""How statistics, gradients, inverses and directions move between ranks. Start at `strategy.Strategy`.
+"""How statistics, gradients, inverses and directions move between ranks. Start at `sync.Strategy`.
 
 What `NGDConfig.strategy` chooses is who does what (`placement`); the movement is the same code for all.
 """

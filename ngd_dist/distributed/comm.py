@@ -247,6 +247,8 @@ def end_collectives(*, is_broken: bool = False) -> None:
     Not collective, but waits some seconds for what other ranks have a part in. If it does not come, or at once when
     this rank `is_broken`, this rank's links are closed, so that everything over them fails. The process group is left
     to whoever made it: after its `destroy_process_group` no thread of gloo is left.
+
+    >>> end_collectives()  # at the end of a training script, before dist.destroy_process_group()
     """
     deadline_s = time.monotonic() + (0.0 if is_broken else ENDING_S)
     for group in list(_postmortems):  # of which there was a Communicator, whether it lives or not

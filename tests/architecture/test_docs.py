@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 CONFIGURATION_PAGE = ROOT / "docs" / "reference" / "configuration_page.py"
 FETCHED = re.compile(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="?(https?:)?//')
 

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-UV = str(Path(sys.executable).with_name("uv"))
-FOLDERS = (ROOT, ROOT / "workers", ROOT / "service")
 NOT_OF_THE_LIBRARY = {"ngd_workers", "ngd_service", "workers", "service"}
 # What each must make importable, and what it must not bring.
 EXTRAS = {
@@ -28,21 +25,13 @@ EXTRAS = {
 }
 
 
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("wheels")
-    for folder in FOLDERS:
-        subprocess.run([UV, "build", "--quiet", "--wheel", "--out-dir", str(target), str(folder)], check=True)
-    return target
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("package", EXTRAS)
-def test_package_is_enough_for_its_part(wheels: Path, tmp_path: Path, package: str) -> None:
+def test_package_is_enough_for_its_part(uv: str, wheels: Path, tmp_path: Path, package: str) -> None:
     wanted, unwanted = EXTRAS[package]
     python = str(tmp_path / "venv" / "bin" / "python")
-    subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, str(tmp_path / "venv")], check=True)
-    install = [UV, "pip", "install", "--quiet", "--python", python, "--find-links", str(wheels)]
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(tmp_path / "venv")], check=True)
+    install = [uv, "pip", "install", "--quiet", "--python", python, "--find-links", str(wheels)]
     subprocess.run([*install, package], cwd=tmp_path, check=True)
 
     code = f"""

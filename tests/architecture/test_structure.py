@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 SHIPPED = sorted(
     p for package in ("ngd_dist", "workers/ngd_workers", "service/ngd_service") for p in (ROOT / package).rglob("*.py")
 )

@@ -14,8 +14,8 @@ import yaml
 
 import ngd_dist
 from ngd_service.settings import ClientSettings, Settings
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "compose"
 FILES = sorted(FOLDER.glob("compose*.yaml"))
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::?([-?])([^}]*))?\}")

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 import ngd_dist
+from tests.support import ROOT
+from tests.support.chart import CHART
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kind"
 SCRIPT = FOLDER / "up.sh"
-CHART = ROOT / "helm" / "ngd"
 VERSION = ngd_dist.__version__
 MODES = {
     "kuberay": {"dispatcher": {"mode": "kuberay"}},

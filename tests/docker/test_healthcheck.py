@@ -7,11 +7,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "docker" / "healthcheck.py"
+from tests.support import ROOT
+
+SCRIPT = ROOT / "docker" / "healthcheck.py"
 
 
 @contextmanager

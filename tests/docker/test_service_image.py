@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 import ngd_dist
 from tests.support.deadline import wait_until
 from tests.support.images import ROOT, ImageStore, Sandbox, first_process, why_no_image_can_be_built
+from tests.support.ranks import free_port
 
 WHY_NOT = why_no_image_can_be_built()
 BASE = "localhost/debian-python:bookworm"
@@ -55,12 +55,6 @@ def sandbox(image: Built, tmp_path: Path) -> Sandbox:
     state = tmp_path / "state"
     state.mkdir()
     return Sandbox(image.root, image.config, state)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_configuration_is_what_the_chart_relies_on(image: Built) -> None:

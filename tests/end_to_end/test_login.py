@@ -1,6 +1,5 @@
 """A browser on a service with API keys: logging in, being thrown out, and the end of the service under open pages."""
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -12,19 +11,16 @@ from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 from ngd_service.auth.access import SESSION_COOKIE
 from ngd_service.client.client import Client
 from tests.support.attempts import small_spec
+from tests.support.browser import CHROMIUM, DRIVES_A_BROWSER
 from tests.support.keys import ALICE, BOB, write_keys
 from tests.support.service_process import ServiceProcess
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 SPEC = small_spec(name="waits", schedule={"steps": 20}).model_dump(mode="json")
 PAGE_MS = 60_000  # two cores that others use too
 STOP_S = 10.0
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium to drive: apt-get install chromium"),
-]
+pytestmark = DRIVES_A_BROWSER
 
 
 @pytest.fixture

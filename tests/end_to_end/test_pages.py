@@ -13,15 +13,12 @@ from ngd_service.resources import Job
 from ngd_service.store.sql import SQLStore
 from ngd_workers.contract.events import CheckpointSaved, Evaluation, Steps
 from tests.support.attempts import small_spec
-from tests.support.browser import CHROMIUM, browser_page
+from tests.support.browser import DRIVES_A_BROWSER, browser_page
 from tests.support.deadline import wait_until
 from tests.support.history import long_record, numbered, tell
 from tests.support.service_process import ServiceProcess
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium to drive: apt-get install chromium"),
-]
+pytestmark = DRIVES_A_BROWSER
 MOST_BYTES_PER_STEP = 2_048
 DRAW_MS = 120_000  # a browser without a GPU, on two cores that others use too
 SERIES = """title => {

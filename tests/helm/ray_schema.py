@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from tests.support.rayjob_schema import CLUSTER, FLAG, LABELS, TEXT, TEXTS, WHOLE, closed
+from tests.fakes.kube.rayjob_schema import CLUSTER, FLAG, LABELS, TEXT, TEXTS, WHOLE, closed
 
 FIRST_RAY_WITH_TOKENS = (2, 52, 0)
 

@@ -15,7 +15,7 @@ from ngd_workers.contract.spec import Resources
 from tests.support.chart import (
     CHART,
     ROOT,
-    VALUES,
+    SCENARIO,
     containers,
     only,
     pod_templates,
@@ -25,7 +25,6 @@ from tests.support.chart import (
     values_of,
 )
 
-SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 RUNS, DATA = "/var/lib/ngd/runs", "/var/lib/ngd/data"
 NOT_OURS = {"HOME", "PGPASSWORD", "PGSSLMODE", "PGSSLROOTCERT"}  # Python's and libpq's
 ALL_SETTINGS: dict[str, Any] = {

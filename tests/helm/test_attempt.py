@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.kube.cluster import KubeCluster
 from tests.support.attempts import small_spec
 from tests.support.chart import only, render, values_of
-from tests.support.kube_cluster import KubeCluster
 from tests.support.service_process import ServiceProcess
 
 

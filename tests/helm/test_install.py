@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.fakes.kube.helm_cluster import HelmCluster
 from tests.support.chart import CHART, VALUES, values_of
-from tests.support.helm_cluster import HelmCluster
 
 GENERATED = ("ngd-api-keys", "ngd-signing-key", "ngd-ray-auth")
 KUBERAY = {"dispatcher": {"mode": "kuberay"}}

@@ -15,10 +15,13 @@ from kubernetes_validate.utils import schema_contents
 
 from ngd_service.dispatchers.base import AttemptRef, Launch
 from ngd_service.dispatchers.rayjob import rayjob
+from tests.fakes.kube.kuberay import why_invalid
+from tests.fakes.kube.rayjob_schema import problems
 from tests.helm.ray_schema import RAY_CLUSTER, broken_rules
 from tests.support.chart import (
     CHECKOV,
     MONITORING,
+    SCENARIO,
     VALUES,
     Object,
     containers,
@@ -31,10 +34,7 @@ from tests.support.chart import (
     tool,
     values_of,
 )
-from tests.support.fake_kuberay import why_invalid
-from tests.support.rayjob_schema import problems
 
-SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 # The oldest that Chart.yaml takes, one in the middle, and the newest whose schemas are here.
 NEWEST = "1.37.0"
 KUBERNETES = ("1.27.0", "1.32.0", NEWEST)

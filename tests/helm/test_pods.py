@@ -5,12 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
-from tests.support.chart import CHART, ROOT, VALUES, Object, pod_templates, ray_cluster_specs, render, values_of
+from tests.support.chart import (
+    CHART,
+    ROOT,
+    SCENARIO,
+    Object,
+    pod_templates,
+    ray_cluster_specs,
+    render,
+    values_of,
+)
 
-SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 KUBERAY = {"dispatcher": {"mode": "kuberay"}}
 GIB = 2**30

@@ -18,6 +18,7 @@ from tests.support.chart import (
     HELM3,
     MONITORING,
     ROOT,
+    SCENARIO,
     VALUES,
     comparable,
     containers,
@@ -33,7 +34,6 @@ from tests.support.chart import (
     values_of,
 )
 
-SCENARIO = pytest.mark.parametrize("scenario", VALUES)
 OTHER_VALUES = sorted((ROOT / "deploy").glob("*/*values*.yaml"))  # kind's
 YAML_STYLE = {
     "extends": "default",

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.kube.field_managers import ConflictError, update
+from tests.fakes.kube.helm_cluster import HelmCluster
 from tests.support.chart import Object, values_of
-from tests.support.field_managers import ConflictError, update
-from tests.support.helm_cluster import HelmCluster
 
 STAGING = values_of("environment-staging") | {"httpRoute": {"enabled": False}}
 LATER = STAGING | {"settings": {"maxRunningJobs": 7}}

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.chart import CHART, GOLDEN, VALUES, Object, only, render, values_of
-
-SCENARIO = pytest.mark.parametrize("scenario", VALUES)
+from tests.support.chart import CHART, GOLDEN, SCENARIO, Object, only, render, values_of
 
 
 def golden(scenario: str) -> list[Object]:

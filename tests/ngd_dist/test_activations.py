@@ -13,7 +13,8 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.capture.activations import ELEMENTWISE, is_activation
 from ngd_dist.config import KFAC, LayerWise
 from tests.reference.lngd import factors
-from tests.support.slopes import CONFIG, F64, captured, two_layers, weighed, with_ones
+from tests.support.slopes import CONFIG, phi_and_psi, two_layers, weighed, with_ones
+from tests.support.tensors import F64
 
 
 def central_difference(module: nn.Module, x: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def test_slopes_are_the_derivatives_of_the_activation(kind: type[nn.Module]) -> 
     F.cross_entropy(model(x), y).backward()
 
     slopes = central_difference(activation, model[0](x).detach())
-    _, Psi = captured(optimizer, "0")
+    _, Psi = phi_and_psi(optimizer, "0")
     assert optimizer._capture.activations["0"] == kind.__name__
     # Central differences: h^2 for their own error, 1e-16 / h for rounding; no output lies within h of a kink. torch's
     # Hardsigmoid divides by a 6 whose reciprocal is rounded to float32, 3e-8 off.
@@ -63,7 +64,7 @@ def test_an_activation_in_place_has_the_same_slopes(kind: Callable[..., nn.Modul
         model, x, y = two_layers(kind(inplace=inplace))
         optimizer = NGD(model, CONFIG)
         F.cross_entropy(model(x), y).backward()
-        found.append(captured(optimizer, "0"))
+        found.append(phi_and_psi(optimizer, "0"))
 
     for ours, theirs in zip(*found, strict=True):  # autograd differentiates some from their output when in place
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
@@ -89,7 +90,7 @@ def test_a_normalisation_or_dropout_hides_no_activation(case: str) -> None:
 
     model(x).square().sum().backward()
 
-    _, Psi = captured(optimizer, "0")
+    _, Psi = phi_and_psi(optimizer, "0")
     slopes = central_difference(activation, read[0])
     assert optimizer._capture.activations["0"] == type(activation).__name__
     torch.testing.assert_close(Psi[0], weighed(x, slopes**2), rtol=1e-7, atol=1e-7)
@@ -137,7 +138,7 @@ def test_a_layer_that_runs_twice_has_the_slopes_of_both_runs() -> None:
 
     model(x).square().sum().backward()
 
-    Phi, Psi = captured(optimizer, "0")
+    Phi, Psi = phi_and_psi(optimizer, "0")
     s = layer(x).detach()
     a_NPI = torch.stack([with_ones(torch.tanh(s)), with_ones(x)], dim=1)
     slopes = 1 / torch.cosh(s) ** 2
@@ -153,7 +154,7 @@ def test_transformers_activations_are_known_by_their_file() -> None:
 
     F.cross_entropy(model(x), y).backward()
 
-    _, Psi = captured(optimizer, "0")
+    _, Psi = phi_and_psi(optimizer, "0")
     slopes = central_difference(torchs, model[0](x).detach())
     torch.testing.assert_close(Psi[0], weighed(x, slopes**2), rtol=1e-7, atol=1e-9)
 
@@ -223,7 +224,7 @@ def test_activation_checkpointing_keeps_the_slopes(reentrant: bool) -> None:
         out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
         F.cross_entropy(out, y).backward()
 
-    for ours, theirs in zip(captured(checkpointed, "0"), captured(plain, "0"), strict=True):
+    for ours, theirs in zip(phi_and_psi(checkpointed, "0"), phi_and_psi(plain, "0"), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -237,7 +238,7 @@ def test_a_compiled_model_has_the_statistics_of_the_plain_one(backend: str) -> N
         optimizer = NGD(run, CONFIG.model_copy(update={"burn_in": 2}))
         for _ in range(2):
             F.cross_entropy(run(x), y).backward()
-            found.append(captured(optimizer, "0"))
+            found.append(phi_and_psi(optimizer, "0"))
             optimizer.step()
 
     for statistics in found[1:]:
@@ -255,7 +256,7 @@ def test_slopes_taken_under_autocast_make_statistics_in_full_precision(dtype: to
         out = model(x)
     F.cross_entropy(out.float(), y).backward()
 
-    Phi, Psi = captured(optimizer, "0")
+    Phi, Psi = phi_and_psi(optimizer, "0")
     assert Phi.dtype == Psi.dtype == torch.float32
     exact_phi, _ = factors(with_ones(x).unsqueeze(1), torch.sigmoid(model[0](x).detach()).unsqueeze(1))
     torch.testing.assert_close(Phi[0], exact_phi, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)

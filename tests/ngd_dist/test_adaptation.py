@@ -22,8 +22,8 @@ from ngd_dist.config import (
 )
 from ngd_dist.errors import ConfigError, NonFiniteError
 from tests.support.ranks import run_ranks
+from tests.support.tensors import F64
 
-F64 = torch.float64
 Step = Callable[[], float]
 
 

@@ -12,6 +12,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, AdamWFallback, FixedInterval, MonteCarlo
 from ngd_dist.errors import ConfigError, NonFiniteError
 from tests.support.ranks import run_ranks
+from tests.support.tensors import captured, weights
 
 SCALE = 1024.0  # a power of 2: scaling by it is exact
 EVERY_STEP = FixedInterval()
@@ -21,14 +22,6 @@ def model_and_batch() -> tuple[nn.Sequential, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 4))
     return model, torch.randn(8, 1, 4, 4), torch.randint(4, (8,))
-
-
-def captured(optimizer: NGD) -> dict[str, Tensor]:
-    return {str(key): value for key, value in optimizer._capture.take().items()}
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

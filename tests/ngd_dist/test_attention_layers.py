@@ -18,8 +18,8 @@ from ngd_dist.errors import CaptureError
 from ngd_dist.statistics.statistic import Key
 from tests.reference.layers import attention, kronecker_factors
 from tests.support.layer_runs import autograd_sample_gradients, layers_of, sample_gradients, watched
+from tests.support.tensors import F64
 
-F64 = torch.float64
 N, L, S, E, HEADS = 3, 5, 4, 8, 2
 IS_PADDING = torch.arange(S) >= torch.tensor([[S], [S - 1], [2]])
 IS_LATER = torch.ones(L, S, dtype=torch.bool).triu(1)

@@ -10,8 +10,8 @@ from ngd_dist.layers import autocorrelation
 from ngd_dist.layers.autocorrelation import Window, is_worthwhile, patch_moment
 from tests.reference.layers import patches
 from tests.support.layer_runs import layers_of
+from tests.support.tensors import F64
 
-F64 = torch.float64
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AXIS = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 2), st.integers(0, 3), st.integers(0, 3))
 

@@ -13,12 +13,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval, Gaussian, MonteCarlo
 from ngd_dist.errors import CaptureError
 from tests.reference.fisher import sample_gradients
-
-F64 = torch.float64
-
-
-def captured(optimizer: NGD) -> dict[str, Tensor]:
-    return {str(key): value for key, value in optimizer._capture.take().items()}
+from tests.support.tensors import F64, captured
 
 
 class Unrolled(nn.Module):

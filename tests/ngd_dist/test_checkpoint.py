@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.errors import CheckpointError
 from tests.support.ranks import run_ranks
+from tests.support.tensors import weights
 
 STEPS, MORE, BATCH = 5, 3, 16
 # Loose thresholds: small batches are noisy, and some statistics are to be stale when they are saved.
@@ -76,10 +77,6 @@ def through_a_file(state: Any) -> Any:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("steps", [0, 2, STEPS])

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from ngd_dist.step.length import kl_factor, norm_factor
+from tests.support.tensors import F64
 
-F64 = torch.float64
 LRS = [0.3, 0.05]
 
 

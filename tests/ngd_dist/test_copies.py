@@ -20,6 +20,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, LNGD, AdamWFallback, FixedInterval
 from ngd_dist.errors import ConfigError
 from tests.support.ranks import run_ranks
+from tests.support.tensors import flat
 from tests.support.training import train
 
 METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "lngd": LNGD()}
@@ -41,10 +42,6 @@ class Net(nn.Module):
 def batch() -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     return torch.randn(32, 3, 8), torch.randint(0, 4, (32,))
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def trained(method: str = "kfac") -> tuple[Net, NGD]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ngd_dist.config import ConstantDamping, ExponentialDamping, LevenbergMarquardt, PolynomialDamping
 from ngd_dist.factors.kronecker import pi_split
 from ngd_dist.step.damping import levenberg_marquardt, reduction_ratio, scheduled
+from tests.support.tensors import F64
 
-F64 = torch.float64
 LM = LevenbergMarquardt(decay=0.9, every=2, low=0.25, high=0.75, minimum=0.1, maximum=10.0)
 
 

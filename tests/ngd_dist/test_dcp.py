@@ -18,6 +18,7 @@ from ngd_dist import NGD, NGDConfig, ShardedState
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CheckpointError
 from tests.support.ranks import run_ranks
+from tests.support.tensors import weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -63,10 +64,6 @@ def train(model: nn.Module, optimizer: NGD, steps: range, rank: int = 0, world_s
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def save(model: nn.Module, optimizer: NGD, folder: Path) -> None:

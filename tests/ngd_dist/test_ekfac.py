@@ -22,9 +22,9 @@ from ngd_dist.statistics.statistic import Key
 from tests.reference import kronecker as dense
 from tests.support.refreshing import refresh
 from tests.support.rows import random_rows
+from tests.support.tensors import F64
 from tests.support.work import together
 
-F64 = torch.float64
 B, O, I = 2, 4, 5  # noqa: E741
 SHAPE = LayerShape("layer", "kronecker", I, O, blocks=B)
 BOTH = frozenset("AG")

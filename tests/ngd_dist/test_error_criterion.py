@@ -17,9 +17,9 @@ from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.statistics.staleness import Schedule, Verdict, judge_error
 from ngd_dist.statistics.statistic import Key
 from tests.support.refreshing import refresh
+from tests.support.tensors import F64
 from tests.support.work import together
 
-F64 = torch.float64
 ERROR = AdaptiveInterval(criterion="error")
 
 

@@ -1,7 +1,7 @@
 """Extra evaluations for the quadratic model agree with each other and leave no trace, in whatever wraps the model."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,22 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ngd_dist.step.quadratic import Objective, curvature_products, evaluate
-
-F64 = torch.float64
-Tangent = Mapping[nn.Parameter, Tensor]
-
-
-def objective_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Objective:
-    def objective() -> tuple[Tensor, Tensor]:
-        output = model(x)
-        return F.cross_entropy(output, y), output
-
-    return objective
-
-
-def random_steps(model: nn.Module, count: int = 2) -> list[Tangent]:
-    return [{p: torch.randn_like(p) for p in model.parameters()} for _ in range(count)]
+from ngd_dist.step.quadratic import curvature_products, evaluate
+from tests.support.objectives import objective_of, random_steps
+from tests.support.tensors import F64
 
 
 def network() -> nn.Sequential:

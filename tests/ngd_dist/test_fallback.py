@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ngd_dist.config import AdamWFallback
 from ngd_dist.errors import CheckpointError
 from ngd_dist.step.fallback import Fallback
+from tests.support.tensors import F64
 
-F64 = torch.float64
 CONFIG = AdamWFallback(lr=0.01, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
 NAMES = ["scale", "shift", "position.table"]
 

@@ -13,14 +13,9 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import KFAC, Bernoulli, Categorical, Exact, FixedInterval, Gaussian, LayerWise, MonteCarlo
 from ngd_dist.errors import CaptureError, ConfigError
 from tests.reference.fisher import gauss_newton_blocks
+from tests.support.tensors import F64, captured
 
-F64 = torch.float64
 EVERY_STEP = FixedInterval()
-
-
-def captured(optimizer: NGD) -> dict[str, Tensor]:
-    """Returns the statistics of the step that is under way, without the dimension of the one block."""
-    return {str(key): value[0] for key, value in optimizer._capture.take().items()}
 
 
 def mlp(*widths: int, activation: type[nn.Module] | None = nn.Tanh, bias: bool = True) -> nn.Sequential:
@@ -60,7 +55,7 @@ def statistics_of(model: nn.Module, x: Tensor, config: NGDConfig, micro_batches:
         output = model(part)
         optimizer.fisher_backward(output)
         (output.square().sum() * 1e3).backward()
-    return captured(optimizer)
+    return captured(optimizer, block=0)
 
 
 def test_exact_fisher_of_one_sample_is_the_gauss_newton_block() -> None:
@@ -161,7 +156,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     optimizer.fisher_backward(output)
     output.sum().backward()
 
-    for name, value in captured(optimizer).items():
+    for name, value in captured(optimizer, block=0).items():
         torch.testing.assert_close(value, plain[name], rtol=1e-12, atol=0)
 
 
@@ -216,7 +211,7 @@ def test_the_empirical_fisher_ignores_the_call() -> None:
     optimizer.fisher_backward(output)
     output.sum().backward()
 
-    assert set(captured(optimizer)) == {"0.A", "0.G", "2.A", "2.G"}
+    assert set(captured(optimizer, block=0)) == {"0.A", "0.G", "2.A", "2.G"}
 
 
 @pytest.mark.parametrize("is_differentiable", [False, True])
@@ -231,7 +226,7 @@ def test_another_forward_pass_in_between_changes_nothing(is_differentiable: bool
     optimizer.fisher_backward(output)
     output.sum().backward()
 
-    assert all(torch.equal(value, plain[name]) for name, value in captured(optimizer).items())
+    assert all(torch.equal(value, plain[name]) for name, value in captured(optimizer, block=0).items())
 
 
 def test_a_due_layer_that_did_not_run_needs_no_pass() -> None:

@@ -13,23 +13,13 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdamWFallback, FixedInterval, OwnerSharded
 from ngd_dist.errors import ConfigError
 from tests.support.ranks import run_ranks
+from tests.support.tensors import batch, flat
 from tests.support.training import train
-
-F64 = torch.float64
 
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.PReLU(), nn.Linear(16, 4)).double()
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    return torch.randn(64, 8, dtype=F64), torch.randint(0, 4, (64,))
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("fallback", ["sgd", "adamw"])

@@ -15,8 +15,8 @@ from ngd_dist.layers import LAYERS, LAYERS_BY_NAME
 from ngd_dist.statistics.statistic import Key
 from tests.reference.layers import kronecker_factors, unit_rows
 from tests.support.layer_runs import autograd_sample_gradients, layers_of, sample_gradients, watched
+from tests.support.tensors import F64
 
-F64 = torch.float64
 # A case is a module and the shape of its input; attention has its own file of them.
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(3, 4), (5, 3)),

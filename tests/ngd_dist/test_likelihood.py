@@ -9,8 +9,8 @@ from ngd_dist.capture.likelihood import exact_gradients, outputs_per_sample, sam
 from ngd_dist.config import Bernoulli, Categorical, Gaussian, LikelihoodChoice, Positions
 from ngd_dist.errors import ConfigError
 from tests.reference.generalised import output_hessian
+from tests.support.tensors import F64
 
-F64 = torch.float64
 DRAWS = 50_000
 VARIANCE = 0.7
 

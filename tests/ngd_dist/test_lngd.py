@@ -13,7 +13,8 @@ from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.statistics.statistic import Key
 from tests.reference.lngd import direction, factors, layer_fisher, sampled_squares
 from tests.support.refreshing import refresh
-from tests.support.slopes import CONFIG, F64, captured, two_layers, weighed, with_ones
+from tests.support.slopes import CONFIG, phi_and_psi, two_layers, weighed, with_ones
+from tests.support.tensors import F64
 
 
 def tanh_rows(model: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def test_statistics_are_those_of_the_formula() -> None:
 
     F.cross_entropy(model(x), y).backward()
 
-    Phi, Psi = captured(optimizer, "0")
+    Phi, Psi = phi_and_psi(optimizer, "0")
     exact_phi, exact_psi = factors(*tanh_rows(model, x))
     torch.testing.assert_close(Phi[0], exact_phi, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(Psi[0] / Psi.sum(), exact_psi, rtol=1e-12, atol=1e-14)
@@ -40,7 +41,7 @@ def test_the_trace_of_the_layers_fisher_is_kept() -> None:
 
     F.cross_entropy(model(x), y).backward()
 
-    Phi, Psi = captured(optimizer, "0")
+    Phi, Psi = phi_and_psi(optimizer, "0")
     trace = layer_fisher(*tanh_rows(model, x)).trace()
     torch.testing.assert_close(torch.kron(torch.diag(Psi[0] / Psi.sum()), Phi[0]).trace(), trace, rtol=1e-12, atol=0)
     torch.testing.assert_close(Psi.sum(), trace, rtol=1e-12, atol=0)
@@ -52,7 +53,7 @@ def test_the_block_is_the_layers_fisher_of_one_sample() -> None:
 
     F.cross_entropy(model(x[:1]), y[:1]).backward()
 
-    Phi, Psi = captured(optimizer, "0")
+    Phi, Psi = phi_and_psi(optimizer, "0")
     exact = layer_fisher(*tanh_rows(model, x[:1]))
     torch.testing.assert_close(torch.kron(torch.diag(Psi[0] / Psi.sum()), Phi[0]), exact, rtol=1e-12, atol=1e-14)
 
@@ -66,7 +67,7 @@ def test_squared_slopes_are_what_sampling_estimates(activation: nn.Module) -> No
 
     sampled = sampled_squares(activation, model[0](x), samples, seed=1)
 
-    _, Psi = captured(optimizer, "0")
+    _, Psi = phi_and_psi(optimizer, "0")
     # A squared normal has the relative deviation sqrt(2). Psi averages independent draws with unequal weights, which
     # never makes it larger; 4 of them cover all 4 entries of a fixed seed.
     torch.testing.assert_close(weighed(x, sampled), Psi[0], rtol=4 * (2 / samples) ** 0.5, atol=0)
@@ -78,7 +79,7 @@ def test_statistics_do_not_depend_on_the_loss() -> None:
     for loss in (F.cross_entropy, lambda out, labels: 100 * out[labels == 0].square().sum()):
         optimizer = NGD(model, CONFIG)
         loss(model(x), y).backward()
-        found.append(captured(optimizer, "0"))
+        found.append(phi_and_psi(optimizer, "0"))
 
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
@@ -109,7 +110,7 @@ def test_positions_count_as_independent_draws() -> None:
 
     model(x).square().sum((1, 2)).mean().backward()
 
-    Phi, Psi = captured(optimizer, "0")
+    Phi, Psi = phi_and_psi(optimizer, "0")
     slopes = 1 / torch.cosh(model[0](x).detach()) ** 2
     exact_phi, exact_psi = factors(with_ones(x), slopes)
     torch.testing.assert_close(Phi[0], exact_phi, rtol=1e-12, atol=1e-14)
@@ -124,7 +125,7 @@ def test_a_convolution_reads_its_patches() -> None:
 
     model(x).square().sum().backward()
 
-    Phi, Psi = captured(optimizer, "0")
+    Phi, Psi = phi_and_psi(optimizer, "0")
     patches_NPI = with_ones(F.unfold(x, 3, padding=1).mT)
     slopes_NPO = (model[0](x).flatten(2).mT > 0).to(F64)
     exact_phi, exact_psi = factors(patches_NPI, slopes_NPO)
@@ -138,7 +139,7 @@ def test_a_layer_without_an_activation_has_the_slope_one() -> None:
 
     F.cross_entropy(model(x), y).backward()
 
-    Phi, Psi = captured(lngd, "2")
+    Phi, Psi = phi_and_psi(lngd, "2")
     A = kfac._capture.take()[Key("2", "A")]
     torch.testing.assert_close(Phi, 3 * A)
     torch.testing.assert_close(Psi, A[0].trace().expand(1, 3))
@@ -150,8 +151,8 @@ def test_a_wide_factor_is_its_diagonal() -> None:
 
     F.cross_entropy(model(x), y).backward()
 
-    whole, _ = captured(dense, "0")
-    diagonal, _ = captured(narrow, "0")
+    whole, _ = phi_and_psi(dense, "0")
+    diagonal, _ = phi_and_psi(narrow, "0")
     assert diagonal.shape == (1, 6)
     torch.testing.assert_close(diagonal[0], whole[0].diagonal())
     narrow.step()
@@ -165,10 +166,10 @@ def test_micro_batches_give_the_statistics_of_the_whole() -> None:
     with whole._capture.paused():
         for half, labels in zip(x.chunk(2), y.chunk(2), strict=True):
             (F.cross_entropy(model(half), labels) / 2).backward()
-    found = captured(parts, "0")
+    found = phi_and_psi(parts, "0")
     F.cross_entropy(model(x), y).backward()
 
-    for ours, theirs in zip(found, captured(whole, "0"), strict=True):
+    for ours, theirs in zip(found, phi_and_psi(whole, "0"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
 
 

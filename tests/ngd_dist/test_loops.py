@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, LNGD, FixedInterval, MonteCarlo
 from ngd_dist.errors import CaptureError
+from tests.support.tensors import F64, batch, captured, flat
 
-F64 = torch.float64
 METHODS = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD()}
 
 
@@ -28,21 +28,8 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4)).double()
 
 
-def batch(samples: int = 64) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    return torch.randn(samples, 8, dtype=F64), torch.randint(0, 4, (samples,))
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def assert_same(found: Tensor, expected: Tensor, *, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def captured(optimizer: NGD) -> dict[str, Tensor]:
-    return {str(key): value for key, value in optimizer._capture.take().items()}
 
 
 # --- passes that are not the step's own -------------------------------------------------------------------------------

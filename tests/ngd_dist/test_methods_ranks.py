@@ -14,6 +14,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
 from tests.support.methods import SHIPPED
 from tests.support.ranks import run_ranks
+from tests.support.tensors import weights
 
 pytestmark = pytest.mark.ranks
 
@@ -80,10 +81,6 @@ def train(model: nn.Module, optimizer: NGD, steps: range, rank: int, world_size:
         optimizer.step()
         refreshed.append(len(optimizer.stats.refreshes))
     return refreshed
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def train_case(rank: int, world_size: int, case: Case) -> dict[str, Any]:

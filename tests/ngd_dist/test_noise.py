@@ -15,9 +15,9 @@ from ngd_dist.factors.form import Form
 from ngd_dist.statistics.staleness import Schedule, judge, threshold_for
 from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec
 from tests.support.ranks import run_ranks
+from tests.support.tensors import F64
 from tests.support.work import together
 
-F64 = torch.float64
 KEY = Key("layer", "A")
 
 

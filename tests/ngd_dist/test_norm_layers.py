@@ -8,8 +8,7 @@ from ngd_dist import NGD
 from ngd_dist.layers.batchnorm import normalisation_of
 from ngd_dist.statistics.statistic import Key
 from tests.support.layer_runs import autograd_sample_gradients, layers_of, sample_gradients, watched
-
-F64 = torch.float64
+from tests.support.tensors import F64
 
 
 def test_batch_norm_statistics_leave_the_running_averages_alone() -> None:

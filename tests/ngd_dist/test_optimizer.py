@@ -18,9 +18,8 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
 from ngd_dist.statistics.statistic import Key
+from tests.support.tensors import F64
 from tests.support.training import train
-
-F64 = torch.float64
 
 
 def model_and_batch(seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:

@@ -17,13 +17,7 @@ from ngd_dist.factors.triangle import pack, packed_size, unpack
 from ngd_dist.preconditioners.unit_wise import UnitWise
 from tests.reference.fisher import block, damped_kfac_step, gauss_newton_blocks, sample_gradients
 from tests.support.refreshing import refresh
-
-F64 = torch.float64
-
-
-def captured(optimizer: NGD) -> dict[str, Tensor]:
-    """Returns the statistics of the step that is under way."""
-    return {str(key): value for key, value in optimizer._capture.take().items()}
+from tests.support.tensors import F64, captured
 
 
 def joined(gradients: list[Tensor]) -> Tensor:

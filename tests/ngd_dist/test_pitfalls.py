@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import FixedInterval
 from tests.support.refreshing import refresh
+from tests.support.tensors import F64
 from tests.support.training import train
 
-F64 = torch.float64
 METHODS: list[dict[str, Any]] = [{"kind": "kfac"}, {"kind": "kfac", "damping_form": "exact"}, {"kind": "ekfac"}]
 METHOD_IDS = ["kfac", "kfac exact", "ekfac"]
 

@@ -21,9 +21,9 @@ from ngd_dist.factors.triangle import pack, packed_size, unpack
 from ngd_dist.inversion import Ending
 from ngd_dist.statistics.staleness import REFRESHED, Schedule, Track, Verdict
 from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec
+from tests.support.tensors import F64
 from tests.support.work import together
 
-F64 = torch.float64
 patient = settings(deadline=None)  # how long an example takes says more of the machine than of the code
 
 SEEDS = st.integers(0, 2**16)

@@ -1,6 +1,6 @@
 """The exact quadratic model equals one made of dense matrices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,23 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist.errors import ConfigError
-from ngd_dist.step.quadratic import Objective, curvature_products, evaluate, predicted_change, solve_lengths
+from ngd_dist.step.quadratic import curvature_products, evaluate, predicted_change, solve_lengths
 from tests.reference.generalised import flattened, gauss_newton
-
-F64 = torch.float64
-Tangent = Mapping[nn.Parameter, Tensor]
-
-
-def objective_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, loss: Any = F.cross_entropy) -> Objective:
-    def objective() -> tuple[Tensor, Tensor]:
-        output = model(x)
-        return loss(output, y), output
-
-    return objective
-
-
-def random_steps(model: nn.Module, count: int = 2) -> list[Tangent]:
-    return [{p: torch.randn_like(p) for p in model.parameters()} for _ in range(count)]
+from tests.support.objectives import Tangent, objective_of, random_steps
+from tests.support.tensors import F64
 
 
 def dense_products(model: nn.Module, loss: Any, x: Tensor, y: Tensor, steps: list[Tangent]) -> Tensor:

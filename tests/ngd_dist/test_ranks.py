@@ -13,6 +13,7 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
 from ngd_dist.errors import CaptureError
 from tests.support.ranks import run_ranks
+from tests.support.tensors import weights
 
 pytestmark = pytest.mark.ranks
 
@@ -91,10 +92,6 @@ def config(case: str, **changes: Any) -> NGDConfig:
     settings = {"strategy": strategy, "staleness": staleness, "micro_batches": micro, "damping": 0.1}
     settings |= {"bucket_mb": BUCKET_MB.get(case, 25.0), **changes}
     return NGDConfig.model_validate(settings)
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def single_process(case: str, steps: int) -> list[Tensor]:

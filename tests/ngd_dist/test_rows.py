@@ -15,8 +15,7 @@ from ngd_dist.factors.root import Root
 from ngd_dist.inversion import Ending, invert, invert_rows
 from ngd_dist.statistics.statistic import Statistic, StatisticSpec
 from tests.support.ranks import run_ranks
-
-F64 = torch.float64
+from tests.support.tensors import F64
 
 
 def build_model() -> nn.Sequential:

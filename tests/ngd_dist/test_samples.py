@@ -13,17 +13,9 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import EKFAC, KFAC, LNGD, AdaptiveInterval, Bernoulli, Empirical, Exact, FixedInterval, MonteCarlo
 from ngd_dist.errors import CaptureError, ConfigError
+from tests.support.tensors import F64, batch, captured, flat
 
-F64 = torch.float64
 METHODS = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD()}
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def captured(optimizer: NGD) -> dict[str, Tensor]:
-    return {str(key): value for key, value in optimizer._capture.take().items()}
 
 
 class Timed(nn.Module):
@@ -40,11 +32,6 @@ class Timed(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.net(x), y)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    return torch.randn(64, 8, dtype=F64), torch.randint(0, 4, (64,))
 
 
 def one_step(run: Callable[[NGD, Timed], Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import KFAC, LNGD, FixedInterval, GivenLength, KLClip, LayerWise, NormClip
 from tests.reference.lngd import quadratic_model
 from tests.support.ranks import run_ranks
+from tests.support.tensors import F64
 
-F64 = torch.float64
 MU = 1e-8
 CONFIG = NGDConfig(lr=0.3, momentum=0.0, step_length=LayerWise(mu=MU), staleness=FixedInterval())
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ngd_dist.step.weights import MomentumMode, apply_
+from tests.support.tensors import F64
 
-F64 = torch.float64
 FALLING = [0.3, 0.3, 0.2, 0.15, 0.01, 0.001]
 RISING = [0.1, 0.2, 0.4, 0.3]
 MODES: list[MomentumMode] = ["correct", "proportional", "chosen"]

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from sqlalchemy import create_engine, make_url, text
 
+from ngd_service.app import create_app
 from ngd_service.client.client import Client
+from ngd_service.settings import load_settings
 from ngd_service.store.sql import SQLStore
-from tests.support.kube_cluster import KubeCluster
+from tests.fakes.kube.cluster import KubeCluster
 from tests.support.ray_head import RayHead
 from tests.support.service_process import ServiceProcess
 
@@ -58,6 +61,14 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
 @pytest.fixture
 def client(shared_service: ServiceProcess) -> Client:
     return shared_service.client
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[FastAPI]:
+    """The app with its controller at rest."""
+    app = create_app(load_settings(home=tmp_path))
+    yield app
+    app.state.parts.store.close()
 
 
 @pytest.fixture(scope="session")

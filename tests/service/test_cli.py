@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.attempts import small_spec
-from tests.support.service_process import ServiceProcess
-
-NGD = (sys.executable, "-c", "from ngd_service.cli.commands import main; main()")
+from tests.support.service_process import NGD, ServiceProcess
 
 
 def ngd(*arguments: str, url: str | None = None, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -10,16 +11,13 @@ import pytest
 from ngd_service.client.client import Client
 from ngd_service.resources import Event, Job
 from ngd_workers.contract.rundir import AttemptDir
-from tests.support.attempts import small_spec
+from tests.support.attempts import fault_spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
 
 Start = Callable[..., ServiceProcess]
 STEPS = 150  # three seconds of the fault driver
-
-
-def spec(name: str = "steps", steps: int = STEPS, **changes: object) -> dict[str, object]:
-    return small_spec(name=name, schedule={"steps": steps}, **changes).model_dump(mode="json")
+spec = partial(fault_spec, steps=STEPS)
 
 
 def all_events(client: Client, job_id: str) -> list[Event]:

@@ -1,8 +1,7 @@
 """A database that stops answering is a 503 that says to try again; a mistake of ours is a 500 without a traceback."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -11,16 +10,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ngd_service.api.own_pages import OwnPagesOnly
 from ngd_service.api.parts import Parts
-from ngd_service.app import create_app
-from ngd_service.settings import load_settings
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[FastAPI]:
-    """The app with its controller at rest."""
-    app = create_app(load_settings(home=tmp_path))
-    yield app
-    app.state.parts.store.close()
 
 
 def get(app: FastAPI, path: str) -> httpx.Response:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.kube_cluster import TEMPLATE, KubeCluster
+from tests.fakes.kube.cluster import TEMPLATE, KubeCluster
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,9 @@ from ngd_service.client.server_sent import frames
 from ngd_service.dashboard.activity import words
 from ngd_service.dashboard.summary import progress_words
 from ngd_service.resources import Job
-from tests.support.attempts import small_spec
+from tests.support.attempts import fault_spec as spec
 from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
-
-
-def spec(name: str = "steps", steps: int = 20, **changes: object) -> dict[str, object]:
-    return small_spec(name=name, schedule={"steps": steps}, **changes).model_dump(mode="json")
 
 
 def wait_for_phase(client: Client, job: Job, phase: str) -> None:

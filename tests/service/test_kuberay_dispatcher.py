@@ -21,6 +21,7 @@ from ngd_service.dispatchers.kuberay import KubeRayDispatcher
 from ngd_service.dispatchers.rayjob import name_of
 from ngd_service.job_state import Process
 from ngd_workers.contract.rundir import Outcome, write_json
+from tests.fakes.kube.cluster import NAMESPACE, TEMPLATE, KubeCluster
 from tests.support.attempts import small_spec
 from tests.support.backends import (
     REF,
@@ -32,7 +33,6 @@ from tests.support.backends import (
     wait_for_log,
 )
 from tests.support.deadline import wait_until
-from tests.support.kube_cluster import NAMESPACE, TEMPLATE, KubeCluster
 
 NAME = name_of(REF)
 

@@ -11,9 +11,9 @@ from ngd_service.client.client import Client
 from ngd_service.dispatchers.base import AttemptRef
 from ngd_service.dispatchers.rayjob import name_of
 from ngd_service.resources import Job
+from tests.fakes.kube.cluster import TEMPLATE, KubeCluster
 from tests.service.test_crash import assert_nothing_lost_or_doubled, drivers, spec, wait_for_step
 from tests.support.deadline import wait_until
-from tests.support.kube_cluster import TEMPLATE, KubeCluster
 from tests.support.service_process import ServiceProcess
 
 Start = Callable[..., ServiceProcess]

@@ -21,6 +21,7 @@ from ngd_service.dispatchers.rayjob import name_of
 from ngd_service.dispatchers.unresponsive import Silence
 from ngd_service.job_state import Phase, Process
 from ngd_service.store.sql import SQLStore
+from tests.fakes.kube.cluster import TEMPLATE, KubeCluster
 from tests.service.test_kuberay_dispatcher import NAME, launch, now, started
 from tests.service.test_reconciler_outages import Controller, phase, post, report
 from tests.support.backends import (
@@ -32,7 +33,6 @@ from tests.support.backends import (
     kuberay_backend,
 )
 from tests.support.deadline import wait_until
-from tests.support.kube_cluster import TEMPLATE, KubeCluster
 
 OTHER = AttemptRef("job_01JD0000000000000000000001", 1)
 NO_RIGHT = 'User "system:serviceaccount:training:ngd-controller" cannot create resource "rayjobs" in API group "ray.io"'

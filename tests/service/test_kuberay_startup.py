@@ -12,8 +12,8 @@ from ngd_service.dispatchers import rayjob_api
 from ngd_service.dispatchers.rayjob_api import connect
 from ngd_service.errors import StartupError
 from ngd_service.settings import load_settings
+from tests.fakes.kube.cluster import NAMESPACE, TEMPLATE, KubeCluster
 from tests.service.test_startup import assert_refused, serve
-from tests.support.kube_cluster import NAMESPACE, TEMPLATE, KubeCluster
 
 
 @pytest.fixture

@@ -4,22 +4,20 @@ import asyncio
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
 from ngd_service.api.parts import Parts
-from ngd_service.app import create_app
 from ngd_service.client.client import Client
 from ngd_service.errors import StoreUnavailableError
 from ngd_service.monitoring.metrics import ControllerMetrics
 from ngd_service.monitoring.probe import Probe
-from ngd_service.settings import load_settings
 from ngd_service.store.base import Census
+from tests.support.attempts import fault_spec as spec
 from tests.support.attempts import small_spec
 from tests.support.chart import PROMTOOL, tool
 from tests.support.deadline import wait_until
@@ -41,10 +39,6 @@ FAMILIES = {
     "ngd_build_info": "gauge",
 }
 Scrape = Callable[[], dict[str, float]]
-
-
-def spec(name: str = "steps", steps: int = 20) -> dict[str, object]:
-    return small_spec(name=name, schedule={"steps": steps}).model_dump(mode="json")
 
 
 def samples(text: str) -> dict[str, float]:
@@ -171,14 +165,6 @@ def test_backend_that_does_not_answer_is_down() -> None:
         seen.append(samples(metrics.exposition(None).decode())["ngd_dispatcher_up"])
 
     assert seen == [1, 0, 0, 1]  # a look that is answered says nothing of submissions
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[FastAPI]:
-    """The app with its controller at rest."""
-    app = create_app(load_settings(home=tmp_path))
-    yield app
-    app.state.parts.store.close()
 
 
 def parts(app: FastAPI) -> Parts:

@@ -1,11 +1,11 @@
 """docs/openapi.json is what the service serves; a change of the API shows in its diff."""
 
 import json
-from pathlib import Path
 
 from ngd_service.api.application import api_application
+from tests.support import ROOT
 
-FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
+FILE = ROOT / "docs" / "openapi.json"
 
 
 def test_written_description_is_the_one_served() -> None:

@@ -24,13 +24,13 @@ from ngd_service.job_state import Process
 from tests.service.test_crash import assert_nothing_lost_or_doubled, drivers, spec, wait_for_step
 from tests.service.test_real_driver import kill_the_driver_and_go_on
 from tests.support.attempts import small_spec
+from tests.support.backends import NOWHERE
 from tests.support.deadline import wait_until
 from tests.support.ray_head import RayHead
 from tests.support.service_process import FAULT_DRIVER, ServiceProcess
 
 pytestmark = pytest.mark.ray
 
-NOWHERE = "http://127.0.0.1:1"
 REAL_DRIVER = [sys.executable, "-m", "ngd_workers.launch"]
 RAY_S = 120.0  # a driver that Ray starts takes seconds, on busy cores many
 

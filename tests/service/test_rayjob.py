@@ -11,10 +11,10 @@ from ngd_service.dispatchers.base import SPEC_SHA256, AttemptRef, DispatchError,
 from ngd_service.dispatchers.rayjob import Group, groups_of, rayjob, read_template, replicas_for
 from ngd_service.errors import StartupError
 from ngd_workers.contract.spec import Resources
+from tests.fakes.kube.cluster import TEMPLATE
+from tests.fakes.kube.kuberay import why_invalid
+from tests.fakes.kube.rayjob_schema import problems
 from tests.support.attempts import small_spec
-from tests.support.fake_kuberay import why_invalid
-from tests.support.kube_cluster import TEMPLATE
-from tests.support.rayjob_schema import problems
 
 REF = AttemptRef("job_01JD3F8Z6Q4V5X7Y9A0BCDEFGH", 2)
 HEAD = ("spec", "rayClusterSpec", "headGroupSpec", "template")

@@ -4,16 +4,14 @@ import os
 import pty
 import re
 import subprocess
-import sys
 
 import pytest
 
 from ngd_service.cli.terminal import harmless
 from ngd_workers.contract.rundir import AttemptDir
 from tests.support.attempts import small_spec
-from tests.support.service_process import ServiceProcess
+from tests.support.service_process import NGD, ServiceProcess
 
-NGD = (sys.executable, "-c", "from ngd_service.cli.commands import main; main()")
 NASTY = "\x1b[31mred\x1b[0m \x1b]0;title\x07\x1b]52;c;aGk=\x1b\\ \x1b[6n \x9b2J bell\x07 \u202etxt\n"
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -18,17 +19,14 @@ from ngd_service.store import sql
 from ngd_service.store.base import Claim
 from ngd_service.store.sql import SQLStore
 from ngd_workers.contract.rundir import AttemptDir
-from tests.support.attempts import small_spec
+from tests.support.attempts import fault_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, write_keys
 from tests.support.service_process import ServiceProcess
 
 Start = Callable[[str], ServiceProcess]
 Pair = tuple[ServiceProcess, ServiceProcess]
-
-
-def spec(name: str = "steps", steps: int = 30) -> dict[str, object]:
-    return small_spec(name=name, schedule={"steps": steps}).model_dump(mode="json")
+spec = partial(fault_spec, steps=30)
 
 
 @pytest.fixture

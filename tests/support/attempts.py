@@ -22,6 +22,11 @@ def small_spec(**changes: Any) -> JobSpec:
     return JobSpec.model_validate(content | changes)
 
 
+def fault_spec(name: str = "steps", steps: int = 20, **changes: Any) -> dict[str, Any]:
+    """Returns the body of a job for the fault driver, which does what the name says."""
+    return small_spec(name=name, schedule={"steps": steps}, **changes).model_dump(mode="json")
+
+
 def make_attempt(run_dir: Path, spec: JobSpec, number: int = 1, **facts: Any) -> AttemptDir:
     """Returns the directory of an attempt that is ready to start; without a service unless `url` is given."""
     attempt_dir = AttemptDir.of(run_dir, number)

@@ -19,8 +19,8 @@ from ngd_service.dispatchers.rayjob_api import connect
 from ngd_service.failpoint import Failpoint
 from ngd_service.job_state import Process
 from ngd_workers.contract.rundir import AttemptDir
+from tests.fakes.kube.cluster import TEMPLATE, KubeCluster
 from tests.support.deadline import wait_until
-from tests.support.kube_cluster import TEMPLATE, KubeCluster
 from tests.support.ray_head import RayHead
 from tests.support.service_process import FAULT_DRIVER
 

@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+import pytest
 from playwright.sync_api import Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVES_A_BROWSER = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium to drive: apt-get install chromium"),
+]
 ARGUMENTS = [
     "--no-sandbox",  # tests may run as root, whom Chromium's sandbox refuses
     "--disable-gpu",

@@ -10,7 +10,8 @@ import helm_python
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 CHART = ROOT / "helm" / "ngd"
 GOLDEN = ROOT / "tests" / "helm" / "golden"
 TOOLS = ROOT / ".tools"
@@ -23,6 +24,7 @@ MONITORING = "monitoring.coreos.com/v1"
 VALUES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*.yaml"))} | {
     f"environment-{path.stem}": path for path in sorted((ROOT / "deploy" / "environments").glob("*.yaml"))
 }
+SCENARIO = pytest.mark.parametrize("scenario", VALUES)  # for a test that holds for each set of values
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where PyYAML has libyaml
 Object = dict[str, Any]

@@ -12,6 +12,7 @@ import httpx
 import psutil
 
 from ngd_workers.launch.ray_cluster import free_ports
+from tests.support import ROOT
 from tests.support.deadline import wait_until
 
 __all__ = ["RayHead"]
@@ -82,6 +83,6 @@ class RayHead:
 
 def _environment() -> dict[str, str]:
     """What a head would see on a machine of its own: no address of another Ray, and bytecode that is compiled once."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     left_out = {name for name in os.environ if name.startswith("RAY_")} | {"PYTHONDONTWRITEBYTECODE"}
     return {name: value for name, value in os.environ.items() if name not in left_out} | {"PYTHONPATH": path}

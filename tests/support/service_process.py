@@ -11,20 +11,30 @@ from ngd_service.client.client import Client
 from tests.support.deadline import wait_until
 
 FAULT_DRIVER = (sys.executable, "-m", "tests.support.fault_driver")
+NGD = (sys.executable, "-c", "from ngd_service.cli.commands import main; main()")  # the command `ngd`
 START_S = 60.0
 
 
 class ServiceProcess:
     """A controller on a home. Another one may be started on the same home once this one has gone."""
 
-    def __init__(self, home: Path, *, module: str = "ngd_service", key: str | None = None, **settings: Any) -> None:
-        """module: what is run; key: the API key of its `client`."""
+    def __init__(
+        self,
+        home: Path,
+        *,
+        module: str = "ngd_service",
+        key: str | None = None,
+        folder: Path | None = None,
+        **settings: Any,
+    ) -> None:
+        """module: the module that is run; key: the API key of its `client`; folder: where it starts, None: here."""
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self._output = home / "serve.txt"
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module],
+                cwd=folder,
                 env=os.environ | _environment(home, settings),
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import LNGD, FixedInterval
 from ngd_dist.statistics.statistic import Key
+from tests.support.tensors import F64
 
-F64 = torch.float64
 CONFIG = NGDConfig(preconditioner=LNGD(), momentum=0.0, staleness=FixedInterval())
 
 
-def captured(optimizer: NGD, layer: str) -> tuple[Tensor, Tensor]:
+def phi_and_psi(optimizer: NGD, layer: str) -> tuple[Tensor, Tensor]:
     """Returns Phi and Psi of the step that is under way."""
     found = optimizer._capture.take()
     return found[Key(layer, "Phi")], found[Key(layer, "Psi")]

@@ -1,11 +1,15 @@
-"""The plainest training loop: the same batch, step after step."""
+"""The plainest training loop, which takes the same batch step after step; the weights of a job's checkpoint."""
 
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD
+from ngd_workers.train.checkpoints import Checkpoints
 
-__all__ = ["train"]
+__all__ = ["train", "weights_at"]
 
 
 def train(optimizer: NGD, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> list[float]:
@@ -18,3 +22,9 @@ def train(optimizer: NGD, model: nn.Module, x: Tensor, y: Tensor, steps: int) ->
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def weights_at(run_dir: Path, step: int, attempt: int = 1) -> dict[str, Tensor]:
+    """Returns the model's state in the checkpoint of this step."""
+    state: dict[str, Tensor] = Checkpoints(run_dir / "checkpoints", attempt, 2).load(step, torch.device("cpu"))["model"]
+    return state

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.errors import CollectiveError
+from tests.support import ROOT
 from tests.support.ranks import free_port
 
 BELL = 90  # a file descriptor
@@ -46,7 +47,7 @@ def run_ways_out(times: Mapping[str, int], timeout_s: float) -> list[dict[str, A
     """Returns how each pair of ranks ended: its way, the ranks' exit statuses (negative: a signal), their stderr."""
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(dict(times))],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,

@@ -5,20 +5,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
 
 from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Outcome, write_json
 from ngd_workers.train.checkpoints import Checkpoints
+from tests.support import ROOT
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.deadline import wait_until
 from tests.support.event_service import EventService
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[2]
 START_S = 120.0  # Ray and its workers import for half a minute on a busy machine
 LONG = {"steps": 100_000, "evaluate_every_steps": 100_000}
 

@@ -6,6 +6,7 @@ import torch
 from ngd_workers.launch.attempt import run_rank
 from ngd_workers.train.checkpoints import Checkpoints
 from tests.support.attempts import make_attempt, records, small_spec, spooled
+from tests.support.training import weights_at
 
 CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
 OPTIMIZERS = {
@@ -121,10 +122,6 @@ def test_stop_request_saves_a_checkpoint_and_cancels(tmp_path):
 
     assert outcome.result == "cancelled"
     assert Checkpoints(tmp_path / "checkpoints", 1, 2).newest_step() == outcome.step < 8
-
-
-def weights_at(run_dir, step: int) -> dict[str, torch.Tensor]:
-    return Checkpoints(run_dir / "checkpoints", 1, 2).load(step, torch.device("cpu"))["model"]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

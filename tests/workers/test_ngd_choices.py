@@ -8,9 +8,9 @@ from ngd_dist.distributed.comm import Communicator
 from ngd_workers.contract.events import StepRecord
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.launch.attempt import run_rank
-from ngd_workers.train.checkpoints import Checkpoints
 from ngd_workers.train.learner import Learner
 from tests.support.attempts import make_attempt, records, small_spec, spooled
+from tests.support.training import weights_at
 
 CNN = {"kind": "small_cnn", "channels": 4, "hidden": 16}
 GIVEN = {"kind": "ngd", "lr": 0.03, "damping": 0.03}
@@ -93,10 +93,6 @@ def test_burn_in_leaves_the_weights_alone(tmp_path):
     two, four, six = (weights_at(tmp_path, step) for step in (2, 4, 6))
     assert all(torch.equal(two[name], four[name]) for name in two)
     assert not any(torch.equal(four[name], six[name]) for name in two)
-
-
-def weights_at(run_dir, step: int, attempt: int = 1) -> dict[str, torch.Tensor]:
-    return Checkpoints(run_dir / "checkpoints", attempt, 2).load(step, torch.device("cpu"))["model"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"batch": {"global_size": 64, "micro_size": 16}}], ids=["whole", "cut"])

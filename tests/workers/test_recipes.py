@@ -8,9 +8,10 @@ from ngd_workers.contract.spec import JobSpec
 from ngd_workers.contract.spec_file import load_spec
 from ngd_workers.contract.spec_problems import parse_spec
 from ngd_workers.launch.attempt import run_rank
+from tests.support import ROOT
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 
-RECIPES = sorted((Path(__file__).parents[2] / "workers" / "ngd_workers" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "workers" / "ngd_workers" / "recipes").glob("*.yaml"))
 
 QUADRATIC = "{kind: ngd, step_length: {kind: quadratic_model}}"
 GOOD = """

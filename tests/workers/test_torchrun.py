@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ngd_workers.contract.rundir import AttemptDir, write_json
+from tests.support import ROOT
 from tests.support.attempts import records, small_spec, spooled
 
 pytestmark = pytest.mark.ranks
@@ -39,5 +40,5 @@ def test_two_processes_make_one_attempt_and_the_next_call_resumes_it(tmp_path: P
 
 
 def _environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -1,6 +1,6 @@
 """KubeRay's operator as far as a RayJob's author can tell, over the API alone; its pods are processes of this machine.
 
-    python -m tests.support.fake_kuberay URL TOKEN NAMESPACE PODS_DIR [JSON of `Behaviour`]
+    python -m tests.fakes.kube.kuberay URL TOKEN NAMESPACE PODS_DIR [JSON of `Behaviour`]
 
 Pods outlive the operator, and a second operator finds them: PODS_DIR/<uid>/ holds pid and exit status, and `lost` if
 their node has died: nothing of them runs any more, and they stay, for nobody can say that they have ended.
@@ -18,14 +18,13 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 
-Json = dict[str, Any]
+from tests.fakes.kube.rayjob_schema import FOREGROUND, Json
+
 FINALIZER = "ray.io/rayjob-finalizer"
-FOREGROUND = "foregroundDeletion"
 MAX_NAME = 47  # KubeRay appends to it for the RayCluster and its services
 DNS_1035 = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
 LOOK_S = 0.1

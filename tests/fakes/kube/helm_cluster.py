@@ -16,8 +16,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.fakes.kube.field_managers import defaulted, server_side_apply
 from tests.support.chart import CHART, HELM3, Object, tool
-from tests.support.field_managers import defaulted, server_side_apply
 
 KINDS = {  # of each API, the kinds and their names in paths
     "v1": {

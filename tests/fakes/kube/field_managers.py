@@ -7,7 +7,8 @@ built-in kinds, which have keys, are owned more finely by a real server.
 import copy
 from typing import Any
 
-Object = dict[str, Any]
+from tests.support.chart import Object
+
 Path = tuple[str, ...]
 APPLY, UPDATE = "Apply", "Update"
 UNOWNED = {("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")}

@@ -1,6 +1,6 @@
 """A Kubernetes API server with nothing in it but RayJobs, for clients that can't tell it from a real one.
 
-    python -m tests.support.fake_kubernetes PORT TOKEN STATE_FILE [HISTORY]
+    python -m tests.fakes.kube.kubernetes PORT TOKEN STATE_FILE [HISTORY]
 
 What it keeps to: uid, resourceVersion, generation, 409 for a name that is taken and for a version that is old, Status
 objects, label selectors, watches with 410 Gone, the status subresource, finalizers, field validation, bearer tokens,
@@ -23,12 +23,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from tests.support.rayjob_schema import problems, without_unknown
+from tests.fakes.kube.rayjob_schema import FOREGROUND, Json, problems, without_unknown
 
-Json = dict[str, Any]
 Key = tuple[str, str]
 HISTORY = 500  # events that a watch can go back to
-FOREGROUND = "foregroundDeletion"
 COLLECTION = "/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.fakes.kube.kuberay import Behaviour
 from tests.support.deadline import wait_until
-from tests.support.fake_kuberay import Behaviour
 
 TOKEN = "a-service-account-s-token"
 NAMESPACE = "training"
@@ -81,14 +81,14 @@ class KubeCluster:
         return self
 
     def start_server(self) -> None:
-        command = ["tests.support.fake_kubernetes", str(self.port), TOKEN, str(self.folder / "objects.json")]
+        command = ["tests.fakes.kube.kubernetes", str(self.port), TOKEN, str(self.folder / "objects.json")]
         self.server = self._spawn("server.txt", *command, str(self.history))
         wait_until(self._answers, "the API server answers", timeout_s=60)
 
     def start_operator(self) -> None:
         pods, behaviour = str(self.folder / "pods"), json.dumps(asdict(self.behaviour))
         self.operator = self._spawn(
-            "operator.txt", "tests.support.fake_kuberay", self.url, TOKEN, NAMESPACE, pods, behaviour
+            "operator.txt", "tests.fakes.kube.kuberay", self.url, TOKEN, NAMESPACE, pods, behaviour
         )
 
     def stop_server(self) -> None:
@@ -110,7 +110,7 @@ class KubeCluster:
         self.http.close()
 
     def misbehave(self, *faults: dict[str, Any]) -> None:
-        """Plans what the server does instead of answering; see `fake_kubernetes.Faults`. Without faults: nothing."""
+        """Plans what the server does instead of answering; see `kubernetes.Faults`. Without faults: nothing."""
         self.http.put("/faults", json=list(faults)).raise_for_status()
 
     def limit_rayjobs(self, number: int | None) -> None:

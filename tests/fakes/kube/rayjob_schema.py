@@ -1,6 +1,6 @@
 """What the API server accepts as a RayJob: names, types and choices of the fields that the service and its chart use.
 
-Pods (core/v1) are open here. KubeRay's own rules, which its operator checks, are in `tests.support.fake_kuberay`.
+Pods (core/v1) are open here. KubeRay's own rules, which its operator checks, are in `tests.fakes.kube.kuberay`.
 """
 
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 Json = dict[str, Any]
+
+FOREGROUND = "foregroundDeletion"  # the finalizer of a deletion that waits for pods
 
 TEXT = {"type": "string"}
 WHOLE = {"type": "integer"}
