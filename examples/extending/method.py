@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import PreconditionerConfig
 from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.form import Entrywise, Form
 from ngd_dist.inversion import Ending, Solution
 from ngd_dist.layers import Rows
 from ngd_dist.preconditioners import Cache, Preconditioner, Refreshed
@@ -29,8 +30,8 @@ class DiagonalFisher(Preconditioner):
 
     def __init__(self, shape: LayerShape, config: Diagonal, max_dense: int) -> None:
         super().__init__(shape)
-        self.statistics = (StatisticSpec("D", shape.gradient),)
-        self.cache_shapes = {"inverse": shape.gradient}
+        self.statistics = (StatisticSpec("D", Entrywise(shape.gradient)),)
+        self.entries = {"inverse": Form(shape.gradient)}
 
     def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "D" not in due:

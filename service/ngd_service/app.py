@@ -16,7 +16,6 @@ from ngd_service.auth.api_keys import ApiKeys
 from ngd_service.auth.tokens import Tokens, read_key, read_or_create_key
 from ngd_service.control.jobs import Jobs
 from ngd_service.control.reconciler import Reconciler
-from ngd_service.dispatchers import DISPATCHERS
 from ngd_service.dispatchers.files import AttemptFiles
 from ngd_service.errors import StartupError
 from ngd_service.failpoint import Failpoint
@@ -64,7 +63,7 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
         _make_runs_dir(settings)
         own = Tokens(read_or_create_key(settings.home / KEY))
         tokens = given or own
-        owner = own if settings.dispatcher == "local" else tokens
+        owner = own if settings.dispatcher_class.owns_processes else tokens
         store.bind(owner.installation_id, f"{socket.gethostname()}:{settings.home}")
     except OSError as error:
         store.close()
@@ -94,10 +93,12 @@ def _assemble(settings: Settings) -> Parts:
         runs_dir=settings.resolved_runs_dir,
         data_dir=settings.data_dir,
         worker_url=settings.resolved_worker_url,
-        cluster="own" if settings.dispatcher == "local" else "given",
+        cluster=settings.dispatcher_class.ray,
         function_modules=settings.function_modules,
     )
-    dispatcher = DISPATCHERS[settings.dispatcher](settings, files, failpoint)
+    dispatcher = settings.dispatcher_class.of(
+        settings, files, command=settings.resolved_driver_command, failpoint=failpoint
+    )
     store, tokens = _open(settings)  # last: a start that fails leaves the database's schema as it was
     reconciler = Reconciler(
         store=store,

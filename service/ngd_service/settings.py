@@ -4,73 +4,62 @@ import ipaddress
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, create_model, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ngd_service.errors import StartupError
 from ngd_service.failpoint import Place
 from ngd_service.home import DATABASE, RUNS
+from ngd_service.setting_types import OptionalPath, Origin, SomePath, WithoutPassword
 
-__all__ = ["ClientSettings", "Settings", "load_client_settings", "load_settings"]
+if TYPE_CHECKING:
+    from ngd_service.dispatchers.base import Dispatcher
+
+__all__ = [
+    "ClientSettings",
+    "Settings",
+    "load_client_settings",
+    "load_common_settings",
+    "load_settings",
+    "settings_class",
+]
 
 DAY_S = 86_400.0
 DEFAULT_PORTS = {"http": 80, "https": 443}
 DRIVER = ("-m", "ngd_workers.launch")
-PATHS = ("data_dir", "api_keys_dir", "signing_key_file", "runs_dir", "ray_token_file", "rayjob_template")
-ADDRESSES = ("public_url", "worker_url", "ray_address", "kubernetes_url")
-ONLY_FOR = {  # what each dispatcher alone reads
-    "ray_jobs": ("ray_address", "ray_token_file"),
-    "kuberay": ("rayjob_template", "kubernetes_url", "kubernetes_namespace"),
-}
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Loaded = TypeVar("Loaded", bound=BaseSettings)
 
 
 class Settings(BaseSettings):
-    """Every setting of the service; each is read from the variable NGD_<NAME>."""
+    """The settings that belong to no single dispatcher; each is read from the variable NGD_<NAME>."""
 
     model_config = SettingsConfigDict(env_prefix="NGD_", frozen=True, validate_default=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs api_keys_dir.")
     port: int = Field(8000, ge=0, le=65535, description="0: any free port.")
-    home: Path = Field(Path("~/.ngd"), description="Folder of runs and of the default database.")
+    home: SomePath = Field(Path("~/.ngd"), description="Folder of runs and of the default database.")
     database_url: str = Field("", description="SQLAlchemy URL of SQLite or PostgreSQL; empty: a file in home.")
-    data_dir: Path | None = Field(None, description="What a relative data directory in a spec is relative to.")
-    api_keys_dir: Path | None = Field(
+    data_dir: OptionalPath = Field(None, description="What a relative data directory in a spec is relative to.")
+    api_keys_dir: OptionalPath = Field(
         None, description="Folder with a file per API key, named for its holder; unset: no keys, loopback only."
     )
-    public_url: str = Field("", description="Where people reach the service; empty: the address it listens on.")
-    signing_key_file: Path | None = Field(
+    public_url: WithoutPassword = Field(
+        "", description="Where people reach the service; empty: the address it listens on."
+    )
+    signing_key_file: OptionalPath = Field(
         None, description="32 bytes, or 64 hex digits, that all controllers of a database share; unset: made in home."
     )
-    worker_url: str = Field(
-        "", pattern=r"^(https?://[^/\s]+)?$", description="Where workers report to; empty: where it listens."
+    worker_url: Origin = Field("", description="Where workers report to; empty: where it listens.")
+    dispatcher: str = Field(
+        "local",
+        description="Who runs the attempts: this machine, a Ray cluster, or a RayJob each; or package.module:Class.",
     )
-    dispatcher: Literal["local", "ray_jobs", "kuberay"] = Field(
-        "local", description="Who runs the attempts: this machine, a Ray cluster, or a RayJob each."
-    )
-    runs_dir: Path | None = Field(
+    runs_dir: OptionalPath = Field(
         None, description="ray_jobs and kuberay: folder of runs that the workers see as the same path; empty: in home."
-    )
-    ray_address: str = Field(
-        "", pattern=r"^(https?://[^/\s]+)?$", description="ray_jobs: where Ray's dashboard answers, http://head:8265."
-    )
-    ray_token_file: Path | None = Field(None, description="ray_jobs: file with the Ray cluster's token.")
-    rayjob_template: Path | None = Field(
-        None, description="kuberay: YAML file of the RayJob that is filled in for each attempt."
-    )
-    kubernetes_url: str = Field(
-        "",
-        pattern=r"^(https?://[^\s]+)?$",
-        description="kuberay: API server without credentials (kubectl proxy); empty: the pod's, or the kubeconfig's.",
-    )
-    kubernetes_namespace: str = Field(
-        "",
-        pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$",
-        description="kuberay: where RayJobs go; empty: the pod's own, or the kubeconfig's.",
     )
     unreachable_s: Seconds = Field(
         600.0, gt=0, le=7 * DAY_S, description="Seconds of silence after which what runs an attempt counts as lost."
@@ -108,29 +97,6 @@ class Settings(BaseSettings):
         description="Command of an attempt, a JSON list; its folder is appended. Unset: python -m ngd_workers.launch.",
     )
     failpoint: Place | None = Field(None, description="For tests: where the controller kills itself.")
-
-    @field_validator(*PATHS, mode="before")
-    @classmethod
-    def _given(cls, path: object) -> object:
-        return path or None  # an empty variable counts as none, and not as the working directory
-
-    @field_validator("home", *PATHS)
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        try:
-            return path if path is None else path.expanduser().absolute()
-        except RuntimeError as error:
-            raise ValueError(f"the path {path} names a user whose home is not known; give the whole path") from error
-
-    @field_validator(*ADDRESSES, mode="before")
-    @classmethod
-    def _no_credentials(cls, url: object, info: ValidationInfo) -> object:
-        if isinstance(url, str) and "@" in url:
-            raise ValueError(
-                f"{info.field_name} (NGD_{str(info.field_name).upper()}) must hold no user and password, for logs show "
-                "it; leave out what is before the '@' and the '@'"
-            )
-        return url
 
     @field_validator("function_modules", mode="before")
     @classmethod
@@ -197,41 +163,6 @@ class Settings(BaseSettings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _workers_find_it(self) -> Self:
-        if self.dispatcher != "local" and not self.worker_url and ipaddress.ip_address(self.host).is_unspecified:
-            raise ValueError(
-                f"the dispatcher {self.dispatcher} needs worker_url (NGD_WORKER_URL) while the service listens on "
-                f"every address ({self.host}): where its workers, on other machines, report to"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _belongs_to_the_dispatcher(self) -> Self:
-        if self.dispatcher == "local" and self.runs_dir is not None:
-            raise ValueError(
-                f"runs_dir (NGD_RUNS_DIR) is for the dispatchers ray_jobs and kuberay, got {str(self.runs_dir)!r} with "
-                "local, whose runs lie in NGD_HOME with their processes' lock; leave it out"
-            )
-        for dispatcher, names in ONLY_FOR.items():
-            for name in names:
-                value = getattr(self, name)
-                if self.dispatcher != dispatcher and value:
-                    raise ValueError(
-                        f"{name} (NGD_{name.upper()}) is for the dispatcher {dispatcher}, got {str(value)!r} with "
-                        f"{self.dispatcher}; leave it out, or set NGD_DISPATCHER={dispatcher}"
-                    )
-        if self.dispatcher == "kuberay" and self.rayjob_template is None:
-            raise ValueError(
-                "the dispatcher kuberay needs rayjob_template (NGD_RAYJOB_TEMPLATE), the file of a RayJob to fill in"
-            )
-        if self.dispatcher == "ray_jobs" and not self.ray_address:
-            raise ValueError(
-                "the dispatcher ray_jobs needs ray_address (NGD_RAY_ADDRESS), the address of Ray's dashboard such as "
-                "http://127.0.0.1:8265"
-            )
-        return self
-
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the service."""
@@ -251,13 +182,20 @@ class Settings(BaseSettings):
         return self.public_url or self.url
 
     @property
+    def dispatcher_class(self) -> "type[Dispatcher[Any]]":
+        """The class of the dispatcher; its settings are attributes of what load_settings returns."""
+        from ngd_service.dispatchers import dispatcher_named
+
+        return dispatcher_named(self.dispatcher)
+
+    @property
     def resolved_worker_url(self) -> str:
         return self.worker_url or self.url
 
     @property
     def resolved_driver_command(self) -> tuple[str, ...]:
         """What an attempt's folder is appended to; another machine has its own python."""
-        return self.driver_command or (sys.executable if self.dispatcher == "local" else "python", *DRIVER)
+        return self.driver_command or (sys.executable if self.dispatcher_class.owns_processes else "python", *DRIVER)
 
     @property
     def resolved_database_url(self) -> str:
@@ -266,6 +204,49 @@ class Settings(BaseSettings):
     @property
     def resolved_runs_dir(self) -> Path:
         return self.runs_dir or self.home / RUNS
+
+
+class _WithDispatcher(Settings):
+    """Settings together with those of every dispatcher: they have to fit the one that is chosen."""
+
+    @model_validator(mode="after")
+    def _workers_find_it(self) -> Self:
+        is_elsewhere = not self.dispatcher_class.owns_processes
+        if is_elsewhere and not self.worker_url and ipaddress.ip_address(self.host).is_unspecified:
+            raise ValueError(
+                f"the dispatcher {self.dispatcher} needs worker_url (NGD_WORKER_URL) while the service listens on "
+                f"every address ({self.host}): where its workers, on other machines, report to"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_dispatcher(self) -> Self:
+        from ngd_service.dispatchers import DISPATCHERS
+
+        if self.dispatcher_class.owns_processes and self.runs_dir is not None:
+            others = " and ".join(name for name, one in DISPATCHERS.items() if not one.owns_processes)
+            raise ValueError(
+                f"runs_dir (NGD_RUNS_DIR) is for the dispatchers {others}, got {str(self.runs_dir)!r} with "
+                f"{self.dispatcher}, whose runs lie in NGD_HOME with their processes' lock; leave it out"
+            )
+        read = self.dispatcher_class.settings_class.model_fields
+        for dispatcher, one in DISPATCHERS.items():
+            for name in one.settings_class.model_fields:
+                if name not in read and (value := getattr(self, name)):
+                    raise ValueError(
+                        f"{name} (NGD_{name.upper()}) is for the dispatcher {dispatcher}, got {str(value)!r} with "
+                        f"{self.dispatcher}; leave it out, or set NGD_DISPATCHER={dispatcher}"
+                    )
+        self.dispatcher_class.check(self)
+        return self
+
+
+class _Choice(BaseSettings):
+    """The one setting that tells which others there are."""
+
+    model_config = SettingsConfigDict(env_prefix="NGD_", extra="ignore")
+
+    dispatcher: str = "local"
 
 
 class ClientSettings(BaseSettings):
@@ -284,9 +265,29 @@ class ClientSettings(BaseSettings):
         return self
 
 
+def settings_class(dispatcher: str = "local") -> type[Settings]:
+    """Returns the class of all settings: the common ones and those of each dispatcher.
+
+    dispatcher: the chosen one, whose settings count too if it is another package's. Raises: StartupError.
+    """
+    from ngd_service.dispatchers import DISPATCHERS, dispatcher_named
+
+    known = dict(DISPATCHERS)
+    if ":" in dispatcher:
+        known[dispatcher] = dispatcher_named(dispatcher)
+    bases: tuple[Any, ...] = (_WithDispatcher, *dict.fromkeys(one.settings_class for one in known.values()))
+    fields: dict[str, Any] = {"dispatcher": (Literal[tuple(known)], Settings.model_fields["dispatcher"])}
+    return create_model("Settings", __base__=bases, **fields)
+
+
 def load_settings(**given: Any) -> Settings:
     """Returns the settings; `given` wins over the environment. Raises: StartupError with one sentence per setting."""
-    return _load(Settings, given)
+    return _load(settings_class(given.get("dispatcher") or _Choice().dispatcher), given)
+
+
+def load_common_settings() -> Settings:
+    """Returns the settings without those of dispatchers, of which it imports none. Raises: StartupError."""
+    return _load(Settings, {})
 
 
 def load_client_settings() -> ClientSettings:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import ngd_dist
-from ngd_service.settings import ClientSettings, Settings
+from ngd_service.settings import ClientSettings, settings_class
 from tests.support import ROOT
 
 FOLDER = ROOT / "deploy" / "compose"
@@ -73,7 +73,7 @@ def test_our_images_have_the_version_of_the_project() -> None:
 
 
 def test_settings_are_settings_of_the_service() -> None:
-    known = {f"NGD_{name.upper()}" for name in (*Settings.model_fields, *ClientSettings.model_fields)}
+    known = {f"NGD_{name.upper()}" for name in (*settings_class().model_fields, *ClientSettings.model_fields)}
     controller = SERVICES["controller"]
     exported = re.findall(r"^export (\w+)$", controller["command"][0], re.MULTILINE)
 

@@ -10,7 +10,7 @@ import yaml
 
 import ngd_dist
 from ngd_service.dispatchers.rayjob import groups_of, read_template, replicas_for
-from ngd_service.settings import ClientSettings, Settings
+from ngd_service.settings import ClientSettings, load_settings, settings_class
 from ngd_workers.contract.spec import Resources
 from tests.support.chart import (
     CHART,
@@ -51,7 +51,7 @@ def environment(objects: list[dict[str, Any]], name: str = "Deployment/ngd-contr
 def test_every_variable_is_a_setting_of_the_service(scenario: str) -> None:
     given = environment(render(values_of(scenario) | ALL_SETTINGS))
 
-    known = {f"NGD_{field.upper()}" for field in (*Settings.model_fields, *ClientSettings.model_fields)}
+    known = {f"NGD_{field.upper()}" for field in (*settings_class().model_fields, *ClientSettings.model_fields)}
     assert set(given) - known - NOT_OURS == set()
 
 
@@ -61,7 +61,7 @@ def test_the_service_accepts_the_settings(scenario: str, monkeypatch: pytest.Mon
         if name.startswith("NGD_"):
             monkeypatch.setenv(name, value if isinstance(value, str) else "postgresql://from:a-secret@host/ngd")
 
-    settings = Settings()
+    settings = load_settings()
 
     assert settings.lease_s == 20
     assert settings.max_running_jobs == 3

@@ -1,5 +1,7 @@
 """What the client makes of an address where no service answers, or something else does."""
 
+import asyncio
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from ngd_service.client.client import Client, NotFoundError, NotThisServiceError, ServiceError, ServiceUnreachableError
+from ngd_service.client.client import (
+    AsyncClient,
+    Client,
+    NotFoundError,
+    NotThisServiceError,
+    ServiceError,
+    ServiceUnreachableError,
+)
 from tests.service.test_cli import ngd
 from tests.support.attempts import small_spec
 from tests.support.service_process import ServiceProcess
@@ -94,7 +103,7 @@ class Losing(httpx.BaseTransport):
 
 @pytest.fixture
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ngd_service.client.client.SUBMIT_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("ngd_service.client.asynchronous.SUBMIT_PAUSES_S", (0.0, 0.0))
 
 
 @pytest.mark.usefixtures("without_pauses")
@@ -164,3 +173,45 @@ def test_command_ends_with_one_message(arguments: tuple[str, ...]) -> None:
     assert result.returncode == 1
     assert "no service answers" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_asynchronous_client_has_the_same_calls(shared_service: ServiceProcess) -> None:
+    spec = small_spec(name="steps", schedule={"steps": 2}).model_dump(mode="json")
+
+    async def run() -> tuple[str, list[str], list[int], int]:
+        async with AsyncClient(shared_service.url) as client:
+            job = await client.submit(spec)
+            phases = [seen.status.phase async for seen in client.watch(job.id)]
+            ended = await client.wait(job.id, timeout_s=10)
+            events = [event.id async for event in client.follow(job.id)]
+            size = len(b"".join([piece async for piece in client.download_log(job.id)]))
+            return ended.id, phases, events, size
+
+    job_id, phases, events, size = asyncio.run(run())
+
+    assert phases[-1] == "SUCCEEDED"
+    assert events == [event.id for event in shared_service.client.follow(job_id)]
+    assert size == len(b"".join(shared_service.client.download_log(job_id)))
+
+
+def test_stream_that_is_left_is_closed(shared_service: ServiceProcess) -> None:
+    spec = small_spec(name="steps", schedule={"steps": 2}).model_dump(mode="json")
+    with Client(shared_service.url) as client:
+        seen = client.watch(client.submit(spec).id)
+        next(seen)
+
+        seen.close()
+
+        assert client._http._transport._pool.connections == []
+
+
+def test_text_may_hold_the_line_ends_of_other_languages() -> None:
+    chunk = {"attempt": 1, "text": "one\u2028two\x85three\n", "end": 12}
+    lines = (
+        f"event: log\ndata: {json.dumps(chunk, ensure_ascii=False)}\n\nid: 3\n\n: ping\n\nevent: end\ndata: {{}}\n\n"
+    )
+    headers = {"Content-Type": "text/event-stream"}
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, headers=headers, content=lines.encode()))
+
+    with Client(transport=transport) as client:
+        assert [part.text for part in client.follow_logs("job_x")] == [chunk["text"]]

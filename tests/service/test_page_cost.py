@@ -19,7 +19,7 @@ from ngd_service.app import _assemble
 from ngd_service.client.client import AsyncClient
 from ngd_service.dashboard.job import POLL_S, JobPage
 from ngd_service.dashboard.theme import page_frame
-from ngd_service.settings import Settings
+from ngd_service.settings import load_settings
 from ngd_workers.contract.events import Steps
 from tests.support.history import long_record, numbered, start_job, tell
 
@@ -29,7 +29,7 @@ FIRST_VIEW_S, INCREMENT_S, POLL_COST_S = 0.2, 0.005, 0.5 * POLL_S / 50  # half a
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
-    parts = _assemble(Settings(home=tmp_path))
+    parts = _assemble(load_settings(home=tmp_path))
     gc.freeze()  # as the server does
     yield parts
     gc.unfreeze()

@@ -66,3 +66,9 @@ def test_page_token_is_good_for_its_own_query_alone() -> None:
 def test_page_token_of_nobody_is_refused(token: str) -> None:
     with pytest.raises(PageTokenError):
         TOKENS.before_id(token, "")
+
+
+def test_token_of_an_attempt_that_an_earlier_version_started_stays_good() -> None:
+    token = "a15b2bd41cd18a7e5f0133b47b707b490558635d56ff5faebbb342340e112980"
+
+    assert TOKENS.is_of_attempt("job_x-a1", token)

@@ -9,7 +9,15 @@ NGD_DISPATCHER=ray_jobs here.
 from ngd_service.cli.commands import main
 from ngd_service.dispatchers import DISPATCHERS
 from ngd_service.dispatchers.local import LocalDispatcher
+from ngd_service.dispatchers.ray_jobs import RayJobsSettings
+
+
+class SharedDispatcher(LocalDispatcher):
+    settings_class = RayJobsSettings
+    owns_processes = False
+    ray = "given"
+
 
 if __name__ == "__main__":
-    DISPATCHERS["ray_jobs"] = LocalDispatcher.of
+    DISPATCHERS["ray_jobs"] = SharedDispatcher
     main(["serve"])

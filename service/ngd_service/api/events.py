@@ -7,22 +7,22 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from pydantic import BaseModel
 
 from ngd_service.api.parts import MAX_CURSOR, JobId, Parts, PartsDep
 from ngd_service.api.present import event_resource, job_resource
-from ngd_service.client.server_sent import KEEP_ALIVE, encode
 from ngd_service.job_state import TERMINAL
 from ngd_service.resources import EventPage
 from ngd_service.store.base import EventRecord, JobRecord
 
-__all__ = ["STREAM_HEADERS", "router"]
+__all__ = ["frame", "router", "stream"]
 
 router = APIRouter(prefix="/api/v1/jobs/{job_id}/events", tags=["events"])
 
 STREAM_POLL_S = 0.25  # at most four redraws a second
 STREAM_BATCH = 500
 KEEP_ALIVE_S = 15.0
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 After = Annotated[int, Query(ge=0, le=MAX_CURSOR, description="Only events after this id.")]
 NewestOf = Annotated[
     str,
@@ -64,32 +64,42 @@ async def stream_events(
     last_event_id: Annotated[
         int | None, Header(ge=0, le=MAX_CURSOR, description="As `after`; browsers send it.")
     ] = None,
-) -> StreamingResponse:
+) -> EventSourceResponse:
     """Streams the job and its events as they come, until it has ended.
 
     `event: job` holds the whole job, at first and after each change; the others are named for the event's kind and
     carry its id; `end` is the last.
     """
     await asyncio.to_thread(parts.jobs.get, job_id)
-    frames = _frames(parts, job_id, after if last_event_id is None else last_event_id)
-    return StreamingResponse(frames, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return stream(_frames(parts, job_id, after if last_event_id is None else last_event_id))
 
 
-async def _frames(parts: Parts, job_id: str, after: int) -> AsyncIterator[str]:
+def stream(frames: AsyncIterator[bytes]) -> EventSourceResponse:
+    """Returns the answer that sends the frames; no cache or proxy may hold them back."""
+    return EventSourceResponse(frames, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+
+def frame(event: str, data: BaseModel | None, *, cursor: int | None = None) -> bytes:
+    """Returns one server-sent event. cursor: the id that Last-Event-ID goes on from, if the event moves it."""
+    content = "{}" if data is None else data.model_dump_json()
+    return format_sse_event(data_str=content, event=event, id=None if cursor is None else str(cursor))
+
+
+async def _frames(parts: Parts, job_id: str, after: int) -> AsyncIterator[bytes]:
     sent, quiet_since = None, time.monotonic()
     while not parts.closing.is_set():
         job, events = await asyncio.to_thread(_news, parts, job_id, after)
         for event in events:
             after = event.id
-            yield encode(event.kind, event_resource(event), cursor=after)
+            yield frame(event.kind, event_resource(event), cursor=after)
         if (job.resource_version, job.message) != sent:  # a place in the queue changes with the jobs before it
             sent, quiet_since = (job.resource_version, job.message), time.monotonic()
-            yield encode("job", job_resource(job))
+            yield frame("job", job_resource(job))
         elif time.monotonic() - quiet_since > KEEP_ALIVE_S:
             quiet_since = time.monotonic()
-            yield KEEP_ALIVE
+            yield KEEPALIVE_COMMENT
         if job.state.phase in TERMINAL and len(events) < STREAM_BATCH:
-            yield encode("end", None)
+            yield frame("end", None)
             return
         if len(events) < STREAM_BATCH:
             await asyncio.sleep(STREAM_POLL_S)

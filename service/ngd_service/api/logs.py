@@ -9,10 +9,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT
 
-from ngd_service.api.events import KEEP_ALIVE_S, STREAM_HEADERS, STREAM_POLL_S
+from ngd_service.api.events import KEEP_ALIVE_S, STREAM_POLL_S, frame, stream
 from ngd_service.api.parts import JobId, Parts, PartsDep
-from ngd_service.client.server_sent import KEEP_ALIVE, encode
 from ngd_service.dispatchers.base import AttemptRef
 from ngd_service.dispatchers.log_file import LogFile, LogPart, as_read
 from ngd_service.errors import InvalidParameterError, NotFoundError, RangeError
@@ -64,8 +64,7 @@ async def get_logs(
     job = await asyncio.to_thread(parts.jobs.get, job_id)
     _check(job, attempt, rank)
     if follow:
-        frames = _frames(parts, job, attempt, rank, tail, offset)
-        return StreamingResponse(frames, media_type="text/event-stream", headers=STREAM_HEADERS)
+        return stream(_frames(parts, job, attempt, rank, tail, offset))
     ref = AttemptRef(job_id, attempt or job.attempt)
     log = parts.files.log(ref, rank)
     if download or byte_range:
@@ -138,7 +137,7 @@ async def _pieces(log: LogFile, start: int, end: int, before: bytes = b"") -> As
 
 async def _frames(
     parts: Parts, job: JobRecord, attempt: int | None, rank: int | None, tail: int | None, offset: int | None
-) -> AsyncIterator[str]:
+) -> AsyncIterator[bytes]:
     shown, quiet_since = attempt or job.attempt, time.monotonic()
     log = parts.files.log(AttemptRef(job.id, shown), rank)
     part = await asyncio.to_thread(_part, log, tail, offset)
@@ -149,16 +148,16 @@ async def _frames(
         if part.text:
             quiet_since = time.monotonic()
             text = notice + as_read(part.text)
-            yield encode("log", LogChunk(attempt=shown, text=text.decode(errors="replace"), end=part.end))
+            yield frame("log", LogChunk(attempt=shown, text=text.decode(errors="replace"), end=part.end))
         elif is_over and (attempt is not None or shown == job.attempt):
-            yield encode("end", None)
+            yield frame("end", None)
             return
         elif is_over:
             shown += 1
             log, part = parts.files.log(AttemptRef(job.id, shown), rank), LogPart(b"", 0, 0)
         elif time.monotonic() - quiet_since > KEEP_ALIVE_S:
             quiet_since = time.monotonic()
-            yield KEEP_ALIVE
+            yield KEEPALIVE_COMMENT
         else:
             await asyncio.sleep(STREAM_POLL_S)
         # The job is read before the log: if it has ended by then, the log is complete.

@@ -1,13 +1,15 @@
 """Secrets of one installation: a key in its home, and what is derived from it, so that nothing has to be stored."""
 
-import base64
-import binascii
 import hashlib
 import hmac
 import os
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from itsdangerous import BadData, BadSignature, Signer, URLSafeSerializer
 
 from ngd_service.errors import PageTokenError, StartupError
 
@@ -15,7 +17,7 @@ __all__ = ["Tokens", "read_key", "read_or_create_key"]
 
 KEY_BYTES = 32
 HEX_KEY = re.compile(rb"[0-9a-fA-F]{%d}\s*" % (2 * KEY_BYTES))
-SIGNATURE_BYTES = 16
+SHA256: dict[str, Any] = {"key_derivation": "hmac", "digest_method": hashlib.sha256}
 
 
 def read_or_create_key(path: Path) -> bytes:
@@ -58,6 +60,7 @@ class Tokens:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
+        self._sessions = URLSafeSerializer(key, salt="session", signer_kwargs=SHA256)
 
     @property
     def installation_id(self) -> str:
@@ -71,26 +74,36 @@ class Tokens:
     def is_of_attempt(self, attempt_id: str, token: str) -> bool:
         return hmac.compare_digest(self.of_attempt(attempt_id).encode(), token.encode())
 
-    def of_session(self, holder: str, expires_s: int, key_digest: bytes) -> str:
-        """Returns what proves that a session is `holder`'s; it is another once the holder's API key has changed."""
-        return self._sign("session", holder, str(expires_s), key_digest.hex()).hex()
+    def session(self, holder: str, expires_s: int, key_digest: bytes) -> str:
+        """Returns the signed text that proves a session to be `holder`'s while their API key has this digest."""
+        return self._sessions.dumps([holder, expires_s, self._sign("session", key_digest.hex()).hex()])
+
+    def holder_of(self, session: str, now_s: float, digest_of: Callable[[str], bytes | None]) -> str | None:
+        """Returns the session's holder; None: it was not signed here, its time is over, or the API key has changed."""
+        try:
+            holder, expires_s, proof = self._sessions.loads(session)
+        except BadData:
+            return None
+        digest = digest_of(holder)
+        if digest is None or expires_s < now_s:
+            return None
+        return holder if hmac.compare_digest(self._sign("session", digest.hex()).hex(), proof) else None
 
     def page(self, before_id: str, query: str) -> str:
         """Returns the token of the page that begins before `before_id`, good for the same `query` alone."""
-        return base64.urlsafe_b64encode(
-            self._sign("page", query, before_id)[:SIGNATURE_BYTES] + before_id.encode()
-        ).decode()
+        return self._pages(query).sign(before_id).decode()
 
     def before_id(self, page_token: str, query: str) -> str:
         """Returns where the page begins. Raises: PageTokenError."""
         try:
-            raw = base64.urlsafe_b64decode(page_token.encode())
-            before_id = raw[SIGNATURE_BYTES:].decode()
-        except (binascii.Error, UnicodeError) as error:
-            raise PageTokenError(f"page_token {page_token!r} is not one of this service's") from error
-        if not hmac.compare_digest(raw[:SIGNATURE_BYTES], self._sign("page", query, before_id)[:SIGNATURE_BYTES]):
-            raise PageTokenError("page_token belongs to a list with other filters; start again without it")
-        return before_id
+            return self._pages(query).unsign(page_token).decode()
+        except BadSignature as error:
+            if error.payload is None:
+                raise PageTokenError(f"page_token {page_token!r} is not one of this service's") from error
+            raise PageTokenError("page_token belongs to a list with other filters; start again without it") from error
+
+    def _pages(self, query: str) -> Signer:
+        return Signer(self._key, salt=f"page\0{query}", **SHA256)
 
     def _sign(self, *parts: str) -> bytes:
         return hmac.digest(self._key, "\0".join(parts).encode(), hashlib.sha256)

@@ -190,9 +190,9 @@ def train(
     ] = None,
 ) -> None:
     """Train in one process, without a service: python -m ngd_workers, which torchrun can run on several."""
-    from ngd_service.settings import load_settings
+    from ngd_service.settings import load_common_settings
 
-    data_dir = data_dir or load_settings().data_dir
+    data_dir = data_dir or load_common_settings().data_dir
     command = [sys.executable, "-m", "ngd_workers", str(file), "--run-dir", str(run_dir)]
     command += ["--data-dir", str(data_dir)] if data_dir else []
     try:
@@ -219,12 +219,12 @@ def _text(file: Path) -> str:
 
 
 def _client(url: str | None, key_file: Path | None) -> Client:
-    from ngd_service.settings import load_client_settings, load_settings
+    from ngd_service.settings import load_client_settings, load_common_settings
 
     settings = load_client_settings()
     key_file = key_file or settings.api_key_file
     key = _key(key_file) if key_file else settings.api_key and settings.api_key.get_secret_value()
-    return Client(url or settings.url or load_settings().url, key=key or None)
+    return Client(url or settings.url or load_common_settings().url, key=key or None)
 
 
 def _key(file: Path) -> str:

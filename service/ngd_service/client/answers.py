@@ -20,7 +20,7 @@ from typing import TypeVar
 import httpx
 from pydantic import ValidationError
 
-from ngd_service.client.calls import Call
+from ngd_service.client.endpoints import Endpoint
 from ngd_service.resources import Problem
 
 __all__ = [
@@ -159,22 +159,22 @@ def unreachable(base_url: httpx.URL, error: httpx.RequestError) -> ServiceUnreac
     return ServiceUnreachableError(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
 
 
-def request_of(client: httpx.Client | httpx.AsyncClient, call: Call[Answer]) -> httpx.Request:
+def request_of(client: httpx.AsyncClient, endpoint: Endpoint[Answer]) -> httpx.Request:
     return client.build_request(
-        call.method,
-        call.path,
-        params=call.params,
-        headers=call.headers,
-        json=call.json,
-        content=call.content,
-        timeout=call.timeout_s or TIMEOUT_S,
+        endpoint.method,
+        endpoint.path,
+        params=endpoint.params,
+        headers=endpoint.headers,
+        json=endpoint.json,
+        content=endpoint.content,
+        timeout=endpoint.timeout_s or TIMEOUT_S,
     )
 
 
-def read_answer(response: httpx.Response, call: Call[Answer]) -> Answer:
+def read_answer(response: httpx.Response, endpoint: Endpoint[Answer]) -> Answer:
     check_answer(response)
     try:
-        return call.read(response.content)
+        return endpoint.read(response.content)
     except ValidationError as error:
         raise not_this_service(response) from error
 

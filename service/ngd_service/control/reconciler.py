@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from ulid import ULID
 
@@ -49,7 +50,7 @@ class Reconciler:
         self,
         *,
         store: Store,
-        dispatcher: Dispatcher,
+        dispatcher: Dispatcher[Any],
         files: AttemptFiles,
         token_of: Callable[[str], str],
         policy: Policy,

@@ -1,17 +1,24 @@
 """The contract of a dispatcher: it starts attempts, says how they are, and stops them. It knows nothing of phases.
 
-What an attempt reads and leaves are files, which files.py knows, the same for every dispatcher.
+The files that an attempt reads and writes are the same for every dispatcher; files.py knows them.
 """
 
 import hashlib
 import json
 import signal
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
+from pydantic import BaseModel
+
+from ngd_service.failpoint import Failpoint
 from ngd_service.job_state import Process
 from ngd_workers.contract.rundir import Outcome
+
+if TYPE_CHECKING:
+    from ngd_service.dispatchers.files import AttemptFiles
 
 __all__ = [
     "JOB_ID",
@@ -24,6 +31,7 @@ __all__ = [
     "DispatchError",
     "Dispatcher",
     "Launch",
+    "NoSettings",
     "Seen",
     "exit_words",
 ]
@@ -98,22 +106,49 @@ def exit_words(status: int) -> str:
         return f"ended with exit status {status}"
 
 
-class Dispatcher(Protocol):
-    """Every call may raise BackendError, and may be made again."""
+class NoSettings(BaseModel):
+    """The settings of a dispatcher that has none."""
 
+
+OwnSettings = TypeVar("OwnSettings", bound=BaseModel)
+
+
+class Dispatcher(ABC, Generic[OwnSettings]):
+    """Starts attempts and stops them. Every call may raise BackendError, and may be made again."""
+
+    settings_class: ClassVar[type[BaseModel]] = NoSettings
+    """Its settings; each has a default, is read from NGD_<NAME>, and is refused while another dispatcher is chosen."""
+
+    owns_processes: ClassVar[bool] = False
+    """Whether attempts are processes of this machine. They belong to one home then, with its runs and its database."""
+
+    ray: ClassVar[Literal["own", "given"]] = "given"
+    """Whether a driver starts a Ray of its own or finds one where it runs."""
+
+    @classmethod
+    def check(cls, settings: OwnSettings) -> None:
+        """Raises: ValueError with one sentence if a setting that this dispatcher needs is missing."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, settings: OwnSettings, files: "AttemptFiles", *, command: Sequence[str], failpoint: Failpoint) -> Self:
+        """Returns the dispatcher; it runs `command ATTEMPT_DIR`. Raises: StartupError with one sentence."""
+
+    @abstractmethod
     def submit(self, launch: Launch) -> None:
         """Starts the attempt unless it was started before: calling it again changes nothing. Raises: DispatchError."""
-        ...
 
-    def inspect(self, ref: AttemptRef) -> Seen: ...
+    @abstractmethod
+    def inspect(self, ref: AttemptRef) -> Seen:
+        """Returns whether the attempt runs, and its outcome once it has ended."""
 
+    @abstractmethod
     def interrupt(self, ref: AttemptRef) -> None:
         """Asks the driver to stop in order; nothing happens if it has ended."""
-        ...
 
+    @abstractmethod
     def kill(self, ref: AttemptRef) -> None:
         """Ends every process of the attempt, also those that a dead driver has left behind.
 
         On this machine it returns when they are gone; elsewhere inspect tells when.
         """
-        ...

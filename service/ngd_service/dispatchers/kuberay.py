@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, Field
 
 from ngd_service.dispatchers.base import (
     JOB_ID,
@@ -18,6 +20,7 @@ from ngd_service.dispatchers.base import (
     AttemptRef,
     BackendError,
     BackendRefusedError,
+    Dispatcher,
     DispatchError,
     Launch,
     Seen,
@@ -28,7 +31,7 @@ from ngd_service.dispatchers.rayjob_api import AlreadyExistsError, NotAllowedErr
 from ngd_service.dispatchers.unresponsive import Silence
 from ngd_service.failpoint import Failpoint
 from ngd_service.job_state import Process
-from ngd_service.settings import Settings
+from ngd_service.setting_types import Address, OptionalPath
 from ngd_workers.contract.rundir import EXIT_STATUS, Outcome
 
 __all__ = ["KubeRayDispatcher"]
@@ -45,6 +48,23 @@ WAITS = {  # jobDeploymentStatus, before the driver runs
     "Initializing": "RayJob {name} waits for its pods",
     "Suspended": "RayJob {name} is suspended: it waits to be admitted by its queue",
 }
+
+
+class KubeRaySettings(BaseModel):
+    """The RayJob to fill in, and where it goes."""
+
+    rayjob_template: OptionalPath = Field(
+        None, description="kuberay: YAML file of the RayJob that is filled in for each attempt."
+    )
+    kubernetes_url: Address = Field(
+        "",
+        description="kuberay: API server without credentials (kubectl proxy); empty: the pod's, or the kubeconfig's.",
+    )
+    kubernetes_namespace: str = Field(
+        "",
+        pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$",
+        description="kuberay: where RayJobs go; empty: the pod's own, or the kubeconfig's.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +113,10 @@ class Status:
         return None
 
 
-class KubeRayDispatcher:
-    """A `Dispatcher` that has KubeRay run `command ATTEMPT_DIR`."""
+class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
+    """Has KubeRay run `command ATTEMPT_DIR`."""
+
+    settings_class = KubeRaySettings
 
     def __init__(
         self,
@@ -115,14 +137,23 @@ class KubeRayDispatcher:
         self._pods_go_s = grace_s(template) + PODS_GO_S
 
     @classmethod
-    def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "KubeRayDispatcher":
+    def check(cls, settings: KubeRaySettings) -> None:
+        if settings.rayjob_template is None:
+            raise ValueError(
+                "the dispatcher kuberay needs rayjob_template (NGD_RAYJOB_TEMPLATE), the file of a RayJob to fill in"
+            )
+
+    @classmethod
+    def of(
+        cls, settings: KubeRaySettings, files: AttemptFiles, *, command: Sequence[str], failpoint: Failpoint
+    ) -> Self:
         """Raises: StartupError if the template can't be used, or there is no way to Kubernetes."""
-        assert settings.rayjob_template is not None  # the settings see to it
+        assert settings.rayjob_template is not None  # see check
         return cls(
             files,
             api=connect(settings.kubernetes_url, settings.kubernetes_namespace),
             template=read_template(settings.rayjob_template),
-            command=settings.resolved_driver_command,
+            command=command,
             failpoint=failpoint,
         )
 

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import psutil
 from pydantic import BaseModel, Field
@@ -19,8 +20,10 @@ from pydantic import BaseModel, Field
 from ngd_service.dispatchers.base import (
     AttemptRef,
     BackendRefusedError,
+    Dispatcher,
     DispatchError,
     Launch,
+    NoSettings,
     Seen,
     exit_words,
 )
@@ -28,7 +31,6 @@ from ngd_service.dispatchers.files import FINAL, AttemptFiles, age_s
 from ngd_service.dispatchers.processes import end_all, mark
 from ngd_service.failpoint import Failpoint
 from ngd_service.job_state import Process
-from ngd_service.settings import Settings
 from ngd_workers.contract.rundir import AttemptDir, read_json, write_json
 
 __all__ = ["LocalDispatcher"]
@@ -52,8 +54,11 @@ class DriverProcess(BaseModel):
         return cls(pid=process.pid, started_at_s=process.create_time(), machine=_machine())
 
 
-class LocalDispatcher:
-    """A `Dispatcher` that starts `command ATTEMPT_DIR`."""
+class LocalDispatcher(Dispatcher[NoSettings]):
+    """Starts `command ATTEMPT_DIR` on this machine."""
+
+    owns_processes = True
+    ray: ClassVar[Literal["own", "given"]] = "own"
 
     def __init__(self, files: AttemptFiles, *, command: Sequence[str], failpoint: Failpoint) -> None:
         self._files = files
@@ -63,8 +68,8 @@ class LocalDispatcher:
         self._statuses: dict[AttemptRef, int] = {}  # of drivers that this controller has started, and that have ended
 
     @classmethod
-    def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "LocalDispatcher":
-        return cls(files, command=settings.resolved_driver_command, failpoint=failpoint)
+    def of(cls, settings: NoSettings, files: AttemptFiles, *, command: Sequence[str], failpoint: Failpoint) -> Self:
+        return cls(files, command=command, failpoint=failpoint)
 
     def submit(self, launch: Launch) -> None:
         if self._files.folder(launch.ref).path.exists() and self.inspect(launch.ref).process is not Process.UNKNOWN:

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ngd_service.dispatchers.base import (
     JOB_ID,
@@ -19,6 +19,7 @@ from ngd_service.dispatchers.base import (
     AttemptRef,
     BackendRefusedError,
     BackendUnavailableError,
+    Dispatcher,
     DispatchError,
     Launch,
     Seen,
@@ -28,7 +29,7 @@ from ngd_service.dispatchers.files import AttemptFiles, age_s, entrypoint
 from ngd_service.errors import StartupError
 from ngd_service.failpoint import Failpoint
 from ngd_service.job_state import Process
-from ngd_service.settings import Settings
+from ngd_service.setting_types import OptionalPath, Origin
 from ngd_workers.contract.rundir import EXIT_STATUS
 
 __all__ = ["RayJobsDispatcher"]
@@ -37,6 +38,13 @@ log = logging.getLogger(__name__)
 
 LINGER_S = 30.0  # for a driver that has written its outcome to leave by itself
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+
+
+class RayJobsSettings(BaseModel):
+    """Where the Ray cluster is."""
+
+    ray_address: Origin = Field("", description="ray_jobs: where Ray's dashboard answers, http://head:8265.")
+    ray_token_file: OptionalPath = Field(None, description="ray_jobs: file with the Ray cluster's token.")
 
 
 class RayJob(BaseModel):
@@ -59,8 +67,10 @@ class RayJob(BaseModel):
         return _first_line(self.message)
 
 
-class RayJobsDispatcher:
-    """A `Dispatcher` that submits `command ATTEMPT_DIR` to the Ray cluster at address."""
+class RayJobsDispatcher(Dispatcher[RayJobsSettings]):
+    """Submits `command ATTEMPT_DIR` to the Ray cluster at address."""
+
+    settings_class = RayJobsSettings
 
     def __init__(
         self,
@@ -80,7 +90,17 @@ class RayJobsDispatcher:
         self._http = httpx.Client(base_url=self._address, timeout=TIMEOUT, trust_env=False)
 
     @classmethod
-    def of(cls, settings: Settings, files: AttemptFiles, failpoint: Failpoint) -> "RayJobsDispatcher":
+    def check(cls, settings: RayJobsSettings) -> None:
+        if not settings.ray_address:
+            raise ValueError(
+                "the dispatcher ray_jobs needs ray_address (NGD_RAY_ADDRESS), the address of Ray's dashboard such as "
+                "http://127.0.0.1:8265"
+            )
+
+    @classmethod
+    def of(
+        cls, settings: RayJobsSettings, files: AttemptFiles, *, command: Sequence[str], failpoint: Failpoint
+    ) -> Self:
         """Raises: StartupError if the token's file can't be read."""
         if settings.ray_token_file is not None:
             try:
@@ -91,7 +111,7 @@ class RayJobsDispatcher:
             files,
             address=settings.ray_address,
             token_file=settings.ray_token_file,
-            command=settings.resolved_driver_command,
+            command=command,
             failpoint=failpoint,
         )
 

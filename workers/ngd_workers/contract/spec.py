@@ -172,6 +172,10 @@ class NGDOptimizer(NGDConfig):
             )
         return self
 
+    def config(self, *, micro_batches: int) -> NGDConfig:
+        """Returns the optimizer's configuration. micro_batches: of the job's batch, at least 1."""
+        return self.model_copy(update={"micro_batches": micro_batches})
+
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out lr and momentum where the quadratic model chooses them: read again, they would contradict it."""

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 from torch import nn, optim
 
-from ngd_dist import NGD, NGDConfig
+from ngd_dist import NGD
 from ngd_dist.config import QuadraticModel
 from ngd_dist.errors import CaptureError, ConfigError, InversionError, NgdError, NonFiniteError
 from ngd_dist.telemetry import StepStats
 from ngd_workers.contract.errors import NonFiniteLossError, SpecError, UserCodeError
-from ngd_workers.contract.spec import SGD, AdamW, JobSpec
+from ngd_workers.contract.spec import SGD, AdamW, JobSpec, NGDOptimizer
 
 __all__ = ["build_optimizer", "chooses_lr", "job_errors", "step_stats"]
 
@@ -44,9 +44,9 @@ def job_errors() -> Iterator[None]:
 
 
 def _ngd(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
-    settings = spec.optimizer.model_dump(exclude={"kind"}) | {"micro_batches": spec.micro_batches}
+    assert isinstance(spec.optimizer, NGDOptimizer)
     try:
-        return NGD(model, NGDConfig.model_validate(settings))
+        return NGD(model, spec.optimizer.config(micro_batches=spec.micro_batches))
     except NgdError as error:
         raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
 

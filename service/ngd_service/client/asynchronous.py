@@ -1,0 +1,247 @@
+"""The calls of the REST API, each written once: `AsyncClient`. `Client` runs the same ones without an event loop."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
+from typing import Self, TypeVar
+from uuid import uuid4
+
+import httpx
+from httpx_sse import EventSource, ServerSentEvent
+
+from ngd_service.client.answers import (
+    DEFAULT_URL,
+    ServiceError,
+    ServiceFailedError,
+    ServiceUnreachableError,
+    address,
+    authorization,
+    check_answer,
+    may_have_arrived,
+    not_this_service,
+    read_answer,
+    request_of,
+    unknown_whether_created,
+    unreachable,
+    uses_proxies,
+)
+from ngd_service.client.endpoints import JOBS, Endpoint, Spec, job_path, joined, params, spec_body, text
+from ngd_service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Statistics, Validated
+
+__all__ = ["PATIENCE_S", "AsyncClient"]
+
+Answer = TypeVar("Answer")
+LONG_POLL_S = 30.0
+RECONNECT_S = 1.0
+SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
+PATIENCE_S = 60.0  # a restart of the service takes seconds
+STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
+
+
+class AsyncClient:
+    """`Client` for programs that run an event loop; the same methods, awaited."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        key: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        url = address(base_url)
+        self._http = httpx.AsyncClient(
+            base_url=url, headers=authorization(key), transport=transport, trust_env=uses_proxies(url)
+        )
+        self._patience_s = patience_s
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    @property
+    def base_url(self) -> str:
+        return str(self._http.base_url).rstrip("/")
+
+    async def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
+        """Returns the new job. spec: a mapping, or YAML or JSON text. The same key and spec return the same job.
+
+        Each call has a key of its own if none is given, so that it can be made again where no answer came.
+        """
+        key = idempotency_key or str(uuid4())
+        body = spec_body(spec)
+        body["headers"] = body.get("headers", {}) | {"Idempotency-Key": key}
+        for pause_s in (*SUBMIT_PAUSES_S, None):
+            try:
+                return await self._send(Endpoint("POST", JOBS, Job.model_validate_json, **body))
+            except ServiceError as error:
+                if not may_have_arrived(error):
+                    raise
+                if pause_s is None:
+                    raise unknown_whether_created(error, key) from error
+                await self._sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    async def validate(self, spec: Spec) -> Validated:
+        """Returns the spec with its defaults; nothing is created."""
+        query = params(validate_only="true")
+        return await self._send(Endpoint("POST", JOBS, Validated.model_validate_json, query, **spec_body(spec)))
+
+    async def list_jobs(
+        self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
+    ) -> JobPage:
+        """Returns one page of jobs, newest first."""
+        query = params(page_size=page_size, page_token=page_token, phase=phase)
+        return await self._send(Endpoint("GET", JOBS, JobPage.model_validate_json, query))
+
+    async def get(self, job_id: str) -> Job:
+        return await self._send(Endpoint("GET", job_path(job_id), Job.model_validate_json))
+
+    async def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        """Returns the job once it has ended, or as it is after timeout_s; None: waits for as long as it takes."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = LONG_POLL_S if deadline is None else max(0.0, min(LONG_POLL_S, deadline - time.monotonic()))
+            query = params(wait_for="terminal", timeout_s=left)
+            job = await self._send(
+                Endpoint("GET", job_path(job_id), Job.model_validate_json, query, timeout_s=left + 10)
+            )
+            if job.status.is_terminal or left < LONG_POLL_S:
+                return job
+
+    async def cancel(self, job_id: str) -> Job:
+        """Returns the job, which ends as CANCELLED soon; calling it again changes nothing."""
+        return await self._send(Endpoint("POST", f"{job_path(job_id)}:cancel", Job.model_validate_json))
+
+    async def events(
+        self, job_id: str, *, after: int = 0, limit: int = 100, newest_of: Iterable[str] = ()
+    ) -> EventPage:
+        """Returns the first events after the one of this id; newest_of: the last ones, of these kinds."""
+        query = params(after=after, limit=limit, newest_of=joined(newest_of))
+        return await self._send(Endpoint("GET", f"{job_path(job_id)}/events", EventPage.model_validate_json, query))
+
+    async def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event]:
+        """Yields each event after `after` as it happens, until the job has ended; reconnects and misses none."""
+        async with aclosing(self._frames(job_id, after)) as frames:
+            async for frame in frames:
+                if frame.event not in ("job", "end"):
+                    yield Event.model_validate_json(frame.data)
+
+    async def watch(self, job_id: str) -> AsyncIterator[Job]:
+        """Yields the job now and whenever it has changed, until it has ended; reconnects."""
+        async with aclosing(self._frames(job_id, 0)) as frames:
+            async for frame in frames:
+                if frame.event == "job":
+                    yield Job.model_validate_json(frame.data)
+
+    async def metrics(
+        self,
+        job_id: str,
+        *,
+        names: Iterable[str] = (),
+        from_step: int = 0,
+        to_step: int | None = None,
+        max_points: int = 1000,
+    ) -> Metrics:
+        """Returns curves. names: empty for all; "seconds" and "bytes_sent" stand for each of their parts."""
+        query = params(names=joined(names), from_step=from_step, to_step=to_step, max_points=max_points)
+        return await self._send(Endpoint("GET", f"{job_path(job_id)}/metrics", Metrics.model_validate_json, query))
+
+    async def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
+        query = params(from_step=from_step, max_points=max_points, span=span)
+        path = f"{job_path(job_id)}/statistics"
+        return await self._send(Endpoint("GET", path, Statistics.model_validate_json, query))
+
+    async def logs(
+        self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
+    ) -> str:
+        """Returns the log of the newest, or the given, attempt; tail: its last lines alone; rank: of one rank."""
+        query = params(attempt=attempt, tail=tail, rank=rank)
+        return await self._send(Endpoint("GET", f"{job_path(job_id)}/logs", text, query))
+
+    async def download_log(
+        self, job_id: str, *, attempt: int | None = None, rank: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """Yields all that is kept of the log, as it was written."""
+        query = params(attempt=attempt, rank=rank, download="true")
+        try:
+            async with self._response(f"{job_path(job_id)}/logs", query) as response:
+                async for piece in response.aiter_bytes():
+                    yield piece
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
+    async def follow_logs(
+        self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
+    ) -> AsyncIterator[LogChunk]:
+        """Yields the log as it grows, until the job has ended; goes on to later attempts if none was named."""
+        query = params(attempt=attempt, tail=tail, rank=rank, follow="true")
+        try:
+            async with self._stream(f"{job_path(job_id)}/logs", params=query) as frames:
+                async for frame in frames:
+                    if frame.event == "log":
+                        yield LogChunk.model_validate_json(frame.data)
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
+    async def ready(self) -> Health:
+        return await self._send(Endpoint("GET", "/readyz", Health.model_validate_json))
+
+    async def _send(self, endpoint: Endpoint[Answer]) -> Answer:
+        try:
+            return read_answer(await self._http.send(request_of(self._http, endpoint)), endpoint)
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
+    async def _sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def _frames(self, job_id: str, after: int) -> AsyncGenerator[ServerSentEvent, None]:
+        """Yields the frames of the event stream; a broken connection is taken up again where it broke."""
+        lost_at: float | None = None
+        while True:
+            headers = {"Last-Event-ID": str(after)} if after else {}
+            try:
+                async with self._stream(f"{job_path(job_id)}/events/stream", headers=headers) as frames:
+                    async for frame in frames:
+                        lost_at = None
+                        after = int(frame.id) if frame.id.isdecimal() else after
+                        yield frame
+                        if frame.event == "end":
+                            return
+                trouble: ServiceError = ServiceUnreachableError(f"{self.base_url} ends its streams; try again later")
+            except httpx.RequestError as error:
+                trouble = unreachable(self._http.base_url, error)
+            except ServiceFailedError as error:
+                trouble = error
+            lost_at = time.monotonic() if lost_at is None else lost_at
+            if time.monotonic() - lost_at >= self._patience_s:
+                raise trouble
+            await self._sleep(RECONNECT_S)
+
+    @asynccontextmanager
+    async def _stream(
+        self, path: str, *, params: dict[str, str] | None = None, headers: dict[str, str] | None = None
+    ) -> AsyncIterator[AsyncIterator[ServerSentEvent]]:
+        async with self._response(path, params, headers) as response:
+            if response.headers.get("content-type", "").partition(";")[0] != "text/event-stream":
+                raise not_this_service(response)
+            async with aclosing(EventSource(response).aiter_sse()) as frames:
+                yield (frame async for frame in frames if frame.data)  # a comment that follows an id looks like one
+
+    @asynccontextmanager
+    async def _response(
+        self, path: str, params: dict[str, str] | None, headers: dict[str, str] | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        request = self._http.stream("GET", path, params=params, headers=headers, timeout=STREAM_TIMEOUT)
+        async with request as response:
+            if response.status_code >= 400:
+                await response.aread()
+            check_answer(response)
+            yield response

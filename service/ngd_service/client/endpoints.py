@@ -1,0 +1,60 @@
+"""An HTTP request to the REST API and the reader of its answer."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+__all__ = ["JOBS", "Endpoint", "Spec", "job_path", "joined", "params", "spec_body", "text"]
+
+Answer = TypeVar("Answer")
+Spec = Mapping[str, Any] | str
+JOBS = "/api/v1/jobs"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint(Generic[Answer]):
+    """One HTTP request and the reader of its body."""
+
+    method: str
+    path: str
+    read: Callable[[bytes], Answer]
+    params: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    json: Any = None
+    content: bytes | None = None
+    timeout_s: float | None = None
+
+
+def job_path(job_id: str) -> str:
+    return f"{JOBS}/{quote(job_id, safe='')}"
+
+
+def params(**values: object) -> dict[str, str]:
+    """Returns the query parameters that are given."""
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def joined(names: Iterable[str]) -> str | None:
+    return ",".join(names) or None
+
+
+def text(body: bytes) -> str:
+    return body.decode("utf-8", errors="replace")
+
+
+def spec_body(spec: Spec) -> dict[str, Any]:
+    """Returns the arguments of an Endpoint that carry a spec."""
+    if isinstance(spec, str):  # text travels as it is, so that the service's messages name the user's own lines
+        return {"content": spec.encode(), "headers": {"Content-Type": _media_type(spec)}}
+    return {"json": dict(spec)}
+
+
+def _media_type(text: str) -> str:
+    """Returns JSON's for text that is JSON: a reader of YAML takes some of its texts and numbers for others."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return "application/yaml"
+    return "application/json"
