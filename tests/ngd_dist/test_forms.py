@@ -19,7 +19,6 @@ from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.factors.root import Root
 from ngd_dist.factors.storage import Stored
 from ngd_dist.inversion import Inverse, ToInvert, solve
-from ngd_dist.preconditioners import PRECONDITIONERS
 from ngd_dist.preconditioners.kfac import KFAC
 from tests.support.ranks import run_ranks
 from tests.support.rows import random_rows
@@ -244,7 +243,7 @@ class AsMatrices(KFAC):
 def trained(method: type[KFAC], rank: int = 0, world_size: int = 1, **settings: object) -> list[Tensor]:
     """Returns the weights after some steps of one batch, of which each rank has its share."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRECONDITIONERS, "kfac", method)
+        patch.setattr(KFACConfig, "method", f"{method.__module__}:{method.__name__}")
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
         config = {"lr": 0.1, "damping": 0.01, "ema_decay": 0.5, "staleness": FixedInterval(steps=2)} | settings
