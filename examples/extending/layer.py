@@ -21,7 +21,8 @@ class Patches(nn.Module):
         return F.linear(self.cut(x), self.weight, self.bias)
 
     def cut(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, self.weight.shape[1]))
+        length = self.weight.shape[1]
+        return x.reshape(len(x), -1, length)
 
 
 class PatchesLayer(Layer):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ngd_dist.config.choice import Choice
+from ngd_dist.config.choice import Choice, Settings
 
 if TYPE_CHECKING:
     from ngd_dist.config.ngd import NGDConfig
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-class Categorical(Choice):
+class Categorical(Settings):
     """The model's output are logits of one class: softmax with cross-entropy."""
 
     kind: Literal["categorical"] = "categorical"
@@ -31,13 +31,13 @@ class Categorical(Choice):
     )
 
 
-class Bernoulli(Choice):
+class Bernoulli(Settings):
     """Each output is the logit of one independent event: binary cross-entropy with logits."""
 
     kind: Literal["bernoulli"] = "bernoulli"
 
 
-class Gaussian(Choice):
+class Gaussian(Settings):
     """The output is the mean of a normal distribution: squared error / (2 variance), summed over a sample's outputs."""
 
     kind: Literal["gaussian"] = "gaussian"

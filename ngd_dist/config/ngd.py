@@ -172,7 +172,7 @@ class NGDConfig(Settings):
 
     @model_validator(mode="after")
     def _choices_agree(self) -> Self:
-        """Refuses what another setting would make be ignored."""
+        """Raises the first refusal of a choice: a setting that it would ignore is an error."""
         chosen = [value for _, value in self if isinstance(value, Choice)]
         # The method is asked last: the others' way out is the simpler one.
         for choice in (self.length, *reversed(chosen)):
