@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     database_url: str = Field("", description="SQLAlchemy URL of SQLite or PostgreSQL; empty: a file in home.")
     data_dir: OptionalPath = Field(None, description="What a relative data directory in a spec is relative to.")
     api_keys_dir: OptionalPath = Field(
-        None, description="Folder with a file per API key, named for its holder; unset: no keys, loopback only."
+        None, description="Folder with a file per API key, named for its owner; unset: no keys, loopback only."
     )
     public_url: WithoutPassword = Field(
         "", description="Where people reach the service; empty: the address it listens on."

@@ -11,10 +11,10 @@ from starlette.websockets import WebSocketClose
 from ngd_service.api.problems import answer
 from ngd_service.errors import ForeignPageError
 
-__all__ = ["OwnPagesOnly"]
+__all__ = ["SameOriginOnly"]
 
 
-class OwnPagesOnly:
+class SameOriginOnly:
     """Refuses requests that a page from elsewhere sends, and those that name a service of loopback otherwise.
 
     The first stops cross-site requests, also those of a page that another port of this machine serves; programs send
