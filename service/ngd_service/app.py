@@ -1,4 +1,4 @@
-"""START HERE. The service as a FastAPI app: what its parts are, and what runs while it is up."""
+"""START HERE. The service as a FastAPI app: its components, and what runs while it is up."""
 
 import socket
 import threading

@@ -34,7 +34,7 @@ PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
 
 
 def api_application(lifespan: Lifespan[FastAPI] | None = None, container: Container | None = None) -> FastAPI:
-    """Returns the app with its routes, its errors and what guards it. container: None to describe the API alone."""
+    """Returns the app with its routes, its errors and its guards. container: None to describe the API alone."""
     app = FastAPI(
         title="ngd-dist",
         version=version("ngd-dist"),

@@ -1,4 +1,4 @@
-"""Lets owners of API keys in and nobody else, where there are keys."""
+"""Lets a request in only if it carries an API key or a session, when the service has keys."""
 
 import logging
 from urllib.parse import quote
@@ -27,7 +27,7 @@ WITH_A_KEY = "send it as Authorization: Bearer <key>; with ngd, give --key-file 
 
 
 class AuthenticatedOnly:
-    """Refuses whoever is not known, on every path that is not named here, and notes who is as `state.key_owner`.
+    """Rejects unauthenticated requests on every path not listed in OPEN_TO_ALL; names the caller in `state.key_owner`.
 
     A browser that asks for a page is sent to the login page instead.
     """

@@ -1,4 +1,4 @@
-"""What the routes are given: the controller's parts, and parameters that several routes share."""
+"""The controller's components that routes work with, and parameters that several routes share."""
 
 import threading
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ __all__ = ["MAX_CURSOR", "Container", "ContainerDep", "FromStep", "JobId", "MaxP
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """The controller, put together by app.py."""
+    """The components of the controller; app.py makes them."""
 
     settings: Settings
     store: Store

@@ -30,7 +30,7 @@ bearer = HTTPBearer(auto_error=False, description="The attempt's own token.")
 
 
 class Batch(EventBatch):
-    """A batch as it is read: the first event that is none ends the reading, for there may be millions."""
+    """A batch as it is read: parsing stops at the first invalid event, so that a huge bad batch stalls nothing."""
 
     events: Annotated[list[Numbered], FailFast()]
 

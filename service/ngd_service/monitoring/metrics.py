@@ -36,7 +36,7 @@ class ControllerMetrics:
         )
         up = self._gauge(
             "ngd_dispatcher_up",
-            "1 if what runs the attempts does what it is asked, 0 while it does not answer or refuses each submission.",
+            "1 if the dispatcher carries out its calls, 0 while it does not answer or refuses each submission.",
         )
         self._failed_at: dict[str, float] = {}
         up.set_function(self._dispatcher_up)

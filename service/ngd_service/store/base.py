@@ -223,7 +223,7 @@ class Store(Protocol):
         ...
 
     def job_counts(self) -> JobCounts:
-        """Returns how the jobs stand, for whoever watches over the service."""
+        """Returns how the jobs stand, for monitoring."""
         ...
 
     def check(self) -> None:

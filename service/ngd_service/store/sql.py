@@ -1,6 +1,6 @@
 """The store on SQLite and PostgreSQL. With the other modules of this folder, the only one that knows SQL.
 
-SQLite: one writer at a time (BEGIN IMMEDIATE), readers beside it (WAL). PostgreSQL: whoever writes a job's events
+SQLite: one writer at a time (BEGIN IMMEDIATE), readers beside it (WAL). PostgreSQL: a writer of a job's events
 locks the job's row first, so that within a job event ids are committed in order and a cursor never skips one.
 """
 
