@@ -42,6 +42,8 @@ class NGD(Assembly):
     `load_state_dict`, in the same order. Copies (`copy.deepcopy`, `pickle`) bring a copy of the model along.
     Raises: ConfigError for settings that contradict the model or the group.
 
+    >>> import torch
+    >>> from torch import nn
     >>> from ngd_dist import NGD, NGDConfig
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> optimizer = NGD(model, NGDConfig(lr=0.1, damping=0.1))

@@ -1,4 +1,4 @@
-"""START HERE. The service as a FastAPI app: what its parts are, and what runs while it is up."""
+"""START HERE. The service as a FastAPI app: its components, and what runs while it is up."""
 
 import socket
 import threading
@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from ngd_service import dashboard
 from ngd_service.api.application import api_application
-from ngd_service.api.parts import Parts
+from ngd_service.api.container import Container
 from ngd_service.auth.access import Access
 from ngd_service.auth.api_keys import ApiKeys
 from ngd_service.auth.tokens import Tokens, read_key, read_or_create_key
@@ -34,20 +34,20 @@ def create_app(settings: Settings) -> FastAPI:
 
     The folder settings.home must be there.
     """
-    parts = _assemble(settings)
+    container = _assemble(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        parts.reconciler.start()
+        container.reconciler.start()
         try:
             yield
         finally:
-            parts.closing.set()
-            parts.reconciler.stop()
-            parts.store.close()
+            container.closing.set()
+            container.reconciler.stop()
+            container.store.close()
 
-    app = api_application(lifespan, parts)
-    dashboard.mount(app, settings, parts.access)
+    app = api_application(lifespan, container)
+    dashboard.mount(app, settings, container.access)
     return app
 
 
@@ -85,7 +85,7 @@ def _make_runs_dir(settings: Settings) -> None:
         ) from error
 
 
-def _assemble(settings: Settings) -> Parts:
+def _assemble(settings: Settings) -> Container:
     keys = None if settings.api_keys_dir is None else ApiKeys(settings.api_keys_dir)
     metrics = ControllerMetrics(version("ngd-dist"))
     failpoint = Failpoint(settings.failpoint)
@@ -121,7 +121,7 @@ def _assemble(settings: Settings) -> Parts:
         failpoint=failpoint,
         metrics=metrics,
     )
-    return Parts(
+    return Container(
         settings=settings,
         store=store,
         tokens=tokens,
@@ -131,6 +131,6 @@ def _assemble(settings: Settings) -> Parts:
         jobs=Jobs(store, tokens, reconciler.wake, settings.max_running_jobs),
         metrics=metrics,
         database=Probe(store.check),
-        census=Probe(store.census),
+        job_counts=Probe(store.job_counts),
         closing=threading.Event(),
     )

@@ -49,7 +49,7 @@ class Process(StrEnum):
     UNKNOWN = "unknown"  # never started here
     RUNNING = "running"
     EXITED = "exited"
-    UNREACHABLE = "unreachable"  # what runs it does not answer: it may live or not
+    UNREACHABLE = "unreachable"  # the dispatcher does not answer: the attempt may live or not
 
 
 class Action(StrEnum):
@@ -100,7 +100,7 @@ class AttemptState:
     stop: Action = Action.NONE  # the strongest signal sent so far
     stop_sent_at: datetime | None = None
     created_at: datetime | None = None
-    last_seen_at: datetime | None = None  # it reported, or was said to run, whoever was told
+    last_seen_at: datetime | None = None  # its last report, or the last time any controller saw it running
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def serve(settings: Settings, *, announce: Callable[[Settings], None] = lambda _
                 headers=BROWSER_HEADERS,
                 backlog=BACKLOG,
             )
-            _Server(config, app.state.parts.closing.set).run(sockets=[listener])
+            _Server(config, app.state.container.closing.set).run(sockets=[listener])
 
 
 def migrate(settings: Settings) -> str:

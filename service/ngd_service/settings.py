@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     database_url: str = Field("", description="SQLAlchemy URL of SQLite or PostgreSQL; empty: a file in home.")
     data_dir: OptionalPath = Field(None, description="What a relative data directory in a spec is relative to.")
     api_keys_dir: OptionalPath = Field(
-        None, description="Folder with a file per API key, named for its holder; unset: no keys, loopback only."
+        None, description="Folder with a file per API key, named for its owner; unset: no keys, loopback only."
     )
     public_url: WithoutPassword = Field(
         "", description="Where people reach the service; empty: the address it listens on."
@@ -62,7 +62,10 @@ class Settings(BaseSettings):
         None, description="ray_jobs and kuberay: folder of runs that the workers see as the same path; empty: in home."
     )
     unreachable_s: Seconds = Field(
-        600.0, gt=0, le=7 * DAY_S, description="Seconds of silence after which what runs an attempt counts as lost."
+        600.0,
+        gt=0,
+        le=7 * DAY_S,
+        description="Seconds for which a dispatcher may be silent; then the attempt counts as lost.",
     )
     function_modules: Annotated[tuple[str, ...] | None, NoDecode] = Field(
         None,
@@ -255,7 +258,7 @@ class ClientSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="NGD_", frozen=True, env_ignore_empty=True)
 
     url: str | None = Field(None, description="Where the service is; unset: where NGD_HOST and NGD_PORT say.")
-    api_key: SecretStr | None = Field(None, description="API key of whoever calls.")
+    api_key: SecretStr | None = Field(None, description="The caller's API key.")
     api_key_file: Path | None = Field(None, description="File that holds the API key.")
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ def refuse_unlisted(spec: JobSpec, modules: Collection[str] | None) -> None:
             pointer=f"/{part}/function",
             code="function_not_listed",
             detail=f"{part}.function must be of the modules {', '.join(modules)}, got {shown(address)}",
-            hint="whoever runs the service lists modules with NGD_FUNCTION_MODULES",
+            hint="the operator of the service lists modules with NGD_FUNCTION_MODULES",
         )
         for part, address in named.items()
         if address is not None and not any(f"{address.partition(':')[0]}.".startswith(f"{name}.") for name in modules)

@@ -7,6 +7,7 @@ import pkgutil
 
 import pytest
 import torch
+from torch import nn
 
 import ngd_dist
 from ngd_dist import NGD, NGDConfig, ShardedState
@@ -23,7 +24,11 @@ CALLED += [value for name, value in vars(NGD).items() if inspect.isfunction(valu
 def test_examples_run(name: str) -> None:
     torch.manual_seed(0)
 
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    result = doctest.testmod(
+        importlib.import_module(name),
+        extraglobs={"torch": torch, "nn": nn},
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+    )
 
     assert result.failed == 0
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.extending.form import BLOCK, BlockDiagonal, InBlocks
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import FixedInterval
@@ -14,11 +15,11 @@ from ngd_dist.factors.codec import Codec
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.diagonal import Diagonal
-from ngd_dist.factors.form import FactorForm, Form, InputRows, Replicate
+from ngd_dist.factors.form import FactorForm, InputRows, Replicate
 from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.factors.root import Root
 from ngd_dist.factors.storage import Stored
-from ngd_dist.inversion import Inverse, ToInvert, solve
+from ngd_dist.inversion import Inverse, solve
 from ngd_dist.preconditioners.kfac import KFAC
 from tests.support.ranks import run_ranks
 from tests.support.rows import random_rows
@@ -26,55 +27,6 @@ from tests.support.training import train
 
 F64 = torch.float64
 B, N, P, WIDTH = 2, 2, 2, 6
-BLOCK = 2  # of the toy
-
-
-class BlockDiagonal(FactorForm):
-    """[B, K, m, m]: K blocks on the diagonal of each factor, K m wide."""
-
-    def _split(self, matrix: Tensor) -> Tensor:
-        """Returns [B, K m, I] as [B K, m, I]."""
-        return matrix.reshape(-1, self.shape[-1], matrix.shape[-1])
-
-    @property
-    def width(self) -> int:
-        return self.shape[1] * self.shape[2]
-
-    def dense(self, value: Tensor) -> Tensor:
-        return torch.stack([torch.block_diag(*blocks) for blocks in value])
-
-    def moment(self, rows_BNPD: Tensor, scale: float | Tensor, replicate: Replicate) -> Tensor:
-        rows_BKRm = rows_BNPD.flatten(1, 2).unflatten(-1, self.shape[1:3]).transpose(1, 2)
-        per_block = scale.view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale
-        return rows_BKRm.mT @ rows_BKRm * per_block
-
-    def mean_eigenvalue(self, value: Tensor) -> Tensor:
-        return value.diagonal(dim1=-2, dim2=-1).mean((-2, -1))
-
-    @property
-    def inverse(self) -> Form:
-        return Dense((self.shape[0] * self.shape[1], *self.shape[2:]))
-
-    def problem(self, value: Tensor, damping: Tensor, old: Tensor | None) -> ToInvert:
-        return ToInvert(value.flatten(0, 1), damping.repeat_interleave(self.shape[1]), old)
-
-    @property
-    def basis(self) -> tuple[int, ...]:
-        return self.shape[0], self.width, self.width
-
-    def left(self, inverse: Tensor, matrix_BnI: Tensor) -> Tensor:
-        return (inverse @ self._split(matrix_BnI)).view(matrix_BnI.shape)
-
-    def right(self, matrix_BOn: Tensor, inverse: Tensor) -> Tensor:
-        return self.left(inverse.mT, matrix_BOn.mT.contiguous()).mT
-
-    @property
-    def product_flops(self) -> int:
-        return 2 * self.shape[-1]
-
-    @property
-    def inverse_flops(self) -> int:
-        return 2 * self.shape[0] * self.shape[1] * self.shape[-1] ** 3
 
 
 FORMS: dict[str, FactorForm] = {
@@ -223,14 +175,6 @@ class Masked(Dense):
 
     def input_moment(self, rows: InputRows) -> Tensor:
         return self.moment(rows.a_BNPI, 1 / rows.samples, rows.replicate)
-
-
-class InBlocks(KFAC):
-    """K-FAC whose factors are block-diagonal."""
-
-    def forms(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> Mapping[str, FactorForm]:
-        widths = {"A": shape.inputs, "G": shape.outputs}
-        return {name: BlockDiagonal((shape.blocks, n // BLOCK, BLOCK, BLOCK)) for name, n in widths.items()}
 
 
 class AsMatrices(KFAC):

@@ -68,7 +68,7 @@ def app(tmp_path: Path) -> Iterator[FastAPI]:
     """The app with its controller at rest."""
     app = create_app(load_settings(home=tmp_path))
     yield app
-    app.state.parts.store.close()
+    app.state.container.store.close()
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,13 @@ def open_session(access: Access, key: str) -> str:
 def test_key_tells_who_holds_it(tmp_path: Path) -> None:
     keys = ApiKeys(write_keys(tmp_path, alice=ALICE, bob=BOB))
 
-    assert [keys.holder_of(key) for key in (ALICE, BOB, ALICE[:-1], "", "\u00e9")] == ["alice", "bob", None, None, None]
+    assert [keys.key_owner_of(key) for key in (ALICE, BOB, ALICE[:-1], "", "\u00e9")] == [
+        "alice",
+        "bob",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_volume_that_kubernetes_swaps_is_read_again(tmp_path: Path) -> None:
@@ -37,7 +43,7 @@ def test_volume_that_kubernetes_swaps_is_read_again(tmp_path: Path) -> None:
 
     swap_volume(tmp_path, "v2", alice="a-new-key-of-alice-0123", bob=BOB)
 
-    assert [keys.holder_of(key) for key in (ALICE, "a-new-key-of-alice-0123", BOB)] == [None, "alice", "bob"]
+    assert [keys.key_owner_of(key) for key in (ALICE, "a-new-key-of-alice-0123", BOB)] == [None, "alice", "bob"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +57,7 @@ def test_change_that_is_wrong_is_logged_once_and_keeps_who_stayed_as_they_were(
     write_keys(tmp_path, bob=key, carol=BOB)
 
     with caplog.at_level(logging.ERROR):
-        assert [keys.holder_of(ALICE), keys.holder_of(BOB), keys.holder_of(ALICE)] == ["alice", None, "alice"]
+        assert [keys.key_owner_of(ALICE), keys.key_owner_of(BOB), keys.key_owner_of(ALICE)] == ["alice", None, "alice"]
     (record,) = caplog.records
     assert "api_keys_wrong holders=alice dropped= error=the API key in" in record.getMessage()
     assert key not in record.getMessage()
@@ -67,12 +73,12 @@ def test_key_that_is_withdrawn_is_refused_whatever_else_is_wrong(
     write_keys(tmp_path, bob="short")
 
     with caplog.at_level(logging.ERROR):
-        assert [keys.holder_of(key) for key in (ALICE, BOB, carol)] == [None, None, "carol"]
+        assert [keys.key_owner_of(key) for key in (ALICE, BOB, carol)] == [None, None, "carol"]
     (record,) = caplog.records
     assert "api_keys_wrong holders=carol dropped=alice,bob error=the API key in" in record.getMessage()
 
     write_keys(tmp_path, bob=BOB)
-    assert [keys.holder_of(key) for key in (ALICE, BOB, carol)] == [None, "bob", "carol"]
+    assert [keys.key_owner_of(key) for key in (ALICE, BOB, carol)] == [None, "bob", "carol"]
 
 
 def test_key_that_another_is_given_too_stays_its_holders(tmp_path: Path) -> None:
@@ -80,7 +86,7 @@ def test_key_that_another_is_given_too_stays_its_holders(tmp_path: Path) -> None
 
     write_keys(tmp_path, alice=BOB)
 
-    assert keys.holder_of(BOB) == "bob"
+    assert keys.key_owner_of(BOB) == "bob"
 
 
 def test_folder_that_is_emptied_lets_nobody_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -89,7 +95,7 @@ def test_folder_that_is_emptied_lets_nobody_in(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "alice").unlink()
 
     with caplog.at_level(logging.ERROR):
-        assert [keys.holder_of(ALICE), keys.holder_of(ALICE)] == [None, None]
+        assert [keys.key_owner_of(ALICE), keys.key_owner_of(ALICE)] == [None, None]
     (record,) = caplog.records
     assert "api_keys_wrong holders= dropped=alice error=there is no API key in" in record.getMessage()
 
@@ -99,7 +105,7 @@ def test_folder_that_vanishes_keeps_the_old_keys(tmp_path: Path) -> None:
 
     (tmp_path / "keys").rename(tmp_path / "away")
 
-    assert keys.holder_of(ALICE) == "alice"
+    assert keys.key_owner_of(ALICE) == "alice"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +137,8 @@ def test_session_is_known_to_every_controller_with_the_same_keys(tmp_path: Path)
     folder = write_keys(tmp_path, alice=ALICE)
     session = open_session(Access(ApiKeys(folder), TOKENS), ALICE)
 
-    assert Access(ApiKeys(folder), TOKENS).holder(None, session) == "alice"
-    assert Access(ApiKeys(folder), Tokens(b"o" * 32)).holder(None, session) is None
+    assert Access(ApiKeys(folder), TOKENS).key_owner(None, session) == "alice"
+    assert Access(ApiKeys(folder), Tokens(b"o" * 32)).key_owner(None, session) is None
 
 
 def test_session_ends_with_its_holders_key_and_no_other(tmp_path: Path) -> None:
@@ -141,7 +147,7 @@ def test_session_ends_with_its_holders_key_and_no_other(tmp_path: Path) -> None:
 
     write_keys(tmp_path, alice="a-new-key-of-alice-0123")
 
-    assert [access.holder(None, session) for session in (of_alice, of_bob)] == [None, "bob"]
+    assert [access.key_owner(None, session) for session in (of_alice, of_bob)] == [None, "bob"]
 
 
 def test_session_ends_after_its_time(tmp_path: Path) -> None:
@@ -150,9 +156,9 @@ def test_session_ends_after_its_time(tmp_path: Path) -> None:
     session = open_session(access, ALICE)
 
     now_s[0] += SESSION_S - 1
-    assert access.holder(None, session) == "alice"
+    assert access.key_owner(None, session) == "alice"
     now_s[0] += 2
-    assert access.holder(None, session) is None
+    assert access.key_owner(None, session) is None
 
 
 @pytest.mark.parametrize("place", range(0, 120, 7))
@@ -163,27 +169,27 @@ def test_session_with_a_changed_character_is_nobody_s(tmp_path: Path, place: int
 
     changed = session[:start] + ("A" if session[start] != "A" else "B") + session[start + 1 :]
 
-    assert access.holder(None, changed) is None
+    assert access.key_owner(None, changed) is None
 
 
 @pytest.mark.parametrize("session", ["", "=", "e30", "\u00e9", "YSBiIGM", "a" * 5000])
 def test_text_that_is_no_session_is_nobody_s(tmp_path: Path, session: str) -> None:
     access = Access(ApiKeys(write_keys(tmp_path, alice=ALICE)), TOKENS)
 
-    assert access.holder(None, f"{SESSION_COOKIE}={session}") is None
+    assert access.key_owner(None, f"{SESSION_COOKIE}={session}") is None
 
 
 @pytest.mark.parametrize("header", ["Bearer", "Bearer ", "bearer x", f"Bearer x {ALICE}"])
 def test_header_that_is_wrong_is_not_made_up_for_by_a_session(tmp_path: Path, header: str) -> None:
     access = Access(ApiKeys(write_keys(tmp_path, alice=ALICE)), TOKENS)
 
-    assert access.holder(header, open_session(access, ALICE)) is None
-    assert access.holder(f"bearer  {ALICE}", None) == "alice"
+    assert access.key_owner(header, open_session(access, ALICE)) is None
+    assert access.key_owner(f"bearer  {ALICE}", None) == "alice"
 
 
 @pytest.mark.parametrize("header", ["", "Basic cHJveHk6cGFzcw==", f"Basic {ALICE}", ALICE, "Negotiate x"])
 def test_header_of_a_proxy_does_not_stand_in_for_a_session(tmp_path: Path, header: str) -> None:
     access = Access(ApiKeys(write_keys(tmp_path, alice=ALICE, bob=BOB)), TOKENS)
 
-    assert access.holder(header, open_session(access, BOB)) == "bob"
-    assert access.holder(header, None) is None
+    assert access.key_owner(header, open_session(access, BOB)) == "bob"
+    assert access.key_owner(header, None) is None

@@ -8,8 +8,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from ngd_service.api.own_pages import OwnPagesOnly
-from ngd_service.api.parts import Parts
+from ngd_service.api.container import Container
+from ngd_service.api.same_origin import SameOriginOnly
 
 
 def get(app: FastAPI, path: str) -> httpx.Response:
@@ -21,8 +21,8 @@ def get(app: FastAPI, path: str) -> httpx.Response:
     return asyncio.run(ask())
 
 
-def parts(app: FastAPI) -> Parts:
-    found: Parts = app.state.parts
+def parts(app: FastAPI) -> Container:
+    found: Container = app.state.container
     return found
 
 
@@ -102,7 +102,7 @@ def test_socket_that_a_page_of_another_site_opens_is_closed(headers: dict[str, s
         sent.append(message)
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    guarded = OwnPagesOnly(inside, public_url="", is_loopback=True)
+    guarded = SameOriginOnly(inside, public_url="", is_loopback=True)
     asyncio.run(guarded({"type": "websocket", "headers": raw}, receive, send))
 
     assert [message["type"] for message in sent] == ["websocket.accept" if is_let_in else "websocket.close"]

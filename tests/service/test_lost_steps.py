@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ngd_service import resources
-from ngd_service.api.present import job_resource
+from ngd_service.api.serializers import job_resource
 from ngd_service.dashboard.activity import words
 from ngd_service.errors import StaleAttemptError
 from ngd_service.job_state import Action, Decision, Phase

@@ -11,12 +11,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from ngd_service.api.parts import Parts
+from ngd_service.api.container import Container
 from ngd_service.client.client import Client
 from ngd_service.errors import StoreUnavailableError
 from ngd_service.monitoring.metrics import ControllerMetrics
 from ngd_service.monitoring.probe import Probe
-from ngd_service.store.base import Census
+from ngd_service.store.base import JobCounts
 from tests.support.attempts import fault_spec as spec
 from tests.support.attempts import small_spec
 from tests.support.chart import PROMTOOL, tool
@@ -98,7 +98,7 @@ def test_metrics_follow_the_life_of_jobs(start_service: Callable[..., ServicePro
     jobs = client.list_jobs().jobs
     told = [event for job in jobs for event in client.events(job.id, limit=1000).events if event.seq is not None]
     assert after["ngd_events_ingested_total"] == len(told)
-    wait_until(lambda: scrape()['ngd_jobs{phase="CANCELLED"}'] == 1, "the census is taken again")
+    wait_until(lambda: scrape()['ngd_jobs{phase="CANCELLED"}'] == 1, "the jobs are counted again")
     now = scrape()
     assert idle not in now
     assert {name: value for name, value in now.items() if name.startswith("ngd_jobs{") and value} == {
@@ -149,7 +149,7 @@ def test_requests_are_counted_by_route_and_never_by_path(
 
 
 def test_worker_whose_clock_is_ahead_is_not_idle_for_less_than_no_time() -> None:
-    ahead = Census({}, None, {"job_1": datetime(2999, 1, 1, tzinfo=UTC)}, {})
+    ahead = JobCounts({}, None, {"job_1": datetime(2999, 1, 1, tzinfo=UTC)}, {})
 
     shown = samples(ControllerMetrics("1").exposition(ahead).decode())
 
@@ -167,8 +167,8 @@ def test_backend_that_does_not_answer_is_down() -> None:
     assert seen == [1, 0, 0, 1]  # a look that is answered says nothing of submissions
 
 
-def parts(app: FastAPI) -> Parts:
-    found: Parts = app.state.parts
+def parts(app: FastAPI) -> Container:
+    found: Container = app.state.container
     return found
 
 
@@ -182,7 +182,7 @@ def test_probes_answer_while_every_thread_waits_for_the_database(app: FastAPI, m
         raise StoreUnavailableError("the database does not answer: at last")
 
     monkeypatch.setattr(type(parts(app).jobs), "list", hang)
-    for probe in (parts(app).database, parts(app).census):
+    for probe in (parts(app).database, parts(app).job_counts):
         monkeypatch.setattr(probe, "_ask", hang)
 
     async def ask() -> list[httpx.Response]:

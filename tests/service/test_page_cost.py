@@ -14,7 +14,7 @@ from nicegui import Client as PageClient
 from nicegui import ui
 
 from ngd_service.api.application import api_application
-from ngd_service.api.parts import Parts
+from ngd_service.api.container import Container
 from ngd_service.app import _assemble
 from ngd_service.client.client import AsyncClient
 from ngd_service.dashboard.job import POLL_S, JobPage
@@ -28,7 +28,7 @@ FIRST_VIEW_S, INCREMENT_S, POLL_COST_S = 0.2, 0.005, 0.5 * POLL_S / 50  # half a
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Parts]:
+def parts(tmp_path: Path) -> Iterator[Container]:
     parts = _assemble(load_settings(home=tmp_path))
     gc.freeze()  # as the server does
     yield parts
@@ -53,7 +53,7 @@ async def opened(
         client.delete()
 
 
-async def costs(parts: Parts, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, float]:
+async def costs(parts: Container, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, float]:
     """Returns the CPU seconds of a first view, of a call for the newest steps, and of a poll that finds a new step.
 
     The best of some: other processes take the caches of a busy machine away.
@@ -83,7 +83,7 @@ async def cpu_s(call: Awaitable[object]) -> float:
     return time.process_time() - before
 
 
-def test_page_does_not_cost_more_the_longer_a_job_has_run(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_does_not_cost_more_the_longer_a_job_has_run(parts: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     _, short_increment, short_poll = asyncio.run(costs(parts, 300, monkeypatch))
     _, increment, poll = asyncio.run(costs(parts, 3_000, monkeypatch))
     assert increment < 1.5 * short_increment
@@ -92,7 +92,7 @@ def test_page_does_not_cost_more_the_longer_a_job_has_run(parts: Parts, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_page_of_a_job_of_a_million_steps_is_cheap(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_of_a_job_of_a_million_steps_is_cheap(parts: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     first, increment, poll = asyncio.run(costs(parts, 1_000_000, monkeypatch))
     assert first < FIRST_VIEW_S
     assert increment < INCREMENT_S

@@ -12,7 +12,7 @@ from ulid import ULID
 
 from ngd_service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
 from ngd_service.job_state import Action, Decision, Phase
-from ngd_service.store.base import Census, Claim, JobRecord, KeyedRequest, Queue, Store
+from ngd_service.store.base import Claim, JobCounts, JobRecord, KeyedRequest, Queue, Store
 from ngd_service.store.spans import Name, Span, Wanted
 from ngd_service.store.sql import SQLStore
 from ngd_service.store.tables import metadata
@@ -329,7 +329,7 @@ def test_schema_that_a_newer_version_has_added_to_is_taken(store: SQLStore, data
 
 
 def test_census_counts_phases_and_knows_the_oldest_and_the_last_heard_of(store: SQLStore) -> None:
-    assert store.census() == Census({}, None, {}, {})
+    assert store.job_counts() == JobCounts({}, None, {}, {})
     claim = start(store)
     store.apply(claim, Decision(Phase.RUNNING), NOW)
     later = NOW + timedelta(seconds=30)
@@ -337,17 +337,17 @@ def test_census_counts_phases_and_knows_the_oldest_and_the_last_heard_of(store: 
     create(store)
     store.create_job(f"job_{ULID()}", "small", SPEC, later)
 
-    assert store.census() == Census({Phase.RUNNING: 1, Phase.QUEUED: 2}, NOW, {claim.job.id: later}, {})
+    assert store.job_counts() == JobCounts({Phase.RUNNING: 1, Phase.QUEUED: 2}, NOW, {claim.job.id: later}, {})
 
 
 def test_census_knows_how_long_a_job_has_been_on_its_way(store: SQLStore) -> None:
     claim, later = start(store), NOW + timedelta(seconds=90)
     store.ingest(f"{claim.job.id}-a1", [Numbered(seq=1, time_s=later.timestamp(), event=steps(1, 1).event)])
-    assert store.census().in_phase_since == {Phase.STARTING: NOW}  # what workers tell does not count
+    assert store.job_counts().in_phase_since == {Phase.STARTING: NOW}  # what workers tell does not count
 
     store.apply(claim, Decision(Phase.CANCELLING), later)
 
-    assert store.census().in_phase_since == {Phase.CANCELLING: later}
+    assert store.job_counts().in_phase_since == {Phase.CANCELLING: later}
 
 
 def test_job_says_who_created_it(store: SQLStore) -> None:

@@ -45,7 +45,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     home = tmp_path_factory.mktemp("home")
     app = create_app(load_settings(home=home, api_keys_dir=write_keys(home / "keys", alice=ALICE)))
     yield app
-    app.state.parts.store.close()
+    app.state.container.store.close()
 
 
 def worst(kind: str, limit: int) -> tuple[str, bytes]:
@@ -58,7 +58,7 @@ def worst(kind: str, limit: int) -> tuple[str, bytes]:
 
 def routes(app: FastAPI) -> list[tuple[str, str]]:
     """Each route of the API, and the login, that takes a POST, with the key that it asks for."""
-    token = app.state.parts.tokens.of_attempt("none-a1")
+    token = app.state.container.tokens.of_attempt("none-a1")
     paths = [path for path, operations in app.openapi()["paths"].items() if "post" in operations]
     named = [path.replace("{job_id}", "job_none").replace("{attempt_id}", "none-a1") for path in paths]
     return [(path, token if "/internal/" in path else ALICE) for path in [*named, "/login"]]

@@ -11,11 +11,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
 from ngd_service.api import events, health, internal, jobs, logs, metrics, monitoring, problems
-from ngd_service.api.counting import CountRequests
-from ngd_service.api.key_holders import KeyHoldersOnly
-from ngd_service.api.own_pages import OwnPagesOnly
-from ngd_service.api.parts import Parts
+from ngd_service.api.authentication import AuthenticatedOnly
+from ngd_service.api.container import Container
 from ngd_service.api.query import known_parameters_only
+from ngd_service.api.request_metrics import CountRequests
+from ngd_service.api.same_origin import SameOriginOnly
 from ngd_workers.contract.events import EventBatch
 from ngd_workers.contract.spec import JobSpec
 
@@ -33,8 +33,8 @@ API_KEY = {"type": "http", "scheme": "bearer", "description": "An API key, if th
 PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
 
 
-def api_application(lifespan: Lifespan[FastAPI] | None = None, parts: Parts | None = None) -> FastAPI:
-    """Returns the app with its routes, its errors and what guards it. parts: None to describe the API alone."""
+def api_application(lifespan: Lifespan[FastAPI] | None = None, container: Container | None = None) -> FastAPI:
+    """Returns the app with its routes, its errors and its guards. container: None to describe the API alone."""
     app = FastAPI(
         title="ngd-dist",
         version=version("ngd-dist"),
@@ -48,9 +48,9 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None, parts: Parts | No
     )
     problems.install(app)
     app.add_middleware(problems.BodyLimit)
-    if parts is not None:
-        app.state.parts = parts
-        _guard(app, parts)
+    if container is not None:
+        app.state.container = container
+        _guard(app, container)
     app.add_middleware(problems.RequestId)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_parameters_only)])
@@ -59,12 +59,12 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None, parts: Parts | No
     return app
 
 
-def _guard(app: FastAPI, parts: Parts) -> None:
+def _guard(app: FastAPI, container: Container) -> None:
     """Adds what each request passes before its route, the innermost first."""
-    settings = parts.settings
-    app.add_middleware(KeyHoldersOnly, access=parts.access)
-    app.add_middleware(OwnPagesOnly, public_url=settings.public_url, is_loopback=settings.is_loopback)
-    app.add_middleware(CountRequests, metrics=parts.metrics)
+    settings = container.settings
+    app.add_middleware(AuthenticatedOnly, access=container.access)
+    app.add_middleware(SameOriginOnly, public_url=settings.public_url, is_loopback=settings.is_loopback)
+    app.add_middleware(CountRequests, metrics=container.metrics)
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:

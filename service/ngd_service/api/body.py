@@ -55,7 +55,7 @@ async def _read_spec(request: Request) -> JobSpec:
             f"the body has {len(body):,} bytes, and YAML is read up to {MAX_YAML_BYTES:,}; send it as JSON"
         )
     spec = await read_apart(_parse, media_type, body)
-    refuse_unlisted(spec, request.app.state.parts.settings.function_modules)
+    refuse_unlisted(spec, request.app.state.container.settings.function_modules)
     return spec
 
 

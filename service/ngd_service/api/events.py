@@ -10,8 +10,8 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
-from ngd_service.api.parts import MAX_CURSOR, JobId, Parts, PartsDep
-from ngd_service.api.present import event_resource, job_resource
+from ngd_service.api.container import MAX_CURSOR, Container, ContainerDep, JobId
+from ngd_service.api.serializers import event_resource, job_resource
 from ngd_service.job_state import TERMINAL
 from ngd_service.resources import EventPage
 from ngd_service.store.base import EventRecord, JobRecord
@@ -36,19 +36,19 @@ NewestOf = Annotated[
 
 @router.get("")
 def list_events(
-    parts: PartsDep,
+    container: ContainerDep,
     job_id: JobId,
     after: After = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     newest_of: NewestOf = "",
 ) -> EventPage:
     """Lists a job's events, oldest first."""
-    parts.jobs.get(job_id)
+    container.jobs.get(job_id)
     kinds = dict.fromkeys(kind.strip() for kind in newest_of.split(",") if kind.strip())
     if kinds:
-        events = parts.store.newest_events(job_id, list(kinds), after, limit)
+        events = container.store.newest_events(job_id, list(kinds), after, limit)
     else:
-        events = parts.store.events_after(job_id, after, limit)
+        events = container.store.events_after(job_id, after, limit)
     return EventPage(events=[event_resource(event) for event in events], next_after=events[-1].id if events else after)
 
 
@@ -58,7 +58,7 @@ def list_events(
     responses={200: {"content": {"text/event-stream": {}}, "description": "job, then one frame per event, then end."}},
 )
 async def stream_events(
-    parts: PartsDep,
+    container: ContainerDep,
     job_id: JobId,
     after: After = 0,
     last_event_id: Annotated[
@@ -70,8 +70,8 @@ async def stream_events(
     `event: job` holds the whole job, at first and after each change; the others are named for the event's kind and
     carry its id; `end` is the last.
     """
-    await asyncio.to_thread(parts.jobs.get, job_id)
-    return stream(_frames(parts, job_id, after if last_event_id is None else last_event_id))
+    await asyncio.to_thread(container.jobs.get, job_id)
+    return stream(_frames(container, job_id, after if last_event_id is None else last_event_id))
 
 
 def stream(frames: AsyncIterator[bytes]) -> EventSourceResponse:
@@ -85,10 +85,10 @@ def frame(event: str, data: BaseModel | None, *, cursor: int | None = None) -> b
     return format_sse_event(data_str=content, event=event, id=None if cursor is None else str(cursor))
 
 
-async def _frames(parts: Parts, job_id: str, after: int) -> AsyncIterator[bytes]:
+async def _frames(container: Container, job_id: str, after: int) -> AsyncIterator[bytes]:
     sent, quiet_since = None, time.monotonic()
-    while not parts.closing.is_set():
-        job, events = await asyncio.to_thread(_news, parts, job_id, after)
+    while not container.closing.is_set():
+        job, events = await asyncio.to_thread(_news, container, job_id, after)
         for event in events:
             after = event.id
             yield frame(event.kind, event_resource(event), cursor=after)
@@ -105,7 +105,7 @@ async def _frames(parts: Parts, job_id: str, after: int) -> AsyncIterator[bytes]
             await asyncio.sleep(STREAM_POLL_S)
 
 
-def _news(parts: Parts, job_id: str, after: int) -> tuple[JobRecord, list[EventRecord]]:
+def _news(container: Container, job_id: str, after: int) -> tuple[JobRecord, list[EventRecord]]:
     # The job is read first: if it has ended by then, all of its events are there to be read.
-    job = parts.jobs.get(job_id)
-    return job, parts.store.events_after(job_id, after, STREAM_BATCH)
+    job = container.jobs.get(job_id)
+    return job, container.store.events_after(job_id, after, STREAM_BATCH)

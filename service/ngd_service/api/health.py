@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Response
 
-from ngd_service.api.parts import PartsDep
+from ngd_service.api.container import ContainerDep
 from ngd_service.errors import StoreUnavailableError
 from ngd_service.resources import Health
 
@@ -22,23 +22,23 @@ async def healthz() -> Health:
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; checks says why."}})
-async def readyz(parts: PartsDep, response: Response) -> Health:
-    checks = {"database": await _database(parts), "reconciler": _reconciler(parts)}
+async def readyz(container: ContainerDep, response: Response) -> Health:
+    checks = {"database": await _database(container), "reconciler": _reconciler(container)}
     is_ready = all(check == "ok" for check in checks.values())
     response.status_code = 200 if is_ready else 503
     return Health(status="ok" if is_ready else "unavailable", checks=checks)
 
 
-async def _database(parts: PartsDep) -> str:
+async def _database(container: ContainerDep) -> str:
     try:
-        await parts.database.answer(within_s=DATABASE_WITHIN_S)
+        await container.database.answer(within_s=DATABASE_WITHIN_S)
     except StoreUnavailableError as error:
         return error.detail
     except TimeoutError:
-        return f"the database has not answered for {parts.database.waited_s:.0f} s"
+        return f"the database has not answered for {container.database.waited_s:.0f} s"
     return "ok"
 
 
-def _reconciler(parts: PartsDep) -> str:
-    age_s, limit_s = parts.reconciler.tick_age_s, max(STALE_TICKS * parts.settings.tick_s, STALE_S)
+def _reconciler(container: ContainerDep) -> str:
+    age_s, limit_s = container.reconciler.tick_age_s, max(STALE_TICKS * container.settings.tick_s, STALE_S)
     return "ok" if age_s < limit_s else f"last tick {age_s:.0f} s ago; the limit is {limit_s:.0f} s"

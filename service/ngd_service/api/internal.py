@@ -9,7 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import FailFast, ValidationError
 
 from ngd_service.api.body import read_apart
-from ngd_service.api.parts import Parts, PartsDep
+from ngd_service.api.container import Container, ContainerDep
 from ngd_service.errors import BodyTooLargeError, UnauthorizedError
 from ngd_workers.contract.events import EventBatch, EventReply, Numbered
 
@@ -30,31 +30,31 @@ bearer = HTTPBearer(auto_error=False, description="The attempt's own token.")
 
 
 class Batch(EventBatch):
-    """A batch as it is read: the first event that is none ends the reading, for there may be millions."""
+    """A batch as it is read: parsing stops at the first invalid event, so that a huge bad batch stalls nothing."""
 
     events: Annotated[list[Numbered], FailFast()]
 
 
 async def _authorized(
-    parts: PartsDep,
+    container: ContainerDep,
     attempt_id: Annotated[str, Path(description="The attempt's id.")],
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> str:
     if credentials is None:
         raise UnauthorizedError("send the attempt's token as Authorization: Bearer <token>")
-    if not parts.tokens.is_of_attempt(attempt_id, credentials.credentials):
+    if not container.tokens.is_of_attempt(attempt_id, credentials.credentials):
         raise UnauthorizedError(f"the token is not that of attempt {attempt_id!r}")
     return attempt_id
 
 
 @router.post("/attempts/{attempt_id}/events", openapi_extra=BATCH_BODY)
 async def post_events(
-    request: Request, parts: PartsDep, attempt_id: Annotated[str, Depends(_authorized)]
+    request: Request, container: ContainerDep, attempt_id: Annotated[str, Depends(_authorized)]
 ) -> EventReply:
     """Stores what an attempt reports; a repeated delivery changes nothing. The reply says what the user wants."""
     # Not a parameter: the framework would read a body before it knew who sent it, and parse it while all others wait.
     events = await read_apart(_events, await request.body())
-    return await asyncio.to_thread(_store, parts, attempt_id, events)
+    return await asyncio.to_thread(_store, container, attempt_id, events)
 
 
 def _events(body: bytes) -> list[Numbered]:
@@ -67,7 +67,7 @@ def _events(body: bytes) -> list[Numbered]:
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in items]) from error
 
 
-def _store(parts: Parts, attempt_id: str, events: list[Numbered]) -> EventReply:
-    stored = parts.store.ingest(attempt_id, events)
-    parts.metrics.events_ingested(stored.new_events)
+def _store(container: Container, attempt_id: str, events: list[Numbered]) -> EventReply:
+    stored = container.store.ingest(attempt_id, events)
+    container.metrics.events_ingested(stored.new_events)
     return EventReply(desired=stored.desired.value, acknowledged_seq=stored.acknowledged_seq)

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT
 
+from ngd_service.api.container import Container, ContainerDep, JobId
 from ngd_service.api.events import KEEP_ALIVE_S, STREAM_POLL_S, frame, stream
-from ngd_service.api.parts import JobId, Parts, PartsDep
 from ngd_service.dispatchers.base import AttemptRef
 from ngd_service.dispatchers.log_file import LogFile, LogPart, as_read
 from ngd_service.errors import InvalidParameterError, NotFoundError, RangeError
@@ -43,7 +43,7 @@ ALONE = {"download": ("tail", "offset", "follow"), "tail": ("offset",)}
 )
 async def get_logs(
     request: Request,
-    parts: PartsDep,
+    container: ContainerDep,
     job_id: JobId,
     attempt: Annotated[int | None, Query(ge=1, description="None: the newest.")] = None,
     rank: Annotated[
@@ -61,12 +61,12 @@ async def get_logs(
     begins with "ngd:" says what is not shown. With download or Range the bytes are as they were written.
     """
     _refuse_both(request)
-    job = await asyncio.to_thread(parts.jobs.get, job_id)
+    job = await asyncio.to_thread(container.jobs.get, job_id)
     _check(job, attempt, rank)
     if follow:
-        return stream(_frames(parts, job, attempt, rank, tail, offset))
+        return stream(_frames(container, job, attempt, rank, tail, offset))
     ref = AttemptRef(job_id, attempt or job.attempt)
-    log = parts.files.log(ref, rank)
+    log = container.files.log(ref, rank)
     if download or byte_range:
         name = f"{ref.attempt_id}{'' if rank is None else f'-rank-{rank}'}.log"
         return await asyncio.to_thread(_download, log, name, byte_range)
@@ -136,14 +136,14 @@ async def _pieces(log: LogFile, start: int, end: int, before: bytes = b"") -> As
 
 
 async def _frames(
-    parts: Parts, job: JobRecord, attempt: int | None, rank: int | None, tail: int | None, offset: int | None
+    container: Container, job: JobRecord, attempt: int | None, rank: int | None, tail: int | None, offset: int | None
 ) -> AsyncIterator[bytes]:
     shown, quiet_since = attempt or job.attempt, time.monotonic()
-    log = parts.files.log(AttemptRef(job.id, shown), rank)
+    log = container.files.log(AttemptRef(job.id, shown), rank)
     part = await asyncio.to_thread(_part, log, tail, offset)
     part = _whole_lines(part)
     notice = await asyncio.to_thread(_notice, log, part)
-    while not parts.closing.is_set():
+    while not container.closing.is_set():
         is_over = job.state.phase in TERMINAL or shown < job.attempt
         if part.text:
             quiet_since = time.monotonic()
@@ -154,14 +154,14 @@ async def _frames(
             return
         elif is_over:
             shown += 1
-            log, part = parts.files.log(AttemptRef(job.id, shown), rank), LogPart(b"", 0, 0)
+            log, part = container.files.log(AttemptRef(job.id, shown), rank), LogPart(b"", 0, 0)
         elif time.monotonic() - quiet_since > KEEP_ALIVE_S:
             quiet_since = time.monotonic()
             yield KEEPALIVE_COMMENT
         else:
             await asyncio.sleep(STREAM_POLL_S)
         # The job is read before the log: if it has ended by then, the log is complete.
-        job = await asyncio.to_thread(parts.jobs.get, job.id)
+        job = await asyncio.to_thread(container.jobs.get, job.id)
         is_complete = job.state.phase in TERMINAL or shown < job.attempt
         part = await asyncio.to_thread(log.part, part.end)
         part = part if is_complete else _whole_lines(part)

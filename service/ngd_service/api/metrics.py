@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from ngd_service.api.parts import MAX_CURSOR, FromStep, JobId, MaxPoints, PartsDep
+from ngd_service.api.container import MAX_CURSOR, ContainerDep, FromStep, JobId, MaxPoints
 from ngd_service.api.series import curves, spans_for, statistics
 from ngd_service.resources import Metrics, Statistics
 from ngd_service.store.spans import Name, Wanted
@@ -33,7 +33,7 @@ Width = Annotated[
 
 @router.get("/metrics")
 def get_metrics(
-    parts: PartsDep,
+    container: ContainerDep,
     job_id: JobId,
     names: Names = "",
     from_step: FromStep = 0,
@@ -41,10 +41,10 @@ def get_metrics(
     max_points: MaxPoints = 1000,
 ) -> Metrics:
     """Returns curves of a job; a name that it does not have is left out."""
-    parts.jobs.get(job_id)
+    container.jobs.get(job_id)
     wanted = {name.strip() for name in names.split(",") if name.strip()}
     range_ = Wanted(from_step=from_step, to_step=to_step, most_steps=max_points, most_spans=spans_for(max_points))
-    trained, tested = (parts.store.spans(job_id, kind, range_) for kind in KINDS)
+    trained, tested = (container.store.spans(job_id, kind, range_) for kind in KINDS)
     series = curves(trained, wanted) | curves(tested, wanted)
     # Of the two reads the first one's: what has come in between is asked for again.
     return Metrics(series=series, last_step=max(trained.last_step or tested.last_step, from_step - 1))
@@ -52,12 +52,12 @@ def get_metrics(
 
 @router.get("/statistics")
 def get_statistics(
-    parts: PartsDep, job_id: JobId, from_step: FromStep = 0, max_points: Columns = 200, span: Width = 1
+    container: ContainerDep, job_id: JobId, from_step: FromStep = 0, max_points: Columns = 200, span: Width = 1
 ) -> Statistics:
     """Returns the age and the interval of each statistic, a row for each, a column for each span of steps."""
-    parts.jobs.get(job_id)
-    started = parts.store.newest_events(job_id, ["started"], 0, 1)
+    container.jobs.get(job_id)
+    started = container.store.newest_events(job_id, ["started"], 0, 1)
     names = started[0].data["statistics"] if started else []
     range_ = Wanted(from_step=from_step, most_steps=max_points, most_spans=max_points, width=span)
-    known = parts.store.spans(job_id, "statistics", range_)
+    known = container.store.spans(job_id, "statistics", range_)
     return statistics(names, known)

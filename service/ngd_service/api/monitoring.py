@@ -4,7 +4,7 @@ import logging
 
 from fastapi import APIRouter, Response
 
-from ngd_service.api.parts import PartsDep
+from ngd_service.api.container import ContainerDep
 from ngd_service.errors import StoreUnavailableError
 from ngd_service.monitoring.metrics import CONTENT_TYPE
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 router = APIRouter(tags=["health"])
 
-CENSUS_WITHIN_S = 3.0  # Prometheus gives up after 10 by default
+COUNTS_WITHIN_S = 3.0  # Prometheus gives up after 10 by default
 
 
 @router.head("/metrics", include_in_schema=False)
@@ -23,11 +23,11 @@ CENSUS_WITHIN_S = 3.0  # Prometheus gives up after 10 by default
     response_class=Response,
     responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."}},
 )
-async def get_metrics_of_service(parts: PartsDep) -> Response:
+async def get_metrics_of_service(container: ContainerDep) -> Response:
     """Returns the service's own metrics; those of jobs are missing while the database does not answer."""
     try:
-        census = await parts.census.answer(within_s=CENSUS_WITHIN_S)
+        job_counts = await container.job_counts.answer(within_s=COUNTS_WITHIN_S)
     except (StoreUnavailableError, TimeoutError) as error:
         log.error("metrics_without_jobs error=%s", error or "the database has not answered in time")
-        census = None
-    return Response(parts.metrics.exposition(census), media_type=CONTENT_TYPE)
+        job_counts = None
+    return Response(container.metrics.exposition(job_counts), media_type=CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""Every error as application/problem+json, whoever raised it, and the id of the request in each answer."""
+"""Every error as application/problem+json, wherever it was raised, and the id of the request in each answer."""
 
 import logging
 import re
@@ -33,7 +33,7 @@ __all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "BodyLimit", "RequestId", "answer"
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-MAX_LOGIN_BYTES = 4 << 10  # a key, and the page to go to; sent by whoever it may be
+MAX_LOGIN_BYTES = 4 << 10  # a key, and the page to go to; anybody may send one
 REQUEST_ID_PATTERN = re.compile(r"[\w.-]{1,64}")
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "What went wrong."}}
 

@@ -1,4 +1,4 @@
-"""Who is behind a request: the holder of an API key, by the key itself or by a browser's session."""
+"""Who is behind a request: the owner of an API key, by the key itself or by a browser's session."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Access:
     """Tells who calls. keys: None if the service has none, and then everybody is let in.
 
     A session is a signed text in the browser and nothing on the server: every controller with the same signing key and
-    the same API keys knows it, and it ends with its week or with its holder's key.
+    the same API keys knows it, and it ends with its week or with its owner's key.
     """
 
     def __init__(self, keys: ApiKeys | None, tokens: Tokens, now_s: Callable[[], float] = time.time) -> None:
@@ -32,7 +32,7 @@ class Access:
         """Whether there are no keys."""
         return self._keys is None
 
-    def holder(self, authorization: str | None, cookies: str | None) -> str | None:
+    def key_owner(self, authorization: str | None, cookies: str | None) -> str | None:
         """Returns who sent these headers; None: nobody that is known. A Bearer header counts alone.
 
         One of another scheme is a proxy's own, which browsers send along.
@@ -41,18 +41,18 @@ class Access:
             return None
         key = bearer_key(authorization)
         if key is not None:
-            return self._keys.holder_of(key)
+            return self._keys.key_owner_of(key)
         session = cookie_parser(cookies or "").get(SESSION_COOKIE)
-        return None if session is None else self._tokens.holder_of(session, self._now_s(), self._keys.digest_of)
+        return None if session is None else self._tokens.key_owner_of(session, self._now_s(), self._keys.digest_of)
 
     def session(self, key: str) -> tuple[str, str] | None:
-        """Returns the holder of the key and a new session for them; None: the key is nobody's."""
-        holder = self._keys.holder_of(key) if self._keys else None
-        digest = self._keys.digest_of(holder) if self._keys and holder else None
-        if holder is None or digest is None:
+        """Returns the owner of the key and a new session for them; None: the key is nobody's."""
+        key_owner = self._keys.key_owner_of(key) if self._keys else None
+        digest = self._keys.digest_of(key_owner) if self._keys and key_owner else None
+        if key_owner is None or digest is None:
             return None
         expires_s = int(self._now_s()) + SESSION_S
-        return holder, self._tokens.session(holder, expires_s, digest)
+        return key_owner, self._tokens.session(key_owner, expires_s, digest)
 
 
 def bearer_key(authorization: str | None) -> str | None:

@@ -43,17 +43,17 @@ class ApiKeys:
         self._read_at = time.monotonic()
         self._reading = threading.Lock()
 
-    def holder_of(self, key: str) -> str | None:
+    def key_owner_of(self, key: str) -> str | None:
         """Returns who holds the key; None: nobody. Takes as long for a wrong key as for a right one."""
         given, found = _digest(key.encode()), None
-        for holder, digest in self._current().items():
+        for key_owner, digest in self._current().items():
             if hmac.compare_digest(given, digest):
-                found = holder
+                found = key_owner
         return found
 
-    def digest_of(self, holder: str) -> bytes | None:
-        """Returns a digest of the holder's key; None: there is no such holder, or no longer."""
-        return self._current().get(holder)
+    def digest_of(self, key_owner: str) -> bytes | None:
+        """Returns a digest of the owner's key; None: there is no such owner, or no longer."""
+        return self._current().get(key_owner)
 
     def _current(self) -> Mapping[str, bytes]:
         with self._reading:
@@ -68,7 +68,9 @@ class ApiKeys:
         except OSError as error:
             digests, trouble = self._digests, _unreadable(self._folder, error)
         if trouble:
-            digests = {holder: digest for holder, digest in self._digests.items() if digests.get(holder) == digest}
+            digests = {
+                key_owner: digest for key_owner, digest in self._digests.items() if digests.get(key_owner) == digest
+            }
         is_new = digests != self._digests
         if trouble and (is_new or trouble != self._trouble):
             dropped = sorted(self._digests.keys() - digests.keys())
@@ -79,7 +81,7 @@ class ApiKeys:
 
 
 def _read(folder: Path) -> tuple[dict[str, bytes], str]:
-    """Returns holder -> digest of key, of the files that are right, and what is wrong with the others ("": nothing).
+    """Returns owner -> digest of key, of the files that are right, and what is wrong with the others ("": nothing).
 
     What begins with "." is skipped: Kubernetes keeps a volume's versions so. Raises: OSError, of the folder itself.
     """
@@ -88,7 +90,7 @@ def _read(folder: Path) -> tuple[dict[str, bytes], str]:
     wrong = []
     for path in paths:
         try:
-            digests[_holder(path)] = _digest(_key(path))
+            digests[_key_owner(path)] = _digest(_key(path))
         except StartupError as error:
             wrong.append(str(error))
         except OSError as error:
@@ -97,7 +99,7 @@ def _read(folder: Path) -> tuple[dict[str, bytes], str]:
         wrong.append(
             f"there is no API key in {folder} (NGD_API_KEYS_DIR); put a file there for each who may call, {HOW}"
         )
-    same = [holder for holder, digest in digests.items() if list(digests.values()).count(digest) > 1]
+    same = [key_owner for key_owner, digest in digests.items() if list(digests.values()).count(digest) > 1]
     if same:
         wrong.append(f"{' and '.join(same)} have the same API key in {folder}; give each a key of their own")
     return digests, "; ".join(wrong)
@@ -107,7 +109,7 @@ def _unreadable(path: Path, error: OSError) -> str:
     return f"can't read the API keys in {path}: {error.strerror}; check NGD_API_KEYS_DIR"
 
 
-def _holder(path: Path) -> str:
+def _key_owner(path: Path) -> str:
     if not HOLDER.fullmatch(path.name):
         raise StartupError(
             f"the name of an API key's file must be 1 to 63 letters, digits, '.', '_' or '-', got {path.name!r} in "

@@ -74,20 +74,20 @@ class Tokens:
     def is_of_attempt(self, attempt_id: str, token: str) -> bool:
         return hmac.compare_digest(self.of_attempt(attempt_id).encode(), token.encode())
 
-    def session(self, holder: str, expires_s: int, key_digest: bytes) -> str:
-        """Returns the signed text that proves a session to be `holder`'s while their API key has this digest."""
-        return self._sessions.dumps([holder, expires_s, self._sign("session", key_digest.hex()).hex()])
+    def session(self, key_owner: str, expires_s: int, key_digest: bytes) -> str:
+        """Returns the signed text that proves a session to be `key_owner`'s while their API key has this digest."""
+        return self._sessions.dumps([key_owner, expires_s, self._sign("session", key_digest.hex()).hex()])
 
-    def holder_of(self, session: str, now_s: float, digest_of: Callable[[str], bytes | None]) -> str | None:
-        """Returns the session's holder; None: it was not signed here, its time is over, or the API key has changed."""
+    def key_owner_of(self, session: str, now_s: float, digest_of: Callable[[str], bytes | None]) -> str | None:
+        """Returns the session's owner; None: it was not signed here, its time is over, or the API key has changed."""
         try:
-            holder, expires_s, proof = self._sessions.loads(session)
+            key_owner, expires_s, proof = self._sessions.loads(session)
         except BadData:
             return None
-        digest = digest_of(holder)
+        digest = digest_of(key_owner)
         if digest is None or expires_s < now_s:
             return None
-        return holder if hmac.compare_digest(self._sign("session", digest.hex()).hex(), proof) else None
+        return key_owner if hmac.compare_digest(self._sign("session", digest.hex()).hex(), proof) else None
 
     def page(self, before_id: str, query: str) -> str:
         """Returns the token of the page that begins before `before_id`, good for the same `query` alone."""

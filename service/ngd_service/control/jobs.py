@@ -31,7 +31,7 @@ class Jobs:
     def create(
         self, spec: JobSpec, idempotency_key: str | None, created_by: str | None = None
     ) -> tuple[JobRecord, bool]:
-        """Returns the job and whether the same request had made it before. created_by: the API key's holder, whose
+        """Returns the job and whether the same request had made it before. created_by: the API key's owner, whose
         idempotency keys are their own.
 
         Raises: IdempotencyError.

@@ -210,7 +210,7 @@ class Curves(ChartPanel):
         return self.curves.get(key) or Curve(key.replace("_", " "))
 
     def _lay_out(self) -> None:
-        """Makes the chart's frame anew, whose series are empty then."""
+        """Makes the chart's frame again, with empty series."""
         lines = [self._line(index, key) for index, key in enumerate(self.points)]
         lines.append(
             {

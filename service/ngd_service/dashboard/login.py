@@ -34,7 +34,7 @@ def login_routes(access: Access, *, is_secure: bool) -> APIRouter:
     @router.get(LOGIN)
     async def show(request: Request) -> Response:
         wanted = _local(request.query_params.get("next", ""))
-        if access.holder(None, request.headers.get("cookie")):
+        if access.key_owner(None, request.headers.get("cookie")):
             return RedirectResponse(wanted, 303)
         return _page(wanted)
 
@@ -51,8 +51,8 @@ def login_routes(access: Access, *, is_secure: bool) -> APIRouter:
         if opened is None:
             log.warning("login_refused address=%s", where)
             return _page(wanted, refused=True)
-        holder, session = opened
-        log.info("login holder=%s address=%s", holder, where)
+        key_owner, session = opened
+        log.info("login holder=%s address=%s", key_owner, where)
         answer = RedirectResponse(wanted, 303)
         answer.set_cookie(
             SESSION_COOKIE, session, max_age=SESSION_S, path="/", httponly=True, samesite="lax", secure=is_secure

@@ -93,7 +93,7 @@ async def _missing(request: Request, error: Exception) -> Response:
 
 
 def _failed() -> None:
-    """Fills the page in whose place an error was raised, which NiceGUI logs."""
+    """Fills the page when its function raised an error; NiceGUI logs it."""
     with page_frame("Error") as freshness:
         empty("error", "This page can't be shown", "The service made a mistake, which is in its log. Load it again.")
     freshness.failed()

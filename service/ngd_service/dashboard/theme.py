@@ -113,8 +113,8 @@ def page_frame(title: str, reader: str | None = None) -> Iterator[Freshness]:
 
 def reader(request: Request) -> str | None:
     """Who is logged in; None: the service has no keys."""
-    holder: str | None = getattr(request.state, "holder", None)
-    return holder
+    key_owner: str | None = getattr(request.state, "key_owner", None)
+    return key_owner
 
 
 def ask_to_log_in() -> None:

@@ -36,7 +36,7 @@ __all__ = [
     "exit_words",
 ]
 
-JOB_ID, SPEC_SHA256 = "ngd.dev/job-id", "ngd.dev/spec-sha256"  # under which a backend keeps these of a Launch
+JOB_ID, SPEC_SHA256 = "ngd.dev/job-id", "ngd.dev/spec-sha256"  # the names under which Ray and KubeRay keep them
 
 
 class DispatchError(Exception):
@@ -44,22 +44,22 @@ class DispatchError(Exception):
 
 
 class BackendError(Exception):
-    """What runs the attempts did not do what was asked; the call is made again. str(): one sentence."""
+    """The dispatcher's cluster or machine did not carry out a call; the call is made again. str(): one sentence."""
 
 
 class BackendUnavailableError(BackendError):
-    """It does not answer, or not to this service: nothing is known of any attempt, so str() names none.
+    """It does not answer, or refuses this service: nothing is known of any attempt, so str() names none.
 
     One call that fails so speaks for all jobs of a tick; each of them tells its owner this sentence.
     """
 
 
 class BackendRefusedError(BackendError):
-    """It answers, and did not do this: of other attempts that says nothing."""
+    """It answers and refused this call; other attempts may not be affected."""
 
 
 class BackendFullError(BackendRefusedError):
-    """It has no room for the attempt now, as when a quota is full: that is nobody's fault, and nothing is broken."""
+    """It has no room for the attempt now, for example because a quota is full: no failure, the call is made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +84,17 @@ class Launch:
 
     @property
     def spec_sha256(self) -> str:
-        """Tells a backend's job that is this attempt from one that only has its name."""
+        """Identifies the attempt: a job of the same name with another hash belongs to something else."""
         return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """How an attempt is; its outcome, once written, is the truth of how it ended."""
+    """The state of an attempt; once its outcome is written, the outcome alone says how it ended."""
 
     process: Process
     outcome: Outcome | None = None
-    message: str | None = None  # for the job's owner: what it waits for, or what the backend says of its end
+    message: str | None = None  # for the job's owner: the reason for waiting, or for the end
 
 
 def exit_words(status: int) -> str:

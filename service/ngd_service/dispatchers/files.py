@@ -34,7 +34,7 @@ OUTCOME_DELAY_S = 90.0  # NFS may show a new file this late: by default it looks
 
 
 class AttemptFiles:
-    """Writes and reads the folders of attempts below runs_dir; whoever runs the drivers sees the same paths.
+    """Writes and reads the folders of attempts below runs_dir; the drivers see the same paths.
 
     cluster: "own" if a driver starts a Ray of its own, "given" if it finds one where it runs.
     """
@@ -63,7 +63,7 @@ class AttemptFiles:
         try:
             spec = parse_spec(launch.spec)
         except SpecProblemsError as error:
-            raise DispatchError(f"this version does not take the stored spec: {error}; submit it anew") from error
+            raise DispatchError(f"this version does not take the stored spec: {error}; submit it again") from error
         try:
             refuse_unlisted(spec, self._function_modules)  # the list may be younger than the job
         except InvalidSpecError as error:
@@ -91,12 +91,12 @@ class AttemptFiles:
     def ask_to_stop(self, ref: AttemptRef) -> None:
         """Asks the workers to stop after the current step, also those that a late submission will yet start.
 
-        A volume that can't be written is logged: whoever ends an attempt has other ways too.
+        A volume that can't be written is logged: there are other ways to end an attempt.
         """
         self._touch(self.folder(ref).stop)
 
     def fence(self, ref: AttemptRef) -> None:
-        """Forbids the attempt to commit checkpoints: whatever is left of it, the next one resumes from none of its own.
+        """Forbids the attempt to commit checkpoints: the next attempt resumes from none that its remains may write.
 
         A volume that can't be written is logged: the attempt's processes are ended besides.
         """

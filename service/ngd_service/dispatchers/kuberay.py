@@ -69,7 +69,7 @@ class KubeRaySettings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What KubeRay says of a RayJob."""
+    """The state of a RayJob, as KubeRay reports it."""
 
     name: str
     uid: str
@@ -200,7 +200,7 @@ class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
             self._delete(Status.of(found))
 
     def _before_its_end(self, ref: AttemptRef, status: Status) -> Seen:
-        """Returns how an attempt is of whose driver Ray has not said that it ended."""
+        """Returns the state of an attempt whose driver is not known to have ended."""
         has_started = self._files.folder(ref).started.exists()
         if status.deployment == "ValidationFailed":
             refusal = f"{status.sentence()}; correct the RayJob template (NGD_RAYJOB_TEMPLATE)"
@@ -220,7 +220,7 @@ class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
         return Seen(Process.RUNNING, message=waits.format(name=status.name) + cause)
 
     def _while_deleted(self, ref: AttemptRef, status: Status, deleted_at: datetime) -> Seen:
-        """Waits for the pods, as long as they can take. Those of a node that is away stay: their attempt is fenced."""
+        """Waits for the pods to end, up to their grace period. Pods of a lost node stay: their attempt is fenced."""
         said = self._last_words.get(ref) or status.sentence() or f"RayJob {status.name} is being deleted"
         if (datetime.now(UTC) - deleted_at).total_seconds() < self._pods_go_s:
             return Seen(Process.RUNNING, message=said)
@@ -244,7 +244,7 @@ class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
         ) from refusal
 
     def _adopt(self, ref: AttemptRef, body: Mapping[str, Any]) -> None:
-        """Takes the RayJob that is there already, if it is the attempt's: one whose creation was not answered."""
+        """Accepts a RayJob that exists if it is this attempt's: the answer to its creation was lost."""
         name = name_of(ref)
         found = self._api.get(name)
         if found is None:
@@ -274,7 +274,7 @@ def _time(text: str | None) -> datetime | None:
 
 
 def _no_pods(cluster: Mapping[str, Any]) -> str:
-    """Returns what KubeRay says of pods that it could not make, as when a quota is full."""
+    """Returns the reason why KubeRay can't create pods, such as a full quota; empty if it can."""
     conditions = cluster.get("conditions") or []
     failures = (one for one in conditions if (one.get("type"), one.get("status")) == ("ReplicaFailure", "True"))
     return next((_line(one.get("message")) for one in failures), "")

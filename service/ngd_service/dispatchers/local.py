@@ -64,7 +64,7 @@ class LocalDispatcher(Dispatcher[NoSettings]):
         self._files = files
         self._command = tuple(command)
         self._failpoint = failpoint
-        self._children: dict[AttemptRef, subprocess.Popen[bytes]] = {}  # waited for, lest they stay as zombies
+        self._children: dict[AttemptRef, subprocess.Popen[bytes]] = {}  # waited for, or they would stay as zombies
         self._statuses: dict[AttemptRef, int] = {}  # of drivers that this controller has started, and that have ended
 
     @classmethod

@@ -1,6 +1,6 @@
-"""How long what runs the attempts has been seen not to answer: the sum of what was observed, and no span of the clock.
+"""How long a dispatcher has been unresponsive, counting only time in which the controller was watching.
 
-A controller that was suspended, or whose database was away, has observed nothing meanwhile.
+While a controller is suspended or its database is away it observes nothing, so wall-clock time would count too much.
 """
 
 import time
@@ -14,7 +14,7 @@ LONGEST_GAP_S = 60.0  # between two failed calls that count as one silence
 
 
 class Silence:
-    """Of each attempt, by this controller alone; others may have heard of it since (AttemptState.last_seen_at)."""
+    """Per attempt, as seen by this controller; others may have heard of it since (AttemptState.last_seen_at)."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from ngd_service.job_state import PASSING, Phase
-from ngd_service.store.base import Census
+from ngd_service.store.base import JobCounts
 
 __all__ = ["CONTENT_TYPE", "ControllerMetrics"]
 
@@ -36,7 +36,7 @@ class ControllerMetrics:
         )
         up = self._gauge(
             "ngd_dispatcher_up",
-            "1 if what runs the attempts does what it is asked, 0 while it does not answer or refuses each submission.",
+            "1 if the dispatcher carries out its calls, 0 while it does not answer or refuses each submission.",
         )
         self._failed_at: dict[str, float] = {}
         up.set_function(self._dispatcher_up)
@@ -81,9 +81,9 @@ class ControllerMetrics:
         if seconds is not None:
             self._request_s.labels(route).observe(seconds)
 
-    def exposition(self, census: Census | None) -> bytes:
-        """Returns the text that Prometheus reads. census: None leaves the jobs out, as the database does not answer."""
-        return generate_latest(_Shown(self._registry, census))
+    def exposition(self, job_counts: JobCounts | None) -> bytes:
+        """Returns the text that Prometheus reads. job_counts: None leaves out the jobs: no answer of the database."""
+        return generate_latest(_Shown(self._registry, job_counts))
 
     def _dispatcher_up(self) -> float:
         """A kind of call that nobody makes any more says nothing after a while."""
@@ -98,27 +98,27 @@ class ControllerMetrics:
 
 
 class _Shown:
-    """The registry without the times at which its counters were made, and the jobs of a census."""
+    """The registry without the times at which its counters were made, and the jobs that were counted."""
 
-    def __init__(self, registry: CollectorRegistry, census: Census | None) -> None:
+    def __init__(self, registry: CollectorRegistry, job_counts: JobCounts | None) -> None:
         self._registry = registry
-        self._census = census
+        self._job_counts = job_counts
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
-        if self._census is not None:
-            yield from _jobs(self._census, datetime.now(UTC))
+        if self._job_counts is not None:
+            yield from _jobs(self._job_counts, datetime.now(UTC))
 
 
-def _jobs(census: Census, now: datetime) -> Iterator[Metric]:
+def _jobs(job_counts: JobCounts, now: datetime) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("ngd_jobs", "Jobs in each phase.", labels=["phase"])
     for phase in Phase:
-        jobs.add_metric([phase], census.num_in_phase.get(phase, 0))
+        jobs.add_metric([phase], job_counts.num_in_phase.get(phase, 0))
     yield jobs
     oldest = GaugeMetricFamily("ngd_oldest_queued_seconds", "Age of the oldest job in QUEUED; 0: there is none.")
-    oldest.add_metric([], 0.0 if census.oldest_queued_at is None else _age_s(census.oldest_queued_at, now))
+    oldest.add_metric([], 0.0 if job_counts.oldest_queued_at is None else _age_s(job_counts.oldest_queued_at, now))
     yield oldest
     passing = GaugeMetricFamily(
         "ngd_longest_in_phase_seconds",
@@ -126,13 +126,13 @@ def _jobs(census: Census, now: datetime) -> Iterator[Metric]:
         labels=["phase"],
     )
     for phase in sorted(PASSING):
-        since = census.in_phase_since.get(phase)
+        since = job_counts.in_phase_since.get(phase)
         passing.add_metric([phase], 0.0 if since is None else _age_s(since, now))
     yield passing
     idle = GaugeMetricFamily(
         "ngd_running_job_idle_seconds", "Time since anything was last heard of a RUNNING job.", labels=["job_id"]
     )
-    for job_id, reported_at in census.last_report_at.items():
+    for job_id, reported_at in job_counts.last_report_at.items():
         idle.add_metric([job_id], _age_s(reported_at, now))
     yield idle
 

@@ -42,5 +42,5 @@ class Probe(Generic[Answer]):
     def _run(self, asking: Future[Answer]) -> None:
         try:
             asking.set_result(self._ask())
-        except Exception as error:  # noqa: BLE001  whoever waits gets it
+        except Exception as error:  # noqa: BLE001  the waiting caller gets it
             asking.set_exception(error)

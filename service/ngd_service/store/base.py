@@ -13,10 +13,10 @@ from ngd_workers.contract.rundir import Outcome
 
 __all__ = [
     "AttemptRecord",
-    "Census",
     "Claim",
     "EventRecord",
     "Ingested",
+    "JobCounts",
     "JobRecord",
     "KeyedRequest",
     "Queue",
@@ -43,7 +43,7 @@ class JobRecord:
     metrics_latest: dict[str, float]
     result: Outcome | None
     created_at: datetime
-    created_by: str | None  # holder of an API key
+    created_by: str | None  # owner of an API key
     started_at: datetime | None
     finished_at: datetime | None
     resource_version: int
@@ -71,16 +71,16 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeyedRequest:
-    """An Idempotency-Key, the fingerprint of the request that came with it, and the API key's holder who sent both."""
+    """An Idempotency-Key, the fingerprint of the request that came with it, and the API key's owner who sent both."""
 
     key: str
     fingerprint: str
-    holder: str | None = None
+    key_owner: str | None = None
 
     @property
     def stored_as(self) -> str:
-        """Its name in the database: each holder has keys of their own."""
-        return self.key if self.holder is None else sha256(f"{self.holder}\0{self.key}".encode()).hexdigest()
+        """Its name in the database: each owner has keys of their own."""
+        return self.key if self.key_owner is None else sha256(f"{self.key_owner}\0{self.key}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Ingested:
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class JobCounts:
     """How the jobs stand. last_report: when a running job's workers, or the controller, last told something of it."""
 
     num_in_phase: dict[Phase, int]  # a phase that no job is in is left out
@@ -222,8 +222,8 @@ class Store(Protocol):
         """
         ...
 
-    def census(self) -> Census:
-        """Returns how the jobs stand, for whoever watches over the service."""
+    def job_counts(self) -> JobCounts:
+        """Returns how the jobs stand, for monitoring."""
         ...
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from ngd_service.job_state import Desired
 from ngd_service.store import tables as t
 from ngd_service.store.base import Ingested
 from ngd_service.store.engine import INSERT
-from ngd_service.store.progress import Standing, advance, newly_lost, summary
+from ngd_service.store.progress import JobProgress, advance, newly_lost, summary
 from ngd_service.store.thinning import catch_up, thin
 from ngd_workers.contract.events import Evaluation, Numbered, Steps
 
@@ -108,14 +108,14 @@ def _upsert(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any
 
 
 def _advance_job(connection: sa.Connection, job: Any, attempt: Any, fresh: Sequence[Numbered]) -> None:
-    standing = Standing(job.progress, job.metrics_latest)
+    status = JobProgress(job.progress, job.metrics_latest)
     for place, numbered in enumerate(fresh, start=attempt.acknowledged_seq + 1):
-        before, standing = standing, advance(standing, numbered, is_in_order=numbered.seq == place)
-        for first, last in newly_lost(before, standing, numbered):
+        before, status = status, advance(status, numbered, is_in_order=numbered.seq == place)
+        for first, last in newly_lost(before, status, numbered):
             _insert_loss(connection, attempt, first, last)
     change = {
-        "progress": dict(standing.progress),
-        "metrics_latest": dict(standing.metrics),
+        "progress": dict(status.progress),
+        "metrics_latest": dict(status.metrics),
         "resource_version": t.jobs.c.resource_version + 1,
     }
     connection.execute(sa.update(t.jobs).where(t.jobs.c.id == job.id).values(change))

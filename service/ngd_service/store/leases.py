@@ -32,7 +32,7 @@ def is_free(now: datetime) -> sa.ColumnElement[bool]:
 def is_alone(connection: sa.Connection) -> bool:
     """Returns whether no other controller is claiming now: two that count the free slots at once would both fill them.
 
-    The other one is not waited for: the next tick comes soon, and what has hung is not to hang this one.
+    Does not block: if another controller holds the lock, or hangs, this one tries again on its next tick.
     """
     if connection.dialect.name != "postgresql":
         return True  # SQLite has one writer

@@ -18,7 +18,7 @@ from ngd_workers.contract.events import (
     Waiting,
 )
 
-__all__ = ["LOST", "REWOUND", "WAITS_FOR", "Standing", "advance", "newly_lost", "remark", "summary"]
+__all__ = ["LOST", "REWOUND", "WAITS_FOR", "JobProgress", "advance", "newly_lost", "remark", "summary"]
 
 # Names in the jobs table's progress beside step, total_steps, epoch, time_s and step_s.
 LOST = "lost_steps"  # ranges [first, last] of steps that were done and of which there is no record
@@ -29,32 +29,32 @@ RATE_MEMORY = 0.8  # weight of the past in the moving average of seconds per ste
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class JobProgress:
     """Where a job stands: JSON-ready dictionaries, as the jobs table keeps them."""
 
     progress: Mapping[str, Any]
     metrics: Mapping[str, Any]
 
 
-def advance(standing: Standing, numbered: Numbered, *, is_in_order: bool = True) -> Standing:
-    """Returns the standing after one more event. is_in_order: all before it are there: what it passes over is lost."""
-    progress = _with_holes(standing.progress, numbered) if is_in_order else standing.progress
+def advance(job: JobProgress, numbered: Numbered, *, is_in_order: bool = True) -> JobProgress:
+    """Returns the progress after one more event. is_in_order: all before it are there: what it passes over is lost."""
+    progress = _with_holes(job.progress, numbered) if is_in_order else job.progress
     match numbered.event:
         case Started() as started:
-            return Standing(_after_start(progress, started), standing.metrics)
+            return JobProgress(_after_start(progress, started), job.metrics)
         case Steps(records=[*_, last] as records) if last.step > progress.get("step", 0):  # not an older delivery
-            return Standing(_after_steps(progress, records), {**standing.metrics, **_newest(last)})
+            return JobProgress(_after_steps(progress, records), {**job.metrics, **_newest(last)})
         case StepsLost(last_step=last_step) if last_step > progress.get("step", 0):
-            return Standing({**progress, "step": last_step}, standing.metrics)
+            return JobProgress({**progress, "step": last_step}, job.metrics)
         case Waiting(message=message):
-            return Standing({**progress, WAITS_FOR: message}, standing.metrics)
+            return JobProgress({**progress, WAITS_FOR: message}, job.metrics)
         case Evaluation() | Done() as event:
             tested = {"test_loss": _plain(event.test_loss), "test_accuracy": _plain(event.test_accuracy)}
-            return Standing(progress, {**standing.metrics, **tested})
-    return Standing(progress, standing.metrics)
+            return JobProgress(progress, {**job.metrics, **tested})
+    return JobProgress(progress, job.metrics)
 
 
-def newly_lost(before: Standing, after: Standing, numbered: Numbered) -> list[list[int]]:
+def newly_lost(before: JobProgress, after: JobProgress, numbered: Numbered) -> list[list[int]]:
     """Returns the ranges of lost steps that this event has brought to light, unless it says so itself."""
     if isinstance(numbered.event, StepsLost):
         return []

@@ -1,6 +1,6 @@
 """The store on SQLite and PostgreSQL. With the other modules of this folder, the only one that knows SQL.
 
-SQLite: one writer at a time (BEGIN IMMEDIATE), readers beside it (WAL). PostgreSQL: whoever writes a job's events
+SQLite: one writer at a time (BEGIN IMMEDIATE), readers beside it (WAL). PostgreSQL: a writer of a job's events
 locks the job's row first, so that within a job event ids are committed in order and a cursor never skips one.
 """
 
@@ -19,18 +19,18 @@ from ngd_service.job_state import TERMINAL, Action, Decision, Desired, Phase
 from ngd_service.store import tables as t
 from ngd_service.store.base import (
     AttemptRecord,
-    Census,
     Claim,
     EventRecord,
     Ingested,
+    JobCounts,
     JobRecord,
     KeyedRequest,
     Queue,
     attempt_id,
 )
-from ngd_service.store.census import census
 from ngd_service.store.engine import INSERT, READ_ONLY, describe, open_engine, reported
 from ngd_service.store.ingest import ingest
+from ngd_service.store.job_counts import job_counts
 from ngd_service.store.leases import (
     change_leased,
     failed_starts,
@@ -122,9 +122,9 @@ class SQLStore:
         with self._read() as connection:
             return revision(connection)
 
-    def census(self) -> Census:
+    def job_counts(self) -> JobCounts:
         with self._read() as connection:
-            return census(connection)
+            return job_counts(connection)
 
     def create_job(
         self,
@@ -352,12 +352,12 @@ def _job_of_key(connection: sa.Connection, keyed: KeyedRequest, now: datetime) -
 
 
 def _row_of_older_version(connection: sa.Connection, keyed: KeyedRequest) -> Any:
-    """Returns the row that a version which did not tell the holders' keys apart stored for this holder's request."""
-    if keyed.holder is None:
+    """Returns the row that a version which did not tell the owners' keys apart stored for this owner's request."""
+    if keyed.key_owner is None:
         return None
     keys = t.idempotency_keys
     query = sa.select(keys).join(t.jobs, t.jobs.c.id == keys.c.job_id)
-    query = query.where(keys.c.key == keyed.key, t.jobs.c.created_by == keyed.holder)
+    query = query.where(keys.c.key == keyed.key, t.jobs.c.created_by == keyed.key_owner)
     return connection.execute(query).one_or_none()
 
 

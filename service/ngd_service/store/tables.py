@@ -100,7 +100,7 @@ attempts = Table(
     Column("acknowledged_seq", BigInteger, nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
     Column("ended_at", UTCDateTime),
-    Column("last_seen_at", UTCDateTime),  # when it reported, or what runs it said that it runs
+    Column("last_seen_at", UTCDateTime),  # its last report, or the last time a dispatcher saw it running
     Column("is_left_running", Boolean),  # given up while nobody could end it
     Column("thinned_seq", BigInteger),  # up to which its steps are in spans; none: of an older version
     UniqueConstraint("job_id", "number", name="uq_attempts_job_id_number"),

@@ -1,8 +1,8 @@
 """Spans of a job's steps: kept up to date by the transaction that stores the steps, and read by the level that fits.
 
-Each span is made anew from what it is made of, so that steps redone by a later attempt, and those that come late, are
-right in all levels. `attempts.thinned_seq` says up to which event that is done: versions before this one store steps
-without it, and theirs are thinned as soon as this one meets them.
+Each span is computed again from the spans or steps below it, so that steps redone by a later attempt, and steps that
+come late, are right in all levels. `attempts.thinned_seq` says up to which event that is done: versions before this one
+store steps without it, and theirs are thinned as soon as this one meets them.
 """
 
 import logging
@@ -115,7 +115,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _thin_run(connection: sa.Connection, job_id: str, name: Name, first: int, last: int, levels: Sequence[int]) -> None:
-    """Makes the spans `first` to `last` of the lowest level anew, and those above that hold them."""
+    """Makes the spans `first` to `last` of the lowest level again, and those above that hold them."""
     kind = KINDS[name]
     begin, end = (first << LOWEST) + 1, (last + 1) << LOWEST
     made = fold(kind, _records(connection, RECORDS[name], kind, job_id, begin, end), LOWEST)

@@ -11,15 +11,15 @@ from starlette.websockets import WebSocketClose
 from ngd_service.api.problems import answer
 from ngd_service.errors import ForeignPageError
 
-__all__ = ["OwnPagesOnly"]
+__all__ = ["SameOriginOnly"]
 
 
-class OwnPagesOnly:
-    """Refuses requests that a page from elsewhere sends, and those that name a service of loopback otherwise.
+class SameOriginOnly:
+    """Refuses requests from pages of other origins and, on a loopback address, requests that name another host.
 
-    The first stops cross-site requests, also those of a page that another port of this machine serves; programs send
-    no Origin and pass. The second stops DNS rebinding of a service that this machine alone can reach. Beyond
-    loopback it is the API key that stops it: a browser keeps the session under the name that it was given at.
+    The Origin check stops cross-site requests, also from a page that another port of this machine serves; programs send
+    no Origin and pass. The Host check stops DNS rebinding when only this machine can reach the service. Beyond loopback
+    the API key stops it: a browser keeps a session under the host name that set it.
     """
 
     def __init__(self, app: ASGIApp, *, public_url: str, is_loopback: bool) -> None:

@@ -4,12 +4,12 @@ import sqlalchemy as sa
 
 from ngd_service.job_state import PASSING, Phase
 from ngd_service.store import tables as t
-from ngd_service.store.base import Census
+from ngd_service.store.base import JobCounts
 
-__all__ = ["census"]
+__all__ = ["job_counts"]
 
 
-def census(connection: sa.Connection) -> Census:
+def job_counts(connection: sa.Connection) -> JobCounts:
     """Returns the counts of this moment."""
     phase, created_at = t.jobs.c.phase, t.jobs.c.created_at
     counted = connection.execute(sa.select(phase, sa.func.count()).group_by(phase)).all()
@@ -21,7 +21,7 @@ def census(connection: sa.Connection) -> Census:
     reports = sa.select(t.jobs.c.id, t.events.c.time).join_from(t.jobs, t.events, t.events.c.id == newest)
     changed = sa.select(phase, sa.func.min(t.events.c.time)).join_from(t.jobs, t.events, t.events.c.id == change)
     passing = connection.execute(changed.where(phase.in_(PASSING)).group_by(phase)).all()
-    return Census(
+    return JobCounts(
         num_in_phase={Phase(name): number for name, number in counted},
         oldest_queued_at=connection.execute(oldest).scalar_one_or_none(),
         last_report_at={row.id: row.time for row in connection.execute(reports.where(phase == Phase.RUNNING))},

@@ -1,4 +1,4 @@
-"""What the routes are given: the controller's parts, and parameters that several routes share."""
+"""The controller's components that routes work with, and parameters that several routes share."""
 
 import threading
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from ngd_service.dispatchers.files import AttemptFiles
 from ngd_service.monitoring.metrics import ControllerMetrics
 from ngd_service.monitoring.probe import Probe
 from ngd_service.settings import Settings
-from ngd_service.store.base import Census, Store
+from ngd_service.store.base import JobCounts, Store
 
-__all__ = ["MAX_CURSOR", "FromStep", "JobId", "MaxPoints", "Parts", "PartsDep"]
+__all__ = ["MAX_CURSOR", "Container", "ContainerDep", "FromStep", "JobId", "MaxPoints"]
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """The controller, put together by app.py."""
+class Container:
+    """The components of the controller; app.py makes them."""
 
     settings: Settings
     store: Store
@@ -32,17 +32,17 @@ class Parts:
     jobs: Jobs
     metrics: ControllerMetrics
     database: Probe[None]  # whether it answers, and its schema fits
-    census: Probe[Census]
+    job_counts: Probe[JobCounts]
     closing: threading.Event  # set when the server is told to stop: streams end
 
 
-async def _parts(request: Request) -> Parts:  # not in a thread: those may all be waiting for the database
-    return cast(Parts, request.app.state.parts)
+async def _container(request: Request) -> Container:  # not in a thread: those may all be waiting for the database
+    return cast(Container, request.app.state.container)
 
 
 MAX_CURSOR = 2**63 - 1  # of a database's integers
 
-PartsDep = Annotated[Parts, Depends(_parts)]
+ContainerDep = Annotated[Container, Depends(_container)]
 JobId = Annotated[
     str, Path(pattern=r"^[^\x00]*$", description="The job's id.", examples=["job_01K3ZV5N1V4S6T9Q0C8W2XJ7RD"])
 ]

@@ -1,4 +1,4 @@
-"""Lets holders of API keys in and nobody else, where there are keys."""
+"""Lets a request in only if it carries an API key or a session, when the service has keys."""
 
 import logging
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from ngd_service.api.problems import answer
 from ngd_service.auth.access import LOGIN, LOGOUT, Access, bearer_key
 from ngd_service.errors import UnauthorizedError
 
-__all__ = ["KeyHoldersOnly", "login_path"]
+__all__ = ["AuthenticatedOnly", "login_path"]
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ OPEN_TO_ALL = frozenset(
 WITH_A_KEY = "send it as Authorization: Bearer <key>; with ngd, give --key-file or set NGD_API_KEY_FILE"
 
 
-class KeyHoldersOnly:
-    """Refuses whoever is not known, on every path that is not named here, and notes who is as `state.holder`.
+class AuthenticatedOnly:
+    """Rejects unauthenticated requests on every path not listed in OPEN_TO_ALL; names the caller in `state.key_owner`.
 
     A browser that asks for a page is sent to the login page instead.
     """
@@ -40,9 +40,9 @@ class KeyHoldersOnly:
         if scope["type"] == "lifespan" or self._access.is_open or _is_open(scope):
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        holder = self._access.holder(headers.get("authorization"), headers.get("cookie"))
-        if holder is not None:
-            return await self._let_in(holder, scope, receive, send)
+        key_owner = self._access.key_owner(headers.get("authorization"), headers.get("cookie"))
+        if key_owner is not None:
+            return await self._let_in(key_owner, scope, receive, send)
         if scope["type"] == "websocket":
             return await WebSocketClose(1008, "log in first")(scope, receive, send)
         has_key = bearer_key(headers.get("authorization")) is not None
@@ -51,10 +51,10 @@ class KeyHoldersOnly:
         refusal = UnauthorizedError(_why(headers, has_key=has_key))
         return await answer(Request(scope), refusal)(scope, receive, send)
 
-    async def _let_in(self, holder: str, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("state", {})["holder"] = holder
+    async def _let_in(self, key_owner: str, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["key_owner"] = key_owner
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
-            log.info("change holder=%s method=%s path=%r", holder, scope["method"], scope["path"])
+            log.info("change holder=%s method=%s path=%r", key_owner, scope["method"], scope["path"])
         await self._app(scope, receive, send)
 
 
