@@ -59,7 +59,8 @@ class Settings(BaseSettings):
         description="Who runs the attempts: this machine, a Ray cluster, or a RayJob each; or package.module:Class.",
     )
     runs_dir: OptionalPath = Field(
-        None, description="ray_jobs and kuberay: folder of runs that the workers see as the same path; empty: in home."
+        None,
+        description="Dispatchers on other machines: folder of runs that workers see as the same path; empty: in home.",
     )
     unreachable_s: Seconds = Field(
         600.0,
