@@ -3,6 +3,7 @@
 Names load on first use, so that `ngd_dist.config` and `ngd_dist.factors.cost` cost no torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ngd_dist.config import NGDConfig
@@ -16,13 +17,18 @@ __all__ = ["NGD", "NGDConfig", "ShardedState", "__version__"]
 __version__ = "0.1.0"
 
 
+_HOMES = {"NGD": "ngd_dist.optimizer", "ShardedState": "ngd_dist.sharded_state"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "NGD":
-        from ngd_dist.optimizer import NGD
-
-        return NGD
-    if name == "ShardedState":
-        from ngd_dist.sharded_state import ShardedState
-
-        return ShardedState
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"ngd_dist.{name} needs torch, which ngd-dist alone does not bring: pip install 'ngd-dist[train]'",
+            name="torch",
+        ) from None

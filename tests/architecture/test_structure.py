@@ -136,3 +136,12 @@ import ngd_dist.optimizer, ngd_workers.train.loop
 """
 
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_optimizer_without_torch_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None; from ngd_dist import NGD"
+
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert "ngd_dist.NGD needs torch" in ended.stderr
+    assert "pip install 'ngd-dist[train]'" in ended.stderr
