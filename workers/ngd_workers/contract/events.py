@@ -51,11 +51,11 @@ class StepRecord(Fact):
     intervals: list[int] = Field(description="Steps that each statistic may stay unrefreshed.")
     failed_inversions: int = Field(description="Factors that kept an old inverse so far, over all ranks.")
     # Optional: spools of earlier versions lack them.
-    skipped_steps: int = Field(0, description="Steps given up so far for a gradient that was NaN or infinite.")
-    damping: float | None = Field(None, description="lambda after the step; None: the optimizer has none.")
-    momentum: float | None = Field(None, description="As the quadratic model chose it; None: it stays.")
+    skipped_steps: int = Field(default=0, description="Steps given up so far for a gradient that was NaN or infinite.")
+    damping: float | None = Field(default=None, description="lambda after the step; None: the optimizer has none.")
+    momentum: float | None = Field(default=None, description="As the quadratic model chose it; None: it stays.")
     reduction_ratio: float | None = Field(
-        None, description="rho: the change of the loss over that of the quadratic model; None: not taken."
+        default=None, description="rho: the change of the loss over that of the quadratic model; None: not taken."
     )
 
 

@@ -47,7 +47,8 @@ class Facts(BaseModel):
     run_dir: Path = Field(description="Absolute; holds checkpoints/.")
     data_dir: Path | None = Field(description="Absolute; what a relative data directory in the spec is relative to.")
     cluster: Literal["own", "given"] = Field(
-        "own", description="own: the driver starts a Ray on its machine; given: it runs inside the one that runs it."
+        default="own",
+        description="own: the driver starts a Ray on its machine; given: it runs inside the one that runs it.",
     )
 
 
@@ -57,14 +58,18 @@ class Outcome(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     result: Literal["succeeded", "failed", "cancelled"]
-    reason: str | None = Field(None, description="CamelCase word for machines when failed, or stopped by a signal.")
-    message: str | None = Field(None, description="One sentence for a person when failed, or stopped by a signal.")
-    retryable: bool = Field(False, description="Whether another attempt could end differently.")
+    reason: str | None = Field(
+        default=None, description="CamelCase word for machines when failed, or stopped by a signal."
+    )
+    message: str | None = Field(
+        default=None, description="One sentence for a person when failed, or stopped by a signal."
+    )
+    retryable: bool = Field(default=False, description="Whether another attempt could end differently.")
     step: int = 0
     test_accuracy: float | None = None
     test_loss: float | None = None
     target_step: int | None = None
-    seconds: float | None = Field(None, description="Wall time of training, start-up not counted.")
+    seconds: float | None = Field(default=None, description="Wall time of training, start-up not counted.")
 
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}  # of a driver that has written its outcome

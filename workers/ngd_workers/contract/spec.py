@@ -80,8 +80,10 @@ class SmallCNN(SpecModel):
     """Three 3x3 convolutions with batch norm, two poolings, one hidden linear layer."""
 
     kind: Literal["small_cnn"] = "small_cnn"
-    channels: int = Field(16, ge=1, le=1024, description="Width of the first convolution; the others have twice that.")
-    hidden: int = Field(64, ge=1, le=16384, description="Units of the hidden linear layer.")
+    channels: int = Field(
+        default=16, ge=1, le=1024, description="Width of the first convolution; the others have twice that."
+    )
+    hidden: int = Field(default=64, ge=1, le=16384, description="Units of the hidden linear layer.")
 
 
 class MLP(SpecModel):
@@ -110,7 +112,9 @@ class Digits(SpecModel):
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8, 10 classes; they ship with the package."""
 
     kind: Literal["digits"] = "digits"
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share held out for the test, drawn with the seed 0.")
+    test_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="Share held out for the test, drawn with the seed 0."
+    )
 
 
 class IDX(SpecModel):
@@ -118,8 +122,8 @@ class IDX(SpecModel):
 
     kind: Literal["idx"] = "idx"
     directory: str = Field(description="Folder with the four files; a relative one is below the data directory.")
-    mean: float = Field(0.0, description="Subtracted from pixels in [0, 1].")
-    std: float = Field(1.0, gt=0, description="Pixels are divided by this after the mean is subtracted.")
+    mean: float = Field(default=0.0, description="Subtracted from pixels in [0, 1].")
+    std: float = Field(default=1.0, gt=0, description="Pixels are divided by this after the mean is subtracted.")
 
 
 class UserData(SpecModel):
@@ -188,9 +192,9 @@ class SGD(SpecModel):
     """torch.optim.SGD."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
     nesterov: Literal[True, False] = False
 
 
@@ -198,11 +202,11 @@ class AdamW(SpecModel):
     """torch.optim.AdamW."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(default=1e-3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
 
 
 class ConstantLR(SpecModel):
@@ -215,9 +219,11 @@ class PolynomialLR(SpecModel):
     """lr * (1 - (t - start) / (end - start)) ** power between two steps of the run: SP-NGD's schedule ([OT20])."""
 
     kind: Literal["polynomial"] = "polynomial"
-    power: float = Field(1.0, gt=0)
-    start_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the run with the full lr.")
-    end_fraction: float = Field(1.0, gt=0, le=10, description="Where lr reaches 0; above 1: after the run's end.")
+    power: float = Field(default=1.0, gt=0)
+    start_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of the run with the full lr.")
+    end_fraction: float = Field(
+        default=1.0, gt=0, le=10, description="Where lr reaches 0; above 1: after the run's end."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -232,15 +238,15 @@ class Schedule(SpecModel):
     """How long the job trains and what changes meanwhile."""
 
     epochs: int | None = Field(
-        None, ge=1, le=MAX_STEPS, description="Passes over the training data; give this or steps."
+        default=None, ge=1, le=MAX_STEPS, description="Passes over the training data; give this or steps."
     )
-    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Optimizer steps; give this or epochs.")
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="Optimizer steps; give this or epochs.")
     warmup_steps: int = Field(
-        0, ge=0, le=MAX_STEPS, description="lr rises linearly from lr / warmup_steps over this many steps."
+        default=0, ge=0, le=MAX_STEPS, description="lr rises linearly from lr / warmup_steps over this many steps."
     )
     lr: Annotated[ConstantLR | PolynomialLR, Field(discriminator="kind")] = ConstantLR()
     evaluate_every_steps: int | None = Field(
-        None, ge=1, le=MAX_STEPS, description="None: once an epoch. The last step always is."
+        default=None, ge=1, le=MAX_STEPS, description="None: once an epoch. The last step always is."
     )
 
     @model_validator(mode="after")
@@ -258,7 +264,7 @@ class Batch(SpecModel):
 
     global_size: int = Field(ge=1, le=MAX_SAMPLES, description="Samples per optimizer step over all workers.")
     micro_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MAX_SAMPLES,
         description="Samples per forward pass on one worker; None: the worker's whole share at once.",
@@ -268,32 +274,37 @@ class Batch(SpecModel):
 class Resources(SpecModel):
     """What the job asks of the cluster."""
 
-    workers: int = Field(1, ge=1, le=4096, description="Data-parallel processes.")
-    gpus_per_worker: int = Field(0, ge=0, le=1, description="0: CPU and gloo; 1: CUDA and NCCL.")
-    threads_per_worker: int = Field(1, ge=1, le=256, description="CPU threads of torch, and CPUs reserved, per worker.")
+    workers: int = Field(default=1, ge=1, le=4096, description="Data-parallel processes.")
+    gpus_per_worker: int = Field(default=0, ge=0, le=1, description="0: CPU and gloo; 1: CUDA and NCCL.")
+    threads_per_worker: int = Field(
+        default=1, ge=1, le=256, description="CPU threads of torch, and CPUs reserved, per worker."
+    )
 
 
 class Checkpoint(SpecModel):
     """When the job saves what it needs to go on after a crash."""
 
     every_steps: int = Field(
-        50, ge=1, le=MAX_STEPS, description="Optimizer steps between checkpoints; the last step always is one."
+        default=50, ge=1, le=MAX_STEPS, description="Optimizer steps between checkpoints; the last step always is one."
     )
-    keep: int = Field(2, ge=1, le=MAX_STEPS, description="Newest checkpoints kept.")
+    keep: int = Field(default=2, ge=1, le=MAX_STEPS, description="Newest checkpoints kept.")
 
 
 class Failure(SpecModel):
     """How often a job is tried again after its workers or its driver died."""
 
     worker_restarts: int = Field(
-        3,
+        default=3,
         ge=0,
         le=1000,
         description="Restarts of the worker group within one attempt. A single worker without Ray is the driver: it is "
         "started again after an error, and its death ends the attempt.",
     )
     max_attempts: int = Field(
-        3, ge=1, le=1000, description="Attempts of the whole job whose workers have begun; others are counted apart."
+        default=3,
+        ge=1,
+        le=1000,
+        description="Attempts of the whole job whose workers have begun; others are counted apart.",
     )
 
 
@@ -301,7 +312,9 @@ class Target(SpecModel):
     """The result that the job is expected to reach; its first step at the target is recorded."""
 
     test_accuracy: float = Field(gt=0, le=1)
-    stop: Literal[True, False] = Field(False, description="End the job, successfully, when the target is reached.")
+    stop: Literal[True, False] = Field(
+        default=False, description="End the job, successfully, when the target is reached."
+    )
 
 
 class JobSpec(SpecModel):
@@ -317,7 +330,7 @@ class JobSpec(SpecModel):
     checkpoint: Checkpoint = Checkpoint()
     failure: Failure = Failure()
     target: Target | None = None
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
     def _strategy_reaches_all_workers(self) -> Self:
