@@ -116,7 +116,7 @@ class IDX(SpecModel):
 
     kind: Literal["idx"] = "idx"
     directory: str = Field(
-        description="Folder with the four files; a relative path is below the service's data directory."
+        description="Folder with the four files; a relative path starts at NGD_DATA_DIR or --data-dir."
     )
     mean: float = Field(default=0.0, description="Number subtracted from the pixels, which are in [0, 1].")
     std: float = Field(default=1.0, gt=0, description="Divisor of the pixels, after the mean is subtracted.")
