@@ -20,13 +20,13 @@ def curves(known: Spans, names: Collection[str]) -> dict[str, Series]:
     Of each span the lowest and the highest value; where one is not finite, that and the highest. The parts of a group
     have the same steps, so that they can be stacked: those where their sum is lowest and highest.
     """
-    found: dict[str, dict[int, Any]] = {}
+    samples_of: dict[str, dict[int, Any]] = {}
     for span in [*known.ends, *known.spans]:
         for name, extremes in span.content.items():
             if _is_wanted(name, names):
-                found.setdefault(name, {}).update(_drawn(extremes))
+                samples_of.setdefault(name, {}).update(_drawn(extremes))
     series: dict[str, Series] = {}
-    for name, samples in found.items():
+    for name, samples in samples_of.items():
         in_order = sorted(samples.items())
         if name in GROUPS:
             series |= _stack(name, in_order, names)
