@@ -53,7 +53,7 @@ class Facts(BaseModel):
 
 
 class Outcome(BaseModel):
-    """outcome.json: the end of an attempt. It counts, whatever the status of the process is."""
+    """outcome.json: the end of an attempt; it counts, not the status of the process."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 

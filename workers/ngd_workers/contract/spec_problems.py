@@ -185,7 +185,7 @@ def rule(kind: str, ctx: Mapping[str, Any], message: str) -> tuple[str, str]:
 
 
 def _number(bound: object) -> str:
-    return f"{bound:g}" if isinstance(bound, float) else str(bound)  # an integer in full: 1e+09 helps nobody
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)  # an integer in full, not as 1e+09
 
 
 def _unknown_field(place: _Place) -> SpecProblem:

@@ -145,7 +145,7 @@ def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome
         try:
             return run_rank(attempt_dir)
         except Exception as error:
-            log.exception("the worker failed; it is started again %d times at most", restarts_left)
+            log.exception("the worker failed; the driver starts it again at most %d times", restarts_left)
             if not restarts_left:
                 raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
     raise AssertionError("the last round returns or raises")

@@ -80,7 +80,7 @@ class RayCluster:
             raise RayStartError(self._why_not(error)) from error
 
     def check(self, spec: JobSpec) -> None:
-        """Raises: SpecError if the job wants more GPUs than this machine has. A given cluster may grow, and passes."""
+        """Raises: SpecError if the job wants more GPUs than this machine has. A given cluster may grow: no check."""
         import ray
 
         resources, num_gpus = spec.resources, ray.cluster_resources().get("GPU", 0)
@@ -136,7 +136,7 @@ class RayCluster:
 
     def _why_not(self, error: Exception) -> str:
         if self._kind == "given":
-            return f"the Ray that runs the driver does not answer: {error}"
+            return f"the Ray cluster that runs the driver does not answer: {error}"
         return f"Ray did not start on this machine: {_fatal_line(self._temporary) or error}"
 
 
@@ -175,7 +175,7 @@ def _what_is_short(resources: Resources) -> str:
                 f"waiting for {count} {name}s: {free.get(name, 0):g} of the Ray cluster's {total[name]:g} are free, "
                 "others hold the rest"
             )
-    return "waiting for nodes with room for a whole worker each: what is free on the Ray cluster is scattered"
+    return "waiting for nodes with room for a whole worker each: the Ray cluster's free CPUs and GPUs are scattered"
 
 
 def _fatal_line(temporary: str | None) -> str | None:

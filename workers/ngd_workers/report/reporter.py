@@ -126,7 +126,7 @@ class SpoolingReporter:
                 self._failing.add(action)
         else:
             if action in self._failing:
-                log.info("it works again to %s", action)
+                log.info("can %s again", action)
                 self._failing.discard(action)
 
     def _look_for_stop_file(self) -> None:

@@ -61,7 +61,7 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch for one step of one rank (dropout), so that a resumed run draws what an uninterrupted one draws."""
+    """Seeds torch for one step of one rank (dropout), so that a resumed run draws the same numbers."""
     torch.manual_seed(_mix(seed, step, rank))
 
 

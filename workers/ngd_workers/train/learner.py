@@ -155,7 +155,7 @@ class Learner:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises: IncompatibleCheckpointError."""
+        """Restores a state that `state_dict` returned. Raises: IncompatibleCheckpointError."""
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
