@@ -123,8 +123,8 @@ def rayjob(template: Mapping[str, Any], launch: Launch, entrypoint: str) -> Json
         if group["groupName"] == chosen.name:
             group |= {"replicas": replicas, "minReplicas": replicas, "maxReplicas": replicas}
         group.setdefault("maxReplicas", 0)
-    for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):  # so that pods are found by their job
-        pod = part["template"].setdefault("metadata", {})
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):  # so that labels lead to a job's pods
+        pod = group["template"].setdefault("metadata", {})
         pod["labels"] = (pod.get("labels") or {}) | labels
     return body
 

@@ -38,7 +38,7 @@ STOP_S = 600.0
 
 
 def main() -> None:
-    """Runs the attempt to its end and exits with EXIT_STATUS. If it has already ended, nothing runs."""
+    """Runs the attempt to its end and exits with EXIT_STATUS. If the attempt has ended before, nothing runs."""
     parser = argparse.ArgumentParser(
         prog="python -m ngd_workers.launch", description="Run one attempt of a job on Ray."
     )
