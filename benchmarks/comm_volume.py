@@ -1,10 +1,10 @@
-"""How many bytes does a rank send per step, for what, and what do they cost over a slow link?
+"""How many bytes does a rank send per step, for which purpose, and how long do they take over a slow link?
 
-Bytes are those that `StepStats` counts: of a reduce-scatter or an exchange what leaves a rank, of an all-reduce what a
-ring sends; the mean over ranks and steps. SGD's are one all-reduce of its gradients, counted the same way. Every
-setting sees the same batches, so that losses compare: "loss" is the mean over the last tenth of the steps, and "steps"
-those until a tenth's mean is down to what refreshing in every step has after three quarters of its own. The link is one
-that all ranks share in both directions: the loopback of a network namespace, held to a rate by tc. It needs root.
+Bytes are those of `StepStats`, averaged over ranks and steps: for a reduce-scatter or an exchange those that leave a
+rank, for an all-reduce those that a ring sends. SGD sends one all-reduce of its gradients, counted the same way. Every
+setting sees the same batches, so that losses compare. "loss" is the mean over the last tenth of the steps. "steps" is
+the number of steps until the mean of a tenth is as low as that of refreshing in every step after three quarters of the
+run. All ranks share one link in both directions: the loopback of a network namespace, limited by tc. That needs root.
 
     python -m benchmarks.comm_volume
 """
@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 HOLDERS = (REFERENCE, "adaptive", *(name for name in SETTINGS if "all" in name or "half" in name))
 WIRES = (REFERENCE, "every step, bfloat16", "adaptive", "adaptive, float16", "adaptive, EMA 0.9")
-# Model, ranks, batch, steps, settings. How the intervals grow takes many steps to show, and the rest few.
+# Model, ranks, batch, steps, settings. Growing intervals need many steps to show, the other settings few.
 CASES = (
     ("mlp", 2, 128, 320, (REFERENCE, "every tenth", "every tenth, bfloat16", "adaptive", "adaptive, bfloat16")),
     ("resnet20", 2, 64, 30, WIRES),
@@ -78,11 +78,11 @@ def train(rank: int, world_size: int, model_name: str, batch: int, steps: int, s
     model = model_of(model_name)
     optimizer = NGD(model, NGDConfig.model_validate(COMMON | settings))
     stream = batches(model_name, batch // world_size, seed=rank)
-    found = []
+    records = []
     for _ in range(steps):
         loss = one_step(model, optimizer, *next(stream))
-        found.append({"loss": loss, "bytes": optimizer.stats.bytes_sent})
-    return found
+        records.append({"loss": loss, "bytes": optimizer.stats.bytes_sent})
+    return records
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -94,12 +94,12 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor
 
 
 def row(name: str, model: str, ranks: int, batch: int, steps: int, by_rank: Sequence[Any]) -> dict[str, Any]:
-    """Returns the bytes of a step by kind, over all steps and for statistics over the last half, and the losses."""
+    """Returns the bytes per step by kind, those of statistics over the last half of the steps too, and the losses."""
 
     def mean_of(kind: str, first: int) -> float:
-        return statistics.mean(step["bytes"].get(kind, 0) for found in by_rank for step in found[first:])
+        return statistics.mean(step["bytes"].get(kind, 0) for records in by_rank for step in records[first:])
 
-    losses = [statistics.mean(found[i]["loss"] for found in by_rank) for i in range(steps)]
+    losses = [statistics.mean(records[i]["loss"] for records in by_rank) for i in range(steps)]
     tenth = max(1, steps // 10)
     return {
         "setting": name, "model": model, "ranks": ranks, "batch": batch, "steps": steps,
@@ -114,13 +114,13 @@ def measure(cases: Sequence[tuple[str, int, int, int, Sequence[str]]]) -> list[d
     rows = []
     for model, ranks, batch, steps, names in cases:
         by_rank = on_ranks(ranks, _train_each, model, batch, steps, names)
-        found = [row(name, model, ranks, batch, steps, [of[name] for of in by_rank]) for name in names]
-        target = next(r for r in found if r["setting"] == REFERENCE)["smoothed"][steps * 3 // 4 - 1]
-        for each in found:
+        of_model = [row(name, model, ranks, batch, steps, [of[name] for of in by_rank]) for name in names]
+        target = next(r for r in of_model if r["setting"] == REFERENCE)["smoothed"][steps * 3 // 4 - 1]
+        for each in of_model:
             smoothed = each.pop("smoothed")
             each["loss"] = smoothed[-1]
             each["steps_to_target"] = next((i + 1 for i, loss in enumerate(smoothed) if loss <= target), None)
-        rows += [sgd_row(model, ranks, batch, steps), *found]
+        rows += [sgd_row(model, ranks, batch, steps), *of_model]
         print(f"{model} on {ranks} ranks: done", flush=True)
     return rows
 
@@ -130,7 +130,7 @@ def _train_each(rank: int, world_size: int, model: str, batch: int, steps: int, 
 
 
 def sgd_row(model: str, ranks: int, batch: int, steps: int) -> dict[str, Any]:
-    """Returns SGD's gradients, counted and not run."""
+    """Returns the row of SGD: its gradients are counted, not sent."""
     nbytes = 2 * 4 * count_parameters(model_of(model)) * (ranks - 1) / ranks
     return {
         "setting": "SGD, counted", "model": model, "ranks": ranks, "batch": batch, "steps": steps,
@@ -143,9 +143,9 @@ def sgd_row(model: str, ranks: int, batch: int, steps: int) -> dict[str, Any]:
 
 
 def wire_errors(model_name: str, batch: int) -> list[dict[str, Any]]:
-    """Returns the largest relative error over layers of what crosses in 16 bits, and of the direction made of it.
+    """Returns the largest relative error over layers of each statistic in 16 bits, and of the direction made from it.
 
-    Of the factors, and the gradients, of a model's first batch, against float32 all the way.
+    Factors and gradients are those of a model's first batch; the reference is float32 throughout.
     """
     model = model_of(model_name)
     optimizer = NGD(model, NGDConfig.model_validate(COMMON | EVERY_STEP))
@@ -170,58 +170,58 @@ def wire_errors(model_name: str, batch: int) -> list[dict[str, Any]]:
 
 
 def _directions(optimizer: NGD, values: dict[Key, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {}
+    directions = {}
     for layer in optimizer.layers:
         method = optimizer._covered[layer.name].method
-        own = {key.statistic: value for key, value in values.items() if key.layer == layer.name}
-        given = (own, frozenset(own), float(COMMON["damping"]), None)
+        of_layer = {key.statistic: value for key, value in values.items() if key.layer == layer.name}
+        given = (of_layer, frozenset(of_layer), float(COMMON["damping"]), None)
         problems = {Key(layer.name, name): problem for name, problem in method.problems(*given).items()}
         solved = {key.statistic: s for key, s in solve(problems, optimizer.config.inversion).items()}
         cache = method.refresh(*given, solved).cache
         gradients = [p.grad for p in layer.parameters if p.grad is not None]
-        found[layer.name] = layer.join(gradients) if cache is None else method.apply(cache, layer.join(gradients))
-    return found
+        directions[layer.name] = layer.join(gradients) if cache is None else method.apply(cache, layer.join(gradients))
+    return directions
 
 
-def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+def _error(rounded: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(rounded - exact) / torch.linalg.vector_norm(exact))
 
 
 # --- over a link ------------------------------------------------------------------------------------------------------
 
 
 def over_link(model: str, ranks: int, batch: int, mbit: int) -> list[dict[str, Any]] | str:
-    """Returns the seconds of a step of each setting over a link of that rate, or why they can't be measured."""
+    """Returns the seconds of a step of each setting over a link of that rate, or the reason why there are none."""
     with TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
         link = f"ip link set lo up && tc qdisc add dev lo root tbf rate {mbit}mbit burst 256kb latency 1s"
         again = f"{sys.executable} -m benchmarks.comm_volume --inside-link {out} {model} {ranks} {batch}"
-        found = subprocess.run(
+        ended = subprocess.run(
             ["unshare", "-n", "sh", "-c", f"{link} && GLOO_SOCKET_IFNAME=lo exec {again}"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        if found.returncode:
-            return (found.stderr.strip().splitlines() or ["no reason given"])[-1]
+        if ended.returncode:
+            return (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
         rows: list[dict[str, Any]] = json.loads(out.read_text())
     return rows
 
 
 def inside_link(model: str, ranks: int, batch: int) -> list[dict[str, Any]]:
-    """Returns the median over interleaved blocks of the mean seconds of a step, and the least and the most."""
+    """Returns the median, the least and the most of the mean seconds per step, over interleaved blocks."""
     by_rank = on_ranks(ranks, _time_each, model, batch)
     blocks = {name: [max(of[name][i] for of in by_rank) for i in range(LINK_BLOCKS)] for name in OVER_LINK}
     return [
-        {"setting": name, "seconds": statistics.median(found), "spread": [min(found), max(found)]}
-        for name, found in blocks.items()
+        {"setting": name, "seconds": statistics.median(seconds), "spread": [min(seconds), max(seconds)]}
+        for name, seconds in blocks.items()
     ]
 
 
 def _time_each(rank: int, world_size: int, model_name: str, batch: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in OVER_LINK}
+    seconds_of: dict[str, list[float]] = {name: [] for name in OVER_LINK}
     for _ in range(LINK_BLOCKS):
         for name, settings in OVER_LINK.items():
-            found[name].append(_time_of_a_step(rank, world_size, model_name, batch, settings))
-    return found
+            seconds_of[name].append(_time_of_a_step(rank, world_size, model_name, batch, settings))
+    return seconds_of
 
 
 def _time_of_a_step(rank: int, world_size: int, model_name: str, batch: int, settings: dict[str, Any] | None) -> float:
@@ -298,7 +298,7 @@ def _link_table(link: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="cpu2", help="the last word of the result's folder")
+    parser.add_argument("--hardware", default="cpu2", help="last word in the name of the result's folder")
     parser.add_argument("--note", default="", help="a sentence on how it was measured, which the result quotes")
     parser.add_argument("--inside-link", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

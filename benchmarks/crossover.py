@@ -1,8 +1,8 @@
 """From how many iterations on does Newton-Schulz cost more than Cholesky on this device?
 
-Writes ngd_dist/inversion/tables/<device>.json, by which `inversion: automatic` chooses. What an iteration costs is the
-slope between one and four of them; what is left, and the look at the spectrum before, is taken off Cholesky's time.
-CPUs compute 16-bit products in float32: only float32 is measured there.
+The command writes ngd_dist/inversion/tables/<device>.json, from which `inversion: automatic` chooses. The cost of an
+iteration is the slope between one and four of them; the remaining time, and the look at the spectrum before, are taken
+off Cholesky's time. CPUs compute 16-bit products in float32, so that only float32 is measured there.
 
     python -m benchmarks.crossover --device cuda
 """
@@ -33,7 +33,7 @@ FEW, MANY = 1, 4
 
 
 def measure(n: int, batch: int, device: str, repeats: int) -> dict[str, Any]:
-    """Returns one row: the arithmetic whose iterations are cheapest, how many are worth it, and the times."""
+    """Returns one row: the arithmetic whose iterations are cheapest, the number that is worth it, and the times."""
     factor, damping = spectrum_of(n, KAPPA, device, batch)
     matrix = damped(factor, damping)
     old = cholesky(matrix)[0]

@@ -1,4 +1,4 @@
-"""Synthetic Kronecker factors, and the seconds that something done to them takes."""
+"""Synthetic Kronecker factors, and the timing of calls."""
 
 import time
 from collections.abc import Callable
@@ -31,17 +31,17 @@ def successor(factor: Tensor, weight: float, samples: int) -> Tensor:
 
 
 def seconds(work: Callable[[], object], repeats: int, device: str) -> list[float]:
-    """Returns how long each call takes after one that is not counted.
+    """Returns the seconds of each call; the first call is not counted.
 
-    On a CPU that other processes share, the time of this thread, which must be the only one; on CUDA the wall's, the
-    queue drained.
+    On a CPU, which other processes may share, the clock is this thread's CPU time, and the process must have no other
+    thread. On CUDA it is the wall's, with a drained queue.
     """
     clock = time.thread_time if device == "cpu" else time.perf_counter
-    found = []
+    seconds = []
     for _ in range(repeats + 1):
         begin = clock()
         work()
         if device != "cpu":
             torch.cuda.synchronize()
-        found.append(clock() - begin)
-    return found[1:]
+        seconds.append(clock() - begin)
+    return seconds[1:]

@@ -1,7 +1,7 @@
-"""Everything that needs one GPU, in under ten minutes, and one table of it. Says so where there is no GPU.
+"""Runs everything that needs one GPU, in under ten minutes, and makes one table. Without a GPU it says so and ends.
 
-Imports torch, torchvision, timm and pydantic alone, so that a machine without this project's environment can run it;
-the oracles need pytest too. Parts come in the order of their weight; each gets the time that is left.
+The suite imports torch, torchvision, timm and pydantic alone, so that a machine without this project's environment can
+run it; the oracles need pytest too. Parts run in the order of their importance; each gets the time that is left.
 
     python -m benchmarks.gpu_suite
 """
@@ -43,7 +43,7 @@ def parts(hardware: str) -> dict[str, list[str]]:
 
 
 def run_part(arguments: list[str], left_s: float) -> tuple[str, str]:
-    """Returns how a part ended ("ok", "failed", "out of time", "not here") and the end of what it printed."""
+    """Returns the ending of a part ("ok", "failed", "out of time", "not here") and the last lines of its output."""
     if importlib.util.find_spec(arguments[0]) is None:
         return "not here", f"{arguments[0]} is not importable"
     if left_s <= 0:
@@ -59,7 +59,7 @@ def run_part(arguments: list[str], left_s: float) -> tuple[str, str]:
 
 
 def run(hardware: str, budget_s: float = BUDGET_S) -> dict[str, Any]:
-    """Returns a row for each part: its ending, its seconds, and what it printed."""
+    """Returns a row for each part: its ending, its seconds, and its output."""
     start, rows = time.perf_counter(), []
     for name, arguments in parts(hardware).items():
         began = time.perf_counter()
@@ -101,11 +101,11 @@ def _train(device: str, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="gpu", help="the last word of the results' folders")
+    parser.add_argument("--hardware", default="gpu", help="last word in the names of the results' folders")
     parser.add_argument("--nccl", action="store_true", help="only train on a group of one NCCL rank")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing of the GPU's set was run; run it on a machine with one")
+        print("no CUDA device: the GPU's set did not run; run it on a machine with one")
     elif arguments.nccl:
         print(f"loss {train_on_one_rank('nccl', 'cuda'):.4f} after three steps on one NCCL rank")
     else:

@@ -1,4 +1,4 @@
-"""How many bytes of tensors an object holds, by kind: counted from the tensors, not guessed from the process's size."""
+"""Counts the bytes of all tensors that an object holds, by kind: from the tensors, not from the process's size."""
 
 from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -18,24 +18,24 @@ def held_bytes(root: object, kinds: Mapping[str, str], excluded: nn.Module | Non
     kinds: {part of a tensor's path: kind}; the first that a path contains decides, else the kind is "other".
     excluded: a model whose parameters, gradients and buffers don't count.
     """
-    own = [] if excluded is None else [*excluded.parameters(), *excluded.buffers()]
-    own += [p.grad for p in own if p.grad is not None]
-    seen = {tensor.untyped_storage().data_ptr() for tensor in own}
-    found: dict[str, int] = {}
+    not_counted = [] if excluded is None else [*excluded.parameters(), *excluded.buffers()]
+    not_counted += [p.grad for p in not_counted if p.grad is not None]
+    seen = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
+    bytes_of: dict[str, int] = {}
     for path, tensor in tensors_of(root):
         storage = tensor.untyped_storage()
         if storage.data_ptr() in seen:
             continue
         seen.add(storage.data_ptr())
         kind = next((kind for part, kind in kinds.items() if part in path), "other")
-        found[kind] = found.get(kind, 0) + storage.nbytes()
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        bytes_of[kind] = bytes_of.get(kind, 0) + storage.nbytes()
+    return dict(sorted(bytes_of.items(), key=lambda item: -item[1]))
 
 
 def tensors_of(root: object) -> Iterator[tuple[str, Tensor]]:
-    """Yields (path, tensor) of what is reachable from root through containers, attributes and closures."""
+    """Yields (path, tensor) for every tensor reachable from root through containers, attributes and closures."""
     seen: set[int] = set()
-    kept: list[object] = []  # an id is only its object's own while the object lives
+    kept: list[object] = []  # an id belongs to one object only while that object lives
     pending: list[tuple[str, object]] = [("", root)]
     while pending:
         path, item = pending.pop()

@@ -1,11 +1,11 @@
-"""What does each way to an inverse cost, on all factors of ResNet-50, ViT-B/16 and GPT-2 medium?
+"""How long does each way to an inverse take, on all factors of ResNet-50, ViT-B/16 and GPT-2 medium?
 
 The sizes are those that the library finds in the models. Each distinct size is measured once, on a factor with
 eigenvalues 1 / i^2 in a random basis, damped to a condition number of 1,000, and counted as often as it occurs. Warm
-starts, and SINGD's update, have the inverse from before 5% of the factor gave way to the mean of 4,096 new samples.
-Sizes above --once-above are timed once; those above --largest are left out, and the share of the work (n^3) that the
-others are is told. CPUs compute 16-bit products in float32, which is no faster: those rows show there what the method
-does, not what it is for. A method that the ladder leaves for Cholesky is timed with it.
+starts and SINGD's update begin with the inverse of an earlier factor, before 5% of it gave way to the mean of 4,096 new
+samples. Sizes above --once-above are timed once. Sizes above --largest are left out; the table gives the share of the
+work (n^3) in the others. CPUs compute 16-bit products in float32, which is no faster: there those rows show the result
+of the method, not its benefit. If the ladder leaves a method for Cholesky, the time includes Cholesky's.
 
     python -m benchmarks.inversion --hardware cpu2
 """
@@ -74,7 +74,7 @@ def factor_sizes(build: Callable[[], nn.Module]) -> Counter[int]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A factor, and what was known before it: its inverse, and that inverse's root K with K K^T = old."""
+    """A factor, the inverse `old` of the factor before it, and the root K of that inverse, with K K^T = old."""
 
     problem: ToInvert
     matrix: Tensor
@@ -91,7 +91,7 @@ def case_of(n: int, device: str) -> Case:
 def singd(case: Case) -> Tensor:
     """Returns K K^T after one update, K <- K (I - rate m) with m = (K^T A K + damping K^T K - I) / 2.
 
-    That is SINGD with each factor on its own, IKFAC. Source: Lin et al., arXiv 2312.05705.
+    That is SINGD for each factor separately, IKFAC. Source: Lin et al., arXiv 2312.05705.
     """
     K, damping = case.root, case.problem.damping.view(-1, 1, 1)
     m = (K.mT @ (case.problem.factor @ K) + damping * (K.mT @ K) - torch.eye(K.shape[-1], device=K.device)) / 2
@@ -101,15 +101,15 @@ def singd(case: Case) -> Tensor:
 
 
 def methods(device: str) -> dict[str, Callable[[Case], Any]]:
-    """Returns what is timed, by name: each as the library does it, the look at the spectrum and its checks included."""
+    """Returns the timed calls by name: each is the library's, with its look at the spectrum and its checks."""
     newton = NewtonSchulzInversion(update_dtype="float32", residual="float32")
     half = NewtonSchulzInversion(update_dtype="float16", residual="split")
 
     def inverted(case: Case, choice: Any, *, is_warm: bool = False) -> Inverse:
         problem = case.problem if is_warm else replace(case.problem, old=None)
-        found = solve({"": problem}, choice)[""]
-        assert isinstance(found, Inverse)
-        return found
+        inverse = solve({"": problem}, choice)[""]
+        assert isinstance(inverse, Inverse)
+        return inverse
 
     chosen: dict[str, Callable[[Case], Any]] = {
         "Cholesky float32": partial(inverted, choice=CholeskyInversion()),
@@ -134,7 +134,7 @@ def value_of(result: Any, case: Case) -> Tensor | None:
 
 
 def residual(result: Any, case: Case) -> float:
-    """Returns ||I - A X||_F / sqrt(n), the whole of it, in float64."""
+    """Returns ||I - A X||_F / sqrt(n), not an estimate, in float64."""
     value = value_of(result, case)
     if value is None:
         return float("nan")
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=5000)
     parser.add_argument("--once-above", type=int, default=1200)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--hardware", required=True, help="the last word of the result's folder")
+    parser.add_argument("--hardware", required=True, help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: run this on a machine with one")

@@ -1,8 +1,8 @@
-"""How many bytes does training hold on a rank, and for what?
+"""How many bytes does training hold on a rank, and for which purpose?
 
-Tensors are counted at the fullest moment that every optimizer shares, between backward and its step, once all state
-exists: the model's, and what is reachable from the optimizer, each storage once. Activations, temporaries inside a step
-and the buckets of DDP are not in it. "after" is what is left between two steps.
+Tensors are counted at the fullest moment that all optimizers share: between backward and the step, after all state has
+been made. The count has the model's tensors and all that are reachable from the optimizer, each storage once. It does
+not have activations, temporaries inside a step and the buckets of DDP. "after" counts the tensors between two steps.
 
     python -m benchmarks.memory
 """
@@ -23,7 +23,7 @@ from benchmarks.record import folder_for, write
 KINDS = ("weights", "gradients", "momentum", "statistics", "inverses", "kept rows", "buffers", "other")
 MODELS = ("mlp", "resnet20")
 ON_RANKS = ("sgd", "ngd", "ngd rows 128", "kfac-pytorch eigen", "kfac-pytorch inverse")
-STEPS = 3  # the third step finds the statistics of two earlier ones, where an optimizer keeps them
+STEPS = 3  # in the third step an optimizer may hold the statistics of two earlier ones
 
 
 def held(trainer: Training, model: nn.Module) -> dict[str, int]:
@@ -36,7 +36,7 @@ def held(trainer: Training, model: nn.Module) -> dict[str, int]:
 
 
 def row(name: str, model_name: str, batch: int, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """Returns what one optimizer holds on this rank. Collective where there are several; ours needs no DDP."""
+    """Returns the bytes that one optimizer holds on this rank. Collective on several ranks; ours needs no DDP."""
     bare = model_of(model_name)
     is_wrapped = world_size > 1 and not name.startswith("ngd")
     model = DistributedDataParallel(bare) if is_wrapped else bare
@@ -51,7 +51,7 @@ def row(name: str, model_name: str, batch: int, rank: int = 0, world_size: int =
     stream = batches(model_name, batch // world_size, seed=rank)
     for _ in range(STEPS):
         trainer.run(*next(stream))
-    trainer.update = step  # else the count would reach this function's own tensors
+    trainer.update = step  # otherwise the count would reach this function's tensors
     after = sum(held(trainer, bare).values())
     return {
         "model": model_name, "optimizer": name, "ranks": world_size, "rank": rank,
@@ -71,7 +71,7 @@ def measure(models: Sequence[str], names: Sequence[str], batch: int, world_size:
     if world_size > 1:
         for model in models:
             by_rank = on_ranks(world_size, _rank_rows, on_several, model, batch)
-            rows += [found for found_by_rank in zip(*by_rank, strict=True) for found in found_by_rank]
+            rows += [row for row_by_rank in zip(*by_rank, strict=True) for row in row_by_rank]
     return rows
 
 
@@ -100,7 +100,7 @@ def run(models: Sequence[str], names: Sequence[str], batch: int = 256, world_siz
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="cpu2", help="the last word of the result's folder")
+    parser.add_argument("--hardware", default="cpu2", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result = run(MODELS, list(PEERS))

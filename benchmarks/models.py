@@ -1,4 +1,4 @@
-"""The models and data that every timing shares: an MLP and ResNet-20, on real digits; ResNet-50 and ViT-B/16 for a GPU.
+"""The models and data of all timings: an MLP and ResNet-20 on real digits; ResNet-50 and ViT-B/16 for a GPU.
 
 Each benchmark draws fresh batches, since the sampling noise between them is what an adaptive schedule responds to.
 """
@@ -26,7 +26,7 @@ def mlp() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def batches(name: str, size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tenso
 def digits(side: int) -> tuple[Tensor, Tensor]:
     """Returns scikit-learn's 1,797 digits, standardised and scaled up bilinearly to [1, side, side], and their labels.
 
-    Random normal images take their place where scikit-learn is not installed.
+    If scikit-learn is not installed, random normal images take their place.
     """
     try:
         from sklearn.datasets import load_digits
@@ -124,7 +124,7 @@ def _with_batch(name: str) -> Callable[[int], tuple[nn.Module, Tensor, Tensor]]:
     return make
 
 
-# (model, x, y) for a batch size: one batch, where a stream of them is more than is needed.
+# (model, x, y) for a batch size: one batch, for callers that need no stream.
 MODELS = {name: _with_batch(name) for name in BUILDERS}
 
 

@@ -1,7 +1,7 @@
-"""Every optimizer under test, ours and rivals', behind one small protocol: `build(name, model, refresh)`.
+"""All optimizers under test, ours and rivals, behind one small protocol: `build(name, model, refresh)`.
 
-A rival whose package is missing is skipped by name with the reason (`why_not`). Names of refreshes are
-"statistics every / inverses every"; an optimizer with one interval offers only those that it can do (`refreshes`).
+If a rival's package is missing, the rival is skipped, with the reason (`why_not`). Names of refreshes are
+"statistics every / inverses every"; an optimizer with one interval offers only those that fit it (`refreshes`).
 """
 
 import importlib
@@ -72,7 +72,7 @@ def refreshes(name: str) -> tuple[Refresh, ...]:
 
 
 def why_not(name: str) -> str | None:
-    """Returns why the optimizer of that name can't run here, or None if it can."""
+    """Returns the reason why the optimizer of that name can't run here; None if it can."""
     peer = PEERS[name]
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Where a result goes, and what it was measured on."""
+"""The folder of a result, and the record of the machine and versions that made it."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a figure depends on: hardware, versions, commit."""
+    """Returns the circumstances of a figure: hardware, versions, commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
     )
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def folder_for(question: str, hardware: str) -> Path:
-    """Returns results/<date>_<question>_<hardware>, made if it is not there."""
+    """Returns results/<date>_<question>_<hardware>, which it makes if there is none."""
     folder = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_{question}_{hardware}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

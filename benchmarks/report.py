@@ -60,26 +60,26 @@ class Result:
 
 def newest(root: Path = RESULTS) -> list[Result]:
     """Returns the newest result of each question on each hardware, in the order of QUESTIONS."""
-    found: dict[tuple[str, str], Result] = {}
+    newest: dict[tuple[str, str], Result] = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         result = Result(folder)
-        found[result.question, result.hardware] = result
+        newest[result.question, result.hardware] = result
     order = list(QUESTIONS)
-    return sorted((r for r in found.values() if r.question in QUESTIONS), key=lambda r: order.index(r.question))
+    return sorted((r for r in newest.values() if r.question in QUESTIONS), key=lambda r: order.index(r.question))
 
 
 def page(results: list[Result]) -> str:
     """Returns docs/performance.md. A question without a result is named at the end."""
-    parts = [INTRODUCTION]
+    sections = [INTRODUCTION]
     for result in results:
         body = "\n".join(TABLES.get(result.question, readme)(result))
         figure = [f"![{QUESTIONS[result.question]}]({result.plot})"] if _has_plot(result) else []
         heading = f"## {QUESTIONS[result.question]} ({result.hardware})"
-        parts.append("\n\n".join([heading, body, *figure, _facts(result)]) + "\n")
+        sections.append("\n\n".join([heading, body, *figure, _facts(result)]) + "\n")
     missing = [question for question in QUESTIONS if question not in {result.question for result in results}]
     if missing:
-        parts.append(f"Not measured yet: {', '.join(missing)}.\n")
-    return "\n".join(parts)
+        sections.append(f"Not measured yet: {', '.join(missing)}.\n")
+    return "\n".join(sections)
 
 
 def _facts(result: Result) -> str:
@@ -89,7 +89,7 @@ def _facts(result: Result) -> str:
 
 
 def readme(result: Result) -> list[str]:
-    """Returns what the benchmark itself wrote for people, a level down, without its heading and facts."""
+    """Returns the benchmark's README, one heading level down, without its title and facts."""
     lines = (result.folder / "README.md").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("# ", "Measured on: "))]
     return "\n".join(re.sub(r"^#", "##", line) for line in kept).strip().splitlines()
@@ -105,8 +105,8 @@ def step_overhead(result: Result) -> list[str]:
         lines += [f"### {model}, batch {batch}, {ranks} rank{'s' * (ranks > 1)}, times SGD", ""]
         lines += [f"SGD's step takes {rows[0]['sgd_ms']:.1f} ms. In brackets: least and most of the blocks.", ""]
         lines += [f"| optimizer | {' | '.join(refreshes)} |", "|---" * (len(refreshes) + 1) + "|"]
-        for (name,), own in _groups(rows, "optimizer"):
-            cells = {row["refresh"]: _ratio(row) for row in own}
+        for (name,), of_optimizer in _groups(rows, "optimizer"):
+            cells = {row["refresh"]: _ratio(row) for row in of_optimizer}
             lines.append(f"| {name} | {' | '.join(cells.get(r, '') for r in refreshes)} |")
         lines.append("")
     for row in document["sampling"]:
@@ -139,7 +139,7 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    # The same result gives the same file, so that the repository sees a change only where there is one.
+    # The same result gives the same file, so that the repository sees a change only if a figure changes.
     matplotlib.rcParams.update({"svg.hashsalt": "ngd", "svg.fonttype": "none", "font.size": 9})
     drawn = []
     for result in (result for result in results if _has_plot(result)):
@@ -168,12 +168,12 @@ def plot_overhead(result: Result) -> Any:
     rows = [row for row in result.document["rows"] if row["ranks"] == 1 and row["ratio"]]
     smallest = min(row["batch"] for row in rows)
     groups = list(_groups([row for row in rows if row["batch"] == smallest], "model"))
-    figure, axes = _figure(len(groups), 0.16 * max(len(own) for _, own in groups) + 1)
-    for axis, ((model,), own) in zip(axes, groups, strict=True):
-        own = sorted(own, key=lambda row: -row["ratio"])
-        names = [f"{row['optimizer']} {row['refresh']}" for row in own]
-        colours = ["#3949ab" if row["optimizer"].startswith("ngd") else "#b0bec5" for row in own]
-        axis.barh(names, [row["ratio"] for row in own], color=colours)
+    figure, axes = _figure(len(groups), 0.16 * max(len(of_model) for _, of_model in groups) + 1)
+    for axis, ((model,), of_model) in zip(axes, groups, strict=True):
+        of_model = sorted(of_model, key=lambda row: -row["ratio"])
+        names = [f"{row['optimizer']} {row['refresh']}" for row in of_model]
+        colours = ["#3949ab" if row["optimizer"].startswith("ngd") else "#b0bec5" for row in of_model]
+        axis.barh(names, [row["ratio"] for row in of_model], color=colours)
         axis.set(xscale="log", title=f"{model}, batch {smallest}", xlabel="times SGD's step")
         axis.tick_params(axis="y", labelsize=6)
     return figure
@@ -183,11 +183,11 @@ def plot_memory(result: Result) -> Any:
     """Returns stacked bars of bytes by kind on rank 0, one process."""
     rows = [row for row in result.document["rows"] if row["ranks"] == 1]
     groups = list(_groups(rows, "model"))
-    figure, axes = _figure(len(groups), 0.2 * max(len(own) for _, own in groups) + 1.5)
-    for axis, ((model,), own) in zip(axes, groups, strict=True):
-        names, left = [row["optimizer"] for row in own], [0.0] * len(own)
-        for kind in own[0]["bytes"]:
-            counts = [row["bytes"][kind] / 1e6 for row in own]
+    figure, axes = _figure(len(groups), 0.2 * max(len(of_model) for _, of_model in groups) + 1.5)
+    for axis, ((model,), of_model) in zip(axes, groups, strict=True):
+        names, left = [row["optimizer"] for row in of_model], [0.0] * len(of_model)
+        for kind in of_model[0]["bytes"]:
+            counts = [row["bytes"][kind] / 1e6 for row in of_model]
             axis.barh(names, counts, left=left, label=kind)
             left = [a + b for a, b in zip(left, counts, strict=True)]
         axis.set(title=model, xlabel="MB")
@@ -202,8 +202,8 @@ def plot_curves(result: Result) -> Any:
     groups = list(_groups(runs, "batch"))
     figure, axes = _figure(len(groups), 3.2)
     methods = list(dict.fromkeys(run["method"] for run in runs))
-    for axis, ((batch,), own) in zip(axes, groups, strict=True):
-        for (method,), of_method in _groups(own, "method"):
+    for axis, ((batch,), of_batch) in zip(axes, groups, strict=True):
+        for (method,), of_method in _groups(of_batch, "method"):
             for number, run in enumerate(of_method):
                 points = [(point["step"], point["accuracy"]) for point in run["curve"]]
                 label = None if number else method
@@ -219,8 +219,8 @@ def plot_jitter(result: Result) -> Any:
     groups = list(_groups(rows, "model"))
     figure, axes = _figure(len(groups), 3.6)
     names = list(dict.fromkeys((row["optimizer"], row["refresh"]) for row in rows))
-    for axis, ((model,), own) in zip(axes, groups, strict=True):
-        for row in own:
+    for axis, ((model,), of_model) in zip(axes, groups, strict=True):
+        for row in of_model:
             name = (row["optimizer"], row["refresh"])
             times = [ms / row["p50"] for ms in row["percentiles"]]
             style = {"color": f"C{names.index(name)}", "ls": "-" if name[0].startswith("ngd") else ":"}

@@ -1,4 +1,4 @@
-"""The rivals, each built as its own documents say, with lr, momentum and damping of one size."""
+"""The rivals, each built as its documentation says, with lr, momentum and damping of one size."""
 
 import importlib
 from collections.abc import Callable
@@ -68,7 +68,7 @@ SHAMPOO_KINDS = {
 def _heavyball() -> Any:
     import heavyball
 
-    heavyball.utils.compile_mode = None  # eager, as everything else here
+    heavyball.utils.compile_mode = None  # eager, as all others here
     return heavyball
 
 
@@ -210,7 +210,7 @@ def _asdl(fisher: str) -> Callable[[nn.Module, Setting], Training]:
             preconditioner_upd_interval=setting.inverses_every,
         )
         maker = KfacGradientMaker(model, config, fisher_type=fisher)
-        # Its average starts at 0 without a correction, its first inverses are 1 / ema_decay too large: 1e-3 diverges.
+        # Its average starts at 0, uncorrected, so its first inverses are 1 / ema_decay times too large: 1e-3 diverges.
         sgd = torch.optim.SGD(model.parameters(), lr=setting.lr / 10, momentum=MOMENTUM)
         kinds = {"momentum_buffer": "momentum", "inv": "inverses", "kron": "statistics", "unit": "statistics"}
         return AsdlTraining("", model, lambda x, y: sgd.step(), {"maker": maker, "sgd": sgd}, kinds)
@@ -219,7 +219,7 @@ def _asdl(fisher: str) -> Callable[[nn.Module, Setting], Training]:
 
 
 def _curvlinops(model: nn.Module, setting: Setting) -> Training:
-    """Returns SGD on K-FAC directions; the library computes its factors in a forward and backward pass of its own."""
+    """Returns SGD on K-FAC directions; the library computes its factors in an extra forward and backward pass."""
     from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]

@@ -1,11 +1,11 @@
 """How even are the steps?
 
-p50, p95 and p99 of a training step's time over 1,000 steps of the MLP 784-512-512-512-10 and 200 of ResNet-20, batch
-256, one thread: ours with every way to spread refreshes, and every rival that is importable, at its longest interval.
-The clock is this process's CPU time, batches are drawn outside it, and the optimizers take turns, a block of steps
-each, so that the machine may be shared. Where a run is repeated, from equal weights on equal batches, a step's time is
-the least of its repeats, which do the same work. What a busy neighbour adds nevertheless is in every row: "sgd" shows
-how much. p99 over p50 is given of all steps, and of each quarter of them, the least and the most.
+The table has p50, p95 and p99 of a training step's time over 1,000 steps of the MLP 784-512-512-512-10 and 200 of
+ResNet-20, batch 256, one thread. Ours runs with every way to spread refreshes, every importable rival at its longest
+interval. The clock is this process's CPU time, without the drawing of batches. The optimizers take turns, a block of
+steps each, so that the machine may be shared. If a run is repeated, from equal weights on equal batches, a step's time
+is the least of its repeats, which do the same work. A busy neighbour still adds some time to every row: "sgd" shows how
+much. p99 over p50 is given for all steps, and as least and most of their quarters.
 
     python -m benchmarks.step_jitter            # an hour or more
     PYTHONPATH=<kfac-pytorch> python -m benchmarks.step_jitter --models mlp --only "sgd 1/1" "ngd 10/10"
@@ -29,7 +29,7 @@ from ngd_dist.config import KFAC
 
 BLOCK = 20  # steps of one optimizer before the next one's turn: two cycles of the longest fixed interval
 QUARTERS = 4
-TARGET = 1.25  # of p99 over p50, of ours in the rows that are named so
+TARGET = 1.25  # of p99 over p50, for those rows of ours that have `aims`
 
 Make = Callable[[torch.nn.Module, Setting], Training]
 
@@ -75,12 +75,12 @@ PLANS = (Plan("mlp", 1000, 100, repeats=2), Plan("resnet20", 200, 40))
 def rows(rivals: Mapping[str, Peer]) -> list[Row]:
     """Returns SGD, ours, and those of the rivals that can run here, each at its longest interval."""
     rivals = {"sgd": RIVALS["sgd"], **rivals}
-    found = [Row(name, peer.refreshes[-1], peer.build) for name, peer in rivals.items() if not why_not(name)]
-    return [*(row for row in found if row.name == "sgd"), *OURS, *(row for row in found if row.name != "sgd")]
+    runnable = [Row(name, peer.refreshes[-1], peer.build) for name, peer in rivals.items() if not why_not(name)]
+    return [*(row for row in runnable if row.name == "sgd"), *OURS, *(row for row in runnable if row.name != "sgd")]
 
 
 class Case:
-    """One row: for each repeat a model of its own and the same stream of batches."""
+    """One row: each repeat has a new model and the same stream of batches."""
 
     def __init__(self, row: Row, plan: Plan) -> None:
         self.row, self.plan = row, plan
@@ -100,7 +100,7 @@ class Case:
                     start = clock()
                     trainer.run(x, y)
                     seconds.append(clock() - start)
-        except Exception as error:  # noqa: BLE001 - whatever a rival raises
+        except Exception as error:  # noqa: BLE001 - a rival may raise anything
             self.failure = f"{type(error).__name__}: {error}"[:150]
 
     def settle(self, clock: Callable[[], float]) -> None:
@@ -111,15 +111,15 @@ class Case:
 
     def result(self) -> dict[str, Any]:
         """Returns the row's figures, in milliseconds; `percentiles` are 0 to 100."""
-        found: dict[str, Any] = {"model": self.plan.model, "optimizer": self.row.name, "refresh": self.row.refresh}
-        found |= {"aims": self.row.aims, "steps": self.plan.steps, "repeats": self.plan.repeats}
-        found["failure"] = self.failure
+        figures: dict[str, Any] = {"model": self.plan.model, "optimizer": self.row.name, "refresh": self.row.refresh}
+        figures |= {"aims": self.row.aims, "steps": self.plan.steps, "repeats": self.plan.repeats}
+        figures["failure"] = self.failure
         if self.failure:
-            return found
+            return figures
         ms = [1e3 * min(times) for times in zip(*self.seconds, strict=True)]
         size = math.ceil(len(ms) / QUARTERS)
         quarters = [jitter(ms[first : first + size]) for first in range(0, len(ms), size)]
-        return found | {
+        return figures | {
             **{f"p{q}": percentile(ms, q) for q in (50, 95, 99)},
             "jitter": jitter(ms),
             "spread": [min(quarters), max(quarters)],
@@ -155,10 +155,10 @@ def table(result: dict[str, Any]) -> str:
     lines = ["# How even the steps are", "", (__doc__ or "").split("\n\n", 1)[1].split("\n\n    ")[0], ""]
     lines += [f"The target: p99 at most {TARGET} times p50, in the rows marked with *.", ""]
     for model in dict.fromkeys(row["model"] for row in result["rows"]):
-        own = [row for row in result["rows"] if row["model"] == model]
-        lines += [f"## {model}, {own[0]['steps']} steps, {own[0]['repeats']} times", ""]
+        of_model = [row for row in result["rows"] if row["model"] == model]
+        lines += [f"## {model}, {of_model[0]['steps']} steps, {of_model[0]['repeats']} times", ""]
         lines += ["| optimizer | refresh | p50 ms | p95 ms | p99 ms | p99 / p50 | of quarters |", "|---" * 7 + "|"]
-        lines += [_line(row) for row in own] + [""]
+        lines += [_line(row) for row in of_model] + [""]
     lines += [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 
@@ -173,13 +173,13 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def run(plans: Sequence[Plan], wanted: Sequence[Row]) -> dict[str, Any]:
-    """Returns the result of all plans, and who was left out and why."""
+    """Returns the result of all plans, and the optimizers left out with the reasons."""
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for plan in plans:
         print(f"{plan.model}: {plan.steps} steps of {len(wanted)} optimizers", flush=True)
-        found += measure(plan, wanted)
-    return {"rows": found, "left_out": {name: reason for name in PEERS if (reason := why_not(name))}}
+        rows += measure(plan, wanted)
+    return {"rows": rows, "left_out": {name: reason for name in PEERS if (reason := why_not(name))}}
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[plan.model for plan in PLANS])
     parser.add_argument("--only", nargs="+", help="rows by optimizer and refresh, as in 'ngd 10/10'; default: all")
     parser.add_argument("--repeats", type=int, help="default: 2 for the MLP")
-    parser.add_argument("--hardware", default="cpu2", help="the last word of the result's folder")
+    parser.add_argument("--hardware", default="cpu2", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     wanted = [row for row in rows(RIVALS) if row.label in (arguments.only or [row.label])]
     plans = [plan for plan in PLANS if plan.model in arguments.models]

@@ -1,10 +1,10 @@
-"""What does one training step cost beside SGD's?
+"""How long does one training step take, compared with SGD's?
 
-Ours and every rival that is importable, on the MLP 784-512-512-512-10 and ResNet-20, in this process with one thread.
-Blocks of steps alternate with blocks of SGD with momentum; a block's ratio is to the SGD blocks just before and after
-it, its clock this process's CPU time, so that the machine may be shared. The figure is the median over blocks; a block
-spans a whole refresh cycle, so that its mean holds each refresh's share. Batches are drawn outside the clock. The row
-"sgd" is SGD against itself: what it differs from 1 by is the method's error.
+Ours and every importable rival run on the MLP 784-512-512-512-10 and ResNet-20, in this process with one thread. Blocks
+of steps alternate with blocks of SGD with momentum; a block's ratio is to the SGD blocks just before and after it. The
+clock is this process's CPU time, so that the machine may be shared, without the drawing of batches. The figure is the
+median over blocks; a block spans a whole refresh cycle, so that its mean holds each refresh's share. The row "sgd" is
+SGD against itself: its distance from 1 is the error of the measurement.
 
     python -m benchmarks.step_overhead                # CPU: some ten minutes
     python -m benchmarks.step_overhead --device cuda  # ResNet-50 and ViT-B/16 in bfloat16
@@ -33,8 +33,8 @@ CYCLE = 10  # steps of the longest fixed interval
 DENSE = ("kfac-pytorch eigen", "kfac-pytorch inverse", "asdl kfac", "asdl kfac 1mc", "dp-kfac inverse")
 DENSE += ("curvlinops kfac", "singd dense")
 
-# What ours may cost at most at batch 256: in one thread, half the overhead of the best dense K-FAC as measured when the
-# targets were set; the same bound from this run's rivals is computed beside it. On a GPU, a tenth of SGD's step.
+# The most that ours may cost at batch 256: in one thread, half the overhead of the best dense K-FAC, as measured when
+# the targets were set; beside it stands the same bound from this run's rivals. On a GPU, a tenth of SGD's step.
 TARGETS: dict[tuple[str, Refresh], float] = {
     ("mlp", "1/1"): 3.6,
     ("mlp", "1/10"): 2.4,
@@ -49,7 +49,7 @@ TARGETS: dict[tuple[str, Refresh], float] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One model and batch, and how long to measure it: blocks, and steps of a block where there is no cycle.
+    """One model and batch, and the length of its measurement: blocks, and steps of a block if there is no cycle.
 
     settle: steps that an adaptive schedule takes before the clock starts.
     """
@@ -96,7 +96,7 @@ class Case:
         return spent / steps
 
     def settle(self, steps: int) -> None:
-        """Takes steps before the clock starts: what is built at the first, and an adaptive schedule's beginning."""
+        """Takes the steps before the clock starts: the first builds state, the next begin an adaptive schedule."""
         self.block(steps, lambda: 0.0)
         self.refreshed.clear()
 
@@ -133,7 +133,7 @@ class Case:
 
 
 def measure(plan: Plan, clock: Callable[[], float], make: Callable[[str, Refresh], Case]) -> list[dict[str, Any]]:
-    """Returns a row for each optimizer and refresh of the plan that can run here; who diverges has no loss."""
+    """Returns a row for each optimizer and refresh of the plan that can run here, without a loss if it diverges."""
     wanted = [(name, refresh) for name in plan.names if not why_not(name) for refresh in refreshes(name)]
     sgd, cases = make("sgd", "1/1"), [make(name, refresh) for name, refresh in wanted]
     for case in (sgd, *cases):
@@ -226,7 +226,7 @@ _EVENTS: list[Any] = []
 
 # --- does sampling cost steps? ----------------------------------------------------------------------------------------
 
-TARGET_LOSS = {"mlp": 0.9, "resnet20": 0.9}  # of labels a tenth of which are wrong
+TARGET_LOSS = {"mlp": 0.9, "resnet20": 0.9}  # with a tenth of the labels wrong
 OURS = ("ngd", "ngd rows 256", "ngd rows 128", "ngd rows 64")
 # Refreshes and lr at which sampling is compared with the whole factors.
 SAMPLED: dict[str, tuple[tuple[Refresh, float], ...]] = {
@@ -236,7 +236,7 @@ OTHERWISE: tuple[tuple[Refresh, float], ...] = (("10/10", 0.03),)
 
 
 def steps_to_loss(name: str, model: str, refresh: Refresh, lr: float, seed: int, limit: int = 50) -> int | None:
-    """Returns how many steps at batch 256 bring the mean of the last three losses below the target, if `limit` do."""
+    """Returns the steps at batch 256 until the mean of three losses is below the target; None if `limit` end above."""
     trainer, stream = build(name, model_of(model, seed), refresh, lr=lr), batches(model, 256, seed)
     losses: list[float] = []
     for step in range(1, limit + 1):
@@ -284,22 +284,22 @@ def target_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     NGD has one interval for statistics and inverses, so that its every-tenth-step row stands in both columns of ten.
     """
-    found: list[dict[str, Any]] = []
+    targets: list[dict[str, Any]] = []
     for (model, refresh), limit in TARGETS.items():
-        own = "10/10" if refresh == "1/10" else refresh
+        offered = "10/10" if refresh == "1/10" else refresh
         ours = {
             row["optimizer"]: row["ratio"]
             for row in _at(rows, model)
-            if row["optimizer"] in OURS and row["refresh"] == own and row["ratio"] is not None
+            if row["optimizer"] in OURS and row["refresh"] == offered and row["ratio"] is not None
         }
         if ours:
             best = half_of_best(rows, model, refresh)
-            found.append({"model": model, "refresh": refresh, "at_most": limit, "half_of_best": best, "ours": ours})
-    return found
+            targets.append({"model": model, "refresh": refresh, "at_most": limit, "half_of_best": best, "ours": ours})
+    return targets
 
 
 def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns what `target_rows` found, in Markdown."""
+    """Returns the rows of `target_rows` in Markdown."""
     lines = [
         "| model | refresh | at most | half the overhead of this run's best dense K-FAC | ours |",
         "|---|---|---|---|---|",
@@ -348,7 +348,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def run(device: str, plans: Sequence[Plan], two_ranks: Sequence[Plan] = ()) -> dict[str, Any]:
-    """Returns the result of all plans: rows, targets, who was left out and why."""
+    """Returns the result of all plans: rows, targets, and the optimizers left out with the reasons."""
     rows: list[dict[str, Any]] = []
     for plan in plans:
         print(f"{plan.model}, batch {plan.batch}", flush=True)
@@ -370,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--models", nargs="+", help="default: all of the device")
-    parser.add_argument("--hardware", default="cpu2", help="the last word of the result's folder")
+    parser.add_argument("--hardware", default="cpu2", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: the step timing is skipped; run make gpu on a machine with one")

@@ -1,10 +1,10 @@
-"""How many optimizer steps, and seconds, until a target: NGD beside first-order methods, Muon, SOAP and SINGD?
+"""How many optimizer steps, and seconds, does a target take: NGD beside first-order methods, Muon, SOAP and SINGD?
 
 Each method gets up to six settings per batch size on one seed; the one with the fewest steps to the test accuracy (at a
-tie, seconds) is repeated on three other seeds. lr rises over a warm-up and falls in a line to 0 over a stated length,
-for every method that has an lr; a run that has not got there in that length counts as not reached. One run is one
-process with one thread, and its seconds are its CPU time without the evaluations. Resumable: a run whose outcome is on
-disk is kept. Settings marked "explored" were tried beside the six, on the same seed.
+tie, seconds) is repeated on three other seeds. If a method has an lr, it rises over a warm-up and falls linearly to 0
+over a stated length; a run that misses the target within that length counts as not reached. One run is one process with
+one thread, and its seconds are its CPU time without the evaluations. If a run's outcome is on disk, it is not repeated,
+so that the command can be resumed. Settings marked "explored" were tried beside the six, on the same seed.
 
     python -m benchmarks.steps_to_target --data-dir DIR --work DIR
 """
@@ -34,7 +34,7 @@ def steps_of(row: Row) -> float:
 
 
 def best_of(rows: list[Row]) -> Row:
-    """Returns the row with the fewest steps, and at a tie seconds; where none got there, the most accurate."""
+    """Returns the row with the fewest steps, and at a tie seconds; if none reached the target, the most accurate."""
     return min(rows, key=lambda row: (steps_of(row), row["accuracy_seconds"] or math.inf, -last(row, "accuracy")))
 
 
@@ -71,7 +71,7 @@ def median_of(rows: list[Row], what: str) -> float:
 
 
 def shown(values: list[float | None], digits: int = 0) -> str:
-    """Returns the median, and each value in brackets; a dash is a run that never got there."""
+    """Returns the median, and each value in brackets; a dash is a run that never reached the target."""
     middle = statistics.median(math.inf if value is None else value for value in values)
     each = ", ".join("-" if value is None else f"{value:.{digits}f}" for value in values)
     return f"{'-' if middle == math.inf else f'{middle:.{digits}f}'} ({each})"
@@ -85,16 +85,16 @@ def summary(rows: list[Row], batch: int) -> list[str]:
     bar = min(rivals, default=math.nan)
     lines = ["| method | best setting | steps to accuracy | of first-order | CPU s | steps to loss | ms per step |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for method, found in sorted(by_method.items(), key=lambda item: median_of(item[1], "accuracy_step")):
-        ratio = median_of(found, "accuracy_step") / bar
+    for method, runs in sorted(by_method.items(), key=lambda item: median_of(item[1], "accuracy_step")):
+        ratio = median_of(runs, "accuracy_step") / bar
         cells = [
             method,
-            found[0]["setting"],
-            shown([row["accuracy_step"] for row in found]),
+            runs[0]["setting"],
+            shown([row["accuracy_step"] for row in runs]),
             f"{ratio:.2f}" if math.isfinite(ratio) else "-",
-            shown([row["accuracy_seconds"] for row in found], digits=1),
-            shown([row["loss_step"] for row in found]),
-            f"{statistics.median(row['ms_per_step'] for row in found):.0f}",
+            shown([row["accuracy_seconds"] for row in runs], digits=1),
+            shown([row["loss_step"] for row in runs]),
+            f"{statistics.median(row['ms_per_step'] for row in runs):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -133,12 +133,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="the folder that holds fashion-mnist/")
     parser.add_argument(
-        "--work", type=Path, required=True, help="where outcomes are kept; a later call goes on from there"
+        "--work", type=Path, required=True, help="folder of the outcomes, from which a later call goes on"
     )
     parser.add_argument("--task", choices=list(TASKS), default="fashion-mnist")
     parser.add_argument("--batches", type=int, nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS[4096]), default=list(SETTINGS[4096]))
-    parser.add_argument("--hardware", default="cpu", help="the last word of the result's folder")
+    parser.add_argument("--hardware", default="cpu", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(arguments.task, arguments.batches, arguments.only, arguments.data_dir, arguments.work)

@@ -16,9 +16,9 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A method's options, and the length of its run: lr rises over `warmup` steps and falls in a line to 0 at `steps`.
+    """A method's options, and the length of its run: lr rises over `warmup` steps and falls linearly to 0 at `steps`.
 
-    A method whose options have no lr chooses it at each step; only its length then counts.
+    If the options have no lr, the method chooses it at each step, and only the length counts.
     """
 
     steps: int
@@ -26,7 +26,7 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
     def lr_factor(self, step: int) -> float:
-        """Returns what multiplies lr at `step`, which counts from 1."""
+        """Returns the factor on lr at `step`, which counts from 1."""
         return min(1.0, step / self.warmup if self.warmup else 1.0) * (1 - (step - 1) / self.steps)
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Setting:
 
 
 def build(method: str, model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """Returns the optimizer of all of the model's parameters. Raises: ImportError where the rival is not installed."""
+    """Returns the optimizer of all of the model's parameters. Raises: ImportError if the rival is not installed."""
     return BUILDERS[method](model, options)
 
 

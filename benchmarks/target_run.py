@@ -1,4 +1,4 @@
-"""One training run of `steps_to_target`, in a process of its own; its outcome stays on disk."""
+"""One training run of `steps_to_target`, in a separate process; its outcome stays on disk."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ EVALUATION_BATCH = 2500
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What decides an outcome. `stops`: whether the run ends at its targets, or goes on for the curve's sake."""
+    """All that decides an outcome. `stops`: whether the run ends at its targets, or goes on to complete its curve."""
 
     task: str
     batch: int
@@ -45,10 +45,10 @@ class Run:
 
 
 def outcome_of(run: Run, task: Task, data: Data, work: Path) -> dict[str, Any]:
-    """Returns the outcome of a run: from disk if it is there, else from a forked process with one thread.
+    """Returns the outcome of a run: from disk if it is there, otherwise from a forked process with one thread.
 
-    Forked, so that hundreds of runs share one copy of the data and one import of torch; nothing may have used autograd
-    here before. Raises: RuntimeError if the process ends without an outcome.
+    The process is forked so that hundreds of runs share one copy of the data and one import of torch; this process
+    must not have used autograd before. Raises: RuntimeError if the process ends without an outcome.
     """
     path = work / f"{run.name}.json"
     if not path.exists():
@@ -57,13 +57,13 @@ def outcome_of(run: Run, task: Task, data: Data, work: Path) -> dict[str, Any]:
         process.join()
     if not path.exists():
         raise RuntimeError(f"{run.name} ({run.method}: {run.setting}) left no outcome, exit code {process.exitcode}")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    outcome: dict[str, Any] = json.loads(path.read_text())
+    return outcome
 
 
 def _train_and_write(run: Run, task: Task, data: Data, path: Path) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # what rivals say of deprecated calls
+    warnings.simplefilter("ignore")  # rivals' warnings about deprecated calls
     outcome = _train(run, task, data)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(outcome))
@@ -141,7 +141,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
 
 
 def _batches(data: Data, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields batches of shuffled epochs for ever; what does not fill a batch is left to the next shuffle."""
+    """Yields batches of shuffled epochs for ever; samples that do not fill a batch wait for the next shuffle."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for rows in torch.randperm(len(data.train_y), generator=generator).split(size):
@@ -152,7 +152,7 @@ def _batches(data: Data, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]
 @torch.no_grad()
 def _accuracy(model: nn.Module, data: Data) -> float:
     model.eval()
-    parts = zip(data.test_x.split(EVALUATION_BATCH), data.test_y.split(EVALUATION_BATCH), strict=True)
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
+    batches = zip(data.test_x.split(EVALUATION_BATCH), data.test_y.split(EVALUATION_BATCH), strict=True)
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
     model.train()
     return right / len(data.test_y)

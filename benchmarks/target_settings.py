@@ -1,4 +1,4 @@
-"""The settings of each method in `steps_to_target`, by batch size: at most six, and what else was tried of ours."""
+"""The settings of each method in `steps_to_target`, by batch size: at most six, and others that ours tried."""
 
 from itertools import product
 from typing import Any
@@ -79,7 +79,7 @@ SETTINGS: dict[int, dict[str, list[Setting]]] = {
         )
         + grid({120: 0}, adaptive(0.1, 0.95), adaptive(0.3, 0.95))
         + grid({300: 0}, {"lr": 0.05, "damping": 0.1}),
-        # The second length is tried with what did best at the first.
+        # The second length is tried with the settings that did best at the first.
         "sgd": grid({300: 20}, *rates(0.03, 0.1, 0.2)),
         "adamw": grid({300: 10}, *rates(0.003, 0.005, 0.01)) + grid({160: 10}, *rates(0.01)),
         "lamb": grid({160: 10}, *rates(0.01, 0.02, 0.04, 0.08)) + grid({300: 10}, *rates(0.02, 0.04)),

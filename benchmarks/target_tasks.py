@@ -1,4 +1,4 @@
-"""What is trained in `steps_to_target`: data in memory, a model, and what counts as there."""
+"""The tasks of `steps_to_target`: data in memory, a model, and the targets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class Task:
 
 def fashion_mnist(data_dir: Path) -> Data:
     """Returns the 60,000 and 10,000 images of <data_dir>/fashion-mnist."""
-    found = load_dataset(IDX(directory="fashion-mnist", mean=0.286, std=0.353), data_dir)
-    return Data(found.train_x, found.train_y, found.test_x, found.test_y)
+    dataset = load_dataset(IDX(directory="fashion-mnist", mean=0.286, std=0.353), data_dir)
+    return Data(dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)
 
 
 def strided_cnn() -> nn.Module:

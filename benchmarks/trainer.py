@@ -1,4 +1,4 @@
-"""What every optimizer under test looks like to a benchmark: one training step, and the bytes of its state."""
+"""The optimizers under test as a benchmark sees them: one training step, and the bytes of its state."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from benchmarks.held_bytes import held_bytes
 __all__ = ["DAMPING", "MOMENTUM", "STEP_LENGTH", "Peer", "Refresh", "Setting", "Trainer", "Training"]
 
 Refresh = Literal["1/1", "1/10", "10/10", "adaptive"]
-STEP_LENGTH, MOMENTUM, DAMPING = 1e-3, 0.9, 0.1  # of all: a timing asks for finite losses, not for the best ones
+STEP_LENGTH, MOMENTUM, DAMPING = 1e-3, 0.9, 0.1  # for all optimizers: a timing needs finite losses, not the best ones
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a timing varies."""
+    """The settings that a timing varies."""
 
     refresh: Refresh = "1/1"
     lr: float = STEP_LENGTH
@@ -41,7 +41,7 @@ class Trainer(Protocol):
         """Takes one whole training step, gradients zeroed first; returns the loss."""
 
     def run(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `step`, without waiting for the loss: on a GPU the queue stays full."""
+        """Takes a step as `step` does, without waiting for the loss: on a GPU the queue stays full."""
 
     def state_bytes(self) -> dict[str, int]:
         """Returns bytes by kind: statistics, inverses, momentum, ... without the model and its gradients."""
@@ -51,7 +51,7 @@ class Trainer(Protocol):
 class Training:
     """A training step of the common shape: forward, backward, `update`.
 
-    holders: what owns the optimizer's tensors. kinds: as for `held_bytes`.
+    holders: the objects that own the optimizer's tensors. kinds: as for `held_bytes`.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Peer:
-    """How one optimizer is built, and what it can do.
+    """The builder of one optimizer, and its abilities.
 
-    needs: the module that has it. refreshes: those that it offers; without statistics they are all one.
-    lacks: returns why it can't run although `needs` is there, or None.
+    needs: the module that has it. refreshes: those that it offers; without statistics they are all the same.
+    lacks: returns the reason why it can't run although `needs` is there, or None.
     """
 
     build: Callable[[nn.Module, Setting], Any]

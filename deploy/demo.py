@@ -1,4 +1,4 @@
-"""The main job, end to end: a service, SP-NGD on two workers over HTTP, SGD beside it. `make demo` runs this."""
+"""Runs the main job end to end: a service, SP-NGD on two workers over HTTP, and SGD beside it. For `make demo`."""
 
 import os
 import shutil
@@ -19,10 +19,13 @@ from ngd_service.resources import Job
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".ngd" / "demo"
 RECIPES = {"SP-NGD": "digits.yaml", "SGD with momentum": "digits-sgd.yaml"}
-ALONE = {"NGD_DATABASE_URL": "", "NGD_API_KEYS_DIR": ""}  # another home's database would be refused; it has no key
+ALONE = {
+    "NGD_DATABASE_URL": "",
+    "NGD_API_KEYS_DIR": "",
+}  # this home has no API key, and can't use another home's database
 START_S = 60.0
 STOP_S = 30.0
-PATIENCE_S = 5.0  # nobody starts this service again
+PATIENCE_S = 5.0  # for a lost connection: no one restarts this service
 
 
 def main() -> int:
@@ -33,7 +36,7 @@ def main() -> int:
         console.print(f"dashboard: {client.base_url} (while this runs)")
         jobs = {method: _run(client, recipe, console) for method, recipe in RECIPES.items()}
     console.print(_table(jobs))
-    console.print("These runs again, in a dashboard that stays: NGD_HOME=.ngd/demo make serve")
+    console.print("To see these runs in a dashboard that stays: NGD_HOME=.ngd/demo make serve")
     failures = [job.status.message or job.status.phase for job in jobs.values() if job.status.phase != "SUCCEEDED"]
     if not failures and _target_step(jobs["SP-NGD"]) is None:
         failures = [f"SP-NGD did not reach its target, test accuracy {_target(jobs['SP-NGD'])}"]
@@ -44,12 +47,12 @@ def main() -> int:
 
 @contextmanager
 def _service() -> Iterator[Client]:
-    """A service of its own, stopped at the end; jobs that still run are cancelled, for they would survive it."""
+    """Starts a service, and stops it at the end; running jobs are cancelled first, since they would survive it."""
     HOME.mkdir(parents=True)
     log = HOME / "service.log"
     with log.open("wb") as output:
         command = [sys.executable, "-m", "ngd_service", "--port", "0", "--home", str(HOME)]
-        # In a session of its own: Ctrl-C reaches this process alone, which cancels the jobs while the service is up.
+        # In a new session: Ctrl-C reaches this process alone, which cancels the jobs while the service is up.
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -76,8 +79,8 @@ def _service() -> Iterator[Client]:
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
-        _, found, rest = log.read_text().partition("serves on ")
-        if found and ";" in rest:
+        _, separator, rest = log.read_text().partition("serves on ")
+        if separator and ";" in rest:
             return rest.partition(";")[0]
         time.sleep(0.1)
     raise SystemExit(f"the service did not start within {START_S:.0f} s: {log.read_text().strip()}")
@@ -100,7 +103,7 @@ def _target(job: Job) -> float | None:
 
 
 def _target_step(job: Job) -> int | None:
-    """Returns the step that reached the target; without a target the last one stands for it."""
+    """Returns the step that reached the target; if the spec has no target, the last step."""
     result = job.status.result
     if result is None:
         return None

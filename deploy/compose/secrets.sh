@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the secrets of compose.yaml that are not there yet, in secrets/ beside this file; what is there stays.
+# Makes the missing secrets of compose.yaml in secrets/ beside this file; existing ones stay.
 set -euo pipefail
 cd "$(dirname "$0")"
 

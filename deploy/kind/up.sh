@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a finished job on a kind cluster: deploy/kind/up.sh [recipe.yaml]; may be run again at any point.
+# From nothing to a finished job on a kind cluster: deploy/kind/up.sh [recipe.yaml]; it may run again at any point.
 # Needs docker, kind, kubectl and helm, and images of docker/build.sh. Environment:
 #   MODE       kuberay: a Ray cluster for each attempt; ray_jobs: one for all jobs [kuberay]
 #   VERSION    tag of the images [the project's version]

@@ -61,9 +61,9 @@ def _open(settings: Settings) -> tuple[SQLStore, Tokens]:
     store = SQLStore(settings.resolved_database_url)
     try:
         _make_runs_dir(settings)
-        own = Tokens(read_or_create_key(settings.home / KEY))
-        tokens = given or own
-        owner = own if settings.dispatcher_class.owns_processes else tokens
+        tokens_of_home = Tokens(read_or_create_key(settings.home / KEY))
+        tokens = given or tokens_of_home
+        owner = tokens_of_home if settings.dispatcher_class.owns_processes else tokens
         store.bind(owner.installation_id, f"{socket.gethostname()}:{settings.home}")
     except OSError as error:
         store.close()

@@ -28,7 +28,7 @@ MAX_BODY_BYTES = 1 << 20
 
 
 class StartupError(Exception):
-    """The service can't start; str() is one sentence: what, the value, what to do."""
+    """The service can't start; str() is one sentence: the problem, the value and the remedy."""
 
     exit_code = 2
 
@@ -48,39 +48,57 @@ class ProblemError(Exception):
 
 
 class MalformedBodyError(ProblemError, ValueError):
+    """The body can't be read as its Content-Type says."""
+
     status, code = HTTPStatus.BAD_REQUEST, "malformed_body"
 
 
 class PageTokenError(ProblemError, ValueError):
+    """The page token is not one of this service's, or belongs to a list with other filters."""
+
     status, code = HTTPStatus.BAD_REQUEST, "page_token_mismatch"
 
 
 class UnauthorizedError(ProblemError, PermissionError):
+    """The request carries no valid key, session or token of an attempt."""
+
     status, code = HTTPStatus.UNAUTHORIZED, "unauthorized"
     headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
 
 
 class ForeignPageError(ProblemError, PermissionError):
+    """A page of another origin made a browser send the request."""
+
     status, code = HTTPStatus.FORBIDDEN, "foreign_page"
 
 
 class NotFoundError(ProblemError, LookupError):
+    """There is no such job, attempt or rank."""
+
     status, code = HTTPStatus.NOT_FOUND, "not_found"
 
 
 class StaleAttemptError(ProblemError):
+    """The attempt has ended; its reports no longer count."""
+
     status, code = HTTPStatus.CONFLICT, "stale_attempt"
 
 
 class BodyTooLargeError(ProblemError, ValueError):
+    """The body has more than MAX_BODY_BYTES."""
+
     status, code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large"
 
 
 class UnsupportedMediaError(ProblemError, ValueError):
+    """The path does not read this Content-Type."""
+
     status, code = HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"
 
 
 class RangeError(ProblemError, ValueError):
+    """The Range begins outside of the kept part of a log. size: of the log, in bytes."""
+
     status, code = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "range_not_satisfiable"
 
     def __init__(self, detail: str, size: int) -> None:
@@ -89,18 +107,26 @@ class RangeError(ProblemError, ValueError):
 
 
 class InvalidSpecError(ProblemError, ValueError):
+    """The spec breaks a rule; `errors` lists each problem."""
+
     status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_spec"
 
 
 class InvalidParameterError(ProblemError, ValueError):
+    """A query parameter or a header breaks a rule."""
+
     status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_parameter"
 
 
 class IdempotencyError(ProblemError, ValueError):
+    """The Idempotency-Key came before with another request."""
+
     status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "idempotency_key_reused"
 
 
 class StoreUnavailableError(ProblemError):
+    """The database does not answer; the same request may succeed later."""
+
     status, code, retryable = HTTPStatus.SERVICE_UNAVAILABLE, "store_unavailable", True
     headers: Mapping[str, str] = {"Retry-After": "1"}
 

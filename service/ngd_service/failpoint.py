@@ -1,4 +1,4 @@
-"""Where a test makes the controller die, as by SIGKILL; without the setting nothing happens."""
+"""Places where a test kills the controller by SIGKILL; without the setting nothing happens."""
 
 import os
 import signal
@@ -10,6 +10,8 @@ Place = Literal["after_attempt_commit", "after_spawn", "after_submit"]
 
 
 class Failpoint:
+    """Kills this process when it reaches the armed place. armed: None kills nowhere."""
+
     def __init__(self, armed: Place | None) -> None:
         self._armed = armed
 

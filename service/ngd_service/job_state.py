@@ -28,6 +28,8 @@ __all__ = [
 
 
 class Phase(StrEnum):
+    """The place of a job in its life; TRANSITIONS says which phase may follow."""
+
     QUEUED = "QUEUED"
     STARTING = "STARTING"
     RUNNING = "RUNNING"
@@ -39,12 +41,14 @@ class Phase(StrEnum):
 
 
 class Desired(StrEnum):
+    """The state that the user wants for a job."""
+
     RUNNING = "RUNNING"
     CANCELLED = "CANCELLED"
 
 
 class Process(StrEnum):
-    """What the dispatcher knows of an attempt's process."""
+    """The state of an attempt's process, as far as the dispatcher knows it."""
 
     UNKNOWN = "unknown"  # never started here
     RUNNING = "running"
@@ -53,7 +57,7 @@ class Process(StrEnum):
 
 
 class Action(StrEnum):
-    """What the reconciler does once the decision is stored."""
+    """The reconciler's action after the decision is stored."""
 
     NONE = "none"
     NEW_ATTEMPT = "new_attempt"
@@ -81,6 +85,8 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 
 @dataclass(frozen=True, slots=True)
 class JobState:
+    """The facts of a job on which a decision depends."""
+
     phase: Phase
     desired: Desired
     max_attempts: int
@@ -105,6 +111,8 @@ class AttemptState:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
+    """The facts about an attempt that the reconciler sees in one tick."""
+
     now: datetime
     process: Process = Process.UNKNOWN
     outcome: Outcome | None = None
@@ -114,6 +122,8 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
+    """The times and limits of the settings that a decision uses, in seconds."""
+
     retry_backoff_s: float
     cancel_grace_s: float
     interrupt_grace_s: float
@@ -138,6 +148,8 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """The change of a job and its attempt, and the reconciler's next action."""
+
     phase: Phase | None = None  # None: stays as it is
     reason: str | None = None
     message: str | None = None

@@ -39,11 +39,15 @@ class Resource(BaseModel):
 
 
 class StepRange(Resource):
+    """Neighbouring steps, both ends included."""
+
     first_step: int
     last_step: int
 
 
 class Progress(Resource):
+    """How far the training is."""
+
     step: int = Field(description="Optimizer steps done.")
     total_steps: int | None = Field(description="None until the workers have started.")
     epoch: float | None = None
@@ -64,6 +68,8 @@ class Result(Resource):
 
 
 class Status(Resource):
+    """The phase of a job, its reason, and its progress; only the service writes it."""
+
     phase: str = Field(
         description="QUEUED, STARTING, RUNNING, RECOVERING, CANCELLING, or one of the ends SUCCEEDED, FAILED, "
         "CANCELLED. Later versions may add phases."
@@ -77,6 +83,8 @@ class Status(Resource):
 
 
 class Job(Resource):
+    """A job: its spec, the state that its user wants, and its status."""
+
     id: str = Field(description='"job_" and a ULID: sorts by time of creation.')
     name: str
     spec: dict[str, Any] = Field(description="JobSpec with its defaults filled in.")
@@ -91,6 +99,8 @@ class Job(Resource):
 
 
 class JobPage(Resource):
+    """A page of the list of jobs, newest first."""
+
     jobs: list[Job]
     next_page_token: str = Field(description='"" on the last page.')
 
@@ -120,6 +130,8 @@ class Event(Resource):
 
 
 class EventPage(Resource):
+    """A page of a job's events, oldest first."""
+
     events: list[Event]
     next_after: int = Field(description="`after` of the next page.")
 
@@ -173,6 +185,8 @@ class LogChunk(Resource):
 
 
 class Health(Resource):
+    """Answer to a probe."""
+
     status: str = Field(description="ok or unavailable.")
     checks: dict[str, str] = Field({}, description="Check -> ok, or what is wrong.")
 

@@ -147,15 +147,15 @@ class Settings(BaseSettings):
     def _origin(cls, url: str) -> str:
         if not url:
             return url
-        parts = _split(url)
-        if parts is None or parts.path.strip("/") or parts.query or parts.fragment:
+        address = _split(url)
+        if address is None or address.path.strip("/") or address.query or address.fragment:
             raise ValueError(
                 "public_url (NGD_PUBLIC_URL) must be scheme, host and port alone, such as https://ngd.example.com, "
                 f"got {url!r}; the service can't live below a path"
             )
-        name = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        is_default = parts.port in (None, DEFAULT_PORTS[parts.scheme])  # browsers leave it out of Origin and Host
-        return f"{parts.scheme}://{name}" if is_default else f"{parts.scheme}://{name}:{parts.port}"
+        name = f"[{address.hostname}]" if ":" in (address.hostname or "") else address.hostname
+        is_default = address.port in (None, DEFAULT_PORTS[address.scheme])  # browsers leave it out of Origin and Host
+        return f"{address.scheme}://{name}" if is_default else f"{address.scheme}://{name}:{address.port}"
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Self:
@@ -316,10 +316,10 @@ def _sentence(item: Any) -> str:
 
 
 def _split(url: str) -> SplitResult | None:
-    """Returns the parts of an http address; None: it is none."""
+    """Returns the parts of an http address; None: `url` is no such address."""
     try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        address = urlsplit(url)
+        is_address = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
     except ValueError:
         return None
-    return parts if is_address else None
+    return address if is_address else None

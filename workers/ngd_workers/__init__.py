@@ -1,5 +1,5 @@
-"""Ray Train workers: turn a JobSpec into a trained model and a stream of events.
+"""Workers on Ray Train: they turn a JobSpec into a trained model and a stream of events.
 
-Start at `driver` (one attempt on Ray) or `loop` (the training itself). `spec`, `events` and `rundir` are the contract
-with the service and load no torch.
+Start at `launch/driver.py` (one attempt on Ray) or `train/loop.py` (the training itself). `contract/` is shared with
+the service and loads no torch.
 """

@@ -1,4 +1,4 @@
-"""Finds a function by its address `package.module:function`: the registries' and the user's own."""
+"""Finds functions by their addresses, `package.module:function`, in the registries and in users' specs."""
 
 import importlib
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def load_function(address: str) -> Callable[..., Any]:
 
 
 def call_user(address: str, *args: Any, **options: Any) -> Any:
-    """Returns what the user's function returns. Raises: UserCodeError in place of whatever the function raised."""
+    """Returns the result of the user's function. Raises: UserCodeError in place of any error of the function."""
     function = load_function(address)
     try:
         return function(*args, **options)

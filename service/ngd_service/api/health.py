@@ -17,12 +17,14 @@ STALE_TICKS, STALE_S = 10, 30.0  # that many missed ticks, and at least that lon
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> Health:
+    """The process answers; neither the database nor the reconciler is asked."""
     return Health(status="ok")
 
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; checks says why."}})
 async def readyz(container: ContainerDep, response: Response) -> Health:
+    """The database answers in time and the reconciler does not hang; otherwise the status is 503."""
     checks = {"database": await _database(container), "reconciler": _reconciler(container)}
     is_ready = all(check == "ok" for check in checks.values())
     response.status_code = 200 if is_ready else 503

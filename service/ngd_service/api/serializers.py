@@ -10,6 +10,7 @@ __all__ = ["event_resource", "job_resource"]
 
 
 def job_resource(job: JobRecord) -> Job:
+    """Returns the job as the API shows it, with the time that is left at the newest rate."""
     return Job(
         id=job.id,
         name=job.name,
@@ -34,6 +35,7 @@ def job_resource(job: JobRecord) -> Job:
 
 
 def event_resource(event: EventRecord) -> Event:
+    """Returns the event as the API shows it."""
     return Event(
         id=event.id,
         job_id=event.job_id,

@@ -20,13 +20,13 @@ def curves(known: Spans, names: Collection[str]) -> dict[str, Series]:
     Of each span the lowest and the highest value; where one is not finite, that and the highest. The parts of a group
     have the same steps, so that they can be stacked: those where their sum is lowest and highest.
     """
-    found: dict[str, dict[int, Any]] = {}
+    samples_of: dict[str, dict[int, Any]] = {}
     for span in [*known.ends, *known.spans]:
         for name, extremes in span.content.items():
             if _is_wanted(name, names):
-                found.setdefault(name, {}).update(_drawn(extremes))
+                samples_of.setdefault(name, {}).update(_drawn(extremes))
     series: dict[str, Series] = {}
-    for name, samples in found.items():
+    for name, samples in samples_of.items():
         in_order = sorted(samples.items())
         if name in GROUPS:
             series |= _stack(name, in_order, names)
@@ -67,14 +67,14 @@ def _stack(group: str, samples: Sequence[tuple[int, dict[str, Any]]], names: Col
     """Returns the wanted parts of a group; a part that a step lacks is 0 there."""
     steps = [step for step, _ in samples]
     return {
-        f"{group}.{part}": Series(steps=steps, values=[float(parts.get(part, 0.0)) for _, parts in samples])
+        f"{group}.{part}": Series(steps=steps, values=[float(by_part.get(part, 0.0)) for _, by_part in samples])
         for part in _in_order(samples)
         if not names or group in names or f"{group}.{part}" in names
     }
 
 
 def _in_order(samples: Iterable[tuple[int, dict[str, Any]]]) -> list[str]:
-    return list(dict.fromkeys(part for _, parts in samples for part in parts))
+    return list(dict.fromkeys(part for _, by_part in samples for part in by_part))
 
 
 def _is_wanted(name: str, names: Collection[str]) -> bool:

@@ -45,11 +45,11 @@ class ApiKeys:
 
     def key_owner_of(self, key: str) -> str | None:
         """Returns who holds the key; None: nobody. Takes as long for a wrong key as for a right one."""
-        given, found = _digest(key.encode()), None
+        given, match = _digest(key.encode()), None
         for key_owner, digest in self._current().items():
             if hmac.compare_digest(given, digest):
-                found = key_owner
-        return found
+                match = key_owner
+        return match
 
     def digest_of(self, key_owner: str) -> bytes | None:
         """Returns a digest of the owner's key; None: there is no such owner, or no longer."""

@@ -105,5 +105,5 @@ class Tokens:
     def _pages(self, query: str) -> Signer:
         return Signer(self._key, salt=f"page\0{query}", **SHA256)
 
-    def _sign(self, *parts: str) -> bytes:
-        return hmac.digest(self._key, "\0".join(parts).encode(), hashlib.sha256)
+    def _sign(self, *fields: str) -> bytes:
+        return hmac.digest(self._key, "\0".join(fields).encode(), hashlib.sha256)

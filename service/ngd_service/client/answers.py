@@ -128,6 +128,7 @@ def authorization(key: str | None) -> dict[str, str]:
 
 
 def refused(response: httpx.Response) -> RequestRefusedError:
+    """Returns the error for an answer with a status of 400 or more."""
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
@@ -148,6 +149,7 @@ def refused(response: httpx.Response) -> RequestRefusedError:
 
 
 def not_this_service(response: httpx.Response) -> NotThisServiceError:
+    """Returns the error for an answer that no ngd service gives."""
     return NotThisServiceError(
         f"what answers at {response.request.url} is not an ngd service; give the service's address with --url, or set "
         "NGD_HOST and NGD_PORT"
@@ -155,11 +157,13 @@ def not_this_service(response: httpx.Response) -> NotThisServiceError:
 
 
 def unreachable(base_url: httpx.URL, error: httpx.RequestError) -> ServiceUnreachableError:
+    """Returns the error for a request that got no answer."""
     reason = str(error) or type(error).__name__
     return ServiceUnreachableError(f"no service answers at {base_url} ({reason}); start one with: ngd serve")
 
 
 def request_of(client: httpx.AsyncClient, endpoint: Endpoint[Answer]) -> httpx.Request:
+    """Returns the request of a call, not sent yet. An endpoint without a timeout gets TIMEOUT_S."""
     return client.build_request(
         endpoint.method,
         endpoint.path,
@@ -172,6 +176,7 @@ def request_of(client: httpx.AsyncClient, endpoint: Endpoint[Answer]) -> httpx.R
 
 
 def read_answer(response: httpx.Response, endpoint: Endpoint[Answer]) -> Answer:
+    """Returns the answer of a call. Raises: RequestRefusedError, NotThisServiceError."""
     check_answer(response)
     try:
         return endpoint.read(response.content)
@@ -180,6 +185,7 @@ def read_answer(response: httpx.Response, endpoint: Endpoint[Answer]) -> Answer:
 
 
 def check_answer(response: httpx.Response) -> None:
+    """Raises: RequestRefusedError, NotThisServiceError, if the answer is no success."""
     if response.status_code >= 400:
         raise refused(response)
     if not response.is_success:

@@ -28,6 +28,7 @@ class Endpoint(Generic[Answer]):
 
 
 def job_path(job_id: str) -> str:
+    """Returns the path of a job, with special characters of the id escaped."""
     return f"{JOBS}/{quote(job_id, safe='')}"
 
 
@@ -37,10 +38,12 @@ def params(**values: object) -> dict[str, str]:
 
 
 def joined(names: Iterable[str]) -> str | None:
+    """Returns the names as one query parameter; None: there are none, and the parameter is left out."""
     return ",".join(names) or None
 
 
 def text(body: bytes) -> str:
+    """Returns the body as text; bytes that are no UTF-8 become U+FFFD."""
     return body.decode("utf-8", errors="replace")
 
 

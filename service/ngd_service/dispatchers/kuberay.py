@@ -82,8 +82,8 @@ class Status:
     no_pods: str  # why the pods of its Ray cluster can't be made, if they can't
 
     @classmethod
-    def of(cls, found: Mapping[str, Any]) -> "Status":
-        metadata, status = found["metadata"], found.get("status") or {}
+    def of(cls, rayjob: Mapping[str, Any]) -> "Status":
+        metadata, status = rayjob["metadata"], rayjob.get("status") or {}
         ended_at = status.get("endTime") or (status.get("rayJobInfo") or {}).get("endTime")
         return cls(
             name=metadata["name"],
@@ -172,12 +172,12 @@ class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
         self._failpoint.reach("after_spawn")
 
     def inspect(self, ref: AttemptRef) -> Seen:
-        found = self._find(ref)
+        rayjob = self._find(ref)
         outcome = self._files.outcome(ref)
-        if found is None:
+        if rayjob is None:
             was_started = outcome is not None or self._files.folder(ref).started.exists()
             return Seen(Process.EXITED if was_started else Process.UNKNOWN, outcome, self._last_words.pop(ref, None))
-        status = Status.of(found)
+        status = Status.of(rayjob)
         if outcome is not None and (status.is_being_deleted or age_s(self._files.folder(ref).outcome) > LINGER_S):
             self._delete(status)
             return Seen(Process.EXITED, outcome)
@@ -195,9 +195,9 @@ class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
     def kill(self, ref: AttemptRef) -> None:
         self._files.ask_to_stop(ref)  # a create whose answer was lost may be carried out after this
         self._refusals.is_over(ref)
-        found = self._find(ref)
-        if found is not None:
-            self._delete(Status.of(found))
+        rayjob = self._find(ref)
+        if rayjob is not None:
+            self._delete(Status.of(rayjob))
 
     def _before_its_end(self, ref: AttemptRef, status: Status) -> Seen:
         """Returns the state of an attempt whose driver is not known to have ended."""
@@ -246,19 +246,19 @@ class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
     def _adopt(self, ref: AttemptRef, body: Mapping[str, Any]) -> None:
         """Accepts a RayJob that exists if it is this attempt's: the answer to its creation was lost."""
         name = name_of(ref)
-        found = self._api.get(name)
-        if found is None:
+        existing = self._api.get(name)
+        if existing is None:
             return  # deleted since: the next inspect tells
-        said, wanted = (of["metadata"].get("annotations", {}).get(SPEC_SHA256) for of in (found, body))
-        if not is_of(found, ref) or said != wanted:
+        said, wanted = (of["metadata"].get("annotations", {}).get(SPEC_SHA256) for of in (existing, body))
+        if not is_of(existing, ref) or said != wanted:
             raise DispatchError(
                 f"there is a RayJob {name} in namespace {self._api.namespace} that is not of this job; delete or "
                 "rename it, or give this installation a namespace of its own (NGD_KUBERNETES_NAMESPACE)"
             )
 
     def _find(self, ref: AttemptRef) -> dict[str, Any] | None:
-        found = self._api.get(name_of(ref))
-        return found if found is not None and is_of(found, ref) else None
+        rayjob = self._api.get(name_of(ref))
+        return rayjob if rayjob is not None and is_of(rayjob, ref) else None
 
     def _delete(self, status: Status) -> None:
         if not status.is_being_deleted:

@@ -147,10 +147,10 @@ class LocalDispatcher(Dispatcher[NoSettings]):
             return _living(noted)
         if not folder.path.exists():
             return None
-        found = _find(folder.path)
-        if found is not None:
-            self._note(folder, found)
-        return found
+        driver = _find(folder.path)
+        if driver is not None:
+            self._note(folder, driver)
+        return driver
 
     def _ended_how(self, ref: AttemptRef) -> str | None:
         """Returns how the driver ended in words, None if another controller had started it."""
@@ -205,9 +205,9 @@ def _machine() -> str:
 
 def _find(folder: Path) -> psutil.Process | None:
     """Returns the oldest process whose command line ends in the folder: the driver; its forks are younger."""
-    found = [
+    drivers = [
         process
         for process in psutil.process_iter(["cmdline", "create_time"])
         if process.info["cmdline"] and process.info["cmdline"][-1] == str(folder)
     ]
-    return min(found, key=lambda process: float(process.info["create_time"]), default=None)
+    return min(drivers, key=lambda process: float(process.info["create_time"]), default=None)

@@ -123,8 +123,8 @@ def rayjob(template: Mapping[str, Any], launch: Launch, entrypoint: str) -> Json
         if group["groupName"] == chosen.name:
             group |= {"replicas": replicas, "minReplicas": replicas, "maxReplicas": replicas}
         group.setdefault("maxReplicas", 0)
-    for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):  # so that pods are found by their job
-        pod = part["template"].setdefault("metadata", {})
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):  # so that labels lead to a job's pods
+        pod = group["template"].setdefault("metadata", {})
         pod["labels"] = (pod.get("labels") or {}) | labels
     return body
 
@@ -161,20 +161,21 @@ def groups_of(template: Mapping[str, Any]) -> list[Group]:
 
 
 def name_of(ref: AttemptRef) -> str:
+    """Returns the name of the attempt's RayJob, the same at each call."""
     return f"ngd-{ref.job_id.removeprefix('job_').lower()}-a{ref.number}"
 
 
-def is_of(found: Mapping[str, Any], ref: AttemptRef) -> bool:
+def is_of(rayjob: Mapping[str, Any], ref: AttemptRef) -> bool:
     """Returns whether a RayJob with the attempt's name was made for it."""
-    labels = found["metadata"].get("labels") or {}
+    labels = rayjob["metadata"].get("labels") or {}
     return (labels.get(JOB_ID), labels.get(ATTEMPT)) == (ref.job_id, str(ref.number))
 
 
 def grace_s(template: Mapping[str, Any]) -> float:
     """Returns the longest time that a pod of the template may take to end."""
     cluster = template["spec"]["rayClusterSpec"]
-    parts = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
-    given = (_at(part, ("template", "spec", "terminationGracePeriodSeconds")) for part in parts)
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    given = (_at(group, ("template", "spec", "terminationGracePeriodSeconds")) for group in groups)
     return float(max(POD_GRACE_S if seconds is None else seconds for seconds in given))
 
 

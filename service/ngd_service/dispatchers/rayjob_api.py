@@ -64,8 +64,8 @@ class RayJobApi:
         self._call("create_namespaced_custom_object", body=body, field_validation="Strict", field_manager="ngd")
 
     def get(self, name: str) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self._call("get_namespaced_custom_object", name=name, is_absence_fine=True)
-        return found
+        rayjob: dict[str, Any] | None = self._call("get_namespaced_custom_object", name=name, is_absence_fine=True)
+        return rayjob
 
     def delete(self, name: str, uid: str, *, waits_for_pods: bool = True) -> None:
         """Has it and its pods deleted. Nothing happens if it has gone.
@@ -132,9 +132,9 @@ def connect(url: str, namespace: str) -> RayJobApi:
             "pip install 'ngd-service[kuberay]'"
         ) from error
     configuration = Configuration()
-    own = _configure(configuration, url)
+    default_namespace = _configure(configuration, url)
     configuration.retries = False  # urllib3 would try again, and sleep as long as Retry-After says
-    return RayJobApi(ApiClient(configuration), namespace or own or "default")
+    return RayJobApi(ApiClient(configuration), namespace or default_namespace or "default")
 
 
 def _configure(configuration: "Configuration", url: str) -> str:

@@ -32,6 +32,8 @@ def attempt_id(job_id: str, number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
+    """A job as it is stored."""
+
     id: str
     name: str
     spec: dict[str, Any]
@@ -51,6 +53,8 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
+    """An attempt as it is stored; `ended_at` is None while it may run."""
+
     id: str
     job_id: str
     state: AttemptState
@@ -60,6 +64,8 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
+    """An event as it is stored; attempt and seq are None if the controller made it."""
+
     id: int
     job_id: str
     attempt: int | None
@@ -94,6 +100,8 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
+    """The result of storing a batch; a repeated batch has 0 new events."""
+
     desired: Desired
     acknowledged_seq: int
     new_events: int

@@ -26,6 +26,7 @@ CLAIMING = 0x6E6764_0002  # PostgreSQL's number for the lock: "ngd", 2
 
 
 def is_free(now: datetime) -> sa.ColumnElement[bool]:
+    """Jobs on which no controller holds a lease."""
     return t.jobs.c.lease_token.is_(None) | (t.jobs.c.lease_expires_at < now)
 
 
@@ -72,6 +73,7 @@ def needs_a_look(slots: int) -> sa.ColumnElement[bool]:
 
 
 def queue(connection: sa.Connection) -> Queue:
+    """Returns the waiting jobs, oldest first, and the number of active ones."""
     ids = [row.id for row in connection.execute(_oldest_waiting())]
     active = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE))
     return Queue(ids, int(connection.execute(active).scalar_one()))
@@ -83,5 +85,6 @@ def _oldest_waiting() -> sa.Select[tuple[str]]:
 
 
 def change_leased(connection: sa.Connection, claim: Claim, change: Mapping[str, Any]) -> bool:
+    """Changes the job's row. Returns False, and changes nothing, if this controller has lost the lease."""
     mine = (t.jobs.c.id == claim.job.id) & (t.jobs.c.lease_token == claim.lease_token)
     return connection.execute(sa.update(t.jobs).where(mine).values(**change)).rowcount == 1

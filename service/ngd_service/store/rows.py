@@ -14,7 +14,7 @@ __all__ = ["attempt_record", "event_record", "job_record", "newest_events"]
 
 
 def job_record(row: Any, failed_starts: int = 0, failed_starts_in_a_row: int = 0) -> JobRecord:
-    """Returns the job; the attempts' rows tell of failed starts, which only who decides on the job needs."""
+    """Returns the job. row: all columns of `jobs`; only the reconciler needs the failed starts, from `attempts`."""
     state = JobState(
         phase=Phase(row.phase),
         desired=Desired(row.desired),
@@ -44,6 +44,7 @@ def job_record(row: Any, failed_starts: int = 0, failed_starts_in_a_row: int = 0
 
 
 def attempt_record(row: Any) -> AttemptRecord:
+    """Returns the attempt. row: all columns of `attempts`."""
     state = AttemptState(
         number=row.number,
         is_submitted=row.is_submitted,
@@ -57,6 +58,7 @@ def attempt_record(row: Any) -> AttemptRecord:
 
 
 def event_record(row: Any) -> EventRecord:
+    """Returns the event. row: all columns of `events`."""
     return EventRecord(row.id, row.job_id, row.attempt, row.seq, row.kind, row.time, row.data)
 
 
@@ -65,7 +67,7 @@ def newest_events(kinds: tuple[str, ...]) -> sa.Executable:
     """Returns the query of a job's newest events of these kinds, last first. Its values: job_id, after, limit."""
     job_id: sa.BindParameter[str] = sa.bindparam("job_id")
     after, limit = (sa.bindparam(name, type_=sa.BigInteger) for name in ("after", "limit"))
-    found = [  # each kind's own, for an index gives those in order
+    newest = [  # one query for each kind: an index gives its events in order
         sa.select(t.events)
         .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.id > after)
         .order_by(t.events.c.id.desc())
@@ -73,4 +75,4 @@ def newest_events(kinds: tuple[str, ...]) -> sa.Executable:
         .subquery()
         for kind in kinds
     ]
-    return sa.union_all(*(sa.select(of_kind) for of_kind in found)).order_by(sa.desc("id")).limit(limit)
+    return sa.union_all(*(sa.select(of_kind) for of_kind in newest)).order_by(sa.desc("id")).limit(limit)

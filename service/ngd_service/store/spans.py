@@ -98,9 +98,9 @@ def fold(kind: Kind, spans: Iterable[Span], level: int) -> list[Span]:
     """Returns spans of this level made of narrower ones, which come in order."""
     folded = []
     for _, neighbours in groupby(spans, key=lambda span: (span.last_step - 1) >> level):
-        parts = list(neighbours)
-        content = parts[0].content if len(parts) == 1 else kind.merged([part.content for part in parts])
-        folded.append(Span(parts[-1].last_step, content))
+        narrow = list(neighbours)
+        content = narrow[0].content if len(narrow) == 1 else kind.merged([span.content for span in narrow])
+        folded.append(Span(narrow[-1].last_step, content))
     return folded
 
 
@@ -133,19 +133,19 @@ def _alone(sample: list[Any]) -> list[Any]:
 
 
 def _merged_curves(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {}
+    extremes: dict[str, list[Any]] = {}
     for content in contents:
         for name, (low, high, lost) in content.items():
-            best = found.get(name)
+            best = extremes.get(name)
             if best is None:
-                found[name] = [low, high, lost]
+                extremes[name] = [low, high, lost]
                 continue
             if low is not None and (best[0] is None or _height(low) < _height(best[0])):
                 best[0] = low
             if high is not None and (best[1] is None or _height(high) > _height(best[1])):
                 best[1] = high
             best[2] = best[2] or lost
-    return found
+    return extremes
 
 
 def _height(sample: Sequence[Any]) -> float:

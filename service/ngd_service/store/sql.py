@@ -280,9 +280,9 @@ class SQLStore:
 
     def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
         with self._read() as connection:
-            found = read(connection, job_id, kind, wanted)
-            if found.width == 1 or not is_behind(connection, job_id):
-                return found
+            spans = read(connection, job_id, kind, wanted)
+            if spans.width == 1 or not is_behind(connection, job_id):
+                return spans
         self._catch_up(job_id)
         return self.spans(job_id, kind, wanted)
 

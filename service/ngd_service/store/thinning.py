@@ -137,7 +137,7 @@ def _children(
     connection: sa.Connection, job_id: str, name: Name, begin: int, end: int, levels: Sequence[int]
 ) -> dict[int, list[Span]]:
     """Returns, by level, what the spans above these steps are made of, as it is stored."""
-    found: dict[int, list[Span]] = {level: [] for level in levels}
+    children: dict[int, list[Span]] = {level: [] for level in levels}
     within = []
     for level, above in pairwise(levels):
         numbers = ((begin - 1) >> above) << WIDENING, (((end - 1) >> above) << WIDENING) + 3
@@ -145,8 +145,8 @@ def _children(
     if within:
         query = sa.select(t.spans).where(*_of(job_id, name), sa.or_(*within))
         for row in connection.execute(query):
-            found[row.level].append(Span(row.last_step, from_json(row.json)))
-    return found
+            children[row.level].append(Span(row.last_step, from_json(row.json)))
+    return children
 
 
 def _row(job_id: str, name: Name, level: int, span: Span) -> dict[str, Any]:
@@ -185,5 +185,7 @@ def _records(connection: sa.Connection, table: sa.Table, kind: Kind, job_id: str
 def _end(connection: sa.Connection, table: sa.Table, kind: Kind, job_id: str, first: int) -> list[Span]:
     """Returns the first record from this step on."""
     step = sa.select(sa.func.min(table.c.step)).where(table.c.job_id == job_id, table.c.step >= first)
-    found = connection.execute(step).scalar_one()
-    return [] if found is None else _records(connection, table, kind, job_id, found, found)
+    first_stored = connection.execute(step).scalar_one()
+    if first_stored is None:
+        return []
+    return _records(connection, table, kind, job_id, first_stored, first_stored)

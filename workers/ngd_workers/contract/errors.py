@@ -1,11 +1,11 @@
-"""Everything a job's workers can end with, short of a crash.
+"""The errors with which a job's workers end, short of a crash.
 
 WorkerError
 +-- SpecError (ValueError)                    the spec contradicts itself, the data or the machine
 +-- DataNotFoundError (FileNotFoundError)     a data file or folder isn't there
 +-- InvalidDataError (ValueError)             a data file is damaged, or data don't fit together
 +-- UserCodeError (RuntimeError)              the user's own function failed
-+-- IncompatibleCheckpointError (ValueError)  the run directory's checkpoint is of another model
++-- IncompatibleCheckpointError (ValueError)  the run directory's checkpoint belongs to another model
 +-- NonFiniteLossError (ArithmeticError)      training diverged
 +-- SupersededError (RuntimeError)            a later attempt of the same job has taken over
 +-- ClusterError (RuntimeError)               the workers died too often, or Ray could not start them
@@ -62,7 +62,7 @@ class UserCodeError(WorkerError, RuntimeError):
 
 
 class IncompatibleCheckpointError(WorkerError, ValueError):
-    """The run directory's checkpoint is of another model or optimizer."""
+    """The run directory's checkpoint belongs to another model or optimizer."""
 
     reason = "IncompatibleCheckpoint"
 
@@ -87,7 +87,7 @@ class ClusterError(WorkerError, RuntimeError):
 
 
 class RayStartError(ClusterError):
-    """Ray itself did not start on this machine, or the one that runs the driver does not answer."""
+    """Ray did not start on this machine, or the Ray cluster that runs the driver does not answer."""
 
     reason = "RayNotStarted"
 

@@ -1,7 +1,7 @@
-"""What a worker tells the service: append-only facts, numbered within their attempt. Imports without torch.
+"""Events of a worker for the service: append-only, numbered within their attempt. Imports without torch.
 
-Rank 0's reporter writes them to a spool file, one JSON object a line, and posts them in batches; the service stores
-them under the key (attempt, seq), so that a repeated delivery changes nothing.
+Rank 0's reporter writes events to a spool file, one JSON object a line, and posts them in batches. The service stores
+an event under the key (attempt, seq), so that a repeated delivery changes nothing.
 """
 
 from typing import Annotated, Any, Literal
@@ -18,21 +18,23 @@ class Fact(BaseModel):
 
 
 class Started(Fact):
-    """The workers are up; a restart of the worker group sends it again with the step it resumes from."""
+    """The workers are up. A restarted worker group sends this again, with the step from which it resumes."""
 
     kind: Literal["started"] = "started"
     spec: dict[str, Any] = Field(description="The resolved spec, defaults filled in.")
     seed: int
-    commit: str | None = Field(description="git commit of the code, None outside a checkout.")
+    commit: str | None = Field(description="git commit of the code; None outside a checkout.")
     versions: dict[str, str] = Field(description="python, torch, ngd_dist ...")
     world_size: int
     device: str
     total_steps: int
     steps_per_epoch: int
-    parameters: int = Field(description="Trainable numbers in the model.")
-    resumed_step: int = Field(description="Steps already done by the checkpoint this run starts from; 0: none.")
-    statistics: list[str] = Field(description='Names "layer.statistic", the order of ages and intervals below.')
-    plain_parameters: dict[str, str] = Field(description="Parameter name -> why it takes a plain gradient step.")
+    parameters: int = Field(description="Number of the model's trainable weights.")
+    resumed_step: int = Field(description="Step of the checkpoint from which this run starts; 0: no checkpoint.")
+    statistics: list[str] = Field(
+        description='Names "layer.statistic", in the order of the ages and intervals of a step.'
+    )
+    plain_parameters: dict[str, str] = Field(description="Name of each parameter without a preconditioner -> reason.")
 
 
 class StepRecord(Fact):
@@ -43,19 +45,22 @@ class StepRecord(Fact):
     time_s: float = Field(description="Seconds since the epoch (UTC) at the end of the step.")
     loss: float = Field(description="Mean training loss of the global batch.")
     accuracy: float = Field(description="Share of the global batch classified correctly.")
-    lr: float = Field(description="As the schedule gave it, or the quadratic model chose it.")
+    lr: float = Field(description="Learning rate of the step, from the schedule or from the quadratic model.")
     samples_per_s: float
     seconds: dict[str, float] = Field(description="Phase -> seconds on rank 0: data, forward_backward, reduce ...")
     bytes_sent: dict[str, int] = Field(description="Kind -> bytes sent by rank 0: gradients, statistics, directions.")
-    ages: list[int] = Field(description="Steps since each statistic in use was measured; 0: in this step.")
-    intervals: list[int] = Field(description="Steps that each statistic may stay unrefreshed.")
-    failed_inversions: int = Field(description="Factors that kept an old inverse so far, over all ranks.")
+    ages: list[int] = Field(description="Steps since each statistic in use was measured; 0: measured in this step.")
+    intervals: list[int] = Field(description="Steps from one refresh of each statistic to the next.")
+    failed_inversions: int = Field(description="Failed inversions so far, over all ranks; each kept the old inverse.")
     # Optional: spools of earlier versions lack them.
-    skipped_steps: int = Field(0, description="Steps given up so far for a gradient that was NaN or infinite.")
-    damping: float | None = Field(None, description="lambda after the step; None: the optimizer has none.")
-    momentum: float | None = Field(None, description="As the quadratic model chose it; None: it stays.")
+    skipped_steps: int = Field(default=0, description="Steps skipped so far because a gradient was NaN or infinite.")
+    damping: float | None = Field(default=None, description="lambda after the step; None: the optimizer has none.")
+    momentum: float | None = Field(
+        default=None, description="Momentum that the quadratic model chose; None: it chose none."
+    )
     reduction_ratio: float | None = Field(
-        None, description="rho: the change of the loss over that of the quadratic model; None: not taken."
+        default=None,
+        description="rho: change of the loss, divided by the quadratic model's prediction; None: not measured.",
     )
 
 
@@ -94,7 +99,7 @@ class TargetReached(Fact):
 
 
 class CheckpointFailed(Fact):
-    """A checkpoint could not be written; training goes on, and the next one is tried when it is due."""
+    """A checkpoint could not be written; training goes on to the next one."""
 
     kind: Literal["checkpoint_failed"] = "checkpoint_failed"
     step: int
@@ -102,7 +107,7 @@ class CheckpointFailed(Fact):
 
 
 class StepsLost(Fact):
-    """Steps were done whose records are nowhere: the curves have a hole there, for good."""
+    """The records of some steps are lost: the curves keep a hole there."""
 
     kind: Literal["steps_lost"] = "steps_lost"
     first_step: int
@@ -114,7 +119,9 @@ class Waiting(Fact):
     """The driver waits for CPUs or GPUs before it starts the workers."""
 
     kind: Literal["waiting"] = "waiting"
-    message: str | None = Field(description="What is waited for, and how much of it there is; None: no longer.")
+    message: str | None = Field(
+        description="The missing resource and the amounts wanted and present; None: the wait is over."
+    )
 
 
 class WorkersRestarted(Fact):
@@ -129,26 +136,26 @@ class Failed(Fact):
 
     kind: Literal["failed"] = "failed"
     reason: str = Field(description="CamelCase word for machines: InvalidSpec, DataNotFound, NonFiniteLoss ...")
-    message: str = Field(description="One sentence for a person: what, the value, what to do.")
+    message: str = Field(description="One sentence for a person: the problem, the value and the remedy.")
     retryable: bool
 
 
 class Cancelled(Fact):
-    """The attempt stopped because the service said that the job is cancelled."""
+    """The attempt stopped because the job was cancelled, or because a signal asked for it."""
 
     kind: Literal["cancelled"] = "cancelled"
     step: int
 
 
 class Done(Fact):
-    """The attempt finished its schedule, or its target."""
+    """The attempt finished its schedule or reached its target."""
 
     kind: Literal["done"] = "done"
     step: int
     test_loss: float
     test_accuracy: float
     target_step: int | None
-    seconds: float = Field(description="Wall time of training, start-up not counted.")
+    seconds: float = Field(description="Wall time of training, without start-up.")
 
 
 Event = Annotated[
@@ -183,7 +190,7 @@ class EventBatch(Fact):
 
 
 class EventReply(Fact):
-    """Answer to a batch: what the user wants of the job now, and the last seq stored without a gap."""
+    """Answer to a batch: the state that the user wants for the job, and the last seq stored without a gap."""
 
     desired: Literal["RUNNING", "CANCELLED"]
     acknowledged_seq: int

@@ -1,4 +1,4 @@
-"""File operations that are worth another try: a full disk, a stale handle or a file not in sight yet passes."""
+"""Repeats file operations if the cause may pass: a full disk, a stale handle, a file not in sight yet."""
 
 import logging
 import time
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 AGAIN_S = 0.5
 
 
-def insist(call: Callable[[], Value], what: str, *, patience_s: float) -> Value:
-    """Returns what `call` returns; while it raises an OSError it is called again. Raises: StorageError after that."""
+def insist(call: Callable[[], Value], action: str, *, patience_s: float) -> Value:
+    """Returns the result of `call`, repeated while it raises an OSError. Raises: StorageError after `patience_s`."""
     began_s = time.monotonic()
     is_told = False
     while True:
@@ -25,8 +25,8 @@ def insist(call: Callable[[], Value], what: str, *, patience_s: float) -> Value:
             return call()
         except OSError as error:
             if time.monotonic() - began_s >= patience_s:
-                raise StorageError(f"can't {what}, tried for {patience_s:g} s: {error}; check the volume") from error
+                raise StorageError(f"can't {action}, tried for {patience_s:g} s: {error}; check the volume") from error
             if not is_told:
-                log.warning("can't %s: %s; tried again for %g s", what, error, patience_s)
+                log.warning("can't %s: %s; trying again for %g s", action, error, patience_s)
                 is_told = True
         time.sleep(AGAIN_S)

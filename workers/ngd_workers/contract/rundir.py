@@ -1,21 +1,21 @@
-"""Where a job's files lie on disk, and how they are read and written. Imports without torch.
+"""The places of a job's files on disk, and how they are read and written. Imports without torch.
 
     RUN_DIR/                     one job; shared by all of its attempts
-        checkpoints/             what a later attempt resumes from
+        checkpoints/             a later attempt resumes from the newest
         attempts/<n>/            ATTEMPT_DIR: one attempt
             spec.json            JobSpec, written before the driver starts
-            attempt.json         Facts (mode 0600): who this attempt is and where the service listens
-            process.json         pid and start time of the driver, written by what started it
-            started              its existence says that a driver has begun, where somebody else might begin it again
-            stop                 its existence asks the attempt to end in order; names the signal that asked, if one did
-            ended                the fence: the service has ended the attempt, which commits no checkpoint any more
+            attempt.json         Facts (mode 0600): the attempt's identity and the service's address
+            process.json         pid and start time of the driver, written by the dispatcher
+            started              a driver has begun; written on a given cluster, which may start a second driver
+            stop                 asks the attempt to end in order; its text names the signal, if a signal asked
+            ended                the fence: the service has ended the attempt, which may commit no more checkpoints
             events.jsonl         the reporter's spool: one Numbered event a line
-            outcome.json         Outcome: how the attempt ended; written once, by the driver, as its last act
+            outcome.json         Outcome of the attempt; the driver writes it once, as its last act
             log.txt              stdout and stderr of the driver and its workers
-            log-rank-<r>.txt     what rank r alone wrote
+            log-rank-<r>.txt     output of rank r alone
 
-The driver is ``python -m ngd_workers.launch ATTEMPT_DIR``. attempt.json may be replaced while it runs (a restarted
-service may listen on another port): read it again after a connection failed.
+The driver is ``python -m ngd_workers.launch ATTEMPT_DIR``. A restarted service may listen on another
+port, and then replaces attempt.json: read that file again after a connection has failed.
 """
 
 import contextlib
@@ -35,40 +35,45 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Facts(BaseModel):
-    """attempt.json: what the driver needs to know beside the spec."""
+    """attempt.json: the facts that the driver needs besides the spec."""
 
     model_config = ConfigDict(frozen=True)
 
     attempt_id: str
     attempt: int = Field(ge=1, description="Number of this attempt within its job; later attempts fence earlier ones.")
     job_id: str
-    url: str | None = Field(description="Base URL of the service; None: run without one.")
+    url: str | None = Field(description="Base URL of the service; None: the attempt runs without one.")
     token: str | None = Field(description="Bearer token of this attempt alone.")
     run_dir: Path = Field(description="Absolute; holds checkpoints/.")
-    data_dir: Path | None = Field(description="Absolute; what a relative data directory in the spec is relative to.")
+    data_dir: Path | None = Field(description="Absolute; a relative data directory in the spec is below it.")
     cluster: Literal["own", "given"] = Field(
-        "own", description="own: the driver starts a Ray on its machine; given: it runs inside the one that runs it."
+        default="own",
+        description="own: the driver starts Ray on its machine; given: the driver uses the Ray cluster that runs it.",
     )
 
 
 class Outcome(BaseModel):
-    """outcome.json: the truth of how an attempt ended, whatever the process status says."""
+    """outcome.json: the end of an attempt; it counts, not the status of the process."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     result: Literal["succeeded", "failed", "cancelled"]
-    reason: str | None = Field(None, description="CamelCase word for machines when failed, or stopped by a signal.")
-    message: str | None = Field(None, description="One sentence for a person when failed, or stopped by a signal.")
-    retryable: bool = Field(False, description="Whether another attempt could end differently.")
+    reason: str | None = Field(
+        default=None, description="CamelCase word for machines, if the attempt failed or a signal stopped it."
+    )
+    message: str | None = Field(
+        default=None, description="One sentence for a person, if the attempt failed or a signal stopped it."
+    )
+    retryable: bool = Field(default=False, description="Whether another attempt could end differently.")
     step: int = 0
     test_accuracy: float | None = None
     test_loss: float | None = None
     target_step: int | None = None
-    seconds: float | None = Field(None, description="Wall time of training, start-up not counted.")
+    seconds: float | None = Field(default=None, description="Wall time of training, without start-up.")
 
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}  # of a driver that has written its outcome
-NOT_THE_FIRST = 4  # exit status of a driver that found that another had begun the attempt
+NOT_THE_FIRST = 4  # exit status of a driver if another driver has begun the attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +126,11 @@ class AttemptDir:
         return self.path / f"log-rank-{rank}.txt"
 
     def logs(self) -> list[Path]:
-        """Returns every log that is there, of the driver and of the ranks."""
+        """Returns all existing logs, of the driver and of the ranks."""
         return list(self.path.glob("log*.txt"))
 
     def claim(self) -> bool:
-        """Returns whether this driver is the attempt's first; of two on any machines one alone is told so."""
+        """Returns whether this driver is the attempt's first: True for one driver alone, even across machines."""
         try:
             self.started.touch(exist_ok=False)
         except FileExistsError:
@@ -141,7 +146,7 @@ class AttemptDir:
         return Facts.model_validate_json(self.facts.read_bytes())
 
     def read_outcome(self) -> Outcome | None:
-        """Returns how the attempt ended, None while it has not."""
+        """Returns the attempt's outcome; None while it has not ended."""
         return read_json(self.outcome, Outcome)
 
 

@@ -1,6 +1,6 @@
-"""What a job may contain: the JobSpec and every choice under it. Imports without torch.
+"""The contents of a job: the JobSpec and every choice under it. Imports without torch.
 
-The same file is the body of ``POST /api/v1/jobs``, the argument of ``ngd submit`` and ``ngd train``, and a recipe.
+One file is the body of ``POST /api/v1/jobs``, the argument of ``ngd submit`` and ``ngd train``, or a recipe.
 """
 
 import math
@@ -23,12 +23,10 @@ __all__ = ["JobSpec"]
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # RFC 1035 label
 FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-
-
 MAX_DEPTH = 16
 MAX_INT = 2**63 - 1
-MAX_STEPS = 1_000_000_000  # a job of a step each millisecond takes eleven days for them
-MAX_SAMPLES = 1_000_000_000  # of a batch
+MAX_STEPS = 1_000_000_000  # eleven days at a step per millisecond
+MAX_SAMPLES = 1_000_000_000  # in a batch
 
 
 def _json_value(value: object, where: str = "options", depth: int = 0) -> object:
@@ -73,15 +71,14 @@ class SpecModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
 class SmallCNN(SpecModel):
-    """Three 3x3 convolutions with batch norm, two poolings, one hidden linear layer."""
+    """Three 3x3 convolutions with batch norm and ReLU, two poolings and one hidden linear layer."""
 
     kind: Literal["small_cnn"] = "small_cnn"
-    channels: int = Field(16, ge=1, le=1024, description="Width of the first convolution; the others have twice that.")
-    hidden: int = Field(64, ge=1, le=16384, description="Units of the hidden linear layer.")
+    channels: int = Field(
+        default=16, ge=1, le=1024, description="Channels of the first convolution; the other two have twice as many."
+    )
+    hidden: int = Field(default=64, ge=1, le=16384, description="Units of the hidden linear layer.")
 
 
 class MLP(SpecModel):
@@ -91,7 +88,7 @@ class MLP(SpecModel):
     hidden: Annotated[
         tuple[Annotated[int, Field(ge=1, le=65536)], ...],
         BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),  # YAML has no tuples
-        Field(description="Units of each hidden layer."),
+        Field(description="Units of each hidden layer, in order."),
     ] = (128,)
 
 
@@ -99,38 +96,40 @@ class UserModel(SpecModel):
     """The user's own `package.module:function`, called with the data's shape; it must return a `torch.nn.Module`."""
 
     kind: Literal["function"] = "function"
-    function: str = Field(pattern=FUNCTION_PATTERN, description="package.module:function, importable by the workers.")
+    function: str = Field(
+        pattern=FUNCTION_PATTERN, description="package.module:function; the workers must be able to import it."
+    )
     options: Options = {}
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
 
 
 class Digits(SpecModel):
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8, 10 classes; they ship with the package."""
 
     kind: Literal["digits"] = "digits"
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share held out for the test, drawn with the seed 0.")
+    test_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="Share of the images held out for the test; seed 0 draws the split."
+    )
 
 
 class IDX(SpecModel):
     """Images and labels in the four IDX files of MNIST and its relatives (Fashion-MNIST), plain or gzipped."""
 
     kind: Literal["idx"] = "idx"
-    directory: str = Field(description="Folder with the four files; a relative one is below the data directory.")
-    mean: float = Field(0.0, description="Subtracted from pixels in [0, 1].")
-    std: float = Field(1.0, gt=0, description="Pixels are divided by this after the mean is subtracted.")
+    directory: str = Field(
+        description="Folder with the four files; a relative path starts at NGD_DATA_DIR or --data-dir."
+    )
+    mean: float = Field(default=0.0, description="Number subtracted from the pixels, which are in [0, 1].")
+    std: float = Field(default=1.0, gt=0, description="Divisor of the pixels, after the mean is subtracted.")
 
 
 class UserData(SpecModel):
     """The user's own `package.module:function`; it must return a `ngd_workers.data.Dataset`."""
 
     kind: Literal["function"] = "function"
-    function: str = Field(pattern=FUNCTION_PATTERN, description="package.module:function, importable by the workers.")
+    function: str = Field(
+        pattern=FUNCTION_PATTERN, description="package.module:function; the workers must be able to import it."
+    )
     options: Options = {}
-
-
-# --- optimizer, schedule ----------------------------------------------------------------------------------------------
 
 
 class NGDOptimizer(NGDConfig):
@@ -173,12 +172,12 @@ class NGDOptimizer(NGDConfig):
         return self
 
     def config(self, *, micro_batches: int) -> NGDConfig:
-        """Returns the optimizer's configuration. micro_batches: of the job's batch, at least 1."""
+        """Returns the optimizer's configuration. micro_batches: forward passes per optimizer step, at least 1."""
         return self.model_copy(update={"micro_batches": micro_batches})
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out lr and momentum where the quadratic model chooses them: read again, they would contradict it."""
+        """Leaves out lr and momentum if the quadratic model chooses them: a spec that sets them too is refused."""
         content: dict[str, Any] = handler(self)
         unread = {"lr", "momentum"} if isinstance(self.length, QuadraticModel) else set()
         return {name: value for name, value in content.items() if name not in unread}
@@ -188,21 +187,23 @@ class SGD(SpecModel):
     """torch.optim.SGD."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    nesterov: Literal[True, False] = False
+    lr: float = Field(default=0.1, gt=0, description="Learning rate, before the schedule's factor.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Weight of the earlier steps; 0: no momentum.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Multiple of the weights added to their gradient.")
+    nesterov: Literal[True, False] = Field(default=False, description="Nesterov's momentum; needs momentum > 0.")
 
 
 class AdamW(SpecModel):
     """torch.optim.AdamW."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(default=1e-3, gt=0, description="Learning rate, before the schedule's factor.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the mean of squared gradients.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the divisor of a step, against division by 0.")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="Share of the weights, times lr, taken off in each step."
+    )
 
 
 class ConstantLR(SpecModel):
@@ -215,9 +216,11 @@ class PolynomialLR(SpecModel):
     """lr * (1 - (t - start) / (end - start)) ** power between two steps of the run: SP-NGD's schedule ([OT20])."""
 
     kind: Literal["polynomial"] = "polynomial"
-    power: float = Field(1.0, gt=0)
-    start_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the run with the full lr.")
-    end_fraction: float = Field(1.0, gt=0, le=10, description="Where lr reaches 0; above 1: after the run's end.")
+    power: float = Field(default=1.0, gt=0, description="Exponent of the decay; 1: lr falls linearly.")
+    start_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of the run before lr begins to fall.")
+    end_fraction: float = Field(
+        default=1.0, gt=0, le=10, description="Share of the run at which lr reaches 0; above 1: never within the run."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -229,18 +232,26 @@ class PolynomialLR(SpecModel):
 
 
 class Schedule(SpecModel):
-    """How long the job trains and what changes meanwhile."""
+    """The length of the training, the course of lr, and the steps that are evaluated."""
 
     epochs: int | None = Field(
-        None, ge=1, le=MAX_STEPS, description="Passes over the training data; give this or steps."
+        default=None, ge=1, le=MAX_STEPS, description="Passes over the training data; give either this or steps."
     )
-    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Optimizer steps; give this or epochs.")
+    steps: int | None = Field(
+        default=None, ge=1, le=MAX_STEPS, description="Optimizer steps; give either this or epochs."
+    )
     warmup_steps: int = Field(
-        0, ge=0, le=MAX_STEPS, description="lr rises linearly from lr / warmup_steps over this many steps."
+        default=0,
+        ge=0,
+        le=MAX_STEPS,
+        description="Steps in which lr rises linearly from lr / warmup_steps; 0: no warm-up.",
     )
     lr: Annotated[ConstantLR | PolynomialLR, Field(discriminator="kind")] = ConstantLR()
     evaluate_every_steps: int | None = Field(
-        None, ge=1, le=MAX_STEPS, description="None: once an epoch. The last step always is."
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Optimizer steps between evaluations; None: one per epoch. The last step is always evaluated.",
     )
 
     @model_validator(mode="after")
@@ -250,64 +261,73 @@ class Schedule(SpecModel):
         return self
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
 class Batch(SpecModel):
-    """The global batch of one optimizer step and how it is cut: workers first, then micro-batches."""
+    """The global batch of one optimizer step, divided among the workers and then into micro-batches."""
 
     global_size: int = Field(ge=1, le=MAX_SAMPLES, description="Samples per optimizer step over all workers.")
     micro_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MAX_SAMPLES,
-        description="Samples per forward pass on one worker; None: the worker's whole share at once.",
+        description="Samples per forward pass on one worker; None: the worker's whole share in one pass.",
     )
 
 
 class Resources(SpecModel):
-    """What the job asks of the cluster."""
+    """The processes, GPUs and CPUs of the job."""
 
-    workers: int = Field(1, ge=1, le=4096, description="Data-parallel processes.")
-    gpus_per_worker: int = Field(0, ge=0, le=1, description="0: CPU and gloo; 1: CUDA and NCCL.")
-    threads_per_worker: int = Field(1, ge=1, le=256, description="CPU threads of torch, and CPUs reserved, per worker.")
+    workers: int = Field(default=1, ge=1, le=4096, description="Data-parallel processes: the ranks.")
+    gpus_per_worker: int = Field(
+        default=0, ge=0, le=1, description="GPUs of each worker. 0: CPU and gloo; 1: CUDA and NCCL."
+    )
+    threads_per_worker: int = Field(
+        default=1, ge=1, le=256, description="Threads of torch in each worker, and CPUs reserved for it."
+    )
 
 
 class Checkpoint(SpecModel):
-    """When the job saves what it needs to go on after a crash."""
+    """How often the job saves its state, from which it resumes after a crash."""
 
     every_steps: int = Field(
-        50, ge=1, le=MAX_STEPS, description="Optimizer steps between checkpoints; the last step always is one."
+        default=50,
+        ge=1,
+        le=MAX_STEPS,
+        description="Optimizer steps between checkpoints; the last step is always saved.",
     )
-    keep: int = Field(2, ge=1, le=MAX_STEPS, description="Newest checkpoints kept.")
+    keep: int = Field(default=2, ge=1, le=MAX_STEPS, description="Number of checkpoints kept, the newest ones.")
 
 
 class Failure(SpecModel):
-    """How often a job is tried again after its workers or its driver died."""
+    """How often a job starts again after its workers or its driver died."""
 
     worker_restarts: int = Field(
-        3,
+        default=3,
         ge=0,
         le=1000,
-        description="Restarts of the worker group within one attempt. A single worker without Ray is the driver: it is "
-        "started again after an error, and its death ends the attempt.",
+        description="Restarts of the worker group within one attempt. A single worker without Ray runs inside the "
+        "driver: an error restarts it, its death ends the attempt.",
     )
     max_attempts: int = Field(
-        3, ge=1, le=1000, description="Attempts of the whole job whose workers have begun; others are counted apart."
+        default=3,
+        ge=1,
+        le=1000,
+        description="Attempts whose workers have begun; NGD_MAX_FAILED_STARTS limits the others.",
     )
 
 
 class Target(SpecModel):
-    """The result that the job is expected to reach; its first step at the target is recorded."""
+    """The result that the job should reach; the service records the first evaluated step that reaches it."""
 
-    test_accuracy: float = Field(gt=0, le=1)
-    stop: Literal[True, False] = Field(False, description="End the job, successfully, when the target is reached.")
+    test_accuracy: float = Field(gt=0, le=1, description="Share of the test data classified correctly.")
+    stop: Literal[True, False] = Field(
+        default=False, description="Whether the job ends, as a success, when it reaches the target."
+    )
 
 
 class JobSpec(SpecModel):
-    """A whole job. Reproducible from this alone: same spec, same seed, same versions, same result."""
+    """A whole job. The same spec gives the same result with the same versions of the libraries."""
 
-    name: str = Field(pattern=NAME_PATTERN, description="Lower-case letters, digits and hyphens; at most 63.")
+    name: str = Field(pattern=NAME_PATTERN, description="Lower-case letters, digits and hyphens, at most 63 in all.")
     model: Annotated[SmallCNN | MLP | UserModel, Field(discriminator="kind")]
     data: Annotated[Digits | IDX | UserData, Field(discriminator="kind")]
     optimizer: Annotated[NGDOptimizer | SGD | AdamW, Field(discriminator="kind")]
@@ -317,7 +337,9 @@ class JobSpec(SpecModel):
     checkpoint: Checkpoint = Checkpoint()
     failure: Failure = Failure()
     target: Target | None = None
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Seed of the first weights, of the order of samples and of dropout."
+    )
 
     @model_validator(mode="after")
     def _strategy_reaches_all_workers(self) -> Self:

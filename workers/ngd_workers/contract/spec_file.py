@@ -1,7 +1,7 @@
 """Reads a JobSpec from YAML or JSON. Imports without torch.
 
-YAML is read by its 1.2 core schema, so that `steps: 010` is ten and `no` is a text, from the parser's events: a body
-of a stranger can't nest, repeat or refer itself into more than its own length.
+YAML follows the 1.2 core schema: `steps: 010` is ten and `no` is a text. The reader takes the parser's events and no
+aliases, so that a stranger's file can't expand beyond its own length.
 """
 
 import json
@@ -34,7 +34,7 @@ __all__ = ["MAX_YAML_BYTES", "load_spec", "parse_json", "parse_yaml"]
 MAX_YAML_BYTES = 64 << 10  # 0.1 CPU seconds at worst; the recipes have less than 1 KiB
 MAX_YAML_DEPTH = 32  # libyaml takes time in proportion to the square of the depth of [[[[
 TAG = "tag:yaml.org,2002:"
-# YAML 1.2.2, 10.3.2: what a plain scalar is; everything else is a text.
+# YAML 1.2.2, 10.3.2: the types of a plain scalar; every other one is a text.
 CORE: dict[str, tuple[re.Pattern[str], Callable[[str], object]]] = {
     "null": (re.compile(r"null|Null|NULL|~|"), lambda _: None),
     "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
@@ -67,7 +67,7 @@ def load_spec(path: Path) -> JobSpec:
 
 
 def parse_json(text: bytes) -> object:
-    """Returns the value. Raises: ValueError that begins with "no JSON" and says where."""
+    """Returns the value. Raises: ValueError that begins with "no JSON" and gives the place."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except DuplicateNameError as error:
@@ -78,7 +78,7 @@ def parse_json(text: bytes) -> object:
 
 
 def parse_yaml(text: bytes) -> object:
-    """Returns the value. Raises: ValueError that begins with "no YAML" and says where."""
+    """Returns the value. Raises: ValueError that begins with "no YAML" and gives the place."""
     if len(text) > MAX_YAML_BYTES:
         limit = f"its {len(text):,} bytes are more than the {MAX_YAML_BYTES:,} that are read"
         raise ValueError(f"no YAML: {limit}; give it as JSON, or put large data into a file of its own")
@@ -103,7 +103,7 @@ def _parse(path: Path, text: bytes) -> object:
 
 
 class DuplicateNameError(ValueError):
-    """A name stands twice in one object: which of its values is meant is not known."""
+    """A name stands twice in one object, so that its value is ambiguous."""
 
     def __init__(self, name: object) -> None:
         super().__init__(f"the name {quoted(name)} stands twice in one object; leave one out")
@@ -137,7 +137,7 @@ def _line_of_duplicate(text: str) -> int:
 
 
 def _document(parser: CParser) -> object:
-    """Returns the value of the only document; nothing at all is null, as JSON's empty object would not be."""
+    """Returns the value of the only document; None if the text is empty."""
     events = iter(parser.get_event, None)
     value: object = None
     documents = 0

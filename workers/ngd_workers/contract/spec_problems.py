@@ -1,6 +1,6 @@
-"""Words what is wrong with a spec so that a person can act on it: what, the value, the bound, what to do.
+"""Words the problems of a spec for a person: the field, its value, the bound and the remedy.
 
-`ngd submit`, `ngd train` and the driver say the same of the same spec. Imports without torch.
+`ngd submit`, `ngd train` and the driver use the same words for the same spec. Imports without torch.
 """
 
 import difflib
@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 SHOWN_CHARACTERS = 80  # of a value in a message
-MAX_PROBLEMS = 50  # told at once: one body may have thousands, and each costs time to word
-MAX_VALUES = 10_000  # in a job: numbers, texts, lists and objects; each may be a problem of its own
+MAX_PROBLEMS = 50  # in one answer: a body may have thousands, and each takes time to word
+MAX_VALUES = 10_000  # in a job: numbers, texts, lists and objects; each may be a separate problem
 BOUNDS = {
     "greater_than": "must be > {gt}",
     "greater_than_equal": "must be >= {ge}",
@@ -56,7 +56,7 @@ TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class SpecProblem:
-    """One thing that is wrong. pointer: JSON Pointer to it; code: a word for machines; hint: what to do."""
+    """One problem of a spec. pointer: JSON Pointer to the value; code: a word for machines; hint: the remedy."""
 
     pointer: str
     code: str
@@ -68,7 +68,7 @@ class SpecProblem:
 
 
 class SpecProblemsError(ValueError):
-    """All that is wrong with a spec."""
+    """All problems of a spec."""
 
     def __init__(self, problems: Sequence[SpecProblem]) -> None:
         super().__init__("; ".join(problem.detail for problem in problems))
@@ -76,9 +76,9 @@ class SpecProblemsError(ValueError):
 
 
 def parse_spec(value: object) -> JobSpec:
-    """Returns the spec; a text is no number, nor is true.
+    """Returns the spec. Types are strict: neither a text nor true counts as a number.
 
-    Raises: SpecProblemsError that lists each thing that is wrong.
+    Raises: SpecProblemsError, which lists every problem.
     """
     if not isinstance(value, dict):
         detail = f"a job must be an object of fields, got {shown(value)}; see the recipes for examples"
@@ -113,7 +113,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str | None:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[SpecProblem]:
-    """Yields one item for each thing that is wrong with a `model`, up to MAX_PROBLEMS, and then how many more."""
+    """Yields one problem for each error, up to MAX_PROBLEMS, and then one with the number of the others."""
     items = error.errors(include_url=False)
     for item in items[:MAX_PROBLEMS]:
         yield _explain(item, _Place.of(item["loc"], model))
@@ -122,7 +122,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[SpecProb
 
 
 class _Place:
-    """Where an error lies: the path as the user wrote it, and the models that may stand there."""
+    """The place of an error: the path as the user wrote it, and the models that may stand there."""
 
     def __init__(self, model: type[BaseModel]) -> None:
         self.path: list[str | int] = []
@@ -173,7 +173,7 @@ def _explain(error: Mapping[str, Any], place: _Place) -> SpecProblem:
 
 
 def rule(kind: str, ctx: Mapping[str, Any], message: str) -> tuple[str, str]:
-    """Returns a word for machines, and what must be, for one of pydantic's kinds of error."""
+    """Returns a word for machines and the broken rule in words, for one of pydantic's kinds of error."""
     if kind in BOUNDS:
         return "out_of_range", BOUNDS[kind].format(**{name: _number(bound) for name, bound in ctx.items()})
     if kind in CHOICES:
@@ -185,7 +185,7 @@ def rule(kind: str, ctx: Mapping[str, Any], message: str) -> tuple[str, str]:
 
 
 def _number(bound: object) -> str:
-    return f"{bound:g}" if isinstance(bound, float) else str(bound)  # a whole one in full: 1e+09 is no help
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)  # an integer in full, not as 1e+09
 
 
 def _unknown_field(place: _Place) -> SpecProblem:
@@ -206,13 +206,13 @@ def _unknown_kind(place: _Place, given: object) -> SpecProblem:
 
 
 def _advice(place: _Place) -> str | None:
-    """Returns the field's description and its default, as far as it has them."""
+    """Returns the field's description and its default, if it has them."""
     if place.field is None:
         return None
-    parts = [] if place.field.description is None else [place.field.description]
+    sentences = [] if place.field.description is None else [place.field.description]
     if not place.field.is_required() and isinstance(place.field.default, bool | int | float | str):
-        parts.append(f"The default is {shown(place.field.default)}.")
-    return " ".join(parts) or None
+        sentences.append(f"The default is {shown(place.field.default)}.")
+    return " ".join(sentences) or None
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -228,7 +228,7 @@ def _kind(model: type[BaseModel]) -> str | None:
 
 
 def shown(value: object) -> str:
-    """Returns the value as JSON, cut where it is long."""
+    """Returns the value as JSON, cut if it is long."""
     try:
         text = json.dumps(value, default=str)
     except (TypeError, ValueError, RecursionError):  # odd keys, thousands of digits or of levels
@@ -237,10 +237,10 @@ def shown(value: object) -> str:
 
 
 def quoted(name: object) -> str:
-    """Returns the name between quotes, cut where it is long."""
+    """Returns the name between quotes, cut if it is long."""
     return repr(cut(str(name)))
 
 
 def cut(text: str) -> str:
-    """Returns the text, or its beginning where it is long."""
+    """Returns the text, or its beginning if it is long."""
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -1,4 +1,4 @@
-"""Data by name. Start at `load_dataset`; a new format is one file, one line in FORMATS and one class in spec.py.
+"""Data by name. Start at `load_dataset`. A new format is a file, a line in FORMATS and a class in contract/spec.py.
 
 Imports without torch, so that a name can be checked where torch is not installed.
 """
@@ -24,7 +24,7 @@ FORMATS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a model must know of the data: images [channels, height, width] in so many classes."""
+    """The shape of the data, for a model: images [channels, height, width] in `classes` classes."""
 
     channels: int
     height: int
@@ -34,7 +34,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Whole data in memory: x float32 [samples, channels, height, width], y int64 [samples] in [0, classes)."""
+    """A whole data set in memory: x float32 [samples, channels, height, width], y int64 [samples] in [0, classes)."""
 
     train_x: "Tensor"
     train_y: "Tensor"
@@ -44,7 +44,7 @@ class Dataset:
 
 
 def load_dataset(choice: Digits | IDX | UserData, data_dir: Path | None) -> Dataset:
-    """Returns the data on the CPU, the same on every rank. Raises: WorkerError of the data's kinds."""
+    """Returns the data on the CPU, the same on every rank. Raises: one of the WorkerErrors about data."""
     if not isinstance(choice, UserData):
         dataset: Dataset = load_function(FORMATS[choice.kind])(choice, data_dir)
     else:

@@ -17,7 +17,7 @@ SPLIT_SEED = 0
 
 
 def load(choice: Digits, data_dir: Path | None) -> Dataset:
-    """Returns pixels in [0, 1], split with every class's share kept. `data_dir` is not used."""
+    """Returns pixels in [0, 1], split so that both parts have the same share of every class. `data_dir` is not used."""
     pixels, labels = load_digits(return_X_y=True)
     try:
         train_x, test_x, train_y, test_y = train_test_split(

@@ -1,4 +1,4 @@
-"""One attempt of a job as one rank runs it, and how its end is recorded. Also the command without Ray or service.
+"""Runs one rank of an attempt. Also the command that trains a spec without Ray or a service.
 
 ``python -m ngd_workers SPEC --run-dir DIR [--data-dir DIR]``, alone or under torchrun.
 """
@@ -32,12 +32,12 @@ SAME_ON_RESUME = {"model", "data", "optimizer", "schedule", "batch", "seed"}
 
 
 def run_rank(attempt_dir: AttemptDir) -> Outcome:
-    """Collective over the default group, if there is one. Returns how the attempt ended, the same on every rank."""
+    """Collective over the default group, if there is one. Returns the attempt's outcome, the same on every rank."""
     spec = insist(attempt_dir.read_spec, f"read {attempt_dir.spec}", patience_s=READ_S)
     facts = insist(attempt_dir.read_facts, f"read {attempt_dir.facts}", patience_s=READ_S)
     comm = Communicator()
     reporter: Reporter = SpoolingReporter(attempt_dir, on_restart=RESTARTED) if comm.rank == 0 else SilentReporter()
-    is_broken = True  # until it is known that all ranks end here
+    is_broken = True  # until all ranks are known to end here
     try:
         context = TrainContext(
             comm=comm,
@@ -62,11 +62,13 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
 
 
 def main() -> None:
-    """Runs a spec in this process, or in torchrun's, and exits with EXIT_STATUS."""
+    """Trains a spec in this process, or in those of torchrun, and exits with EXIT_STATUS."""
     parser = argparse.ArgumentParser(prog="python -m ngd_workers", description="Train a JobSpec without Ray.")
     parser.add_argument("spec", type=Path, help="JobSpec in YAML or JSON")
-    parser.add_argument("--run-dir", type=Path, required=True, help="checkpoints and events; used again, it resumes")
-    parser.add_argument("--data-dir", type=Path, default=Path(), help="what data.directory is relative to")
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, help="folder for checkpoints and events; a run that it holds is resumed"
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path(), help="folder in which a relative data.directory lies")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -1,8 +1,8 @@
 """Runs one attempt: ``python -m ngd_workers.launch ATTEMPT_DIR``. START HERE: `main`. The only user of Ray Train.
 
-The driver outlives the service: it needs it for nothing, and ends with outcome.json, the truth of how it ended.
-A single worker on a machine of its own is trained in this process, several by Ray.
-Torch and Ray are imported late, so that a signal in the seconds that takes ends the attempt in order too.
+The driver does not need the service and may outlive it; its last act is to write outcome.json.
+If the attempt has one worker and no given Ray cluster, this process trains; otherwise Ray's workers do.
+Torch and Ray take seconds to import. They are imported late, so that a signal in that time ends the attempt in order.
 """
 
 import argparse
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
 
-READ_S = 30.0  # for a file to come into sight: NFS may show a new one late
+READ_S = 30.0  # NFS may show a new file late
 STOP_S = 600.0
 
 
 def main() -> None:
-    """Runs the attempt to its end and exits with EXIT_STATUS. An attempt that has already ended is left alone."""
+    """Runs the attempt to its end and exits with EXIT_STATUS. If the attempt has ended before, nothing runs."""
     parser = argparse.ArgumentParser(
         prog="python -m ngd_workers.launch", description="Run one attempt of a job on Ray."
     )
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs on each rank, inside the process group that Ray Train made. Returns the outcome, as JSON would hold it."""
+    """Trains one rank, inside the process group that Ray Train made. Returns the outcome as a JSON object."""
     import torch.distributed as dist
 
     from ngd_workers.launch.attempt import run_rank
@@ -69,20 +69,20 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
     try:
         return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
-    except Exception as error:  # most often that another rank has died, and all are started again
+    except Exception as error:  # mostly since another rank has died; then all ranks start again
         log.error("this rank stops: %s: %s", type(error).__name__, _last_line(error))
         raise
 
 
 def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
-    """Ends a driver on a given cluster that would run an attempt once more, as KubeRay makes it after a head was lost.
+    """Exits if another driver has begun the attempt: KubeRay starts a second driver after it has lost the head.
 
-    Its events would be numbered anew and refused; the next attempt, of the service, goes on from a checkpoint.
+    The events of a second driver would be numbered from 1 and refused. The service's next attempt resumes the job.
     """
     try:
         facts = read_json(attempt_dir.facts, Facts)
     except (OSError, ValidationError):
-        return  # _run says so in the outcome
+        return  # _run puts it into the outcome
     if facts is None or facts.cluster == "own":
         return
     if not insist(attempt_dir.claim, f"write {attempt_dir.started}", patience_s=READ_S):
@@ -92,7 +92,7 @@ def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
 
 def _log_to_stderr(prefix: str = "") -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {prefix}%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 
 
 def _run(attempt_dir: AttemptDir) -> Outcome:
@@ -100,7 +100,7 @@ def _run(attempt_dir: AttemptDir) -> Outcome:
         facts = _read(attempt_dir.facts, Facts)
     except WorkerError as error:
         outcome = failure(error)
-        record(attempt_dir, outcome)  # nothing says which service to tell
+        record(attempt_dir, outcome)  # the service's address stands in the unread file
         return outcome
     try:
         outcome = _train(attempt_dir, _read(attempt_dir.spec, JobSpec), facts)
@@ -119,7 +119,7 @@ def _read(path: Path, model: type[Model]) -> Model:
     def read() -> Model:
         content = read_json(path, model)
         if content is None:
-            raise FileNotFoundError(f"no file {path}; whoever starts the driver writes it first")
+            raise FileNotFoundError(f"no file {path}; the dispatcher writes it before it starts the driver")
         return content
 
     try:
@@ -145,7 +145,7 @@ def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome
         try:
             return run_rank(attempt_dir)
         except Exception as error:
-            log.exception("the worker failed; it is started again %d times at most", restarts_left)
+            log.exception("the worker failed; the driver starts it again at most %d times", restarts_left)
             if not restarts_left:
                 raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
     raise AssertionError("the last round returns or raises")
@@ -153,7 +153,7 @@ def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome
 
 def _train_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
     # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort. The thread that
-    # started Ray has to outlive it: shut down after that, it ends the process without a word.
+    # starts Ray must live until Ray is shut down: otherwise the shutdown ends the process silently.
     with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread, RayCluster(facts.cluster) as cluster:
         thread.submit(cluster.start, spec.resources).result()
         _log_to_stderr()  # again: Ray has put its own handler there
@@ -173,7 +173,7 @@ def _stop_in_order_on_signals(attempt_dir: AttemptDir) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         log.info("%s: the workers stop after the current step", name)
-        # In a thread: what the main thread does must neither wait for the disk nor meet its errors.
+        # In a thread: the main thread must neither wait for the disk nor meet its errors.
         threading.Thread(target=_ask_to_stop, args=(attempt_dir.stop, name), daemon=True).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -192,7 +192,7 @@ def _is_stopped(attempt_dir: AttemptDir) -> bool:
 
 
 def _with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
-    """Returns the outcome with the signal that it was stopped by, if it was one."""
+    """Returns the outcome, with the name of the signal if one stopped the attempt."""
     with contextlib.suppress(OSError):
         if name := attempt_dir.stop.read_text():
             return outcome.model_copy(update={"reason": "StoppedFromOutside", "message": f"stopped by {name}"})
@@ -216,7 +216,7 @@ def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
             name=facts.attempt_id,
             storage_path=str(facts.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
-            # A traceback of each rank at each restart, and of Ray's own cleaning up; the last ones are in `error`.
+            # Ray would log a traceback of each rank at each restart, and of its clean-up; `error` holds the last ones.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )

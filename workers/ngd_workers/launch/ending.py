@@ -1,4 +1,4 @@
-"""How an attempt's end is recorded: the last event, then outcome.json. Imports without torch."""
+"""Records the end of an attempt: the last event, then outcome.json. Imports without torch."""
 
 from ngd_workers.contract.errors import WorkerError
 from ngd_workers.contract.events import Cancelled, Done, Event, Failed
@@ -17,9 +17,9 @@ def failure(error: WorkerError) -> Outcome:
 
 
 def conclude(attempt_dir: AttemptDir, outcome: Outcome) -> None:
-    """Reports the attempt's last event and writes outcome.json. Called once, when no rank writes events any more.
+    """Reports the attempt's last event and writes outcome.json. Called once, after all ranks have stopped writing.
 
-    Raises: StorageError if it can't be written for OUTCOME_S; without it the attempt counts as one that died.
+    Raises: StorageError if outcome.json can't be written for OUTCOME_S; without it the attempt counts as dead.
     """
     reporter = SpoolingReporter(attempt_dir)
     reporter.report(_last_event(outcome))

@@ -1,6 +1,6 @@
 """The Ray cluster of an attempt: its own, on this machine and for this attempt alone, or the one that runs the driver.
 
-Ray is imported late: that takes seconds, in which the driver already heeds signals.
+Ray takes seconds to import. It is imported late, so that the driver handles signals in that time.
 """
 
 import contextlib
@@ -27,21 +27,21 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
 MESSAGE_CHARACTERS = 500
-FATAL = re.compile(r"^\[[^]]* [CF] [^]]*\] \(\w+\) \S+: +")  # of Ray's C++ parts: time, severity, process, file
+FATAL = re.compile(r"^\[[^]]* [CF] [^]]*\] \(\w+\) \S+: +")  # of Ray's C++ code: time, severity, process, file
 OBJECT_STORE_BYTES = 100 * 1024**2  # nothing large goes through Ray; its default is 30 % of the memory
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",  # the log is a file
     "RAY_DEDUP_LOGS": "0",  # each rank's lines in full
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on a notice: a lost worker costs up to a checkpoint
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no code here acts on a notice: a lost worker costs up to a checkpoint
 }
 OWN_SETTINGS = {
-    "RAY_AUTH_MODE": "token",  # Ray's default, said aloud: leaving it out makes Ray warn in the job's log
-    # Ray's cleaner asks the dashboard, which is off, and without an address trips over any second Ray on the machine.
+    "RAY_AUTH_MODE": "token",  # Ray's default; if it is left out, Ray warns in the job's log
+    # Ray's clean-up asks the dashboard, which is off; without an address it fails if a second Ray runs on the machine.
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else each rank that outlives another prints a stack of C++
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # otherwise each surviving rank prints a C++ stack
 }
 
 
@@ -66,7 +66,7 @@ class RayCluster:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def start(self, resources: Resources) -> None:
-        """Raises: RayStartError."""
+        """Connects to the given cluster, or starts the attempt's own. Raises: RayStartError."""
         import ray
 
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -76,11 +76,11 @@ class RayCluster:
                 ray.init(address="auto", **quiet)
             else:
                 self._start_own(resources, quiet)
-        except Exception as error:  # Ray raises nothing more special when its processes do not come up
+        except Exception as error:  # Ray raises nothing more specific if its processes do not start
             raise RayStartError(self._why_not(error)) from error
 
     def check(self, spec: JobSpec) -> None:
-        """Raises: SpecError for more GPUs than a machine of its own has. A given cluster may grow: it is waited for."""
+        """Raises: SpecError if the job wants more GPUs than this machine has. A given cluster may grow: no check."""
         import ray
 
         resources, num_gpus = spec.resources, ray.cluster_resources().get("GPU", 0)
@@ -92,10 +92,11 @@ class RayCluster:
             )
 
     def wait_for_room(self, spec: JobSpec, tell: Callable[[str | None], None], is_stopped: Callable[[], bool]) -> None:
-        """Returns when a given cluster has room for all workers at once, or when stopped. `tell` hears of each change.
+        """Returns when a given cluster has room for all workers at once, or when the attempt is stopped.
 
-        Ray Train would wait too, without a word to the job's owner and with a traceback each minute. The request stands
-        as a placement group: a cluster that scales grows for it, and it holds nothing until it holds all.
+        tell: called with the shortage while it lasts, and with None at the end. Ray Train would wait too, but silently
+        and with a traceback each minute. The request is a placement group: an autoscaler sees it, and it reserves
+        nothing until it can reserve everything.
         """
         if self._kind == "own":
             return
@@ -114,11 +115,11 @@ class RayCluster:
         import ray
         from ray._private import parameter
 
-        # A socket's path may have 107 bytes, and Ray puts some 60 of its own below this.
+        # A socket's path may have 107 bytes, and Ray adds some 60 to this one.
         self._temporary = tempfile.mkdtemp(prefix="ngd-", dir="/tmp")
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile Ray again
-        # Given their ports, the raylet need not wait for its agents to choose some: it dies where these start slowly
-        # (https://github.com/ray-project/ray/issues/65983), and ray.init has no arguments for them.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it each of Ray's processes would compile Ray again
+        # With given ports the raylet need not wait until its agents have chosen some: it dies if they start slowly
+        # (https://github.com/ray-project/ray/issues/65983), and ray.init has no arguments for these.
         metrics, metrics_export, runtime_env, listen = free_ports(4)
         ports = {"metrics_agent_port": metrics, "runtime_env_agent_port": runtime_env}
         given = functools.partial(parameter.RayParams, dashboard_agent_listen_port=listen, **ports)
@@ -135,12 +136,12 @@ class RayCluster:
 
     def _why_not(self, error: Exception) -> str:
         if self._kind == "given":
-            return f"the Ray that runs the driver does not answer: {error}"
+            return f"the Ray cluster that runs the driver does not answer: {error}"
         return f"Ray did not start on this machine: {_fatal_line(self._temporary) or error}"
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports below those that the kernel gives to connections, which come and go until Ray is up."""
+    """Returns `count` free ports, all below the range from which the kernel takes the ports of connections."""
     ports: list[int] = []
     while len(ports) < count:
         port = random.randrange(20_000, 32_000)
@@ -151,7 +152,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def bundle(resources: Resources) -> dict[str, float]:
-    """Returns what one worker reserves."""
+    """Returns the resources that one worker reserves, by Ray's names."""
     gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
     return {"CPU": float(resources.threads_per_worker)} | gpus
 
@@ -174,11 +175,11 @@ def _what_is_short(resources: Resources) -> str:
                 f"waiting for {count} {name}s: {free.get(name, 0):g} of the Ray cluster's {total[name]:g} are free, "
                 "others hold the rest"
             )
-    return "waiting for nodes with room for a whole worker each: what is free on the Ray cluster is scattered"
+    return "waiting for nodes with room for a whole worker each: the Ray cluster's free CPUs and GPUs are scattered"
 
 
 def _fatal_line(temporary: str | None) -> str | None:
-    """Returns what Ray's own processes wrote before they gave up; Ray's exception says only that they did."""
+    """Returns the last fatal line in the logs of Ray's processes; Ray's exception says only that they ended."""
     if temporary is None:
         return None
     for name in ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out"):

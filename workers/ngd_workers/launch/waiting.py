@@ -1,4 +1,4 @@
-"""Says what a driver waits for before its workers start."""
+"""Reports the resources for which a driver waits before its workers start."""
 
 import logging
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class WaitingReporter:
-    """Tells the log and the service, each thing once. Closed before any worker writes events."""
+    """Tells the log and the service, and skips repeats. The driver closes it before any worker writes events."""
 
     def __init__(self, attempt_dir: AttemptDir) -> None:
         self._attempt_dir = attempt_dir
@@ -20,7 +20,7 @@ class WaitingReporter:
         self._told: str | None = None
 
     def tell(self, message: str | None) -> None:
-        """message: what is waited for; None: nothing any more."""
+        """message: the shortage; None: the wait is over."""
         if message == self._told:
             return
         self._told = message

@@ -1,4 +1,4 @@
-"""Models by name. Start at `build_model`; a new family is one file, one line in MODELS and one class in spec.py.
+"""Models by name. Start at `build_model`. A new family is a file, a line in MODELS and a class in contract/spec.py.
 
 Imports without torch, so that a name can be checked where torch is not installed.
 """

@@ -1,0 +1,1 @@
+"""Brings an attempt's events to the service. Start at `reporter.py`."""

@@ -1,4 +1,4 @@
-"""Events that wait to be written: a bounded queue that says which steps it could not keep."""
+"""Events that wait to be written: a bounded queue that reports the steps for which it had no room."""
 
 import threading
 from collections import deque
@@ -8,13 +8,13 @@ from ngd_workers.contract.events import Evaluation, Event, StepRecord, StepsLost
 __all__ = ["Backlog"]
 
 MAX_STEPS = 4096  # some 20 MB with the ages and intervals of 160 statistics
-MAX_EVENTS = MAX_STEPS + 1024  # the rarer events find room when steps do not any more
+MAX_EVENTS = MAX_STEPS + 1024  # rarer events still find room when steps find none
 
 
 class Backlog:
-    """First in, first out; safe to share between threads. Of what finds no room the newest is dropped.
+    """First in, first out; safe to share between threads. An event that finds no room is dropped.
 
-    Room that comes again is first taken by a `StepsLost`, so that the events tell of the hole where it is.
+    When there is room again, a `StepsLost` comes first, so that the hole is reported at its place.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class Backlog:
         with self._lock:
             return not self._events and not self._num_dropped
 
-    def note_trouble(self, why: str) -> None:
-        self._trouble = why
+    def note_trouble(self, cause: str) -> None:
+        self._trouble = cause
 
     def put(self, event: Event | StepRecord) -> None:
         with self._lock:
@@ -64,6 +64,6 @@ class Backlog:
         if not self._num_dropped:
             return
         first, last = self._dropped_steps or [0, 0]
-        why = f"{self._num_dropped} events could not be kept while none could be written ({self._trouble})"
-        self._events.append(StepsLost(first_step=first, last_step=last, message=why))
+        message = f"{self._num_dropped} events could not be kept while none could be written ({self._trouble})"
+        self._events.append(StepsLost(first_step=first, last_step=last, message=message))
         self._dropped_steps, self._num_dropped = [], 0

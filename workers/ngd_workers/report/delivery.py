@@ -1,4 +1,4 @@
-"""Posts the spool to the service: at least once, in order, from where the service says that it stopped."""
+"""Posts the spool to the service: at least once, in order, from the first event that the service has not stored."""
 
 import contextlib
 import logging
@@ -43,7 +43,7 @@ class Delivery:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to send, or nobody to send it to."""
+        """Whether nothing is left to send, or no service takes it."""
         if self._facts is None:
             return False
         if self._facts.url is None or self.stop_request == "superseded":
@@ -51,9 +51,9 @@ class Delivery:
         return self._acknowledged is not None and self._acknowledged >= self._spool.last_seq
 
     def push(self, *, now: bool = False) -> None:
-        """Posts what is due; returns without doing anything before the interval or the retry delay has passed.
+        """Posts the events that are due; does nothing before the interval or the retry delay has passed.
 
-        Raises: OSError; it is called again.
+        Raises: OSError; the reporter then calls it again.
         """
         facts = self._facts = self._facts or self._attempt_dir.read_facts()
         if facts.url is None or self.stop_request == "superseded":
@@ -114,7 +114,7 @@ class Delivery:
         self._due_s = time.monotonic() + self._retry_s
         self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
         self._acknowledged = None
-        # A service that came back may listen elsewhere, and has written down where.
-        with contextlib.suppress(OSError, ValidationError):  # not in sight for the moment: the old ones may do
+        # A restarted service may listen elsewhere, and has then replaced attempt.json.
+        with contextlib.suppress(OSError, ValidationError):  # not readable now: the old address may do
             self._facts = self._attempt_dir.read_facts()
         return False

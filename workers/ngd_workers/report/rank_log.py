@@ -1,4 +1,4 @@
-"""Keeps what one rank writes in a file of its own, beside the log in which all ranks' lines are mixed."""
+"""Copies the output of one rank to a separate file, beside the log in which the lines of all ranks are mixed."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ __all__ = ["kept_in"]
 
 
 class _File(io.TextIOBase):
-    """Appends text as it comes; a full disk costs the text alone, and no step of the training."""
+    """Appends text as it comes. If the disk is full, the text is lost and training goes on."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -25,7 +25,7 @@ class _File(io.TextIOBase):
 
 
 class _Both(io.TextIOBase):
-    """Writes to a stream as before, and the same to a file."""
+    """Writes the same text to a stream and to a file."""
 
     def __init__(self, stream: TextIO, file: _File) -> None:
         self._stream = stream
@@ -47,7 +47,7 @@ class _Both(io.TextIOBase):
 
 @contextlib.contextmanager
 def kept_in(path: Path) -> Iterator[None]:
-    """Copies what this process prints and logs into the file; not what C code writes past Python's streams."""
+    """Copies all that this process prints and logs into the file, except C code's output past Python's streams."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
@@ -57,7 +57,7 @@ def kept_in(path: Path) -> Iterator[None]:
     file, root = _File(descriptor), logging.getLogger()
     handler = logging.StreamHandler(file)
     handler.setFormatter(root.handlers[0].formatter if root.handlers else None)
-    root.addHandler(handler)  # loggers hold on to the stream that they were given before
+    root.addHandler(handler)  # existing handlers keep the stream that they were given
     try:
         with contextlib.redirect_stdout(_Both(sys.stdout, file)), contextlib.redirect_stderr(_Both(sys.stderr, file)):
             yield

@@ -1,4 +1,4 @@
-"""Takes events from the training loop without ever making it wait, spools them to disk and has them delivered."""
+"""Takes events from the training loop without making it wait, spools them to disk and delivers them."""
 
 import logging
 import threading
@@ -23,7 +23,7 @@ FLUSH_S = 10.0
 
 
 class Reporter(Protocol):
-    """Where the loop puts what it did, and where it sees that it should stop."""
+    """Takes the loop's events, and tells the loop when to stop."""
 
     @property
     def stop_request(self) -> StopRequest | None: ...
@@ -50,11 +50,11 @@ class SilentReporter:
 class SpoolingReporter:
     """Rank 0's reporter: a bounded backlog, and one daemon thread that writes the spool and talks to the service.
 
-    Each part of the thread's turn that fails is tried again in the next turn, for as long as the attempt runs.
+    If a part of the thread's turn fails, the next turn tries it again, for as long as the attempt runs.
     """
 
     def __init__(self, attempt_dir: AttemptDir, *, on_restart: Event | None = None) -> None:
-        """on_restart: the first event, if an earlier reporter of this attempt has told of its workers."""
+        """on_restart: the first event, if an earlier reporter of this attempt has reported its workers."""
         self._stop_file = attempt_dir.stop
         self._spool = Spool(attempt_dir.spool)
         self._delivery = Delivery(attempt_dir, self._spool)
@@ -72,7 +72,7 @@ class SpoolingReporter:
 
     @property
     def stop_request(self) -> StopRequest | None:
-        """What the service wants, or "cancelled" when the driver was told to stop."""
+        """The request of the service, or "cancelled" if the file that stops the driver exists."""
         return self._delivery.stop_request or ("cancelled" if self._stop_file_seen else None)
 
     def report(self, event: Event | StepRecord) -> None:
@@ -80,11 +80,11 @@ class SpoolingReporter:
         self._backlog.put(event)
 
     def flush(self) -> None:
-        """Writes what was reported to disk, if that can be done now: no checkpoint must be ahead of its steps."""
+        """Writes the reported events to disk, if the disk takes them now: no checkpoint must be ahead of its steps."""
         self._guarded("write the events", lambda: self._write(everything=True, to_disk=True))
 
     def close(self) -> None:
-        """Writes what is left and gives the service some seconds to take it; the spool keeps what it does not take."""
+        """Writes the remaining events and gives the service FLUSH_S to take them; the spool keeps all events."""
         self._closing.set()
         self._thread.join()
 
@@ -111,23 +111,23 @@ class SpoolingReporter:
     def _is_behind(self) -> bool:
         return bool(self._records) or not self._backlog.is_empty
 
-    def _guarded(self, what: str, call: Callable[[], None]) -> None:
-        """Calls; a failure is logged once, until it is over."""
+    def _guarded(self, action: str, call: Callable[[], None]) -> None:
+        """Calls, and logs the first of several failures in a row."""
         try:
             call()
         except OSError as error:
-            if what not in self._failing:
-                log.error("can't %s: %s; it is tried again", what, error)
-                self._failing.add(what)
+            if action not in self._failing:
+                log.error("can't %s: %s; it is tried again", action, error)
+                self._failing.add(action)
             self._backlog.note_trouble(str(error))
-        except Exception:  # the boundary of this thread, without which nobody hears of the job any more
-            if what not in self._failing:
-                log.exception("can't %s; it is tried again", what)
-                self._failing.add(what)
+        except Exception:  # the boundary of this thread: if it died, the job would report no more
+            if action not in self._failing:
+                log.exception("can't %s; it is tried again", action)
+                self._failing.add(action)
         else:
-            if what in self._failing:
-                log.info("it works again to %s", what)
-                self._failing.discard(what)
+            if action in self._failing:
+                log.info("can %s again", action)
+                self._failing.discard(action)
 
     def _look_for_stop_file(self) -> None:
         self._stop_file_seen = self._stop_file_seen or self._stop_file.exists()
@@ -168,5 +168,5 @@ class SpoolingReporter:
     def _append(self, event: Event) -> None:
         try:
             self._spool.append(event)
-        except ValueError:  # text that is no Unicode: it would be refused for ever, and hold up what follows
+        except ValueError:  # invalid Unicode: the service would refuse it for ever, and get no later event
             log.exception("an event of the kind %s is left out", event.kind)

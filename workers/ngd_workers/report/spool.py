@@ -15,7 +15,7 @@ STARTED_WITHIN = 100  # bytes: seq and time come before it
 class Spool:
     """Append-only file of events with one writer at a time. Opening cuts off a torn last line, left by a crash.
 
-    Every call may raise an OSError and be made again: what was written in part is cut off before the next line.
+    A call that raises an OSError may be repeated: a line that was written in part is cut off before the next one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,7 +23,7 @@ class Spool:
         self._file: int | None = None
         self._ends = [0]
         self._is_torn = False
-        self.has_started = False  # an earlier writer has told of workers
+        self.has_started = False  # an earlier writer has written a `Started`
 
     @property
     def is_open(self) -> bool:
@@ -31,7 +31,7 @@ class Spool:
 
     @property
     def last_seq(self) -> int:
-        """0 until it is open."""
+        """The seq of the last event; 0 until the spool is open."""
         return len(self._ends) - 1
 
     def open(self) -> None:
@@ -59,7 +59,7 @@ class Spool:
         self._ends.append(self._ends[-1] + len(line))
 
     def sync(self) -> None:
-        """Lets what was appended survive the machine too."""
+        """Makes the appended events survive the death of the machine too."""
         os.fsync(self._opened())
 
     def lines(self, after_seq: int, *, limit: int, limit_bytes: int) -> list[bytes]:

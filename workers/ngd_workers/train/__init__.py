@@ -1,0 +1,1 @@
+"""Trains a spec on one rank. Start at `loop.py`."""

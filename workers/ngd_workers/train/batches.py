@@ -1,6 +1,6 @@
-"""Which samples make each global batch, and which of them each rank takes.
+"""Chooses the samples of each global batch, and the share of each rank.
 
-A pure function of (seed, step): no state to save, and any number of ranks sees the same global batches.
+The choice is a pure function of (seed, step): no state is saved, and any number of ranks sees the same global batches.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ __all__ = ["Batches", "seed_everything", "seed_step"]
 
 @dataclass(slots=True)
 class Batches:
-    """Global batches of one epoch after another; what is left of an epoch after the last full batch is dropped."""
+    """Global batches of one epoch after another; the samples after an epoch's last full batch are dropped."""
 
     num_samples: int
     global_size: int
@@ -37,7 +37,7 @@ class Batches:
         return self.num_samples // self.global_size
 
     def share(self, step: int, rank: int, world_size: int) -> Tensor:
-        """Returns the indices of the rank's part of the global batch of `step`, which counts from 1."""
+        """Returns the indices of the rank's share of the global batch of `step`, which counts from 1."""
         epoch, batch = divmod(step - 1, self.steps_per_epoch)
         size = self.global_size // world_size
         start = batch * self.global_size + rank * size
@@ -54,14 +54,14 @@ def seed_everything(seed: int) -> None:
     """Seeds torch, numpy and Python, for a model's first weights and for users' functions."""
     torch.manual_seed(seed)
     random.seed(seed)
-    with contextlib.suppress(ImportError):  # the loop itself does without numpy
+    with contextlib.suppress(ImportError):  # the loop itself needs no numpy
         import numpy as np
 
         np.random.seed(seed)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch for one step of one rank (dropout), so that a resumed run draws what an uninterrupted one draws."""
+    """Seeds torch for one step of one rank (dropout), so that a resumed run draws the same numbers."""
     torch.manual_seed(_mix(seed, step, rank))
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a job on disk: complete or absent, verified before use, fenced between attempts.
 
-A checkpoint is a folder `step-<8 digits>` with state.pt and manifest.json. It is written under a name of its own
-attempt and renamed when all of it is on disk, so a crash leaves a complete checkpoint or a leftover that is skipped.
+A checkpoint is a folder `step-<8 digits>` with state.pt and manifest.json. An attempt writes it
+under a temporary name and renames it when all of it is on disk, so a crash leaves it complete or as a skipped leftover.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 
 
 class Manifest(BaseModel):
-    """What a checkpoint is, and how to tell that it is whole."""
+    """The origin of a checkpoint, and the size and hash that show whether it is whole."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,17 +57,17 @@ class Checkpoints:
         Raises: SupersededError; StorageError, which leaves the older checkpoints as they were.
         """
         unfinished = self.folder / f"step-{step:08d}.tmp-a{self.attempt}"
-        with _told(f"write the checkpoint of step {step} below {self.folder}"):
+        with _storage_errors(f"write the checkpoint of step {step} below {self.folder}"):
             self._refuse_if_superseded()
             try:
                 manifest = self._write(unfinished, step, state, world_size)
                 self._refuse_if_superseded()  # again: writing takes a while
                 for path in self._complete():
-                    if _step(path) >= step:  # damaged, or else the run would have resumed from it
+                    if _step(path) >= step:  # damaged: otherwise the run would have resumed from it
                         shutil.rmtree(path)
                 unfinished.rename(self.path(step))
             except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk it would keep the next ones out too
+                shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk it would block the next ones too
                 raise
             _sync_folder(self.folder)
             self._prune()
@@ -76,9 +76,9 @@ class Checkpoints:
     def newest_step(self) -> int:
         """Returns the step of the newest checkpoint that is whole, 0 if there is none.
 
-        Raises: StorageError if one can't be read now: an older one in its place would undo what was done since.
+        Raises: StorageError if one can't be read now: a run that resumes from an older one would lose steps.
         """
-        with _told(f"read the checkpoints below {self.folder}"):
+        with _storage_errors(f"read the checkpoints below {self.folder}"):
             for path in self._complete():
                 problem = _damage(path)
                 if problem is None:
@@ -87,8 +87,8 @@ class Checkpoints:
             return 0
 
     def load(self, step: int, device: torch.device) -> dict[str, Any]:
-        """Returns the state of a checkpoint that `newest_step` named, tensors on the device. Raises: StorageError."""
-        with _told(f"read the checkpoint of step {step} below {self.folder}"):
+        """Returns the state of the checkpoint of `step`, with tensors on the device. Raises: StorageError."""
+        with _storage_errors(f"read the checkpoint of step {step} below {self.folder}"):
             state: dict[str, Any] = torch.load(self.path(step) / STATE, map_location=device, weights_only=True)
             return state
 
@@ -131,15 +131,15 @@ class Checkpoints:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _storage_errors(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"can't {what}: {error.strerror or error}; free some space or check the volume") from error
+        raise StorageError(f"can't {action}: {error.strerror or error}; free some space or check the volume") from error
     except RuntimeError as error:
-        if "inline_container" not in str(error):  # torch's archive, whose file could not be written or read
+        if "inline_container" not in str(error):  # torch's archive: its file could not be written or read
             raise
-        raise StorageError(f"can't {what}: {str(error).splitlines()[0]}; check the volume") from error
+        raise StorageError(f"can't {action}: {str(error).splitlines()[0]}; check the volume") from error
 
 
 def _step(path: Path) -> int:
@@ -174,7 +174,7 @@ def _measure(path: Path) -> tuple[int, str]:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename itself is on disk only when the folder is.
+    # The rename itself is on disk only after the folder is.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

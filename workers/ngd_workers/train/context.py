@@ -1,4 +1,4 @@
-"""What the training loop needs to know of where it runs, under Ray, torchrun or in one process."""
+"""The surroundings of the training loop on one rank: under Ray, under torchrun or in one process."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def device_of(resources: Resources) -> torch.device:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+    """Returns the versions of the software on which a result depends."""
     from importlib.metadata import version
 
     return {"python": sys.version.split()[0], "torch": torch.__version__, "ngd_dist": version("ngd-dist")}
@@ -55,9 +55,9 @@ def commit() -> str | None:
     """Returns the git commit of the code, None outside a checkout."""
     folder = Path(ngd_dist.__file__).parent
     try:
-        found = subprocess.run(
+        head = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return head.stdout.strip() or None

@@ -36,7 +36,7 @@ class Score:
 
 
 def check_model(model: nn.Module, dataset: Dataset) -> None:
-    """Returns if the model maps images to one logit per class. Raises: UserCodeError, before any step is taken."""
+    """Checks, before the first step, that the model maps images to one logit per class. Raises: UserCodeError."""
     model.eval()
     x = dataset.train_x[:TRIAL_BATCH]
     try:
@@ -89,9 +89,9 @@ class Learner:
         return totals
 
     def update(self, x: Tensor, y: Tensor, lr: float) -> None:
-        """Collective under NGD. Takes one optimizer step with the gradients at hand, which are those of x and y.
+        """Collective under NGD. Takes one optimizer step with the gradients that `backward` has left for x and y.
 
-        lr: the schedule's; left alone where the optimizer chooses its own.
+        lr: the schedule's; not used if the optimizer chooses its own.
         Raises: UserCodeError, SpecError, NonFiniteLossError.
         """
         if not chooses_lr(self.optimizer):
@@ -105,31 +105,31 @@ class Learner:
         self.optimizer.zero_grad()
 
     def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean loss over this rank's samples and their logits, differentiable: what `backward` has seen.
+        """Returns the mean loss over this rank's samples and their logits, differentiable, as in `backward`.
 
-        All micro-batches, since with one of them the step would depend on how the batch is cut; and cut in the same
-        way, since batch norm depends on it. Memory stays that of one micro-batch: what the others have computed is
-        computed again, should somebody differentiate through the model.
+        The loss covers all micro-batches: with one of them alone the step would depend on the division of the batch.
+        The division is that of `backward`, since batch norm depends on it. Memory stays that of one micro-batch: if
+        the caller differentiates through the model, the activations are computed again.
         """
-        parts = x.split(self._micro_size)
-        if len(parts) == 1:
+        micro_batches = x.split(self._micro_size)
+        if len(micro_batches) == 1:
             logits = self._logits(x)
         else:
-            logits = torch.cat([self._logits(part, self._recomputed) for part in parts])
+            logits = torch.cat([self._logits(micro_x, self._recomputed) for micro_x in micro_batches])
         return F.cross_entropy(logits, y), logits
 
     def gradient_bytes(self) -> dict[str, int]:
-        """Returns what this rank sends a step to average gradients outside the optimizer, with a ring's arithmetic."""
+        """Returns the bytes that this rank sends per step to average gradients outside the optimizer, in a ring."""
         if self._averages_gradients:
             return {}
         size = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         return {"gradients": 2 * size * (self._comm.world_size - 1) // self._comm.world_size}
 
     def evaluate(self, dataset: Dataset) -> Score:
-        """Collective. Returns the score on the test data; each rank takes its part of them."""
+        """Collective. Returns the score on the test data; each rank takes its share of them."""
         self.average_buffers()
-        own = slice(self._comm.rank, None, self._comm.world_size)
-        x, y = dataset.test_x[own], dataset.test_y[own]
+        share = slice(self._comm.rank, None, self._comm.world_size)
+        x, y = dataset.test_x[share], dataset.test_y[share]
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
         with torch.no_grad():
@@ -143,7 +143,7 @@ class Learner:
         return Score(loss, correct)
 
     def average_buffers(self) -> None:
-        """Collective. Gives all ranks the mean of their running statistics: each has seen samples of its own."""
+        """Collective. Gives all ranks the mean of their running statistics, since each has seen other samples."""
         for name, buffer in self.model.named_buffers():
             if buffer.is_floating_point():
                 self._comm.all_reduce(f"buffer {name}", buffer)
@@ -155,7 +155,7 @@ class Learner:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises: IncompatibleCheckpointError."""
+        """Restores a state that `state_dict` returned. Raises: IncompatibleCheckpointError."""
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -171,7 +171,7 @@ class Learner:
         try:
             logits: Tensor = (forward or self._forward)(x)
         except Exception as error:
-            # DDP's forward talks to other ranks: what fails there may be a peer's death, which another start mends.
+            # DDP's forward talks to other ranks: its error may be a peer's death, and a restart mends that.
             if isinstance(self._forward, DistributedDataParallel) or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserCodeError(f"the model failed in training with {type(error).__name__}: {error}") from error
@@ -184,7 +184,7 @@ class Learner:
 
 
 def trainable(model: nn.Module) -> int:
-    """Returns the number of trainable numbers in the model."""
+    """Returns the number of the model's trainable weights."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 STOP_CODES = {None: 0, "cancelled": 1, "superseded": 2}
 PROGRESS_S = 5.0
-LAST_CHECKPOINT_S = 60.0  # of trying; it is the result
+LAST_CHECKPOINT_S = 60.0  # for all tries: the last checkpoint is the result
 
 
 def train(spec: JobSpec, context: TrainContext) -> Outcome:
-    """Collective. Returns, or raises as a WorkerError, how the training ended: the same on every rank."""
+    """Collective. Returns the outcome of the training, the same on every rank. Raises: WorkerError, on every rank."""
     run = Run(spec, context)
     run.resume()
     run.announce()
@@ -55,7 +55,7 @@ def train(spec: JobSpec, context: TrainContext) -> Outcome:
 
 @dataclass(slots=True)
 class Progress:
-    """What a checkpoint keeps beside model and optimizer."""
+    """The state that a checkpoint keeps besides model and optimizer."""
 
     step: int = 0
     target_step: int | None = None
@@ -101,7 +101,7 @@ class Run:
         return self.progress.step / self.batches.steps_per_epoch
 
     def resume(self) -> None:
-        """Collective. Goes to the newest checkpoint that is whole; rank 0 chooses it for all."""
+        """Collective. Restores the newest whole checkpoint; rank 0 chooses it for all ranks."""
         comm, chosen, failure = self.context.comm, 0, None
         if comm.rank == 0:
             try:
@@ -117,7 +117,7 @@ class Run:
             self.learner.load_state_dict(state)
 
     def announce(self) -> None:
-        """Reports what is about to run."""
+        """Reports the start of the run, on rank 0."""
         if self.context.comm.rank:
             return
         optimizer = self.learner.optimizer
@@ -159,7 +159,7 @@ class Run:
         self._report_step(score, seconds)
 
     def evaluate(self) -> None:
-        """Collective. Scores the model on the test data and looks whether the target is reached."""
+        """Collective. Scores the model on the test data and compares the score with the target."""
         start_s = time.perf_counter()
         score = self.score = self.learner.evaluate(self.dataset)
         self.progress.seconds += time.perf_counter() - start_s
@@ -174,9 +174,10 @@ class Run:
             report(TargetReached(step=step, test_accuracy=score.accuracy))
 
     def save_checkpoint(self) -> None:
-        """Collective. Rank 0 writes; all return when it is complete.
+        """Collective. Rank 0 writes; all ranks return when the checkpoint is complete.
 
-        One that can't be written is told and left out, but for the last. Raises: SupersededError, StorageError.
+        If a checkpoint can't be written, training reports that and goes on; the last one has to be written.
+        Raises: SupersededError, StorageError.
         """
         state = self.learner.state_dict() | {"progress": asdict(self.progress)}
         failure: WorkerError | None = None
@@ -188,7 +189,7 @@ class Run:
 
     def _write_checkpoint(self, state: dict[str, Any]) -> WorkerError | None:
         step, reporter = self.progress.step, self.context.reporter
-        reporter.flush()  # the attempt after a crash goes on from here: the steps before are told by nobody else
+        reporter.flush()  # an attempt after a crash resumes here, and does not report the earlier steps
         try:
             manifest = self._save_persistently(step, state) if self._is_result else self._save(step, state)
         except SupersededError as error:
@@ -223,8 +224,8 @@ class Run:
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         comm = self.context.comm
-        own = self.batches.share(self.progress.step, comm.rank, comm.world_size).to(self.context.device)
-        return self.dataset.train_x[own], self.dataset.train_y[own]
+        indices = self.batches.share(self.progress.step, comm.rank, comm.world_size).to(self.context.device)
+        return self.dataset.train_x[indices], self.dataset.train_y[indices]
 
     def _reduce(self, totals: torch.Tensor) -> Score:
         # The one synchronisation of a step with the host. It comes before the update, so that no rank writes NaN into
@@ -245,7 +246,7 @@ class Run:
 
     @property
     def _skips_non_finite(self) -> bool:
-        # The gradients of such a loss are not finite either: the optimizer then gives the step up on all ranks.
+        # The gradients of such a loss are not finite either: the optimizer then skips the step on all ranks.
         optimizer = self.spec.optimizer
         return isinstance(optimizer, NGDOptimizer) and optimizer.non_finite == "skip"
 
@@ -263,7 +264,7 @@ class Run:
         optimizer = self.learner.optimizer
         stats, lr = step_stats(optimizer), optimizer.param_groups[0]["lr"]
         phases = self._stopwatch.take() | stats.seconds
-        phases["forward_backward"] -= phases.get("capture", 0.0)  # the hooks run inside: phases add up, none twice
+        phases["forward_backward"] -= phases.get("capture", 0.0)  # the hooks run inside: no second is counted twice
         self.context.reporter.report(
             StepRecord(
                 step=self.progress.step,
@@ -306,15 +307,15 @@ def _prepare(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, to
         prepared = _build(spec, context)
     except WorkerError as error:
         failure = error
-    # What fails on one rank alone (a folder that one machine lacks) must end all of them, not leave the others waiting.
-    for found in context.comm.all_gather_object("preparation", failure):
-        if found is not None:
-            raise found
+    # A failure on one rank alone (a folder that one machine lacks) must end all ranks: the others would wait for it.
+    for failure_of_rank in context.comm.all_gather_object("preparation", failure):
+        if failure_of_rank is not None:
+            raise failure_of_rank
     return prepared
 
 
 def _build(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, torch.nn.Module]:
-    seed_everything(spec.seed)  # a user's function may draw: the same on every rank, and again after a restart
+    seed_everything(spec.seed)  # a user's function may draw random numbers: the same on every rank and restart
     dataset = load_dataset(spec.data, context.data_dir)
     batches = Batches(len(dataset.train_y), spec.batch.global_size, spec.seed)
     torch.manual_seed(spec.seed)

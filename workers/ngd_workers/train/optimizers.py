@@ -1,4 +1,4 @@
-"""OptimizerSpec -> torch.optim.Optimizer, what its newest step did, and its errors as a job's."""
+"""Builds a job's optimizer, reads the telemetry of its newest step, and turns its errors into those of a job."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,18 +21,18 @@ def build_optimizer(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
 
 
 def step_stats(optimizer: optim.Optimizer) -> StepStats:
-    """Returns what the newest step did; torch's own optimizers have neither statistics nor phases."""
+    """Returns the telemetry of the newest step; it is empty for torch's own optimizers."""
     return optimizer.stats if isinstance(optimizer, NGD) else StepStats()
 
 
 def chooses_lr(optimizer: optim.Optimizer) -> bool:
-    """Returns whether each step sets lr and momentum itself, so that nobody else may."""
+    """Returns whether the optimizer sets lr and momentum in each step, so that the loop must not."""
     return isinstance(optimizer, NGD) and isinstance(optimizer.config.length, QuadraticModel)
 
 
 @contextmanager
 def job_errors() -> Iterator[None]:
-    """Raises what NGD says of the model, the settings and the gradients as the worker's error that it is."""
+    """Raises NGD's errors about the model, the settings and the gradients as WorkerErrors."""
     try:
         yield
     except CaptureError as error:

@@ -1,4 +1,4 @@
-"""The factor on the optimizer's lr at each step: a pure function, so nothing of it is saved."""
+"""The factor on the optimizer's lr at each step: a pure function, so that no state is saved."""
 
 from ngd_workers.contract.spec import PolynomialLR, Schedule
 
@@ -6,7 +6,7 @@ __all__ = ["lr_factor", "total_steps"]
 
 
 def total_steps(schedule: Schedule, steps_per_epoch: int) -> int:
-    """Returns how many optimizer steps the job takes."""
+    """Returns the number of the job's optimizer steps."""
     if schedule.steps is not None:
         return schedule.steps
     assert schedule.epochs is not None  # the spec holds exactly one of the two
@@ -14,7 +14,7 @@ def total_steps(schedule: Schedule, steps_per_epoch: int) -> int:
 
 
 def lr_factor(schedule: Schedule, step: int, total: int) -> float:
-    """Returns what multiplies lr at `step`, which counts from 1 to `total`: warm-up times decay. Source: [OT20]."""
+    """Returns the factor on lr at `step`, which counts from 1 to `total`: warm-up times decay. Source: [OT20]."""
     warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if not isinstance(schedule.lr, PolynomialLR):
         return warmup
