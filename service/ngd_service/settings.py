@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="0: any free port.")
     home: SomePath = Field(Path("~/.ngd"), description="Folder of runs and of the default database.")
     database_url: str = Field("", description="SQLAlchemy URL of SQLite or PostgreSQL; empty: a file in home.")
-    data_dir: OptionalPath = Field(None, description="What a relative data directory in a spec is relative to.")
+    data_dir: OptionalPath = Field(None, description="The folder that a relative data directory in a spec starts from.")
     api_keys_dir: OptionalPath = Field(
         None, description="Folder with a file per API key, named for its owner; unset: no keys, loopback only."
     )

@@ -145,6 +145,14 @@ def test_wrong_choice_says_where_what_and_the_bound(tmp_path, choice, message):
     assert len(str(caught.value).splitlines()) == 2  # the file, and one problem
 
 
+def test_nesterov_without_momentum_is_refused(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(GOOD.replace("{kind: ngd}", "{kind: sgd, momentum: 0, nesterov: true}"))
+
+    with pytest.raises(SpecError, match=r"optimizer: nesterov needs momentum > 0, got 0: raise momentum, or leave"):
+        load_spec(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a: [1, ]]", "no YAML: .* at line 1, column 9"), ("- 1", "must be an object of fields"), (b"\xff", "no YAML")],

@@ -192,6 +192,12 @@ class SGD(SpecModel):
     weight_decay: float = Field(default=0.0, ge=0, description="Multiple of the weights added to their gradient.")
     nesterov: Literal[True, False] = Field(default=False, description="Nesterov's momentum; needs momentum > 0.")
 
+    @model_validator(mode="after")
+    def _has_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum > 0, got 0: raise momentum, or leave nesterov out")
+        return self
+
 
 class AdamW(SpecModel):
     """torch.optim.AdamW."""
