@@ -20,7 +20,7 @@ from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
 from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.covered import CoveredLayer
 from ngd_dist.curvature import Curvature, schedule_for
-from ngd_dist.distributed import Strategy, build_strategy
+from ngd_dist.distributed import Sync, build_sync
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.engines import check_whole, unwrap
 from ngd_dist.errors import ConfigError
@@ -45,7 +45,7 @@ class Assembly(torch.optim.Optimizer):
     layers: list[Layer]
     plain_parameters: dict[str, str]
     saved_state: SavedState
-    _strategy: Strategy
+    _sync: Sync
     _fallback: Fallback | None
     _schedule: Schedule
     _curvature: Curvature
@@ -136,7 +136,7 @@ class Assembly(torch.optim.Optimizer):
         self._waiting = self._untrained()
         self.state.update(saved["state"])
         self.stats = self.saved_state.restore(from_bytes(saved["ngd"]))
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
 
     def _assemble(self) -> None:
         """Builds what follows from the parameters that are updated. What there was of each layer goes on."""
@@ -154,7 +154,7 @@ class Assembly(torch.optim.Optimizer):
         in_layers = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in in_groups if p in self._trained and p not in in_layers]
         check_sparse(self._bare, self._plain, config)
-        self._strategy = self._build_strategy()
+        self._sync = self._build_sync()
         self._report_plain()
         self._build_state()
         trained = {self._names[p]: p for p in in_groups if p in self._trained}
@@ -168,7 +168,7 @@ class Assembly(torch.optim.Optimizer):
             self._covered,
             self._curvature,
             self._schedule,
-            self._strategy,
+            self._sync,
             parameters={name: p for p, name in self._names.items()},
             plain=[self._names[p] for p in self._plain],
             fallback=self._fallback,
@@ -176,7 +176,7 @@ class Assembly(torch.optim.Optimizer):
             device=self._device,
         )
         self._is_built = True
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
 
     def _build_state(self) -> None:
         """Builds what a checkpoint has: statistics and caches, their schedule, the fallback's moments."""
@@ -185,7 +185,7 @@ class Assembly(torch.optim.Optimizer):
         adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
         self._fallback = None if adamw is None else Fallback(self.param_groups, names, adamw)
         self._schedule = schedule_for(self._covered, config)
-        self._curvature = Curvature(self._covered, self._strategy, config)
+        self._curvature = Curvature(self._covered, self._sync, config)
         if old is not None:
             curvature, schedule, fallback = old
             self._curvature.inherit(curvature)
@@ -203,7 +203,7 @@ class Assembly(torch.optim.Optimizer):
             self._comm,
             caches=self._curvature.caches,
             loss_scale=self._loss_scale,
-            sink=self._strategy,
+            sink=self._sync,
             stopwatch=self._stopwatch,
             on_forward=weakly(self._on_forward),
         )
@@ -241,17 +241,17 @@ class Assembly(torch.optim.Optimizer):
             if p not in self._trained
         }
 
-    def _build_strategy(self) -> Strategy:
+    def _build_sync(self) -> Sync:
         dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
-        return build_strategy(
+        return build_sync(
             self.config,
             self._comm,
             {name: covered.method.refresh_flops() for name, covered in self._covered.items()},
-            {name: covered.cargo for name, covered in self._covered.items()},
+            {name: covered.layout for name, covered in self._covered.items()},
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
             engine=self._engine,
-            settled=self._strategy.placement.roles if self._is_built else {},
+            settled=self._sync.placement.roles if self._is_built else {},
         )
 
     def _report_plain(self) -> None:
@@ -265,8 +265,8 @@ class Assembly(torch.optim.Optimizer):
             kind = self.config.fallback.kind
             logger.warning("fallback %s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
 
-    def _arm(self, step: int) -> None:
+    def _begin_step(self, step: int) -> None:
         due = self._schedule.due(step)
         self._loss_scale.begin()
-        self._capture.arm(due, step)
-        self._strategy.begin(due)
+        self._capture.begin_step(due, step)
+        self._sync.begin(due)

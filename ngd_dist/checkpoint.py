@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.curvature import Curvature
-from ngd_dist.distributed import Strategy
+from ngd_dist.distributed import Sync
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CheckpointError
 from ngd_dist.statistics.staleness import Schedule, Track
@@ -68,7 +68,7 @@ class SavedState:
         layers: CoveredLayers,
         curvature: Curvature,
         schedule: Schedule,
-        strategy: Strategy,
+        sync: Sync,
         *,
         parameters: Mapping[str, nn.Parameter],
         plain: Sequence[str],
@@ -78,7 +78,7 @@ class SavedState:
     ) -> None:
         self.parameters = parameters
         self.plain = plain if fallback is not None else []
-        self.formats = {name: _format(covered, strategy) for name, covered in layers.items()}
+        self.formats = {name: _format(covered, sync) for name, covered in layers.items()}
         self._curvature = curvature
         self._schedule = schedule
         self._fallback = fallback
@@ -261,15 +261,15 @@ def check_format(found: object) -> None:
         )
 
 
-def _format(covered: CoveredLayer, strategy: Strategy) -> LayerFormat:
+def _format(covered: CoveredLayer, sync: Sync) -> LayerFormat:
     return LayerFormat(
         statistics={spec.name: spec.form.numbers for spec in covered.method.statistics},
         cache=covered.method.cache_shapes,
         shared=covered.method.shared,
         dtype=covered.layer.dtype,
-        inverts=strategy.inverts(covered.name),
-        holds=strategy.holds(covered.name),
-        remembers=strategy.reports(covered.name),
+        inverts=sync.inverts(covered.name),
+        holds=sync.holds(covered.name),
+        remembers=sync.reports(covered.name),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ngd_dist.distributed import Cargo
+from ngd_dist.distributed import LayerLayout
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Preconditioner
 
@@ -38,10 +38,10 @@ class CoveredLayer:
         return float(self.group["damping"])
 
     @property
-    def cargo(self) -> Cargo:
-        """What of the layer may travel between ranks."""
+    def layout(self) -> LayerLayout:
+        """The tensors of the layer that may travel between ranks."""
         method, layer = self.method, self.layer
-        return Cargo(layer.shape.gradient, method.statistics, method.entries, layer.dtype, method.shared)
+        return LayerLayout(layer.shape.gradient, method.statistics, method.entries, layer.dtype, method.shared)
 
 
 CoveredLayers = Mapping[str, CoveredLayer]

@@ -1,4 +1,4 @@
-"""The statistics and the caches of all layers, of which this rank fills those that its strategy lets it hold.
+"""The statistics and the caches of all layers, of which this rank fills those that its sync lets it hold.
 
 Statistics are always current; a cache is rebuilt from them when one of its statistics was due.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
-from ngd_dist.distributed import Collected, Report, Strategy
+from ngd_dist.distributed import GlobalMeans, RefreshReport, Sync
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
@@ -43,9 +43,9 @@ class _Rebuilt:
 class Curvature:
     """What turns gradients into directions."""
 
-    def __init__(self, layers: CoveredLayers, strategy: Strategy, config: NGDConfig) -> None:
+    def __init__(self, layers: CoveredLayers, sync: Sync, config: NGDConfig) -> None:
         self._layers = layers
-        self._strategy = strategy
+        self._sync = sync
         self._staleness, self._thresholds = config.staleness, config.preconditioner.thresholds
         self._inversion = config.inversion
         methods = {name: covered.method for name, covered in layers.items()}
@@ -58,9 +58,7 @@ class Curvature:
         self.damped_with: dict[str, float] = {}
         adapts = config.staleness.kind == "adaptive"  # under a fixed interval nobody asks how far a value changed
         self.statistics = {
-            Key(name, spec.name): Statistic(
-                spec, ema_decay=config.ema_decay, remembers=strategy.reports(name) and adapts
-            )
+            Key(name, spec.name): Statistic(spec, ema_decay=config.ema_decay, remembers=sync.reports(name) and adapts)
             for name, method in methods.items()
             for spec in method.statistics
         }
@@ -79,13 +77,15 @@ class Curvature:
         grad_BOI = grad_BOI.to(covered.layer.dtype)
         return grad_BOI if cache is None else covered.method.apply(cache, grad_BOI)
 
-    def refresh(self, due: Sequence[Key], means: Collected, seconds: Callable[[Key], float]) -> dict[Key, Report]:
+    def refresh(
+        self, due: Sequence[Key], means: GlobalMeans, seconds: Callable[[Key], float]
+    ) -> dict[Key, RefreshReport]:
         """Collective. Returns a report on each due statistic of the layers that this rank inverts.
 
         `seconds`: those that estimating a statistic took here, to which its inversion's are added.
         Folds them in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
-        found = {key: self._fold(key, means) for key in due if self._strategy.inverts(key.layer)}
+        found = {key: self._fold(key, means) for key in due if self._sync.inverts(key.layer)}
         refreshed = [key for key, report in found.items() if report.makes_anew]
         fresh = {
             name: frozenset(key.statistic for key in refreshed if key.layer == name)
@@ -95,15 +95,15 @@ class Curvature:
             self._begin_anew(name, statistics)
         # What fails where only the damping moved stays, until the next refresh.
         drifted = self._drifted()
-        here = [name for name in drifted if self._strategy.inverts(name)]
+        here = [name for name in drifted if self._sync.inverts(name)]
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._layers[name].damping for name in drifted}
         self._share(due, drifted)
         ended = {key: _with_ending(key, report, found, rebuilt) for key, report in found.items()}
         return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
 
-    def told(
-        self, reports: Mapping[Key, Report], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
+    def telemetry_of(
+        self, reports: Mapping[Key, RefreshReport], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
     ) -> list[Refresh]:
         """Returns what telemetry says of each due statistic, from its report and from its track before and after."""
         found = []
@@ -116,22 +116,22 @@ class Curvature:
                     ending=report.ending.name,
                     age=step - before[key].refreshed,
                     interval=after[key].interval,
-                    bytes_sent=self._strategy.statistic_bytes(key),
+                    bytes_sent=self._sync.statistic_bytes(key),
                 )
             )
         return found
 
-    def settle(self, reports: Mapping[Key, Report]) -> None:
+    def settle(self, reports: Mapping[Key, RefreshReport]) -> None:
         """Takes note of what was refreshed anywhere, from the reports that every rank has."""
         refreshed = [key for key, report in reports.items() if report.makes_anew]
         for name in {key.layer for key in refreshed}:
             own = {key.statistic for key in refreshed if key.layer == name}
-            if name not in self.damped_with or own.issuperset(self._layers[name].method.parts):
+            if name not in self.damped_with or own.issuperset(self._layers[name].method.flops_by_statistic):
                 self.damped_with[name] = self._layers[name].damping
 
     def take(self, name: str, entries: Cache | None) -> None:
         """Keeps entries of a layer's cache that another rank made, or that were saved; None: there is no cache."""
-        if self._strategy.holds(name):
+        if self._sync.holds(name):
             self.caches[name] = None if entries is None else (self.caches[name] or {}) | entries
         elif entries is None or entries.keys() >= set(self._layers[name].method.shared):
             self.caches.elsewhere[name] = entries
@@ -145,7 +145,7 @@ class Curvature:
             for name in moved
             if (method := self._layers[name].method)
         }
-        for name, found in self._strategy.share(self.caches, entries).items():
+        for name, found in self._sync.share(self.caches, entries).items():
             self.take(name, found)
 
     def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
@@ -155,26 +155,26 @@ class Curvature:
             for statistic in in_basis:
                 self.statistics[Key(name, statistic)].reset()
 
-    def _fold(self, key: Key, means: Collected) -> Report:
+    def _fold(self, key: Key, means: GlobalMeans) -> RefreshReport:
         if key not in means.statistics:
             verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
             if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
                 verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
-            return Report(verdict, Ending.OK)
-        tally, statistic = means.tallies[key.layer], self.statistics[key]
+            return RefreshReport(verdict, Ending.OK)
+        count, statistic = means.counts[key.layer], self.statistics[key]
         mean = means.statistics[key].to(self._layers[key.layer].layer.dtype)
         if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
-            return Report(Verdict.UNUSABLE, Ending.NON_FINITE, rows=tally.rows)
+            return RefreshReport(Verdict.UNUSABLE, Ending.NON_FINITE, rows=count.rows)
         spread = statistic.spread
         change = statistic.fold(mean)
         error, bound = self._error(key), error_threshold(self._staleness)
         if error is not None and bound is not None:
-            return Report(judge_error(error, bound), Ending.OK, tally.rows, threshold=bound, error=error)
-        noise = tally.noise(key.statistic, change.norm)
+            return RefreshReport(judge_error(error, bound), Ending.OK, count.rows, threshold=bound, error=error)
+        noise = count.noise(key.statistic, change.norm)
         threshold = threshold_for(self._staleness, key.statistic, noise * spread, self._thresholds)
         verdict = judge(change, threshold)
-        return Report(
-            verdict, Ending.OK, tally.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
+        return RefreshReport(
+            verdict, Ending.OK, count.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
         )
 
     def _error(self, key: Key) -> float | None:
@@ -203,7 +203,7 @@ class Curvature:
             for statistic, problem in self._layers[name].method.problems(*given).items()
         }
         # What all ranks invert goes by itself: batched alike, it has the same bits on each.
-        replicated = {key: problem for key, problem in problems.items() if self._strategy.is_replicated(key.layer)}
+        replicated = {key: problem for key, problem in problems.items() if self._sync.is_replicated(key.layer)}
         alone = {key: problem for key, problem in problems.items() if key not in replicated}
         start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
@@ -233,7 +233,7 @@ class Curvature:
 
     def _redamped(self, name: str, fresh: Mapping[str, frozenset[str]]) -> frozenset[str]:
         """Returns what counts as new in a layer all of which is damped anew: what is, and the parts made with it."""
-        return fresh[name] | self._layers[name].method.parts.keys() if name in fresh else frozenset()
+        return fresh[name] | self._layers[name].method.flops_by_statistic.keys() if name in fresh else frozenset()
 
 
 def schedule_for(layers: CoveredLayers, config: NGDConfig) -> Schedule:
@@ -249,12 +249,12 @@ def schedule_for(layers: CoveredLayers, config: NGDConfig) -> Schedule:
     )
 
 
-def failed_inversions(before: int, reports: Mapping[Key, Report]) -> int:
+def failed_inversions(before: int, reports: Mapping[Key, RefreshReport]) -> int:
     """Returns the failures of the whole run, from those before this step and this step's reports."""
     return before + sum(report.ending is not Ending.OK for report in reports.values())
 
 
-def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, Report]) -> InversionError | None:
+def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, RefreshReport]) -> InversionError | None:
     """Returns what to raise if this step's failures exceed the bound; it names the first of them."""
     failures = failed_inversions(before, reports)
     if bound is None or failures == before or failures <= bound:
@@ -266,11 +266,13 @@ def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, Report
     )
 
 
-def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], rebuilt: _Rebuilt) -> Report:
-    """Returns the report with how its inversion went, and the ending of a statistic of its layer that was not due."""
+def _with_ending(
+    key: Key, report: RefreshReport, reports: Mapping[Key, RefreshReport], rebuilt: _Rebuilt
+) -> RefreshReport:
+    """Returns the report with the ending of its inversion, or of one for a statistic of its layer that was not due."""
     endings, solution = rebuilt.endings.get(key.layer, {}), rebuilt.solutions.get(key)
-    waiting = endings.keys() - {other.statistic for other in found if other.layer == key.layer}
-    ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | waiting)])
+    not_due = endings.keys() - {other.statistic for other in reports if other.layer == key.layer}
+    ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | not_due)])
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
     residual = solution.residual if isinstance(solution, Inverse) else report.residual
     return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=rebuilt.seconds.get(key, 0.0))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ngd_dist.assembly import Assembly
 from ngd_dist.capture.coverage import check_held, check_owned
 from ngd_dist.curvature import failed_inversions, too_many_failed
-from ngd_dist.distributed import Collected, Findings, Local, Report
+from ngd_dist.distributed import GlobalMeans, LocalContribution, RefreshReport, StepResult
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
 from ngd_dist.statistics.staleness import Verdict
@@ -126,7 +126,7 @@ class NGD(Assembly):
         """
         super().zero_grad(set_to_none)
         if self._capture.clear():
-            self._arm(self.stats.step + 1)
+            self._begin_step(self.stats.step + 1)
 
     @overload
     def step(self, closure: None = None, *, objective: Objective | None = None) -> None: ...
@@ -170,13 +170,13 @@ class NGD(Assembly):
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
-                findings = self._strategy.publish(self._findings(directions, means, reports), due)
-            self._curvature.settle(findings.reports)
-            self._check(findings.reports)
+                result = self._sync.publish(self._local_result(directions, means, reports), due)
+            self._curvature.settle(result.reports)
+            self._check(result.reports)
             with phase("update"):
                 move = self._update.move
-                adapted = move(self.stats.step + 1, self.param_groups, self.state, means, findings, objective)
-        self._finish(due, findings, adapted)
+                adapted = move(self.stats.step + 1, self.param_groups, self.state, means, result, objective)
+        self._finish(due, result, adapted)
         self._take_in()
         return loss
 
@@ -195,7 +195,7 @@ class NGD(Assembly):
             self.config,
             self._covered,
             self._engine,
-            self._strategy,
+            self._sync,
             self.plain_parameters,
             self._capture.activations,
             self.param_groups,
@@ -220,7 +220,7 @@ class NGD(Assembly):
         self.saved_state.check(state_dict, self.param_groups)
         self.stats = self.saved_state.restore(state_dict["ngd"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
 
     def _check_call(self, objective: Objective | None) -> None:
         if self.config.needs_objective and objective is None:
@@ -236,25 +236,25 @@ class NGD(Assembly):
                 "optimizer.fisher_backward(output) after each forward pass, before loss.backward()"
             )
 
-    def _collect(self, due: list[Key]) -> Collected:
+    def _collect(self, due: list[Key]) -> GlobalMeans:
         """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
         check_held(layer for layer in self.layers if any(p.grad is None for p in layer.parameters))
         captured, wrong = self._capture.take(), self._capture.miscounted()
         for key, value in captured.items():
-            self._strategy.offer(key, value)
-        tallies = self._capture.estimates.tallies(due, wrong, self._device, self._capture.measurement.spoiled)
+            self._sync.offer(key, value)
+        counts = self._capture.estimates.counts(due, wrong, self._device, self._capture.measurement.spoiled)
         gradients = {
             layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
         }
         plain = [self._gradients.of(self, p) for p in self._plain]
         flags = self._gradients.flags(self, self._device)
-        return self._strategy.collect(Local(flags, tallies, gradients, plain))
+        return self._sync.collect(LocalContribution(flags, counts, gradients, plain))
 
     def _skip(self) -> None:
         """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
         is_scaled = hasattr(self, "found_inf")
         self._loss_scale.report_overflow(self)
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
         self.stats = replace(
             self.stats,
             skipped_steps=self.stats.skipped_steps + 1,
@@ -267,36 +267,38 @@ class NGD(Assembly):
             return
         raise self._gradients.error(self.stats.step + 1)
 
-    def _findings(self, directions: dict[str, Tensor], means: Collected, reports: dict[Key, Report]) -> Findings:
-        like = torch.zeros((), dtype=self._strategy.dtype, device=self._device)
+    def _local_result(
+        self, directions: dict[str, Tensor], means: GlobalMeans, reports: dict[Key, RefreshReport]
+    ) -> StepResult:
+        like = torch.zeros((), dtype=self._sync.dtype, device=self._device)
         inner = self._update.length.inner(directions, means.gradients, like)
-        return Findings(directions, reports, inner)
+        return StepResult(directions, reports, inner)
 
-    def _check(self, reports: Mapping[Key, Report]) -> None:
+    def _check(self, reports: Mapping[Key, RefreshReport]) -> None:
         """Raises on every rank or on none, since every rank has the same reports; arms again for who goes on."""
         wrong = sorted({key.layer for key, report in reports.items() if report.verdict is Verdict.MISCOUNTED})
         bound, before = self.config.max_failed_inversions, self.stats.failed_inversions
         error = self._capture.miscount(wrong[0]) if wrong else too_many_failed(bound, before, reports)
         if error is not None:
-            self._arm(self.stats.step + 1)
+            self._begin_step(self.stats.step + 1)
             raise error
 
-    def _finish(self, due: list[Key], findings: Findings, adapted: Adapted) -> None:
+    def _finish(self, due: list[Key], result: StepResult, adapted: Adapted) -> None:
         """Plans the next refreshes from the reports, the same on every rank, and writes the step's statistics."""
-        step, reports = self.stats.step + 1, findings.reports
+        step, reports = self.stats.step + 1, result.reports
         unseen = (key.layer for key in due if reports[key].verdict is Verdict.UNSEEN)
-        self._report_unseen(name for name in unseen if self._strategy.reports(name))
+        self._report_unseen(name for name in unseen if self._sync.reports(name))
         verdicts, rows = ({key: getattr(reports[key], name) for key in due} for name in ("verdict", "rows"))
         before = dict(self._schedule.tracks)
         self._schedule.advance(step, verdicts, rows)
-        tracks = self._schedule.tracks.values()
+        due_reports, tracks = {key: reports[key] for key in due}, self._schedule.tracks.values()
         self.stats = StepStats(
             step=step,
             seconds=self._stopwatch.take(),
             bytes_sent=self._comm.take_sent(),
             ages=[step - track.refreshed for track in tracks],
             intervals=[track.interval for track in tracks],
-            refreshes=self._curvature.told({key: reports[key] for key in due}, before, self._schedule.tracks, step),
+            refreshes=self._curvature.telemetry_of(due_reports, before, self._schedule.tracks, step),
             failed_inversions=failed_inversions(self.stats.failed_inversions, reports),
             skipped_steps=self.stats.skipped_steps,
             lr=float(self.param_groups[0]["lr"]),
@@ -304,7 +306,7 @@ class NGD(Assembly):
             damping=float(self.param_groups[0]["damping"]),
             adapted=adapted,
         )
-        self._arm(step + 1)
+        self._begin_step(step + 1)
 
     def _report_unseen(self, layers: Iterable[str]) -> None:
         """Tells once of each layer that has gradients but never ran: something uses its weights past its module."""

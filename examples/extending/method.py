@@ -12,7 +12,7 @@ from ngd_dist.config import PreconditionerConfig
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Entrywise, Form
 from ngd_dist.inversion import Ending, Solution
-from ngd_dist.layers import Rows
+from ngd_dist.layers import LayerBatch
 from ngd_dist.preconditioners import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics.statistic import StatisticSpec
 
@@ -33,7 +33,7 @@ class DiagonalFisher(Preconditioner):
         self.statistics = (StatisticSpec("D", Entrywise(shape.gradient)),)
         self.entries = {"inverse": Form(shape.gradient)}
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "D" not in due:
             return {}
         # Shapes: B blocks, N samples, P positions, I inputs, O outputs. A sample's gradient is a sum over positions.

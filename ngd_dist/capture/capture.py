@@ -34,7 +34,7 @@ from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
-from ngd_dist.layers import Layer, Rows
+from ngd_dist.layers import Layer, LayerBatch
 from ngd_dist.layers.hooks import (
     OUTSIDE_BACKWARD,
     ModuleHook,
@@ -65,7 +65,7 @@ class Capture:
     By itself, without an optimizer:
 
         capture = Capture(model, layers, config)
-        capture.arm([Key("0", "A"), Key("0", "G")], step=1)
+        capture.begin_step([Key("0", "A"), Key("0", "G")], step=1)
         loss_fn(model(x), y).backward()
         values = capture.take()  # {Key("0", "A"): [1, I, I], Key("0", "G"): [1, O, O]}
     """
@@ -119,7 +119,7 @@ class Capture:
         handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
 
-    def arm(self, due: Sequence[Key], step: int) -> None:
+    def begin_step(self, due: Sequence[Key], step: int) -> None:
         """Starts a new step in which these statistics, and no others, are captured."""
         self.measurement.begin(due, step)
         self._clear()
@@ -132,12 +132,12 @@ class Capture:
         self._finalizer()
 
     def take(self) -> dict[Key, Tensor]:
-        """Returns what was captured since `arm`. Layers that did not run, or too often, are absent."""
+        """Returns what was captured since `begin_step`. Layers that did not run, or too often, are absent."""
         self._settle()
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
-    def rows(self, layer: str) -> list[Rows]:
+    def rows(self, layer: str) -> list[LayerBatch]:
         """Returns the rows of the layer's micro-batches, where they are kept."""
         self._settle()
         return self.measurement.rows.get(layer, [])
@@ -167,7 +167,7 @@ class Capture:
 
     @property
     def estimates(self) -> Estimates:
-        """What has been estimated since `arm`."""
+        """What has been estimated since `begin_step`."""
         return self.measurement.estimates
 
     @property
@@ -177,12 +177,12 @@ class Capture:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether anything that the step counts on has been captured since `arm`."""
+        """Whether anything that the step counts on has been captured since `begin_step`."""
         return self._fisher_passes > 0 or self.has_gradients
 
     @property
     def has_gradients(self) -> bool:
-        """Whether a pass of the loss that counts has come since `arm`."""
+        """Whether a pass of the loss that counts has come since `begin_step`."""
         return any(passes.micro_batches for passes in self._passes.values())
 
     @contextmanager

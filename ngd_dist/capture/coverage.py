@@ -66,7 +66,7 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
         parts: list[Layer] = []
         reason = "excluded" if _is_excluded(name, config.exclude) else _uncovered(module)
         if not reason:
-            parts = _parts(name, module, batch_dims[module])
+            parts = _split_module(name, module, batch_dims[module])
             known.update(part.name for part in parts)
             held = [p for part in parts for p in part.parameters]
             if any(_is_excluded(part.name, config.exclude) for part in parts):
@@ -120,10 +120,10 @@ def _uncovered(module: nn.Module) -> str:
     return kind.uncovered(module) or ""
 
 
-def _parts(name: str, module: nn.Module, batch_dim: int) -> list[Layer]:
+def _split_module(name: str, module: nn.Module, batch_dim: int) -> list[Layer]:
     kind = kind_of(module)
     assert kind is not None
-    return kind.parts(name, module, batch_dim=batch_dim)
+    return kind.split_module(name, module, batch_dim=batch_dim)
 
 
 def _batch_dims(model: nn.Module, default: int) -> dict[nn.Module, int]:

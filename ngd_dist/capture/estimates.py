@@ -16,7 +16,7 @@ from torch import Tensor
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.factors.caches import Caches
-from ngd_dist.layers import Rows
+from ngd_dist.layers import LayerBatch
 from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 __all__ = ["Estimates"]
@@ -95,7 +95,7 @@ class Estimates:
         self.passes: dict[str, int] = defaultdict(int)
         self._rows: dict[str, int] = defaultdict(int)
 
-    def add(self, name: str, rows: Rows, due: frozenset[str], *, is_first: bool, weight: float) -> None:
+    def add(self, name: str, rows: LayerBatch, due: frozenset[str], *, is_first: bool, weight: float) -> None:
         """Adds one backward pass of a layer to its due statistics.
 
         The first one of a micro-batch counts it, and adds those that read no gradient. What reads them is a sum over
@@ -134,10 +134,10 @@ class Estimates:
         """Returns the host seconds that estimating the statistic took."""
         return self._means[key].seconds if key in self._means else 0.0
 
-    def tallies(
+    def counts(
         self, due: Sequence[Key], wrong: Collection[str], device: torch.device, spoiled: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """Returns what travels beside the statistics of each due layer: the numbers of a `Tally`.
+        """Returns what travels beside the statistics of each due layer: the numbers of a `CaptureCount`.
 
         Zeros for a layer that was not captured, NaN for those that were captured `wrong`, infinity for those whose
         statistics are `spoiled`.

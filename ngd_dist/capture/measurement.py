@@ -16,7 +16,7 @@ from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
-from ngd_dist.layers import Replicate, Rows
+from ngd_dist.layers import LayerBatch, Replicate
 from ngd_dist.preconditioners import check_rows
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.telemetry import Stopwatch
@@ -91,7 +91,7 @@ class Measurement:
         """Starts a new step."""
         self._step = step
         self.estimates.clear()
-        self.rows: dict[str, list[Rows]] = {}
+        self.rows: dict[str, list[LayerBatch]] = {}
         self.spoiled: set[str] = set()
         self._handed_over: set[str] = set()
         self.due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
@@ -179,11 +179,11 @@ class Measurement:
             )
         return runs
 
-    def _rows_of(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> Rows:
+    def _rows_of(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> LayerBatch:
         # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
         # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
         scale /= runs[0].sharers ** 0.5
-        return Rows(self._layers[name].layer, runs, scale, self._replicate(name), ignores=ignores)
+        return LayerBatch(self._layers[name].layer, runs, scale, self._replicate(name), ignores=ignores)
 
     def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
         assert origin.scale is not None

@@ -1,4 +1,4 @@
-"""How statistics, gradients, inverses and directions move between ranks. Start at `sync.Strategy`.
+"""How statistics, gradients, inverses and directions move between ranks. Start at `sync.Sync`.
 
 What `NGDConfig.strategy` chooses is who does what (`placement`); the movement is the same code for all.
 """
@@ -8,29 +8,29 @@ from collections.abc import Mapping
 import torch
 
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
-from ngd_dist.distributed.base import Cargo, Collected, Findings, Local, Report
+from ngd_dist.distributed.base import GlobalMeans, LayerLayout, LocalContribution, RefreshReport, StepResult
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.distributed.placement import Roles, place
-from ngd_dist.distributed.sync import Strategy
+from ngd_dist.distributed.sync import Sync
 from ngd_dist.engines import Engine
 from ngd_dist.errors import ConfigError
 
-__all__ = ["Cargo", "Collected", "Findings", "Local", "Report", "Strategy", "build_strategy"]
+__all__ = ["GlobalMeans", "LayerLayout", "LocalContribution", "RefreshReport", "StepResult", "Sync", "build_sync"]
 
 MB = 2**20
 
 
-def build_strategy(
+def build_sync(
     config: NGDConfig,
     comm: Communicator,
     costs: Mapping[str, int],
-    cargo: Mapping[str, Cargo],
+    layouts: Mapping[str, LayerLayout],
     *,
     dtype: torch.dtype,
     device: torch.device,
     engine: Engine,
     settled: Mapping[str, Roles],
-) -> Strategy:
+) -> Sync:
     """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
 
     costs: of refreshing each layer. settled: the roles of layers that keep theirs.
@@ -52,10 +52,10 @@ def build_strategy(
         settled=settled,
     )
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    return Strategy(
+    return Sync(
         comm,
         placement,
-        cargo,
+        layouts,
         kind=choice.kind,
         dtype=dtype,
         exact=exact,

@@ -14,15 +14,15 @@ from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 __all__ = [
     "REPORT_NUMBERS",
-    "Cargo",
-    "Collected",
-    "Findings",
-    "Local",
-    "Report",
-    "Tally",
+    "CaptureCount",
+    "GlobalMeans",
+    "LayerLayout",
+    "LocalContribution",
+    "RefreshReport",
+    "StepResult",
     "flatten",
+    "read_counts",
     "split_like",
-    "tallied",
 ]
 
 
@@ -30,7 +30,7 @@ UNMEASURED = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class RefreshReport:
     """What the first owner of a layer found when one of its statistics was due. Travels as numbers.
 
     `rows`: how many all ranks estimated it from. `change` and `change_to_before`: relative to the last value in use,
@@ -61,18 +61,18 @@ class Report:
         return [-1.0 if number == UNMEASURED else float(number) for number in astuple(self)]
 
     @classmethod
-    def parse(cls, numbers: Sequence[float]) -> "Report":
+    def parse(cls, numbers: Sequence[float]) -> "RefreshReport":
         """Returns the report that was sent."""
         verdict, ending, rows, *measured = numbers
         known = (UNMEASURED if number == -1.0 else number for number in measured)
         return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), *known)
 
 
-REPORT_NUMBERS = len(fields(Report))
+REPORT_NUMBERS = len(fields(RefreshReport))
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class CaptureCount:
     """What stands behind the means of one layer's due statistics, over all ranks.
 
     `ranks` captured it, in so many `replicates` and `rows`. `squares`: by statistic, the mean over replicates of their
@@ -98,7 +98,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Cargo:
+class LayerLayout:
     """What travels of one layer: its gradient's shape, [B, O, I]; its statistics; the entries of its cache.
 
     `dtype`: of these entries. `shared`: those that every rank needs, of which each is a function of the statistics that
@@ -113,42 +113,42 @@ class Cargo:
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalContribution:
     """What one rank brings to a step, beside the statistics that it has offered.
 
-    `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and how many parameters have none. `tallies`: by due
-    layer, the numbers of a `Tally`, whose sums over ranks it is made of: 1 or 0 for whether it was captured, NaN if in
-    too many micro-batches, infinity if what was sent of it is of no use, then rows, replicates, and the mean square of
-    each due statistic; `gradients` grad_BOI of every layer; `plain` all others.
+    `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and the number of parameters without one. `counts`:
+    by due layer, this rank's part of the sums in a `CaptureCount`: 1 or 0 for whether it was captured, NaN if in too
+    many micro-batches, infinity if its values are useless after they were sent; then rows, replicates, and the mean
+    square of each due statistic. `gradients`: grad_BOI of every layer. `plain`: the other gradients.
     """
 
     flags: Tensor
-    tallies: Mapping[str, Tensor]
+    counts: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     plain: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
+class GlobalMeans:
     """Means over the global batch: statistics of the layers that this rank inverts, gradients of those that it holds,
     and all plain ones.
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers. `tallies` has those of the layers that `statistics` has. `missing`:
+    did not run, and those of `miscounted` layers. `counts` has those of the layers that `statistics` has. `missing`:
     the sum over ranks of how many parameters have no gradient.
     """
 
     is_finite: bool
     missing: int
     miscounted: frozenset[str]
-    tallies: dict[str, Tally]
+    counts: dict[str, CaptureCount]
     statistics: dict[Key, Tensor]
     gradients: dict[str, Tensor]
     plain: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class StepResult:
     """What follows from the means: one rank's part before `publish`, the whole after, the same on every rank.
 
     `directions`, [B, O, I] by layer. `inner`, [rows, layers in registration order]: inner products per layer, 0 for
@@ -156,7 +156,7 @@ class Findings:
     """
 
     directions: dict[str, Tensor]
-    reports: dict[Key, Report]
+    reports: dict[Key, RefreshReport]
     inner: Tensor
 
 
@@ -174,23 +174,23 @@ def split_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def tallied(
-    flags: Tensor, tallies: Mapping[str, Tensor], due: Sequence[Key]
-) -> tuple[bool, int, frozenset[str], dict[str, Tally]]:
-    """Returns if all is finite, the missing gradients, the miscounted layers, and the tallies of others that ran.
+def read_counts(
+    flags: Tensor, counts: Mapping[str, Tensor], due: Sequence[Key]
+) -> tuple[bool, int, frozenset[str], dict[str, CaptureCount]]:
+    """Returns if all is finite, the missing gradients, the miscounted layers, and the counts of others that ran.
 
     Reads two numbers, and a few per due layer, back to the host in one go: what was captured decides what is refreshed,
     and a step with a non-finite gradient must not begin. It is the one host read of a step without a refresh.
     """
-    bad, missing, *numbers = torch.cat([flags, *tallies.values()]).tolist()
-    found: dict[str, Tally] = {}
+    bad, missing, *numbers = torch.cat([flags, *counts.values()]).tolist()
+    found: dict[str, CaptureCount] = {}
     miscounted: set[str] = set()
-    for layer, tally in tallies.items():
-        (ranks, rows, replicates, *squares), numbers = numbers[: len(tally)], numbers[len(tally) :]
+    for layer, count in counts.items():
+        (ranks, rows, replicates, *squares), numbers = numbers[: len(count)], numbers[len(count) :]
         if math.isnan(ranks):
             miscounted.add(layer)
         elif 0 < ranks < math.inf:
             names = [key.statistic for key in due if key.layer == layer]
             means = {name: square / ranks for name, square in zip(names, squares, strict=False)}
-            found[layer] = Tally(int(ranks), int(rows), int(replicates), means)
+            found[layer] = CaptureCount(int(ranks), int(rows), int(replicates), means)
     return bad == 0, int(missing), frozenset(miscounted), found

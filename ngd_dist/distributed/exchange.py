@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.distributed.comm import Communicator, Pending
-from ngd_dist.distributed.parcel import open_parcel, pack_parcel, parcel_size
+from ngd_dist.distributed.packed_bytes import pack_bytes, packed_nbytes, unpack_bytes
 from ngd_dist.factors.codec import Field
 
 __all__ = ["Route", "begin_exchange"]
@@ -37,17 +37,17 @@ def begin_exchange(
     incoming = [route(r, here) for r in everyone]
     own = {item: tensors[item] for item in outgoing[here] if item in tensors}
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
-    parcels = [
-        nothing if r == here else pack_parcel([*fields.values()], [tensors.get(i, zero) for i in fields], device)
+    packed = [
+        nothing if r == here else pack_bytes([*fields.values()], [tensors.get(i, zero) for i in fields], device)
         for r, fields in enumerate(outgoing)
     ]
-    pending = comm.begin_exchange(name, parcels, [parcel_size([*fields.values()]) for fields in incoming], kind=kind)
+    pending = comm.begin_exchange(name, packed, [packed_nbytes([*fields.values()]) for fields in incoming], kind=kind)
 
     def unpack() -> list[dict[Item, Tensor]]:
         received = zip(incoming, pending.wait(), strict=True)
         return [
-            own if r == here else dict(zip(fields, open_parcel([*fields.values()], parcel), strict=True))
-            for r, (fields, parcel) in enumerate(received)
+            own if r == here else dict(zip(fields, unpack_bytes([*fields.values()], buffer), strict=True))
+            for r, (fields, buffer) in enumerate(received)
         ]
 
     return Pending(unpack)

@@ -47,7 +47,7 @@ class Ticket(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class FailureReport:
     """One line of the log: what became of a rank in, or after, its `number`-th collective."""
 
     rank: int
@@ -68,7 +68,7 @@ class Postmortem:
         self._store = store
         self._entered = Ticket(0, "")
         self._count = {False: 0, True: 0}  # by whether they are aside
-        self._own: Report | None = None
+        self._own: FailureReport | None = None
         # A group that is formed again over the same store must not read what its predecessor left.
         lives = _within(PATIENCE_S, lambda: store().add(f"ngd_dist/lives of {rank}", 1))
         self._log = f"ngd_dist/failures in life {lives[0] if lives else 0}"
@@ -112,12 +112,12 @@ class Postmortem:
         return self._verdict(self._own, _latest(log))
 
     def _report(self, kind: Kind, error: str, ticket: Ticket | None = None) -> None:
-        report = Report(self._rank, kind, *(ticket or self._entered), error[:QUOTED])
+        report = FailureReport(self._rank, kind, *(ticket or self._entered), error[:QUOTED])
         line = json.dumps(asdict(report)) + "\n"
         is_written = _within(PATIENCE_S, lambda: self._store().append(self._log, line))
         self._own = report if is_written else None
 
-    def _verdict(self, own: Report, reports: dict[int, Report]) -> str:
+    def _verdict(self, own: FailureReport, reports: dict[int, FailureReport]) -> str:
         found = list(reports.values())
         raised = [report for report in found if report.kind is Kind.RAISED]
         missing = [name for rank, name in enumerate(self.rank_names) if rank not in reports]
@@ -151,12 +151,12 @@ class Postmortem:
         return "; ".join(parts)
 
 
-def _latest(log: str) -> dict[int, Report]:
+def _latest(log: str) -> dict[int, FailureReport]:
     """Returns the last report of each rank that did not go on, the one that reported first in front."""
-    reports: dict[int, Report] = {}
+    reports: dict[int, FailureReport] = {}
     for line in log.splitlines():
         fields = json.loads(line)
-        report = Report(**fields | {"kind": Kind(fields["kind"])})
+        report = FailureReport(**fields | {"kind": Kind(fields["kind"])})
         reports.pop(report.rank, None)
         if report.kind is not Kind.WENT_ON:
             reports[report.rank] = report

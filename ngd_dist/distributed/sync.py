@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ngd_dist.distributed.base import (
     REPORT_NUMBERS,
-    Cargo,
-    Collected,
-    Findings,
-    Local,
-    Report,
+    GlobalMeans,
+    LayerLayout,
+    LocalContribution,
+    RefreshReport,
+    StepResult,
     flatten,
+    read_counts,
     split_like,
-    tallied,
 )
 from ngd_dist.distributed.buckets import Buckets
 from ngd_dist.distributed.comm import Communicator, Pending
@@ -28,14 +28,14 @@ from ngd_dist.distributed.wire import Wire
 from ngd_dist.factors.codec import Field
 from ngd_dist.statistics.statistic import Key
 
-__all__ = ["Strategy"]
+__all__ = ["Sync"]
 
 Cache = dict[str, Tensor]
 Part = tuple[str, str]  # a layer, and an entry of its cache or what else a rank sends for it
 THERE, REPORTS, INNER = (("", "there"), 0), ("", "reports"), ("", "inner")
 
 
-class Strategy:
+class Sync:
     """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
 
     kind: what the config calls it. dtype: of gradients and directions on their way. exact, wire: those in which
@@ -50,7 +50,7 @@ class Strategy:
         self,
         comm: Communicator,
         placement: Placement,
-        cargo: Mapping[str, Cargo],
+        layouts: Mapping[str, LayerLayout],
         *,
         kind: str,
         dtype: torch.dtype,
@@ -66,18 +66,24 @@ class Strategy:
         self.kind = kind
         self.dtype = dtype
         self.gradient_scale = gradient_scale
-        self._cargo = cargo
+        self._layouts = layouts
         self._exact = exact
-        self._forms = {Key(name, spec.name): spec.form for name, parts in cargo.items() for spec in parts.statistics}
+        self._forms = {
+            Key(name, spec.name): spec.form for name, layout in layouts.items() for spec in layout.statistics
+        }
         self._wire = Wire({key: form.on_wire(exact, wire) for key, form in self._forms.items()})
         self._entries: Wire[Part] = Wire(
-            {(n, e): form.in_cache(parts.dtype, kept) for n, parts in cargo.items() for e, form in parts.cache.items()}
+            {
+                (n, e): form.in_cache(layout.dtype, kept)
+                for n, layout in layouts.items()
+                for e, form in layout.cache.items()
+            }
         )
         self._device = device
         roles = placement.roles
-        self._everywhere = {name for name in cargo if placement.is_everywhere(name)}
+        self._everywhere = {name for name in layouts if placement.is_everywhere(name)}
         # To several holders a gradient goes by an all-reduce: that is two of its size, at most what they would receive.
-        self._reduced = [name for name in cargo if len(roles[name].holders) == 1 < comm.world_size]
+        self._reduced = [name for name in layouts if len(roles[name].holders) == 1 < comm.world_size]
         self._due: list[Key] = []
         self._small: dict[Key, Tensor] = {}
         owners = {name: role.owner for name, role in roles.items()}
@@ -124,7 +130,7 @@ class Strategy:
         else:
             self._buckets.offer(key, self._forms[key].flatten(value))
 
-    def collect(self, local: Local) -> Collected:
+    def collect(self, local: LocalContribution) -> GlobalMeans:
         """Collective. Returns the means over ranks; a due statistic that was not offered counts as zeros."""
         travels = self.gradient_scale is not None
         self._buckets.launch()
@@ -132,22 +138,22 @@ class Strategy:
         wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if travels else {}
         # What an engine has averaged is finite on all ranks or on none.
         others = [local.flags, *wide.values(), *local.plain] if travels else []
-        pending = self._begin_sum([*small.values()], [*local.tallies.values(), *others])
+        pending = self._begin_sum([*small.values()], [*local.counts.values(), *others])
         own = self._begin_reduce(local.gradients) if travels else None
         sums = self._spread(self._buckets.finish())
         statistics, found = pending.wait()
         sums |= zip(small, statistics, strict=True)
-        tallies, found = dict(zip(local.tallies, found, strict=False)), found[len(local.tallies) :]
+        counts, found = dict(zip(local.counts, found, strict=False)), found[len(local.counts) :]
         flags, gradients, plain = local.flags, local.gradients, local.plain
         if own is not None:
             flags, *averaged = [found[0], *map(self._averaged, found[1:])]
             gradients = {name: self._averaged(total) for name, total in self._added(own.wait()).items()}
             gradients |= zip(wide, averaged, strict=False)
             plain = averaged[len(wide) :]
-        is_finite, missing, miscounted, captured = tallied(flags, tallies, self._due)
+        is_finite, missing, miscounted, captured = read_counts(flags, counts, self._due)
         means = {k: self._mean(k, total, captured[k.layer].ranks) for k, total in sums.items() if k.layer in captured}
-        held = {name: gradients[name] for name in self._cargo if self.holds(name)}
-        return Collected(is_finite, missing, miscounted, captured, means, held, plain)
+        held = {name: gradients[name] for name in self._layouts if self.holds(name)}
+        return GlobalMeans(is_finite, missing, miscounted, captured, means, held, plain)
 
     def share(
         self, caches: Mapping[str, Cache | None], entries: Mapping[str, Collection[str]]
@@ -176,28 +182,28 @@ class Strategy:
                 found[name] = got if there.pop(0) else None
         return found
 
-    def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
-        """Collective. Returns the findings of all ranks; on each statistic, the report that counts."""
-        is_sharded = len(self._everywhere) < len(self._cargo)
+    def publish(self, result: StepResult, due: Sequence[Key]) -> StepResult:
+        """Collective. Returns the results of all ranks; on each statistic, the report that counts."""
+        is_sharded = len(self._everywhere) < len(self._layouts)
         if not (is_sharded or due) or self.comm.world_size == 1:
-            return findings
-        rows = [findings.reports[key].numbers() for key in due if self.reports(key.layer)]
-        sent = {(name, "direction"): direction for name, direction in findings.directions.items()}
+            return result
+        rows = [result.reports[key].numbers() for key in due if self.reports(key.layer)]
+        sent = {(name, "direction"): direction for name, direction in result.directions.items()}
         sent[REPORTS] = torch.tensor(rows, dtype=self.dtype, device=self._device).view(-1, REPORT_NUMBERS)
-        counts = [float(self.reports(name)) for name in self._cargo]
-        sent[INNER] = findings.inner * findings.inner.new_tensor(counts)  # of a layer with several holders, one's
+        is_counted = [float(self.reports(name)) for name in self._layouts]
+        sent[INNER] = result.inner * result.inner.new_tensor(is_counted)  # of a layer with several holders, one's
         kind = "directions" if is_sharded else "reports"
-        route = self._finding_route(due, findings.inner)
+        route = self._result_route(due, result.inner)
         parts = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
-        directions = dict(findings.directions)
+        directions = dict(result.directions)
         for part in parts:
             directions |= {name: direction for (name, what), direction in part.items() if what == "direction"}
-        reports: dict[Key, Report] = {}
+        reports: dict[Key, RefreshReport] = {}
         for rank, part in enumerate(parts):
             keys = [key for key in due if self.placement.roles[key.layer].owner == rank]
-            reports |= zip(keys, map(Report.parse, part[REPORTS].tolist()), strict=True)
+            reports |= zip(keys, map(RefreshReport.parse, part[REPORTS].tolist()), strict=True)
         inner = torch.stack([part[INNER] for part in parts]).sum(0)
-        return Findings({name: directions[name].to(self.dtype) for name in self._cargo}, reports, inner)
+        return StepResult({name: directions[name].to(self.dtype) for name in self._layouts}, reports, inner)
 
     def _is_summed_everywhere(self, layer: str) -> bool:
         return self.comm.world_size == 1 or self.placement.roles[layer].is_small
@@ -233,7 +239,7 @@ class Strategy:
         """Returns what each rank has of the gradients of the layers that this rank alone holds."""
         if not self._reduced:
             return Pending(list)
-        fields = {name: Field(self._cargo[name].gradient, self.dtype) for name in self._reduced}
+        fields = {name: Field(self._layouts[name].gradient, self.dtype) for name in self._reduced}
 
         def route(source: int, target: int) -> dict[str, Field]:
             return {name: field for name, field in fields.items() if self.placement.roles[name].owner == target}
@@ -270,28 +276,28 @@ class Strategy:
         roles = self.placement.roles[layer]
         if self.is_replicated(layer) or self.comm.world_size == 1:
             return False
-        return len(roles.holders) > 1 or any(entry in self._cargo[layer].shared for entry in entries)
+        return len(roles.holders) > 1 or any(entry in self._layouts[layer].shared for entry in entries)
 
     def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[tuple[Part, int]]:
         def route(source: int, target: int) -> dict[tuple[Part, int], Field]:
             owned = [name for name in travelling if self.placement.roles[name].owner == source]
             fields: dict[tuple[Part, int], Field] = {THERE: Field((len(owned),), torch.float32)}
             for name in owned:
-                cargo, is_held = self._cargo[name], target in self.placement.roles[name].holders
-                sent = [entry for entry in travelling[name] if is_held or entry in cargo.shared]
+                layout, is_held = self._layouts[name], target in self.placement.roles[name].holders
+                sent = [entry for entry in travelling[name] if is_held or entry in layout.shared]
                 if target != source:
                     fields |= self._entries.fields((name, entry) for entry in sent)
             return fields
 
         return route
 
-    def _finding_route(self, due: Sequence[Key], inner: Tensor) -> Route[Part]:
+    def _result_route(self, due: Sequence[Key], inner: Tensor) -> Route[Part]:
         roles = self.placement.roles
 
         def route(source: int, target: int) -> dict[Part, Field]:
             fields: dict[Part, Field] = {
-                (name, "direction"): Field(cargo.gradient, self.dtype)
-                for name, cargo in self._cargo.items()
+                (name, "direction"): Field(layout.gradient, self.dtype)
+                for name, layout in self._layouts.items()
                 if target not in roles[name].holders and self.placement.supplier(name, target) == source
             }
             reported = sum(roles[key.layer].owner == source for key in due)

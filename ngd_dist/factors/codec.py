@@ -14,7 +14,7 @@ LARGEST = 14  # the exponent that the largest entry is brought to: below float16
 
 
 class Field(NamedTuple):
-    """One tensor of a parcel. Sender and receiver work it out for themselves; it does not travel."""
+    """The shape and dtype of one tensor on its way. Sender and receiver each compute it; it does not travel."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

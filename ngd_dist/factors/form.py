@@ -29,7 +29,7 @@ class Replicate:
 
 
 class InputRows(Protocol):
-    """The input rows of one micro-batch, as `layers.Rows` has them."""
+    """The input rows of one micro-batch, as `layers.LayerBatch` has them."""
 
     @property
     def samples(self) -> int:

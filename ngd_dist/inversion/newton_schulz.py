@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.inversion.direct import outcome, probes
-from ngd_dist.inversion.problem import Found
+from ngd_dist.inversion.problem import RawInverse
 
 __all__ = ["Bounds", "bounds", "equilibrated", "iterate", "newton_schulz", "spectral_radius"]
 
@@ -35,7 +35,7 @@ class Bounds:
 
 def newton_schulz(
     matrix: Tensor, damping: Tensor, old: Tensor | None, iterations: int, *, update_dtype: torch.dtype, residual: str
-) -> Found:
+) -> RawInverse:
     """Returns the inverses of damped matrices [B, n, n], from the old inverses or else from multiples of I.
 
     The iteration is that of D^-1/2 matrix D^-1/2 with D near the diagonal: rows of any scale then fit 16 bits.

@@ -15,10 +15,10 @@ __all__ = [
     "Direct",
     "Eigen",
     "Ending",
-    "Found",
     "Inverse",
     "Method",
     "Problem",
+    "RawInverse",
     "Solution",
     "ToDecompose",
     "ToInvert",
@@ -28,7 +28,7 @@ __all__ = [
 MAX_RESIDUAL = 0.05
 # One inverse per block, and what tells how it went, [B, 3]: whether the matrix was finite, whether it was positive
 # definite, and the residual. On the device still: reading it waits for the inversion.
-Found = tuple[Tensor, Tensor]
+RawInverse = tuple[Tensor, Tensor]
 
 
 class Ending(IntEnum):
@@ -94,7 +94,7 @@ class Direct(NamedTuple):
     """The one way to invert factors of some form, which `inverse` goes: from factors [B, ...] and dampings [B]."""
 
     method: Method
-    inverse: Callable[[Tensor, Tensor], Found]
+    inverse: Callable[[Tensor, Tensor], RawInverse]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers.attention import InProjection
-from ngd_dist.layers.base import Layer, OnRun, Replicate, Rows, Run
+from ngd_dist.layers.base import Layer, LayerBatch, OnRun, Replicate, Run
 from ngd_dist.layers.batchnorm import BatchNorm, SyncBatchNorm
 from ngd_dist.layers.conv import Conv
 from ngd_dist.layers.embedding import Embedding
@@ -28,12 +28,12 @@ __all__ = [
     "GroupNorm",
     "InProjection",
     "Layer",
+    "LayerBatch",
     "LayerNorm",
     "Linear",
     "OnRun",
     "RMSNorm",
     "Replicate",
-    "Rows",
     "Run",
     "SyncBatchNorm",
     "kind_of",

@@ -24,7 +24,7 @@ class Projection(Layer):
         self._calls = calls
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
         assert isinstance(module, nn.MultiheadAttention)
         prefix, calls = f"{name}." if name else "", LinearCalls(module)
         return [kind(f"{prefix}{part}", module, calls) for part, kind in PARTS.items()]

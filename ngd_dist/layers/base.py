@@ -18,7 +18,7 @@ from ngd_dist.factors.form import Replicate
 from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.layers.hooks import ModuleHook
 
-__all__ = ["Layer", "OnRun", "Replicate", "Rows", "Run", "statistics_dtype"]
+__all__ = ["Layer", "LayerBatch", "OnRun", "Replicate", "Run", "statistics_dtype"]
 
 # Called with what a run of the layer was given and what it returned, for every run, in forward.
 OnRun = Callable[[Tensor, Tensor], None]
@@ -49,7 +49,7 @@ class Layer(ABC):
         ]
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> "list[Layer]":
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> "list[Layer]":
         """Returns the layers that cover the module: one, for most kinds."""
         return [cls(name, module, batch_dim=batch_dim)]
 
@@ -113,7 +113,7 @@ class Layer(ABC):
         return (g_BNPO.shape[2],)
 
     def input_squares(self, a_BNPI: Tensor, counted_BNP: Tensor | None) -> Tensor:
-        """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T. `counted_BNP`: as `Rows` has it."""
+        """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T. `counted_BNP`: see `LayerBatch`."""
         return a_BNPI.square().sum((1, 2))
 
     def input_moment(self, kept: Any) -> Tensor:
@@ -185,7 +185,7 @@ class Run:
     slope: Tensor | None = None
 
 
-class Rows:
+class LayerBatch:
     """One micro-batch of one layer: rows made on first use, so that what no statistic reads costs nothing.
 
     The runs of a layer in one micro-batch, and whatever the model folds into the batch dimension (windows, frames),
@@ -279,7 +279,7 @@ class Rows:
         shape = self._layer.shape
         return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
 
-    def halves(self) -> "tuple[Rows, Rows]":
+    def halves(self) -> "tuple[LayerBatch, LayerBatch]":
         """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
         middle = self.samples // 2
         return _Some(self, slice(0, middle), 0), _Some(self, slice(middle, self.samples), 1)
@@ -305,10 +305,10 @@ class Rows:
         return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)
 
 
-class _Some(Rows):
+class _Some(LayerBatch):
     """Some of the samples of whole rows. What depends on all of a batch, as its normalisation does, stays as it is."""
 
-    def __init__(self, whole: Rows, samples: slice, half: int) -> None:
+    def __init__(self, whole: LayerBatch, samples: slice, half: int) -> None:
         of = whole.replicate
         super().__init__(whole._layer, whole._runs, whole._scale, Replicate(2 * of.index + half, 2 * of.count, of.seed))
         self._whole, self._slice = whole, samples

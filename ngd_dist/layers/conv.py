@@ -32,7 +32,7 @@ class Conv(Layer):
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
         return [cls(name, module)]  # torch's convolutions count samples in dimension 0, whatever the model does
 
     def expected_input(self, x: Tensor) -> str | None:

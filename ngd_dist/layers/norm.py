@@ -55,7 +55,7 @@ class ChannelNorm(Norm):
     """x [N, C, ...]: units are channels, positions are all that comes after them."""
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
         return [cls(name, module)]  # channels are dimension 1, whatever the model does
 
     def expected_input(self, x: Tensor) -> str | None:

@@ -12,7 +12,7 @@ from ngd_dist.factors.caches import Cache
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]
@@ -37,17 +37,17 @@ class Refreshed:
 class Preconditioner(ABC):
     """How one layer's gradient becomes its direction. Holds no tensors.
 
-    `statistics`: what is averaged over samples, ranks and time. `entries`: the forms of the entries of a cache; a dense
-    inverse's may be kept in 16 bits. `shared`: those of them that `estimate` reads, and which every rank therefore
-    gets; they follow from the statistics that are not `in_basis`. `parts`: the operations of making what a statistic
-    alone decides, of a cache that is made statistic by statistic; empty where it is made as a whole. `reads_slopes`:
-    whether `estimate` reads `Rows.slopes_BNPO`, for which activation modules are watched.
+    `statistics`: the tensors that are averaged over samples, ranks and time. `entries`: the forms of the entries of a
+    cache; a dense inverse may be kept in 16 bits. `shared`: the entries that `estimate` reads, and that every rank
+    therefore gets; they follow from the statistics that are not `in_basis`. `flops_by_statistic`: if each statistic
+    alone decides a part of the cache, the operations of making that part; empty if the cache is made as a whole.
+    `reads_slopes`: whether `estimate` reads `LayerBatch.slopes_BNPO`, for which activation modules are watched.
     """
 
     statistics: tuple[StatisticSpec, ...]
     entries: Mapping[str, Form]
     shared: tuple[str, ...] = ()
-    parts: Mapping[str, int] = MappingProxyType({})
+    flops_by_statistic: Mapping[str, int] = MappingProxyType({})
     reads_slopes: bool = False
 
     def __init__(self, shape: LayerShape) -> None:
@@ -59,7 +59,7 @@ class Preconditioner(ABC):
         return {name: form.shape for name, form in self.entries.items()}
 
     @abstractmethod
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         """Returns the due statistics of one micro-batch, each a mean over its samples. Called on every rank.
 
         A statistic that does not read gradients must not touch those of `rows`. `shared` lacks what no refresh has
@@ -112,8 +112,8 @@ class Preconditioner(ABC):
         """
         due = [spec for spec in self.statistics if spec.name in rows]
         estimates = sum(CALLS + rows[spec.name] * _row_flops(spec) for spec in due)
-        if self.parts:
-            return estimates + sum(self.parts[spec.name] for spec in due)
+        if self.flops_by_statistic:
+            return estimates + sum(self.flops_by_statistic[spec.name] for spec in due)
         return estimates + (0 if all(spec.in_basis for spec in due) else self.refresh_flops())
 
     @abstractmethod

@@ -10,7 +10,7 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Entrywise, Form
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.factors import Factors, factor_forms
 from ngd_dist.statistics.statistic import StatisticSpec
@@ -37,7 +37,7 @@ class EKFAC(Preconditioner):
         self.entries = {**self._factors.bases, "S": Form(shape.gradient), "damping": Form(())}
         self.shared = tuple(self._factors.bases)
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         found = self._factors.estimate(rows, due)
         if "S" in due and all(name in shared for name in self.shared):
             a_BNPI, g_BNPO = self._factors.inputs(rows), self._factors.output_gradients(rows)

@@ -13,7 +13,7 @@ from ngd_dist.factors.form import FactorForm, Form
 from ngd_dist.factors.kronecker import pi_split
 from ngd_dist.factors.root import Root
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache
 from ngd_dist.statistics.statistic import StatisticSpec
 
@@ -50,18 +50,18 @@ class Factors:
         """The forms of the bases, by factor; a factor whose basis is the standard one has none."""
         return {name: Form(form.basis) for name, form in self.forms.items() if form.basis}
 
-    def inputs(self, rows: Rows) -> Tensor:
+    def inputs(self, rows: LayerBatch) -> Tensor:
         """Returns a_BNPI, with P = 1 where positions are reduced."""
         if not self._reduces:
             return rows.a_BNPI
         positions = rows.positions_B.to(rows.a_BNPI)
         return rows.a_BNPI.sum(2, keepdim=True) / positions.where(positions > 0, 1).view(len(positions), -1, 1, 1)
 
-    def output_gradients(self, rows: Rows) -> Tensor:
+    def output_gradients(self, rows: LayerBatch) -> Tensor:
         """Returns g_BNPO, with P = 1 where positions are reduced."""
         return rows.g_BNPO.sum(2, keepdim=True) if self._reduces else rows.g_BNPO
 
-    def estimate(self, rows: Rows, due: frozenset[str]) -> dict[str, Tensor]:
+    def estimate(self, rows: LayerBatch, due: frozenset[str]) -> dict[str, Tensor]:
         """Returns those of A and G that are due; see `Preconditioner.estimate`."""
         found: dict[str, Tensor] = {}
         if "A" in due:
@@ -121,7 +121,7 @@ class Factors:
         entries = self._shape.blocks * self._shape.outputs * self._shape.inputs
         return entries * sum(form.product_flops for form in self.forms.values())
 
-    def _input_moment(self, rows: Rows) -> Tensor:
+    def _input_moment(self, rows: LayerBatch) -> Tensor:
         if self._shape.has_one_hot_inputs:
             return rows.input_squares_BI / rows.samples
         if self._reduces:
@@ -147,7 +147,7 @@ def factor_forms(shape: LayerShape, max_dense: int, rows: int | None = None) -> 
     return {"A": A, "G": factor_form(B, O, max_dense, rows)}
 
 
-def _positions(rows: Rows) -> Tensor:
+def _positions(rows: LayerBatch) -> Tensor:
     """Returns the positions of all samples, [B] or [1]. Some of a micro-batch's samples have their share of its own."""
     positions = rows.positions_B
     return (positions if positions.ndim == 1 else rows.mean_positions_B) * rows.samples

@@ -10,7 +10,7 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import FactorForm, Form
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.preconditioners.factors import Factors, factor_forms
 
@@ -37,7 +37,7 @@ class KFAC(Preconditioner):
         """Returns the forms of A and G. A subclass may choose others."""
         return factor_forms(shape, max_dense, config.rows)
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         return self._factors.estimate(rows, due)
 
     def problems(

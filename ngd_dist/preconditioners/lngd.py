@@ -9,7 +9,7 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.diagonal import Diagonal
 from ngd_dist.factors.form import FactorForm
 from ngd_dist.inversion import Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.preconditioners.factors import factor_form
 from ngd_dist.statistics.statistic import StatisticSpec
@@ -39,9 +39,9 @@ class LNGD(Preconditioner):
         self._forms: dict[str, FactorForm] = {"Phi": factor_form(B, I, max_dense), "Psi": Diagonal((B, O))}
         self.statistics = tuple(StatisticSpec(name, form, reads_gradients=False) for name, form in self._forms.items())
         self.entries = {name: form.inverse for name, form in self._forms.items()}
-        self.parts = {"Phi": self._forms["Phi"].inverse_flops, "Psi": B * O}
+        self.flops_by_statistic = {"Phi": self._forms["Phi"].inverse_flops, "Psi": B * O}
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         a_BNPI, slopes_BNPO, weight = rows.a_BNPI, rows.slopes_BNPO, 1 / rows.samples
         found: dict[str, Tensor] = {}
         if "Phi" in due:
@@ -82,7 +82,7 @@ class LNGD(Preconditioner):
         return self._forms["Psi"].left(cache["Psi"], self._forms["Phi"].right(grad_BOI, cache["Phi"]))
 
     def refresh_flops(self) -> int:
-        return sum(self.parts.values())
+        return sum(self.flops_by_statistic.values())
 
     def apply_flops(self) -> int:
         entries = self.shape.blocks * self.shape.outputs * self.shape.inputs

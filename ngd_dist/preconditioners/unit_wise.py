@@ -8,7 +8,7 @@ from torch import Tensor
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics.statistic import StatisticSpec
 
@@ -28,7 +28,7 @@ class UnitWise(Preconditioner):
         self.statistics = (StatisticSpec("F", form),)
         self.entries = {"F": form}
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "F" not in due:
             return {}
         a_NPO, g_NPO = rows.a_BNPI[0], rows.g_BNPO[0]

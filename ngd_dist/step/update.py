@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ngd_dist.capture.capture import Capture
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
-from ngd_dist.distributed import Collected, Findings
+from ngd_dist.distributed import GlobalMeans, StepResult
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.step.adaptation import Adaptation, Objective
 from ngd_dist.step.damping import damping_after
@@ -65,8 +65,8 @@ class Update:
         step: int,
         groups: list[dict[str, Any]],
         state: Mapping[Any, MutableMapping[str, Any]],
-        means: Collected,
-        findings: Findings,
+        means: GlobalMeans,
+        result: StepResult,
         objective: Objective | None,
     ) -> Adapted:
         """Collective. Moves the parameters that have a gradient on any rank, unless the step is of the burn-in.
@@ -78,7 +78,7 @@ class Update:
             group["damping"] = damping_after(self._config.damping_rule, group, step)
         if step <= self._config.burn_in:
             return Adapted()
-        steps = self._steps(groups, means, findings)
+        steps = self._steps(groups, means, result)
         trial = self._adaptation.begin(step, groups, steps, state, objective)
         if trial is None:
             return Adapted(reduction_ratio=math.nan)
@@ -93,11 +93,11 @@ class Update:
         return self._adaptation.end(trial, groups, objective)
 
     def _steps(
-        self, groups: Sequence[Mapping[str, Any]], means: Collected, findings: Findings
+        self, groups: Sequence[Mapping[str, Any]], means: GlobalMeans, result: StepResult
     ) -> dict[nn.Parameter, Tensor]:
         """Returns the step of each parameter; the fallback has moved its own by then."""
         there = self._gradients.there(everywhere=means.missing == 0)
-        directions = self.length.scale(findings.directions, findings.inner)
+        directions = self.length.scale(result.directions, result.inner)
         steps: dict[nn.Parameter, Tensor] = {}
         for layer in self._layers:
             steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
