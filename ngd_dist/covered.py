@@ -1,4 +1,4 @@
-"""One record per covered layer: its module's tensors, its preconditioner, its settings, and what travels of it."""
+"""One record per covered layer: its module's tensors, its preconditioner, its settings, and its layout on the wire."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ __all__ = ["CoveredLayer", "CoveredLayers"]
 class CoveredLayer:
     """A layer that is preconditioned.
 
-    group: the optimizer's param group of the layer's weight, whose lr and damping may change between steps.
+    group: the optimizer's param group of the layer's weight; its lr and damping may change between steps.
     """
 
     layer: Layer

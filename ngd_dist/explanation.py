@@ -1,4 +1,4 @@
-"""What `NGD.explain` prints: which layer gets what, at which cost, on which rank, and what is left to the fallback."""
+"""The table of `NGD.explain`: the method, cost and ranks of each layer, and the parameters of the fallback."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -32,7 +32,7 @@ def explain(
 
     gradient: [blocks x] outputs x inputs, a bias being the last input. refresh and apply: floating-point operations,
     once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer.
-    `activations`: by layer that has run, what was found to read its output, where the method asks.
+    `activations`: by layer that has run, the activation that reads its output, if the method asks for it.
     """
     rows = [_row(covered, sync, activations) for covered in layers.values()]
     flops = [(covered.method.refresh_flops(), covered.method.apply_flops()) for covered in layers.values()]
@@ -89,9 +89,9 @@ def _ranks(name: str, sync: Sync) -> str:
 
 
 def _bytes(covered: CoveredLayer) -> int:
-    """Returns what statistics and cache take on a rank that holds the layer and reports on it.
+    """Returns the bytes of statistics and cache on a rank that holds the layer and reports on it.
 
-    A statistic is held whole, and its value before the newest as it travels (packed, where symmetric).
+    A statistic is held whole, and its value before the newest as it travels (packed, if symmetric).
     """
     kept = sum(prod(spec.shape) + spec.form.numbers for spec in covered.method.statistics)
     cached = sum(prod(shape) for shape in covered.method.cache_shapes.values())

@@ -29,14 +29,14 @@ class NGD(Assembly):
     """Natural gradient descent as a torch optimizer: preconditions covered layers, leaves the rest to a fallback.
 
     model: every rank has the same weights, and the first dimension of its inputs counts samples. Bare, compiled, or
-        wrapped in DistributedDataParallel; for a bare model the strategy averages the gradients over ranks, for a
-        wrapped one DDP has.
+        wrapped in DistributedDataParallel; if it is bare, NGD averages the
+        gradients over ranks; if it is wrapped, DDP has averaged them.
     config: the mathematics; see `NGDConfig`.
     param_groups: as for any torch optimizer, with lr, momentum, weight_decay and damping. Parameters in no group are
-        left alone. Default: one group with all parameters that are trainable, and those that are unfrozen later. A
-        layer's damping is that of its weight's group.
+        left alone. Default: one group with all parameters that are trainable, and those that are unfrozen later. The
+        group of a layer's weight gives the layer's damping.
     process_group: the ranks that share a batch; default: the whole world.
-    grad_scaler: the GradScaler that scales the loss, where one does.
+    grad_scaler: the GradScaler that scales the loss, if there is one.
 
     Collective: every rank calls the constructor, `step`, `zero_grad`, `add_param_group`, `state_dict` and
     `load_state_dict`, in the same order. Copies (`copy.deepcopy`, `pickle`) bring a copy of the model along.
@@ -55,7 +55,7 @@ class NGD(Assembly):
     (3, [0, 0, 0, 0])
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to skip a step that overflowed
+    _step_supports_amp_scaling = True  # so that a GradScaler lets `step` itself skip a step that overflowed
 
     @property
     def statistic_names(self) -> list[str]:
@@ -65,12 +65,12 @@ class NGD(Assembly):
     def fisher_backward(self, output: Any, *, ignored: Tensor | None = None) -> None:
         """Gives the statistics the gradients of the model's own predictions, unless `config.fisher` is empirical.
 
-        output: what the model returned: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput, of which
-            logits count where keys name them. All are read by the likelihood of `config.fisher`.
-        ignored: bool, in the shape of the output without C: where the loss reads no prediction, as with the label -100.
+        output: the model's result: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput. If keys name
+            logits, the logits alone count. The likelihood of `config.fisher` reads all of them.
+        ignored: bool, in the shape of the output without C; true where the loss reads no prediction (label -100).
 
-        Call it once per forward pass, between it and `loss.backward()`. It runs the backward passes that this step
-        needs, often none, and touches no parameter's gradient.
+        Call it once per forward pass, after the pass and before `loss.backward()`. It runs the backward passes that
+        this step needs, often none, and touches no parameter's gradient.
         Raises: ConfigError for an output with too many dimensions for the exact Fisher; CaptureError.
 
         >>> from ngd_dist.config import MonteCarlo, NGDConfig
@@ -86,8 +86,8 @@ class NGD(Assembly):
     def paused(self) -> AbstractContextManager[None]:
         """Returns a context in which no forward or backward pass counts for the statistics.
 
-        For passes that add to `grad` and are not the step's own. Those that leave `grad` alone need it not, nor those
-        that a `zero_grad` follows.
+        It is for passes that add to `grad` and are no part of the step. Passes that leave `grad` alone don't need it,
+        nor do passes that a `zero_grad` follows.
 
         >>> model = nn.Linear(8, 4)
         >>> optimizer = NGD(model)
@@ -99,7 +99,7 @@ class NGD(Assembly):
         return self._capture.paused()
 
     def samples(self, count: int) -> AbstractContextManager[None]:
-        """Returns a context whose forward passes have so many samples each, where inputs and outputs don't tell.
+        """Returns a context that states the samples of each forward pass, if inputs and outputs don't tell.
 
         Raises: ConfigError for a count below 1.
 
@@ -115,7 +115,7 @@ class NGD(Assembly):
         return self._capture.batches.stated(count)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's. Forgets the statistics of the passes whose gradients it clears; then it is collective.
+        """As torch's. Forgets the statistics of passes whose gradients it clears; if there are any, it is collective.
 
         >>> model = nn.Linear(8, 4)
         >>> optimizer = NGD(model)
@@ -136,12 +136,13 @@ class NGD(Assembly):
     def step(self, closure: Callable[[], float] | None = None, *, objective: Objective | None = None) -> float | None:
         """Collective. Updates the parameters from their gradients; returns the closure's loss, if one is given.
 
-        objective: returns (loss, output) of the batch, or a part of it, without differentiating: for the settings that
-            adapt to the loss, which evaluate it again (`config.needs_objective`).
+        objective: returns (loss, output) of the batch, or a part of it, without differentiating. Settings that adapt to
+            the loss evaluate it again (`config.needs_objective`).
 
-        A parameter whose `grad` is None on every rank is left alone, as by torch's optimizers; on some, it counts as
-        zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the config says;
-        NonFiniteError; InversionError; CollectiveError. ConfigError for parameters that NGD was not built with.
+        If the `grad` of a parameter is None on every rank, the parameter is left alone, as by torch's optimizers; on
+        some ranks, it counts as zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the
+        config says; NonFiniteError; InversionError; CollectiveError. ConfigError for parameters that NGD was not built
+        with.
 
         >>> from ngd_dist.config import NGDConfig, QuadraticModel
         >>> model, x, y = nn.Linear(8, 4), torch.randn(32, 8), torch.randint(4, (32,))
@@ -181,7 +182,7 @@ class NGD(Assembly):
         return loss
 
     def explain(self) -> str:
-        """Returns a table of each layer's treatment and its cost, and why the fallback has the other parameters.
+        """Returns a table of each layer's method and cost, and the reason why the fallback has each other parameter.
 
         >>> print(NGD(nn.Sequential(nn.Linear(8, 4), nn.PReLU())).explain())
         kfac, empirical Fisher, adaptive refresh, single in one process
@@ -203,7 +204,7 @@ class NGD(Assembly):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Collective. Returns the whole state on every rank: torch's, and under "ngd" the layers' by name.
+        """Collective. Returns the whole state on every rank: torch's, and under "ngd" that of each layer by name.
 
         >>> sorted(NGD(nn.Linear(8, 4)).state_dict())
         ['ngd', 'param_groups', 'state']
@@ -251,7 +252,7 @@ class NGD(Assembly):
         return self._sync.collect(LocalContribution(flags, counts, gradients, plain))
 
     def _skip(self) -> None:
-        """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
+        """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError, if the config says so."""
         is_scaled = hasattr(self, "found_inf")
         self._loss_scale.report_overflow(self)
         self._begin_step(self.stats.step + 1)
@@ -275,7 +276,7 @@ class NGD(Assembly):
         return StepResult(directions, reports, inner)
 
     def _check(self, reports: Mapping[Key, RefreshReport]) -> None:
-        """Raises on every rank or on none, since every rank has the same reports; arms again for who goes on."""
+        """Raises on all ranks or on none: all have the same reports. A caller that catches the error may go on."""
         wrong = sorted({key.layer for key, report in reports.items() if report.verdict is Verdict.MISCOUNTED})
         bound, before = self.config.max_failed_inversions, self.stats.failed_inversions
         error = self._capture.miscount(wrong[0]) if wrong else too_many_failed(bound, before, reports)
@@ -309,7 +310,7 @@ class NGD(Assembly):
         self._begin_step(step + 1)
 
     def _report_unseen(self, layers: Iterable[str]) -> None:
-        """Tells once of each layer that has gradients but never ran: something uses its weights past its module."""
+        """Warns once for each layer that has gradients but never ran: something uses its weights without its module."""
         for name in set(layers):
             parameters = self._covered[name].layer.parameters
             if (

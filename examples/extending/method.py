@@ -33,12 +33,12 @@ class DiagonalFisher(Preconditioner):
         self.statistics = (StatisticSpec("D", Entrywise(shape.gradient)),)
         self.entries = {"inverse": Form(shape.gradient)}
 
-    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "D" not in due:
             return {}
         # Shapes: B blocks, N samples, P positions, I inputs, O outputs. A sample's gradient is a sum over positions.
-        gradients_BNOI = rows.g_BNPO.mT @ rows.a_BNPI
-        return {"D": gradients_BNOI.square().sum(1) / rows.samples}
+        gradients_BNOI = batch.g_BNPO.mT @ batch.a_BNPI
+        return {"D": gradients_BNOI.square().sum(1) / batch.samples}
 
     def refresh(
         self,

@@ -137,10 +137,10 @@ class Capture:
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
-    def rows(self, layer: str) -> list[LayerBatch]:
+    def layer_batches(self, layer: str) -> list[LayerBatch]:
         """Returns the rows of the layer's micro-batches, where they are kept."""
         self._settle()
-        return self.measurement.rows.get(layer, [])
+        return self.measurement.layer_batches.get(layer, [])
 
     def miscounted(self) -> dict[str, int]:
         """Returns the layers that have had more micro-batches than the config says."""
@@ -173,7 +173,7 @@ class Capture:
     @property
     def activations(self) -> Mapping[str, str | None]:
         """By layer that has run, the type of the activation that read it; empty where no method asks for slopes."""
-        return {} if self._activations is None else self._activations.found
+        return {} if self._activations is None else self._activations.by_layer
 
     @property
     def is_under_way(self) -> bool:

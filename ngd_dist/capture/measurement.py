@@ -91,7 +91,7 @@ class Measurement:
         """Starts a new step."""
         self._step = step
         self.estimates.clear()
-        self.rows: dict[str, list[LayerBatch]] = {}
+        self.layer_batches: dict[str, list[LayerBatch]] = {}
         self.spoiled: set[str] = set()
         self._handed_over: set[str] = set()
         self.due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
@@ -128,7 +128,7 @@ class Measurement:
         if self.keeps_rows:
             # Rows of their own: those of the statistics hold on to all that was made of the runs.
             kept = [replace(run, slope=None) for run in runs]
-            self.rows.setdefault(name, []).append(self._rows_of(name, kept, scale, ignores=ignores))
+            self.layer_batches.setdefault(name, []).append(self._layer_batch(name, kept, scale, ignores=ignores))
         if self.source is Source.LOSS and name in self.due:
             self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores))
             if self.estimates.passes[name] == self._config.micro_batches:
@@ -144,7 +144,7 @@ class Measurement:
     def forget(self, name: str) -> None:
         """Forgets what one layer has had."""
         self.estimates.forget(name)
-        self.rows.pop(name, None)
+        self.layer_batches.pop(name, None)
         self.spoiled.discard(name)
         if name in self._handed_over:  # a value that has left can't be taken back
             self.spoiled.add(name)
@@ -179,7 +179,7 @@ class Measurement:
             )
         return runs
 
-    def _rows_of(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> LayerBatch:
+    def _layer_batch(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> LayerBatch:
         # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
         # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
         scale /= runs[0].sharers ** 0.5
@@ -187,7 +187,7 @@ class Measurement:
 
     def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
         assert origin.scale is not None
-        rows = self._rows_of(name, runs, origin.scale, ignores=origin.ignores)
+        rows = self._layer_batch(name, runs, origin.scale, ignores=origin.ignores)
         # Autocast, where backward runs under it, would form the products in 16 bits.
         with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
             self.estimates.add(name, rows, self.due[name], is_first=origin.is_first, weight=origin.weight)

@@ -1,6 +1,6 @@
 """How statistics, gradients, inverses and directions move between ranks. Start at `sync.Sync`.
 
-What `NGDConfig.strategy` chooses is who does what (`placement`); the movement is the same code for all.
+`NGDConfig.strategy` chooses the roles of the ranks (`placement`); the movement is the same code for all strategies.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ def build_sync(
     engine: Engine,
     settled: Mapping[str, Roles],
 ) -> Sync:
-    """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
+    """Collective. Returns the movement of the configured strategy, or of the default one. Raises: ConfigError.
 
-    costs: of refreshing each layer. settled: the roles of layers that keep theirs.
+    costs: the operations of refreshing each layer. settled: the roles of the layers that keep them.
     """
     sums = config.loss_reduction == "sum"
     engine.check_reduction(config.loss_reduction)

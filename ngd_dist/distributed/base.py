@@ -1,4 +1,4 @@
-"""What a rank brings to a step, what it gets back, and what ranks tell each other."""
+"""The records of a step: a rank's contribution, the global means, the result, and the reports between ranks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,13 @@ UNMEASURED = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class RefreshReport:
-    """What the first owner of a layer found when one of its statistics was due. Travels as numbers.
+    """The owner's report on a statistic of its layer that was due. Travels as numbers.
 
-    `rows`: how many all ranks estimated it from. `change` and `change_to_before`: relative to the last value in use,
-    and to the one before. `noise`: the value's own relative sampling error. `threshold`: what the changes were held
-    against. `error`: of the inverse that was in use, for the new value. `residual`: of the new inverse. `seconds`: host
-    time on the owner, for estimating the statistic and for its inversion. Infinity stands for what was not measured.
+    `rows`: the number from which all ranks estimated it. `change` and `change_to_before`: relative to the last value in
+    use, and to the one before. `noise`: the relative sampling error of the value. `threshold`: the bound for the
+    changes. `error`: that of the inverse that was in use, for the new value. `residual`: that of the new inverse.
+    `seconds`: host time on the owner, for estimating the statistic and for its inversion. A number that was not
+    measured is infinity.
     """
 
     verdict: Verdict
@@ -51,8 +52,8 @@ class RefreshReport:
     seconds: float = 0.0
 
     @property
-    def makes_anew(self) -> bool:
-        """Whether what the statistic is for is made anew: not if the old one was measured, and found good enough."""
+    def rebuilds(self) -> bool:
+        """Whether the inverse or basis is made again: not if the old one was measured and is good enough."""
         is_kept = self.error != UNMEASURED and self.verdict is not Verdict.CHANGED
         return self.verdict in REFRESHED and not is_kept
 
@@ -73,10 +74,10 @@ REPORT_NUMBERS = len(fields(RefreshReport))
 
 @dataclass(frozen=True, slots=True)
 class CaptureCount:
-    """What stands behind the means of one layer's due statistics, over all ranks.
+    """The counts behind the means of one layer's due statistics, over all ranks.
 
-    `ranks` captured it, in so many `replicates` and `rows`. `squares`: by statistic, the mean over replicates of their
-    squared norms; empty where noise is not measured.
+    `ranks`: those that captured it. `rows`, `replicates`: of all ranks. `squares`: by statistic, the mean of the
+    squared norms of its replicates; empty if noise is not measured.
     """
 
     ranks: int
@@ -85,7 +86,7 @@ class CaptureCount:
     squares: Mapping[str, float]
 
     def noise(self, statistic: str, norm: float) -> float:
-        """Returns the relative sampling error of a mean of this norm; infinity where replicates can't tell it.
+        """Returns the relative sampling error of a mean of this norm; infinity if replicates can't tell it.
 
         The K replicates X_k of a mean X scatter about it by mean_k ||X_k||^2 - ||X||^2; 1 / (K - 1) of that is the
         expected squared error of X, for shares of any size.
@@ -99,9 +100,9 @@ class CaptureCount:
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """What travels of one layer: its gradient's shape, [B, O, I]; its statistics; the entries of its cache.
+    """The tensors of one layer that travel: its gradient, of shape [B, O, I]; its statistics; the entries of its cache.
 
-    `dtype`: of these entries. `shared`: those that every rank needs, of which each is a function of the statistics that
+    `dtype`: that of the entries. `shared`: the entries that every rank needs; each is a function of the statistics that
     are not `in_basis`.
     """
 
@@ -114,7 +115,7 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class LocalContribution:
-    """What one rank brings to a step, beside the statistics that it has offered.
+    """One rank's part of a step, beside the statistics that it has offered.
 
     `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and the number of parameters without one. `counts`:
     by due layer, this rank's part of the sums in a `CaptureCount`: 1 or 0 for whether it was captured, NaN if in too
@@ -134,8 +135,8 @@ class GlobalMeans:
     and all plain ones.
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers. `counts` has those of the layers that `statistics` has. `missing`:
-    the sum over ranks of how many parameters have no gradient.
+    did not run, and those of `miscounted` layers. `counts` has the layers that `statistics` has. `missing`: the sum
+    over ranks of the parameters without a gradient.
     """
 
     is_finite: bool
@@ -149,10 +150,10 @@ class GlobalMeans:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What follows from the means: one rank's part before `publish`, the whole after, the same on every rank.
+    """The directions and reports of a step: one rank's part before `publish`; after it the whole, on every rank.
 
-    `directions`, [B, O, I] by layer. `inner`, [rows, layers in registration order]: inner products per layer, 0 for
-    those that this rank does not hold; any number of rows, the same on every rank.
+    `directions`, [B, O, I] by layer. `inner`, [k, layers in registration order]: inner products per layer, 0 for those
+    that this rank does not hold; k is the same on every rank.
     """
 
     directions: dict[str, Tensor]
@@ -179,11 +180,11 @@ def read_counts(
 ) -> tuple[bool, int, frozenset[str], dict[str, CaptureCount]]:
     """Returns if all is finite, the missing gradients, the miscounted layers, and the counts of others that ran.
 
-    Reads two numbers, and a few per due layer, back to the host in one go: what was captured decides what is refreshed,
+    Reads two numbers, and a few per due layer, back to the host in one go: the captured layers decide the refreshes,
     and a step with a non-finite gradient must not begin. It is the one host read of a step without a refresh.
     """
     bad, missing, *numbers = torch.cat([flags, *counts.values()]).tolist()
-    found: dict[str, CaptureCount] = {}
+    captured: dict[str, CaptureCount] = {}
     miscounted: set[str] = set()
     for layer, count in counts.items():
         (ranks, rows, replicates, *squares), numbers = numbers[: len(count)], numbers[len(count) :]
@@ -192,5 +193,5 @@ def read_counts(
         elif 0 < ranks < math.inf:
             names = [key.statistic for key in due if key.layer == layer]
             means = {name: square / ranks for name, square in zip(names, squares, strict=False)}
-            found[layer] = CaptureCount(int(ranks), int(rows), int(replicates), means)
-    return bad == 0, int(missing), frozenset(miscounted), found
+            captured[layer] = CaptureCount(int(ranks), int(rows), int(replicates), means)
+    return bad == 0, int(missing), frozenset(miscounted), captured

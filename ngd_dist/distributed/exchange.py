@@ -1,4 +1,4 @@
-"""One exchange of tensors between all ranks, where each pair of ranks has its own list of them."""
+"""One exchange of tensors between all ranks, in which each pair of ranks has its own list of them."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
@@ -13,7 +13,7 @@ from ngd_dist.factors.codec import Field
 __all__ = ["Route", "begin_exchange"]
 
 Item = TypeVar("Item", bound=Hashable)
-# What the first rank sends to the second. A pure function of what all ranks know: both sides ask it.
+# The fields that the first rank sends to the second. A pure function of shared numbers: both sides call it.
 Route = Callable[[int, int], Mapping[Item, Field]]
 
 
@@ -26,16 +26,16 @@ def begin_exchange(
     *,
     kind: str,
 ) -> Pending[list[dict[Item, Tensor]]]:
-    """Collective. Sends `tensors` along the route, zeros for those that are not there.
+    """Collective. Sends `tensors` along the route, zeros for missing ones.
 
-    Once waited for, returns what each rank sent here, in rank order: views of one buffer. What a rank sends to itself
-    is returned as it is.
+    Once waited for, returns the tensors of each rank in rank order: views of one buffer. Tensors that a rank sends to
+    itself are returned as they are.
     """
     zero = torch.zeros((), device=device)
     here, everyone = comm.rank, range(comm.world_size)
     outgoing = [route(here, r) for r in everyone]
     incoming = [route(r, here) for r in everyone]
-    own = {item: tensors[item] for item in outgoing[here] if item in tensors}
+    kept = {item: tensors[item] for item in outgoing[here] if item in tensors}
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     packed = [
         nothing if r == here else pack_bytes([*fields.values()], [tensors.get(i, zero) for i in fields], device)
@@ -46,7 +46,7 @@ def begin_exchange(
     def unpack() -> list[dict[Item, Tensor]]:
         received = zip(incoming, pending.wait(), strict=True)
         return [
-            own if r == here else dict(zip(fields, unpack_bytes([*fields.values()], buffer), strict=True))
+            kept if r == here else dict(zip(fields, unpack_bytes([*fields.values()], buffer), strict=True))
             for r, (fields, buffer) in enumerate(received)
         ]
 

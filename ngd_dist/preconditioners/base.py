@@ -59,7 +59,7 @@ class Preconditioner(ABC):
         return {name: form.shape for name, form in self.entries.items()}
 
     @abstractmethod
-    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         """Returns the due statistics of one micro-batch, each a mean over its samples. Called on every rank.
 
         A statistic that does not read gradients must not touch those of `rows`. `shared` lacks what no refresh has

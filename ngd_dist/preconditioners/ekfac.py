@@ -37,11 +37,11 @@ class EKFAC(Preconditioner):
         self.entries = {**self._factors.bases, "S": Form(shape.gradient), "damping": Form(())}
         self.shared = tuple(self._factors.bases)
 
-    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
-        found = self._factors.estimate(rows, due)
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        found = self._factors.estimate(batch, due)
         if "S" in due and all(name in shared for name in self.shared):
-            a_BNPI, g_BNPO = self._factors.inputs(rows), self._factors.output_gradients(rows)
-            found["S"] = _squares_in_basis(a_BNPI, g_BNPO, shared.get("A"), shared.get("G")) / rows.samples
+            a_BNPI, g_BNPO = self._factors.inputs(batch), self._factors.output_gradients(batch)
+            found["S"] = _squares_in_basis(a_BNPI, g_BNPO, shared.get("A"), shared.get("G")) / batch.samples
         return found
 
     def problems(

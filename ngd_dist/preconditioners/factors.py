@@ -50,25 +50,25 @@ class Factors:
         """The forms of the bases, by factor; a factor whose basis is the standard one has none."""
         return {name: Form(form.basis) for name, form in self.forms.items() if form.basis}
 
-    def inputs(self, rows: LayerBatch) -> Tensor:
+    def inputs(self, batch: LayerBatch) -> Tensor:
         """Returns a_BNPI, with P = 1 where positions are reduced."""
         if not self._reduces:
-            return rows.a_BNPI
-        positions = rows.positions_B.to(rows.a_BNPI)
-        return rows.a_BNPI.sum(2, keepdim=True) / positions.where(positions > 0, 1).view(len(positions), -1, 1, 1)
+            return batch.a_BNPI
+        positions = batch.positions_B.to(batch.a_BNPI)
+        return batch.a_BNPI.sum(2, keepdim=True) / positions.where(positions > 0, 1).view(len(positions), -1, 1, 1)
 
-    def output_gradients(self, rows: LayerBatch) -> Tensor:
+    def output_gradients(self, batch: LayerBatch) -> Tensor:
         """Returns g_BNPO, with P = 1 where positions are reduced."""
-        return rows.g_BNPO.sum(2, keepdim=True) if self._reduces else rows.g_BNPO
+        return batch.g_BNPO.sum(2, keepdim=True) if self._reduces else batch.g_BNPO
 
-    def estimate(self, rows: LayerBatch, due: frozenset[str]) -> dict[str, Tensor]:
+    def estimate(self, batch: LayerBatch, due: frozenset[str]) -> dict[str, Tensor]:
         """Returns those of A and G that are due; see `Preconditioner.estimate`."""
         found: dict[str, Tensor] = {}
         if "A" in due:
-            found["A"] = self._input_moment(rows)
+            found["A"] = self._input_moment(batch)
         if "G" in due:
-            weight = 1 / rows.samples if self._reduces else 1 / _positions(rows)
-            found["G"] = self.forms["G"].moment(self.output_gradients(rows), weight, rows.replicate)
+            weight = 1 / batch.samples if self._reduces else 1 / _positions(batch)
+            found["G"] = self.forms["G"].moment(self.output_gradients(batch), weight, batch.replicate)
         return found
 
     def damping(self, statistics: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
@@ -121,12 +121,12 @@ class Factors:
         entries = self._shape.blocks * self._shape.outputs * self._shape.inputs
         return entries * sum(form.product_flops for form in self.forms.values())
 
-    def _input_moment(self, rows: LayerBatch) -> Tensor:
+    def _input_moment(self, batch: LayerBatch) -> Tensor:
         if self._shape.has_one_hot_inputs:
-            return rows.input_squares_BI / rows.samples
+            return batch.input_squares_BI / batch.samples
         if self._reduces:
-            return self.forms["A"].moment(self.inputs(rows), 1 / rows.samples, rows.replicate)
-        return self.forms["A"].input_moment(rows)
+            return self.forms["A"].moment(self.inputs(batch), 1 / batch.samples, batch.replicate)
+        return self.forms["A"].input_moment(batch)
 
 
 def factor_form(blocks: int, width: int, max_dense: int, rows: int | None = None) -> FactorForm:
@@ -147,7 +147,7 @@ def factor_forms(shape: LayerShape, max_dense: int, rows: int | None = None) -> 
     return {"A": A, "G": factor_form(B, O, max_dense, rows)}
 
 
-def _positions(rows: LayerBatch) -> Tensor:
+def _positions(batch: LayerBatch) -> Tensor:
     """Returns the positions of all samples, [B] or [1]. Some of a micro-batch's samples have their share of its own."""
-    positions = rows.positions_B
-    return (positions if positions.ndim == 1 else rows.mean_positions_B) * rows.samples
+    positions = batch.positions_B
+    return (positions if positions.ndim == 1 else batch.mean_positions_B) * batch.samples

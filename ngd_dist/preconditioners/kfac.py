@@ -37,8 +37,8 @@ class KFAC(Preconditioner):
         """Returns the forms of A and G. A subclass may choose others."""
         return factor_forms(shape, max_dense, config.rows)
 
-    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
-        return self._factors.estimate(rows, due)
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        return self._factors.estimate(batch, due)
 
     def problems(
         self, statistics: Statistics, fresh: frozenset[str], damping: float, old: Cache | None

@@ -41,15 +41,15 @@ class LNGD(Preconditioner):
         self.entries = {name: form.inverse for name, form in self._forms.items()}
         self.flops_by_statistic = {"Phi": self._forms["Phi"].inverse_flops, "Psi": B * O}
 
-    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
-        a_BNPI, slopes_BNPO, weight = rows.a_BNPI, rows.slopes_BNPO, 1 / rows.samples
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        a_BNPI, slopes_BNPO, weight = batch.a_BNPI, batch.slopes_BNPO, 1 / batch.samples
         found: dict[str, Tensor] = {}
         if "Phi" in due:
             weighted = a_BNPI * slopes_BNPO.square().sum(-1, keepdim=True).sqrt()
-            found["Phi"] = self._forms["Phi"].moment(weighted, weight, rows.replicate)
+            found["Phi"] = self._forms["Phi"].moment(weighted, weight, batch.replicate)
         if "Psi" in due:
             lengths = a_BNPI.square().sum(-1, keepdim=True).sqrt()
-            found["Psi"] = self._forms["Psi"].moment(slopes_BNPO * lengths, weight, rows.replicate)
+            found["Psi"] = self._forms["Psi"].moment(slopes_BNPO * lengths, weight, batch.replicate)
         return found
 
     def problems(

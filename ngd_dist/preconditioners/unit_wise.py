@@ -28,10 +28,10 @@ class UnitWise(Preconditioner):
         self.statistics = (StatisticSpec("F", form),)
         self.entries = {"F": form}
 
-    def estimate(self, rows: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "F" not in due:
             return {}
-        a_NPO, g_NPO = rows.a_BNPI[0], rows.g_BNPO[0]
+        a_NPO, g_NPO = batch.a_BNPI[0], batch.g_BNPO[0]
         scale_NO = (a_NPO * g_NPO).sum(1)
         if not self._has_shift:
             return {"F": scale_NO.square().mean(0).unsqueeze(-1)}

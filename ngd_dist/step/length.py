@@ -68,7 +68,7 @@ class StepLength:
 
         Or, for a loss that is summed over samples, their sum: its Fisher is that of all samples together.
         """
-        total, micro_batches = direction_BOI.new_zeros(()), self.capture.rows(name)
+        total, micro_batches = direction_BOI.new_zeros(()), self.capture.layer_batches(name)
         for rows in micro_batches:
             squares = rows.along(direction_BOI).square()
             total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * rows.sharers)
