@@ -92,7 +92,7 @@ class Curvature:
             for name in dict.fromkeys(key.layer for key in refreshed)
         }
         for name, statistics in fresh.items():
-            self._begin_anew(name, statistics)
+            self._reset_in_basis(name, statistics)
         # If only the damping moved and an inversion fails, the old inverse stays until the next refresh.
         drifted = self._drifted()
         here = [name for name in drifted if self._sync.inverts(name)]
@@ -148,7 +148,7 @@ class Curvature:
         for name, cache in self._sync.share(self.caches, entries).items():
             self.take(name, cache)
 
-    def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
+    def _reset_in_basis(self, name: str, fresh: frozenset[str]) -> None:
         """Forgets the statistics that were measured in a basis that is about to be replaced."""
         in_basis = {spec.name for spec in self._layers[name].method.statistics if spec.in_basis}
         if fresh - in_basis:
@@ -232,7 +232,7 @@ class Curvature:
         ]
 
     def _redamped(self, name: str, fresh: Mapping[str, frozenset[str]]) -> frozenset[str]:
-        """Returns the statistics that count as new if a layer is damped again: any that make a part of the cache too."""
+        """Returns the statistics that count as new if a layer is damped again: any that makes a part of the cache."""
         return fresh[name] | self._layers[name].method.flops_by_statistic.keys() if name in fresh else frozenset()
 
 

@@ -2,7 +2,7 @@
 
 N is a property of the batch, not of a layer: the first dimension of a layer's input may count windows or tokens. N is
 stated (`Batches.stated`), or it is the one size that the model's inputs have in common; if they have several sizes, it
-is the one that the outputs share with them. If the model itself is not called, it is the one size of its layers' inputs.
+is the one that the outputs share with them. If the model is not called itself, it is the one size of layers' inputs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ STATE_IT = "state it: `with optimizer.samples(n): ...` around the forward pass"
 
 
 class Batch:
-    """One forward pass. `sizes`: those of its inputs in the sample dimension; empty if the model itself is not called."""
+    """One forward pass. `sizes`: those of its inputs in the sample dimension; empty without a call of the model."""
 
     def __init__(self, dim: int, sizes: frozenset[int], stated: int | None = None) -> None:
         self._dim = dim
@@ -187,8 +187,8 @@ class Batches:
 def predictions(output: Any) -> list[Tensor]:
     """Returns the tensors of a model's result that predict labels.
 
-    If it is a mapping (a dict, a ModelOutput) whose keys name logits, these; else every floating tensor with a dimension
-    for samples, which leaves out a loss beside them.
+    If it is a mapping (a dict, a ModelOutput) whose keys name logits, these; else every floating tensor that has a
+    dimension for samples, which leaves out a loss beside them.
     """
     if isinstance(output, Mapping):
         named = [value for key, value in output.items() if str(key) == "logits" or str(key).endswith("_logits")]

@@ -16,7 +16,7 @@ __all__ = ["UnitWise"]
 
 
 class UnitWise(Preconditioner):
-    """F [O, 3] holds (a, b, d) of the block [[a, b], [b, d]] of each unit; [O, 1] where there is a scale alone.
+    """F [O, 3] holds (a, b, d) of the block [[a, b], [b, d]] of each unit; [O, 1] if there is only a scale.
 
     Rows are the normalised inputs, one per unit: a_BNPI is [1, N, P, O]. Source: [OT20], unit-wise.
     """
