@@ -1,4 +1,4 @@
-"""Methods that take a fixed amount of work: Cholesky, Woodbury's identity, reciprocals, the eigendecomposition."""
+"""Methods with a fixed amount of work: Cholesky, Woodbury's identity, reciprocals, the eigendecomposition."""
 
 from functools import lru_cache
 
@@ -61,7 +61,7 @@ def damped(factor: Tensor, damping: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor, dtype: torch.dtype | None = None) -> RawInverse:
-    """Returns the inverses of positive definite matrices [B, n, n], rounded to a dtype (theirs) and judged so."""
+    """Returns the inverses of positive definite matrices [B, n, n], rounded to a dtype before they are judged."""
     triangle, info = torch.linalg.cholesky_ex(matrix)
     is_definite = info == 0
     # cholesky_inverse raises on a zero of the diagonal, which a factorisation that failed may leave.
@@ -87,7 +87,7 @@ def reciprocal(factor: Tensor, damping: Tensor) -> RawInverse:
 
 
 def outcome(matrix: Tensor, inverse: Tensor, is_definite: Tensor) -> Tensor:
-    """Returns [B, 3]: see `RawInverse`. The residual is that of the inverse as it is, in the dtype of the matrix.
+    """Returns [B, 3]: see `RawInverse`. The residual is that of the rounded inverse, in the dtype of the matrix.
 
     It is ||V - X (inverse V)||_F / ||V||_F for a few random columns V, O(n^2), where the full product is O(n^3). Its
     square has the mean ||I - X inverse||_F^2 / n.
@@ -133,12 +133,12 @@ def error_of(factor: Tensor, damping: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _facts(given: Tensor, is_definite: Tensor, rest: Tensor) -> Tensor:
-    """Returns [B, 3] from what was inverted, [B, ..., n], and what the inverse leaves of the probes, [B, n, PROBES]."""
+    """Returns [B, 3] from the inverted matrices or rows, [B, ..., n], and the rest of the probes, [B, n, PROBES]."""
     residual = torch.linalg.vector_norm(rest, dim=(-2, -1)) / torch.linalg.vector_norm(probes(given))
     is_finite = torch.isfinite(given.sum((-2, -1)))  # a sum has NaN or infinity if an entry has
     return torch.stack([is_finite.to(residual.dtype), is_definite.to(residual.dtype), residual], -1)
 
 
-def _outcome(found: RawInverse) -> tuple[Tensor, list[list[float]]]:
-    value, outcomes = found
+def _outcome(inverse: RawInverse) -> tuple[Tensor, list[list[float]]]:
+    value, outcomes = inverse
     return value, outcomes.reshape(-1, outcomes.shape[-1]).tolist()

@@ -1,4 +1,4 @@
-"""All of a step's inversions: factors of one size are inverted by one call, and what fails is tried another way."""
+"""All inversions of a step: one call inverts the factors of one size, and failed ones are tried another way."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from ngd_dist.inversion.problem import (
 
 __all__ = ["solve"]
 
-# Of one batch: 256 MiB in float32. A factor is never divided.
+# The entries of one batch: 256 MiB in float32. A factor is never divided.
 MAX_ENTRIES = 2**26
 AUTOMATIC = AutomaticInversion()
 
@@ -59,7 +59,7 @@ def solve(problems: Mapping[Name, Problem], choice: InversionChoice = AUTOMATIC)
     """Returns the solution of each problem, batched by size, dtype and device.
 
     Everything is queued before anything is read: the host waits once for each rung of the ladder that some factor
-    takes, and once more to look at what Newton-Schulz may be tried on.
+    takes, and once more if Newton-Schulz may be tried.
     """
     with _exact_products():
         inverted = _invert_all({n: p for n, p in problems.items() if not isinstance(p, ToDecompose)}, choice)
@@ -159,7 +159,7 @@ def _take(batch: Sequence[_Task], values: Tensor, outcomes: list[list[float]]) -
     for task in batch:
         assert task.next_try is not None
         end = begin + len(task.factor)
-        # Of its own storage: a view would keep the whole batch alive for as long as this one inverse is in use.
+        # A copy: a view would keep the whole batch alive for as long as this one inverse is in use.
         value = values[begin:end].clone() if len(batch) > 1 else values
         method = task.next_try.method
         task.inverse = judged(method, value, outcomes[begin:end], iterations)
@@ -171,17 +171,17 @@ def _decompose_all(problems: Mapping[Name, ToDecompose]) -> dict[Name, Eigen]:
     alike: dict[Hashable, list[Name]] = defaultdict(list)
     for name, problem in problems.items():
         alike[_kind(problem.factor)].append(name)
-    found: dict[Name, Eigen] = {}
+    solutions: dict[Name, Eigen] = {}
     for names in alike.values():
         factors = [problems[name].factor for name in names]
         whole = eigen(torch.cat(factors)) if len(names) > 1 else None
         if whole is None or whole.values is None or whole.vectors is None:
-            found |= {name: eigen(factor) for name, factor in zip(names, factors, strict=True)}
+            solutions |= {name: eigen(factor) for name, factor in zip(names, factors, strict=True)}
             continue
         sizes = [len(factor) for factor in factors]
         parts = zip(whole.values.split(sizes), whole.vectors.split(sizes), strict=True)
-        found |= {n: Eigen(v.clone(), u.clone(), Ending.OK) for n, (v, u) in zip(names, parts, strict=True)}
-    return found
+        solutions |= {n: Eigen(v.clone(), u.clone(), Ending.OK) for n, (v, u) in zip(names, parts, strict=True)}
+    return solutions
 
 
 def _kind(factor: Tensor) -> tuple[Hashable, ...]:
@@ -190,7 +190,7 @@ def _kind(factor: Tensor) -> tuple[Hashable, ...]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Has float32 products computed in float32, whatever the user allows: with TF32 no residual would be accurate."""
+    """Computes float32 products in float32 even if the user allows TF32: no residual would be accurate."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]
     try:

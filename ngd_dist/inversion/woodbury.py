@@ -1,7 +1,7 @@
-"""The damped inverse of a factor that is known by its rows, X^T X with X [B, R, n] and R < n, without forming it.
+"""The damped inverse of X^T X with rows X [B, R, n] and R < n, without forming X^T X.
 
 Woodbury's identity: (X^T X + d I)^-1 = (I - Z^T Z) / d with Z = L^-1 X and L L^T = X X^T + d I. The solve is R x R, and
-a product with the inverse takes 4 R operations an entry where the dense inverse takes 2 n.
+a product with the inverse takes 4R operations per entry instead of the 2n of a dense inverse.
 """
 
 import torch

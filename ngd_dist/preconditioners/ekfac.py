@@ -47,7 +47,7 @@ class EKFAC(Preconditioner):
     def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
     ) -> dict[str, Problem]:
-        """Returns the factors if one is new, and then an old S belongs to the old basis; else nothing."""
+        """Returns the factors if one is new, else nothing. An earlier S belongs to the old basis."""
         return self._factors.to_decompose(statistics) if _is_new_basis(fresh, old) else {}
 
     def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:

@@ -27,7 +27,7 @@ class StatisticSpec:
     """The description of one of a preconditioner's statistics.
 
     `form`: the form of its value. `reads_gradients`: whether it needs output gradients, of the loss or of a Fisher
-    pass, or the forward pass alone. `in_basis`: whether it is measured in a basis of the cache, and starts again if that
+    pass, or the forward pass alone. `in_basis`: whether it is measured in a basis of the cache, and restarts when that
     changes.
     """
 

@@ -304,7 +304,7 @@ def _undisturbed(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> I
 
 @contextmanager
 def _substituted(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Puts these tensors in place of the parameters, and copies in place of the buffers, in all modules that have them."""
+    """Puts these tensors in place of the parameters, and copies in place of the buffers, in all their modules."""
     standing_in: dict[Tensor, Tensor] = {buffer: buffer.clone() for buffer in model.buffers()}
     standing_in.update(replaced.items())
     modules = list(model.modules())
