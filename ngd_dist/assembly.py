@@ -251,7 +251,7 @@ class Assembly(torch.optim.Optimizer):
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
             engine=self._engine,
-            settled=self._sync.placement.roles if self._is_built else {},
+            fixed=self._sync.placement.roles if self._is_built else {},
         )
 
     def _report_plain(self) -> None:

@@ -121,7 +121,7 @@ class Curvature:
             )
         return refreshes
 
-    def settle(self, reports: Mapping[Key, RefreshReport]) -> None:
+    def note_refreshes(self, reports: Mapping[Key, RefreshReport]) -> None:
         """Notes the layers that were refreshed on any rank, from the reports that every rank has."""
         refreshed = [key for key, report in reports.items() if report.rebuilds]
         for name in {key.layer for key in refreshed}:

@@ -172,7 +172,7 @@ class NGD(Assembly):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
                 result = self._sync.publish(self._local_result(directions, means, reports), due)
-            self._curvature.settle(result.reports)
+            self._curvature.note_refreshes(result.reports)
             self._check(result.reports)
             with phase("update"):
                 move = self._update.move

@@ -64,7 +64,7 @@ class Batch:
 
         Raises: CaptureError if N, or the rows of a sample, can't be told.
         """
-        samples = self._settled(size)
+        samples = self._sample_count(size)
         if size == 1:
             return 1, samples
         if size % samples:
@@ -96,7 +96,7 @@ class Batch:
         mask = g.detach().ne(0).any(class_dim if g.ndim > 2 else -1)
         self._arrived.setdefault(backward_task(), {})[index] = mask
 
-    def _settled(self, size: int) -> int:
+    def _sample_count(self, size: int) -> int:
         if self._samples is not None:
             return self._samples
         if not self._sizes:

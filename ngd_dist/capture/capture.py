@@ -133,13 +133,13 @@ class Capture:
 
     def take(self) -> dict[Key, Tensor]:
         """Returns the statistics captured since `begin_step`, without layers that did not run, or ran too often."""
-        self._settle()
+        self._close_micro_batches()
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
     def layer_batches(self, layer: str) -> list[LayerBatch]:
         """Returns the micro-batches of the layer, if their rows are kept."""
-        self._settle()
+        self._close_micro_batches()
         return self.measurement.layer_batches.get(layer, [])
 
     def miscounted(self) -> dict[str, int]:
@@ -223,7 +223,7 @@ class Capture:
         if not self._has_run:
             raise self.measurement.error(
                 "no covered layer has run since the last call; call fisher_backward(output) once after "
-                "each forward pass, on what that pass returned, outside torch.no_grad()"
+                "each forward pass, on the output of that pass, outside torch.no_grad()"
             )
         # As small as the gradients of the loss: a GradScaler has made room for these.
         scale = self.measurement.scale(outputs[0].shape[0])
@@ -354,7 +354,7 @@ class Capture:
         if not (keeps or self.measurement.keeps_rows) and (not may_go_on or name in self._single):
             self.measurement.close(name, micro.close())
 
-    def _settle(self) -> None:
+    def _close_micro_batches(self) -> None:
         """Makes statistics of all passes that have come; no more will."""
         for name, passes in self._passes.items():
             if not passes.micro_batches and any(p.grad is not None for p in self._layers[name].parameters):

@@ -173,8 +173,8 @@ class Measurement:
         sizes = sorted({run.samples * run.sharers for run in runs})
         if len(sizes) > 1:
             raise self.error(
-                f"layer {name!r} was run on batches of {sizes} samples for one loss; use batches of one size, put what "
-                "is no part of the loss into `with optimizer.paused():`, or set micro_batches if the loss of each is "
+                f"layer {name!r} was run on batches of {sizes} samples for one loss; use batches of one size, put "
+                "passes outside the loss into `with optimizer.paused():`, or set micro_batches if the loss of each is "
                 "divided by their number"
             )
         return runs

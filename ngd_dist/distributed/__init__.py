@@ -1,4 +1,4 @@
-"""How statistics, gradients, inverses and directions move between ranks. Start at `sync.Sync`.
+"""The movement of statistics, gradients, inverses and directions between ranks. Start at `sync.Sync`.
 
 `NGDConfig.strategy` chooses the roles of the ranks (`placement`); the movement is the same code for all strategies.
 """
@@ -29,11 +29,11 @@ def build_sync(
     dtype: torch.dtype,
     device: torch.device,
     engine: Engine,
-    settled: Mapping[str, Roles],
+    fixed: Mapping[str, Roles],
 ) -> Sync:
     """Collective. Returns the movement of the configured strategy, or of the default one. Raises: ConfigError.
 
-    costs: the operations of refreshing each layer. settled: the roles of the layers that keep them.
+    costs: the operations of refreshing each layer. fixed: the roles of the layers that keep them.
     """
     sums = config.loss_reduction == "sum"
     engine.check_reduction(config.loss_reduction)
@@ -49,7 +49,7 @@ def build_sync(
         fraction=choice.fraction if isinstance(choice, OwnerSharded) else 0.0,
         replicate_below=choice.replicate_below if isinstance(choice, OwnerSharded) else 0,
         everyone_inverts=isinstance(choice, AllReduce),
-        settled=settled,
+        fixed=fixed,
     )
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return Sync(

@@ -47,18 +47,18 @@ def place(
     fraction: float = 0.0,
     replicate_below: int = 0,
     everyone_inverts: bool = False,
-    settled: Mapping[str, Roles] | None = None,
+    fixed: Mapping[str, Roles] | None = None,
 ) -> Placement:
     """Returns the roles: the most expensive layer goes first, to the rank that has least to do.
 
     A share of the ranks holds a layer, `fraction` of them and one at least. All ranks refresh and hold a layer that
-    costs less than `replicate_below`, and every layer if `everyone_inverts`. Roles that are `settled` stay as they are.
+    costs less than `replicate_below`, and every layer if `everyone_inverts`. Roles that are `fixed` stay.
     Ties are broken by name and by rank, so that every rank computes the same answer. Source: [G69].
     """
     load = [0] * world_size
     everyone = tuple(range(world_size))
     held_by = max(1, ceil(fraction * world_size))
-    roles: dict[str, Roles] = {layer: role for layer, role in (settled or {}).items() if layer in costs}
+    roles: dict[str, Roles] = {layer: role for layer, role in (fixed or {}).items() if layer in costs}
     for layer, role in roles.items():
         load[role.owner] += costs[layer]
     for layer in sorted(costs.keys() - roles.keys(), key=lambda name: (-costs[name], name)):

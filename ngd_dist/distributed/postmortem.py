@@ -170,11 +170,11 @@ def _within(seconds: float, task: Callable[[], T]) -> list[T]:
     """
     results: list[T] = []
 
-    def attempt() -> None:
+    def run() -> None:
         with suppress(RuntimeError):
             results.append(task())
 
-    thread = threading.Thread(target=attempt, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     return results

@@ -36,7 +36,7 @@ class DDP(Engine):
 
     def check_unfrozen(self, count: int) -> None:
         raise ConfigError(
-            f"DDP averages the gradients of what was trainable when it was built: {count} parameters were not; after "
+            f"DDP averages only parameters that were trainable when it was built, and {count} were not; after "
             "unfreezing wrap the model again, and build a new NGD"
         )
 

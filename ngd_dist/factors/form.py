@@ -67,10 +67,10 @@ class Form:
         """Returns the value that was flattened."""
         return flat.view(self.shape)
 
-    def norm(self, value: Tensor, parts: int = 1) -> Tensor:
+    def norm(self, value: Tensor, replicates: int = 1) -> Tensor:
         """Returns the Frobenius norm of the matrix or tensor that the value stands for, [].
 
-        parts: the number of replicates, if the value is that of one replicate; see `FactorForm.moment`.
+        replicates: their number, if the value is that of one replicate; see `FactorForm.moment`.
         """
         norm: Tensor = torch.linalg.vector_norm(value)
         return norm

@@ -21,10 +21,10 @@ class Root(FactorForm):
     direct = Direct(Method.WOODBURY, woodbury)
     lacks_damping = True
 
-    def norm(self, value: Tensor, parts: int = 1) -> Tensor:
+    def norm(self, value: Tensor, replicates: int = 1) -> Tensor:
         # One replicate has only the rows of its share, scaled for the mean over all.
         norm: Tensor = torch.linalg.vector_norm(value @ value.mT)
-        return norm / parts
+        return norm / replicates
 
     def distance(self, value: Tensor, other: Tensor) -> Tensor:
         of_value, cross, of_other = (

@@ -64,7 +64,7 @@ def after(policy: Policy, conditioning: Conditioning, tried: Method, ending: End
 
 
 def ending_of(method: Method, *, is_finite: bool, is_definite: bool, residual: float) -> Ending:
-    """Returns how an inversion ended, from whether its matrix was finite and definite, and the inverse's residual."""
+    """Returns the ending of an inversion from the checks of its matrix and the residual of its inverse."""
     if not is_finite:
         return Ending.NON_FINITE
     if not is_definite:

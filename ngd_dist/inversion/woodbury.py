@@ -11,7 +11,7 @@ __all__ = ["damped_inverse", "product_left", "product_right"]
 
 
 def damped_inverse(rows_BRn: Tensor, damping_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns Z, [B, R, n], and the info of the Cholesky factorisation, [B]: not 0 where it failed. damping_B: [B]."""
+    """Returns Z, [B, R, n], and the info of the Cholesky factorisation, [B]: not 0 if it failed. damping_B: [B]."""
     gram = rows_BRn @ rows_BRn.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(damping_B.unsqueeze(-1))
     triangle, info = torch.linalg.cholesky_ex(gram)

@@ -70,7 +70,7 @@ def test_curvature_solves_with_the_means_that_it_is_given() -> None:
         dtype=F64,
         device=torch.device("cpu"),
         engine=Engine(),
-        settled={},
+        fixed={},
     )
     curvature = Curvature(layers, sync, CONFIG)
     factor_a, factor_g = factors(torch.randn(16, 5, dtype=F64), torch.randn(16, 3, dtype=F64))
