@@ -87,8 +87,8 @@ class SavedState:
     def gather(self, comm: Communicator, stats: StepStats) -> State:
         """Collective. Returns the whole state on every rank."""
         owned = {name: self._layer(name) for name, layer_format in self.formats.items() if layer_format.remembers}
-        parts = comm.all_gather_object("state_dict", owned)
-        layers = {name: state for part in parts for name, state in part.items()}
+        from_ranks = comm.all_gather_object("state_dict", owned)
+        layers = {name: state for from_rank in from_ranks for name, state in from_rank.items()}
         return self._with_layers(layers, stats)
 
     def local(self, stats: StepStats) -> State:

@@ -57,16 +57,16 @@ class _Mean:
         self.count += len(self.replicates)
         self.replicates = []
 
-    def scaled(self, passes: int, parts: int, divisor: int) -> tuple[Tensor | None, Tensor | None]:
+    def scaled(self, passes: int, shares: int, divisor: int) -> tuple[Tensor | None, Tensor | None]:
         """Returns the mean over `passes` micro-batches, and its mean square.
 
-        parts: the number of micro-batches that share a value, in forms that do. divisor: the loss of each was divided
+        shares: the number of micro-batches that share a value, in forms that do. divisor: the loss of each was divided
         by it, and g was not multiplied by it; a statistic has its square.
         """
-        if self.total is None or (passes == 1 and parts == 1 and divisor == 1):
+        if self.total is None or (passes == 1 and shares == 1 and divisor == 1):
             return self.total, self.square
         power = divisor**2 if self.spec.reads_gradients else 1
-        mean = self.spec.form.mean(self.total, passes, parts, power)
+        mean = self.spec.form.mean(self.total, passes, shares, power)
         return mean, None if self.square is None else self.square * (power**2 / passes)
 
 
@@ -75,7 +75,7 @@ class Estimates:
 
     def __init__(self, layers: CoveredLayers, config: NGDConfig, caches: Caches, *, is_alone: bool) -> None:
         self._layers = layers
-        self._parts = config.loss_parts
+        self._loss_parts = config.loss_parts
         self._counts_parts = config.micro_batches == "any"
         self._caches = caches
         self._measures = config.measures_noise
@@ -156,7 +156,7 @@ class Estimates:
 
     def _scaled(self, mean: _Mean, layer: str) -> tuple[Tensor | None, Tensor | None]:
         passes = self.passes[layer]
-        return mean.scaled(passes, self._parts, passes if self._counts_parts else 1)
+        return mean.scaled(passes, self._loss_parts, passes if self._counts_parts else 1)
 
     def _complete(self, layer: str) -> None:
         for key, mean in self._means.items():

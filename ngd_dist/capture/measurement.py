@@ -194,8 +194,8 @@ class Measurement:
 
     def _replicate(self, name: str) -> Replicate:
         """Returns the next micro-batch's part of the global batch; too many are an error of the step."""
-        parts = self._config.loss_parts
-        index = self._comm.rank * parts + self.estimates.passes.get(name, 0) % parts
+        loss_parts = self._config.loss_parts
+        index = self._comm.rank * loss_parts + self.estimates.passes.get(name, 0) % loss_parts
         return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
 
 

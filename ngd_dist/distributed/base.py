@@ -164,15 +164,15 @@ class StepResult:
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Returns the tensors as one flat buffer."""
     buffer = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
-    for part, tensor in zip(split_like(buffer, tensors), tensors, strict=True):
-        part.copy_(tensor)
+    for view, tensor in zip(split_like(buffer, tensors), tensors, strict=True):
+        view.copy_(tensor)
     return buffer
 
 
 def split_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns views of the buffer's beginning in the shapes of the tensors."""
-    parts = buffer[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    flat = buffer[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
+    return [view.view(tensor.shape) for view, tensor in zip(flat, tensors, strict=True)]
 
 
 def read_counts(

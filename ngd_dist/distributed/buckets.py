@@ -18,13 +18,13 @@ from ngd_dist.statistics.statistic import Key
 
 __all__ = ["Buckets"]
 
-Item = tuple[Key, int]  # a statistic, and which of its fields
+FieldKey = tuple[Key, int]  # a statistic, and which of its fields
 
 
 @dataclass(slots=True)
 class _Bucket:
     keys: list[Key]
-    pending: Pending[list[dict[Item, Tensor]]] | None = None
+    pending: Pending[list[dict[FieldKey, Tensor]]] | None = None
 
 
 class Buckets:
@@ -90,14 +90,14 @@ class Buckets:
         buckets, self._buckets = self._buckets, []
         received = [(bucket, bucket.pending.wait()) for bucket in buckets if bucket.pending is not None]
         return {
-            key: self._sum(key, parts)
-            for bucket, parts in received
+            key: self._sum(key, from_ranks)
+            for bucket, from_ranks in received
             for key in bucket.keys
             if self._owners[key.layer] == self._comm.rank
         }
 
     def _launch(self, bucket: _Bucket) -> None:
-        def route(source: int, target: int) -> dict[Item, Field]:
+        def route(source: int, target: int) -> dict[FieldKey, Field]:
             if source == target:  # this rank's own values are not rounded
                 return {}
             return self._wire.fields(key for key in bucket.keys if self._owners[key.layer] == target)
@@ -108,12 +108,12 @@ class Buckets:
         name = f"statistics of {bucket.keys[0]}" + (f" to {bucket.keys[-1]}" if bucket.keys[1:] else "")
         bucket.pending = begin_exchange(self._comm, name, route, tensors, self._device, kind="statistics")
 
-    def _sum(self, key: Key, parts: Sequence[Mapping[Item, Tensor]]) -> Tensor:
+    def _sum(self, key: Key, from_ranks: Sequence[Mapping[FieldKey, Tensor]]) -> Tensor:
         """Returns the sum in rank order."""
         total = torch.zeros(self._sizes[key], dtype=self._exact, device=self._device)
-        for rank, part in enumerate(parts):
+        for rank, from_rank in enumerate(from_ranks):
             if rank != self._comm.rank:
-                total += self._wire.decode(key, part)
+                total += self._wire.decode(key, from_rank)
             elif key in self._values:
                 total += self._values[key]
         return total

@@ -131,18 +131,18 @@ class Communicator:
         self.begin_all_reduce(name, tensor, kinds={kind: tensor.nbytes}).wait()
 
     def begin_exchange(
-        self, name: str, parts: Sequence[Tensor], sizes: Sequence[int], *, kind: str
+        self, name: str, to_ranks: Sequence[Tensor], sizes: Sequence[int], *, kind: str
     ) -> Pending[list[Tensor]]:
-        """Collective. Sends `parts[r]` to rank r. Once waited for, returns the part from each rank, in rank order.
+        """Collective. Sends `to_ranks[r]` to rank r. Once waited for, returns the tensor from each rank, in rank order.
 
-        parts: [any length] each, of one dtype. sizes: the length of the part from each rank, which both sides know.
-        This rank's part for itself does not travel, and nothing is padded.
+        to_ranks: [any length] each, of one dtype. sizes: the length of each rank's tensor, which both sides know.
+        The tensor of this rank for itself does not travel, and nothing is padded.
         """
         if self.world_size == 1:
-            return Pending(lambda: list(parts))
-        sent = [0 if r == self.rank else part.numel() for r, part in enumerate(parts)]
+            return Pending(lambda: list(to_ranks))
+        sent = [0 if r == self.rank else tensor.numel() for r, tensor in enumerate(to_ranks)]
         received = [0 if r == self.rank else size for r, size in enumerate(sizes)]
-        travelling = [part for r, part in enumerate(parts) if r != self.rank]
+        travelling = [tensor for r, tensor in enumerate(to_ranks) if r != self.rank]
         outgoing = travelling[0] if len(travelling) == 1 else torch.cat(travelling)
         incoming = outgoing.new_empty(sum(received))
         self._sent[kind] += outgoing.nbytes
@@ -151,7 +151,7 @@ class Communicator:
 
         def finish() -> list[Tensor]:
             arrived = list(incoming.split(received))
-            arrived[self.rank] = parts[self.rank]
+            arrived[self.rank] = to_ranks[self.rank]
             return arrived
 
         return self._pending(ticket, work, finish)

@@ -12,20 +12,20 @@ from ngd_dist.factors.codec import Field
 
 __all__ = ["Route", "begin_exchange"]
 
-Item = TypeVar("Item", bound=Hashable)
+TensorKey = TypeVar("TensorKey", bound=Hashable)
 # The fields that the first rank sends to the second. A pure function of shared numbers: both sides call it.
-Route = Callable[[int, int], Mapping[Item, Field]]
+Route = Callable[[int, int], Mapping[TensorKey, Field]]
 
 
 def begin_exchange(
     comm: Communicator,
     name: str,
-    route: Route[Item],
-    tensors: Mapping[Item, Tensor],
+    route: Route[TensorKey],
+    tensors: Mapping[TensorKey, Tensor],
     device: torch.device,
     *,
     kind: str,
-) -> Pending[list[dict[Item, Tensor]]]:
+) -> Pending[list[dict[TensorKey, Tensor]]]:
     """Collective. Sends `tensors` along the route, zeros for missing ones.
 
     Once waited for, returns the tensors of each rank in rank order: views of one buffer. Tensors that a rank sends to
@@ -35,7 +35,7 @@ def begin_exchange(
     here, everyone = comm.rank, range(comm.world_size)
     outgoing = [route(here, r) for r in everyone]
     incoming = [route(r, here) for r in everyone]
-    kept = {item: tensors[item] for item in outgoing[here] if item in tensors}
+    kept = {key: tensors[key] for key in outgoing[here] if key in tensors}
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     packed = [
         nothing if r == here else pack_bytes([*fields.values()], [tensors.get(i, zero) for i in fields], device)
@@ -43,7 +43,7 @@ def begin_exchange(
     ]
     pending = comm.begin_exchange(name, packed, [packed_nbytes([*fields.values()]) for fields in incoming], kind=kind)
 
-    def unpack() -> list[dict[Item, Tensor]]:
+    def unpack() -> list[dict[TensorKey, Tensor]]:
         received = zip(incoming, pending.wait(), strict=True)
         return [
             kept if r == here else dict(zip(fields, unpack_bytes([*fields.values()], buffer), strict=True))

@@ -20,8 +20,8 @@ def packed_nbytes(fields: Sequence[Field]) -> int:
 def pack_bytes(fields: Sequence[Field], tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Returns the tensors, converted to the dtypes of their fields, as [bytes] in uint8."""
     packed = torch.zeros(packed_nbytes(fields), dtype=torch.uint8, device=device)
-    for part, tensor in zip(unpack_bytes(fields, packed), tensors, strict=True):
-        part.copy_(tensor)
+    for view, tensor in zip(unpack_bytes(fields, packed), tensors, strict=True):
+        view.copy_(tensor)
     return packed
 
 

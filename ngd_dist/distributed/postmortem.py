@@ -127,28 +127,28 @@ class Postmortem:
             if (r.is_aside, r.number) == (here.is_aside, here.number) and r.collective != here.collective
             if r not in raised
         ]
-        parts = []
+        causes = []
         if raised:
             others = f" (and {len(raised) - 1} more)" if raised[1:] else ""
-            parts.append(f"{self.rank_names[raised[0].rank]}{others} raised: {raised[0].error}")
+            causes.append(f"{self.rank_names[raised[0].rank]}{others} raised: {raised[0].error}")
         if missing:
             names = ", ".join(missing[:LISTED]) + (f" and {len(missing) - LISTED} more" if missing[LISTED:] else "")
             fate = "died, hang, or were" if missing[1:] else "died, hangs, or was"
-            parts.append(f"{names} did not arrive: {fate} still busy {PATIENCE_S:g} s later")
+            causes.append(f"{names} did not arrive: {fate} still busy {PATIENCE_S:g} s later")
         if strays:
-            parts.append(
+            causes.append(
                 f"{self.rank_names[strays[0].rank]} called {strays[0].collective!r} instead; every rank must call "
                 "the same collectives in the same order"
             )
-        if not parts:
+        if not causes:
             first = in_order[0]
-            cause = (
+            first_cause = (
                 "this rank failed first"
                 if first == here
                 else f"{self.rank_names[first.rank]} failed first: {first.error}"
             )
-            parts.append(f"every rank arrived, and {cause}")
-        return "; ".join(parts)
+            causes.append(f"every rank arrived, and {first_cause}")
+        return "; ".join(causes)
 
 
 def _latest(log: str) -> dict[int, FailureReport]:

@@ -31,7 +31,7 @@ from ngd_dist.statistics.statistic import Key
 __all__ = ["Sync"]
 
 Cache = dict[str, Tensor]
-Item = tuple[str, str]  # a layer, and an entry of its cache or the name of another tensor
+TensorName = tuple[str, str]  # a layer, and an entry of its cache or the name of another tensor
 HAS_CACHE, REPORTS, INNER = (("", "has_cache"), 0), ("", "reports"), ("", "inner")
 
 
@@ -72,7 +72,7 @@ class Sync:
             Key(name, spec.name): spec.form for name, layout in layouts.items() for spec in layout.statistics
         }
         self._wire = Wire({key: form.on_wire(exact, wire) for key, form in self._forms.items()})
-        self._entries: Wire[Item] = Wire(
+        self._entries: Wire[TensorName] = Wire(
             {
                 (n, e): form.in_cache(layout.dtype, kept)
                 for n, layout in layouts.items()
@@ -172,13 +172,13 @@ class Sync:
         sent = self._entries.encode(made)
         sent[HAS_CACHE] = torch.tensor([float(cache is not None) for cache in owned.values()], device=self._device)
         route = self._cache_route(travelling)
-        parts = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
-        has_cache = torch.cat([part[HAS_CACHE] for part in parts]).tolist()  # one host read
+        from_ranks = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
+        has_cache = torch.cat([from_rank[HAS_CACHE] for from_rank in from_ranks]).tolist()  # one host read
         shared: dict[str, Cache | None] = {}
-        for rank, part in enumerate(parts):
+        for rank, from_rank in enumerate(from_ranks):
             for name in (name for name in travelling if self.placement.roles[name].owner == rank):
-                arrived = [entry for entry in travelling[name] if ((name, entry), 0) in part]
-                cache = {entry: self._entries.decode((name, entry), part) for entry in arrived}
+                arrived = [entry for entry in travelling[name] if ((name, entry), 0) in from_rank]
+                cache = {entry: self._entries.decode((name, entry), from_rank) for entry in arrived}
                 shared[name] = cache if has_cache.pop(0) else None
         return shared
 
@@ -194,15 +194,15 @@ class Sync:
         sent[INNER] = result.inner * result.inner.new_tensor(is_counted)  # only the owner's
         kind = "directions" if is_sharded else "reports"
         route = self._result_route(due, result.inner)
-        parts = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
+        from_ranks = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
         directions = dict(result.directions)
-        for part in parts:
-            directions |= {name: tensor for (name, kind), tensor in part.items() if kind == "direction"}
+        for from_rank in from_ranks:
+            directions |= {name: tensor for (name, kind), tensor in from_rank.items() if kind == "direction"}
         reports: dict[Key, RefreshReport] = {}
-        for rank, part in enumerate(parts):
+        for rank, from_rank in enumerate(from_ranks):
             keys = [key for key in due if self.placement.roles[key.layer].owner == rank]
-            reports |= zip(keys, map(RefreshReport.parse, part[REPORTS].tolist()), strict=True)
-        inner = torch.stack([part[INNER] for part in parts]).sum(0)
+            reports |= zip(keys, map(RefreshReport.parse, from_rank[REPORTS].tolist()), strict=True)
+        inner = torch.stack([from_rank[INNER] for from_rank in from_ranks]).sum(0)
         return StepResult({name: directions[name].to(self.dtype) for name in self._layouts}, reports, inner)
 
     def _is_summed_everywhere(self, layer: str) -> bool:
@@ -230,8 +230,8 @@ class Sync:
         pending = self.comm.begin_all_reduce("gradients", buffer, kinds=kinds)
 
         def split() -> tuple[list[Tensor], list[Tensor]]:
-            parts = split_like(pending.wait(), tensors)
-            return parts[: len(statistics)], parts[len(statistics) :]
+            sums = split_like(pending.wait(), tensors)
+            return sums[: len(statistics)], sums[len(statistics) :]
 
         return Pending(split)
 
@@ -246,11 +246,11 @@ class Sync:
 
         return begin_exchange(self.comm, "gradients to owners", route, gradients, self._device, kind="gradients")
 
-    def _added(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _added(self, from_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the sums in rank order."""
-        sums = {name: gradient.to(self.dtype) for name, gradient in parts[0].items()} if parts else {}
-        for part in parts[1:]:
-            sums = {name: total + part[name] for name, total in sums.items()}
+        sums = {name: gradient.to(self.dtype) for name, gradient in from_ranks[0].items()} if from_ranks else {}
+        for from_rank in from_ranks[1:]:
+            sums = {name: total + from_rank[name] for name, total in sums.items()}
         return sums
 
     def _averaged(self, total: Tensor) -> Tensor:
@@ -267,8 +267,10 @@ class Sync:
             return self._wire.fields(key for key in keys if roles[key.layer].owner == source)
 
         sent = self._wire.encode({key: sums[key] for key in keys if key in sums})
-        parts = begin_exchange(self.comm, "sums of statistics", route, sent, self._device, kind="statistics").wait()
-        everywhere = {item: tensor for part in parts for item, tensor in part.items()}
+        from_ranks = begin_exchange(
+            self.comm, "sums of statistics", route, sent, self._device, kind="statistics"
+        ).wait()
+        everywhere = {item: tensor for from_rank in from_ranks for item, tensor in from_rank.items()}
         return sums | {key: self._wire.decode(key, everywhere) for key in keys}
 
     def _travels(self, layer: str, entries: Collection[str]) -> bool:
@@ -278,10 +280,10 @@ class Sync:
             return False
         return len(roles.holders) > 1 or any(entry in self._layouts[layer].shared for entry in entries)
 
-    def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[tuple[Item, int]]:
-        def route(source: int, target: int) -> dict[tuple[Item, int], Field]:
+    def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[tuple[TensorName, int]]:
+        def route(source: int, target: int) -> dict[tuple[TensorName, int], Field]:
             owned = [name for name in travelling if self.placement.roles[name].owner == source]
-            fields: dict[tuple[Item, int], Field] = {HAS_CACHE: Field((len(owned),), torch.float32)}
+            fields: dict[tuple[TensorName, int], Field] = {HAS_CACHE: Field((len(owned),), torch.float32)}
             for name in owned:
                 layout, is_held = self._layouts[name], target in self.placement.roles[name].holders
                 sent = [entry for entry in travelling[name] if is_held or entry in layout.shared]
@@ -291,11 +293,11 @@ class Sync:
 
         return route
 
-    def _result_route(self, due: Sequence[Key], inner: Tensor) -> Route[Item]:
+    def _result_route(self, due: Sequence[Key], inner: Tensor) -> Route[TensorName]:
         roles = self.placement.roles
 
-        def route(source: int, target: int) -> dict[Item, Field]:
-            fields: dict[Item, Field] = {
+        def route(source: int, target: int) -> dict[TensorName, Field]:
+            fields: dict[TensorName, Field] = {
                 (name, "direction"): Field(layout.gradient, self.dtype)
                 for name, layout in self._layouts.items()
                 if target not in roles[name].holders and self.placement.supplier(name, target) == source

@@ -80,10 +80,10 @@ class Form:
         distance: Tensor = torch.linalg.vector_norm(value - other)
         return distance
 
-    def mean(self, total: Tensor, passes: int, parts: int, power: float) -> Tensor:
+    def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
         """Returns `power` times the mean over `passes` micro-batches, from the sum of their values.
 
-        parts: the number of micro-batches among which a form shares out its value, if it does.
+        shares: the number of micro-batches among which a form shares out its value, if it does.
         """
         return total * (power / passes)
 

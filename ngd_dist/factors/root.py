@@ -33,8 +33,8 @@ class Root(FactorForm):
         squared: Tensor = (of_value - 2 * cross + of_other).clamp(min=0)  # rounding may leave less than nothing
         return squared.sqrt()
 
-    def mean(self, total: Tensor, passes: int, parts: int, power: float) -> Tensor:
-        root: float = (power / (passes * parts)) ** 0.5
+    def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
+        root: float = (power / (passes * shares)) ** 0.5
         return total * root
 
     def rounded(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:

@@ -179,8 +179,8 @@ def _decompose_all(problems: Mapping[Name, ToDecompose]) -> dict[Name, Eigen]:
             solutions |= {name: eigen(factor) for name, factor in zip(names, factors, strict=True)}
             continue
         sizes = [len(factor) for factor in factors]
-        parts = zip(whole.values.split(sizes), whole.vectors.split(sizes), strict=True)
-        solutions |= {n: Eigen(v.clone(), u.clone(), Ending.OK) for n, (v, u) in zip(names, parts, strict=True)}
+        pairs = zip(whole.values.split(sizes), whole.vectors.split(sizes), strict=True)
+        solutions |= {n: Eigen(v.clone(), u.clone(), Ending.OK) for n, (v, u) in zip(names, pairs, strict=True)}
     return solutions
 
 

@@ -261,11 +261,11 @@ class LayerBatch:
         """
         layer = self._layer
         direction_BOI = direction_BOI.to(layer.dtype)
-        parts = [
+        per_run = [
             layer.along(layer.inputs(run.kept), g_BNPO, direction_BOI)
             for run, g_BNPO in ((run, self._gradient(run)) for run in self._runs)
         ]
-        return torch.stack([part.view(self.samples, -1).sum(1) for part in parts]).sum(0) * self._scale
+        return torch.stack([inner.view(self.samples, -1).sum(1) for inner in per_run]).sum(0) * self._scale
 
     @cached_property
     def input_squares_BI(self) -> Tensor:
@@ -299,8 +299,8 @@ class LayerBatch:
         g_BNPO = self._layer.output_gradients(run.kept, run.g)
         return g_BNPO if run.weight == 1.0 else g_BNPO * run.weight
 
-    def _cat(self, parts: list[Tensor]) -> Tensor:
-        grouped = [part.reshape(part.shape[0], self.samples, -1, part.shape[-1]) for part in parts]
+    def _cat(self, per_run: list[Tensor]) -> Tensor:
+        grouped = [rows.reshape(rows.shape[0], self.samples, -1, rows.shape[-1]) for rows in per_run]
         return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)
 
 
