@@ -26,7 +26,7 @@ def check_held(layers: Iterable[Layer]) -> None:
 
 
 def check_owned(groups: Sequence[Mapping[str, Any]], known: Collection[nn.Parameter]) -> None:
-    """Returns if the param groups hold what NGD was built with. Raises: ConfigError."""
+    """Returns if the param groups hold only parameters that NGD was built with. Raises: ConfigError."""
     if any(p not in known for group in groups for p in group["params"]):
         raise ConfigError(
             "param_groups hold parameters that NGD was not built with. If DeepSpeed has put its own in their place, "

@@ -71,7 +71,7 @@ class _Mean:
 
 
 class Estimates:
-    """Adds up what preconditioners estimate, pass by pass. `is_alone`: whether this is the only rank."""
+    """Adds up the estimates of preconditioners, pass by pass. `is_alone`: whether this is the only rank."""
 
     def __init__(self, layers: CoveredLayers, config: NGDConfig, caches: Caches, *, is_alone: bool) -> None:
         self._layers = layers

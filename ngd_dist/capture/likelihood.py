@@ -36,7 +36,7 @@ def sampled_gradients(
     output: [N, ..., C], or with C at `class_dim` of Categorical. Bernoulli and Gaussian: the last dimension runs over
         the outputs of one position, whose losses add up, and the dimensions between it and the first over positions;
         an output [N] counts as [N, 1].
-    generator: on the device of `output`; it alone decides what is drawn.
+    generator: on the device of `output`; it alone decides the drawn labels.
     positions: how the sample's loss reduces over its positions.
     read: true where the loss reads the output, in the output's shape without the classes: other positions get 0, and a
         mean is over the positions that are read. None: everywhere.
@@ -130,7 +130,7 @@ def _sampled_categorical(logits: Tensor, dim: int, generator: torch.Generator) -
     """Returns p - e_y along `dim`, y drawn from p = softmax(logits)."""
     probability = torch.softmax(logits, dim)
     # The first of independent exponential clocks with rates p to ring is distributed as p. Unlike torch.multinomial
-    # this neither waits for the device nor, where a logit is NaN, kills its CUDA context.
+    # this neither waits for the device nor, if a logit is NaN, kills its CUDA context.
     clocks = torch.empty_like(probability).exponential_(generator=generator)
     label = torch.div(probability, clocks, out=clocks).argmax(dim, keepdim=True)
     return probability.scatter_add_(dim, label, -torch.ones_like(label, dtype=logits.dtype))

@@ -59,7 +59,7 @@ class LayerWise(Choice):
 
 class QuadraticModel(Choice):
     """lr and momentum that minimise the exact quadratic model of the loss in the plane of the direction and the last
-    step ([MG15] 7). `NGD.step` needs an objective; each param group's lr and momentum are set to what was chosen.
+    step ([MG15] 7). `NGD.step` needs an objective; each param group's lr and momentum are set to the chosen ones.
     """
 
     kind: Literal["quadratic_model"] = "quadratic_model"

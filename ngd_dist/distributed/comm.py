@@ -1,4 +1,4 @@
-"""The only caller of torch.distributed: named collectives that count what they send.
+"""The only caller of torch.distributed: named collectives that count the bytes that they send.
 
 A collective here must be called by every rank of the group, with the same names in the same order, and with shapes
 that fit. A collective that `begin_...` started is under way until it is waited for; until then its tensors must not be
@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ngd_dist.distributed.postmortem import Postmortem, Store, Ticket
+from ngd_dist.distributed.postmortem import KeyValueStore, Postmortem, Ticket
 from ngd_dist.errors import CollectiveError
 
 __all__ = ["Communicator", "Pending", "end_collectives"]
@@ -340,10 +340,10 @@ def _postmortem_of(group: dist.ProcessGroup | None) -> Postmortem:
     if group not in _postmortems:
         weak = ref(group)
 
-        def store() -> Store:
+        def store() -> KeyValueStore:
             if (alive := weak()) is None:
                 raise RuntimeError("the process group was destroyed")
-            return cast(Store, alive.get_group_store())
+            return cast(KeyValueStore, alive.get_group_store())
 
         global_ranks = dist.get_process_group_ranks(group)
         names = [f"rank {r}" + (f" (global rank {g})" if g != r else "") for r, g in enumerate(global_ranks)]

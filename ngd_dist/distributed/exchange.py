@@ -32,9 +32,9 @@ def begin_exchange(
     itself are returned as they are.
     """
     zero = torch.zeros((), device=device)
-    here, everyone = comm.rank, range(comm.world_size)
-    outgoing = [route(here, r) for r in everyone]
-    incoming = [route(r, here) for r in everyone]
+    here, all_ranks = comm.rank, range(comm.world_size)
+    outgoing = [route(here, r) for r in all_ranks]
+    incoming = [route(r, here) for r in all_ranks]
     kept = {key: tensors[key] for key in outgoing[here] if key in tensors}
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     packed = [

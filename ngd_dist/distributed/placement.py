@@ -56,18 +56,18 @@ def place(
     Ties are broken by name and by rank, so that every rank computes the same answer. Source: [G69].
     """
     load = [0] * world_size
-    everyone = tuple(range(world_size))
+    all_ranks = tuple(range(world_size))
     held_by = max(1, ceil(fraction * world_size))
     roles: dict[str, Roles] = {layer: role for layer, role in (fixed or {}).items() if layer in costs}
     for layer, role in roles.items():
         load[role.owner] += costs[layer]
     for layer in sorted(costs.keys() - roles.keys(), key=lambda name: (-costs[name], name)):
-        owner = min(everyone, key=lambda r: (load[r], r))
+        owner = min(all_ranks, key=lambda r: (load[r], r))
         load[owner] += costs[layer]
         holders = tuple((owner + i) % world_size for i in range(held_by))
         is_small = costs[layer] < replicate_below
         if is_small or everyone_inverts:
-            roles[layer] = Roles(owner, everyone, (owner, *(r for r in everyone if r != owner)), is_small)
+            roles[layer] = Roles(owner, all_ranks, (owner, *(r for r in all_ranks if r != owner)), is_small)
         else:
             roles[layer] = Roles(owner, (owner,), holders)
     return Placement(world_size, {layer: roles[layer] for layer in costs})

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeVar
 
-__all__ = ["PATIENCE_S", "Postmortem", "Store", "Ticket"]
+__all__ = ["PATIENCE_S", "KeyValueStore", "Postmortem", "Ticket"]
 
 PATIENCE_S = 5.0  # for the reports of the other ranks: their collectives fail within milliseconds of each other
 LINGER_S = 0.5  # the rank that hosts the store must not end while the others still read
@@ -24,7 +24,7 @@ LISTED = 8  # ranks in a message
 T = TypeVar("T")
 
 
-class Store(Protocol):
+class KeyValueStore(Protocol):
     """The methods of a torch.distributed store that are used here; its failures are RuntimeErrors."""
 
     def append(self, key: str, value: str) -> None: ...
@@ -61,7 +61,7 @@ class FailureReport:
 class Postmortem:
     """One rank's reports, shared by all callers of a group's collectives: the ranks compare their counts of these."""
 
-    def __init__(self, rank: int, rank_names: Sequence[str], store: Callable[[], Store]) -> None:
+    def __init__(self, rank: int, rank_names: Sequence[str], store: Callable[[], KeyValueStore]) -> None:
         """`store` is called each time, since a reference to the store would keep its server alive after the group."""
         self.rank_names = rank_names
         self._rank = rank

@@ -36,7 +36,7 @@ HAS_CACHE, REPORTS, INNER = (("", "has_cache"), 0), ("", "reports"), ("", "inner
 
 
 class Sync:
-    """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
+    """Moves the tensors of a step between ranks. All ranks must make the same calls, with the same due keys.
 
     kind: the strategy's name in the config. dtype: that of gradients and directions on their way. exact, wire: the
     dtypes in which statistics are summed, and travel; see `Form.on_wire`. kept: the dtype of dense inverses, if it has
@@ -116,7 +116,7 @@ class Sync:
         return nbytes * (ranks - 1) * (2 if self.is_replicated(key.layer) else 1) // ranks
 
     def begin(self, due: Sequence[Key]) -> None:
-        """Collective. Makes way for the statistics of a new step."""
+        """Collective. Begins a new step with these due statistics."""
         self._due, self._small = list(due), {}
         self._buckets.begin([key for key in due if not self._is_summed_everywhere(key.layer)])
 
