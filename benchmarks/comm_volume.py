@@ -172,7 +172,7 @@ def wire_errors(model_name: str, batch: int) -> list[dict[str, Any]]:
 def _directions(optimizer: NGD, values: dict[Key, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = {}
     for layer in optimizer.layers:
-        method = optimizer._preconditioners[layer.name]
+        method = optimizer._covered[layer.name].method
         own = {key.statistic: value for key, value in values.items() if key.layer == layer.name}
         given = (own, frozenset(own), float(COMMON["damping"]), None)
         problems = {Key(layer.name, name): problem for name, problem in method.problems(*given).items()}

@@ -17,6 +17,7 @@ def test_bytes_are_means_over_ranks_and_steps() -> None:
     assert found["smoothed"] == [1.5, 1.5]
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_every_setting_is_held_against_a_refresh_in_every_step() -> None:
     names = ("every step", "every step, bfloat16", "adaptive, held by all")

@@ -17,6 +17,7 @@ from tests.support.service_process import ServiceProcess
 TRAINING_S = 200
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_training_goes_on_while_the_controller_is_dead(start_service: Callable[..., ServiceProcess]) -> None:
     spec = small_spec(
