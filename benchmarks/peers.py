@@ -24,7 +24,7 @@ NGD_KINDS = {
     "statistics": "statistics",
     "._means": "statistics",  # of this step's passes
     "._micros": "kept rows",
-    "_strategy": "buffers",
+    "_sync": "buffers",
     "_comm": "buffers",
 }
 

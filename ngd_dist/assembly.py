@@ -1,7 +1,7 @@
-"""What an optimizer is made of: which parameters it updates, and the parts of it that follow from them.
+"""Selects the parameters that are updated, and builds the components of the optimizer that follow from them.
 
-Parameters may come later (`add_param_group`, or unfrozen ones): the parts are then built again, and what there was of
-each layer goes on.
+If parameters come later (`add_param_group`, or unfrozen ones), the components are built again, and the state of each
+layer is kept.
 """
 
 import logging
@@ -20,7 +20,7 @@ from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
 from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.covered import CoveredLayer
 from ngd_dist.curvature import Curvature, schedule_for
-from ngd_dist.distributed import Strategy, build_strategy
+from ngd_dist.distributed import Sync, build_sync
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.engines import check_whole, unwrap
 from ngd_dist.errors import ConfigError
@@ -45,7 +45,7 @@ class Assembly(torch.optim.Optimizer):
     layers: list[Layer]
     plain_parameters: dict[str, str]
     saved_state: SavedState
-    _strategy: Strategy
+    _sync: Sync
     _fallback: Fallback | None
     _schedule: Schedule
     _curvature: Curvature
@@ -96,7 +96,7 @@ class Assembly(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, len(self.param_groups) - 1, self.config)
-            # What schedules of damping and of momentum start from; kept by `state_dict` with the group.
+            # Schedules of damping and of momentum start from these; `state_dict` keeps them with the group.
             group.setdefault("first_lr", group["lr"])
             group.setdefault("first_damping", group["damping"])
             if self._is_built:
@@ -106,7 +106,7 @@ class Assembly(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is built from: the model goes with it, what this step has captured does not."""
+        """Returns the arguments and the state of a copy: the model is copied, captures of this step are not."""
         return {
             "model": self._model,
             "config": self.config,
@@ -115,12 +115,12 @@ class Assembly(torch.optim.Optimizer):
             "process_group": Uncopied(self._group),
             "grad_scaler": self._scaler,
             "state": dict(self.state),
-            # As bytes: torch sends tensors to a process as files, which those that are made here would not outlive.
+            # As bytes: torch sends tensors to a process as files, and the files of tensors made here would be gone.
             "ngd": to_bytes(self.saved_state.local(self.stats)),
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        if "model" not in saved:  # torch's `load_state_dict` sets its own part by this
+        if "model" not in saved:  # torch's `load_state_dict` calls this for its part
             groups = self.param_groups
             super().__setstate__(saved)
             for group, loaded in zip(groups, self.param_groups, strict=True):
@@ -136,13 +136,13 @@ class Assembly(torch.optim.Optimizer):
         self._waiting = self._untrained()
         self.state.update(saved["state"])
         self.stats = self.saved_state.restore(from_bytes(saved["ngd"]))
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
 
     def _assemble(self) -> None:
-        """Builds what follows from the parameters that are updated. What there was of each layer goes on."""
+        """Builds the components that follow from the parameters that are updated, and keeps the state of each layer."""
         config, in_groups = self.config, [p for group in self.param_groups for p in group["params"]]
-        of_model = {p: name for name, p in self._bare.named_parameters()}
-        self._names = {p: of_model.get(p, f"param_groups parameter {i}") for i, p in enumerate(in_groups)}
+        name_in_model = {p: name for name, p in self._bare.named_parameters()}
+        self._names = {p: name_in_model.get(p, f"param_groups parameter {i}") for i, p in enumerate(in_groups)}
         self._trained |= {p for p in in_groups if p.requires_grad}
         self._waiting = self._untrained()
         self.layers, self.plain_parameters = cover(self._bare, self._trained, config)
@@ -154,7 +154,7 @@ class Assembly(torch.optim.Optimizer):
         in_layers = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in in_groups if p in self._trained and p not in in_layers]
         check_sparse(self._bare, self._plain, config)
-        self._strategy = self._build_strategy()
+        self._sync = self._build_sync()
         self._report_plain()
         self._build_state()
         trained = {self._names[p]: p for p in in_groups if p in self._trained}
@@ -168,7 +168,7 @@ class Assembly(torch.optim.Optimizer):
             self._covered,
             self._curvature,
             self._schedule,
-            self._strategy,
+            self._sync,
             parameters={name: p for p, name in self._names.items()},
             plain=[self._names[p] for p in self._plain],
             fallback=self._fallback,
@@ -176,16 +176,16 @@ class Assembly(torch.optim.Optimizer):
             device=self._device,
         )
         self._is_built = True
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
 
     def _build_state(self) -> None:
-        """Builds what a checkpoint has: statistics and caches, their schedule, the fallback's moments."""
+        """Builds the state that a checkpoint has: statistics and caches, their schedule, the fallback's moments."""
         config, old = self.config, (self._curvature, self._schedule, self._fallback) if self._is_built else None
         names = {p: self._names[p] for p in self._plain}
         adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
         self._fallback = None if adamw is None else Fallback(self.param_groups, names, adamw)
         self._schedule = schedule_for(self._covered, config)
-        self._curvature = Curvature(self._covered, self._strategy, config)
+        self._curvature = Curvature(self._covered, self._sync, config)
         if old is not None:
             curvature, schedule, fallback = old
             self._curvature.inherit(curvature)
@@ -203,20 +203,20 @@ class Assembly(torch.optim.Optimizer):
             self._comm,
             caches=self._curvature.caches,
             loss_scale=self._loss_scale,
-            sink=self._strategy,
+            sink=self._sync,
             stopwatch=self._stopwatch,
             on_forward=weakly(self._on_forward),
         )
 
     def _on_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Returns whether the model was given other hooks than those that ask: its parameters were unfrozen."""
+        """Returns whether parameters were unfrozen, so that a new capture with its own hooks has begun the pass."""
         if not self._take_in():
             return False
         self._capture.begin_forward(args, kwargs)
         return True
 
     def _take_in(self) -> bool:
-        """Takes in parameters that were frozen and are not any more; a step that is under way is finished before."""
+        """Takes in parameters that are no longer frozen, unless a step is under way."""
         unfrozen = [p for p in self._waiting if p.requires_grad]
         if not unfrozen or self._capture.is_under_way:
             return False
@@ -228,12 +228,12 @@ class Assembly(torch.optim.Optimizer):
 
     def _untrained(self) -> list[nn.Parameter]:
         """Returns the parameters that are taken in once they are unfrozen."""
-        own = self._bare.parameters() if self._takes_all else []
+        of_model = self._bare.parameters() if self._takes_all else []
         in_groups = (p for group in self.param_groups for p in group["params"])
-        return [p for p in dict.fromkeys((*own, *in_groups)) if p not in self._trained]
+        return [p for p in dict.fromkeys((*of_model, *in_groups)) if p not in self._trained]
 
     def _frozen(self) -> dict[str, str]:
-        """Returns why parameters of the model that have not been trained so far are not."""
+        """Returns the reason for each parameter of the model that has not been trained so far."""
         in_groups = {p for group in self.param_groups for p in group["params"]}
         return {
             name: "frozen; taken in when it is unfrozen" if self._takes_all or p in in_groups else "in no param group"
@@ -241,17 +241,17 @@ class Assembly(torch.optim.Optimizer):
             if p not in self._trained
         }
 
-    def _build_strategy(self) -> Strategy:
+    def _build_sync(self) -> Sync:
         dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
-        return build_strategy(
+        return build_sync(
             self.config,
             self._comm,
             {name: covered.method.refresh_flops() for name, covered in self._covered.items()},
-            {name: covered.cargo for name, covered in self._covered.items()},
+            {name: covered.layout for name, covered in self._covered.items()},
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
             device=self._device,
             engine=self._engine,
-            settled=self._strategy.placement.roles if self._is_built else {},
+            fixed=self._sync.placement.roles if self._is_built else {},
         )
 
     def _report_plain(self) -> None:
@@ -265,8 +265,8 @@ class Assembly(torch.optim.Optimizer):
             kind = self.config.fallback.kind
             logger.warning("fallback %s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
 
-    def _arm(self, step: int) -> None:
+    def _begin_step(self, step: int) -> None:
         due = self._schedule.due(step)
         self._loss_scale.begin()
-        self._capture.arm(due, step)
-        self._strategy.begin(due)
+        self._capture.begin_step(due, step)
+        self._sync.begin(due)

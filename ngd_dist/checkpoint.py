@@ -1,7 +1,7 @@
-"""What a checkpoint has beside torch's own state: keyed by layer name, so that it fits any world size.
+"""The part of a checkpoint beside torch's own state: keyed by layer name, so that it fits any world size.
 
-Every statistic, cache, schedule and counter is saved; what a step captures is not. `NGD.state_dict` makes one state
-of it that is whole on every rank, `sharded_state` one part per rank.
+Every statistic, cache, schedule and counter is saved; captures of a step are not. `NGD.state_dict` makes one state
+that is whole on every rank, `sharded_state` makes one part per rank.
 """
 
 import io
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.curvature import Curvature
-from ngd_dist.distributed import Strategy
+from ngd_dist.distributed import Sync
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CheckpointError
 from ngd_dist.statistics.staleness import Schedule, Track
@@ -26,8 +26,8 @@ from ngd_dist.telemetry import StepStats
 
 __all__ = ["LayerFormat", "SavedState", "check_format", "from_bytes", "to_bytes"]
 
-# 3 had the damping of a layer on the ranks that held it alone; 2 did not say what its momentum is a sum of; 1 had no
-# damping beside the caches.
+# Format 3 had the damping of a layer only on the ranks that held it; 2 did not say whether its momentum sums steps or
+# directions; 1 had no damping beside the caches.
 FORMAT = 4
 SETTINGS = ("lr", "momentum", "weight_decay", "damping", "first_lr", "first_damping")
 State = dict[str, Any]
@@ -35,11 +35,10 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class LayerFormat:
-    """What is saved of one layer, and what of it this rank has.
+    """The saved tensors of one layer, and which of them this rank has.
 
-    `statistics`: how many numbers each has; this rank has them if it `inverts` the layer, and the values before the
-    newest if it `remembers`. `cache`: the shape of each entry; this rank has all if it `holds` the layer, else those
-    that are `shared`.
+    `statistics`: the length of each; this rank has them if it `inverts` the layer, and the values before the newest if
+    it `remembers`. `cache`: the shape of each entry; this rank has all if it `holds` the layer, else the `shared` ones.
     """
 
     statistics: Mapping[str, int]
@@ -51,7 +50,7 @@ class LayerFormat:
     remembers: bool
 
     @property
-    def own_cache(self) -> Mapping[str, tuple[int, ...]]:
+    def local_cache(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the shape of each entry that this rank has."""
         return self.cache if self.holds else {name: self.cache[name] for name in self.shared}
 
@@ -59,7 +58,7 @@ class LayerFormat:
 class SavedState:
     """Reads the state of one optimizer, checks a saved one, and takes it over.
 
-    parameters: all that the optimizer updates, by name, in the order of its param groups.
+    parameters: those that the optimizer updates, by name, in the order of its param groups.
     plain: the names of those that the fallback updates.
     """
 
@@ -68,7 +67,7 @@ class SavedState:
         layers: CoveredLayers,
         curvature: Curvature,
         schedule: Schedule,
-        strategy: Strategy,
+        sync: Sync,
         *,
         parameters: Mapping[str, nn.Parameter],
         plain: Sequence[str],
@@ -78,7 +77,7 @@ class SavedState:
     ) -> None:
         self.parameters = parameters
         self.plain = plain if fallback is not None else []
-        self.formats = {name: _format(covered, strategy) for name, covered in layers.items()}
+        self.formats = {name: _format(covered, sync) for name, covered in layers.items()}
         self._curvature = curvature
         self._schedule = schedule
         self._fallback = fallback
@@ -87,8 +86,9 @@ class SavedState:
 
     def gather(self, comm: Communicator, stats: StepStats) -> State:
         """Collective. Returns the whole state on every rank."""
-        own = {name: self._layer(name) for name, layer_format in self.formats.items() if layer_format.remembers}
-        layers = {name: state for part in comm.all_gather_object("state_dict", own) for name, state in part.items()}
+        owned = {name: self._layer(name) for name, layer_format in self.formats.items() if layer_format.remembers}
+        from_ranks = comm.all_gather_object("state_dict", owned)
+        layers = {name: state for from_rank in from_ranks for name, state in from_rank.items()}
         return self._with_layers(layers, stats)
 
     def local(self, stats: StepStats) -> State:
@@ -107,11 +107,11 @@ class SavedState:
             )
         saved = state_dict["ngd"]
         check_format(saved.get("format"))
-        expected, found = {str(key) for key in self._schedule.tracks}, set(saved["tracks"])
-        if expected != found:
+        expected, given = {str(key) for key in self._schedule.tracks}, set(saved["tracks"])
+        if expected != given:
             raise CheckpointError(
                 "the state is of another model or preconditioner: "
-                f"missing {sorted(expected - found)}, unknown {sorted(found - expected)}"
+                f"missing {sorted(expected - given)}, unknown {sorted(given - expected)}"
             )
         _entry(saved, "damped_with", "its part 'ngd'")
         for name in self.formats:
@@ -130,7 +130,7 @@ class SavedState:
             )
 
     def restore(self, saved: Mapping[str, Any]) -> StepStats:
-        """Takes over a state that was checked, but for torch's own part; returns the counters.
+        """Takes over a state that was checked, except torch's own part; returns the counters.
 
         Raises: CheckpointError, having changed nothing, if the fallback's part does not fit.
         """
@@ -175,10 +175,10 @@ class SavedState:
             return value.to(self._device, layer_format.dtype, copy=True)
 
         curvature, cache = self._curvature, state["cache"]
-        own = None if cache is None else {entry: here(cache[entry]) for entry in layer_format.own_cache}
-        # Entries of the time before must not outlive the cache: it may have been saved before there was any.
+        entries = None if cache is None else {entry: here(cache[entry]) for entry in layer_format.local_cache}
+        # Present entries must not outlive the restore: the state may have been saved before there was a cache.
         curvature.take(name, None)
-        curvature.take(name, own)
+        curvature.take(name, entries)
         if not layer_format.inverts:
             return
         for statistic in layer_format.statistics:
@@ -204,12 +204,12 @@ class SavedState:
             return
         if "statistics" in state:
             self.check_cache(name, cache)
-        for entry, shape in layer_format.own_cache.items():
-            found = tuple(_entry(cache, entry, f"the cache of layer {name!r}").shape)
-            if found != shape:
+        for entry, shape in layer_format.local_cache.items():
+            given = tuple(_entry(cache, entry, f"the cache of layer {name!r}").shape)
+            if given != shape:
                 raise CheckpointError(
                     f"the state is of another model: {entry} in the cache of layer {name!r} must be of shape {shape}, "
-                    f"got {found}"
+                    f"got {given}"
                 )
 
     def _check_momentum(self, mode: str, state_dict: Mapping[str, Any]) -> None:
@@ -253,36 +253,36 @@ def from_bytes(saved: bytes) -> State:
     return state
 
 
-def check_format(found: object) -> None:
+def check_format(given: object) -> None:
     """Returns if a state of this format can be read. Raises: CheckpointError."""
-    if found != FORMAT:
+    if given != FORMAT:
         raise CheckpointError(
-            f"the state's format must be {FORMAT}, got {found}; resume with the version of ngd_dist that saved it"
+            f"the state's format must be {FORMAT}, got {given}; resume with the version of ngd_dist that saved it"
         )
 
 
-def _format(covered: CoveredLayer, strategy: Strategy) -> LayerFormat:
+def _format(covered: CoveredLayer, sync: Sync) -> LayerFormat:
     return LayerFormat(
         statistics={spec.name: spec.form.numbers for spec in covered.method.statistics},
         cache=covered.method.cache_shapes,
         shared=covered.method.shared,
         dtype=covered.layer.dtype,
-        inverts=strategy.inverts(covered.name),
-        holds=strategy.holds(covered.name),
-        remembers=strategy.reports(covered.name),
+        inverts=sync.inverts(covered.name),
+        holds=sync.holds(covered.name),
+        remembers=sync.reports(covered.name),
     )
 
 
 def _sums_steps(mode: str) -> bool:
-    """Returns whether the momentum buffer is a sum of steps, lr in them, and not of directions."""
+    """Returns whether the momentum buffer is a sum of steps, which contain lr, and not of directions."""
     return mode != "correct"
 
 
 def _check_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-    sizes, found = [len(group["params"]) for group in groups], [len(group["params"]) for group in saved]
-    if sizes != found:
+    sizes, given = [len(group["params"]) for group in groups], [len(group["params"]) for group in saved]
+    if sizes != given:
         raise CheckpointError(
-            f"the state's param_groups don't fit: they must have {sizes} parameters, got {found}; build the optimizer "
+            f"the state's param_groups don't fit: they must have {sizes} parameters, got {given}; build the optimizer "
             "with the param_groups that it was saved with"
         )
     for i, group in enumerate(saved):

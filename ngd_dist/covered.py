@@ -1,10 +1,10 @@
-"""One record per covered layer: its module's tensors, its preconditioner, its settings, and what travels of it."""
+"""One record per covered layer: its module's tensors, its preconditioner, its settings, and its layout on the wire."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ngd_dist.distributed import Cargo
+from ngd_dist.distributed import LayerLayout
 from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Preconditioner
 
@@ -15,7 +15,7 @@ __all__ = ["CoveredLayer", "CoveredLayers"]
 class CoveredLayer:
     """A layer that is preconditioned.
 
-    group: the optimizer's param group of the layer's weight, whose lr and damping may change between steps.
+    group: the optimizer's param group of the layer's weight; its lr and damping may change between steps.
     """
 
     layer: Layer
@@ -38,10 +38,10 @@ class CoveredLayer:
         return float(self.group["damping"])
 
     @property
-    def cargo(self) -> Cargo:
-        """What of the layer may travel between ranks."""
+    def layout(self) -> LayerLayout:
+        """The tensors of the layer that may travel between ranks."""
         method, layer = self.method, self.layer
-        return Cargo(layer.shape.gradient, method.statistics, method.entries, layer.dtype, method.shared)
+        return LayerLayout(layer.shape.gradient, method.statistics, method.entries, layer.dtype, method.shared)
 
 
 CoveredLayers = Mapping[str, CoveredLayer]

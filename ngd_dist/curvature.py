@@ -1,4 +1,4 @@
-"""The statistics and the caches of all layers, of which this rank fills those that its strategy lets it hold.
+"""The statistics and the caches of all layers. A rank fills those of the layers that it inverts or holds.
 
 Statistics are always current; a cache is rebuilt from them when one of its statistics was due.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
-from ngd_dist.distributed import Collected, Report, Strategy
+from ngd_dist.distributed import GlobalMeans, RefreshReport, Sync
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
@@ -24,16 +24,16 @@ from ngd_dist.telemetry import Refresh
 
 __all__ = ["Curvature", "failed_inversions", "schedule_for", "too_many_failed"]
 
-# A cache is built again, from the statistics at hand, when its layer's damping has moved by more than this share:
-# less than what Levenberg-Marquardt moves it by in one adaptation (to 0.95 ** 5 = 0.77 of it).
+# If a layer's damping has moved by more than this share, its cache is built again from the present statistics. One
+# adaptation of Levenberg-Marquardt moves it further, to 0.95 ** 5 = 0.77 of it.
 DAMPING_DRIFT = 0.1
-# What telemetry takes from a report as it is.
+# The fields that telemetry takes from a report as they are.
 MEASURED = ("change", "change_to_before", "noise", "threshold", "error", "residual", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class _Rebuilt:
-    """How rebuilding went: the endings by layer, what was solved, and the seconds that each solution took."""
+    """The outcome of rebuilding: the endings by layer, the solutions, and the seconds that each solution took."""
 
     endings: dict[str, Mapping[str, Ending]]
     solutions: Mapping[Key, Solution]
@@ -41,11 +41,11 @@ class _Rebuilt:
 
 
 class Curvature:
-    """What turns gradients into directions."""
+    """Holds the statistics and caches, refreshes them, and turns gradients into directions."""
 
-    def __init__(self, layers: CoveredLayers, strategy: Strategy, config: NGDConfig) -> None:
+    def __init__(self, layers: CoveredLayers, sync: Sync, config: NGDConfig) -> None:
         self._layers = layers
-        self._strategy = strategy
+        self._sync = sync
         self._staleness, self._thresholds = config.staleness, config.preconditioner.thresholds
         self._inversion = config.inversion
         methods = {name: covered.method for name, covered in layers.items()}
@@ -54,19 +54,17 @@ class Curvature:
             config.inverse_dtype,
             {name: method.shared for name, method in methods.items()},
         )
-        # By layer that has been refreshed; known to every rank, since it decides which caches travel.
+        # By layer that has been refreshed; the same on every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
-        adapts = config.staleness.kind == "adaptive"  # under a fixed interval nobody asks how far a value changed
+        adapts = config.staleness.kind == "adaptive"  # a fixed interval does not depend on changes
         self.statistics = {
-            Key(name, spec.name): Statistic(
-                spec, ema_decay=config.ema_decay, remembers=strategy.reports(name) and adapts
-            )
+            Key(name, spec.name): Statistic(spec, ema_decay=config.ema_decay, remembers=sync.reports(name) and adapts)
             for name, method in methods.items()
             for spec in method.statistics
         }
 
     def inherit(self, old: "Curvature") -> None:
-        """Goes on with what the old one had of those layers that both have, each on the same ranks."""
+        """Takes over the state of the layers that both have, each on the same ranks."""
         for name in self.caches.keys() & old.caches.keys():
             self.caches[name] = old.caches[name]
         self.caches.elsewhere = {name: cache for name, cache in old.caches.elsewhere.items() if name in self.caches}
@@ -74,70 +72,72 @@ class Curvature:
         self.statistics |= {key: value for key, value in old.statistics.items() if key in self.statistics}
 
     def apply(self, name: str, grad_BOI: Tensor) -> Tensor:
-        """Returns the direction, [B, O, I]; the gradient itself while the layer has no cache."""
+        """Returns the direction, [B, O, I]; if the layer has no cache yet, the gradient itself."""
         cache, covered = self.caches[name], self._layers[name]
         grad_BOI = grad_BOI.to(covered.layer.dtype)
         return grad_BOI if cache is None else covered.method.apply(cache, grad_BOI)
 
-    def refresh(self, due: Sequence[Key], means: Collected, seconds: Callable[[Key], float]) -> dict[Key, Report]:
+    def refresh(
+        self, due: Sequence[Key], means: GlobalMeans, seconds: Callable[[Key], float]
+    ) -> dict[Key, RefreshReport]:
         """Collective. Returns a report on each due statistic of the layers that this rank inverts.
 
-        `seconds`: those that estimating a statistic took here, to which its inversion's are added.
-        Folds them in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
+        `seconds`: the time that estimating a statistic took here; the time of its inversion is added.
+        Folds the means in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
-        found = {key: self._fold(key, means) for key in due if self._strategy.inverts(key.layer)}
-        refreshed = [key for key, report in found.items() if report.makes_anew]
+        folded = {key: self._fold(key, means) for key in due if self._sync.inverts(key.layer)}
+        refreshed = [key for key, report in folded.items() if report.rebuilds]
         fresh = {
             name: frozenset(key.statistic for key in refreshed if key.layer == name)
             for name in dict.fromkeys(key.layer for key in refreshed)
         }
         for name, statistics in fresh.items():
-            self._begin_anew(name, statistics)
-        # What fails where only the damping moved stays, until the next refresh.
+            self._reset_in_basis(name, statistics)
+        # If only the damping moved and an inversion fails, the old inverse stays until the next refresh.
         drifted = self._drifted()
-        here = [name for name in drifted if self._strategy.inverts(name)]
+        here = [name for name in drifted if self._sync.inverts(name)]
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._layers[name].damping for name in drifted}
         self._share(due, drifted)
-        ended = {key: _with_ending(key, report, found, rebuilt) for key, report in found.items()}
+        ended = {key: _with_ending(key, report, folded, rebuilt) for key, report in folded.items()}
         return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
 
-    def told(
-        self, reports: Mapping[Key, Report], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
+    def telemetry_of(
+        self, reports: Mapping[Key, RefreshReport], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
     ) -> list[Refresh]:
-        """Returns what telemetry says of each due statistic, from its report and from its track before and after."""
-        found = []
+        """Returns the telemetry of each due statistic, from its report and from its track before and after."""
+        refreshes = []
         for key, report in reports.items():
             measured = {name: getattr(report, name) for name in MEASURED}
-            found.append(
+            refreshes.append(
                 Refresh(
                     str(key),
                     **measured,
                     ending=report.ending.name,
                     age=step - before[key].refreshed,
                     interval=after[key].interval,
-                    bytes_sent=self._strategy.statistic_bytes(key),
+                    bytes_sent=self._sync.statistic_bytes(key),
                 )
             )
-        return found
+        return refreshes
 
-    def settle(self, reports: Mapping[Key, Report]) -> None:
-        """Takes note of what was refreshed anywhere, from the reports that every rank has."""
-        refreshed = [key for key, report in reports.items() if report.makes_anew]
+    def note_refreshes(self, reports: Mapping[Key, RefreshReport]) -> None:
+        """Notes the layers that were refreshed on any rank, from the reports that every rank has."""
+        refreshed = [key for key, report in reports.items() if report.rebuilds]
         for name in {key.layer for key in refreshed}:
-            own = {key.statistic for key in refreshed if key.layer == name}
-            if name not in self.damped_with or own.issuperset(self._layers[name].method.parts):
+            statistics = {key.statistic for key in refreshed if key.layer == name}
+            if name not in self.damped_with or statistics.issuperset(self._layers[name].method.flops_by_statistic):
                 self.damped_with[name] = self._layers[name].damping
 
     def take(self, name: str, entries: Cache | None) -> None:
-        """Keeps entries of a layer's cache that another rank made, or that were saved; None: there is no cache."""
-        if self._strategy.holds(name):
+        """Keeps entries of a layer's cache that another rank made or that were saved; None: there is no cache."""
+        if self._sync.holds(name):
             self.caches[name] = None if entries is None else (self.caches[name] or {}) | entries
         elif entries is None or entries.keys() >= set(self._layers[name].method.shared):
             self.caches.elsewhere[name] = entries
 
     def _share(self, due: Sequence[Key], drifted: Collection[str]) -> None:
-        """Sends around the entries that may have changed: those that all ranks need only with a new basis."""
+        """Sends around the entries that may have changed; shared ones change only with a new basis."""
         moved = dict.fromkeys([*(key.layer for key in due), *drifted])
         rebased = {key.layer for key in due if not self.statistics[key].spec.in_basis}
         entries = {
@@ -145,40 +145,40 @@ class Curvature:
             for name in moved
             if (method := self._layers[name].method)
         }
-        for name, found in self._strategy.share(self.caches, entries).items():
-            self.take(name, found)
+        for name, cache in self._sync.share(self.caches, entries).items():
+            self.take(name, cache)
 
-    def _begin_anew(self, name: str, fresh: frozenset[str]) -> None:
-        """Forgets what was measured in a basis that is about to be replaced."""
+    def _reset_in_basis(self, name: str, fresh: frozenset[str]) -> None:
+        """Forgets the statistics that were measured in a basis that is about to be replaced."""
         in_basis = {spec.name for spec in self._layers[name].method.statistics if spec.in_basis}
         if fresh - in_basis:
             for statistic in in_basis:
                 self.statistics[Key(name, statistic)].reset()
 
-    def _fold(self, key: Key, means: Collected) -> Report:
+    def _fold(self, key: Key, means: GlobalMeans) -> RefreshReport:
         if key not in means.statistics:
             verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
             if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
-                verdict = Verdict.UNUSABLE  # its layer may have run: there is no basis to measure in
-            return Report(verdict, Ending.OK)
-        tally, statistic = means.tallies[key.layer], self.statistics[key]
+                verdict = Verdict.UNUSABLE  # its layer may have run, but there is no basis to measure in
+            return RefreshReport(verdict, Ending.OK)
+        count, statistic = means.counts[key.layer], self.statistics[key]
         mean = means.statistics[key].to(self._layers[key.layer].layer.dtype)
         if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
-            return Report(Verdict.UNUSABLE, Ending.NON_FINITE, rows=tally.rows)
+            return RefreshReport(Verdict.UNUSABLE, Ending.NON_FINITE, rows=count.rows)
         spread = statistic.spread
         change = statistic.fold(mean)
         error, bound = self._error(key), error_threshold(self._staleness)
         if error is not None and bound is not None:
-            return Report(judge_error(error, bound), Ending.OK, tally.rows, threshold=bound, error=error)
-        noise = tally.noise(key.statistic, change.norm)
+            return RefreshReport(judge_error(error, bound), Ending.OK, count.rows, threshold=bound, error=error)
+        noise = count.noise(key.statistic, change.norm)
         threshold = threshold_for(self._staleness, key.statistic, noise * spread, self._thresholds)
         verdict = judge(change, threshold)
-        return Report(
-            verdict, Ending.OK, tally.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
+        return RefreshReport(
+            verdict, Ending.OK, count.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
         )
 
     def _error(self, key: Key) -> float | None:
-        """Returns the error of what is in use for the statistic's new value, read back; None where nobody asks."""
+        """Returns the error of the inverse in use for the new value, read back; None if the policy measures none."""
         if error_threshold(self._staleness) is None:
             return None
         old, statistics = self.caches[key.layer], self._ready(key.layer)
@@ -188,7 +188,7 @@ class Curvature:
         return None if error is None else float(error)
 
     def _rebuild(self, fresh: Mapping[str, frozenset[str]]) -> "_Rebuilt":
-        """Rebuilds the caches of these layers from their statistics; returns how it went.
+        """Rebuilds the caches of these layers from their statistics.
 
         A layer is left as it is until each of its statistics in the standard basis has a value.
         """
@@ -199,32 +199,32 @@ class Curvature:
         }
         problems = {
             Key(name, statistic): problem
-            for name, given in arguments.items()
-            for statistic, problem in self._layers[name].method.problems(*given).items()
+            for name, inputs in arguments.items()
+            for statistic, problem in self._layers[name].method.problems(*inputs).items()
         }
-        # What all ranks invert goes by itself: batched alike, it has the same bits on each.
-        replicated = {key: problem for key, problem in problems.items() if self._strategy.is_replicated(key.layer)}
+        # Problems that all ranks solve are batched apart: batched alike, they have the same bits on each rank.
+        replicated = {key: problem for key, problem in problems.items() if self._sync.is_replicated(key.layer)}
         alone = {key: problem for key, problem in problems.items() if key not in replicated}
         start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
-        found = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
-        for name, given in arguments.items():
-            own = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
-            refreshed = self._layers[name].method.refresh(*given, own)
+        rebuilt = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
+        for name, inputs in arguments.items():
+            of_layer = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
+            refreshed = self._layers[name].method.refresh(*inputs, of_layer)
             self.caches[name] = refreshed.cache
-            found.endings[name] = refreshed.endings
-        return found
+            rebuilt.endings[name] = refreshed.endings
+        return rebuilt
 
     def _ready(self, name: str) -> dict[str, Tensor] | None:
-        """Returns the layer's statistics; None if one that the cache can't do without has no value yet."""
+        """Returns the layer's statistics; None if one that the cache needs has no value yet."""
         specs = self._layers[name].method.statistics
-        found = {spec.name: self.statistics[Key(name, spec.name)].value for spec in specs}
-        if any(found[spec.name] is None and not spec.in_basis for spec in specs):
+        values = {spec.name: self.statistics[Key(name, spec.name)].value for spec in specs}
+        if any(values[spec.name] is None and not spec.in_basis for spec in specs):
             return None
-        return {statistic: value for statistic, value in found.items() if value is not None}
+        return {statistic: value for statistic, value in values.items() if value is not None}
 
     def _drifted(self) -> list[str]:
-        """Returns the layers whose damping has moved since all of them was damped, the same on every rank."""
+        """Returns the layers whose damping has moved since the whole cache was damped, the same on every rank."""
         return [
             name
             for name, used in self.damped_with.items()
@@ -232,8 +232,8 @@ class Curvature:
         ]
 
     def _redamped(self, name: str, fresh: Mapping[str, frozenset[str]]) -> frozenset[str]:
-        """Returns what counts as new in a layer all of which is damped anew: what is, and the parts made with it."""
-        return fresh[name] | self._layers[name].method.parts.keys() if name in fresh else frozenset()
+        """Returns the statistics that count as new if a layer is damped again: any that makes a part of the cache."""
+        return fresh[name] | self._layers[name].method.flops_by_statistic.keys() if name in fresh else frozenset()
 
 
 def schedule_for(layers: CoveredLayers, config: NGDConfig) -> Schedule:
@@ -249,13 +249,13 @@ def schedule_for(layers: CoveredLayers, config: NGDConfig) -> Schedule:
     )
 
 
-def failed_inversions(before: int, reports: Mapping[Key, Report]) -> int:
+def failed_inversions(before: int, reports: Mapping[Key, RefreshReport]) -> int:
     """Returns the failures of the whole run, from those before this step and this step's reports."""
     return before + sum(report.ending is not Ending.OK for report in reports.values())
 
 
-def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, Report]) -> InversionError | None:
-    """Returns what to raise if this step's failures exceed the bound; it names the first of them."""
+def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, RefreshReport]) -> InversionError | None:
+    """Returns an error if this step's failures exceed the bound; it names the first of them."""
     failures = failed_inversions(before, reports)
     if bound is None or failures == before or failures <= bound:
         return None
@@ -266,18 +266,20 @@ def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, Report
     )
 
 
-def _with_ending(key: Key, report: Report, found: Mapping[Key, Report], rebuilt: _Rebuilt) -> Report:
-    """Returns the report with how its inversion went, and the ending of a statistic of its layer that was not due."""
+def _with_ending(
+    key: Key, report: RefreshReport, reports: Mapping[Key, RefreshReport], rebuilt: _Rebuilt
+) -> RefreshReport:
+    """Returns the report with the ending of its inversion, or of one for a statistic of its layer that was not due."""
     endings, solution = rebuilt.endings.get(key.layer, {}), rebuilt.solutions.get(key)
-    waiting = endings.keys() - {other.statistic for other in found if other.layer == key.layer}
-    ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | waiting)])
+    not_due = endings.keys() - {other.statistic for other in reports if other.layer == key.layer}
+    ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | not_due)])
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
     residual = solution.residual if isinstance(solution, Inverse) else report.residual
     return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=rebuilt.seconds.get(key, 0.0))
 
 
 def _shares(seconds: float, problems: Mapping[Key, Problem]) -> dict[Key, float]:
-    """Returns the seconds that solving all problems at once took, shared out by n^3 for n^2 numbers."""
+    """Returns the seconds of each problem: the time of solving all at once, shared out by n^3 for n^2 numbers."""
     weights = {key: problem.factor.numel() ** 1.5 for key, problem in problems.items()}
     total = sum(weights.values())
     return {key: seconds * weight / total for key, weight in weights.items()}

@@ -1,9 +1,9 @@
-"""Everything this library can raise.
+"""The errors that this library raises.
 
 NgdError
 +-- ConfigError (ValueError)             settings that contradict the model or the process group
 +-- CaptureError (RuntimeError)          a layer ran in a way its statistics can't describe
-+-- CollectiveError (RuntimeError)       a collective failed or timed out; names itself, the rank and who is to blame
++-- CollectiveError (RuntimeError)       a collective failed or timed out; the message names the culprit rank
 +-- InversionError (ArithmeticError)     more inversions have failed than max_failed_inversions
 +-- NonFiniteError (FloatingPointError)  a gradient is NaN or infinite
 +-- CheckpointError (ValueError)         a state that doesn't fit this model

@@ -1,4 +1,4 @@
-"""What `NGD.explain` prints: which layer gets what, at which cost, on which rank, and what is left to the fallback."""
+"""The table of `NGD.explain`: the method, cost and ranks of each layer, and the parameters of the fallback."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -6,7 +6,7 @@ from typing import Any
 
 from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.covered import CoveredLayer, CoveredLayers
-from ngd_dist.distributed import Strategy
+from ngd_dist.distributed import Sync
 from ngd_dist.engines import Engine
 from ngd_dist.step.fallback import lr_ratio
 
@@ -20,7 +20,7 @@ def explain(
     config: NGDConfig,
     layers: CoveredLayers,
     engine: Engine,
-    strategy: Strategy,
+    sync: Sync,
     plain_parameters: Mapping[str, str],
     activations: Mapping[str, str | None],
     groups: Sequence[Mapping[str, Any]],
@@ -32,13 +32,13 @@ def explain(
 
     gradient: [blocks x] outputs x inputs, a bias being the last input. refresh and apply: floating-point operations,
     once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer.
-    `activations`: by layer that has run, what was found to read its output, where the method asks.
+    `activations`: by layer that has run, the activation that reads its output, if the method asks for it.
     """
-    rows = [_row(covered, strategy, activations) for covered in layers.values()]
+    rows = [_row(covered, sync, activations) for covered in layers.values()]
     flops = [(covered.method.refresh_flops(), covered.method.apply_flops()) for covered in layers.values()]
     total = sum(_bytes(covered) for covered in layers.values())
     sums = ("all", "", "", "", "", *(_scaled(sum(column)) for column in zip(*flops, strict=True)), _scaled(total, 1024))
-    lines = [_head(config, engine, strategy), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
+    lines = [_head(config, engine, sync), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
     for head, reasons in (
         (f"left to the fallback, {_fallback(config, groups)}:", plain_parameters),
         ("not updated:", frozen),
@@ -55,14 +55,14 @@ def _fallback(config: NGDConfig, groups: Sequence[Mapping[str, Any]]) -> str:
     return f"{config.fallback.kind} at lr {', '.join(f'{rate:.3g}' for rate in dict.fromkeys(rates))}"
 
 
-def _head(config: NGDConfig, engine: Engine, strategy: Strategy) -> str:
-    ranks = strategy.comm.world_size
+def _head(config: NGDConfig, engine: Engine, sync: Sync) -> str:
+    ranks = sync.comm.world_size
     where = "in one process" if ranks == 1 else f"on {ranks} ranks; gradients are averaged by {engine.averager}"
-    kind = strategy.kind
+    kind = sync.kind
     return f"{config.preconditioner.kind}, {config.fisher.kind} Fisher, {config.staleness.kind} refresh, {kind} {where}"
 
 
-def _row(covered: CoveredLayer, strategy: Strategy, activations: Mapping[str, str | None]) -> tuple[str, ...]:
+def _row(covered: CoveredLayer, sync: Sync, activations: Mapping[str, str | None]) -> tuple[str, ...]:
     layer, preconditioner = covered.layer, covered.method
     blocks, outputs, inputs = layer.shape.gradient
     read_by = f", read by {activations[layer.name]}" if layer.name in activations else ""
@@ -72,26 +72,26 @@ def _row(covered: CoveredLayer, strategy: Strategy, activations: Mapping[str, st
         f"{type(layer.module).__name__}, {type(preconditioner).__name__}{read_by}",
         _size((blocks, outputs, inputs)),
         statistics,
-        _ranks(layer.name, strategy),
+        _ranks(layer.name, sync),
         _scaled(preconditioner.refresh_flops()),
         _scaled(preconditioner.apply_flops()),
         _scaled(_bytes(covered), 1024),
     )
 
 
-def _ranks(name: str, strategy: Strategy) -> str:
+def _ranks(name: str, sync: Sync) -> str:
     """Returns the ranks that refresh the layer's preconditioner, and the others that apply it."""
-    roles = strategy.placement.roles[name]
-    if strategy.is_replicated(name):
+    roles = sync.placement.roles[name]
+    if sync.is_replicated(name):
         return "all"
     others = ", ".join(map(str, sorted(roles.holders[1:])))
     return f"{roles.owner} for {others}" if others else str(roles.owner)
 
 
 def _bytes(covered: CoveredLayer) -> int:
-    """Returns what statistics and cache take on a rank that holds the layer and reports on it.
+    """Returns the bytes of statistics and cache on a rank that holds the layer and reports on it.
 
-    A statistic is held whole, and its value before the newest as it travels (packed, where symmetric).
+    A statistic is held whole, and its value before the newest as it travels (packed, if symmetric).
     """
     kept = sum(prod(spec.shape) + spec.form.numbers for spec in covered.method.statistics)
     cached = sum(prod(shape) for shape in covered.method.cache_shapes.values())

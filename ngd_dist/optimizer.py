@@ -12,7 +12,7 @@ from torch import Tensor
 from ngd_dist.assembly import Assembly
 from ngd_dist.capture.coverage import check_held, check_owned
 from ngd_dist.curvature import failed_inversions, too_many_failed
-from ngd_dist.distributed import Collected, Findings, Local, Report
+from ngd_dist.distributed import GlobalMeans, LocalContribution, RefreshReport, StepResult
 from ngd_dist.errors import CaptureError, ConfigError
 from ngd_dist.explanation import explain
 from ngd_dist.statistics.staleness import Verdict
@@ -29,14 +29,14 @@ class NGD(Assembly):
     """Natural gradient descent as a torch optimizer: preconditions covered layers, leaves the rest to a fallback.
 
     model: every rank has the same weights, and the first dimension of its inputs counts samples. Bare, compiled, or
-        wrapped in DistributedDataParallel; for a bare model the strategy averages the gradients over ranks, for a
-        wrapped one DDP has.
+        wrapped in DistributedDataParallel; if it is bare, NGD averages the
+        gradients over ranks; if it is wrapped, DDP has averaged them.
     config: the mathematics; see `NGDConfig`.
     param_groups: as for any torch optimizer, with lr, momentum, weight_decay and damping. Parameters in no group are
-        left alone. Default: one group with all parameters that are trainable, and those that are unfrozen later. A
-        layer's damping is that of its weight's group.
+        left alone. Default: one group with all parameters that are trainable, and those that are unfrozen later. The
+        group of a layer's weight gives the layer's damping.
     process_group: the ranks that share a batch; default: the whole world.
-    grad_scaler: the GradScaler that scales the loss, where one does.
+    grad_scaler: the GradScaler that scales the loss, if there is one.
 
     Collective: every rank calls the constructor, `step`, `zero_grad`, `add_param_group`, `state_dict` and
     `load_state_dict`, in the same order. Copies (`copy.deepcopy`, `pickle`) bring a copy of the model along.
@@ -55,7 +55,7 @@ class NGD(Assembly):
     (3, [0, 0, 0, 0])
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to skip a step that overflowed
+    _step_supports_amp_scaling = True  # so that a GradScaler lets `step` itself skip a step that overflowed
 
     @property
     def statistic_names(self) -> list[str]:
@@ -65,12 +65,12 @@ class NGD(Assembly):
     def fisher_backward(self, output: Any, *, ignored: Tensor | None = None) -> None:
         """Gives the statistics the gradients of the model's own predictions, unless `config.fisher` is empirical.
 
-        output: what the model returned: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput, of which
-            logits count where keys name them. All are read by the likelihood of `config.fisher`.
-        ignored: bool, in the shape of the output without C: where the loss reads no prediction, as with the label -100.
+        output: the model's result: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput. If keys name
+            logits, the logits alone count. The likelihood of `config.fisher` reads all of them.
+        ignored: bool, in the shape of the output without C; true where the loss reads no prediction (label -100).
 
-        Call it once per forward pass, between it and `loss.backward()`. It runs the backward passes that this step
-        needs, often none, and touches no parameter's gradient.
+        Call it once per forward pass, after the pass and before `loss.backward()`. It runs the backward passes that
+        this step needs, often none, and touches no parameter's gradient.
         Raises: ConfigError for an output with too many dimensions for the exact Fisher; CaptureError.
 
         >>> from ngd_dist.config import MonteCarlo, NGDConfig
@@ -86,8 +86,8 @@ class NGD(Assembly):
     def paused(self) -> AbstractContextManager[None]:
         """Returns a context in which no forward or backward pass counts for the statistics.
 
-        For passes that add to `grad` and are not the step's own. Those that leave `grad` alone need it not, nor those
-        that a `zero_grad` follows.
+        It is for passes that add to `grad` and are no part of the step. Passes that leave `grad` alone don't need it,
+        nor do passes that a `zero_grad` follows.
 
         >>> model = nn.Linear(8, 4)
         >>> optimizer = NGD(model)
@@ -99,7 +99,7 @@ class NGD(Assembly):
         return self._capture.paused()
 
     def samples(self, count: int) -> AbstractContextManager[None]:
-        """Returns a context whose forward passes have so many samples each, where inputs and outputs don't tell.
+        """Returns a context that states the samples of each forward pass, if inputs and outputs don't tell.
 
         Raises: ConfigError for a count below 1.
 
@@ -115,7 +115,7 @@ class NGD(Assembly):
         return self._capture.batches.stated(count)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's. Forgets the statistics of the passes whose gradients it clears; then it is collective.
+        """As torch's. Forgets the statistics of passes whose gradients it clears; if there are any, it is collective.
 
         >>> model = nn.Linear(8, 4)
         >>> optimizer = NGD(model)
@@ -126,7 +126,7 @@ class NGD(Assembly):
         """
         super().zero_grad(set_to_none)
         if self._capture.clear():
-            self._arm(self.stats.step + 1)
+            self._begin_step(self.stats.step + 1)
 
     @overload
     def step(self, closure: None = None, *, objective: Objective | None = None) -> None: ...
@@ -136,12 +136,13 @@ class NGD(Assembly):
     def step(self, closure: Callable[[], float] | None = None, *, objective: Objective | None = None) -> float | None:
         """Collective. Updates the parameters from their gradients; returns the closure's loss, if one is given.
 
-        objective: returns (loss, output) of the batch, or a part of it, without differentiating: for the settings that
-            adapt to the loss, which evaluate it again (`config.needs_objective`).
+        objective: returns (loss, output) of the batch, or a part of it, without differentiating. Settings that adapt to
+            the loss evaluate it again (`config.needs_objective`).
 
-        A parameter whose `grad` is None on every rank is left alone, as by torch's optimizers; on some, it counts as
-        zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the config says;
-        NonFiniteError; InversionError; CollectiveError. ConfigError for parameters that NGD was not built with.
+        If the `grad` of a parameter is None on every rank, the parameter is left alone, as by torch's optimizers; on
+        some ranks, it counts as zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the
+        config says; NonFiniteError; InversionError; CollectiveError. ConfigError for parameters that NGD was not built
+        with.
 
         >>> from ngd_dist.config import NGDConfig, QuadraticModel
         >>> model, x, y = nn.Linear(8, 4), torch.randn(32, 8), torch.randint(4, (32,))
@@ -170,18 +171,18 @@ class NGD(Assembly):
             with phase("apply"):
                 directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
             with phase("publish"):
-                findings = self._strategy.publish(self._findings(directions, means, reports), due)
-            self._curvature.settle(findings.reports)
-            self._check(findings.reports)
+                result = self._sync.publish(self._local_result(directions, means, reports), due)
+            self._curvature.note_refreshes(result.reports)
+            self._check(result.reports)
             with phase("update"):
                 move = self._update.move
-                adapted = move(self.stats.step + 1, self.param_groups, self.state, means, findings, objective)
-        self._finish(due, findings, adapted)
+                adapted = move(self.stats.step + 1, self.param_groups, self.state, means, result, objective)
+        self._finish(due, result, adapted)
         self._take_in()
         return loss
 
     def explain(self) -> str:
-        """Returns a table of each layer's treatment and its cost, and why the fallback has the other parameters.
+        """Returns a table of each layer's method and cost, and the reason why the fallback has each other parameter.
 
         >>> print(NGD(nn.Sequential(nn.Linear(8, 4), nn.PReLU())).explain())
         kfac, empirical Fisher, adaptive refresh, single in one process
@@ -195,7 +196,7 @@ class NGD(Assembly):
             self.config,
             self._covered,
             self._engine,
-            self._strategy,
+            self._sync,
             self.plain_parameters,
             self._capture.activations,
             self.param_groups,
@@ -203,7 +204,7 @@ class NGD(Assembly):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Collective. Returns the whole state on every rank: torch's, and under "ngd" the layers' by name.
+        """Collective. Returns the whole state on every rank: torch's, and under "ngd" that of each layer by name.
 
         >>> sorted(NGD(nn.Linear(8, 4)).state_dict())
         ['ngd', 'param_groups', 'state']
@@ -220,7 +221,7 @@ class NGD(Assembly):
         self.saved_state.check(state_dict, self.param_groups)
         self.stats = self.saved_state.restore(state_dict["ngd"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngd"})
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
 
     def _check_call(self, objective: Objective | None) -> None:
         if self.config.needs_objective and objective is None:
@@ -236,25 +237,25 @@ class NGD(Assembly):
                 "optimizer.fisher_backward(output) after each forward pass, before loss.backward()"
             )
 
-    def _collect(self, due: list[Key]) -> Collected:
+    def _collect(self, due: list[Key]) -> GlobalMeans:
         """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
         check_held(layer for layer in self.layers if any(p.grad is None for p in layer.parameters))
         captured, wrong = self._capture.take(), self._capture.miscounted()
         for key, value in captured.items():
-            self._strategy.offer(key, value)
-        tallies = self._capture.estimates.tallies(due, wrong, self._device, self._capture.measurement.spoiled)
+            self._sync.offer(key, value)
+        counts = self._capture.estimates.counts(due, wrong, self._device, self._capture.measurement.spoiled)
         gradients = {
             layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
         }
         plain = [self._gradients.of(self, p) for p in self._plain]
         flags = self._gradients.flags(self, self._device)
-        return self._strategy.collect(Local(flags, tallies, gradients, plain))
+        return self._sync.collect(LocalContribution(flags, counts, gradients, plain))
 
     def _skip(self) -> None:
-        """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError on all ranks, if set so."""
+        """Gives the step up: weights, statistics and schedule stay. Raises: NonFiniteError, if the config says so."""
         is_scaled = hasattr(self, "found_inf")
         self._loss_scale.report_overflow(self)
-        self._arm(self.stats.step + 1)
+        self._begin_step(self.stats.step + 1)
         self.stats = replace(
             self.stats,
             skipped_steps=self.stats.skipped_steps + 1,
@@ -267,36 +268,38 @@ class NGD(Assembly):
             return
         raise self._gradients.error(self.stats.step + 1)
 
-    def _findings(self, directions: dict[str, Tensor], means: Collected, reports: dict[Key, Report]) -> Findings:
-        like = torch.zeros((), dtype=self._strategy.dtype, device=self._device)
+    def _local_result(
+        self, directions: dict[str, Tensor], means: GlobalMeans, reports: dict[Key, RefreshReport]
+    ) -> StepResult:
+        like = torch.zeros((), dtype=self._sync.dtype, device=self._device)
         inner = self._update.length.inner(directions, means.gradients, like)
-        return Findings(directions, reports, inner)
+        return StepResult(directions, reports, inner)
 
-    def _check(self, reports: Mapping[Key, Report]) -> None:
-        """Raises on every rank or on none, since every rank has the same reports; arms again for who goes on."""
+    def _check(self, reports: Mapping[Key, RefreshReport]) -> None:
+        """Raises on all ranks or on none: all have the same reports. A caller that catches the error may go on."""
         wrong = sorted({key.layer for key, report in reports.items() if report.verdict is Verdict.MISCOUNTED})
         bound, before = self.config.max_failed_inversions, self.stats.failed_inversions
         error = self._capture.miscount(wrong[0]) if wrong else too_many_failed(bound, before, reports)
         if error is not None:
-            self._arm(self.stats.step + 1)
+            self._begin_step(self.stats.step + 1)
             raise error
 
-    def _finish(self, due: list[Key], findings: Findings, adapted: Adapted) -> None:
+    def _finish(self, due: list[Key], result: StepResult, adapted: Adapted) -> None:
         """Plans the next refreshes from the reports, the same on every rank, and writes the step's statistics."""
-        step, reports = self.stats.step + 1, findings.reports
+        step, reports = self.stats.step + 1, result.reports
         unseen = (key.layer for key in due if reports[key].verdict is Verdict.UNSEEN)
-        self._report_unseen(name for name in unseen if self._strategy.reports(name))
+        self._report_unseen(name for name in unseen if self._sync.reports(name))
         verdicts, rows = ({key: getattr(reports[key], name) for key in due} for name in ("verdict", "rows"))
         before = dict(self._schedule.tracks)
         self._schedule.advance(step, verdicts, rows)
-        tracks = self._schedule.tracks.values()
+        due_reports, tracks = {key: reports[key] for key in due}, self._schedule.tracks.values()
         self.stats = StepStats(
             step=step,
             seconds=self._stopwatch.take(),
             bytes_sent=self._comm.take_sent(),
             ages=[step - track.refreshed for track in tracks],
             intervals=[track.interval for track in tracks],
-            refreshes=self._curvature.told({key: reports[key] for key in due}, before, self._schedule.tracks, step),
+            refreshes=self._curvature.telemetry_of(due_reports, before, self._schedule.tracks, step),
             failed_inversions=failed_inversions(self.stats.failed_inversions, reports),
             skipped_steps=self.stats.skipped_steps,
             lr=float(self.param_groups[0]["lr"]),
@@ -304,10 +307,10 @@ class NGD(Assembly):
             damping=float(self.param_groups[0]["damping"]),
             adapted=adapted,
         )
-        self._arm(step + 1)
+        self._begin_step(step + 1)
 
     def _report_unseen(self, layers: Iterable[str]) -> None:
-        """Tells once of each layer that has gradients but never ran: something uses its weights past its module."""
+        """Warns once for each layer that has gradients but never ran: something uses its weights without its module."""
         for name in set(layers):
             parameters = self._covered[name].layer.parameters
             if (

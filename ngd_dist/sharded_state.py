@@ -1,8 +1,8 @@
-"""NGD's state for torch.distributed.checkpoint: each rank writes and reads what it has, and nothing is gathered.
+"""NGD's state for torch.distributed.checkpoint: each rank writes and reads its own part, and nothing is gathered.
 
-That library loads in place into what `state_dict` returns, so the structure here depends on the model, the config and
-the ranks alone: what is not there yet is zeros, and plain values beside them say so. Values that are not tensors sit in
-tuples, which it stores whole and reads back as they were.
+That library loads in place into the result of `state_dict`, so the structure here depends on the model, the config and
+the ranks alone: a missing tensor is zeros, and plain values beside it say so. Values that are not tensors sit in
+tuples, which the library stores whole and reads back as they were.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,13 +33,14 @@ class ShardedState:
     >>> saved = dcp.save({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
     >>> dcp.load({"model": model.state_dict(), "optimizer": ShardedState(optimizer)}, checkpoint_id=folder)
 
-    A rank writes the layers that it holds, and what all ranks have alike (momentum, schedule, settings) is shared out
-    between them. At load a rank reads its own layers and what all need. All tensors here are copies in host memory, so
-    that training may go on after `dcp.async_save` has returned, and a load that fails leaves the optimizer as it was.
+    A rank writes the layers that it holds; tensors that are the same on all ranks (momentum, schedule, settings) are
+    shared out between them. At load a rank reads its own layers and the tensors that all need. All tensors here are
+    copies in host memory, so that training may go on after `dcp.async_save` has returned, and a load that fails leaves
+    the optimizer as it was.
 
     `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` is no way to save NGD. It keeps momentum and
-    param_groups but drops the statistics without a word; and where there is neither momentum nor a gradient yet, it
-    calls `step` with zeros, which counts as a step. `NGD.load_state_dict` refuses what it returns, and with it so does
+    param_groups but drops the statistics without a warning; and if there is neither momentum nor a gradient yet, it
+    calls `step` with zeros, which counts as a step. `NGD.load_state_dict` refuses the result, and so does
     `set_optimizer_state_dict`.
     """
 
@@ -51,8 +52,8 @@ class ShardedState:
         return self._optimizer.saved_state
 
     def state_dict(self) -> State:
-        """Returns what this rank has; not collective."""
-        # Of torch's own, not NGD's, which gathers.
+        """Returns the state of this rank; not collective."""
+        # Torch's method, not NGD's, which gathers.
         torchs = torch.optim.Optimizer.state_dict(self._optimizer)
         local = self._saved.local(self._optimizer.stats)
         layers, fallback = local.pop("layers"), local.pop("fallback")
@@ -74,14 +75,14 @@ class ShardedState:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what `dcp.load` has read into a `state_dict`.
+        """Takes over a `state_dict` into which `dcp.load` has read.
 
-        Raises: CheckpointError, with nothing changed, if it is of another format or other settings. For layers or
-        shapes that the checkpoint lacks dcp itself raises a CheckpointException, which names the missing key.
+        Raises: CheckpointError, with nothing changed, if it is of another format or other settings. If the checkpoint
+        lacks a layer or a shape, dcp itself raises a CheckpointException, which names the missing key.
         """
         (everywhere,) = state_dict["everywhere"]
         check_format(everywhere["format"])
-        for name in self._saved.formats:  # those of other ranks too, so that all ranks raise or none
+        for name in self._saved.formats:  # of all ranks, so that all ranks raise or none
             self._saved.check_cache(name, everywhere["caches"].get(name, ()))
         ngd = {key: value for key, value in everywhere.items() if key not in ("param_groups", "momentum", "caches")}
         ngd["layers"] = {name: self._layer(name, state_dict) for name in self._saved.formats}
@@ -106,13 +107,13 @@ class ShardedState:
 
     def _layer(self, name: str, state: Mapping[str, Any]) -> State:
         layer_format, is_cached = self._saved.formats[name], state["cached"].get(name, False)
-        found: State = {"cache": _of(name, layer_format.own_cache, state["caches"]) if is_cached else None}
+        layer: State = {"cache": _of(name, layer_format.local_cache, state["caches"]) if is_cached else None}
         if not layer_format.inverts:
-            return found
+            return layer
         values, before = (_of(name, layer_format.statistics, state[kind]) for kind in ("statistics", "before"))
         weights = state["weights"][name]
         remembered = state["remembered"].get(name, ())
-        found["statistics"] = {
+        layer["statistics"] = {
             statistic: {
                 "value": values[statistic] if weight > 0 else None,
                 "before": before[statistic] if statistic in remembered else None,
@@ -120,15 +121,15 @@ class ShardedState:
             }
             for statistic, weight in zip(layer_format.statistics, weights, strict=True)
         }
-        return found
+        return layer
 
 
 def _add_layer(state: State, name: str, layer_format: LayerFormat, layer: Mapping[str, Any]) -> None:
-    """Adds what this rank has of the layer. Layers are told apart from what is theirs by the last dot of a key."""
+    """Adds this rank's tensors of the layer. The last dot of a key separates the layer from the name of the tensor."""
     cache, dtype = layer["cache"], layer_format.dtype
-    for entry, shape in layer_format.own_cache.items():
+    for entry, shape in layer_format.local_cache.items():
         state["caches"][f"{name}.{entry}"] = _copy((cache or {}).get(entry), shape, dtype)
-    if layer_format.own_cache:
+    if layer_format.local_cache:
         state["cached"][name] = cache is not None
     if not layer_format.inverts:
         return
@@ -140,8 +141,8 @@ def _add_layer(state: State, name: str, layer_format: LayerFormat, layer: Mappin
         if layer_format.remembers:
             state["before"][f"{name}.{statistic}"] = _copy(values["before"], (numbers,), dtype)
     if layer_format.remembers:
-        there = tuple(statistic for statistic, values in statistics.items() if values["before"] is not None)
-        state["remembered"][name] = there
+        remembered = (statistic for statistic, values in statistics.items() if values["before"] is not None)
+        state["remembered"][name] = tuple(remembered)
 
 
 def _copy(value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -150,6 +151,6 @@ def _copy(value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Ten
     return value.detach().to("cpu", dtype, copy=True)
 
 
-def _of(name: str, parts: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns those of the tensors that belong to a layer or parameter, by what follows the last dot of their key."""
-    return {part: tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in tensors}
+def _of(name: str, suffixes: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a layer or parameter, by the suffix after the last dot of their key."""
+    return {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes if f"{name}.{suffix}" in tensors}

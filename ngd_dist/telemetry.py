@@ -1,4 +1,4 @@
-"""What one optimizer step did and cost: plain numbers, safe to send anywhere."""
+"""Telemetry of one optimizer step: plain numbers, safe to send anywhere."""
 
 import time
 from collections import defaultdict
@@ -11,14 +11,14 @@ __all__ = ["Adapted", "Refresh", "StepStats", "Stopwatch"]
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """One statistic that was due. Infinity stands for what was not measured.
+    """One statistic that was due. A number that was not measured is infinity.
 
-    change, change_to_before: relative, against the values in use before. noise: the relative sampling error of the new
-    value. threshold: the change from which on it counted as changed. error: ||I - (X + damping) inverse|| / sqrt(n) of
-    the inverse that was in use for the new value X; of a basis, the share of X off its diagonal. residual: the same of
-    the new inverse. ending: of the inversion, by name. age: the steps for which the value before was in use.
-    interval: the steps until it is due again, at most. seconds: host time for estimating and inverting it, on the rank
-    that reports. bytes_sent: by each rank, for this statistic.
+    change, change_to_before: relative, against the last two values in use. noise: the relative sampling error of the
+    new value. threshold: the change from which on the statistic counts as changed. error: ||I - (X + damping) inverse||
+    / sqrt(n) of the inverse that was in use, for the new value X; of a basis, the share of X off its diagonal.
+    residual: the same of the new inverse. ending: the name of the inversion's ending. age: the steps for which the last
+    value was in use. interval: the steps until the statistic is due again, at most. seconds: host time for estimating
+    and inverting, on the rank that reports. bytes_sent: by each rank, for this statistic.
     """
 
     statistic: str
@@ -37,7 +37,7 @@ class Refresh:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """What a step that followed the loss found: rho, the loss's change over the model's; None where none was taken."""
+    """The result of a step that adapts to the loss: rho, the loss's change over the model's; None if not measured."""
 
     reduction_ratio: float | None = None
 
@@ -46,11 +46,11 @@ class Adapted:
 class StepStats:
     """One step. `ages` and `intervals` follow the order of `NGD.statistic_names`.
 
-    An age counts the steps since the statistic in use was measured; `intervals` are the steps it may stay in use.
-    Seconds are host time on this rank: on CUDA, where work is queued, they show where the host waits. Bytes are what
-    this rank sends to others, by kind; an all-reduce counts as a ring sends it. `failed_inversions` counts all steps so
-    far over all ranks, and `skipped_steps` those that were given up for a gradient that was not finite. lr, momentum
-    and damping are the first param group's, after the step.
+    An age counts the steps since the statistic in use was measured; an interval, the steps that it may stay in use.
+    Seconds are host time on this rank: on CUDA, where work is queued, they show where the host waits. Bytes are those
+    that this rank sends to others, by kind; an all-reduce counts as a ring sends it. `failed_inversions` counts all
+    steps so far over all ranks, `skipped_steps` the steps that were given up because a gradient was not finite. lr,
+    momentum and damping are those of the first param group, after the step.
     """
 
     step: int = 0

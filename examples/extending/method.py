@@ -12,7 +12,7 @@ from ngd_dist.config import PreconditionerConfig
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Entrywise, Form
 from ngd_dist.inversion import Ending, Solution
-from ngd_dist.layers import Rows
+from ngd_dist.layers import LayerBatch
 from ngd_dist.preconditioners import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics.statistic import StatisticSpec
 
@@ -33,12 +33,12 @@ class DiagonalFisher(Preconditioner):
         self.statistics = (StatisticSpec("D", Entrywise(shape.gradient)),)
         self.entries = {"inverse": Form(shape.gradient)}
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "D" not in due:
             return {}
         # Shapes: B blocks, N samples, P positions, I inputs, O outputs. A sample's gradient is a sum over positions.
-        gradients_BNOI = rows.g_BNPO.mT @ rows.a_BNPI
-        return {"D": gradients_BNOI.square().sum(1) / rows.samples}
+        gradients_BNOI = batch.g_BNPO.mT @ batch.a_BNPI
+        return {"D": gradients_BNOI.square().sum(1) / batch.samples}
 
     def refresh(
         self,

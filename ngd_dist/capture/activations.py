@@ -1,8 +1,8 @@
-"""Which activation module reads what a layer returns, and its derivative there: for methods that ask for slopes.
+"""Finds the activation module that reads a layer's output, and its derivative there, for methods that need slopes.
 
-A module is recognised by being given the very tensor that the layer returned, or what a normalisation or dropout made
-of it: a slope is then taken where the activation was, and the normalisation's own scale is left to the layer's step
-length. Activations that are called as functions are not seen; their layers have no slope.
+A module is recognised if its input is the very tensor that the layer returned, or a normalisation or dropout of that
+tensor. The slope is then that of the activation, and the scale of the normalisation is left to the layer's step length.
+Activations that are called as functions are not seen; their layers have no slope.
 """
 
 import weakref
@@ -19,14 +19,14 @@ from ngd_dist.layers.hooks import ModuleHook, is_transformed
 
 __all__ = ["Activations", "is_activation"]
 
-# Each output depends on the input of the same place alone, without chance. The match is on the exact type.
+# Each output depends on the input at the same place alone, without randomness. The match is on the exact type.
 ELEMENTWISE: frozenset[type[nn.Module]] = frozenset(
     {
         nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish,
         nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink,
     }
 )  # fmt: skip
-# All modules of these are elementwise. None of them is imported here.
+# All modules of these files are elementwise. None of them is imported here.
 ELEMENTWISE_FILES = ("timm.layers.activations", "transformers.activations")
 TRANSPARENT: frozenset[type[nn.Module]] = frozenset(
     {
@@ -45,43 +45,44 @@ def is_activation(module: nn.Module) -> bool:
 class Activations:
     """Gives each run of a layer its slope while the model runs forward.
 
-    `found`: by name of each layer that has run, the type of the activation that read it, or None. Its hooks go with it.
+    `by_layer`: by name of each layer that has run, the type of the activation that read it, or None. Its hooks are
+    removed with it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.found: dict[str, str | None] = {}
+        self.by_layer: dict[str, str | None] = {}
         self._unread: MutableMapping[Tensor, tuple[str, Run]] = WeakTensorKeyDictionary()
-        own = weakref.ref(self)
+        reference = weakref.ref(self)
         handles: list[RemovableHandle] = []
         for module in model.modules():
             if is_activation(module):
                 # Before it runs: it may write its output where its input was.
-                handles.append(module.register_forward_pre_hook(ModuleHook(_note_input(own)), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(ModuleHook(_note_input(reference)), with_kwargs=True))
             elif type(module) in TRANSPARENT:
-                handles.append(module.register_forward_hook(ModuleHook(_note_output(own)), with_kwargs=True))
+                handles.append(module.register_forward_hook(ModuleHook(_note_output(reference)), with_kwargs=True))
         for handle in handles:
             weakref.finalize(self, handle.remove)
 
     def expect(self, layer: str, output: Tensor, run: Run) -> None:
         """Waits for the activation that reads this output; the first one counts."""
-        self.found.setdefault(layer, None)
+        self.by_layer.setdefault(layer, None)
         self._unread[output] = (layer, run)
 
     def on_activation(self, module: nn.Module, x: Tensor) -> None:
-        """Sets the slope of the run that returned x, if one did."""
+        """Sets the slope of the run that returned x, if there is one."""
         if x in self._unread:
             layer, run = self._unread.pop(x)
-            self.found[layer] = type(module).__name__
+            self.by_layer[layer] = type(module).__name__
             run.slope = _slope(module, x)
 
     def on_transparent(self, x: Tensor, output: Tensor) -> None:
-        """Waits for the activation that reads `output`, made of x place by place."""
+        """Waits for the activation that reads `output`, a transparent module's result for x."""
         if x in self._unread and output is not x:
             self._unread[output] = self._unread.pop(x)
 
 
 def _slope(module: nn.Module, x: Tensor) -> Tensor:
-    """Returns the derivative of each output by the input of the same place, by autograd."""
+    """Returns the derivative of each output by the input at the same place, by autograd."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         y = module.forward(leaf.clone())  # the clone may be overwritten
@@ -89,20 +90,20 @@ def _slope(module: nn.Module, x: Tensor) -> Tensor:
     return slope
 
 
-def _note_input(own: "weakref.ref[Activations]") -> Callable[..., None]:
-    """Returns a hook. The model outlives the optimizer."""
+def _note_input(reference: "weakref.ref[Activations]") -> Callable[..., None]:
+    """Returns a hook without a hold on the optimizer, which the model may outlive."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        alive = own()
+        alive = reference()
         if alive is not None and not is_transformed():
             alive.on_activation(module, _first(args, *rest))
 
     return hook
 
 
-def _note_output(own: "weakref.ref[Activations]") -> Callable[..., None]:
+def _note_output(reference: "weakref.ref[Activations]") -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        alive = own()
+        alive = reference()
         if alive is not None and not is_transformed():
             kwargs, output = rest
             alive.on_transparent(_first(args, kwargs), output)

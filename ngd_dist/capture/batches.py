@@ -1,8 +1,8 @@
-"""The forward passes of a step: how many samples each is given, and which positions of its output the loss reads.
+"""The forward passes of a step: the number of samples in each, and the positions of its output that the loss reads.
 
-N is a property of the batch, and no layer's: a layer's own first dimension may count windows or tokens too. It is
-stated (`Batches.stated`), or it is the one size that the model's inputs have in common or, where they have several,
-that its outputs share with them. Where the model itself is not called it is the one size of its layers' inputs.
+N is a property of the batch, not of a layer: the first dimension of a layer's input may count windows or tokens. N is
+stated (`Batches.stated`), or it is the one size that the model's inputs have in common; if they have several sizes, it
+is the one that the outputs share with them. If the model is not called itself, it is the one size of layers' inputs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ STATE_IT = "state it: `with optimizer.samples(n): ...` around the forward pass"
 
 
 class Batch:
-    """One forward pass. `sizes`: of its inputs in the dimension that counts samples; empty outside the model's own."""
+    """One forward pass. `sizes`: those of its inputs in the sample dimension; empty without a call of the model."""
 
     def __init__(self, dim: int, sizes: frozenset[int], stated: int | None = None) -> None:
         self._dim = dim
@@ -36,7 +36,7 @@ class Batch:
         self._positions: tuple[float, bool] | None = None
 
     def returned(self, outputs: list[Tensor], class_dim: int, *, is_watched: bool) -> None:
-        """Notes what the model returned and, if asked to, which of its positions get a gradient."""
+        """Notes the outputs of the model and, if `is_watched`, the positions that get a gradient."""
         self._outputs = frozenset(output.shape[self._dim] for output in outputs if output.ndim > self._dim)
         if not is_watched:
             return
@@ -45,14 +45,14 @@ class Batch:
                 output.register_hook(partial(self._on_gradient, index, class_dim))
 
     def confirm(self, task: int | None) -> None:
-        """Notes that this backward pass is one of the step's own; None: that all that have come are."""
+        """Notes that this backward pass belongs to the step; None: that all passes so far do."""
         for arrived in [self._arrived.pop(t) for t in list(self._arrived) if task in (None, t)]:
             for index, mask in arrived.items():
                 self._read[index] = mask | self._read[index] if index in self._read else mask
             self._positions = None
 
     def check(self, layer: str, size: int) -> None:
-        """Returns if a run of the layer whose batch dimension is of this size is fit, or it is too early to tell.
+        """Returns if a run of the layer with this batch size is valid, or if it is too early to tell.
 
         Raises: CaptureError.
         """
@@ -60,11 +60,11 @@ class Batch:
             self.of_run(layer, size)
 
     def of_run(self, layer: str, size: int) -> tuple[int, int]:
-        """Returns N, and how many samples share a run of the layer whose batch dimension is of this size.
+        """Returns N, and the number of samples that share a run of the layer with this batch size.
 
-        Raises: CaptureError where N can't be told, or the rows of a sample can't.
+        Raises: CaptureError if N, or the rows of a sample, can't be told.
         """
-        samples = self._settled(size)
+        samples = self._sample_count(size)
         if size == 1:
             return 1, samples
         if size % samples:
@@ -76,7 +76,7 @@ class Batch:
         return samples, 1
 
     def positions(self) -> tuple[float, bool]:
-        """Returns how many positions of a sample the loss read, on average, and whether it ignored others.
+        """Returns the mean number of positions of a sample that the loss read, and whether it ignored others.
 
         One host read per output with positions, in steps that measure.
         """
@@ -96,7 +96,7 @@ class Batch:
         mask = g.detach().ne(0).any(class_dim if g.ndim > 2 else -1)
         self._arrived.setdefault(backward_task(), {})[index] = mask
 
-    def _settled(self, size: int) -> int:
+    def _sample_count(self, size: int) -> int:
         if self._samples is not None:
             return self._samples
         if not self._sizes:
@@ -111,7 +111,7 @@ class Batch:
         return self._samples
 
     def _of_layer(self, size: int) -> int:
-        """Returns N by the layers' own inputs, which must agree: nothing else is known of a pass outside the model."""
+        """Returns N by the layers' inputs, which must agree: nothing else is known of a pass outside the model."""
         if size == 1:
             return max(self._of_layers, default=1)
         self._of_layers.add(size)
@@ -124,7 +124,7 @@ class Batch:
 
 
 class Batches:
-    """Tells which forward pass a layer's run belongs to."""
+    """Assigns the runs of layers to forward passes."""
 
     def __init__(self, config: NGDConfig) -> None:
         self._dim = config.batch_dim
@@ -138,7 +138,7 @@ class Batches:
 
     @contextmanager
     def stated(self, samples: int) -> Iterator[None]:
-        """Gives the forward passes inside the block so many samples."""
+        """States the number of samples of the forward passes inside the block."""
         before, self._stated = self._stated, samples
         self._outside = None
         try:
@@ -147,25 +147,25 @@ class Batches:
             self._stated, self._outside = before, None
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, counts: bool) -> None:
-        """Begins a call of the model, which may call itself; one that does not count is of no batch."""
+        """Begins a call of the model, which may call itself; if it does not `count`, it has no batch."""
         if not counts:
             self._calls.append(None)
             return
         inputs = list(tensors_in((args, kwargs)))
         sizes = {x.shape[self._dim] for x in inputs if x.ndim > self._dim}
-        sizes |= {len(given) for given in (*args, *kwargs.values()) if isinstance(given, list)}  # of images, say
+        sizes |= {len(value) for value in (*args, *kwargs.values()) if isinstance(value, list)}  # of images, say
         batch = Batch(self._dim, frozenset(sizes), self._stated)
         self._calls.append(batch)
         self._latest, self._outside = batch, None
 
     def end(self, output: Any, *, is_watched: bool) -> None:
-        """Ends it; output: None after an error."""
+        """Ends the innermost call of the model. output: None after an error."""
         batch = self._calls.pop() if self._calls else None
         if batch is not None and output is not None:
             batch.returned(predictions(output), self._class_dim, is_watched=is_watched)
 
     def current(self, *, is_recomputed: bool) -> Batch:
-        """Returns the pass that a run belongs to: for one that is run again in backward, the latest."""
+        """Returns the pass that a run belongs to: if it is run again in backward, the latest."""
         if is_recomputed:
             return self._latest
         if self._calls and self._calls[-1] is not None:
@@ -175,20 +175,20 @@ class Batches:
         return self._outside
 
     def forget(self) -> None:
-        """Ends what was begun outside the model: no later run belongs to it."""
+        """Ends the pass outside the model: no later run belongs to it."""
         self._outside = None
 
     def differentiated(self, batch: Batch) -> None:
-        """Notes that a backward pass has come through the pass: later runs outside the model are of another one."""
+        """Notes that the pass was differentiated: later runs outside the model belong to another one."""
         if batch is self._outside:
             self._outside = None
 
 
 def predictions(output: Any) -> list[Tensor]:
-    """Returns the tensors of a model's result that a label is predicted from.
+    """Returns the tensors of a model's result that predict labels.
 
-    Of a mapping (a dict, a ModelOutput) its logits, where keys say which they are; of all else every floating tensor
-    with a dimension for samples, so that a loss beside them is none.
+    If it is a mapping (a dict, a ModelOutput) whose keys name logits, these; else every floating tensor that has a
+    dimension for samples, which leaves out a loss beside them.
     """
     if isinstance(output, Mapping):
         named = [value for key, value in output.items() if str(key) == "logits" or str(key).endswith("_logits")]

@@ -1,13 +1,13 @@
-"""Hooks that tell what a covered layer sees, only for layers that have a statistic due.
+"""Hooks that record the inputs and output gradients of covered layers, only for layers that have a statistic due.
 
-A forward hook notes each run of a layer and puts a hook on its output; when the output's gradient has come and the pass
-that brought it has added to the parameters' `grad`, the two make statistics (`measurement`). So a forward pass without
-gradient, one that is never differentiated, a pass that leaves `grad` alone and the second forward pass of activation
-checkpointing count for nothing. Hooks sit on the output tensor because module backward hooks break under an in-place
-activation that follows (pytorch/pytorch#61519).
+A forward hook notes each run of a layer and puts a hook on its output. When the output's gradient has come and its
+backward pass has added to the parameters' `grad`, the two make statistics (`measurement`). So these count for nothing:
+a forward pass without gradient, one that is never differentiated, a pass that leaves `grad` alone, and the second
+forward pass of activation checkpointing. Hooks sit on the output tensor because module backward hooks break under an
+in-place activation that follows (pytorch/pytorch#61519).
 
-A layer may run several times in one forward pass (shared modules, siamese batches): the runs of one backward pass
-belong together, and count as positions. Backward passes are told apart by autograd's own number for them.
+If a layer runs several times in one forward pass (shared modules, siamese batches), the runs of one backward pass
+belong together, and count as positions. Backward passes are told apart by autograd's number for them.
 """
 
 import logging
@@ -34,7 +34,7 @@ from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
-from ngd_dist.layers import Layer, Rows
+from ngd_dist.layers import Layer, LayerBatch
 from ngd_dist.layers.hooks import (
     OUTSIDE_BACKWARD,
     ModuleHook,
@@ -58,14 +58,14 @@ MAX_PENDING = 6  # forward passes that fisher_backward may still be given
 class Capture:
     """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples.
 
-    caches: of the curvature, which some statistics are measured in the bases of. sink: is offered each statistic once
-    it is complete, if there are other ranks. on_forward: is called before each forward pass of the model that is
+    caches: those of the curvature; some statistics are measured in their bases. sink: if there are other ranks, it is
+    offered each statistic once that is complete. on_forward: is called before each forward pass of the model that is
     watched, and returns whether it has begun the pass itself, maybe with another capture in this one's place.
 
     By itself, without an optimizer:
 
         capture = Capture(model, layers, config)
-        capture.arm([Key("0", "A"), Key("0", "G")], step=1)
+        capture.begin_step([Key("0", "A"), Key("0", "G")], step=1)
         loss_fn(model(x), y).backward()
         values = capture.take()  # {Key("0", "A"): [1, I, I], Key("0", "G"): [1, O, O]}
     """
@@ -99,14 +99,14 @@ class Capture:
         self._on_forward = on_forward
         self._is_paused = False
         self._has_warned = False
-        # By forward pass: those that were never differentiated must not pile up, since an edge keeps its graph alive.
+        # By forward pass. Those that were never differentiated must not pile up, since an edge keeps its graph alive.
         self._edges: deque[list[GradientEdge]] = deque(maxlen=max(MAX_PENDING, config.loss_parts))
         self._passes: dict[str, LayerPasses] = {}
         self._arrived: dict[str, Arrivals] = {}
         self._has_run = False
         self._fisher_passes = 0
         self._is_stale = False
-        # Layers that have had a step in which no pass came after one that ended: their rows need not wait for the step.
+        # Layers that had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
         self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
         self._clear()
@@ -119,7 +119,7 @@ class Capture:
         handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
 
-    def arm(self, due: Sequence[Key], step: int) -> None:
+    def begin_step(self, due: Sequence[Key], step: int) -> None:
         """Starts a new step in which these statistics, and no others, are captured."""
         self.measurement.begin(due, step)
         self._clear()
@@ -132,34 +132,34 @@ class Capture:
         self._finalizer()
 
     def take(self) -> dict[Key, Tensor]:
-        """Returns what was captured since `arm`. Layers that did not run, or too often, are absent."""
-        self._settle()
+        """Returns the statistics captured since `begin_step`, without layers that did not run, or ran too often."""
+        self._close_micro_batches()
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
-    def rows(self, layer: str) -> list[Rows]:
-        """Returns the rows of the layer's micro-batches, where they are kept."""
-        self._settle()
-        return self.measurement.rows.get(layer, [])
+    def layer_batches(self, layer: str) -> list[LayerBatch]:
+        """Returns the micro-batches of the layer, if their rows are kept."""
+        self._close_micro_batches()
+        return self.measurement.layer_batches.get(layer, [])
 
     def miscounted(self) -> dict[str, int]:
         """Returns the layers that have had more micro-batches than the config says."""
-        wanted, counts = self._micro_batches, self.estimates.passes.items()
-        return {} if wanted == "any" else {layer: count for layer, count in counts if count > wanted}
+        allowed, counts = self._micro_batches, self.estimates.passes.items()
+        return {} if allowed == "any" else {layer: count for layer, count in counts if count > allowed}
 
     def miscount(self, layer: str) -> CaptureError:
         """Returns the error for a layer that has had too many micro-batches on some rank."""
-        here, wanted = self.miscounted().get(layer), self._micro_batches
-        times = f"{here} times" if here else "too often on another rank"
+        count, allowed = self.miscounted().get(layer), self._micro_batches
+        times = f"{count} times" if count else "too often on another rank"
         if self.measurement.source is Source.FISHER:
             return CaptureError(
-                f"fisher_backward was called {times} in one optimizer step, but micro_batches is {wanted}: call it "
+                f"fisher_backward was called {times} in one optimizer step, but micro_batches is {allowed}: call it "
                 "once per micro-batch, with a tuple of the outputs if there are several; where the loss is divided by "
                 "the number of calls, set micro_batches to it"
             )
         return CaptureError(
             f"layer {layer!r} was differentiated {times} in one optimizer step, through a forward pass of its own each "
-            f"time, but micro_batches is {wanted}. If the loss of each is divided by their number, set micro_batches "
+            f"time, but micro_batches is {allowed}. If the loss of each is divided by their number, set micro_batches "
             "to it, or to 'any'; add up losses on the same samples, and differentiate the sum; put passes that are not "
             "the step's own into `with optimizer.paused():`; a module that runs in several checkpointed blocks needs "
             "use_reentrant=False"
@@ -167,22 +167,22 @@ class Capture:
 
     @property
     def estimates(self) -> Estimates:
-        """What has been estimated since `arm`."""
+        """The estimates since `begin_step`."""
         return self.measurement.estimates
 
     @property
     def activations(self) -> Mapping[str, str | None]:
-        """By layer that has run, the type of the activation that read it; empty where no method asks for slopes."""
-        return {} if self._activations is None else self._activations.found
+        """By layer that has run, the type of the activation that read it; empty if no method asks for slopes."""
+        return {} if self._activations is None else self._activations.by_layer
 
     @property
     def is_under_way(self) -> bool:
-        """Whether anything that the step counts on has been captured since `arm`."""
+        """Whether anything has been captured for the step since `begin_step`."""
         return self._fisher_passes > 0 or self.has_gradients
 
     @property
     def has_gradients(self) -> bool:
-        """Whether a pass of the loss that counts has come since `arm`."""
+        """Whether a backward pass of the loss has counted since `begin_step`."""
         return any(passes.micro_batches for passes in self._passes.values())
 
     @contextmanager
@@ -196,16 +196,16 @@ class Capture:
 
     @property
     def fisher_passes(self) -> int:
-        """How many micro-batches of this step have had their Fisher passes."""
+        """The number of micro-batches of this step that have had their Fisher passes."""
         return self._fisher_passes
 
     @property
     def needs_fisher_pass(self) -> bool:
-        """Whether a due statistic reads the Fisher's own gradients."""
+        """Whether a due statistic reads gradients of Fisher passes."""
         return self.measurement.source is Source.FISHER
 
     def begin_fisher(self) -> None:
-        """Forgets Fisher passes that no loss has followed before gradients were cleared: that batch was given up."""
+        """Forgets Fisher passes if gradients were cleared before a loss followed: that batch was given up."""
         if self._is_stale and not self.has_gradients:
             for name in list(self.estimates.passes):
                 self.measurement.forget(name)
@@ -215,7 +215,7 @@ class Capture:
     def fisher_pass(
         self, outputs: Sequence[Tensor], gradients: Iterable[Sequence[Tensor]], weight: float, *, ignores: bool
     ) -> None:
-        """Runs one backward pass per gradients of the outputs, each in units of a sample's own loss, to the due layers.
+        """Runs one backward pass to the due layers for each of `gradients`, in units of a sample's own loss.
 
         Statistics that read gradients are summed over the passes, times `weight`. No parameter's gradient is touched:
         autograd stops at the outputs of the layers. Raises: CaptureError if none of them has run.
@@ -223,11 +223,11 @@ class Capture:
         if not self._has_run:
             raise self.measurement.error(
                 "no covered layer has run since the last call; call fisher_backward(output) once after "
-                "each forward pass, on what that pass returned, outside torch.no_grad()"
+                "each forward pass, on the output of that pass, outside torch.no_grad()"
             )
-        # As small as the loss's own gradients, which is what a GradScaler has made room for.
+        # As small as the gradients of the loss: a GradScaler has made room for these.
         scale = self.measurement.scale(outputs[0].shape[0])
-        edges = [edge for of_pass in self._edges for edge in of_pass]
+        edges = [edge for pass_edges in self._edges for edge in pass_edges]
         for number, columns in enumerate(gradients):
             if not edges:
                 break  # none of the layers that are due took part
@@ -247,12 +247,12 @@ class Capture:
                 self.measurement.hand_over(name)
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Notes how many samples the model is given, before its forward pass."""
+        """Notes the number of samples in the model's inputs, before its forward pass."""
         self.batches.begin(args, kwargs, counts=True)
         self._edges.append([])
 
     def clear(self) -> bool:
-        """Returns whether gradients that count are cleared. A Fisher pass that no loss has followed may be given up."""
+        """Returns whether the step had gradients. A Fisher pass that no loss has followed may be given up."""
         self._is_stale = self._fisher_passes > 0
         return self.has_gradients
 
@@ -265,7 +265,7 @@ class Capture:
             self.begin_forward(args, kwargs)
 
     def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Notes what the model has returned."""
+        """Notes the outputs of the model."""
         measured = self.measurement
         self.batches.end(output, is_watched=measured.measures_loss and (measured.keeps_rows or bool(measured.due)))
 
@@ -322,8 +322,8 @@ class Capture:
         if not (self.measurement.keeps_rows or is_due):
             return
         parameters = self._layers[name].parameters
-        adds = next((found for p in parameters if (found := accumulates(p)) is not False), False)
-        if adds is False or (adds is None and g.requires_grad):  # create_graph: a part of the loss that is to come
+        adds = next((answer for p in parameters if (answer := accumulates(p)) is not False), False)
+        if adds is False or (adds is None and g.requires_grad):  # create_graph: a part of a loss that follows
             return
         passes = self._passes.setdefault(name, LayerPasses(self._micro_batches == 1))
         if passes.is_cleared(parameters):
@@ -335,7 +335,7 @@ class Capture:
         self.batches.differentiated(run.batch)
 
     def _on_accumulated(self, name: str, parameter: nn.Parameter) -> None:
-        """Takes the pass that is under way for one of the step's own: it has added to the layer's `grad`.
+        """Counts the pass that is under way as one of the step: it has added to the layer's `grad`.
 
         Autograd adds once for all uses of a parameter in a pass, so that all runs of the layer have come by now.
         """
@@ -346,7 +346,7 @@ class Capture:
         micro = passes.confirm(backward_task(), parameter, keeps_graph=keeps)
         if micro is None or not self.measurement.measures_loss:
             return
-        if micro.is_closed:  # its rows are gone: what the sum of both passes gives can't be told
+        if micro.is_closed:  # its rows are gone: the statistics of both passes together can't be known
             self.measurement.spoiled.add(name)
             self._single.discard(name)
             return
@@ -354,8 +354,8 @@ class Capture:
         if not (keeps or self.measurement.keeps_rows) and (not may_go_on or name in self._single):
             self.measurement.close(name, micro.close())
 
-    def _settle(self) -> None:
-        """Makes statistics of all that has come, now that nothing more will."""
+    def _close_micro_batches(self) -> None:
+        """Makes statistics of all passes that have come; no more will."""
         for name, passes in self._passes.items():
             if not passes.micro_batches and any(p.grad is not None for p in self._layers[name].parameters):
                 passes.adopt()
@@ -386,5 +386,6 @@ class Capture:
 
 
 def _let_go(handles: Iterable[RemovableHandle], of_parameters: Mapping[str, Mapping[Any, RemovableHandle]]) -> None:
-    for each in (handles, *(own.values() for own in of_parameters.values())):
-        remove(each)
+    remove(handles)
+    for by_parameter in of_parameters.values():
+        remove(by_parameter.values())

@@ -1,4 +1,4 @@
-"""Which modules of a model are covered by which kind of layer, and why each other parameter is left out."""
+"""Finds the kind of layer that covers each module of a model, and the reason for each parameter that is left out."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ def check_held(layers: Iterable[Layer]) -> None:
 
 
 def check_owned(groups: Sequence[Mapping[str, Any]], known: Collection[nn.Parameter]) -> None:
-    """Returns if the param groups hold what NGD was built with. Raises: ConfigError."""
+    """Returns if the param groups hold only parameters that NGD was built with. Raises: ConfigError."""
     if any(p not in known for group in groups for p in group["params"]):
         raise ConfigError(
             "param_groups hold parameters that NGD was not built with. If DeepSpeed has put its own in their place, "
@@ -37,9 +37,9 @@ def check_owned(groups: Sequence[Mapping[str, Any]], known: Collection[nn.Parame
 
 def check_sparse(model: nn.Module, plain: Collection[nn.Parameter], config: NGDConfig) -> None:
     """Returns if the fallback can update these parameters. Raises: ConfigError for sparse gradients under AdamW."""
-    own = set(plain) if isinstance(config.fallback, AdamWFallback) else set()
+    adamw = set(plain) if isinstance(config.fallback, AdamWFallback) else set()
     for name, module in model.named_modules():
-        if getattr(module, "sparse", False) is True and any(p in own for p in module.parameters(recurse=False)):
+        if getattr(module, "sparse", False) is True and any(p in adamw for p in module.parameters(recurse=False)):
             raise ConfigError(
                 f"{type(module).__name__} {name!r} has sparse=True, and fallback adamw needs dense gradients: set "
                 "sparse=False, or take fallback sgd"
@@ -59,30 +59,30 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
     covered: set[nn.Parameter] = set()
     known = {name for name, _ in model.named_modules()}
     for name, module in model.named_modules():
-        own = {key: p for key, p in module.named_parameters(recurse=False) if p not in covered}
-        trained = {key: p for key, p in own.items() if p in updated}
+        uncovered = {key: p for key, p in module.named_parameters(recurse=False) if p not in covered}
+        trained = {key: p for key, p in uncovered.items() if p in updated}
         if not trained:
             continue
-        parts: list[Layer] = []
+        of_module: list[Layer] = []
         reason = "excluded" if _is_excluded(name, config.exclude) else _uncovered(module)
         if not reason:
-            parts = _parts(name, module, batch_dims[module])
-            known.update(part.name for part in parts)
-            held = [p for part in parts for p in part.parameters]
-            if any(_is_excluded(part.name, config.exclude) for part in parts):
+            of_module = _split_module(name, module, batch_dims[module])
+            known.update(layer.name for layer in of_module)
+            held = [p for layer in of_module for p in layer.parameters]
+            if any(_is_excluded(layer.name, config.exclude) for layer in of_module):
                 reason = "excluded"
             elif any(p not in updated for p in held):
                 reason = f"{type(module).__name__} is partly frozen, or partly outside param_groups"
             elif any(uses[id(p)] > 1 for p in held):
                 reason = f"{type(module).__name__} shares a parameter with another module"
-            elif not set(own.values()) <= set(held):
-                extra = sorted(key for key, p in own.items() if p not in set(held))
+            elif not set(uncovered.values()) <= set(held):
+                extra = sorted(key for key, p in uncovered.items() if p not in set(held))
                 reason = f"{type(module).__name__} has parameters of its own: {', '.join(extra)}"
         if reason:
             reasons |= {f"{name}.{key}" if name else key: reason for key in trained}
         else:
-            layers += parts
-            covered.update(p for part in parts for p in part.parameters)
+            layers += of_module
+            covered.update(p for layer in of_module for p in layer.parameters)
     for pattern in config.exclude:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise ConfigError(
@@ -92,7 +92,7 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
 
 
 def _batch_first(module: nn.Module) -> object:
-    """Returns what torch's sequence modules say; those made of encoder or decoder layers keep it in their attention."""
+    """Returns `batch_first` of torch's sequence modules; those made of encoder layers have it in their attention."""
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
         module = next(iter(module.layers), module)
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
@@ -101,9 +101,9 @@ def _batch_first(module: nn.Module) -> object:
 
 
 def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
-    """Returns whether a pattern names the module or layer, or one that it is inside of."""
-    parts = name.split(".")
-    around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    """Returns whether a pattern names the module or layer, or one around it."""
+    words = name.split(".")
+    around = [".".join(words[:length]) for length in range(1, len(words) + 1)]
     return any(fnmatchcase(outer, pattern) for outer in around for pattern in patterns)
 
 
@@ -120,19 +120,19 @@ def _uncovered(module: nn.Module) -> str:
     return kind.uncovered(module) or ""
 
 
-def _parts(name: str, module: nn.Module, batch_dim: int) -> list[Layer]:
+def _split_module(name: str, module: nn.Module, batch_dim: int) -> list[Layer]:
     kind = kind_of(module)
     assert kind is not None
-    return kind.parts(name, module, batch_dim=batch_dim)
+    return kind.split_module(name, module, batch_dim=batch_dim)
 
 
 def _batch_dims(model: nn.Module, default: int) -> dict[nn.Module, int]:
-    """Returns the dimension that counts samples in each module: torch's sequence modules say it for what is in them."""
-    found: dict[nn.Module, int] = {}
+    """Returns the sample dimension of each module: torch's sequence modules set it for the modules inside."""
+    dims: dict[nn.Module, int] = {}
     for module in model.modules():  # parents before children
         batch_first = _batch_first(module)
-        found.setdefault(module, default)
+        dims.setdefault(module, default)
         if isinstance(batch_first, bool):
             for inner in module.modules():
-                found[inner] = 0 if batch_first else 1
-    return found
+                dims[inner] = 0 if batch_first else 1
+    return dims

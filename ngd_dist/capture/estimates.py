@@ -1,7 +1,7 @@
-"""The due statistics of one step as this rank finds them: means over its micro-batches, and how its replicates scatter.
+"""This rank's estimates of the due statistics of one step: means over its micro-batches, and the scatter of replicates.
 
-Replicates tell the sampling noise, and are there anyway: the micro-batches of all ranks or, where there is one in all,
-the two halves of its samples. Statistics are linear in rows, so that halves cost no more products than the whole.
+Replicates show the sampling noise at no cost: they are the micro-batches of all ranks or, if there is only one, the two
+halves of its samples. Statistics are linear in rows, so that halves cost no more products than the whole.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.factors.caches import Caches
-from ngd_dist.layers import Rows
+from ngd_dist.layers import LayerBatch
 from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 __all__ = ["Estimates"]
@@ -24,14 +24,14 @@ __all__ = ["Estimates"]
 
 @dataclass(slots=True)
 class _Mean:
-    """One statistic. A replicate is its share of a micro-batch's samples, and its own mean, which may grow by passes.
+    """One statistic. A replicate is a share of a micro-batch's samples, and their mean, which may grow by passes.
 
-    `total` and `square` are sums over micro-batches. `parts`: the replicates of all ranks, which share a value in
-    forms that do so.
+    `total` and `square` are sums over micro-batches. `num_replicates`: those of all ranks, among which some forms share
+    out a value.
     """
 
     spec: StatisticSpec
-    parts: int
+    num_replicates: int
     replicates: list[tuple[float, Tensor]] = field(default_factory=list)
     count: int = 0
     total: Tensor | None = None
@@ -47,35 +47,35 @@ class _Mean:
         self.replicates = [(share, total + value) for (share, total), (_, value) in pairs]
 
     def complete(self, *, measures: bool) -> None:
-        """Takes the replicates that are under way into the mean and, where noise is measured, into the mean square."""
+        """Takes the replicates that are under way into the mean and, if noise is measured, into the mean square."""
         for share, value in self.replicates:
-            part = value if share == 1.0 else value * share
-            self.total = part if self.total is None else self.total + part
+            weighted = value if share == 1.0 else value * share
+            self.total = weighted if self.total is None else self.total + weighted
             if measures:
-                square = self.spec.form.norm(value, self.parts).square() * share
+                square = self.spec.form.norm(value, self.num_replicates).square() * share
                 self.square = square if self.square is None else self.square + square
         self.count += len(self.replicates)
         self.replicates = []
 
-    def scaled(self, passes: int, parts: int, divisor: int) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the mean over so many micro-batches, and its mean square.
+    def scaled(self, passes: int, shares: int, divisor: int) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the mean over `passes` micro-batches, and its mean square.
 
-        parts: how many micro-batches share a value, in forms that do. divisor: what the loss of each was divided by and
-        g was not multiplied by; a statistic is of its second power.
+        shares: the number of micro-batches that share a value, in forms that do. divisor: the loss of each was divided
+        by it, and g was not multiplied by it; a statistic has its square.
         """
-        if self.total is None or (passes == 1 and parts == 1 and divisor == 1):
+        if self.total is None or (passes == 1 and shares == 1 and divisor == 1):
             return self.total, self.square
         power = divisor**2 if self.spec.reads_gradients else 1
-        mean = self.spec.form.mean(self.total, passes, parts, power)
+        mean = self.spec.form.mean(self.total, passes, shares, power)
         return mean, None if self.square is None else self.square * (power**2 / passes)
 
 
 class Estimates:
-    """Adds up what preconditioners estimate, pass by pass. `is_alone`: whether this is the only rank."""
+    """Adds up the estimates of preconditioners, pass by pass. `is_alone`: whether this is the only rank."""
 
     def __init__(self, layers: CoveredLayers, config: NGDConfig, caches: Caches, *, is_alone: bool) -> None:
         self._layers = layers
-        self._parts = config.loss_parts
+        self._loss_parts = config.loss_parts
         self._counts_parts = config.micro_batches == "any"
         self._caches = caches
         self._measures = config.measures_noise
@@ -83,7 +83,7 @@ class Estimates:
         self.clear()
 
     def forget(self, layer: str) -> None:
-        """Forgets what one layer has had."""
+        """Forgets the passes of one layer."""
         for key in [key for key in self._means if key.layer == layer]:
             del self._means[key]
         self.passes.pop(layer, None)
@@ -95,26 +95,26 @@ class Estimates:
         self.passes: dict[str, int] = defaultdict(int)
         self._rows: dict[str, int] = defaultdict(int)
 
-    def add(self, name: str, rows: Rows, due: frozenset[str], *, is_first: bool, weight: float) -> None:
+    def add(self, name: str, batch: LayerBatch, due: frozenset[str], *, is_first: bool, weight: float) -> None:
         """Adds one backward pass of a layer to its due statistics.
 
-        The first one of a micro-batch counts it, and adds those that read no gradient. What reads them is a sum over
-        the passes of a micro-batch, times `weight`.
+        The first pass of a micro-batch counts it, and adds the statistics that read no gradient. A statistic that reads
+        gradients is a sum over the passes of a micro-batch, times `weight`.
         """
         preconditioner = self._layers[name].method
         specs = [spec for spec in preconditioner.statistics if spec.name in due and (is_first or spec.reads_gradients)]
         if is_first:
             self._complete(name)
             self.passes[name] += 1
-            self._rows[name] += rows.count
-        parts = rows.halves() if self._halves and rows.samples > 1 else (rows,)
-        shares = [part.samples / rows.samples for part in parts]
+            self._rows[name] += batch.count
+        replicates = batch.halves() if self._halves and batch.samples > 1 else (batch,)
+        shares = [replicate.samples / batch.samples for replicate in replicates]
         for spec in specs:
             start = time.perf_counter()
-            own, scale = frozenset({spec.name}), weight if spec.reads_gradients else 1.0
-            found = [preconditioner.estimate(part, own, self._caches.shared_of(name)) for part in parts]
-            values = [value[spec.name] for value in found if value]
-            mean = self._means.setdefault(Key(name, spec.name), _Mean(spec, parts[0].replicate.count))
+            alone, scale = frozenset({spec.name}), weight if spec.reads_gradients else 1.0
+            estimates = [preconditioner.estimate(part, alone, self._caches.shared_of(name)) for part in replicates]
+            values = [estimate[spec.name] for estimate in estimates if estimate]
+            mean = self._means.setdefault(Key(name, spec.name), _Mean(spec, replicates[0].replicate.count))
             if values:  # else there is no basis yet to measure it in
                 scaled = values if scale == 1.0 else [value * scale for value in values]
                 mean.add(list(zip(shares, scaled, strict=True)))
@@ -134,29 +134,29 @@ class Estimates:
         """Returns the host seconds that estimating the statistic took."""
         return self._means[key].seconds if key in self._means else 0.0
 
-    def tallies(
+    def counts(
         self, due: Sequence[Key], wrong: Collection[str], device: torch.device, spoiled: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """Returns what travels beside the statistics of each due layer: the numbers of a `Tally`.
+        """Returns the numbers of a `CaptureCount` for each due layer, which travel beside its statistics.
 
-        Zeros for a layer that was not captured, NaN for those that were captured `wrong`, infinity for those whose
-        statistics are `spoiled`.
+        The first is 0 for a layer that was not captured, NaN for the layers in `wrong`, captured too often, and
+        infinity for those in `spoiled`.
         """
-        found: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         for layer in dict.fromkeys(key.layer for key in due):
             means = [self._means.get(key) for key in due if key.layer == layer]
             captured = [mean for mean in means if mean is not None and mean.total is not None]
             first = math.nan if layer in wrong else math.inf if layer in spoiled else float(bool(captured))
             count = max((mean.count for mean in captured), default=0)
             numbers = torch.tensor([first, self._rows.get(layer, 0), count], dtype=torch.float64, device=device)
-            found_squares = [None if mean is None else self._scaled(mean, layer)[1] for mean in means]
-            squares = [numbers.new_zeros(()) if square is None else square.to(numbers) for square in found_squares]
-            found[layer] = torch.cat([numbers, torch.stack(squares)]) if self._measures else numbers
-        return found
+            measured = [None if mean is None else self._scaled(mean, layer)[1] for mean in means]
+            squares = [numbers.new_zeros(()) if square is None else square.to(numbers) for square in measured]
+            counts[layer] = torch.cat([numbers, torch.stack(squares)]) if self._measures else numbers
+        return counts
 
     def _scaled(self, mean: _Mean, layer: str) -> tuple[Tensor | None, Tensor | None]:
         passes = self.passes[layer]
-        return mean.scaled(passes, self._parts, passes if self._counts_parts else 1)
+        return mean.scaled(passes, self._loss_parts, passes if self._counts_parts else 1)
 
     def _complete(self, layer: str) -> None:
         for key, mean in self._means.items():

@@ -3,7 +3,7 @@
 A sample's Fisher block is J^T H J: J the derivative of its output, H the Hessian of its loss with respect to its output
 (which, for the likelihoods here, does not depend on the label). The vectors v made here satisfy E[v v^T] = H (sampled)
 or sum v v^T = H (exact); sent backward, they become g whose second moments are those of J^T H J. They are in units of
-one sample's own loss: nothing is divided by the size of the batch.
+one sample's loss: nothing is divided by the size of the batch.
 
 The labels at a sample's positions are independent given the prediction, so H is block diagonal over positions. In a
 loss that is the mean over P positions each block is that of one position divided by P. So v carries 1/sqrt(P); the mean
@@ -36,14 +36,13 @@ def sampled_gradients(
     output: [N, ..., C], or with C at `class_dim` of Categorical. Bernoulli and Gaussian: the last dimension runs over
         the outputs of one position, whose losses add up, and the dimensions between it and the first over positions;
         an output [N] counts as [N, 1].
-    generator: on the device of `output`; it alone decides what is drawn.
+    generator: on the device of `output`; it alone decides the drawn labels.
     positions: how the sample's loss reduces over its positions.
-    read: where the loss reads the output, in the output's shape without that of the classes: all else gets 0, and a
-        mean is one over what is read. None: everywhere.
+    read: true where the loss reads the output, in the output's shape without the classes: other positions get 0, and a
+        mean is over the positions that are read. None: everywhere.
 
-    Computed in float32 at least. A NaN in the output gives a NaN, not an error: what to do about it is to be decided on
-    all ranks together. Raises: ConfigError for a class_dim that the output doesn't have, or a
-    `read` of another shape.
+    Computed in float32 at least. A NaN in the output gives a NaN, not an error: all ranks decide about it together.
+    Raises: ConfigError for a class_dim that the output doesn't have, or a `read` of another shape.
     """
     scale, mask = _root_weight(choice, output, positions, read)
     wide = _at_least_float32(output)
@@ -84,7 +83,7 @@ def exact_gradients(
 
 
 def outputs_per_sample(output: Tensor) -> int:
-    """Returns how many columns `exact_gradients` gives for this output [N, ...]: one backward pass each."""
+    """Returns the number of columns that `exact_gradients` gives for this output [N, ...]: one backward pass each."""
     return output.shape[1:].numel()
 
 
@@ -131,7 +130,7 @@ def _sampled_categorical(logits: Tensor, dim: int, generator: torch.Generator) -
     """Returns p - e_y along `dim`, y drawn from p = softmax(logits)."""
     probability = torch.softmax(logits, dim)
     # The first of independent exponential clocks with rates p to ring is distributed as p. Unlike torch.multinomial
-    # this neither waits for the device nor, where a logit is NaN, kills its CUDA context.
+    # this neither waits for the device nor, if a logit is NaN, kills its CUDA context.
     clocks = torch.empty_like(probability).exponential_(generator=generator)
     label = torch.div(probability, clocks, out=clocks).argmax(dim, keepdim=True)
     return probability.scatter_add_(dim, label, -torch.ones_like(label, dtype=logits.dtype))

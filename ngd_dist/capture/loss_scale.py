@@ -1,7 +1,7 @@
-"""What torch.amp.GradScaler and the optimizer must tell each other.
+"""The factor and the overflow flag that torch.amp.GradScaler and the optimizer share.
 
-The scaler multiplies the loss by a factor, so that no gradient vanishes in float16; an optimizer that says
-`_step_supports_amp_scaling` finds the factor and the overflow flag as attributes of its own, and acts on them itself.
+The scaler multiplies the loss by a factor, so that no gradient vanishes in float16. If an optimizer sets
+`_step_supports_amp_scaling`, the scaler gives it the factor and the flag as attributes, and the optimizer acts on them.
 """
 
 from typing import Any
@@ -32,29 +32,29 @@ class LossScale:
         return self._scale
 
     def overflow(self, optimizer: Any) -> Tensor | None:
-        """Returns the scaler's flag, not 0 where a gradient of this rank overflowed; None outside `scaler.step`.
+        """Returns the scaler's flag, not 0 if a gradient of this rank overflowed; None outside `scaler.step`.
 
-        Raises: ConfigError for a scaler that the optimizer was not given, or was given and is not stepped by.
+        Raises: ConfigError if the optimizer was not given the scaler, or was given one and is stepped without it.
         """
-        found: Tensor | None = getattr(optimizer, "found_inf", None)
-        if found is not None and self._scaler is None:
+        flag: Tensor | None = getattr(optimizer, "found_inf", None)
+        if flag is not None and self._scaler is None:
             raise ConfigError(
                 "the statistics of this step were scaled by a GradScaler that NGD does not know; give it to the "
                 "constructor: NGD(model, config, grad_scaler=scaler)"
             )
-        if found is None and self._scaler is not None:
+        if flag is None and self._scaler is not None:
             raise ConfigError("NGD was given a grad_scaler: call scaler.step(optimizer) in place of optimizer.step()")
-        return found
+        return flag
 
     def unscaled(self, optimizer: Any, gradient: Tensor) -> Tensor:
-        """Returns the gradient without the factor, unless `scaler.unscale_` has taken it out already."""
+        """Returns the gradient without the factor; `scaler.unscale_` may have taken it out already."""
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         return gradient if scale is None else gradient / scale.to(gradient.device)
 
     def report_overflow(self, optimizer: Any) -> None:
         """Tells the scaler that some rank overflowed, so that the factors stay the same on all ranks.
 
-        torch has no public way to say so; its own sharded scaler overrides the same method.
+        torch has no public method for it; its sharded scaler overrides the same one.
         """
         if self._scaler is not None:
             for flag in self._scaler._found_inf_per_device(optimizer).values():

@@ -16,7 +16,7 @@ from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
-from ngd_dist.layers import Replicate, Rows
+from ngd_dist.layers import LayerBatch, Replicate
 from ngd_dist.preconditioners import check_rows
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.telemetry import Stopwatch
@@ -25,7 +25,7 @@ __all__ = ["LOSS_PASS", "Measurement", "Pass", "Sink", "Source"]
 
 
 class Source(Enum):
-    """Whose gradients statistics are made of."""
+    """The source of the gradients of statistics."""
 
     LOSS = "the training loss"
     FISHER = "labels drawn from the model, or all of them"
@@ -35,7 +35,7 @@ class Source(Enum):
 class Pass:
     """One backward pass: of the loss, or one of those that make up the Fisher of a micro-batch, with its weight.
 
-    `scale` is what its gradients are multiplied by; None for those of the loss, where it follows from the batch.
+    `scale`: the factor on its gradients; None for those of the loss, where it follows from the batch.
     `ignores`: whether its gradients are 0 at positions that the loss ignores.
     """
 
@@ -50,16 +50,16 @@ LOSS_PASS = Pass(Source.LOSS)
 
 
 class Sink(Protocol):
-    """Takes each statistic of a layer as soon as this rank has it; the distribution begins to send it then."""
+    """Takes each statistic of a layer as soon as this rank has it, and may begin to send it."""
 
     def offer(self, key: Key, value: Tensor) -> None: ...
 
 
 class Measurement:
-    """The statistics of one step as this rank measures them. What its arguments are, `Capture` says.
+    """The statistics of one step as this rank measures them. `Capture` describes the arguments.
 
-    `due`: by layer, the names of the statistics that are. `spoiled`: the layers whose statistics are of no use, because
-    values have left this rank, or have lost their rows, before it was known that they would change.
+    `due`: by layer, the names of the due statistics. `spoiled`: the layers with useless statistics, because values have
+    left this rank, or have lost their rows, before it was known that they would change.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Measurement:
         """Starts a new step."""
         self._step = step
         self.estimates.clear()
-        self.rows: dict[str, list[Rows]] = {}
+        self.layer_batches: dict[str, list[LayerBatch]] = {}
         self.spoiled: set[str] = set()
         self._handed_over: set[str] = set()
         self.due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
@@ -101,16 +101,16 @@ class Measurement:
             for spec in self._layers[layer].method.statistics
             if spec.name in names
         )
-        # What reads the forward pass alone needs no pass of the Fisher's own.
+        # Statistics of the forward pass alone need no Fisher pass.
         self.source = Source.FISHER if reads and self._config.fisher.kind != "empirical" else Source.LOSS
 
     @property
     def measures_loss(self) -> bool:
-        """Whether anything is made of the passes of the loss itself."""
+        """Whether the passes of the loss itself are measured."""
         return self.keeps_rows or self.source is Source.LOSS
 
     def check(self, name: str, run: NotedRun) -> None:
-        """Returns if it can be told which samples a run is of. Raises: CaptureError."""
+        """Returns if the samples of a run can be told. Raises: CaptureError."""
         try:
             run.batch.of_run(name, run.size)
         except CaptureError as error:
@@ -126,9 +126,9 @@ class Measurement:
             positions, ignores_some = run.batch.positions()
             run.weight, ignores = positions**0.5 if self._averages else 1.0, ignores or ignores_some
         if self.keeps_rows:
-            # Rows of their own: those of the statistics hold on to all that was made of the runs.
+            # Apart from the rows of the statistics, which keep all tensors that were made of the runs.
             kept = [replace(run, slope=None) for run in runs]
-            self.rows.setdefault(name, []).append(self._rows_of(name, kept, scale, ignores=ignores))
+            self.layer_batches.setdefault(name, []).append(self._layer_batch(name, kept, scale, ignores=ignores))
         if self.source is Source.LOSS and name in self.due:
             self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores))
             if self.estimates.passes[name] == self._config.micro_batches:
@@ -136,66 +136,66 @@ class Measurement:
 
     @torch.no_grad()
     def add_fisher(self, name: str, arrivals: Arrivals, origin: Pass) -> None:
-        """Takes one backward pass of the Fisher's own. Raises: CaptureError."""
+        """Takes one Fisher pass. Raises: CaptureError."""
         for run, _ in arrivals:
             self.check(name, run)
         self._estimate(name, self._with_gradients(name, arrivals), origin)
 
     def forget(self, name: str) -> None:
-        """Forgets what one layer has had."""
+        """Forgets the passes of one layer."""
         self.estimates.forget(name)
-        self.rows.pop(name, None)
+        self.layer_batches.pop(name, None)
         self.spoiled.discard(name)
         if name in self._handed_over:  # a value that has left can't be taken back
             self.spoiled.add(name)
 
     def hand_over(self, name: str) -> None:
-        """Gives what is due of a layer to those that may send it: nothing more will come, as far as one can tell."""
+        """Offers the due statistics of a layer to the sink: no more passes are expected."""
         if self._sink is not None and self._comm.world_size > 1:
             self._handed_over.add(name)
             for key, value in self.estimates.of(name).items():
                 self._sink.offer(key, value)
 
     def scale(self, samples: int) -> float:
-        """Returns what makes the gradient of the loss, as it is differentiated, that of one sample's own loss."""
+        """Returns the factor that turns the gradient of the loss into that of one sample's own loss."""
         # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
         mean = samples * self._config.loss_parts if self._config.loss_reduction == "mean" else 1
         return mean / self._loss_scale.factor()
 
     def error(self, message: str) -> CaptureError:
-        """Returns the error, which the other ranks are told of."""
+        """Returns the error, and tells the other ranks."""
         self._comm.post_error(message)
         return CaptureError(message)
 
     def _with_gradients(self, name: str, arrivals: Arrivals) -> list[NotedRun]:
-        """Returns the runs with their gradients. Raises: CaptureError where they are of batches of several sizes."""
+        """Returns the runs with their gradients. Raises: CaptureError if their batches have several sizes."""
         runs = [run.with_gradient(name, g) for run, g in arrivals if g is not None]
         sizes = sorted({run.samples * run.sharers for run in runs})
         if len(sizes) > 1:
             raise self.error(
-                f"layer {name!r} was run on batches of {sizes} samples for one loss; use batches of one size, put what "
-                "is no part of the loss into `with optimizer.paused():`, or set micro_batches if the loss of each is "
+                f"layer {name!r} was run on batches of {sizes} samples for one loss; use batches of one size, put "
+                "passes outside the loss into `with optimizer.paused():`, or set micro_batches if the loss of each is "
                 "divided by their number"
             )
         return runs
 
-    def _rows_of(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> Rows:
-        # What all N samples share gets the sum of their gradients. Its square over N stands in for the mean of the
-        # squares: unbiased where gradients have zero mean, as those of a sampled Fisher have.
+    def _layer_batch(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> LayerBatch:
+        # A run that all N samples share gets the sum of their gradients. Its square over N stands in for the mean of
+        # the squares: unbiased if gradients have zero mean, as those of a sampled Fisher do.
         scale /= runs[0].sharers ** 0.5
-        return Rows(self._layers[name].layer, runs, scale, self._replicate(name), ignores=ignores)
+        return LayerBatch(self._layers[name].layer, runs, scale, self._replicate(name), ignores=ignores)
 
     def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
         assert origin.scale is not None
-        rows = self._rows_of(name, runs, origin.scale, ignores=origin.ignores)
-        # Autocast, where backward runs under it, would form the products in 16 bits.
+        batch = self._layer_batch(name, runs, origin.scale, ignores=origin.ignores)
+        # If backward runs under autocast, the products would be formed in 16 bits.
         with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
-            self.estimates.add(name, rows, self.due[name], is_first=origin.is_first, weight=origin.weight)
+            self.estimates.add(name, batch, self.due[name], is_first=origin.is_first, weight=origin.weight)
 
     def _replicate(self, name: str) -> Replicate:
-        """Returns which part of the global batch the layer's next micro-batch is; too many are an error of the step."""
-        parts = self._config.loss_parts
-        index = self._comm.rank * parts + self.estimates.passes.get(name, 0) % parts
+        """Returns the next micro-batch's part of the global batch; too many are an error of the step."""
+        loss_parts = self._config.loss_parts
+        index = self._comm.rank * loss_parts + self.estimates.passes.get(name, 0) % loss_parts
         return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
 
 

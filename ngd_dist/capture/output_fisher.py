@@ -1,4 +1,4 @@
-"""The backward passes that a Fisher other than the empirical one takes: one per drawn label, or per output."""
+"""The backward passes of a Fisher other than the empirical one: one per drawn label, or per output."""
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -42,7 +42,7 @@ class OutputFisher:
             columns = self._columns(choice, outputs, read)
             self._capture.fisher_pass(outputs, columns, weight=1.0, ignores=ignored is not None)
             return
-        # Of the step, the rank and the micro-batch alone, so that a resumed run draws what an unbroken one draws.
+        # A function of step, rank and micro-batch alone, so that a resumed run draws the same as an unbroken one.
         place = f"{choice.seed} {step} {self._rank} {self._capture.fisher_passes}"
         generator = torch.Generator(outputs[0].device).manual_seed(_seed(place))
         # The labels of several outputs are independent, so that one pass serves them all.
@@ -60,7 +60,7 @@ class OutputFisher:
 
 
 def _differentiable(output: Any) -> list[Tensor]:
-    """Returns the predictions among what the model returned. Raises: ConfigError if there is none."""
+    """Returns the predictions in the model's result. Raises: ConfigError if there is none."""
     outputs = [x for x in predictions(output) if x.requires_grad]
     if not outputs:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Which backward passes a layer has had since the last step, and which of its runs each of them came through.
+"""The backward passes of a layer since the last step, and the runs of the layer that each of them came through.
 
-A pass belongs to the step if what it computes is in the parameters' `grad`: it has added to them, and nobody has
-cleared them since. So probes that differentiate with respect to inputs (saliency, adversarial examples, penalties)
-count for nothing, and whoever sets `grad` to what `torch.autograd.grad` returned is understood too.
+A pass belongs to the step if its gradients are in the parameters' `grad`: it has added to `grad`, which was not cleared
+since. So probes that differentiate with respect to inputs (saliency, adversarial examples, penalties) count for
+nothing, and a loop that sets `grad` to the result of `torch.autograd.grad` is understood too.
 """
 
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ class NotedRun(Run):
         return self.within != OUTSIDE_BACKWARD
 
     def with_gradient(self, layer: str, g: Tensor) -> "NotedRun":
-        """Returns the run with its gradient, and with what of it the batch decides. Raises: CaptureError."""
+        """Returns the run with its gradient, and with the samples that its batch decides. Raises: CaptureError."""
         samples, sharers = self.batch.of_run(layer, self.size)
         return NotedRun(
             self.kept, samples, sharers, g=g, slope=self.slope, size=self.size, batch=self.batch, within=self.within
         )
 
 
-# The gradient is None where the pass counts and nothing is made of it: the Fisher has passes of its own.
+# The gradient is None if the pass counts but is not measured: the Fisher has its own passes.
 Arrivals = list[tuple[NotedRun, Tensor | None]]
 
 
@@ -72,7 +72,7 @@ class MicroBatch:
 
 @dataclass(slots=True)
 class LayerPasses:
-    """One layer's. `adds_up`: whether all passes of a step are parts of one loss on one micro-batch.
+    """The passes of one layer. `adds_up`: whether all passes of a step are parts of one loss on one micro-batch.
 
     `ended` counts the passes that left no graph for another one to come through.
     """
@@ -88,16 +88,16 @@ class LayerPasses:
         """Takes the gradient of one run, in a backward pass that will add to `grad`, or returns its gradients."""
         passes = self._returned if is_returned else self._arriving
         if task not in passes and is_returned:
-            # Of several that returned theirs, the loop can have set those alone that came through one forward pass.
-            self._returned = passes = {t: came for t, came in passes.items() if any(run is r for r, _ in came)}
+            # If several passes returned gradients, the loop can only have set those of one forward pass.
+            self._returned = passes = {t: runs for t, runs in passes.items() if any(run is r for r, _ in runs)}
         elif task not in passes and not run.is_recomputed:
-            passes.clear()  # of passes that were broken off; a reentrant one is inside of another, which goes on
+            passes.clear()  # those that were broken off; a reentrant pass is inside of another, which goes on
         passes.setdefault(task, []).append((run, g))
 
     def is_cleared(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Returns whether what was added to `grad` is gone: set to None, or to zeros in place.
+        """Returns whether the gradients in `grad` are gone: set to None, or to zeros in place.
 
-        Reads a number from the device where somebody has written to a `grad` since.
+        Reads a number from the device if a `grad` was written to since.
         """
         if not self.micro_batches:
             return False
@@ -126,7 +126,7 @@ class LayerPasses:
         return self._place(arrivals)
 
     def adopt(self) -> None:
-        """Takes the newest passes that returned their gradients for the step's own: `grad` was set from somewhere."""
+        """Counts the newest passes that returned their gradients as those of the step: the loop has set `grad`."""
         for task, arrivals in self._returned.items():
             self.ended += 1
             self._place(arrivals)
@@ -135,7 +135,7 @@ class LayerPasses:
         self._returned.clear()
 
     def forget(self) -> None:
-        """Forgets what has been added to `grad`: it was cleared."""
+        """Forgets the passes that have added to `grad`: it was cleared."""
         self.micro_batches.clear()
         self.ended, self._added = 0, None
 

@@ -25,9 +25,9 @@ class Choice(Settings):
     needs_objective: ClassVar[bool] = False
 
     def refuses(self, config: "NGDConfig") -> str | None:
-        """Returns why this choice and another setting of `config` contradict each other, and the way out, or None.
+        """Returns the contradiction between this choice and another setting of `config`, with the way out, or None.
 
-        `NGDConfig` asks each of its choices; the text becomes a ValidationError. A setting that a choice would ignore
-        contradicts it.
+        `NGDConfig` calls it on each of its choices; the text becomes a ValidationError. If a choice would ignore a
+        setting, that setting contradicts it.
         """
         return None

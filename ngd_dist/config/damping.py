@@ -1,4 +1,4 @@
-"""How damping changes over the steps."""
+"""Rules for damping over the steps."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -10,7 +10,7 @@ __all__ = ["ConstantDamping", "DampingChoice", "ExponentialDamping", "LevenbergM
 
 
 class ConstantDamping(Choice):
-    """The damping of each param group, until somebody sets another."""
+    """The damping of each param group, until the user sets another."""
 
     kind: Literal["constant"] = "constant"
 
@@ -19,7 +19,7 @@ class ExponentialDamping(Choice):
     """damping * factor ** (step / every), never below `minimum`."""
 
     kind: Literal["exponential"] = "exponential"
-    factor: float = Field(gt=0, le=1, description="What damping is multiplied by over `every` steps.")
+    factor: float = Field(gt=0, le=1, description="Factor on damping over `every` steps.")
     every: int = Field(default=1, ge=1, description="Optimizer steps.")
     minimum: float = Field(default=1e-8, gt=0, description="Damping never falls below.")
 
@@ -34,7 +34,7 @@ class PolynomialDamping(Choice):
 
 
 class LevenbergMarquardt(Choice):
-    """Damping follows how well the quadratic model predicted the loss ([MG15] 6.5). `NGD.step` needs an objective.
+    """Damping follows the quadratic model's success at predicting the loss ([MG15] 6.5). `NGD.step` needs an objective.
 
     rho = (change of the loss) / (change of the model); above `high` damping is multiplied by decay ** every, below
     `low` divided by it.

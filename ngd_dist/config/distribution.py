@@ -1,4 +1,4 @@
-"""On which ranks a layer's statistics, inverses and directions are made."""
+"""The ranks on which a layer's statistics, inverses and directions are made."""
 
 from typing import Annotated, Literal
 
@@ -22,10 +22,10 @@ class AllReduce(Choice):
 
 
 class OwnerSharded(Choice):
-    """Statistics are reduced to the layer's owner, which inverts; those that hold the layer precondition its gradient.
+    """Statistics are reduced to the layer's owner, which inverts; ranks that hold the layer precondition its gradient.
 
-    What several ranks hold costs memory and work on each, and the inverses travel to them on each refresh; for that
-    its directions go to fewer ranks in every step, to none at fraction 1.
+    If several ranks hold a layer, it costs memory and work on each, and the inverses travel to them on each refresh. In
+    return its directions go to fewer ranks in every step, at fraction 1 to none.
     """
 
     kind: Literal["owner_sharded"] = "owner_sharded"

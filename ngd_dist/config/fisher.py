@@ -1,4 +1,4 @@
-"""Whose gradients the statistics are made of, and what the model's output says about a label."""
+"""The source of the gradients in the statistics, and the likelihood of a label given the model's output."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -50,18 +50,18 @@ class Gaussian(Settings):
 
 LikelihoodChoice = Annotated[Categorical | Bernoulli | Gaussian, Field(discriminator="kind")]
 Positions = Literal["mean", "sum"]
-POSITIONS = "How a sample's loss reduces over its positions (tokens, pixels), if its output has any."
+POSITIONS = "Reduction of a sample's loss over its positions (tokens, pixels), if its output has any."
 
 
 class Empirical(Choice):
-    """The gradients of the training loss: no further backward pass. Vanishes as the loss does."""
+    """The gradients of the training loss: no extra backward pass. Vanishes as the loss does."""
 
     kind: Literal["empirical"] = "empirical"
     positions: Positions = Field(
         default="sum",
         description="sum: damping is in units of the square of a sample's own gradient, which falls with the positions "
-        "(tokens, pixels) that its loss is a mean over. mean: of a position's own, as under the other Fishers: damping "
-        "then means the same at any number of positions.",
+        "(tokens, pixels) if its loss is a mean over them. mean: of a position's own gradient, as under the other "
+        "Fishers: damping then means the same at any number of positions.",
     )
     class_dim: int = Field(
         default=-1, description="Dimension of the output that runs over classes; 1 for [N, C, H, W]."
@@ -87,11 +87,11 @@ class MonteCarlo(ModelFisher):
 
     kind: Literal["monte_carlo"] = "monte_carlo"
     likelihood: LikelihoodChoice = Field(
-        default=Categorical(), description="What the model's output says about a label."
+        default=Categorical(), description="The likelihood of a label given the model's output."
     )
     positions: Positions = Field(default="mean", description=POSITIONS)
     samples: int = Field(default=1, ge=1, le=100, description="Labels drawn per prediction.")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="With step and rank, decides what is drawn.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="With step and rank, decides the drawn labels.")
 
     @property
     def takes_one_pass(self) -> bool:
@@ -104,7 +104,7 @@ class Exact(ModelFisher):
 
     kind: Literal["exact"] = "exact"
     likelihood: LikelihoodChoice = Field(
-        default=Categorical(), description="What the model's output says about a label."
+        default=Categorical(), description="The likelihood of a label given the model's output."
     )
     positions: Positions = Field(default="mean", description=POSITIONS)
     max_outputs: int = Field(

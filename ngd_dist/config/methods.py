@@ -1,4 +1,4 @@
-"""The approximation of a layer's Fisher block: the methods that ship, and the base of those that do not.
+"""The approximation of a layer's Fisher block: the methods of this package, and the base of others.
 
 A method of another package is a subclass of `PreconditionerConfig`; see docs/extending.md.
 """
@@ -25,7 +25,7 @@ __all__ = [
     "Sharing",
 ]
 
-# The threshold of a statistic for which neither its method nor the schedule sets another.
+# The threshold of a statistic, unless its method or the schedule sets another.
 DEFAULT_THRESHOLD = 0.1
 
 # The class of each kind. A subclass of `PreconditionerConfig` is entered as it is defined.
@@ -35,15 +35,15 @@ PRECONDITIONERS: "dict[str, type[PreconditionerConfig]]" = {}
 class PreconditionerConfig(Choice):
     """Base of the settings of a method. Defining a subclass registers it; docs/extending.md has an example.
 
-    A subclass gives two things. `kind: Literal["mine"] = "mine"`: how files name it. `method`: the class that carries
+    A subclass gives two things. `kind: Literal["mine"] = "mine"`: its name in files. `method`: the class that carries
     it out, as "package.module:Class", so that the settings import no torch; the class is a `Preconditioner`, built as
     `Class(shape, config, max_dense)` for each layer.
 
-    `thresholds`: by statistic of the method, the relative change below which values count as similar, where the
-    schedule sets no other. `default_length`: the length of steps where `NGDConfig.step_length` is None.
+    `thresholds`: by statistic of the method, the relative change below which values count as similar, unless the
+    schedule sets another. `default_length`: the length of steps if `NGDConfig.step_length` is None.
     `takes_one_hot_inputs`: whether the method takes layers with one-hot inputs (embeddings); if not, K-FAC does.
 
-    Raises: TypeError, when a subclass is defined without `kind` or `method`, or with a `kind` of this package.
+    Raises: TypeError, if a subclass is defined without `kind` or `method`, or with a `kind` of this package.
     """
 
     method: ClassVar[str]
@@ -65,14 +65,14 @@ class PreconditionerConfig(Choice):
         PRECONDITIONERS[kind] = cls
 
     def refuses_batches(self, replicates: int) -> str | None:
-        """Returns why a step can't be made of `replicates` micro-batches, those of all ranks together, or None."""
+        """Returns the reason why a step can't have `replicates` micro-batches, those of all ranks together, or None."""
         return None
 
 
 Sharing = Literal["expand", "reduce"]
 SHARING = (
-    "How a weight used at several positions of a sample (pixels, tokens) is treated. expand: each position counts as a "
-    "sample; reduce: inputs are averaged and gradients summed over positions first, which is right where the positions "
+    "Treatment of a weight used at several positions of a sample (pixels, tokens). expand: each position counts as a "
+    "sample; reduce: inputs are averaged and gradients summed over positions first, which is right if the positions "
     "are pooled into one prediction ([E23])."
 )
 
@@ -96,7 +96,7 @@ class KFAC(PreconditionerConfig):
         ge=2,
         description="A factor at least twice as wide as this is kept as this many rows of the batch, of all ranks and "
         "micro-batches together, drawn without replacement (all of a smaller batch, and then it is exact); its inverse "
-        "is applied by Woodbury's identity. Cheaper to refresh and to apply the fewer they are. None: matrices.",
+        "is applied by Woodbury's identity. Fewer rows are cheaper to refresh and to apply. None: matrices.",
     )
 
     @model_validator(mode="after")
@@ -138,7 +138,7 @@ class EKFAC(PreconditionerConfig):
 class LNGD(PreconditionerConfig):
     """Layer-wise sampling: one dense factor, one diagonal one, both from the forward pass alone ([L24]).
 
-    Its damping is its own: the mean eigenvalue of each factor, kept within bounds. NGDConfig.damping is then that of
+    It chooses its damping: the mean eigenvalue of each factor, kept within bounds. NGDConfig.damping is then that of
     the other kinds of layer (normalisation, embedding).
     """
 
@@ -146,9 +146,9 @@ class LNGD(PreconditionerConfig):
     method: ClassVar[str] = "ngd_dist.preconditioners.lngd:LNGD"
     thresholds: ClassVar[Mapping[str, float]] = {"Phi": DEFAULT_THRESHOLD, "Psi": DEFAULT_THRESHOLD}
     default_length: ClassVar[LengthChoice] = LayerWise()
-    min_damping: float = Field(default=1e-5, gt=0, description="nu_1: the least that is added to a factor.")
+    min_damping: float = Field(default=1e-5, gt=0, description="nu_1: the smallest damping of a factor.")
     max_damping: float = Field(
-        default=1e-2, gt=0, description="nu_2: the most that is added to a factor, unless its rounding needs more."
+        default=1e-2, gt=0, description="nu_2: the largest damping of a factor, unless its rounding needs more."
     )
 
     @model_validator(mode="after")
@@ -166,7 +166,7 @@ class LNGD(PreconditionerConfig):
 
 
 def _refuses_inversion(kind: str, config: "NGDConfig") -> str | None:
-    """Returns why a method that inverts nothing contradicts settings of inversion, or None."""
+    """Returns the contradiction between a method that inverts nothing and settings of inversion, or None."""
     unread = [] if config.inversion.kind == "automatic" else [f"inversion {config.inversion.kind}"]
     unread += [] if config.inverse_dtype == "float32" else [f"inverse_dtype {config.inverse_dtype}"]
     return f"preconditioner {kind} decomposes its factors and inverts none: leave out {unread[0]}" if unread else None
@@ -186,7 +186,7 @@ def _or_registered(given: object, validate: ValidatorFunctionWrapHandler) -> obj
 if TYPE_CHECKING:
     PreconditionerChoice = PreconditionerConfig
 else:
-    # Its JSON schema is that of the methods that ship: what a job may say.
+    # Its JSON schema is that of the methods of this package: the ones that a job may name.
     PreconditionerChoice = Annotated[
         KFAC | EKFAC | LNGD, Field(discriminator="kind"), WrapValidator(_or_registered), SerializeAsAny()
     ]

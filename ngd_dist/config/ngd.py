@@ -17,9 +17,9 @@ __all__ = ["NGDConfig"]
 
 
 class NGDConfig(Settings):
-    """Everything that decides the update of `NGD`.
+    """The settings that decide the update of `NGD`.
 
-    The defaults ask nothing of the training loop but `step()`. The empirical Fisher shrinks with the loss, so let lr
+    The defaults need only `step()` in the training loop. The empirical Fisher shrinks with the loss, so let lr
     fall towards 0 over the run. A loop that can evaluate the loss again takes a third of the steps at batch 4,096 with
     step_length quadratic_model, damping_rule levenberg_marquardt, fisher monte_carlo, damping 0.03 and ema_decay 0.9
     (docs/guides/settings.md, benchmarks/results).
@@ -33,7 +33,7 @@ class NGDConfig(Settings):
     preconditioner: PreconditionerChoice = Field(
         default=KFAC(), description="The approximation of a layer's Fisher block."
     )
-    fisher: FisherChoice = Field(default=Empirical(), description="Whose gradients the statistics are made of.")
+    fisher: FisherChoice = Field(default=Empirical(), description="The source of the gradients in the statistics.")
     staleness: StalenessChoice = Field(default=AdaptiveInterval(), description="When a statistic is refreshed.")
     strategy: StrategyChoice | None = Field(
         default=None, description="None: `single` in one process, `owner_sharded` in several."
@@ -59,7 +59,7 @@ class NGDConfig(Settings):
     weight_rescaling: Literal["off", "always", "shrink"] = Field(
         default="off",
         description="After each step, weights of linear and convolution layers get the norm sqrt(2 outputs): always, "
-        "or only where theirs is larger (shrink) ([OT20]).",
+        "or only if theirs is larger (shrink) ([OT20]).",
     )
     damping: float = Field(
         default=0.1,
@@ -67,19 +67,21 @@ class NGDConfig(Settings):
         description="lambda, in units of squared per-sample gradient: the Fisher block is F + lambda I. With the pi "
         "split, sqrt(lambda) is shared between the factors.",
     )
-    damping_rule: DampingChoice = Field(default=ConstantDamping(), description="How damping changes over the steps.")
+    damping_rule: DampingChoice = Field(default=ConstantDamping(), description="The change of damping over the steps.")
     step_length: LengthChoice | None = Field(default=None, description="None: `layer_wise` under LNGD, else `given`.")
     clip: ClipChoice | None = Field(default=None, description="None: directions are taken as they are.")
     burn_in: int = Field(
         default=0, ge=0, description="First steps, which gather statistics and leave the weights alone."
     )
     fallback: FallbackChoice = Field(
-        default=SGDFallback(), description="What updates the parameters that no preconditioned layer covers."
+        default=SGDFallback(), description="The optimizer of the parameters that no preconditioned layer covers."
     )
-    inversion: InversionChoice = Field(default=AutomaticInversion(), description="How dense factors are inverted.")
+    inversion: InversionChoice = Field(
+        default=AutomaticInversion(), description="The method of inverting dense factors."
+    )
     inverse_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="What dense inverses are kept in between refreshes. float32: as they were computed. 16 bits halve "
+        description="Dtype of dense inverses between refreshes. float32: as they were computed. 16 bits halve "
         "their memory, and at worst add to a direction its condition number times 2^-11 (float16) or 2^-8 (bfloat16).",
     )
     max_failed_inversions: int | None = Field(
@@ -105,9 +107,9 @@ class NGDConfig(Settings):
         default=None,
         gt=0,
         le=1,
-        description="The share of a refresh of all statistics that one step may do; what is most overdue goes first, "
-        "one layer at least, and the rest waits. None: somewhat more than the mean that the intervals ask for, or no "
-        "bound where stagger is 0. First refreshes don't wait.",
+        description="The share of a refresh of all statistics that one step may do; the most overdue go first, one "
+        "layer at least, and the rest waits. None: somewhat more than the mean that the intervals ask for, or no bound "
+        "if stagger is 0. First refreshes don't wait.",
     )
     max_dense: int = Field(
         default=8192,
@@ -116,12 +118,12 @@ class NGDConfig(Settings):
     )
     exclude: tuple[str, ...] = Field(
         default=(),
-        description="Names of modules or layers to leave to the fallback, with all inside them; * stands for anything.",
+        description="Names of modules or layers to leave to the fallback, with all inside them; * matches any text.",
     )
     batch_dim: Literal[0, 1] = Field(
         default=0,
-        description="Dimension of the model's inputs, and of what its layers read, that counts samples. torch's "
-        "modules with batch_first say so themselves.",
+        description="Dimension of the model's inputs, and of its layers' inputs, that counts samples. torch's modules "
+        "with batch_first set it themselves.",
     )
     statistics_wire: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
@@ -131,33 +133,33 @@ class NGDConfig(Settings):
     bucket_mb: float = Field(
         default=25.0,
         ge=0,
-        description="Statistics leave during the backward pass, in buckets of so many MiB, over links of their own. "
-        "0: all at once, in `step`, over those of the group.",
+        description="Size in MiB of the buckets in which statistics leave during the backward pass, over links of "
+        "their own. 0: all leave at once, in `step`, over the links of the group.",
     )
     micro_batches: Annotated[int, Field(ge=1)] | Literal["any"] = Field(
         default=1,
-        description="What the mean loss of each backward pass of a step is divided by: gradient accumulation. A step "
-        "may have fewer passes (the last of an epoch). any: by as many as it has, as in Hugging Face's Trainer. "
+        description="Divisor of the mean loss of each backward pass of a step: gradient accumulation. A step may have "
+        "fewer passes (the last of an epoch). any: the number of passes that it has, as in Hugging Face's Trainer. "
         "With 1 all passes of a step are parts of one loss on the same samples, as if their sum were differentiated.",
     )
     loss_reduction: Literal["mean", "sum"] = Field(
         default="mean",
-        description="How the loss reduces over the samples of a micro-batch; needed to recover per-sample g.",
+        description="Reduction of the loss over the samples of a micro-batch; needed to recover per-sample g.",
     )
     non_finite: Literal["raise", "skip"] = Field(
         default="raise",
-        description="What all ranks do together with a gradient that is NaN or infinite on any of them. Under a "
+        description="Reaction of all ranks together if a gradient is NaN or infinite on any of them. Under a "
         "GradScaler such steps are always skipped.",
     )
 
     @property
     def length(self) -> LengthChoice:
-        """How long steps are, after the default is settled."""
+        """The length of steps, with the default filled in."""
         return self.preconditioner.default_length if self.step_length is None else self.step_length
 
     @property
     def measures_noise(self) -> bool:
-        """Whether the sampling noise of statistics is asked for."""
+        """Whether the sampling noise of statistics is measured."""
         return self.staleness.measures_noise
 
     @property
@@ -167,14 +169,14 @@ class NGDConfig(Settings):
 
     @property
     def loss_parts(self) -> int:
-        """What the loss of a micro-batch is known to be divided by before the step is over."""
+        """The divisor of a micro-batch's loss, as far as it is known before the end of the step."""
         return 1 if self.micro_batches == "any" else self.micro_batches
 
     @model_validator(mode="after")
     def _choices_agree(self) -> Self:
         """Raises the first refusal of a choice: a setting that it would ignore is an error."""
         chosen = [value for _, value in self if isinstance(value, Choice)]
-        # The method is asked last: the others' way out is the simpler one.
+        # The method comes last: the others have a simpler way out.
         for choice in (self.length, *reversed(chosen)):
             if refusal := choice.refuses(self):
                 raise ValueError(refusal)

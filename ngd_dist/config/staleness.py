@@ -1,4 +1,4 @@
-"""When a statistic is refreshed."""
+"""The schedules of refreshes."""
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -15,7 +15,7 @@ __all__ = ["AdaptiveInterval", "FixedInterval", "StalenessChoice", "Thresholds"]
 
 
 def _of_a_method(statistic: str) -> str:
-    """Returns the name of a statistic that a registered method has. Raises: PydanticKnownError, of any other."""
+    """Returns the name of a statistic that a registered method has. Raises: PydanticKnownError for any other."""
     if not any(statistic in choice.thresholds for choice in PRECONDITIONERS.values()):
         raise PydanticKnownError("extra_forbidden")
     return statistic
@@ -24,7 +24,7 @@ def _of_a_method(statistic: str) -> str:
 class Thresholds(Settings):
     """||X - Y|| / min(||X||, ||Y||) below which values of a statistic count as similar, if its noise is no larger."""
 
-    # A method from outside brings statistics with other names; in a job there are none.
+    # A method from outside brings statistics with other names; a job has none of those.
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_of_a_method)], Annotated[float, Field(gt=0)]]
 
@@ -51,28 +51,28 @@ class AdaptiveInterval(Choice):
         default=1.5,
         ge=0,
         description="A threshold is at least this times the sampling noise that is measured of the change, sqrt(2) "
-        "times that of one batch without ema_decay, but at most 1. 0: thresholds are fixed, and a statistic whose "
-        "noise is above them is refreshed in every step.",
+        "times that of one batch without ema_decay, but at most 1. 0: thresholds are fixed, and a statistic with more "
+        "noise is refreshed in every step.",
     )
     criterion: Literal["change", "error"] = Field(
         default="change",
-        description="What makes a statistic count as changed. change: its own relative change. error: how far the "
-        "inverse in use is from that of the new value, ||I - (X + damping) inverse|| / sqrt(n), or how far a basis of "
-        "EKFAC is from diagonalising it; below error_threshold the old one stays in use and nothing is inverted. What "
-        "has neither follows its change: normalisation layers, exact damping, factors kept as rows.",
+        description="Measure by which a statistic counts as changed. change: its relative change. error: the distance "
+        "of the inverse in use from that of the new value, ||I - (X + damping) inverse|| / sqrt(n), or of a basis of "
+        "EKFAC from diagonalising it; below error_threshold the old one stays in use and nothing is inverted. A "
+        "statistic without either follows its change: normalisation layers, exact damping, factors kept as rows.",
     )
     error_threshold: float = Field(
         default=0.25,
         gt=0,
         lt=1,
         description="With criterion error. From half of it on an interval grows no more, from all of it on it is "
-        "halved and the inverse made anew.",
+        "halved and the inverse made again.",
     )
     max_interval: int = Field(default=1000, ge=1, description="Steps; no longer interval is planned for a statistic.")
 
     @model_validator(mode="after")
     def _threshold_is_read(self) -> Self:
-        # A job that was written out and is read again says the default too.
+        # A job that was written out and is read again has the default too.
         is_chosen = self.error_threshold != type(self).model_fields["error_threshold"].default
         if self.criterion == "change" and is_chosen:
             raise ValueError("criterion change measures no error: leave out error_threshold, or say criterion error")
@@ -80,7 +80,7 @@ class AdaptiveInterval(Choice):
 
     @property
     def measures_noise(self) -> bool:
-        """Whether the sampling noise of statistics is asked for."""
+        """Whether the sampling noise of statistics is measured."""
         return self.noise_margin > 0
 
 
@@ -92,7 +92,7 @@ class FixedInterval(Choice):
 
     @property
     def measures_noise(self) -> bool:
-        """Whether the sampling noise of statistics is asked for."""
+        """Whether the sampling noise of statistics is measured."""
         return False
 
     def refuses(self, config: "NGDConfig") -> str | None:

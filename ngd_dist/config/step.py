@@ -1,4 +1,4 @@
-"""How directions become steps: the length of a step, its clipping, and the parameters that no layer covers."""
+"""From directions to steps: the length of a step, its clipping, and the parameters that no layer covers."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -30,10 +30,10 @@ class SGDFallback(Choice):
 
 
 class AdamWFallback(Choice):
-    """torch.optim.AdamW. Its lr falls and rises in proportion with the param group's lr; weight decay is its own."""
+    """torch.optim.AdamW. Its lr falls and rises in proportion with the param group's lr; weight decay is separate."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0, description="Where the param group's lr is the one that it began with.")
+    lr: float = Field(default=1e-3, gt=0, description="The lr while the param group has its first lr.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Of the mean of gradients.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Of the mean of their squares.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of that mean.")
@@ -59,7 +59,7 @@ class LayerWise(Choice):
 
 class QuadraticModel(Choice):
     """lr and momentum that minimise the exact quadratic model of the loss in the plane of the direction and the last
-    step ([MG15] 7). `NGD.step` needs an objective; each param group's lr and momentum are set to what was chosen.
+    step ([MG15] 7). `NGD.step` needs an objective; each param group's lr and momentum are set to the chosen ones.
     """
 
     kind: Literal["quadratic_model"] = "quadratic_model"

@@ -1,6 +1,6 @@
-"""How statistics, gradients, inverses and directions move between ranks. Start at `sync.Strategy`.
+"""The movement of statistics, gradients, inverses and directions between ranks. Start at `sync.Sync`.
 
-What `NGDConfig.strategy` chooses is who does what (`placement`); the movement is the same code for all.
+`NGDConfig.strategy` chooses the roles of the ranks (`placement`); the movement is the same code for all strategies.
 """
 
 from collections.abc import Mapping
@@ -8,32 +8,32 @@ from collections.abc import Mapping
 import torch
 
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
-from ngd_dist.distributed.base import Cargo, Collected, Findings, Local, Report
+from ngd_dist.distributed.base import GlobalMeans, LayerLayout, LocalContribution, RefreshReport, StepResult
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.distributed.placement import Roles, place
-from ngd_dist.distributed.sync import Strategy
+from ngd_dist.distributed.sync import Sync
 from ngd_dist.engines import Engine
 from ngd_dist.errors import ConfigError
 
-__all__ = ["Cargo", "Collected", "Findings", "Local", "Report", "Strategy", "build_strategy"]
+__all__ = ["GlobalMeans", "LayerLayout", "LocalContribution", "RefreshReport", "StepResult", "Sync", "build_sync"]
 
 MB = 2**20
 
 
-def build_strategy(
+def build_sync(
     config: NGDConfig,
     comm: Communicator,
     costs: Mapping[str, int],
-    cargo: Mapping[str, Cargo],
+    layouts: Mapping[str, LayerLayout],
     *,
     dtype: torch.dtype,
     device: torch.device,
     engine: Engine,
-    settled: Mapping[str, Roles],
-) -> Strategy:
-    """Collective. Returns the configured movement, or the default for the number of ranks. Raises: ConfigError.
+    fixed: Mapping[str, Roles],
+) -> Sync:
+    """Collective. Returns the movement of the configured strategy, or of the default one. Raises: ConfigError.
 
-    costs: of refreshing each layer. settled: the roles of layers that keep theirs.
+    costs: the operations of refreshing each layer. fixed: the roles of the layers that keep them.
     """
     sums = config.loss_reduction == "sum"
     engine.check_reduction(config.loss_reduction)
@@ -49,13 +49,13 @@ def build_strategy(
         fraction=choice.fraction if isinstance(choice, OwnerSharded) else 0.0,
         replicate_below=choice.replicate_below if isinstance(choice, OwnerSharded) else 0,
         everyone_inverts=isinstance(choice, AllReduce),
-        settled=settled,
+        fixed=fixed,
     )
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    return Strategy(
+    return Sync(
         comm,
         placement,
-        cargo,
+        layouts,
         kind=choice.kind,
         dtype=dtype,
         exact=exact,

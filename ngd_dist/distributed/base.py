@@ -1,4 +1,4 @@
-"""What a rank brings to a step, what it gets back, and what ranks tell each other."""
+"""The records of a step: a rank's contribution, the global means, the result, and the reports between ranks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 __all__ = [
     "REPORT_NUMBERS",
-    "Cargo",
-    "Collected",
-    "Findings",
-    "Local",
-    "Report",
-    "Tally",
+    "CaptureCount",
+    "GlobalMeans",
+    "LayerLayout",
+    "LocalContribution",
+    "RefreshReport",
+    "StepResult",
     "flatten",
+    "read_counts",
     "split_like",
-    "tallied",
 ]
 
 
@@ -30,13 +30,14 @@ UNMEASURED = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What the first owner of a layer found when one of its statistics was due. Travels as numbers.
+class RefreshReport:
+    """The owner's report on a statistic of its layer that was due. Travels as numbers.
 
-    `rows`: how many all ranks estimated it from. `change` and `change_to_before`: relative to the last value in use,
-    and to the one before. `noise`: the value's own relative sampling error. `threshold`: what the changes were held
-    against. `error`: of the inverse that was in use, for the new value. `residual`: of the new inverse. `seconds`: host
-    time on the owner, for estimating the statistic and for its inversion. Infinity stands for what was not measured.
+    `rows`: the number from which all ranks estimated it. `change` and `change_to_before`: relative to the last value in
+    use, and to the one before. `noise`: the relative sampling error of the value. `threshold`: the bound for the
+    changes. `error`: that of the inverse that was in use, for the new value. `residual`: that of the new inverse.
+    `seconds`: host time on the owner, for estimating the statistic and for its inversion. A number that was not
+    measured is infinity.
     """
 
     verdict: Verdict
@@ -51,8 +52,8 @@ class Report:
     seconds: float = 0.0
 
     @property
-    def makes_anew(self) -> bool:
-        """Whether what the statistic is for is made anew: not if the old one was measured, and found good enough."""
+    def rebuilds(self) -> bool:
+        """Whether the inverse or basis is made again: not if the old one was measured and is good enough."""
         is_kept = self.error != UNMEASURED and self.verdict is not Verdict.CHANGED
         return self.verdict in REFRESHED and not is_kept
 
@@ -61,22 +62,22 @@ class Report:
         return [-1.0 if number == UNMEASURED else float(number) for number in astuple(self)]
 
     @classmethod
-    def parse(cls, numbers: Sequence[float]) -> "Report":
+    def parse(cls, numbers: Sequence[float]) -> "RefreshReport":
         """Returns the report that was sent."""
         verdict, ending, rows, *measured = numbers
         known = (UNMEASURED if number == -1.0 else number for number in measured)
         return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), *known)
 
 
-REPORT_NUMBERS = len(fields(Report))
+REPORT_NUMBERS = len(fields(RefreshReport))
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """What stands behind the means of one layer's due statistics, over all ranks.
+class CaptureCount:
+    """The counts behind the means of one layer's due statistics, over all ranks.
 
-    `ranks` captured it, in so many `replicates` and `rows`. `squares`: by statistic, the mean over replicates of their
-    squared norms; empty where noise is not measured.
+    `ranks`: those that captured it. `rows`, `replicates`: of all ranks. `squares`: by statistic, the mean of the
+    squared norms of its replicates; empty if noise is not measured.
     """
 
     ranks: int
@@ -85,7 +86,7 @@ class Tally:
     squares: Mapping[str, float]
 
     def noise(self, statistic: str, norm: float) -> float:
-        """Returns the relative sampling error of a mean of this norm; infinity where replicates can't tell it.
+        """Returns the relative sampling error of a mean of this norm; infinity if replicates can't tell it.
 
         The K replicates X_k of a mean X scatter about it by mean_k ||X_k||^2 - ||X||^2; 1 / (K - 1) of that is the
         expected squared error of X, for shares of any size.
@@ -98,10 +99,10 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Cargo:
-    """What travels of one layer: its gradient's shape, [B, O, I]; its statistics; the entries of its cache.
+class LayerLayout:
+    """The tensors of one layer that travel: its gradient, of shape [B, O, I]; its statistics; the entries of its cache.
 
-    `dtype`: of these entries. `shared`: those that every rank needs, of which each is a function of the statistics that
+    `dtype`: that of the entries. `shared`: the entries that every rank needs; each is a function of the statistics that
     are not `in_basis`.
     """
 
@@ -113,84 +114,84 @@ class Cargo:
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """What one rank brings to a step, beside the statistics that it has offered.
+class LocalContribution:
+    """One rank's part of a step, beside the statistics that it has offered.
 
-    `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and how many parameters have none. `tallies`: by due
-    layer, the numbers of a `Tally`, whose sums over ranks it is made of: 1 or 0 for whether it was captured, NaN if in
-    too many micro-batches, infinity if what was sent of it is of no use, then rows, replicates, and the mean square of
-    each due statistic; `gradients` grad_BOI of every layer; `plain` all others.
+    `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and the number of parameters without one. `counts`:
+    by due layer, this rank's part of the sums in a `CaptureCount`: 1 or 0 for whether it was captured, NaN if in too
+    many micro-batches, infinity if its values are useless after they were sent; then rows, replicates, and the mean
+    square of each due statistic. `gradients`: grad_BOI of every layer. `plain`: the other gradients.
     """
 
     flags: Tensor
-    tallies: Mapping[str, Tensor]
+    counts: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     plain: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
+class GlobalMeans:
     """Means over the global batch: statistics of the layers that this rank inverts, gradients of those that it holds,
     and all plain ones.
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers. `tallies` has those of the layers that `statistics` has. `missing`:
-    the sum over ranks of how many parameters have no gradient.
+    did not run, and those of `miscounted` layers. `counts` has the layers that `statistics` has. `missing`: the sum
+    over ranks of the parameters without a gradient.
     """
 
     is_finite: bool
     missing: int
     miscounted: frozenset[str]
-    tallies: dict[str, Tally]
+    counts: dict[str, CaptureCount]
     statistics: dict[Key, Tensor]
     gradients: dict[str, Tensor]
     plain: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What follows from the means: one rank's part before `publish`, the whole after, the same on every rank.
+class StepResult:
+    """The directions and reports of a step: one rank's part before `publish`; after it the whole, on every rank.
 
-    `directions`, [B, O, I] by layer. `inner`, [rows, layers in registration order]: inner products per layer, 0 for
-    those that this rank does not hold; any number of rows, the same on every rank.
+    `directions`, [B, O, I] by layer. `inner`, [k, layers in registration order]: inner products per layer, 0 for those
+    that this rank does not hold; k is the same on every rank.
     """
 
     directions: dict[str, Tensor]
-    reports: dict[Key, Report]
+    reports: dict[Key, RefreshReport]
     inner: Tensor
 
 
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Returns the tensors as one flat buffer."""
     buffer = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
-    for part, tensor in zip(split_like(buffer, tensors), tensors, strict=True):
-        part.copy_(tensor)
+    for view, tensor in zip(split_like(buffer, tensors), tensors, strict=True):
+        view.copy_(tensor)
     return buffer
 
 
 def split_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns views of the buffer's beginning in the shapes of the tensors."""
-    parts = buffer[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    flat = buffer[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
+    return [view.view(tensor.shape) for view, tensor in zip(flat, tensors, strict=True)]
 
 
-def tallied(
-    flags: Tensor, tallies: Mapping[str, Tensor], due: Sequence[Key]
-) -> tuple[bool, int, frozenset[str], dict[str, Tally]]:
-    """Returns if all is finite, the missing gradients, the miscounted layers, and the tallies of others that ran.
+def read_counts(
+    flags: Tensor, counts: Mapping[str, Tensor], due: Sequence[Key]
+) -> tuple[bool, int, frozenset[str], dict[str, CaptureCount]]:
+    """Returns if all is finite, the missing gradients, the miscounted layers, and the counts of others that ran.
 
-    Reads two numbers, and a few per due layer, back to the host in one go: what was captured decides what is refreshed,
+    Reads two numbers, and a few per due layer, back to the host in one go: the captured layers decide the refreshes,
     and a step with a non-finite gradient must not begin. It is the one host read of a step without a refresh.
     """
-    bad, missing, *numbers = torch.cat([flags, *tallies.values()]).tolist()
-    found: dict[str, Tally] = {}
+    bad, missing, *numbers = torch.cat([flags, *counts.values()]).tolist()
+    captured: dict[str, CaptureCount] = {}
     miscounted: set[str] = set()
-    for layer, tally in tallies.items():
-        (ranks, rows, replicates, *squares), numbers = numbers[: len(tally)], numbers[len(tally) :]
+    for layer, count in counts.items():
+        (ranks, rows, replicates, *squares), numbers = numbers[: len(count)], numbers[len(count) :]
         if math.isnan(ranks):
             miscounted.add(layer)
         elif 0 < ranks < math.inf:
             names = [key.statistic for key in due if key.layer == layer]
             means = {name: square / ranks for name, square in zip(names, squares, strict=False)}
-            found[layer] = Tally(int(ranks), int(rows), int(replicates), means)
-    return bad == 0, int(missing), frozenset(miscounted), found
+            captured[layer] = CaptureCount(int(ranks), int(rows), int(replicates), means)
+    return bad == 0, int(missing), frozenset(miscounted), captured

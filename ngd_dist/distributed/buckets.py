@@ -1,7 +1,7 @@
-"""The due statistics of one step on their way to their owners, while the backward pass is still running.
+"""Sends the due statistics of one step to their owners while the backward pass is still running.
 
-Buckets have one order and one content on every rank, from the due statistics alone. One is launched when this rank has
-all its values and the bucket before it is on its way; what was not captured goes last, as zeros.
+Buckets have one order and one content on every rank, from the due statistics alone. A bucket is launched when this rank
+has all its values and the bucket before it is on its way; a statistic that was not captured goes last, as zeros.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,21 +18,22 @@ from ngd_dist.statistics.statistic import Key
 
 __all__ = ["Buckets"]
 
-Item = tuple[Key, int]  # a statistic, and which of its fields
+FieldKey = tuple[Key, int]  # a statistic, and which of its fields
 
 
 @dataclass(slots=True)
 class _Bucket:
     keys: list[Key]
-    pending: Pending[list[dict[Item, Tensor]]] | None = None
+    pending: Pending[list[dict[FieldKey, Tensor]]] | None = None
 
 
 class Buckets:
     """Owner by owner, sums over the ranks: each rank sends a statistic to its owner, which decodes and adds them up.
 
-    Collective: `begin` and `finish`, and also `offer`, which launches what has become complete.
+    Collective: `begin`, `finish`, and also `offer`, which launches buckets that have become complete.
     sizes: the numbers of each flat statistic. exact: the dtype in which they are summed.
-    limit_bytes: what a bucket may hold, unless one statistic has more. 0: there is one bucket, and `launch` sends it.
+    limit_bytes: the most that a bucket holds, unless one statistic has more. 0: there is one bucket, and `launch` sends
+        it.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class Buckets:
         self._buckets: list[_Bucket] = []
 
     def begin(self, due: Sequence[Key]) -> None:
-        """Plans a new step. What was begun and never finished is sent first: another rank may be waiting for it."""
+        """Plans a new step. A step that was never finished is sent first: another rank may be waiting for it."""
         if self._overlaps:
             self.finish()
         self._values = {}
-        self._buckets = [_Bucket(keys) for keys in self._filled([*reversed(due)])]  # as backward comes by
+        self._buckets = [_Bucket(keys) for keys in self._filled([*reversed(due)])]  # in the order of backward
 
     def offer(self, key: Key, flat: Tensor) -> None:
         """Takes this rank's value of a due statistic; the first one counts."""
@@ -78,7 +79,7 @@ class Buckets:
                 self._launch(bucket)
 
     def launch(self) -> None:
-        """Sends what is not on its way yet."""
+        """Sends the buckets that are not on their way yet."""
         for bucket in self._buckets:
             if bucket.pending is None:
                 self._launch(bucket)
@@ -89,30 +90,30 @@ class Buckets:
         buckets, self._buckets = self._buckets, []
         received = [(bucket, bucket.pending.wait()) for bucket in buckets if bucket.pending is not None]
         return {
-            key: self._sum(key, parts)
-            for bucket, parts in received
+            key: self._sum(key, from_ranks)
+            for bucket, from_ranks in received
             for key in bucket.keys
             if self._owners[key.layer] == self._comm.rank
         }
 
     def _launch(self, bucket: _Bucket) -> None:
-        def route(source: int, target: int) -> dict[Item, Field]:
+        def route(source: int, target: int) -> dict[FieldKey, Field]:
             if source == target:  # this rank's own values are not rounded
                 return {}
             return self._wire.fields(key for key in bucket.keys if self._owners[key.layer] == target)
 
-        own = self._comm.rank
-        there = {k: self._values[k] for k in bucket.keys if k in self._values and self._owners[k.layer] != own}
-        tensors = self._wire.encode(there)
+        here = self._comm.rank
+        outgoing = {k: self._values[k] for k in bucket.keys if k in self._values and self._owners[k.layer] != here}
+        tensors = self._wire.encode(outgoing)
         name = f"statistics of {bucket.keys[0]}" + (f" to {bucket.keys[-1]}" if bucket.keys[1:] else "")
         bucket.pending = begin_exchange(self._comm, name, route, tensors, self._device, kind="statistics")
 
-    def _sum(self, key: Key, parts: Sequence[Mapping[Item, Tensor]]) -> Tensor:
+    def _sum(self, key: Key, from_ranks: Sequence[Mapping[FieldKey, Tensor]]) -> Tensor:
         """Returns the sum in rank order."""
         total = torch.zeros(self._sizes[key], dtype=self._exact, device=self._device)
-        for rank, part in enumerate(parts):
+        for rank, from_rank in enumerate(from_ranks):
             if rank != self._comm.rank:
-                total += self._wire.decode(key, part)
+                total += self._wire.decode(key, from_rank)
             elif key in self._values:
                 total += self._values[key]
         return total

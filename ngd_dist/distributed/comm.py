@@ -1,16 +1,17 @@
-"""The only caller of torch.distributed: named collectives that count what they send.
+"""The only caller of torch.distributed: named collectives that count the bytes that they send.
 
 A collective here must be called by every rank of the group, with the same names in the same order, and with shapes
-that fit. Those that `begin_` are under way until they are waited for; what they read and write is theirs until then.
+that fit. A collective that `begin_...` started is under way until it is waited for; until then its tensors must not be
+touched.
 
-A rank that raises, hangs or dies never leaves the others waiting for ever. Under gloo a link that breaks, or else the
-group's timeout (`init_process_group(timeout=...)`, half an hour unless given), fails the collective on some rank;
-that rank then closes its own links, so that all others fail at once too, and each raises a CollectiveError that names
-the collective, this rank and who is to blame. The group is of no use after it. Under NCCL collectives are only
-queued: the watchdog of torch ends the process when the timeout is over, and a CollectiveError comes only where
-TORCH_NCCL_BLOCKING_WAIT=1 makes each collective wait.
+If a rank raises, hangs or dies, the others don't wait for ever. Under gloo a broken link, or else the group's timeout
+(`init_process_group(timeout=...)`, half an hour by default), fails the collective on some rank. That rank then closes
+its links, so that all others fail at once too, and each raises a CollectiveError that names the collective, this rank
+and the culprit. The group is unusable after it. Under NCCL collectives are only queued: the watchdog of torch ends the
+process when the timeout is over, and a CollectiveError is raised only if TORCH_NCCL_BLOCKING_WAIT=1 makes each
+collective wait.
 
-Gloo's threads must end before the interpreter does: a thread that lets go of a tensor after that aborts the process
+Gloo's threads must end before the interpreter does: if a thread frees a tensor after that, it aborts the process
 (https://github.com/pytorch/pytorch/issues/190489). `end_collectives` ends them, and runs at a process's exit by itself.
 """
 
@@ -33,16 +34,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ngd_dist.distributed.postmortem import Postmortem, Store, Ticket
+from ngd_dist.distributed.postmortem import KeyValueStore, Postmortem, Ticket
 from ngd_dist.errors import CollectiveError
 
 __all__ = ["Communicator", "Pending", "end_collectives"]
 
 ENDING_S = 5.0  # for collectives that are still under way at the end: the other ranks end at about the same time
-NO_LIMIT = timedelta(0)  # but that of the group
+NO_LIMIT = timedelta(0)  # except that of the group
 FAILING_S = 1.0  # for a collective to fail after its links were closed: that takes milliseconds
 
-# By group, not by Communicator: which collective a rank has reached is told by its count over the whole group.
+# By group, not by Communicator: the count over the whole group shows the collective that a rank has reached.
 _postmortems: WeakKeyDictionary[dist.ProcessGroup, Postmortem] = WeakKeyDictionary()
 _asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 _under_way: WeakKeyDictionary[dist.ProcessGroup, set["_Launched"]] = WeakKeyDictionary()
@@ -57,18 +58,18 @@ class Pending(Generic[T]):
 
     def __init__(self, finish: Callable[[], T]) -> None:
         self._finish = finish
-        self._found: list[T] = []
+        self._results: list[T] = []
 
     def wait(self) -> T:
-        """Returns what came of it, also when called again. Raises: CollectiveError that names the collective."""
-        if not self._found:
-            self._found.append(self._finish())
-        return self._found[0]
+        """Returns the result, also when called again. Raises: CollectiveError that names the collective."""
+        if not self._results:
+            self._results.append(self._finish())
+        return self._results[0]
 
 
 @dataclass(eq=False, slots=True)
 class _Launched:
-    """The hold on torch's work of a collective, given up when it has ended: it holds gloo's links and tensors."""
+    """A reference to torch's work of a collective, dropped at its end: the work holds gloo's links and tensors."""
 
     work: dist.Work | None
     is_ended: bool = False
@@ -98,8 +99,8 @@ class Communicator:
     def aside(self) -> "Communicator":
         """Collective. Returns these ranks over links of their own: collectives there and here may come in any order.
 
-        What is sent is counted together, and a failure of one ends both. All asides of a group share their links. Where
-        torch can't make them it is this communicator itself, and the order is not free.
+        Bytes are counted together, and a failure of one ends both. All asides of a group share their links. If torch
+        can't make such links, it returns this communicator itself, and the order is not free.
         """
         if self._main is None or _is_part_of_a_split(self._main):
             return self
@@ -112,9 +113,9 @@ class Communicator:
         return aside
 
     def begin_all_reduce(self, name: str, tensor: Tensor, *, kinds: Mapping[str, int]) -> Pending[Tensor]:
-        """Collective. Once waited for, the tensor is on every rank its sum over the ranks; it is not to be read before.
+        """Collective. Once waited for, the tensor is its sum over the ranks, on every rank; don't read it before.
 
-        kinds: the bytes of the tensor, by what they are counted as.
+        kinds: the bytes of the tensor, by the kind under which they are counted.
         """
         if self.world_size == 1:
             return Pending(lambda: tensor)
@@ -130,18 +131,18 @@ class Communicator:
         self.begin_all_reduce(name, tensor, kinds={kind: tensor.nbytes}).wait()
 
     def begin_exchange(
-        self, name: str, parts: Sequence[Tensor], sizes: Sequence[int], *, kind: str
+        self, name: str, to_ranks: Sequence[Tensor], sizes: Sequence[int], *, kind: str
     ) -> Pending[list[Tensor]]:
-        """Collective. Sends `parts[r]` to rank r. Once waited for, returns what each rank sent here, in rank order.
+        """Collective. Sends `to_ranks[r]` to rank r. Once waited for, returns the tensor from each rank, in rank order.
 
-        parts: [any length] each, of one dtype. sizes: the length of what each rank sends here, which both sides know.
-        This rank's own part is handed over as it is: nothing else than what others need travels, and nothing is padded.
+        to_ranks: [any length] each, of one dtype. sizes: the length of each rank's tensor, which both sides know.
+        The tensor of this rank for itself does not travel, and nothing is padded.
         """
         if self.world_size == 1:
-            return Pending(lambda: list(parts))
-        sent = [0 if r == self.rank else part.numel() for r, part in enumerate(parts)]
+            return Pending(lambda: list(to_ranks))
+        sent = [0 if r == self.rank else tensor.numel() for r, tensor in enumerate(to_ranks)]
         received = [0 if r == self.rank else size for r, size in enumerate(sizes)]
-        travelling = [part for r, part in enumerate(parts) if r != self.rank]
+        travelling = [tensor for r, tensor in enumerate(to_ranks) if r != self.rank]
         outgoing = travelling[0] if len(travelling) == 1 else torch.cat(travelling)
         incoming = outgoing.new_empty(sum(received))
         self._sent[kind] += outgoing.nbytes
@@ -149,9 +150,9 @@ class Communicator:
             work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)
 
         def finish() -> list[Tensor]:
-            found = list(incoming.split(received))
-            found[self.rank] = parts[self.rank]
-            return found
+            arrived = list(incoming.split(received))
+            arrived[self.rank] = to_ranks[self.rank]
+            return arrived
 
         return self._pending(ticket, work, finish)
 
@@ -178,17 +179,17 @@ class Communicator:
         arrived.item()  # NCCL only queues: reading the result waits for it
 
     def post_error(self, message: str) -> None:
-        """Tells the other ranks why this one is about to raise: the errors of their collectives will quote `message`.
+        """Tells the other ranks that this one is about to raise: the errors of their collectives will quote `message`.
 
-        Not collective; returns within seconds. The next collective of this rank takes it back. It is lost if this
-        rank hosts the group's store, as rank 0 does without a launcher, and ends before the others have read it.
+        Not collective; returns within seconds. The next collective of this rank takes the message back. It is lost if
+        this rank hosts the group's store (rank 0 without a launcher) and ends before the others have read it.
         """
         if self._postmortem is not None:
             self._postmortem.raised(message)
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must lie: the current CUDA device under NCCL, else the CPU."""
+        """The device of all tensors: the current CUDA device under NCCL, else the CPU."""
         if self.world_size > 1 and dist.get_backend(self._group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -229,7 +230,7 @@ class Communicator:
         try:
             yield
         except RuntimeError as error:
-            self._postmortem.failed(str(error), ticket)  # before the others fail by what follows, and look for it
+            self._postmortem.failed(str(error), ticket)  # before its links are closed: the others then look for it
             if self._main is not None:  # else `end_collectives` has closed them
                 _close_links(self._main, _asides.get(self._main))
             raise CollectiveError(
@@ -242,16 +243,16 @@ class Communicator:
 
 
 def end_collectives(*, is_broken: bool = False) -> None:
-    """Ends what Communicators began: collectives under way, links aside, and their hold on the groups. They end too.
+    """Ends all Communicators: collectives under way, links aside, and their references to the groups.
 
-    Not collective, but waits some seconds for what other ranks have a part in. If it does not come, or at once when
-    this rank `is_broken`, this rank's links are closed, so that everything over them fails. The process group is left
-    to whoever made it: after its `destroy_process_group` no thread of gloo is left.
+    Not collective, but waits some seconds for collectives that other ranks have a part in. If they don't end, or at
+    once if this rank `is_broken`, this rank's links are closed, so that everything over them fails. The process group
+    stays: after the caller's `destroy_process_group` no thread of gloo is left.
 
     >>> end_collectives()  # at the end of a training script, before dist.destroy_process_group()
     """
     deadline_s = time.monotonic() + (0.0 if is_broken else ENDING_S)
-    for group in list(_postmortems):  # of which there was a Communicator, whether it lives or not
+    for group in list(_postmortems):  # each group that had a Communicator, even if that is gone
         under_way, aside = _under_way.pop(group, set()), _asides.pop(group, None)
         if _has_gloo(group):
             _end_all(under_way, deadline_s)
@@ -268,12 +269,12 @@ def end_collectives(*, is_broken: bool = False) -> None:
     gc.collect()  # an optimizer, its hooks and its model hold each other, and groups and collectives
 
 
-os.register_at_fork(after_in_child=_postmortems.clear)  # gloo's threads, and what to end, stay with the parent
+os.register_at_fork(after_in_child=_postmortems.clear)  # gloo's threads, and their end, stay with the parent
 
 
 @atexit.register
 def _end_at_exit() -> None:
-    """Ends what a script has left. The end of the process would close the links as well."""
+    """Ends the collectives that a script has left. The end of the process would close the links as well."""
     if not _postmortems:
         return
     error = getattr(sys, "last_value", None)
@@ -293,7 +294,7 @@ def _end_all(under_way: Collection[_Launched], deadline_s: float) -> None:
 
 
 def _has_gloo(group: dist.ProcessGroup | None) -> bool:
-    """Returns whether the group has links of gloo; no longer, once it was destroyed."""
+    """Returns whether the group has links of gloo; false once it was destroyed."""
     try:
         return "cpu:gloo" in dist.get_backend_config(group)
     except (ValueError, TypeError):  # torch says it in two ways
@@ -301,7 +302,7 @@ def _has_gloo(group: dist.ProcessGroup | None) -> bool:
 
 
 def _close_links(*groups: dist.ProcessGroup | None) -> None:
-    """Makes the collectives of all other ranks fail now, not after their own timeouts, which may be long."""
+    """Makes the collectives of all other ranks fail now, before their timeouts, which may be long."""
     for group in groups:
         if group is None or not _has_gloo(group):
             continue
@@ -314,9 +315,9 @@ def _close_links(*groups: dist.ProcessGroup | None) -> None:
 
 
 def _is_part_of_a_split(group: dist.ProcessGroup) -> bool:
-    """Returns whether ranks outside of the group would have to take part when torch makes another one like it.
+    """Returns whether ranks outside of the group would have to take part if torch makes another one like it.
 
-    It splits the communicator of the world where `init_process_group` was given a device.
+    If `init_process_group` was given a device, torch splits the communicator of the world.
     """
     world = dist.group.WORLD
     return world is not None and world.bound_device_id is not None and dist.get_world_size(group) < world.size()
@@ -339,10 +340,10 @@ def _postmortem_of(group: dist.ProcessGroup | None) -> Postmortem:
     if group not in _postmortems:
         weak = ref(group)
 
-        def store() -> Store:
+        def store() -> KeyValueStore:
             if (alive := weak()) is None:
                 raise RuntimeError("the process group was destroyed")
-            return cast(Store, alive.get_group_store())
+            return cast(KeyValueStore, alive.get_group_store())
 
         global_ranks = dist.get_process_group_ranks(group)
         names = [f"rank {r}" + (f" (global rank {g})" if g != r else "") for r, g in enumerate(global_ranks)]

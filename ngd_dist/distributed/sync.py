@@ -1,4 +1,4 @@
-"""How statistics, gradients, inverses and directions move: the roles of `placement` put into collectives.
+"""The movement of statistics, gradients, inverses and directions: the roles of `placement` put into collectives.
 
 Ranks are data-parallel until the gradients are there and layer-parallel from then on: SP-NGD's stages 3 to 5
 ([OT20]), with directions gathered instead of weights.
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ngd_dist.distributed.base import (
     REPORT_NUMBERS,
-    Cargo,
-    Collected,
-    Findings,
-    Local,
-    Report,
+    GlobalMeans,
+    LayerLayout,
+    LocalContribution,
+    RefreshReport,
+    StepResult,
     flatten,
+    read_counts,
     split_like,
-    tallied,
 )
 from ngd_dist.distributed.buckets import Buckets
 from ngd_dist.distributed.comm import Communicator, Pending
@@ -28,29 +28,29 @@ from ngd_dist.distributed.wire import Wire
 from ngd_dist.factors.codec import Field
 from ngd_dist.statistics.statistic import Key
 
-__all__ = ["Strategy"]
+__all__ = ["Sync"]
 
 Cache = dict[str, Tensor]
-Part = tuple[str, str]  # a layer, and an entry of its cache or what else a rank sends for it
-THERE, REPORTS, INNER = (("", "there"), 0), ("", "reports"), ("", "inner")
+TensorName = tuple[str, str]  # a layer, and an entry of its cache or the name of another tensor
+HAS_CACHE, REPORTS, INNER = (("", "has_cache"), 0), ("", "reports"), ("", "inner")
 
 
-class Strategy:
-    """Moves what a step produces. Every rank must make the same calls; due keys are the same on every rank.
+class Sync:
+    """Moves the tensors of a step between ranks. All ranks must make the same calls, with the same due keys.
 
-    kind: what the config calls it. dtype: of gradients and directions on their way. exact, wire: those in which
-    statistics are summed, and travel; see `Form.on_wire`. kept: that of dense inverses, if it is one of 16 bits. A rank
-    decodes what each other rank sent before it sums, so that a value is rounded once. gradient_scale: what sums of
-    gradients over ranks are multiplied by; None leaves gradients as they are, where an engine has averaged them
-    already. bucket_bytes: what a bucket of statistics may hold that leaves while the backward pass is running, over
-    links of its own, since the model or the training loop may send then too; 0: all of them leave in `collect`.
+    kind: the strategy's name in the config. dtype: that of gradients and directions on their way. exact, wire: the
+    dtypes in which statistics are summed, and travel; see `Form.on_wire`. kept: the dtype of dense inverses, if it has
+    16 bits. A rank decodes the values of each other rank before it sums them, so that a value is rounded once.
+    gradient_scale: the factor on sums of gradients over ranks; None if an engine has averaged them already.
+    bucket_bytes: the size of the buckets in which statistics leave while the backward pass is running. They take links
+    of their own, since the model or the training loop may send then too. 0: all statistics leave in `collect`.
     """
 
     def __init__(
         self,
         comm: Communicator,
         placement: Placement,
-        cargo: Mapping[str, Cargo],
+        layouts: Mapping[str, LayerLayout],
         *,
         kind: str,
         dtype: torch.dtype,
@@ -66,18 +66,24 @@ class Strategy:
         self.kind = kind
         self.dtype = dtype
         self.gradient_scale = gradient_scale
-        self._cargo = cargo
+        self._layouts = layouts
         self._exact = exact
-        self._forms = {Key(name, spec.name): spec.form for name, parts in cargo.items() for spec in parts.statistics}
+        self._forms = {
+            Key(name, spec.name): spec.form for name, layout in layouts.items() for spec in layout.statistics
+        }
         self._wire = Wire({key: form.on_wire(exact, wire) for key, form in self._forms.items()})
-        self._entries: Wire[Part] = Wire(
-            {(n, e): form.in_cache(parts.dtype, kept) for n, parts in cargo.items() for e, form in parts.cache.items()}
+        self._entries: Wire[TensorName] = Wire(
+            {
+                (n, e): form.in_cache(layout.dtype, kept)
+                for n, layout in layouts.items()
+                for e, form in layout.cache.items()
+            }
         )
         self._device = device
         roles = placement.roles
-        self._everywhere = {name for name in cargo if placement.is_everywhere(name)}
-        # To several holders a gradient goes by an all-reduce: that is two of its size, at most what they would receive.
-        self._reduced = [name for name in cargo if len(roles[name].holders) == 1 < comm.world_size]
+        self._everywhere = {name for name in layouts if placement.is_everywhere(name)}
+        # A gradient with several holders goes by an all-reduce: that sends twice its size, no more than point to point.
+        self._reduced = [name for name in layouts if len(roles[name].holders) == 1 < comm.world_size]
         self._due: list[Key] = []
         self._small: dict[Key, Tensor] = {}
         owners = {name: role.owner for name, role in roles.items()}
@@ -104,13 +110,13 @@ class Strategy:
         return len(self.placement.roles[layer].inverters) > 1
 
     def statistic_bytes(self, key: Key) -> int:
-        """Returns what a rank sends of this statistic, the mean over ranks."""
+        """Returns the bytes that a rank sends of this statistic, a mean over ranks."""
         ranks, is_small = self.comm.world_size, self._is_summed_everywhere(key.layer)
         nbytes = self._forms[key].numbers * self.dtype.itemsize if is_small else self._wire.nbytes(key)
         return nbytes * (ranks - 1) * (2 if self.is_replicated(key.layer) else 1) // ranks
 
     def begin(self, due: Sequence[Key]) -> None:
-        """Collective. Makes way for the statistics of a new step."""
+        """Collective. Begins a new step with these due statistics."""
         self._due, self._small = list(due), {}
         self._buckets.begin([key for key in due if not self._is_summed_everywhere(key.layer)])
 
@@ -124,80 +130,80 @@ class Strategy:
         else:
             self._buckets.offer(key, self._forms[key].flatten(value))
 
-    def collect(self, local: Local) -> Collected:
+    def collect(self, local: LocalContribution) -> GlobalMeans:
         """Collective. Returns the means over ranks; a due statistic that was not offered counts as zeros."""
-        travels = self.gradient_scale is not None
+        is_sent = self.gradient_scale is not None
         self._buckets.launch()
         small = {key: self._small_value(key) for key in self._due if self._is_summed_everywhere(key.layer)}
-        wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if travels else {}
-        # What an engine has averaged is finite on all ranks or on none.
-        others = [local.flags, *wide.values(), *local.plain] if travels else []
-        pending = self._begin_sum([*small.values()], [*local.tallies.values(), *others])
-        own = self._begin_reduce(local.gradients) if travels else None
+        wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if is_sent else {}
+        # Gradients that an engine has averaged are finite on all ranks or on none.
+        others = [local.flags, *wide.values(), *local.plain] if is_sent else []
+        pending = self._begin_sum([*small.values()], [*local.counts.values(), *others])
+        to_owners = self._begin_reduce(local.gradients) if is_sent else None
         sums = self._spread(self._buckets.finish())
-        statistics, found = pending.wait()
+        statistics, others = pending.wait()
         sums |= zip(small, statistics, strict=True)
-        tallies, found = dict(zip(local.tallies, found, strict=False)), found[len(local.tallies) :]
+        counts, others = dict(zip(local.counts, others, strict=False)), others[len(local.counts) :]
         flags, gradients, plain = local.flags, local.gradients, local.plain
-        if own is not None:
-            flags, *averaged = [found[0], *map(self._averaged, found[1:])]
-            gradients = {name: self._averaged(total) for name, total in self._added(own.wait()).items()}
+        if to_owners is not None:
+            flags, *averaged = [others[0], *map(self._averaged, others[1:])]
+            gradients = {name: self._averaged(total) for name, total in self._added(to_owners.wait()).items()}
             gradients |= zip(wide, averaged, strict=False)
             plain = averaged[len(wide) :]
-        is_finite, missing, miscounted, captured = tallied(flags, tallies, self._due)
+        is_finite, missing, miscounted, captured = read_counts(flags, counts, self._due)
         means = {k: self._mean(k, total, captured[k.layer].ranks) for k, total in sums.items() if k.layer in captured}
-        held = {name: gradients[name] for name in self._cargo if self.holds(name)}
-        return Collected(is_finite, missing, miscounted, captured, means, held, plain)
+        held = {name: gradients[name] for name in self._layouts if self.holds(name)}
+        return GlobalMeans(is_finite, missing, miscounted, captured, means, held, plain)
 
     def share(
         self, caches: Mapping[str, Cache | None], entries: Mapping[str, Collection[str]]
     ) -> dict[str, Cache | None]:
-        """Collective. Returns these entries as their layers' owners have made them, None where there is no cache.
+        """Collective. Returns these entries as the owners of their layers have made them; None if there is no cache.
 
-        entries: those that may have changed, by layer, the same on every rank. A rank that holds a layer gets them
-        all but those that it made itself, others the shared ones; layers of which nothing travels are left out.
-        `caches`: those of this rank.
+        entries: those that may have changed, by layer, the same on every rank. A holder of a layer gets all of them
+        that it did not make itself, other ranks get the shared ones; layers of which nothing travels are left out.
+        caches: those of this rank.
         """
         travelling = {name: list(changed) for name, changed in entries.items() if self._travels(name, changed)}
         if not travelling:
             return {}
-        own = {name: caches[name] for name in travelling if self.reports(name)}
-        made = {(n, entry): cache[entry] for n, cache in own.items() if cache is not None for entry in travelling[n]}
+        owned = {name: caches[name] for name in travelling if self.reports(name)}
+        made = {(n, entry): cache[entry] for n, cache in owned.items() if cache is not None for entry in travelling[n]}
         sent = self._entries.encode(made)
-        sent[THERE] = torch.tensor([float(cache is not None) for cache in own.values()], device=self._device)
+        sent[HAS_CACHE] = torch.tensor([float(cache is not None) for cache in owned.values()], device=self._device)
         route = self._cache_route(travelling)
-        parts = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
-        there = torch.cat([part[THERE] for part in parts]).tolist()  # one host read
-        found: dict[str, Cache | None] = {}
-        for rank, part in enumerate(parts):
+        from_ranks = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
+        has_cache = torch.cat([from_rank[HAS_CACHE] for from_rank in from_ranks]).tolist()  # one host read
+        shared: dict[str, Cache | None] = {}
+        for rank, from_rank in enumerate(from_ranks):
             for name in (name for name in travelling if self.placement.roles[name].owner == rank):
-                came = [entry for entry in travelling[name] if ((name, entry), 0) in part]
-                got = {entry: self._entries.decode((name, entry), part) for entry in came}
-                found[name] = got if there.pop(0) else None
-        return found
+                arrived = [entry for entry in travelling[name] if ((name, entry), 0) in from_rank]
+                cache = {entry: self._entries.decode((name, entry), from_rank) for entry in arrived}
+                shared[name] = cache if has_cache.pop(0) else None
+        return shared
 
-    def publish(self, findings: Findings, due: Sequence[Key]) -> Findings:
-        """Collective. Returns the findings of all ranks; on each statistic, the report that counts."""
-        is_sharded = len(self._everywhere) < len(self._cargo)
+    def publish(self, result: StepResult, due: Sequence[Key]) -> StepResult:
+        """Collective. Returns the directions of all ranks and, for each statistic, its owner's report."""
+        is_sharded = len(self._everywhere) < len(self._layouts)
         if not (is_sharded or due) or self.comm.world_size == 1:
-            return findings
-        rows = [findings.reports[key].numbers() for key in due if self.reports(key.layer)]
-        sent = {(name, "direction"): direction for name, direction in findings.directions.items()}
+            return result
+        rows = [result.reports[key].numbers() for key in due if self.reports(key.layer)]
+        sent = {(name, "direction"): direction for name, direction in result.directions.items()}
         sent[REPORTS] = torch.tensor(rows, dtype=self.dtype, device=self._device).view(-1, REPORT_NUMBERS)
-        counts = [float(self.reports(name)) for name in self._cargo]
-        sent[INNER] = findings.inner * findings.inner.new_tensor(counts)  # of a layer with several holders, one's
+        is_counted = [float(self.reports(name)) for name in self._layouts]
+        sent[INNER] = result.inner * result.inner.new_tensor(is_counted)  # only the owner's
         kind = "directions" if is_sharded else "reports"
-        route = self._finding_route(due, findings.inner)
-        parts = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
-        directions = dict(findings.directions)
-        for part in parts:
-            directions |= {name: direction for (name, what), direction in part.items() if what == "direction"}
-        reports: dict[Key, Report] = {}
-        for rank, part in enumerate(parts):
+        route = self._result_route(due, result.inner)
+        from_ranks = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
+        directions = dict(result.directions)
+        for from_rank in from_ranks:
+            directions |= {name: tensor for (name, kind), tensor in from_rank.items() if kind == "direction"}
+        reports: dict[Key, RefreshReport] = {}
+        for rank, from_rank in enumerate(from_ranks):
             keys = [key for key in due if self.placement.roles[key.layer].owner == rank]
-            reports |= zip(keys, map(Report.parse, part[REPORTS].tolist()), strict=True)
-        inner = torch.stack([part[INNER] for part in parts]).sum(0)
-        return Findings({name: directions[name].to(self.dtype) for name in self._cargo}, reports, inner)
+            reports |= zip(keys, map(RefreshReport.parse, from_rank[REPORTS].tolist()), strict=True)
+        inner = torch.stack([from_rank[INNER] for from_rank in from_ranks]).sum(0)
+        return StepResult({name: directions[name].to(self.dtype) for name in self._layouts}, reports, inner)
 
     def _is_summed_everywhere(self, layer: str) -> bool:
         return self.comm.world_size == 1 or self.placement.roles[layer].is_small
@@ -210,7 +216,7 @@ class Strategy:
         return torch.zeros(shape, dtype=self._exact, device=self._device)
 
     def _mean(self, key: Key, total: Tensor, ranks: int) -> Tensor:
-        """Returns the mean in its own shape. On one rank nothing was flattened: packing takes as long as inverting."""
+        """Returns the mean in the statistic's shape. One rank flattens nothing: packing takes as long as inverting."""
         return total if self.comm.world_size == 1 else self._forms[key].expand(total / ranks)
 
     def _begin_sum(self, statistics: list[Tensor], others: list[Tensor]) -> Pending[tuple[list[Tensor], list[Tensor]]]:
@@ -224,34 +230,34 @@ class Strategy:
         pending = self.comm.begin_all_reduce("gradients", buffer, kinds=kinds)
 
         def split() -> tuple[list[Tensor], list[Tensor]]:
-            parts = split_like(pending.wait(), tensors)
-            return parts[: len(statistics)], parts[len(statistics) :]
+            sums = split_like(pending.wait(), tensors)
+            return sums[: len(statistics)], sums[len(statistics) :]
 
         return Pending(split)
 
     def _begin_reduce(self, gradients: Mapping[str, Tensor]) -> Pending[list[dict[str, Tensor]]]:
-        """Returns what each rank has of the gradients of the layers that this rank alone holds."""
+        """Returns each rank's gradients of the layers that this rank alone holds."""
         if not self._reduced:
             return Pending(list)
-        fields = {name: Field(self._cargo[name].gradient, self.dtype) for name in self._reduced}
+        fields = {name: Field(self._layouts[name].gradient, self.dtype) for name in self._reduced}
 
         def route(source: int, target: int) -> dict[str, Field]:
             return {name: field for name, field in fields.items() if self.placement.roles[name].owner == target}
 
         return begin_exchange(self.comm, "gradients to owners", route, gradients, self._device, kind="gradients")
 
-    def _added(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _added(self, from_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the sums in rank order."""
-        sums = {name: gradient.to(self.dtype) for name, gradient in parts[0].items()} if parts else {}
-        for part in parts[1:]:
-            sums = {name: total + part[name] for name, total in sums.items()}
+        sums = {name: gradient.to(self.dtype) for name, gradient in from_ranks[0].items()} if from_ranks else {}
+        for from_rank in from_ranks[1:]:
+            sums = {name: total + from_rank[name] for name, total in sums.items()}
         return sums
 
     def _averaged(self, total: Tensor) -> Tensor:
         return total if self.gradient_scale in (None, 1.0) else total.mul_(self.gradient_scale)
 
     def _spread(self, sums: dict[Key, Tensor]) -> dict[Key, Tensor]:
-        """Returns the sums, on all ranks those of the layers that all ranks invert, as they arrive: rounded again."""
+        """Returns the sums; layers that all ranks invert have theirs on all ranks, rounded again on the way."""
         roles = self.placement.roles
         keys = [k for k in self._due if self.is_replicated(k.layer) and not self._is_summed_everywhere(k.layer)]
         if not keys:
@@ -261,8 +267,10 @@ class Strategy:
             return self._wire.fields(key for key in keys if roles[key.layer].owner == source)
 
         sent = self._wire.encode({key: sums[key] for key in keys if key in sums})
-        parts = begin_exchange(self.comm, "sums of statistics", route, sent, self._device, kind="statistics").wait()
-        everywhere = {item: tensor for part in parts for item, tensor in part.items()}
+        from_ranks = begin_exchange(
+            self.comm, "sums of statistics", route, sent, self._device, kind="statistics"
+        ).wait()
+        everywhere = {item: tensor for from_rank in from_ranks for item, tensor in from_rank.items()}
         return sums | {key: self._wire.decode(key, everywhere) for key in keys}
 
     def _travels(self, layer: str, entries: Collection[str]) -> bool:
@@ -270,28 +278,28 @@ class Strategy:
         roles = self.placement.roles[layer]
         if self.is_replicated(layer) or self.comm.world_size == 1:
             return False
-        return len(roles.holders) > 1 or any(entry in self._cargo[layer].shared for entry in entries)
+        return len(roles.holders) > 1 or any(entry in self._layouts[layer].shared for entry in entries)
 
-    def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[tuple[Part, int]]:
-        def route(source: int, target: int) -> dict[tuple[Part, int], Field]:
+    def _cache_route(self, travelling: Mapping[str, Collection[str]]) -> Route[tuple[TensorName, int]]:
+        def route(source: int, target: int) -> dict[tuple[TensorName, int], Field]:
             owned = [name for name in travelling if self.placement.roles[name].owner == source]
-            fields: dict[tuple[Part, int], Field] = {THERE: Field((len(owned),), torch.float32)}
+            fields: dict[tuple[TensorName, int], Field] = {HAS_CACHE: Field((len(owned),), torch.float32)}
             for name in owned:
-                cargo, is_held = self._cargo[name], target in self.placement.roles[name].holders
-                sent = [entry for entry in travelling[name] if is_held or entry in cargo.shared]
+                layout, is_held = self._layouts[name], target in self.placement.roles[name].holders
+                sent = [entry for entry in travelling[name] if is_held or entry in layout.shared]
                 if target != source:
                     fields |= self._entries.fields((name, entry) for entry in sent)
             return fields
 
         return route
 
-    def _finding_route(self, due: Sequence[Key], inner: Tensor) -> Route[Part]:
+    def _result_route(self, due: Sequence[Key], inner: Tensor) -> Route[TensorName]:
         roles = self.placement.roles
 
-        def route(source: int, target: int) -> dict[Part, Field]:
-            fields: dict[Part, Field] = {
-                (name, "direction"): Field(cargo.gradient, self.dtype)
-                for name, cargo in self._cargo.items()
+        def route(source: int, target: int) -> dict[TensorName, Field]:
+            fields: dict[TensorName, Field] = {
+                (name, "direction"): Field(layout.gradient, self.dtype)
+                for name, layout in self._layouts.items()
                 if target not in roles[name].holders and self.placement.supplier(name, target) == source
             }
             reported = sum(roles[key.layer].owner == source for key in due)

@@ -1,4 +1,4 @@
-"""The engines that may wrap a model: who averages gradients, and what must rest while the loss is evaluated again.
+"""The engines that may wrap a model: they may average gradients, and must rest while the loss is evaluated again.
 
 An engine is one file with a subclass of `Engine`, and one entry of `ENGINES`.
 """
@@ -45,7 +45,7 @@ def unwrap(model: nn.Module) -> tuple[Engine, nn.Module]:
 
 @contextmanager
 def all_at_rest() -> Iterator[None]:
-    """Keeps every engine from taking an evaluation of the loss for an iteration of training."""
+    """Keeps every engine from counting an evaluation of the loss as an iteration of training."""
     with ExitStack() as stack:
         for engine in ENGINES:
             stack.enter_context(engine.at_rest())

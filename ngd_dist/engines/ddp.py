@@ -12,8 +12,8 @@ from ngd_dist.errors import ConfigError
 
 __all__ = ["DDP"]
 
-# Else an evaluation inside DDP would count as an iteration of training, broadcast buffers and keep the next forward
-# pass from broadcasting them; looking for unused parameters inserts an operation that forward mode can't pass.
+# Without these, an evaluation inside DDP would count as an iteration of training, broadcast buffers and keep the next
+# forward pass from broadcasting them. The search for unused parameters inserts an operation without forward mode.
 AT_REST = {
     "require_backward_grad_sync": False,
     "require_forward_param_sync": False,
@@ -36,7 +36,7 @@ class DDP(Engine):
 
     def check_unfrozen(self, count: int) -> None:
         raise ConfigError(
-            f"DDP averages the gradients of what was trainable when it was built: {count} parameters were not; after "
+            f"DDP averages only parameters that were trainable when it was built, and {count} were not; after "
             "unfreezing wrap the model again, and build a new NGD"
         )
 
@@ -47,8 +47,8 @@ class DDP(Engine):
     def at_rest(self) -> Iterator[None]:
         """Keeps wrappers from expecting gradients, in the one place that every wrapper has in common.
 
-        The wrapper may be known to the objective alone. A global module hook would see it too, but torch.compile warns
-        of those.
+        Only the objective may know the wrapper. A global module hook would see it too, but torch.compile warns about
+        such hooks.
         """
         forward: Callable[..., Any] = DistributedDataParallel.forward
 

@@ -1,4 +1,4 @@
-"""What drives a model in training beside the optimizer."""
+"""The contract of an engine, which drives a model in training beside the optimizer."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,10 +8,10 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """A bare or compiled model, which nothing else drives. A subclass says what its wrapper changes.
+    """The engine of a bare or compiled model; it does nothing. A subclass overrides the methods that its wrapper needs.
 
     averages_gradients: whether gradients are means over ranks once backward has ended, so that NGD sends none.
-    averager: who averages them, for `NGD.explain`.
+    averager: the name of the part that averages them, for `NGD.explain`.
     """
 
     averages_gradients = False
@@ -25,10 +25,10 @@ class Engine:
         """Returns if the engine's average fits the loss. Raises: ConfigError."""
 
     def check_unfrozen(self, count: int) -> None:
-        """Returns if so many parameters may be unfrozen under a wrapper that was built before. Raises: ConfigError."""
+        """Returns if `count` parameters may be unfrozen after the wrapper was built. Raises: ConfigError."""
 
     def check_foreign(self, count: int) -> None:
-        """Returns if so many parameters may be updated that are not of the model. Raises: ConfigError."""
+        """Returns if `count` parameters outside the model may be updated. Raises: ConfigError."""
 
     def at_rest(self) -> AbstractContextManager[object]:
         """Returns a context in which forward passes through any wrapper of this engine begin no iteration."""

@@ -1,4 +1,4 @@
-"""The engines that NGD can't work under yet: they shard parameters, and a layer needs its own whole."""
+"""The engines that NGD does not support yet: they shard parameters, and a layer needs whole ones."""
 
 from torch import nn
 
@@ -13,14 +13,14 @@ def check_whole(model: nn.Module) -> None:
         if type(module).__module__.startswith("deepspeed.") or type(module).__name__ == "FullyShardedDataParallel":
             raise _unsupported(type(module).__name__)
     for name, p in model.named_parameters():
-        # By name: importing either takes seconds, and an engine that is at work has imported its own.
+        # By name, since an import of either takes seconds.
         if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
             raise _unsupported(f"a DTensor ({name}; FSDP2 and tensor parallelism make them)")
         if hasattr(p, "ds_id"):
             raise _unsupported(f"a parameter that DeepSpeed ZeRO 3 has partitioned ({name})")
 
 
-def _unsupported(what: str) -> ConfigError:
+def _unsupported(name: str) -> ConfigError:
     return ConfigError(
-        f"NGD does not support {what}: it needs whole parameters; use the bare model or DistributedDataParallel"
+        f"NGD does not support {name}: it needs whole parameters; use the bare model or DistributedDataParallel"
     )

@@ -1,4 +1,4 @@
-"""The caches of all layers: what a preconditioner makes of its statistics, and applies in every step."""
+"""The caches of all layers: the tensors that a preconditioner makes of its statistics, and applies in every step."""
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 
@@ -14,12 +14,12 @@ Cache = dict[str, Tensor]
 
 
 class Caches(MutableMapping[str, Cache | None]):
-    """A cache by layer; None while a layer has none. Those entries that are dense inverses are kept in 16 bits.
+    """A cache by layer; None while a layer has none. Dense inverses may be kept in 16 bits.
 
-    Each look at a layer whose inverses are rounded makes them anew, O(n^2); `has` does not.
+    If inverses are rounded, each look at a layer's cache expands them again, O(n^2); `has` does not.
 
     entries: the forms of each layer's entries. dtype: that of inverses; float32: they are kept as they are.
-    shared: the names of each layer's entries that estimating its statistics reads, on all ranks.
+    shared: the names of each layer's entries that all ranks need to estimate its statistics.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Caches(MutableMapping[str, Cache | None]):
         shared: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self._shared = shared or {}
-        # The shared entries of layers whose cache is not here.
+        # The shared entries of layers that have their cache on other ranks.
         self.elsewhere: dict[str, Cache | None] = {}
         self._entries = entries
         self._dtype: torch.dtype | None = None if dtype == "float32" else getattr(torch, dtype)

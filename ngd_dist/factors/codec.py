@@ -1,4 +1,4 @@
-"""How a tensor crosses the network: as which fields, and how it is rounded on its way."""
+"""Codecs: the fields in which a tensor crosses the network, and their rounding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from torch import Tensor
 
 __all__ = ["AsItIs", "Codec", "Copied", "Field", "OverPowerOfTwo"]
 
-LARGEST = 14  # the exponent that the largest entry is brought to: below float16's 15, so that rounding can't overflow
+LARGEST = 14  # the exponent of the largest entry after scaling: below float16's 15, so that rounding can't overflow
 
 
 class Field(NamedTuple):
-    """One tensor of a parcel. Sender and receiver work it out for themselves; it does not travel."""
+    """The shape and dtype of one tensor on its way. Sender and receiver each compute it; it does not travel."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -26,13 +26,13 @@ class Field(NamedTuple):
 
 
 class Codec(ABC):
-    """One tensor on its way: `fields` says which tensors it is sent as."""
+    """Encodes one tensor for its way. fields: the tensors that are sent for it."""
 
     fields: tuple[Field, ...]
 
     @abstractmethod
     def encode(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Returns the tensors of the fields; their dtypes may be others, which are converted when they are sent."""
+        """Returns the tensors of the fields; other dtypes are converted when they are sent."""
 
     @abstractmethod
     def decode(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -53,20 +53,20 @@ class AsItIs(Codec):
 
 
 class Copied(AsItIs):
-    """Decodes to memory that no other tensor shares: a buffer that arrived must not live as long as a cache."""
+    """Decodes to a copy: a received buffer must not live as long as a cache."""
 
     def decode(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].clone()
 
 
 class OverPowerOfTwo(Codec):
-    """A flat tensor of so many numbers in 16 bits, over a power of two that brings its largest entry near 2^14.
+    """A flat tensor in 16 bits, over a power of two that brings its largest entry near 2^14.
 
     In float16 an entry is lost if it is 2^39 times smaller than the largest; damping covers that.
     """
 
     def __init__(self, numbers: int, exact: torch.dtype, dtype: torch.dtype) -> None:
-        """Decodes to the `exact` dtype; `dtype`: that of 16 bits."""
+        """Decodes to the `exact` dtype; `dtype`: the one of 16 bits."""
         self.fields = (Field((1,), torch.float32), Field((numbers,), dtype))
         self._exact = exact
         self._dtype = dtype
@@ -81,7 +81,7 @@ class OverPowerOfTwo(Codec):
 
 
 def _power_of_two(largest: Tensor) -> Tensor:
-    """Returns the power of two over which `largest` is at most 2^LARGEST; NaN or infinity where it is not finite."""
+    """Returns the power of two over which `largest` is at most 2^LARGEST; if it is not finite, itself."""
     _, exponent = torch.frexp(largest)
     scale = torch.exp2((exponent - LARGEST).clamp(min=-126).to(largest))  # not below float32's normal numbers
     return torch.where(torch.isfinite(largest), scale, largest)

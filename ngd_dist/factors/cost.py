@@ -11,7 +11,7 @@ class LayerShape:
     """The gradient of a layer is [blocks, outputs, inputs]; a bias is the last input column.
 
     The layer's Fisher block is itself block-diagonal with `blocks` equal parts: the groups of a convolution, the three
-    projections of attention; 1 for most layers. `fisher` says what each part is: Kronecker-factored, or one small
+    projections of attention; 1 for most layers. `fisher` is the kind of each part: Kronecker-factored, or one small
     matrix per output unit. `has_one_hot_inputs`: each input row is a single 1, so that A is exactly diagonal.
     """
 

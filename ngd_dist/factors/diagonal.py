@@ -1,4 +1,4 @@
-"""A factor of which the diagonal alone is kept."""
+"""A factor kept as its diagonal."""
 
 import torch
 from torch import Tensor

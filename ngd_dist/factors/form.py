@@ -1,7 +1,7 @@
 """The form in which a statistic, or an entry of a cache, is kept. Start at `Form`; `FactorForm` is that of a matrix.
 
-One file a form: `dense`, `diagonal`, `root`. Nothing else asks which form a tensor has, so that another one is one
-file more.
+Each form is one file: `dense`, `diagonal`, `root`. No other code depends on the form of a tensor, so that a new form is
+one more file.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ __all__ = ["Entrywise", "FactorForm", "Form", "InputRows", "Replicate"]
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Which of the equal parts of a global batch rows are of: a rank's micro-batch. `seed` decides what is drawn."""
+    """One of the equal parts of a global batch: a rank's micro-batch. `seed` decides the rows that are drawn."""
 
     index: int = 0
     count: int = 1
@@ -29,7 +29,7 @@ class Replicate:
 
 
 class InputRows(Protocol):
-    """The input rows of one micro-batch, as `layers.Rows` has them."""
+    """The input rows of one micro-batch, as `layers.LayerBatch` has them."""
 
     @property
     def samples(self) -> int:
@@ -37,7 +37,7 @@ class InputRows(Protocol):
 
     @property
     def replicate(self) -> Replicate:
-        """Which part of the global batch they are of."""
+        """The part of the global batch that the rows are from."""
 
     @property
     def a_BNPI(self) -> Tensor:
@@ -45,7 +45,7 @@ class InputRows(Protocol):
 
     @property
     def input_moment_BII(self) -> Tensor:
-        """Sum over samples and positions of a a^T: cheaper than from the rows, where a layer knows how."""
+        """Sum over samples and positions of a a^T; some layers compute it without the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Form:
 
     @property
     def numbers(self) -> int:
-        """Returns how many numbers travel and are remembered."""
+        """Returns the count of numbers that travel and are remembered."""
         return prod(self.shape)
 
     def flatten(self, value: Tensor) -> Tensor:
@@ -67,51 +67,51 @@ class Form:
         """Returns the value that was flattened."""
         return flat.view(self.shape)
 
-    def norm(self, value: Tensor, parts: int = 1) -> Tensor:
+    def norm(self, value: Tensor, replicates: int = 1) -> Tensor:
         """Returns the Frobenius norm of the matrix or tensor that the value stands for, [].
 
-        parts: the number of replicates if the value is that of one; see `FactorForm.moment`.
+        replicates: their number, if the value is that of one replicate; see `FactorForm.moment`.
         """
         norm: Tensor = torch.linalg.vector_norm(value)
         return norm
 
     def distance(self, value: Tensor, other: Tensor) -> Tensor:
-        """Returns the Frobenius norm of the difference of the two that the values stand for, []."""
+        """Returns the Frobenius norm of the difference of the matrices or tensors that the values stand for, []."""
         distance: Tensor = torch.linalg.vector_norm(value - other)
         return distance
 
-    def mean(self, total: Tensor, passes: int, parts: int, power: float) -> Tensor:
-        """Returns `power` times the mean over micro-batches, from the sum of their values: `passes` of them.
+    def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
+        """Returns `power` times the mean over `passes` micro-batches, from the sum of their values.
 
-        parts: the micro-batches among which a form shares out its value, if it does.
+        shares: the number of micro-batches among which a form shares out its value, if it does.
         """
         return total * (power / passes)
 
     @property
     def row_numbers(self) -> int:
-        """Returns the numbers of one row, of the rows from which this is estimated: one a sample and position."""
+        """Returns the length of one of the rows that this is estimated from: a row per sample and position."""
         return prod(self.shape)
 
     def on_wire(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
-        """Returns how a flat statistic travels between ranks that sum it.
+        """Returns the codec of a flat statistic between ranks that sum it.
 
-        exact: float32 or float64, in which it is summed. dtype: in which it travels: `exact` too, or one of 16 bits.
+        exact: the dtype of the sum, float32 or float64. dtype: that on the way, `exact` or one of 16 bits.
         """
         return self.rounded(exact, dtype) if dtype.itemsize == 2 else AsItIs((self.numbers,), exact)
 
     def rounded(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
-        """Returns how it travels in 16 bits: as it is, unless overridden. Vectors of second moments are short."""
+        """Returns the codec for 16 bits: unrounded unless overridden, since vectors of second moments are short."""
         return AsItIs((self.numbers,), exact)
 
     def in_cache(self, dtype: torch.dtype, kept: torch.dtype | None) -> Codec:
-        """Returns how an entry of a cache travels, to the bit as its owner applies it.
+        """Returns the codec of an entry of a cache, which arrives to the bit as its owner applies it.
 
-        dtype: the entry's. kept: the one of 16 bits in which dense inverses are kept, if any.
+        dtype: that of the entry. kept: the one of 16 bits in which dense inverses are kept, if any.
         """
         return Copied(self.shape, dtype)
 
     def keep(self, entry: Tensor, dtype: torch.dtype) -> Tensor | Stored:
-        """Returns an entry of a cache as it waits there, where inverses are kept in this dtype of 16 bits."""
+        """Returns an entry of a cache as it is stored, if inverses are kept in this dtype of 16 bits."""
         return entry
 
 
@@ -127,7 +127,7 @@ class Entrywise(Form):
 
 
 class FactorForm(Form, ABC):
-    """A symmetric positive semidefinite matrix [n, n] in each of B blocks: how it is made, inverted and applied.
+    """A symmetric positive semidefinite matrix [n, n] in each of B blocks: makes, inverts and applies it.
 
     direct: the one way to invert it; None if the ladder of dense matrices decides. lacks_damping: the inverse is kept
     times the damping, and a direction is divided by that.
@@ -161,15 +161,15 @@ class FactorForm(Form, ABC):
         return Form(self.shape)
 
     def problem(self, value: Tensor, damping: Tensor, old: Tensor | None) -> ToInvert:
-        """Returns that value + damping * I is to be inverted. damping: [B]. old: the inverse in use, if any."""
+        """Returns the problem of inverting value + damping * I. damping: [B]. old: the inverse in use, if any."""
         return ToInvert(value, damping, old, self.direct)
 
     def error(self, value: Tensor, damping: Tensor, inverse: Tensor) -> Tensor | None:
-        """Returns ||I - (value + damping I) inverse||_F / sqrt(n), [], of the worst block; None where unknown."""
+        """Returns ||I - (value + damping I) inverse||_F / sqrt(n), [], of the worst block; None if unknown."""
         return None
 
     def resolved(self, damping: Tensor, mean: Tensor) -> Tensor:
-        """Returns the damping, [B], but no less than an inverse needs to be more than rounding error.
+        """Returns the damping, [B], raised if an inverse would be rounding error.
 
         mean: the mean eigenvalues, [B].
         """
@@ -177,15 +177,15 @@ class FactorForm(Form, ABC):
 
     @property
     def basis(self) -> tuple[int, ...] | None:
-        """Returns the shape of its eigenvectors, [B, n, n]; None where they are the standard basis."""
+        """Returns the shape of its eigenvectors, [B, n, n]; None if they are the standard basis."""
         return self.shape[0], self.shape[-1], self.shape[-1]
 
     def to_decompose(self, value: Tensor) -> ToDecompose | None:
-        """Returns the matrices whose eigendecomposition `eigen` reads; None where it reads none."""
+        """Returns the matrices to decompose for `eigen`; None if it needs no decomposition."""
         return ToDecompose(self.dense(value))
 
     def eigen(self, value: Tensor, solution: Solution | None) -> Eigen:
-        """Returns eigenvalues [B, n], and eigenvectors where there is a `basis`. solution: that of `to_decompose`."""
+        """Returns eigenvalues [B, n], and eigenvectors if there is a `basis`. solution: that of `to_decompose`."""
         assert isinstance(solution, Eigen)
         return solution
 

@@ -25,9 +25,9 @@ def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:
-    """Returns `count` of the R rows, drawn without replacement, times sqrt(R / count); all of them if they are fewer.
+    """Returns `count` of the R rows, drawn without replacement, times sqrt(R / count); all rows if there are fewer.
 
-    The mean of the sum of r r^T over draws is that over all rows. The same rows of all blocks, whatever the device.
+    The mean of the sum of r r^T over draws is that over all rows. All blocks and all devices draw the same rows.
     """
     rows = rows_BRD.shape[1]
     if rows <= count:
@@ -70,8 +70,8 @@ def pi_split(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tensor, Te
 
     mean_a, mean_g: [B], the mean of each factor's diagonal, tr A / dim A and tr G / dim G.
 
-    pi = sqrt(mean_a / mean_g): with it the damped product is closest to A (x) G + lambda I in trace norm. pi is 1 in a
-    block where a mean is 0, negative or not finite, so that a dead layer still gets an invertible factor.
+    pi = sqrt(mean_a / mean_g) brings the damped product closest to A (x) G + lambda I in trace norm. If a mean of a
+    block is 0, negative or not finite, its pi is 1, so that a dead layer still gets an invertible factor.
     Source: [MG15] section 6.3, trace norm.
     """
     ratio = mean_a / mean_g

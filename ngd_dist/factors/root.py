@@ -1,4 +1,4 @@
-"""A factor kept as a root of it: R rows X, fewer than it is wide, that stand for X^T X."""
+"""A factor kept as its root: R rows X, fewer than its width, that stand for X^T X."""
 
 import torch
 from torch import Tensor
@@ -21,20 +21,20 @@ class Root(FactorForm):
     direct = Direct(Method.WOODBURY, woodbury)
     lacks_damping = True
 
-    def norm(self, value: Tensor, parts: int = 1) -> Tensor:
-        # One replicate has the rows of its share alone, scaled for the mean over all.
+    def norm(self, value: Tensor, replicates: int = 1) -> Tensor:
+        # One replicate has only the rows of its share, scaled for the mean over all.
         norm: Tensor = torch.linalg.vector_norm(value @ value.mT)
-        return norm / parts
+        return norm / replicates
 
     def distance(self, value: Tensor, other: Tensor) -> Tensor:
-        own, cross, others = (
+        of_value, cross, of_other = (
             torch.linalg.vector_norm(x @ y.mT).square() for x, y in ((value, value), (value, other), (other, other))
         )
-        squared: Tensor = (own - 2 * cross + others).clamp(min=0)  # rounding may leave less than nothing
+        squared: Tensor = (of_value - 2 * cross + of_other).clamp(min=0)  # rounding may leave less than nothing
         return squared.sqrt()
 
-    def mean(self, total: Tensor, passes: int, parts: int, power: float) -> Tensor:
-        root: float = (power / (passes * parts)) ** 0.5
+    def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
+        root: float = (power / (passes * shares)) ** 0.5
         return total * root
 
     def rounded(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
@@ -44,9 +44,9 @@ class Root(FactorForm):
         return value.mT @ value
 
     def moment(self, rows_BNPD: Tensor, scale: float | Tensor, replicate: Replicate) -> Tensor:
-        """Returns the rows at this replicate's own place among zeros; drawn, where it has more than its share.
+        """Returns the rows in this replicate's place among zeros; if there are more than its share, some are drawn.
 
-        The mean over replicates is then their rows side by side, times what makes it the root of the mean of X^T X.
+        The mean over replicates is then their rows side by side, scaled to the root of the mean of X^T X.
         """
         share = self.shape[1] // replicate.count
         root = scale**0.5 if isinstance(scale, float) else scale.sqrt()

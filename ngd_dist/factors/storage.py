@@ -1,4 +1,4 @@
-"""Inverses in 16 bits while they wait to be applied: half of what they take, for 2^-8 or 2^-11 of each entry."""
+"""Inverses in 16 bits between their uses: half the memory, for an error of 2^-8 or 2^-11 of each entry."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +13,10 @@ InverseDtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """scale_i value_ij scale_j, in the dtype that it came in. scale [B, n]; None where the range is float32's.
+    """scale_i value_ij scale_j, in the original dtype. scale: [B, n]; None if the 16 bits have the range of float32.
 
-    By Cauchy and Schwarz no entry of a positive definite matrix exceeds the root of its two diagonal entries: with that
-    for a scale, up to a power of two, nothing overflows float16, and a row that is small is not lost.
+    By Cauchy and Schwarz no entry of a positive definite matrix exceeds the root of the product of its two diagonal
+    entries. With these roots as scales, up to a power of two, float16 neither overflows nor loses a small row.
     """
 
     value: Tensor

@@ -1,4 +1,4 @@
-"""Symmetric matrices by their upper triangles, row by row: n (n + 1) / 2 numbers; and in which bits these travel.
+"""Symmetric matrices by their upper triangles, row by row: n (n + 1) / 2 numbers; and their codecs.
 
 Second moments span more powers of ten than 16 bits do, and their diagonal decides the damping. Inverses arrive to the
 bit as their owner applies them, since every holder's direction moves the same weights.
@@ -17,7 +17,7 @@ __all__ = ["OverDiagonal", "StoredTriangle", "Triangle", "pack", "packed_size", 
 
 
 def packed_size(n: int) -> int:
-    """Returns how many numbers the packed triangle of an n x n matrix has."""
+    """Returns the count of numbers in the packed triangle of an n x n matrix."""
     return n * (n + 1) // 2
 
 
@@ -28,21 +28,21 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(triangle: Tensor, n: int) -> Tensor:
-    """Returns the symmetric [..., n, n] matrices whose upper triangles were packed."""
-    # One gather: of what a copy of the upper half and its transpose cost, a fourth.
+    """Returns the symmetric [..., n, n] matrices of packed upper triangles."""
+    # One gather takes a fourth of the time of copying the upper half and its transpose.
     whole: Tensor = triangle.index_select(-1, _places(n, triangle.device)).unflatten(-1, (n, n))
     return whole
 
 
 class OverDiagonal(Codec):
-    """Packed second moments X of so many blocks: the diagonal d in float32, and X_ij / sqrt(d_i d_j) in 16 bits.
+    """Packed second moments X of some blocks: the diagonal d in float32, and X_ij / sqrt(d_i d_j) in 16 bits.
 
     The latter lies in [-1, 1] because X is a second moment. Each entry is then off by at most u |X_ij|, u = 2^-11 in
-    float16 and 2^-8 in bfloat16, and in float16 by at most 2^-25 sqrt(d_i d_j) where that is more.
+    float16 and 2^-8 in bfloat16, and in float16 by at most 2^-25 sqrt(d_i d_j) if that is more.
     """
 
     def __init__(self, blocks: int, n: int, exact: torch.dtype, dtype: torch.dtype) -> None:
-        """Decodes to the `exact` dtype; `dtype`: that of 16 bits."""
+        """Decodes to the `exact` dtype; `dtype`: the one of 16 bits."""
         self.fields = (Field((blocks, n), torch.float32), Field((blocks, packed_size(n) - n), dtype))
         self._n = n
         self._exact = exact
@@ -81,10 +81,10 @@ class Triangle(Codec):
 
 
 class StoredTriangle(Codec):
-    """Positive definite inverses [B, n, n] in the 16 bits that they are kept in: see `storage.store`."""
+    """Positive definite inverses [B, n, n] in the 16 bits of a cache: see `storage.store`."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, kept: torch.dtype) -> None:
-        """Decodes to `dtype`; `kept`: that of 16 bits."""
+        """Decodes to `dtype`; `kept`: the one of 16 bits."""
         scale = (Field(shape[:-1], dtype),) if kept == torch.float16 else ()
         self.fields = (Field((*shape[:-2], packed_size(shape[-1])), kept), *scale)
         self._n = shape[-1]
@@ -103,7 +103,7 @@ class StoredTriangle(Codec):
 
 @lru_cache(maxsize=256)
 def _triangle(n: int, device: torch.device) -> Tensor:
-    """Returns where in a flat n x n matrix each number of its packed triangle is: int32 [n (n + 1) / 2]."""
+    """Returns the place in a flat n x n matrix of each number of its packed triangle: int32 [n (n + 1) / 2]."""
     rows, columns = torch.triu_indices(n, n, device=device)
     index: Tensor = rows * n + columns
     return index.int()
@@ -111,7 +111,7 @@ def _triangle(n: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _places(n: int, device: torch.device) -> Tensor:
-    """Returns where in its packed triangle each number of a flat symmetric n x n matrix is: int32 [n n]."""
+    """Returns the place in its packed triangle of each number of a flat symmetric n x n matrix: int32 [n n]."""
     places = torch.empty(n, n, dtype=torch.int32, device=device)
     rows, columns = torch.triu_indices(n, n, device=device)
     packed = torch.arange(len(rows), dtype=torch.int32, device=device)
@@ -122,7 +122,7 @@ def _places(n: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _positions(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns where a packed triangle has its diagonal and the rest, and the row and the column of each of the rest."""
+    """Returns the places of the diagonal and of the rest in a packed triangle, and the rows and columns of the rest."""
     rows, columns = torch.triu_indices(n, n, device=device)
     is_diagonal = rows == columns
     rest = (~is_diagonal).nonzero().flatten()

@@ -1,6 +1,6 @@
-"""Inverses and eigenbases of factors. How it went is part of the result; nothing is printed or raised.
+"""Inverses and eigenbases of factors. The ending is a part of the result; nothing is printed or raised.
 
-Start at `solve`, which gets all factors of a step at once; `ladder` decides which method is tried, and which after it.
+Start at `solve`, which gets all factors of a step at once; `ladder` decides the order in which methods are tried.
 """
 
 from ngd_dist.inversion.direct import (
@@ -17,10 +17,10 @@ from ngd_dist.inversion.problem import (
     Direct,
     Eigen,
     Ending,
-    Found,
     Inverse,
     Method,
     Problem,
+    RawInverse,
     Solution,
     ToDecompose,
     ToInvert,
@@ -32,10 +32,10 @@ __all__ = [
     "Direct",
     "Eigen",
     "Ending",
-    "Found",
     "Inverse",
     "Method",
     "Problem",
+    "RawInverse",
     "Solution",
     "ToDecompose",
     "ToInvert",

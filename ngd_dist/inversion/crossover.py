@@ -1,4 +1,4 @@
-"""How many iterations of Newton-Schulz one Cholesky inversion is worth, as measured on this device.
+"""The number of Newton-Schulz iterations that cost as much as one Cholesky inversion, measured on this device.
 
 `python -m benchmarks.crossover` writes tables/<device>.json, beside this file. On a device without such a
 table, or beyond the sizes in it, Cholesky is taken.
@@ -15,17 +15,17 @@ from importlib import resources
 import torch
 
 from ngd_dist.config import AutomaticInversion, CholeskyInversion, InversionChoice
-from ngd_dist.inversion.ladder import Terms
+from ngd_dist.inversion.ladder import Policy
 from ngd_dist.inversion.problem import Method
 
-__all__ = ["Worth", "device_name", "file_name", "table_for", "terms_for", "worth_at"]
+__all__ = ["Crossover", "crossover_at", "device_name", "file_name", "policy_for", "table_for"]
 
 
 @dataclass(frozen=True, slots=True)
-class Worth:
-    """Of `batch` matrices of n rows: the iterations that cost as much as Cholesky, rounded down, with this arithmetic.
+class Crossover:
+    """The iterations that cost as much as Cholesky on `batch` matrices of n rows, rounded down, with this arithmetic.
 
-    0 where a single one costs more.
+    0 if a single one costs more.
     """
 
     n: int
@@ -35,37 +35,36 @@ class Worth:
     residual: str
 
 
-def terms_for(choice: InversionChoice, n: int, batch: int, dtype: torch.dtype, device: torch.device) -> Terms:
-    """Returns what may be tried on `batch` factors of n rows under this choice. A float64 factor stays float64."""
+def policy_for(choice: InversionChoice, n: int, batch: int, dtype: torch.dtype, device: torch.device) -> Policy:
+    """Returns the methods for `batch` factors of n rows under this choice. A float64 factor stays float64."""
     direct: tuple[Method, ...] = (Method.CHOLESKY, Method.CHOLESKY_FLOAT64)
     if dtype == torch.float64:
         direct = (Method.CHOLESKY,)
     elif isinstance(choice, CholeskyInversion) and choice.dtype == "float64":
         direct = (Method.CHOLESKY_FLOAT64,)
     if isinstance(choice, CholeskyInversion):
-        return Terms(direct)
+        return Policy(direct)
     if not isinstance(choice, AutomaticInversion):
-        return Terms(direct, choice.max_iterations, choice.update_dtype, choice.residual, choice.tolerance)
-    worth = worth_at(table_for(device_name(device)), n, batch) if dtype == torch.float32 else None
-    return Terms(direct, worth.iterations, worth.update_dtype, worth.residual) if worth else Terms(direct)
+        return Policy(direct, choice.max_iterations, choice.update_dtype, choice.residual, choice.tolerance)
+    measured = crossover_at(table_for(device_name(device)), n, batch) if dtype == torch.float32 else None
+    return Policy(direct, measured.iterations, measured.update_dtype, measured.residual) if measured else Policy(direct)
 
 
-def worth_at(table: Sequence[Worth], n: int, batch: int) -> Worth | None:
+def crossover_at(table: Sequence[Crossover], n: int, batch: int) -> Crossover | None:
     """Returns the less favourable of the two measured sizes around n, at the largest measured batch that is not above.
 
-    None outside of what was measured.
+    None outside of the measured sizes.
     """
     sizes = sorted({row.n for row in table})
     below, above = bisect_right(sizes, n) - 1, bisect_left(sizes, n)
     if below < 0 or above == len(sizes):
         return None
-    found = [_at(table, sizes[below], batch), _at(table, sizes[above], batch)]
-    rows = [row for row in found if row is not None]
+    rows = [row for i in (below, above) if (row := _at(table, sizes[i], batch)) is not None]
     return min(rows, key=lambda row: row.iterations) if len(rows) == 2 else None
 
 
 def device_name(device: torch.device) -> str:
-    """Returns what a table is named by: the GPU's name, or "cpu"."""
+    """Returns the name of a device's table: the GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -75,15 +74,15 @@ def file_name(device: str) -> str:
 
 
 @lru_cache
-def table_for(device: str) -> tuple[Worth, ...]:
-    """Returns the rows that were measured on the device; none where it was not."""
+def table_for(device: str) -> tuple[Crossover, ...]:
+    """Returns the rows that were measured on the device; none if it was not measured."""
     file = resources.files("ngd_dist.inversion").joinpath("tables", file_name(device))
     if not file.is_file():
         return ()
-    names = [field.name for field in fields(Worth)]  # the times that they come from are there to be read by people
-    return tuple(Worth(**{name: row[name] for name in names}) for row in json.loads(file.read_text())["rows"])
+    names = [field.name for field in fields(Crossover)]  # the file also has the measured times, for people
+    return tuple(Crossover(**{name: row[name] for name in names}) for row in json.loads(file.read_text())["rows"])
 
 
-def _at(table: Sequence[Worth], n: int, batch: int) -> Worth | None:
+def _at(table: Sequence[Crossover], n: int, batch: int) -> Crossover | None:
     rows = [row for row in table if row.n == n and row.batch <= batch]
     return max(rows, key=lambda row: row.batch, default=None)

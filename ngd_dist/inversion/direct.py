@@ -1,4 +1,4 @@
-"""Methods that take a fixed amount of work: Cholesky, Woodbury's identity, reciprocals, the eigendecomposition."""
+"""Methods with a fixed amount of work: Cholesky, Woodbury's identity, reciprocals, the eigendecomposition."""
 
 from functools import lru_cache
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.inversion.ladder import ending_of
-from ngd_dist.inversion.problem import Eigen, Ending, Found, Inverse, Method
+from ngd_dist.inversion.problem import Eigen, Ending, Inverse, Method, RawInverse
 from ngd_dist.inversion.woodbury import damped_inverse, product_left
 
 __all__ = [
@@ -60,8 +60,8 @@ def damped(factor: Tensor, damping: Tensor) -> Tensor:
     return matrix
 
 
-def cholesky(matrix: Tensor, dtype: torch.dtype | None = None) -> Found:
-    """Returns the inverses of positive definite matrices [B, n, n], rounded to a dtype (theirs) and judged so."""
+def cholesky(matrix: Tensor, dtype: torch.dtype | None = None) -> RawInverse:
+    """Returns the inverses of positive definite matrices [B, n, n], rounded to a dtype before they are judged."""
     triangle, info = torch.linalg.cholesky_ex(matrix)
     is_definite = info == 0
     # cholesky_inverse raises on a zero of the diagonal, which a factorisation that failed may leave.
@@ -70,7 +70,7 @@ def cholesky(matrix: Tensor, dtype: torch.dtype | None = None) -> Found:
     return value, outcome(matrix, value, is_definite)
 
 
-def woodbury(rows: Tensor, damping: Tensor) -> Found:
+def woodbury(rows: Tensor, damping: Tensor) -> RawInverse:
     """Returns Z of `woodbury.damped_inverse`, [B, R, n], for rows [B, R, n]."""
     value, info = damped_inverse(rows, damping)
     columns = probes(rows).expand(len(rows), -1, -1)
@@ -79,7 +79,7 @@ def woodbury(rows: Tensor, damping: Tensor) -> Found:
     return value, _facts(rows, info == 0, rest)
 
 
-def reciprocal(factor: Tensor, damping: Tensor) -> Found:
+def reciprocal(factor: Tensor, damping: Tensor) -> RawInverse:
     """Returns the inverses of diagonal factors [B, n] + damping [B]."""
     value = (factor + damping.unsqueeze(-1)).reciprocal()
     is_finite, is_definite = torch.isfinite(factor).all(-1), torch.isfinite(value).all(-1)
@@ -87,7 +87,7 @@ def reciprocal(factor: Tensor, damping: Tensor) -> Found:
 
 
 def outcome(matrix: Tensor, inverse: Tensor, is_definite: Tensor) -> Tensor:
-    """Returns [B, 3]: see `Found`. The residual is that of the inverse as it is, in the dtype of the matrix.
+    """Returns [B, 3]: see `RawInverse`. The residual is that of the rounded inverse, in the dtype of the matrix.
 
     It is ||V - X (inverse V)||_F / ||V||_F for a few random columns V, O(n^2), where the full product is O(n^3). Its
     square has the mean ||I - X inverse||_F^2 / n.
@@ -133,12 +133,12 @@ def error_of(factor: Tensor, damping: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _facts(given: Tensor, is_definite: Tensor, rest: Tensor) -> Tensor:
-    """Returns [B, 3] from what was inverted, [B, ..., n], and what the inverse leaves of the probes, [B, n, PROBES]."""
+    """Returns [B, 3] from the inverted matrices or rows, [B, ..., n], and the rest of the probes, [B, n, PROBES]."""
     residual = torch.linalg.vector_norm(rest, dim=(-2, -1)) / torch.linalg.vector_norm(probes(given))
     is_finite = torch.isfinite(given.sum((-2, -1)))  # a sum has NaN or infinity if an entry has
     return torch.stack([is_finite.to(residual.dtype), is_definite.to(residual.dtype), residual], -1)
 
 
-def _outcome(found: Found) -> tuple[Tensor, list[list[float]]]:
-    value, outcomes = found
+def _outcome(inverse: RawInverse) -> tuple[Tensor, list[list[float]]]:
+    value, outcomes = inverse
     return value, outcomes.reshape(-1, outcomes.shape[-1]).tolist()

@@ -1,7 +1,7 @@
-"""Which method is tried on a dense factor, and which after it: pure functions of a few numbers.
+"""The order in which methods are tried on a dense factor: pure functions of a few numbers.
 
-Newton-Schulz from the inverse in use is the cheapest where that is close; from a multiple of I it costs some
-log2(condition number) iterations more; Cholesky takes what is left, in float64 last.
+Newton-Schulz from the inverse in use is the cheapest if that is close; from a multiple of I it costs some
+log2(condition number) iterations more; Cholesky takes the other factors, in float64 last.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from math import ceil, inf, log, log2
 
 from ngd_dist.inversion.problem import MAX_RESIDUAL, Ending, Method
 
-__all__ = ["Attempt", "Estimate", "Terms", "after", "cold_iterations", "ending_of", "first", "warm_iterations"]
+__all__ = ["Conditioning", "Policy", "Try", "after", "cold_iterations", "ending_of", "first", "warm_iterations"]
 
-# Spectral radius of I - X old above which `old` is no start: the estimate of it is some per cent short, and from 1 on
+# Spectral radius of I - X old above which `old` is no start: its estimate is some per cent too low, and from 1 on
 # the iteration diverges.
 MAX_RHO = 0.9
 # Condition numbers up to which the iteration is run from a multiple of I, by the update's dtype. Seen to converge and
@@ -20,8 +20,8 @@ MAX_KAPPA = {"float16": 1e5, "bfloat16": 5e3, "float32": 1e6}
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """What may be tried on a factor: Newton-Schulz for at most so many iterations (0: not at all), then `direct`."""
+class Policy:
+    """The methods for a factor: Newton-Schulz for at most `max_iterations` (0: not at all), then those of `direct`."""
 
     direct: tuple[Method, ...] = (Method.CHOLESKY, Method.CHOLESKY_FLOAT64)
     max_iterations: int = 0
@@ -31,10 +31,10 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """kappa: a bound on the condition number. rho: the spectral radius of I - X old; infinite where there is no old.
+class Conditioning:
+    """kappa: a bound on the condition number. rho: the spectral radius of I - X old; infinite if there is no old.
 
-    Both infinite unless somebody looked.
+    Both are infinite unless they were estimated.
     """
 
     kappa: float = inf
@@ -42,29 +42,29 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class Try:
     """A method, and for Newton-Schulz the iterations that it is expected to take."""
 
     method: Method
     iterations: int = 0
 
 
-def first(terms: Terms, estimate: Estimate) -> Attempt:
-    """Returns what is tried first."""
-    found = _next(terms, estimate, Method.RECIPROCAL)
-    assert found is not None  # a Cholesky inverse at least
-    return found
+def first(policy: Policy, conditioning: Conditioning) -> Try:
+    """Returns the first try."""
+    next_try = _next(policy, conditioning, Method.RECIPROCAL)
+    assert next_try is not None  # a Cholesky inverse at least
+    return next_try
 
 
-def after(terms: Terms, estimate: Estimate, tried: Method, ending: Ending) -> Attempt | None:
-    """Returns what is tried after a method that ended so; None where that is the end of it."""
+def after(policy: Policy, conditioning: Conditioning, tried: Method, ending: Ending) -> Try | None:
+    """Returns the try after a method that ended so; None if nothing more is tried."""
     if ending in (Ending.OK, Ending.NON_FINITE):
         return None
-    return _next(terms, estimate, tried)
+    return _next(policy, conditioning, tried)
 
 
 def ending_of(method: Method, *, is_finite: bool, is_definite: bool, residual: float) -> Ending:
-    """Returns how an inversion ended, from whether its matrix was finite and definite, and the inverse's residual."""
+    """Returns the ending of an inversion from the checks of its matrix and the residual of its inverse."""
     if not is_finite:
         return Ending.NON_FINITE
     if not is_definite:
@@ -84,17 +84,17 @@ def warm_iterations(rho: float, tolerance: float) -> int:
 
 
 def cold_iterations(kappa: float, tolerance: float) -> int:
-    """Returns those from 2 / (smallest + largest eigenvalue) * I, where rho is (kappa - 1) / (kappa + 1)."""
+    """Returns the iterations from 2 / (smallest + largest eigenvalue) * I, where rho is (kappa - 1) / (kappa + 1)."""
     return warm_iterations((kappa - 1) / (kappa + 1), tolerance)
 
 
-def _next(terms: Terms, estimate: Estimate, tried: Method) -> Attempt | None:
-    if tried < Method.WARM_NEWTON_SCHULZ and estimate.rho < MAX_RHO:
-        iterations = warm_iterations(estimate.rho, terms.tolerance)
-        if iterations <= terms.max_iterations:
-            return Attempt(Method.WARM_NEWTON_SCHULZ, iterations)
-    if tried < Method.NEWTON_SCHULZ and estimate.kappa <= MAX_KAPPA[terms.update_dtype]:
-        iterations = cold_iterations(estimate.kappa, terms.tolerance)
-        if iterations <= terms.max_iterations:
-            return Attempt(Method.NEWTON_SCHULZ, iterations)
-    return next((Attempt(method) for method in terms.direct if method > tried), None)
+def _next(policy: Policy, conditioning: Conditioning, tried: Method) -> Try | None:
+    if tried < Method.WARM_NEWTON_SCHULZ and conditioning.rho < MAX_RHO:
+        iterations = warm_iterations(conditioning.rho, policy.tolerance)
+        if iterations <= policy.max_iterations:
+            return Try(Method.WARM_NEWTON_SCHULZ, iterations)
+    if tried < Method.NEWTON_SCHULZ and conditioning.kappa <= MAX_KAPPA[policy.update_dtype]:
+        iterations = cold_iterations(conditioning.kappa, policy.tolerance)
+        if iterations <= policy.max_iterations:
+            return Try(Method.NEWTON_SCHULZ, iterations)
+    return next((Try(method) for method in policy.direct if method > tried), None)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ngd_dist.inversion.direct import outcome, probes
-from ngd_dist.inversion.problem import Found
+from ngd_dist.inversion.problem import RawInverse
 
 __all__ = ["Bounds", "bounds", "equilibrated", "iterate", "newton_schulz", "spectral_radius"]
 
-# The power method was seen to fall short of the largest eigenvalue by 8% after so many steps. Where it falls shorter
-# than the margin, the iteration may diverge, which its residual tells.
+# After this many steps the power method was seen to be 8% below the largest eigenvalue. If it is further below than the
+# margin, the iteration may diverge, and its residual shows it.
 POWER_STEPS = 6
 MARGIN = 1.15
 
@@ -35,7 +35,7 @@ class Bounds:
 
 def newton_schulz(
     matrix: Tensor, damping: Tensor, old: Tensor | None, iterations: int, *, update_dtype: torch.dtype, residual: str
-) -> Found:
+) -> RawInverse:
     """Returns the inverses of damped matrices [B, n, n], from the old inverses or else from multiples of I.
 
     The iteration is that of D^-1/2 matrix D^-1/2 with D near the diagonal: rows of any scale then fit 16 bits.
@@ -54,8 +54,8 @@ def newton_schulz(
 def equilibrated(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Returns D^-1/2 matrix D^-1/2 and the diagonal of D^-1/2, [B, n].
 
-    D^-1/2 has powers of two, so that nothing is rounded, and the diagonal is between 1/2 and 2. A diagonal that is not
-    positive is left as it is: it has no inverse to find.
+    D^-1/2 has powers of two, so that nothing is rounded, and the diagonal is between 1/2 and 2. If a diagonal is not
+    positive, it is left as it is: the matrix has no inverse to find.
     """
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     exponent = torch.frexp(diagonal).exponent
@@ -66,7 +66,7 @@ def equilibrated(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def bounds(inner: Tensor, scale: Tensor, damping: Tensor) -> Bounds:
     """Returns bounds on the eigenvalues of equilibrated matrices: the damping from below, the power method from above.
 
-    damping [B]: what was added to matrices without negative eigenvalues, before they were scaled.
+    damping: [B], added to matrices without negative eigenvalues before they were scaled.
     """
     columns = probes(inner).expand(len(inner), -1, -1)
     for _ in range(POWER_STEPS):
@@ -76,7 +76,7 @@ def bounds(inner: Tensor, scale: Tensor, damping: Tensor) -> Bounds:
 
 
 def spectral_radius(matrix: Tensor, old: Tensor) -> Tensor:
-    """Returns that of I - matrix old, [B], estimated from below by the power method, without forming the product."""
+    """Returns the spectral radius of I - matrix old, [B], from below by the power method, without the product."""
     columns, length = probes(matrix).expand(len(matrix), -1, -1), torch.ones_like(matrix[:, :1, :1])
     for _ in range(POWER_STEPS):
         columns = columns / length
@@ -87,7 +87,7 @@ def spectral_radius(matrix: Tensor, old: Tensor) -> Tensor:
 
 
 def iterate(A: Tensor, X: Tensor, iterations: int, *, update_dtype: torch.dtype, residual: str) -> Tensor:
-    """Returns X after so many iterations towards A^-1. residual: "float32" or "split", of three float16 products."""
+    """Returns X after `iterations` towards A^-1. residual: "float32" or "split", of three float16 products."""
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
     halves = _halves(A, torch.float16) if residual == "split" else None
     for _ in range(iterations):
@@ -100,7 +100,7 @@ def iterate(A: Tensor, X: Tensor, iterations: int, *, update_dtype: torch.dtype,
 class _Halves:
     """2^exponent * (high + low / step), where high and low have 16 bits and the largest of high is between 1/2 and 1.
 
-    step: the reciprocal of the roundoff, lest float16 flush `low` to 0. exponent [B, 1, 1].
+    step: the reciprocal of the roundoff, so that float16 does not flush `low` to 0. exponent: [B, 1, 1].
     """
 
     high: Tensor
@@ -118,7 +118,7 @@ def _halves(M: Tensor, dtype: torch.dtype) -> _Halves:
 
 
 def _split_product(a: _Halves, X: Tensor) -> Tensor:
-    """Returns a X but for the product of the two lower halves: to 22 bits."""
+    """Returns a X without the product of the two lower halves: to 22 bits."""
     x = _halves(X, a.high.dtype)
     rest = _product(a.high, x.low) + _product(a.low, x.high)
     return torch.ldexp((_product(a.high, x.high) + rest / a.step).to(X.dtype), a.exponent + x.exponent)
@@ -127,17 +127,17 @@ def _split_product(a: _Halves, X: Tensor) -> Tensor:
 def _rounded_product(X: Tensor, E: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns X E by two products: E is rounded to the dtype, X split in two.
 
-    Were X rounded too, A times its error would be E times roundoff * kappa, and the iteration diverge from a kappa of
-    1 / roundoff on (measured: 1e4 in float16, 1e3 in bfloat16).
+    If X were rounded too, A times its error would be E times roundoff * kappa, and the iteration would diverge from a
+    kappa of 1 / roundoff on (measured: 1e4 in float16, 1e3 in bfloat16).
     """
     x, e = _halves(X, dtype), _halves(E, dtype)
-    found = _product(x.high, e.high) + _product(x.low, e.high) / x.step
-    return torch.ldexp(found.to(X.dtype), x.exponent + e.exponent)
+    product = _product(x.high, e.high) + _product(x.low, e.high) / x.step
+    return torch.ldexp(product.to(X.dtype), x.exponent + e.exponent)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Returns a b in float32, of 16-bit operands. CPUs multiply them in float32, which gives the same and is faster."""
     if a.is_cuda:
-        found: Tensor = torch.bmm(a, b, out_dtype=torch.float32)
-        return found
+        product: Tensor = torch.bmm(a, b, out_dtype=torch.float32)
+        return product
     return a.float() @ b.float()

@@ -1,4 +1,4 @@
-"""What is to be inverted or decomposed, and what came of it.
+"""The problems of inverting or decomposing a factor, and their solutions.
 
 A factor succeeds or fails as a whole: its blocks are refreshed together.
 """
@@ -15,10 +15,10 @@ __all__ = [
     "Direct",
     "Eigen",
     "Ending",
-    "Found",
     "Inverse",
     "Method",
     "Problem",
+    "RawInverse",
     "Solution",
     "ToDecompose",
     "ToInvert",
@@ -26,13 +26,13 @@ __all__ = [
 
 # ||I - X inverse||_F / sqrt(n) above which an inverse is not used: a direction could be off by as much.
 MAX_RESIDUAL = 0.05
-# One inverse per block, and what tells how it went, [B, 3]: whether the matrix was finite, whether it was positive
-# definite, and the residual. On the device still: reading it waits for the inversion.
-Found = tuple[Tensor, Tensor]
+# One inverse per block, not judged yet, and [B, 3]: whether the matrix was finite, whether it was positive definite,
+# and the residual. Both are on the device: reading them waits for the inversion.
+RawInverse = tuple[Tensor, Tensor]
 
 
 class Ending(IntEnum):
-    """How a refresh of a factor ended. The integer is what travels between ranks."""
+    """The ending of a factor's refresh. The integer travels between ranks."""
 
     OK = 0
     NON_FINITE = 1
@@ -42,7 +42,7 @@ class Ending(IntEnum):
 
     @property
     def advice(self) -> str:
-        """Returns the likely cause and what to try, as one sentence."""
+        """Returns the likely cause and a remedy, as one sentence."""
         return _ADVICE[self]
 
 
@@ -56,7 +56,7 @@ _ADVICE = {
 
 
 class Method(IntEnum):
-    """How an inverse was made. Those of dense factors are numbered in the order in which they are tried."""
+    """The method of an inversion. Those of dense factors are numbered in the order in which they are tried."""
 
     RECIPROCAL = 0
     WARM_NEWTON_SCHULZ = 1
@@ -68,9 +68,9 @@ class Method(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Inverse:
-    """The inverse where there is one, how the inversion ended, its residual, and the last method that was tried.
+    """The inverse if there is one, the ending, the residual, and the last method that was tried.
 
-    The residual is ||I - X inverse||_F / sqrt(n), estimated, the largest over the blocks. `iterations`: those that
+    The residual is ||I - X inverse||_F / sqrt(n), estimated, the largest over the blocks. `iterations`: the number that
     Newton-Schulz took, 0 for other methods.
     """
 
@@ -83,7 +83,7 @@ class Inverse:
 
 @dataclass(frozen=True, slots=True)
 class Eigen:
-    """Eigenvalues [B, n], clamped at 0, and eigenvectors as columns [B, n, n]; None where it failed."""
+    """Eigenvalues [B, n], clamped at 0, and eigenvectors as columns [B, n, n]; None if it failed."""
 
     values: Tensor | None
     vectors: Tensor | None
@@ -91,18 +91,18 @@ class Eigen:
 
 
 class Direct(NamedTuple):
-    """The one way to invert factors of some form, which `inverse` goes: from factors [B, ...] and dampings [B]."""
+    """The only method for factors of some form. `inverse` takes factors [B, ...] and dampings [B]."""
 
     method: Method
-    inverse: Callable[[Tensor, Tensor], Found]
+    inverse: Callable[[Tensor, Tensor], RawInverse]
 
 
 @dataclass(frozen=True, slots=True)
 class ToInvert:
     """factor + damping * I is to be inverted, damping [B]. `old` is the inverse in use, if any.
 
-    The factor is dense, [B, n, n] and symmetric, and the ladder decides how; where there is a `direct` way it is
-    whatever that takes, [B, ...].
+    If there is a `direct` way, the factor is its argument, [B, ...]; else the factor is dense, [B, n, n] and symmetric,
+    and the ladder decides the method.
     """
 
     factor: Tensor
@@ -113,7 +113,7 @@ class ToInvert:
 
 @dataclass(frozen=True, slots=True)
 class ToDecompose:
-    """A symmetric factor [B, n, n] whose eigenvalues and eigenvectors are wanted."""
+    """A symmetric factor [B, n, n] is to be decomposed into eigenvalues and eigenvectors."""
 
     factor: Tensor
 

@@ -1,7 +1,7 @@
-"""The damped inverse of a factor that is known by its rows, X^T X with X [B, R, n] and R < n, without forming it.
+"""The damped inverse of X^T X with rows X [B, R, n] and R < n, without forming X^T X.
 
 Woodbury's identity: (X^T X + d I)^-1 = (I - Z^T Z) / d with Z = L^-1 X and L L^T = X X^T + d I. The solve is R x R, and
-a product with the inverse takes 4 R operations an entry where the dense inverse takes 2 n.
+a product with the inverse takes 4R operations per entry instead of the 2n of a dense inverse.
 """
 
 import torch
@@ -11,7 +11,7 @@ __all__ = ["damped_inverse", "product_left", "product_right"]
 
 
 def damped_inverse(rows_BRn: Tensor, damping_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns Z, [B, R, n], and the info of the Cholesky factorisation, [B]: not 0 where it failed. damping_B: [B]."""
+    """Returns Z, [B, R, n], and the info of the Cholesky factorisation, [B]: not 0 if it failed. damping_B: [B]."""
     gram = rows_BRn @ rows_BRn.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(damping_B.unsqueeze(-1))
     triangle, info = torch.linalg.cholesky_ex(gram)

@@ -1,6 +1,6 @@
 """Module kinds: each turns one module's tensors into rows and a gradient matrix, and back. Start at `base.Layer`.
 
-A new kind is one file and one line here, or one in `other_libraries`; one of another package is entered by
+A new kind is one file and one line here, or one in `other_libraries`; a kind of another package is entered by
 `register_layer` (docs/extending.md). The match is on the exact type: a subclass may compute something else.
 """
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers.attention import InProjection
-from ngd_dist.layers.base import Layer, OnRun, Replicate, Rows, Run
+from ngd_dist.layers.base import Layer, LayerBatch, OnRun, Replicate, Run
 from ngd_dist.layers.batchnorm import BatchNorm, SyncBatchNorm
 from ngd_dist.layers.conv import Conv
 from ngd_dist.layers.embedding import Embedding
@@ -28,12 +28,12 @@ __all__ = [
     "GroupNorm",
     "InProjection",
     "Layer",
+    "LayerBatch",
     "LayerNorm",
     "Linear",
     "OnRun",
     "RMSNorm",
     "Replicate",
-    "Rows",
     "Run",
     "SyncBatchNorm",
     "kind_of",
@@ -60,7 +60,7 @@ LAYERS: dict[type[nn.Module], type[Layer]] = {
 def register_layer(module_type: type[nn.Module], kind: type[Layer]) -> None:
     """Lets `kind` cover modules of this very type, in every `NGD` that is built from now on.
 
-    `kind` is a subclass of `Layer`, or one of those that ship where the module computes the same:
+    `kind` is a subclass of `Layer`; if the module computes the same as torch's, it may be a kind of this package:
 
         register_layer(MyLinear, Linear)
 

@@ -15,7 +15,7 @@ BLOCKS = 3  # query, key, value: the order of in_proj_weight's rows
 
 
 class Projection(Layer):
-    """What both have in common: inside the module sequences come first, [P, N, I], whatever `batch_first` says."""
+    """The base of both projections: inside the module sequences come first, [P, N, I], even with `batch_first`."""
 
     module: nn.MultiheadAttention
 
@@ -24,10 +24,10 @@ class Projection(Layer):
         self._calls = calls
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
         assert isinstance(module, nn.MultiheadAttention)
         prefix, calls = f"{name}." if name else "", LinearCalls(module)
-        return [kind(f"{prefix}{part}", module, calls) for part, kind in PARTS.items()]
+        return [kind(f"{prefix}{suffix}", module, calls) for suffix, kind in PROJECTIONS.items()]
 
     @classmethod
     def uncovered(cls, module: nn.Module) -> str | None:
@@ -44,7 +44,7 @@ class Projection(Layer):
 
 
 class _InRun(NamedTuple):
-    """The input [P, N, I] of one linear map, and the blocks that it made, from `first` to before `end`."""
+    """The input [P, N, I] of one linear map, and the blocks that it made: `first` up to but without `end`."""
 
     x: Tensor
     first: int
@@ -54,8 +54,8 @@ class _InRun(NamedTuple):
 class InProjection(Projection):
     """q = W_q x_q + b_q, and so k and v: three blocks, each with the A of its own input.
 
-    One linear map makes all of them in self-attention; where query, key and value differ, two or three make some each,
-    and each is a run of its own, whose rows are 0 in the other blocks.
+    In self-attention one linear map makes all of them. If query, key and value differ, two or three maps make some
+    each; each map is then a run, with rows of 0 in the other blocks.
     """
 
     _made = (0, BLOCKS)
@@ -67,12 +67,12 @@ class InProjection(Projection):
 
     def watch(self, on_run: OnRun) -> list[RemovableHandle]:
         def on_linear(x: Tensor, weight: Tensor, output: Tensor, samples: int | None) -> None:
-            own = self._weight
-            if weight is not own and weight._base is not own:
+            whole = self._weight
+            if weight is not whole and weight._base is not whole:
                 return
-            rows = own.shape[0] // BLOCKS
-            first = int(weight.storage_offset() - own.storage_offset()) // own.stride(0) // rows
-            # Left here for `keep`, which can't tell the maps of q, k and v apart by their shapes.
+            rows = whole.shape[0] // BLOCKS
+            first = int(weight.storage_offset() - whole.storage_offset()) // whole.stride(0) // rows
+            # For `keep`, which can't tell the maps of q, k and v apart by their shapes.
             self._made = (first, first + weight.shape[0] // rows)
             on_run(x if samples is not None else x.squeeze(1), output)
 
@@ -108,7 +108,7 @@ class InProjection(Projection):
 
 
 class OutProjection(Projection):
-    """Maps what the heads give, side by side, to the module's output."""
+    """Maps the outputs of the heads, side by side, to the module's output."""
 
     @property
     def shape(self) -> LayerShape:
@@ -117,8 +117,8 @@ class OutProjection(Projection):
 
     def watch(self, on_run: OnRun) -> list[RemovableHandle]:
         def on_linear(x: Tensor, weight: Tensor, output: Tensor, samples: int | None) -> None:
-            if weight is self.module.out_proj.weight:  # not a Parameter where the quadratic model stands in for it
-                # Positions and samples come flattened.
+            if weight is self.module.out_proj.weight:  # not a Parameter if the quadratic model replaces it
+                # Positions and samples arrive flattened.
                 on_run(x if samples is None else x.unflatten(0, (-1, samples)), output)
 
         return self._calls.watch(on_linear)
@@ -140,4 +140,4 @@ class OutProjection(Projection):
         return self.module.out_proj.bias
 
 
-PARTS: dict[str, type[Projection]] = {"in_proj": InProjection, "out_proj": OutProjection}
+PROJECTIONS: dict[str, type[Projection]] = {"in_proj": InProjection, "out_proj": OutProjection}

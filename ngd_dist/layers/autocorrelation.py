@@ -2,10 +2,10 @@
 
     moment[(c, k), (c', k')] = sum over n and p of x[n, c, p + k] x[n, c', p + k']
 
-depends on k and k' through the lag k' - k alone, but for the border: k says which pixels q = p + k the sum runs over,
-and those are all of the image but a few rows and columns. So the sum over all pixels is found once per lag, and the
-strips that a k leaves out are found apart and subtracted. Each sum is a convolution's weight gradient, of the image
-with itself, at the library's own rate. A square 3x3 kernel has 25 lags for its 81 pairs, and symmetry spares ten.
+depends on k and k' only through the lag k' - k, except at the border: the sum runs over the pixels q = p + k, which are
+the whole image without a few rows and columns. So the sum over all pixels is computed once per lag, and the strips that
+a k leaves out are computed apart and subtracted. Each sum is a convolution's weight gradient, of the image with itself,
+as fast as the library's convolutions. A square 3x3 kernel has 25 lags for its 81 pairs, and symmetry spares ten.
 
 Axes: one entry per spatial axis, 1 to 3 of them.
 """
@@ -40,14 +40,14 @@ class Window(NamedTuple):
         return self.dilation * (self.kernel - 1)
 
     def reads(self, k: int) -> range:
-        """Returns the pixels that kernel offset k meets, padding included."""
+        """Returns the pixels that kernel offset k reads, padding included."""
         start = self.dilation * k - self.padding[0]
         return range(start, start + self.size + sum(self.padding) - self.reach)
 
 
 @dataclass(frozen=True, slots=True)
 class _Strip:
-    """Pixels start to stop of one axis, times `signs[k]` in the sum of kernel offset k; its lags that count."""
+    """The pixels from start to stop of one axis, times `signs[k]` in the sum of kernel offset k, and their lags."""
 
     start: int
     stop: int
@@ -61,8 +61,8 @@ Strips = tuple[_Strip, ...]
 def patch_moment(x: Tensor, windows: Sequence[Window], groups: int) -> Tensor:
     """Returns the sum over samples and positions of patch patch^T, [groups, I, I], I channels first, then kernel.
 
-    x [N, C, *sizes] of float32 or float64. As accurate as convolutions are: on CUDA, torch.backends.cudnn.allow_tf32
-    holds.
+    x: [N, C, *sizes] of float32 or float64. As accurate as convolutions: on CUDA, torch.backends.cudnn.allow_tf32
+    applies.
     """
     plan = _plan(tuple(windows))
     C = x.shape[1] // groups
@@ -83,7 +83,7 @@ def is_worthwhile(windows: Sequence[Window], channels: int, samples: int) -> boo
     return samples * terms * channels**2 + len(plan) * CALL < patches
 
 
-# Multiply-adds in whose time one CPU thread copies a number of a patch, and sums over one strip of any size.
+# The time in which one CPU thread copies a number of a patch, and that of a call for one strip, in multiply-adds.
 PATCH_COPY, CALL = 64, 6_000_000
 
 
@@ -93,9 +93,9 @@ def _plan(windows: tuple[Window, ...]) -> tuple[Strips, ...]:
 
 
 def _combinations(windows: Sequence[Window], *, only_forward: bool) -> Iterator[Strips]:
-    """Yields a strip of each axis, with lags of which the first that is not 0 is positive: symmetry gives the others.
+    """Yields a strip of each axis, with lags whose first number other than 0 is positive: symmetry gives the others.
 
-    The rest of the lags still come in pairs where an earlier axis has several.
+    If an earlier axis has several lags, those of the later axes still come in pairs.
     """
     if not windows:
         yield ()
@@ -107,7 +107,7 @@ def _combinations(windows: Sequence[Window], *, only_forward: bool) -> Iterator[
 
 
 def _strips(window: Window, *, only_forward: bool) -> list[_Strip]:
-    """Returns the whole axis, and each pixel at its ends that some kernel offset doesn't meet."""
+    """Returns the whole axis, and each pixel at its ends that some kernel offset doesn't read."""
     size, kernel, dilation, _ = window
     offsets = range(kernel)
     first, last = (0 if only_forward else 1 - kernel), kernel - 1
@@ -126,29 +126,29 @@ def _strips(window: Window, *, only_forward: bool) -> list[_Strip]:
 
 def _correlation(x: Tensor, windows: Sequence[Window], strips: Strips, groups: int) -> Tensor:
     """Returns sum over n and q of x[n, c, q] x[n, c', q + lag], [C, C of the group, *lags], q in the strips."""
-    own, sides = x, list[int]()
+    strip_pixels, sides = x, list[int]()
     for axis, (window, strip) in enumerate(zip(windows, strips, strict=True)):
-        own = own.narrow(2 + axis, strip.start, strip.stop - strip.start)
+        strip_pixels = strip_pixels.narrow(2 + axis, strip.start, strip.stop - strip.start)
         first, last = strip.start + window.dilation * strip.lags[0], strip.stop + window.dilation * strip.lags[-1]
-        sides = [-first, last - window.size, *sides]  # F.pad counts from the last axis, and crops what is negative
+        sides = [-first, last - window.size, *sides]  # F.pad counts from the last axis, and crops if negative
     partner = F.pad(x, sides)
     shape = (x.shape[1], x.shape[1] // groups, *[len(strip.lags) for strip in strips])
     dilation = tuple(window.dilation for window in windows)
-    if own.shape == x.shape:
-        return CONV_WEIGHT[len(windows)](partner, shape, own, dilation=dilation, groups=groups)
+    if strip_pixels.shape == x.shape:
+        return CONV_WEIGHT[len(windows)](partner, shape, strip_pixels, dilation=dilation, groups=groups)
     # A strip is too thin for a convolution's kernels: a third of the time as one product (256x16x16x16, 256x64x4x4).
-    for axis, (step, pixels) in enumerate(zip(dilation, own.shape[2:], strict=True)):
+    for axis, (step, pixels) in enumerate(zip(dilation, strip_pixels.shape[2:], strict=True)):
         partner = partner.unfold(2 + axis, pixels, step)
     dims = len(windows)
-    own_BCQ = own.transpose(0, 1).reshape(groups, shape[1], -1)
+    strip_BCQ = strip_pixels.transpose(0, 1).reshape(groups, shape[1], -1)
     lag_axes, pixel_axes = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
     partner_BLQ = partner.permute(1, *lag_axes, 0, *pixel_axes).reshape(groups, prod(shape[1:]), -1)
-    return (own_BCQ @ partner_BLQ.mT).view(shape)
+    return (strip_BCQ @ partner_BLQ.mT).view(shape)
 
 
 @lru_cache(maxsize=256)
 def _gather(windows: tuple[Window, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns which sums make up the half of the moment that has k <= k', [sums, k * k']; half of it where k == k'."""
+    """Returns the weight of each sum in the half of the moment with k <= k', [sums, k * k']; half if k == k'."""
     kernel = tuple(window.kernel for window in windows)
     columns = {offset: number for number, offset in enumerate(product(*map(range, kernel)))}
     rows = []

@@ -18,9 +18,9 @@ from ngd_dist.factors.form import Replicate
 from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.layers.hooks import ModuleHook
 
-__all__ = ["Layer", "OnRun", "Replicate", "Rows", "Run", "statistics_dtype"]
+__all__ = ["Layer", "LayerBatch", "OnRun", "Replicate", "Run", "statistics_dtype"]
 
-# Called with what a run of the layer was given and what it returned, for every run, in forward.
+# Called in forward, for every run of the layer, with its input and its output.
 OnRun = Callable[[Tensor, Tensor], None]
 
 
@@ -30,9 +30,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Layer(ABC):
-    """One covered part of a module: its parameters, its shape, and how its tensors become rows.
+    """One covered part of a module: it has the parameters and the shape, and turns the tensors into rows.
 
-    `batch_dim` is the dimension of the input and the output that counts samples: 0, or 1 where a sequence comes first.
+    `batch_dim` is the dimension of the input and the output that counts samples: 0, or 1 if a sequence comes first.
     """
 
     def __init__(self, name: str, module: nn.Module, *, batch_dim: int = 0) -> None:
@@ -45,42 +45,41 @@ class Layer(ABC):
             (owner, name, p)
             for owner in module.modules()
             for name, p in owner.named_parameters(recurse=False)
-            if any(p is own for own in self.parameters)
+            if any(p is parameter for parameter in self.parameters)
         ]
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> "list[Layer]":
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> "list[Layer]":
         """Returns the layers that cover the module: one, for most kinds."""
         return [cls(name, module, batch_dim=batch_dim)]
 
     @classmethod
     def uncovered(cls, module: nn.Module) -> str | None:
-        """Returns why this module can't be described by this kind, or None if it can."""
+        """Returns the reason why this kind can't cover the module, or None if it can."""
         return None
 
     def watch(self, on_run: OnRun) -> list[RemovableHandle]:
         """Returns the handles of hooks that call `on_run` at every run of the layer."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if (
-                len(rest) == 2
-            ):  # else it was taken away while the module ran, and torch no longer knows that it wants kwargs
+            # If the hook was removed while the module ran, torch no longer knows that it wants kwargs.
+            if len(rest) == 2:
                 kwargs, output = rest
                 on_run(args[0] if args else next(iter(kwargs.values())), output)
 
         return [self.module.register_forward_hook(ModuleHook(hook), with_kwargs=True)]
 
     def replaced(self) -> list[str]:
-        """Returns the names of the parameters that the module no longer holds, or not at the moment.
+        """Returns the names of the parameters that the module does not hold at present.
 
-        `torch.func.functional_call` puts other tensors in their place for a while; weight_norm, pruning and engines
-        that shard parameters do so for good.
+        `torch.func.functional_call` replaces them for a while; weight_norm, pruning and engines that shard parameters
+        do so for good.
         """
         return [name for owner, name, p in self._homes if owner._parameters.get(name) is not p]
 
     @abstractmethod
     def expected_input(self, x: Tensor) -> str | None:
-        """Returns the shape that the layer's input must have, if this one has another."""
+        """Returns the shape that the layer's input must have if x has another, else None."""
 
     @property
     @abstractmethod
@@ -88,19 +87,19 @@ class Layer(ABC):
         """The shape of the gradient, and the kind of Fisher block."""
 
     def keep(self, x: Tensor, output: Tensor) -> Any:
-        """Returns what of a run is kept until its gradient arrives. Called in forward, without gradient."""
+        """Returns the tensors of a run to keep until its gradient arrives. Called in forward, without gradient."""
         return x
 
     @abstractmethod
     def inputs(self, kept: Any) -> Tensor:
-        """Returns a_BNPI in the statistics' dtype from what was kept, with N the length of `batch_dim`.
+        """Returns a_BNPI in the statistics' dtype from the kept tensors, with N the length of `batch_dim`.
 
-        One-hot rows are never made: in their place stands the column of the 1, [B, N, P, 1] int64.
+        One-hot rows are never made: the result is then the column of each 1, [B, N, P, 1] int64.
         """
 
     @abstractmethod
     def output_gradients(self, kept: Any, g: Tensor) -> Tensor:
-        """Returns g_BNPO in the statistics' dtype from what was kept and a tensor of the shape that `on_run` was given.
+        """Returns g_BNPO in the statistics' dtype from the kept tensors and g, of the shape of `on_run`'s output.
 
         Rows that have no part in the parameters' gradient are 0.
         """
@@ -113,7 +112,7 @@ class Layer(ABC):
         return (g_BNPO.shape[2],)
 
     def input_squares(self, a_BNPI: Tensor, counted_BNP: Tensor | None) -> Tensor:
-        """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T. `counted_BNP`: as `Rows` has it."""
+        """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T. `counted_BNP`: see `LayerBatch`."""
         return a_BNPI.square().sum((1, 2))
 
     def input_moment(self, kept: Any) -> Tensor:
@@ -121,7 +120,7 @@ class Layer(ABC):
         return second_moment(self.inputs(kept), 1.0)
 
     def some_samples(self, kept: Any, first: int, last: int, samples: int) -> Any | None:
-        """Returns what was kept of the samples from `first` to before `last`, of all; None where rows must tell."""
+        """Returns the kept tensors of samples `first` up to but without `last`; None if only rows can be split."""
         return None
 
     def along(self, a_BNPI: Tensor, g_BNPO: Tensor, direction_BOI: Tensor) -> Tensor:
@@ -170,11 +169,11 @@ class Layer(ABC):
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One run of a layer: what was kept of it, and its gradient once that is there.
+    """One run of a layer: the tensors kept of it, and its gradient once that has come.
 
-    `samples` is N of the whole model's batch, or 1 where one run serves all its samples (position embeddings), whose
-    number is then `sharers`. `weight` is a factor on the gradient. `slope` is the derivative of the activation that
-    read the output, at that output; None where no activation module did.
+    `samples` is N of the model's batch; if one run serves all samples (position embeddings), it is 1 and `sharers` is
+    N. `weight` is a factor on the gradient. `slope` is the derivative of the activation that read the output, at that
+    output; None if no activation module did.
     """
 
     kept: Any
@@ -185,13 +184,13 @@ class Run:
     slope: Tensor | None = None
 
 
-class Rows:
-    """One micro-batch of one layer: rows made on first use, so that what no statistic reads costs nothing.
+class LayerBatch:
+    """One micro-batch of one layer: rows are made on first use, so that unread ones cost nothing.
 
-    The runs of a layer in one micro-batch, and whatever the model folds into the batch dimension (windows, frames),
-    count as positions. g is per sample: the gradient of that sample's own loss, with any mean over the batch undone by
-    `scale`. Where the loss `ignores` some positions (padding), rows whose g is 0 throughout are rows of a = 0 too, and
-    are no positions.
+    The runs of a layer in one micro-batch count as positions, and so do windows or frames that the model folds into the
+    batch dimension. g is per sample: the gradient of that sample's own loss, with any mean over the batch undone by
+    `scale`. If the loss `ignores` some positions (padding), rows with g = 0 throughout have a = 0 too, and are no
+    positions.
     """
 
     def __init__(
@@ -214,7 +213,7 @@ class Rows:
         if not self._ignores or self._layer.shape.has_one_hot_inputs:
             return a_BNPI
         assert self.counted_BNP is not None
-        # Not a product: what stands at padding may be NaN.
+        # Not a product: a at padding may be NaN.
         return a_BNPI.masked_fill(~self.counted_BNP.unsqueeze(-1), 0)
 
     @cached_property
@@ -223,12 +222,12 @@ class Rows:
 
     @cached_property
     def counted_BNP(self) -> Tensor | None:
-        """Which rows count, where the loss ignores some; None where all do."""
+        """Whether each row counts, if the loss ignores some; None if all do."""
         return self._cat(self._gradients).ne(0).any(-1) if self._ignores else None
 
     @cached_property
     def slopes_BNPO(self) -> Tensor:
-        """Derivatives of the activation that reads the layer's output; 1 where none does. Reads no gradient."""
+        """Derivatives of the activation that reads the layer's output; 1 if none does. Reads no gradient."""
         if all(run.slope is None for run in self._runs):
             return self.a_BNPI.new_ones(()).expand(*self.a_BNPI.shape[:3], self._layer.shape.outputs)
         return self._cat([self._layer.output_gradients(run.kept, _slope(run)) for run in self._runs])
@@ -237,7 +236,7 @@ class Rows:
     def positions_B(self) -> Tensor:
         """Positions of a sample, [B] or [1], on the CPU: a block may have fewer than there are rows.
 
-        Where the loss ignores some they differ: [B, N], on the rows' device.
+        If the loss ignores some, they differ: [B, N], on the rows' device.
         """
         if self._ignores:
             assert self.counted_BNP is not None
@@ -257,16 +256,16 @@ class Rows:
     def along(self, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, gradient of the sample's own loss>, [N].
 
-        Run by run, and keeps nothing of what it makes: the rows of all layers wait here for the step, and a
-        convolution's patches are many times its input.
+        It goes run by run and keeps no rows: the batches of all layers wait for the step, and a convolution's patches
+        are many times its input.
         """
         layer = self._layer
         direction_BOI = direction_BOI.to(layer.dtype)
-        parts = [
+        per_run = [
             layer.along(layer.inputs(run.kept), g_BNPO, direction_BOI)
             for run, g_BNPO in ((run, self._gradient(run)) for run in self._runs)
         ]
-        return torch.stack([part.view(self.samples, -1).sum(1) for part in parts]).sum(0) * self._scale
+        return torch.stack([inner.view(self.samples, -1).sum(1) for inner in per_run]).sum(0) * self._scale
 
     @cached_property
     def input_squares_BI(self) -> Tensor:
@@ -275,14 +274,14 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """N P, padding and the like with it: what the work of estimating a statistic grows with."""
+        """N P, padding included: the work of estimating a statistic grows with it."""
         shape = self._layer.shape
         return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
 
-    def halves(self) -> "tuple[Rows, Rows]":
+    def halves(self) -> "tuple[LayerBatch, LayerBatch]":
         """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
         middle = self.samples // 2
-        return _Some(self, slice(0, middle), 0), _Some(self, slice(middle, self.samples), 1)
+        return _Slice(self, slice(0, middle), 0), _Slice(self, slice(middle, self.samples), 1)
 
     @cached_property
     def input_moment_BII(self) -> Tensor:
@@ -300,15 +299,15 @@ class Rows:
         g_BNPO = self._layer.output_gradients(run.kept, run.g)
         return g_BNPO if run.weight == 1.0 else g_BNPO * run.weight
 
-    def _cat(self, parts: list[Tensor]) -> Tensor:
-        grouped = [part.reshape(part.shape[0], self.samples, -1, part.shape[-1]) for part in parts]
+    def _cat(self, per_run: list[Tensor]) -> Tensor:
+        grouped = [rows.reshape(rows.shape[0], self.samples, -1, rows.shape[-1]) for rows in per_run]
         return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)
 
 
-class _Some(Rows):
-    """Some of the samples of whole rows. What depends on all of a batch, as its normalisation does, stays as it is."""
+class _Slice(LayerBatch):
+    """Some of the samples of a batch. Tensors that depend on the whole batch, such as its normalisation, stay."""
 
-    def __init__(self, whole: Rows, samples: slice, half: int) -> None:
+    def __init__(self, whole: LayerBatch, samples: slice, half: int) -> None:
         of = whole.replicate
         super().__init__(whole._layer, whole._runs, whole._scale, Replicate(2 * of.index + half, 2 * of.count, of.seed))
         self._whole, self._slice = whole, samples

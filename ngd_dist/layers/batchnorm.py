@@ -1,7 +1,7 @@
 """nn.BatchNorm1d, 2d, 3d and nn.SyncBatchNorm.
 
-In training mode the batch statistics couple the samples; taking them as given, as everyone does, makes "a sample's
-gradient" an approximation.
+In training mode the batch statistics couple the samples. They are taken as given, as usual, so that the gradient of one
+sample is an approximation.
 """
 
 from typing import NamedTuple
@@ -27,12 +27,12 @@ class BatchNorm(ChannelNorm):
         x, uses_batch = kept
         norm = self.module
         mean, variance = (None, None) if uses_batch else (norm.running_mean, norm.running_var)
-        # No running statistics are passed when the batch's are used: this second pass must not update them.
+        # If the batch's statistics are used, no running ones are passed: this second pass must not update them.
         return F.batch_norm(x.to(self.dtype), mean, variance, training=uses_batch, eps=norm.eps)
 
 
 class Normalisation(NamedTuple):
-    """What was done to each channel: (x - centre) * factor + constant. Each is [C]."""
+    """The map of each channel: (x - centre) * factor + constant. Each is [C]."""
 
     centre: Tensor
     factor: Tensor
@@ -40,7 +40,7 @@ class Normalisation(NamedTuple):
 
 
 class SyncBatchNorm(ChannelNorm):
-    """Normalises by the statistics of all ranks' batches, which are read off its output."""
+    """Normalises by the statistics of all ranks' batches, which are computed from its output."""
 
     module: nn.SyncBatchNorm
 
@@ -48,22 +48,22 @@ class SyncBatchNorm(ChannelNorm):
         norm = self.module
         mean, variance = norm.running_mean, norm.running_var
         if norm.training or mean is None or variance is None:
-            # Now: what follows may overwrite the output in place.
+            # Now, since a following module may overwrite the output in place.
             return x, normalisation_of(x.to(self.dtype), output, self._weight, self._bias, norm.eps)
         factor = (variance.to(self.dtype) + norm.eps).rsqrt()
         return x, Normalisation(mean.to(self.dtype), factor, torch.zeros_like(factor))
 
     def _normalised(self, kept: tuple[Tensor, Normalisation]) -> Tensor:
-        x, given = kept
-        centre, factor, constant = (value.view(-1, *[1] * (x.ndim - 2)) for value in given)
+        x, normalisation = kept
+        centre, factor, constant = (value.view(-1, *[1] * (x.ndim - 2)) for value in normalisation)
         return (x.to(self.dtype) - centre) * factor + constant
 
 
 def normalisation_of(x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Normalisation:
-    """Returns what normalised x before it was scaled and shifted to become the output, in the dtype of x.
+    """Returns the normalisation of x before the scale and shift that gave the output, in the dtype of x.
 
-    The output is linear in x, and its slope and its mean say by which statistics x was normalised. A channel whose
-    scale is 0, or too small beside its shift to be seen in the output, tells nothing: it is given the statistics of x.
+    The output is linear in x: its slope and its mean show the statistics by which x was normalised. If the scale of a
+    channel is 0, or too small beside its shift to be seen in the output, the channel gets the statistics of x.
     """
     dims = [dim for dim in range(x.ndim) if dim != 1]
     variance, centre = torch.var_mean(x, dims, correction=0, keepdim=True)

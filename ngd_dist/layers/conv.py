@@ -1,4 +1,4 @@
-"""nn.Conv1d, 2d and 3d: positions are the output's pixels, inputs the flattened patch that each one sees."""
+"""nn.Conv1d, 2d and 3d: positions are the output's pixels, inputs the flattened patch of each pixel."""
 
 from math import prod
 from typing import NamedTuple
@@ -26,14 +26,14 @@ class _Read(NamedTuple):
 class Conv(Layer):
     """x [N, C, *space] -> y [N, O, *space'] with stride, dilation, groups, and every padding and padding mode.
 
-    Each group is a block of its own, with the inputs and the outputs of that group alone. Source: [GM16].
+    Each group is a block, with the inputs and the outputs of that group alone. Source: [GM16].
     """
 
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
-        return [cls(name, module)]  # torch's convolutions count samples in dimension 0, whatever the model does
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
+        return [cls(name, module)]  # torch's convolutions count samples in dimension 0
 
     def expected_input(self, x: Tensor) -> str | None:
         dims = len(self.module.kernel_size)
@@ -75,15 +75,15 @@ class Conv(Layer):
         return moment if self._bias is None else self._with_sums(moment, kept.to(self.dtype))
 
     def some_samples(self, kept: Tensor, first: int, last: int, samples: int) -> Tensor:
-        parts = kept.shape[0] // samples  # of a sample: the model may fold windows into dimension 0
-        return kept[first * parts : last * parts]
+        windows = kept.shape[0] // samples  # of a sample: the model may fold windows into dimension 0
+        return kept[first * windows : last * windows]
 
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         g_NBOP: Tensor = g.flatten(2).unflatten(1, (self.module.groups, -1))
         return g_NBOP.permute(1, 0, 3, 2).to(self.dtype)
 
     def _read_with_stride_1(self, x: Tensor) -> _Read | None:
-        """Returns the pixels that are read and how, if strides leave none of them out but whole rows and columns."""
+        """Returns the pixels that are read, with their windows, if strides leave out only whole rows and columns."""
         conv, sides = self.module, self._padding()
         if conv.padding_mode != "zeros":
             x, sides = self._padded(x), [0] * len(sides)
@@ -99,7 +99,7 @@ class Conv(Layer):
         return _Read(x, windows)
 
     def _with_sums(self, moment_BII: Tensor, x: Tensor) -> Tensor:
-        """Returns the moment of patches that end in a 1: with their sum beside it, and their number in the corner."""
+        """Returns the moment of patches that end in a 1: it has their sum beside it, and their number in the corner."""
         patches = self._windows(self._padded(x.sum(0, keepdim=True)))[0]
         space = range(1, 1 + len(self.module.kernel_size))
         sum_BI1 = patches.sum(tuple(space)).view(len(moment_BII), -1, 1)

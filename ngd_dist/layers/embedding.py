@@ -15,7 +15,7 @@ __all__ = ["Embedding"]
 class Embedding(Layer):
     """Indices x [N, ...] -> y [N, ..., O]; I is the number of indices, positions are all dimensions after N.
 
-    Where x is `padding_idx` the weight gets no gradient: those positions count for nothing.
+    If x is `padding_idx`, the weight gets no gradient: such positions don't count.
     """
 
     module: nn.Embedding
@@ -52,11 +52,11 @@ class Embedding(Layer):
         padding = self.module.padding_idx
         if padding is None:
             return super().positions(kept, g_BNPO)
-        # One host read, when G is due. At least 1 in all, so that a batch of padding alone divides 0 by 1.
+        # One host read, if G is due. At least 1 in all, so that a batch of padding alone divides 0 by 1.
         return (max(1, int((kept != padding).sum())) / g_BNPO.shape[1],)
 
     def input_squares(self, a_BNPI: Tensor, counted_BNP: Tensor | None) -> Tensor:
-        """Returns how often each index occurs, [1, I]."""
+        """Returns the count of each index, [1, I]."""
         counts = torch.zeros(self._weight.shape[0], dtype=self.dtype, device=a_BNPI.device)
         indices = a_BNPI.flatten()
         ones = counts.new_ones(()).expand(indices.shape[0])

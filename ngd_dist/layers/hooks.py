@@ -1,4 +1,4 @@
-"""What hooks on modules and tensors need of torch: which backward pass calls them, and what they are given."""
+"""Helpers of hooks on modules and tensors: the backward pass that calls them, and the tensors in their arguments."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 
 class ModuleHook:
-    """A hook on a module that does not go with it: pickled or deeply copied, the module has one that does nothing.
+    """A hook that stays behind when its module is pickled or deeply copied: the copy has a hook that does nothing.
 
     So `torch.save(model)`, `copy.deepcopy(model)` and sending a model to another process work as without an optimizer,
-    and whoever loads the model needs nothing of this library. torch.compile breaks the graph at hooked modules.
+    and a saved model loads without this library. torch.compile breaks the graph at hooked modules.
     """
 
     def __init__(self, hook: Callable[..., None]) -> None:
@@ -48,7 +48,7 @@ class ModuleHook:
 def backward_task() -> int:
     """Returns autograd's number for the backward pass that this thread is in, or OUTSIDE_BACKWARD.
 
-    Not in torch's public API, but what torch.utils.checkpoint itself tells backward passes apart by.
+    Not in torch's public API, but torch.utils.checkpoint itself tells backward passes apart by it.
     """
     return int(torch._C._current_graph_task_id())
 
@@ -56,7 +56,7 @@ def backward_task() -> int:
 def keeps_graph() -> bool:
     """Returns whether the backward pass that is under way leaves its graph for another one (`retain_graph=True`).
 
-    Not in torch's public API; torch's compiler asks the same before it reuses a buffer.
+    Not in torch's public API; torch's compiler calls the same before it reuses a buffer.
     """
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
@@ -65,22 +65,22 @@ def accumulates(parameter: nn.Parameter) -> bool | None:
     """Returns whether the backward pass that is under way adds to `parameter.grad`.
 
     None: it returns the gradient instead, as `torch.autograd.grad(loss, parameters)` does. Not in torch's public API,
-    but what `torch.autograd.graph.register_multi_grad_hook` asks too.
+    but `torch.autograd.graph.register_multi_grad_hook` calls the same.
     """
     if not parameter.requires_grad:
         return False
     was_enabled = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(True)  # an edge can be had then alone; torch.enable_grad takes three times as long
+    torch._C._set_grad_enabled(True)  # else there is no edge; torch.enable_grad takes three times as long
     try:
         return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
-    except RuntimeError:  # its word for a gradient that is returned
+    except RuntimeError:  # torch raises if the gradient is returned
         return None
     finally:
         torch._C._set_grad_enabled(was_enabled)
 
 
 def is_transformed() -> bool:
-    """Returns whether torch.func (vmap, grad, jacrev ...) runs the model: its tensors are no values to be kept."""
+    """Returns whether torch.func (vmap, grad, jacrev ...) runs the model: its tensors can't be kept."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -1,4 +1,4 @@
-"""nn.LayerNorm and nn.RMSNorm, and those of other libraries that normalise alike."""
+"""nn.LayerNorm and nn.RMSNorm, and modules of other libraries that normalise alike."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,13 +30,13 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(LayerNorm):
-    """Divided by the root of the mean square, without a mean taken off."""
+    """x is divided by the root of its mean square; no mean is subtracted."""
 
     def _normalised(self, kept: Tensor) -> Tensor:
-        # What scales by 1 + weight has the same gradient, and so the same rows.
+        # A module that scales by 1 + weight has the same gradient, and so the same rows.
         module = self.module
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        # None stands for that of float32 where the input has 16 bits, which is the dtype that it has here.
+        # None: that of the input's dtype, but float32 for 16 bits, which is the dtype that the input has here.
         assert eps is None or isinstance(eps, int | float)
         return F.rms_norm(kept.to(self.dtype), self._weight.shape, eps=eps)
 

@@ -33,7 +33,7 @@ class Linear(Layer):
 
 
 class TransposedLinear(Linear):
-    """The same with a weight [I, O] and always a bias."""
+    """A linear layer with a weight [I, O], and always a bias."""
 
     @property
     def shape(self) -> LayerShape:

@@ -1,4 +1,4 @@
-"""Sees the linear maps inside torch's functional attention, which calls none of its module's submodules."""
+"""Intercepts the linear maps inside torch's functional attention, which calls none of its module's submodules."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,19 +22,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _uncompiled(function: Function) -> Function:
-    """Returns the function as torch.compile leaves it alone, which knows neither modes entered by hand nor copied code.
+    """Returns the function for torch.compile to leave alone: it supports neither modes entered by hand nor copied code.
 
-    Not for use as a decorator of what is defined on import: it loads the compiler.
+    It loads the compiler, so don't use it as a decorator on import.
     """
     left_alone: Function = torch.compiler.disable(function)
     return left_alone
 
 
 class LinearCalls(TorchFunctionMode):
-    """Those of one attention module. Active while it runs forward, which takes some 0.2 ms longer on the host.
+    """The linear maps of one attention module. Active in its forward pass, which takes some 0.2 ms longer on the host.
 
-    The functional attention runs as a copy that knows another `linear`. To handle the calls inside it instead would
-    take longer, as there are 37 of them, and a copy as well: its first lines hand the whole call to the active mode.
+    The functional attention runs as a copy with another `linear`. To handle each of its 37 calls instead would take
+    longer, and need a copy too: its first lines hand the whole call to the active mode.
     """
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
@@ -48,7 +48,7 @@ class LinearCalls(TorchFunctionMode):
         """Returns the handles of hooks that call `on_linear` for each linear map of a forward pass with gradient."""
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Without gradient nothing is seen, and a mode would keep torch from its fused kernel.
+            # Without gradient nothing is needed, and a mode would keep torch from its fused kernel.
             if torch.is_grad_enabled() and not self._is_active and not is_transformed():
                 self._is_active = True
                 self.__enter__()  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ class LinearCalls(TorchFunctionMode):
         return [
             listener,
             self._module.register_forward_pre_hook(ModuleHook(enter)),
-            # After an error too, such as activation checkpointing's early stop; before whatever else hooks do.
+            # After an error too, such as activation checkpointing's early stop; before all other hooks.
             self._module.register_forward_hook(ModuleHook(leave), prepend=True, always_call=True),
         ]
 
@@ -80,7 +80,7 @@ class LinearCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _listen(self, attention: FunctionType, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Returns what attention returns, with another `linear` in it and in what it projects with."""
+        """Returns the result of attention, run with another `linear` in it and in its projection functions."""
         query: Tensor = args[0]
         samples = query.shape[1] if query.ndim == 3 else None
 

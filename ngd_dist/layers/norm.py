@@ -1,6 +1,7 @@
-"""What all normalisations share: one small Fisher block per unit, for its scale and, where it has one, its shift.
+"""The base of all normalisations: one small Fisher block per unit, for its scale and, if it has one, its shift.
 
-A layer's inputs are what is scaled, so that g * a is a sample's gradient of the scale, and g that of the shift.
+A layer's inputs are the numbers that are scaled, so that g * a is a sample's gradient of the scale, and g that of the
+shift.
 Source: [OT20], unit-wise.
 """
 
@@ -55,8 +56,8 @@ class ChannelNorm(Norm):
     """x [N, C, ...]: units are channels, positions are all that comes after them."""
 
     @classmethod
-    def parts(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
-        return [cls(name, module)]  # channels are dimension 1, whatever the model does
+    def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
+        return [cls(name, module)]  # channels are dimension 1 in every model
 
     def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim >= 2 else "[samples, channels, ...]"

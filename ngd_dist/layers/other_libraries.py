@@ -1,7 +1,7 @@
-"""Module kinds of other libraries by dotted name, of which none is imported here: those that compute what torch's do.
+"""Module kinds of other libraries that compute the same as torch's, by dotted name; none is imported here.
 
-transformers' norms compute in float32 whatever their dtype. Those of Gemma scale by 1 + weight, which has the gradient
-of scaling by weight.
+transformers' norms compute in float32 for every dtype. Those of Gemma scale by 1 + weight, which has the same gradient
+as scaling by weight.
 """
 
 from ngd_dist.layers.base import Layer

@@ -1,7 +1,7 @@
 """Approximations of a layer's Fisher block. Start at `base.Preconditioner`.
 
-A new method is one file, and a config class that names it (docs/extending.md). Two kinds of layer have a block of their
-own under any method: normalisation has `UnitWise`, and one-hot inputs (embeddings) have K-FAC with a diagonal A.
+A new method is one file, and a config class that names it (docs/extending.md). Two kinds of layer have the
+same block under any method: normalisation has `UnitWise`, and one-hot inputs (embeddings) have K-FAC with a diagonal A.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ __all__ = ["Cache", "Preconditioner", "Refreshed", "check_rows", "preconditioner
 
 
 def preconditioner_for(shape: LayerShape, config: NGDConfig) -> Preconditioner:
-    """Returns the method for one layer: the configured one, unless the layer's Fisher block asks for its own.
+    """Returns the method for one layer: the configured one, unless the layer's Fisher block needs another.
 
-    Raises: ConfigError, if the configured one can't be imported or is no `Preconditioner`.
+    Raises: ConfigError, if the configured method can't be imported or is no `Preconditioner`.
     """
     if shape.fisher == "unit_wise":
         return UnitWise(shape)
@@ -31,7 +31,7 @@ def preconditioner_for(shape: LayerShape, config: NGDConfig) -> Preconditioner:
 
 
 def check_rows(config: NGDConfig, replicates: int) -> None:
-    """Returns if the method can share a step among the micro-batches of all ranks, `replicates` in all.
+    """Returns if the method can share a step among all ranks' micro-batches, `replicates` in all.
 
     Raises: ConfigError.
     """

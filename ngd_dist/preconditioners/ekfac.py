@@ -10,24 +10,24 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Entrywise, Form
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.factors import Factors, factor_forms
 from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["EKFAC"]
 
-# Entries of per-sample gradients that exist at a time: 64 MiB in float32. One sample's are always whole.
+# Entries of per-sample gradients that exist at a time: 64 MiB in float32. The gradient of one sample is always whole.
 MAX_ENTRIES = 2**24
 
 
 class EKFAC(Preconditioner):
-    """S = (1/N) sum over samples of (U_G^T grad U_A)^2, entry by entry, grad being the sample's own. Source: [GLB18].
+    """S = (1/N) sum over samples of (U_G^T grad U_A)^2, entry by entry, with the grad of the sample. Source: [GLB18].
 
     No diagonal in this basis is closer to the Fisher block in Frobenius norm. A sample's gradient is summed over its
     positions before it is squared. In the step that makes a new basis, S has not been measured in it yet: the products
-    of the factors' eigenvalues take its place, which is K-FAC with exact damping. Where eigenvalues coincide, their
-    eigenvectors are any basis of the eigenspace, and S with them.
+    of the factors' eigenvalues take its place, which is K-FAC with exact damping. If eigenvalues coincide, their
+    eigenvectors are any basis of the eigenspace, and S depends on that basis.
     """
 
     def __init__(self, shape: LayerShape, config: EKFACConfig, max_dense: int) -> None:
@@ -37,21 +37,21 @@ class EKFAC(Preconditioner):
         self.entries = {**self._factors.bases, "S": Form(shape.gradient), "damping": Form(())}
         self.shared = tuple(self._factors.bases)
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
-        found = self._factors.estimate(rows, due)
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        statistics = self._factors.estimate(batch, due)
         if "S" in due and all(name in shared for name in self.shared):
-            a_BNPI, g_BNPO = self._factors.inputs(rows), self._factors.output_gradients(rows)
-            found["S"] = _squares_in_basis(a_BNPI, g_BNPO, shared.get("A"), shared.get("G")) / rows.samples
-        return found
+            a_BNPI, g_BNPO = self._factors.inputs(batch), self._factors.output_gradients(batch)
+            statistics["S"] = _squares_in_basis(a_BNPI, g_BNPO, shared.get("A"), shared.get("G")) / batch.samples
+        return statistics
 
     def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
     ) -> dict[str, Problem]:
-        """Returns the factors only if one is new. An S measured before that belongs to the old basis."""
+        """Returns the factors if one is new, else nothing. An earlier S belongs to the old basis."""
         return self._factors.to_decompose(statistics) if _is_new_basis(fresh, old) else {}
 
     def error(self, name: str, statistics: Mapping[str, Tensor], damping: float, old: Cache) -> Tensor | None:
-        """Returns ||B - diag B||_F / ||B||_F of a factor in its old basis, B = U^T X U: 0 for what is diagonal anyway.
+        """Returns ||B - diag B||_F / ||B||_F of a factor in its old basis, B = U^T X U: 0 for a diagonal form.
 
         One product, since U leaves the norm as it is.
         """
@@ -75,11 +75,11 @@ class EKFAC(Preconditioner):
     ) -> Refreshed:
         endings: Mapping[str, Ending]
         if old is None or _is_new_basis(fresh, old):
-            found = self._factors.decomposition(statistics, solutions)
-            endings = found.endings
-            if found.values is None or found.bases is None:
+            eigen = self._factors.decomposition(statistics, solutions)
+            endings = eigen.endings
+            if eigen.values is None or eigen.bases is None:
                 return Refreshed(old, endings)
-            bases, S = found.bases, outer(found.values["G"], found.values["A"])
+            bases, S = eigen.bases, outer(eigen.values["G"], eigen.values["A"])
         else:
             bases, S = {name: old[name] for name in self.shared}, statistics.get("S", old["S"])
             endings = {"S": Ending.OK if bool(torch.isfinite(S).all()) else Ending.NON_FINITE}
@@ -109,7 +109,7 @@ def _squares_in_basis(a_BNPI: Tensor, g_BNPO: Tensor, A_basis: Tensor | None, G_
     if P == 1:  # the square of a product is the product of the squares: no sample's gradient is formed
         a_BNI, g_BNO = _turned(a_BNPI, A_basis).squeeze(2), _turned(g_BNPO, G_basis).squeeze(2)
         return g_BNO.square().mT @ a_BNI.square()
-    # Either basis is applied where there are fewer rows: P to a sample, or those of its gradient.
+    # Each basis is applied to the side with fewer rows: the P of a sample, or those of its gradient.
     turns_a, turns_g = P <= O, P <= I
     total = a_BNPI.new_zeros(B, O, I)
     chunk = max(1, MAX_ENTRIES // total.numel())

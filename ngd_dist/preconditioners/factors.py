@@ -1,4 +1,4 @@
-"""A and G, the Kronecker factors of a layer's Fisher block, and their eigenbases: what several methods start from."""
+"""A and G, the Kronecker factors of a layer's Fisher block, and their eigenbases, which several methods share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ngd_dist.factors.form import FactorForm, Form
 from ngd_dist.factors.kronecker import pi_split
 from ngd_dist.factors.root import Root
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache
 from ngd_dist.statistics.statistic import StatisticSpec
 
@@ -32,8 +32,8 @@ class Decomposition:
 class Factors:
     """A = (1/N) sum a a^T over samples and positions, G = (1/(N P)) sum g g^T. Sources: [MG15], [GM16] for P > 1.
 
-    With `sharing="reduce"` a is averaged and g summed over positions before, and P is 1. Source: [E23]. `forms`: of A
-    and of G; that of one-hot inputs must be diagonal, which is exact: see `factor_forms`.
+    With `sharing="reduce"` a is averaged and g summed over positions before, and P is 1. Source: [E23]. `forms`: those
+    of A and G; the A of one-hot inputs must be diagonal, which is exact: see `factor_forms`.
     """
 
     def __init__(self, shape: LayerShape, sharing: Sharing, forms: Mapping[str, FactorForm]) -> None:
@@ -50,29 +50,29 @@ class Factors:
         """The forms of the bases, by factor; a factor whose basis is the standard one has none."""
         return {name: Form(form.basis) for name, form in self.forms.items() if form.basis}
 
-    def inputs(self, rows: Rows) -> Tensor:
-        """Returns a_BNPI, with P = 1 where positions are reduced."""
+    def inputs(self, batch: LayerBatch) -> Tensor:
+        """Returns a_BNPI, with P = 1 if positions are reduced."""
         if not self._reduces:
-            return rows.a_BNPI
-        positions = rows.positions_B.to(rows.a_BNPI)
-        return rows.a_BNPI.sum(2, keepdim=True) / positions.where(positions > 0, 1).view(len(positions), -1, 1, 1)
+            return batch.a_BNPI
+        positions = batch.positions_B.to(batch.a_BNPI)
+        return batch.a_BNPI.sum(2, keepdim=True) / positions.where(positions > 0, 1).view(len(positions), -1, 1, 1)
 
-    def output_gradients(self, rows: Rows) -> Tensor:
-        """Returns g_BNPO, with P = 1 where positions are reduced."""
-        return rows.g_BNPO.sum(2, keepdim=True) if self._reduces else rows.g_BNPO
+    def output_gradients(self, batch: LayerBatch) -> Tensor:
+        """Returns g_BNPO, with P = 1 if positions are reduced."""
+        return batch.g_BNPO.sum(2, keepdim=True) if self._reduces else batch.g_BNPO
 
-    def estimate(self, rows: Rows, due: frozenset[str]) -> dict[str, Tensor]:
+    def estimate(self, batch: LayerBatch, due: frozenset[str]) -> dict[str, Tensor]:
         """Returns those of A and G that are due; see `Preconditioner.estimate`."""
-        found: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor] = {}
         if "A" in due:
-            found["A"] = self._input_moment(rows)
+            statistics["A"] = self._input_moment(batch)
         if "G" in due:
-            weight = 1 / rows.samples if self._reduces else 1 / _positions(rows)
-            found["G"] = self.forms["G"].moment(self.output_gradients(rows), weight, rows.replicate)
-        return found
+            weight = 1 / batch.samples if self._reduces else 1 / _positions(batch)
+            statistics["G"] = self.forms["G"].moment(self.output_gradients(batch), weight, batch.replicate)
+        return statistics
 
     def damping(self, statistics: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """Returns what is added to each factor for this damping of their product, [B]: see `pi_split`."""
+        """Returns the multiple of I to add to each factor for this damping of their product, [B]: see `pi_split`."""
         mean_a, mean_g = (self.forms[name].mean_eigenvalue(statistics[name]) for name in ("A", "G"))
         damping_a, damping_g = pi_split(mean_a, mean_g, damping)
         return {"A": damping_a, "G": damping_g}
@@ -80,12 +80,12 @@ class Factors:
     def precondition(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         """Returns G^-1 grad A^-1, [B, O, I]: (G (x) A)^-1 vec(grad) for a row-major gradient. Source: [MG15].
 
-        cache: the inverses of both. Those of a form that `lacks_damping` leave out 1 / damping.
+        cache: the inverses of both. If a form `lacks_damping`, its inverse leaves out 1 / damping.
         """
         return self.forms["G"].left(cache["G"], self.forms["A"].right(grad_BOI, cache["A"]))
 
     def to_decompose(self, statistics: Mapping[str, Tensor]) -> dict[str, Problem]:
-        """Returns those of A and G whose basis is not the standard one."""
+        """Returns those of A and G that have a basis other than the standard one."""
         problems = {name: form.to_decompose(statistics[name]) for name, form in self.forms.items()}
         return {name: problem for name, problem in problems.items() if problem is not None}
 
@@ -95,12 +95,12 @@ class Factors:
         bases: Cache = {}
         endings: dict[str, Ending] = {}
         for name, form in self.forms.items():
-            found = form.eigen(statistics[name], solutions.get(name))
-            endings[name] = found.ending
-            if found.values is not None:
-                values[name] = found.values
-            if found.vectors is not None:
-                bases[name] = found.vectors
+            eigen = form.eigen(statistics[name], solutions.get(name))
+            endings[name] = eigen.ending
+            if eigen.values is not None:
+                values[name] = eigen.values
+            if eigen.vectors is not None:
+                bases[name] = eigen.vectors
         if any(ending is not Ending.OK for ending in endings.values()):
             return Decomposition(None, None, endings)
         return Decomposition(values, bases, endings)
@@ -121,21 +121,21 @@ class Factors:
         entries = self._shape.blocks * self._shape.outputs * self._shape.inputs
         return entries * sum(form.product_flops for form in self.forms.values())
 
-    def _input_moment(self, rows: Rows) -> Tensor:
+    def _input_moment(self, batch: LayerBatch) -> Tensor:
         if self._shape.has_one_hot_inputs:
-            return rows.input_squares_BI / rows.samples
+            return batch.input_squares_BI / batch.samples
         if self._reduces:
-            return self.forms["A"].moment(self.inputs(rows), 1 / rows.samples, rows.replicate)
-        return self.forms["A"].input_moment(rows)
+            return self.forms["A"].moment(self.inputs(batch), 1 / batch.samples, batch.replicate)
+        return self.forms["A"].input_moment(batch)
 
 
 def factor_form(blocks: int, width: int, max_dense: int, rows: int | None = None) -> FactorForm:
-    """Returns the form of a factor of this width: dense, or its diagonal where it is wider than `max_dense`.
+    """Returns the form of a factor of this width: dense, or its diagonal if it is wider than `max_dense`.
 
-    With `rows` a factor at least twice as wide is kept as so many of its rows: X for X^T X, drawn without replacement
-    where there are more, so that X^T X has the factor for its mean.
+    With `rows` a factor at least twice as wide is kept as that many of its rows X, for X^T X. If there are more, they
+    are drawn without replacement, so that the mean of X^T X is the factor.
     """
-    if rows is not None and width >= 2 * rows:  # where a product with two thin matrices is the cheaper one
+    if rows is not None and width >= 2 * rows:  # then a product with two thin matrices is cheaper
         return Root((blocks, rows, width))
     return Diagonal((blocks, width)) if width > max_dense else Dense((blocks, width, width))
 
@@ -147,7 +147,7 @@ def factor_forms(shape: LayerShape, max_dense: int, rows: int | None = None) -> 
     return {"A": A, "G": factor_form(B, O, max_dense, rows)}
 
 
-def _positions(rows: Rows) -> Tensor:
-    """Returns the positions of all samples, [B] or [1]. Some of a micro-batch's samples have their share of its own."""
-    positions = rows.positions_B
-    return (positions if positions.ndim == 1 else rows.mean_positions_B) * rows.samples
+def _positions(batch: LayerBatch) -> Tensor:
+    """Returns the positions of all samples, [B] or [1]; those of a replicate are its share of the micro-batch's."""
+    positions = batch.positions_B
+    return (positions if positions.ndim == 1 else batch.mean_positions_B) * batch.samples

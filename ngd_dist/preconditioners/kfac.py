@@ -10,7 +10,7 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import FactorForm, Form
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.preconditioners.factors import Factors, factor_forms
 
@@ -37,13 +37,13 @@ class KFAC(Preconditioner):
         """Returns the forms of A and G. A subclass may choose others."""
         return factor_forms(shape, max_dense, config.rows)
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
-        return self._factors.estimate(rows, due)
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        return self._factors.estimate(batch, due)
 
     def problems(
         self, statistics: Statistics, fresh: frozenset[str], damping: float, old: Cache | None
     ) -> dict[str, Problem]:
-        """Returns both factors if one is new: pi ties them, and the cache stays a function of what is current."""
+        """Returns both factors if one is new: pi ties them, and the cache is a function of the present statistics."""
         return self._mode.problems(statistics, damping, old or {})
 
     def error(self, name: str, statistics: Statistics, damping: float, old: Cache) -> Tensor | None:
@@ -70,7 +70,7 @@ class KFAC(Preconditioner):
 
 
 class _Split:
-    """The inverses of both factors, each with its share of the damping. One that fails stays as it was."""
+    """The inverses of both factors, each with its share of the damping. If one fails, the old one stays."""
 
     def __init__(self, factors: Factors) -> None:
         self._factors = factors
@@ -103,9 +103,9 @@ class _Split:
 
 
 class _ScaledSplit(_Split):
-    """As `_Split`, where some inverses are kept times their damping: `scale` is one over the product of theirs.
+    """As `_Split`, but some inverses are kept times their damping: `scale` is one over the product of the dampings.
 
-    The scale goes with both inverses, so that neither is of use without the other: if one fails both stay.
+    The scale belongs to both inverses together: if one fails, both old ones stay.
     """
 
     def __init__(self, factors: Factors, blocks: int) -> None:
@@ -130,7 +130,7 @@ class _ScaledSplit(_Split):
 
 
 class _Exact:
-    """Bases and 1 / (d_G d_A^T + damping): the old ones unless both factors gave theirs."""
+    """Bases and 1 / (d_G d_A^T + damping): the old ones unless both decompositions succeed."""
 
     def __init__(self, factors: Factors, gradient: tuple[int, int, int]) -> None:
         self._factors = factors
@@ -145,11 +145,11 @@ class _Exact:
     def refresh(
         self, statistics: Statistics, damping: float, old: Cache | None, solutions: Mapping[str, Solution]
     ) -> Refreshed:
-        found = self._factors.decomposition(statistics, solutions)
-        if found.values is None or found.bases is None:
-            return Refreshed(old, found.endings)
-        inverse = (outer(found.values["G"], found.values["A"]) + damping).reciprocal()
-        return Refreshed({**found.bases, "inverse": inverse}, found.endings)
+        eigen = self._factors.decomposition(statistics, solutions)
+        if eigen.values is None or eigen.bases is None:
+            return Refreshed(old, eigen.endings)
+        inverse = (outer(eigen.values["G"], eigen.values["A"]) + damping).reciprocal()
+        return Refreshed({**eigen.bases, "inverse": inverse}, eigen.endings)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         A, G = cache.get("A"), cache.get("G")
@@ -163,7 +163,7 @@ class _Exact:
 
 
 def _mode_of(config: KFACConfig, factors: Factors, shape: LayerShape) -> _Split | _Exact:
-    """Returns how A and G become a cache, and the cache a direction. Its methods answer for those of `KFAC`."""
+    """Returns the mode that turns A and G into a cache, and the cache into a direction, for the methods of `KFAC`."""
     if config.damping_form == "exact":
         return _Exact(factors, shape.gradient)
     if any(form.lacks_damping for form in factors.forms.values()):

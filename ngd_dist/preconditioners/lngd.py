@@ -1,4 +1,4 @@
-"""LNGD: each layer's own output as its likelihood, so that the forward pass alone gives the Fisher block."""
+"""LNGD: the likelihood of each layer is its own output, so that the forward pass alone gives the Fisher block."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.diagonal import Diagonal
 from ngd_dist.factors.form import FactorForm
 from ngd_dist.inversion import Problem, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.preconditioners.factors import factor_form
 from ngd_dist.statistics.statistic import StatisticSpec
@@ -20,14 +20,14 @@ __all__ = ["LNGD"]
 class LNGD(Preconditioner):
     """Phi = (1/N) sum a a^T ||s'||^2 and diagonal Psi = (1/N) sum ||a||^2 s'^2 over samples and positions.
 
-    s' is the derivative of the activation phi that reads the layer's output s. With phi(s) + N(0, I) for what the
-    layer observes, the score of s is s' times noise: its expected square is s'^2, different entries and positions are
-    uncorrelated, and no label is drawn. The block is Phi (x) Psi / tr Psi, whose trace is exact; Psi is divided when
-    used, not when averaged, because a mean of quotients is not the quotient of the means. Where no activation is known
-    s' is 1, and Phi a multiple of K-FAC's A. A Phi wider than `max_dense` is kept as its diagonal. Source: [L24].
+    s' is the derivative of the activation phi that reads the layer's output s. If the layer observes phi(s) + N(0, I),
+    the score of s is s' times noise: its expected square is s'^2, different entries and positions are uncorrelated, and
+    no label is drawn. The block is Phi (x) Psi / tr Psi, with the exact trace; Psi is divided when used, not when
+    averaged, because a mean of quotients is not the quotient of the means. If no activation is known, s' is 1, and Phi
+    a multiple of K-FAC's A. A Phi wider than `max_dense` is kept as its diagonal. Source: [L24].
 
-    The damping is the method's own, so that `refresh` doesn't read the one that it is given: the mean eigenvalue of
-    each factor, between the config's bounds, and not below what the factor's form and dtype resolve.
+    The damping is the method's own, and `refresh` ignores its argument: the mean eigenvalue of each factor, between the
+    config's bounds, and not below the resolution of the factor's form and dtype.
     """
 
     reads_slopes = True
@@ -39,18 +39,18 @@ class LNGD(Preconditioner):
         self._forms: dict[str, FactorForm] = {"Phi": factor_form(B, I, max_dense), "Psi": Diagonal((B, O))}
         self.statistics = tuple(StatisticSpec(name, form, reads_gradients=False) for name, form in self._forms.items())
         self.entries = {name: form.inverse for name, form in self._forms.items()}
-        self.parts = {"Phi": self._forms["Phi"].inverse_flops, "Psi": B * O}
+        self.flops_by_statistic = {"Phi": self._forms["Phi"].inverse_flops, "Psi": B * O}
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
-        a_BNPI, slopes_BNPO, weight = rows.a_BNPI, rows.slopes_BNPO, 1 / rows.samples
-        found: dict[str, Tensor] = {}
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+        a_BNPI, slopes_BNPO, weight = batch.a_BNPI, batch.slopes_BNPO, 1 / batch.samples
+        statistics: dict[str, Tensor] = {}
         if "Phi" in due:
             weighted = a_BNPI * slopes_BNPO.square().sum(-1, keepdim=True).sqrt()
-            found["Phi"] = self._forms["Phi"].moment(weighted, weight, rows.replicate)
+            statistics["Phi"] = self._forms["Phi"].moment(weighted, weight, batch.replicate)
         if "Psi" in due:
             lengths = a_BNPI.square().sum(-1, keepdim=True).sqrt()
-            found["Psi"] = self._forms["Psi"].moment(slopes_BNPO * lengths, weight, rows.replicate)
-        return found
+            statistics["Psi"] = self._forms["Psi"].moment(slopes_BNPO * lengths, weight, batch.replicate)
+        return statistics
 
     def problems(
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
@@ -82,7 +82,7 @@ class LNGD(Preconditioner):
         return self._forms["Psi"].left(cache["Psi"], self._forms["Phi"].right(grad_BOI, cache["Phi"]))
 
     def refresh_flops(self) -> int:
-        return sum(self.parts.values())
+        return sum(self.flops_by_statistic.values())
 
     def apply_flops(self) -> int:
         entries = self.shape.blocks * self.shape.outputs * self.shape.inputs
@@ -94,6 +94,6 @@ class LNGD(Preconditioner):
 
 
 def _with_unit_trace(Psi_BO: Tensor) -> Tensor:
-    """Returns Psi / tr Psi; as it is where the trace is 0, which is a layer that no sample reaches."""
+    """Returns Psi / tr Psi; if the trace is 0, as in a layer that no sample reaches, Psi itself."""
     trace = Psi_BO.sum(-1, keepdim=True)
     return Psi_BO / trace.where(trace != 0, 1)

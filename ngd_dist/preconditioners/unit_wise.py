@@ -8,7 +8,7 @@ from torch import Tensor
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending, Solution
-from ngd_dist.layers.base import Rows
+from ngd_dist.layers.base import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics.statistic import StatisticSpec
 
@@ -16,7 +16,7 @@ __all__ = ["UnitWise"]
 
 
 class UnitWise(Preconditioner):
-    """F [O, 3] holds (a, b, d) of the block [[a, b], [b, d]] of each unit; [O, 1] where there is a scale alone.
+    """F [O, 3] holds (a, b, d) of the block [[a, b], [b, d]] of each unit; [O, 1] if there is only a scale.
 
     Rows are the normalised inputs, one per unit: a_BNPI is [1, N, P, O]. Source: [OT20], unit-wise.
     """
@@ -28,10 +28,10 @@ class UnitWise(Preconditioner):
         self.statistics = (StatisticSpec("F", form),)
         self.entries = {"F": form}
 
-    def estimate(self, rows: Rows, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
+    def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "F" not in due:
             return {}
-        a_NPO, g_NPO = rows.a_BNPI[0], rows.g_BNPO[0]
+        a_NPO, g_NPO = batch.a_BNPI[0], batch.g_BNPO[0]
         scale_NO = (a_NPO * g_NPO).sum(1)
         if not self._has_shift:
             return {"F": scale_NO.square().mean(0).unsqueeze(-1)}

@@ -1,7 +1,7 @@
-"""When each statistic is refreshed next. Everything here is a pure function of integers that every rank has.
+"""Plans the next refresh of each statistic. Everything here is a pure function of integers that every rank has.
 
-A statistic's owner measures how far it changed and sends a verdict; every rank then applies the same rules to the
-same verdicts, so that the due sets, which shape the next collectives, can't differ between ranks.
+A statistic's owner measures its change and sends a verdict. Every rank then applies the same rules to the same
+verdicts, so that the due sets, which shape the next collectives, can't differ between ranks.
 """
 
 from collections import defaultdict
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Verdict(IntEnum):
-    """What a refresh showed of a statistic. The integer is what travels between ranks."""
+    """The judgement on a refreshed statistic. The integer travels between ranks."""
 
     CHANGED = 0
     MOVING = 1
@@ -42,8 +42,7 @@ class Verdict(IntEnum):
 def judge(change: Change, threshold: float) -> Verdict:
     """Returns CHANGED if the newest value is unlike the last, MOVING if unlike the one before, else SETTLED.
 
-    X is like Y if its relative change is below the threshold. A change of NaN is like nothing. Source: [OT20], stale
-    statistics.
+    X is like Y if its relative change is below the threshold, which NaN never is. Source: [OT20], stale statistics.
     """
     if not change.to_last < threshold:
         return Verdict.CHANGED
@@ -55,8 +54,8 @@ def judge(change: Change, threshold: float) -> Verdict:
 def judge_error(error: float, threshold: float) -> Verdict:
     """Returns CHANGED from the threshold on, MOVING from half of it on, else SETTLED. NaN is above any threshold.
 
-    The error is that of an inverse which stays in use until it reaches the threshold: the two bounds take the place of
-    the two last values.
+    The error is that of an inverse, which stays in use until the error reaches the threshold. The two bounds take the
+    place of the last two values.
     """
     if not error < threshold:
         return Verdict.CHANGED
@@ -73,12 +72,12 @@ def threshold_for(
     noise: float,
     defaults: Mapping[str, float] = MappingProxyType({}),
 ) -> float:
-    """Returns the change from which on a statistic counts as changed: the configured one, or more if it is so noisy.
+    """Returns the change from which on a statistic counts as changed: the configured one, or more if it is noisy.
 
-    `defaults`: the thresholds of the method's statistics, where the policy sets no other.
-    `noise` is the expected relative change of a statistic that does not change: of the difference of its newest value,
-    with the sampling error of one batch, and the average that is in use, with an error of its own that a long memory
-    makes small (`Statistic.spread`). Infinity where that could not be measured. Of fixed intervals there is none.
+    `noise`: the relative change that sampling alone makes expected. The newest value has the sampling error of one
+    batch, and the average in use has an error that a long memory makes small (`Statistic.spread`). Infinity if it was
+    not measured. `defaults`: the thresholds of the method's statistics, if the policy sets no other. Under fixed
+    intervals the threshold is infinite.
     """
     if isinstance(policy, FixedInterval):
         return inf
@@ -90,14 +89,14 @@ def threshold_for(
 
 
 def error_threshold(policy: AdaptiveInterval | FixedInterval) -> float | None:
-    """Returns the error up to which what is in use is kept for a new value; None where nobody measures it."""
+    """Returns the largest error at which the inverse in use is kept; None if the policy measures none."""
     if isinstance(policy, AdaptiveInterval) and policy.criterion == "error":
         return policy.error_threshold
     return None
 
 
 def adaptive_interval(verdict: Verdict, last: int, before: int) -> int:
-    """Returns the next interval: the same while moving, the sum of the last two once settled, else half the last.
+    """Returns the next interval: the same if MOVING, the sum of the last two if SETTLED, else half the last.
 
     Identical statistics give 1, 1, 2, 3, 5, 8, ... Source: [OT20], stale statistics.
     """
@@ -112,10 +111,10 @@ def adaptive_interval(verdict: Verdict, last: int, before: int) -> int:
 class Track:
     """The schedule of one statistic, in optimizer steps; step numbers start at 1.
 
-    `due` is at most `interval` after the last try: staggering may make it less, and the step for which a new basis is
-    left alone one more. A statistic that is due may have to wait for its turn. `refreshed` is the step of the value
-    that is in use: 0 until there is one, and unmoved by a try that gave nothing usable. `rows` is what all ranks
-    estimated it from when it was last seen.
+    `due` is at most `interval` after the last refresh: staggering may make it less, and a new basis one step more.
+    A statistic that is due may have to wait for its turn. `refreshed` is the step of the value in use: 0 until
+    there is one, and unchanged by a refresh that gave nothing usable. `rows`: the number from which all ranks estimated
+    it when it was last seen.
     """
 
     due: int = 1
@@ -125,10 +124,10 @@ class Track:
     rows: int = 0
 
 
-# The operations of refreshing some of a layer's statistics, each estimated from so many rows.
+# The operations of refreshing some of a layer's statistics, each estimated from this number of rows.
 Work = Callable[[str, Mapping[str, int]], int]
-# Where no cap is set, a step may do this many times the mean that the intervals ask for. With much less than 1/4 above
-# it statistics wait longer and longer; with more, steps differ by more.
+# Without a cap, a step may do this many times the mean work that the intervals ask for. With much less than 1/4 above
+# the mean, statistics wait longer and longer; with more, steps differ by more.
 CAP_MARGIN = 1.25
 NEVER = 2**62
 REFRESHED = (Verdict.CHANGED, Verdict.MOVING, Verdict.SETTLED)
@@ -149,8 +148,8 @@ class Schedule:
     ) -> None:
         """`keys` gives the order in which ties are broken. `cap` is `NGDConfig.refresh_cap`.
 
-        The statistics `in_basis` are measured in what the others of their layer made, and start anew a step after.
-        The others leave them that step: made anew each time, a basis would never have anything measured in it.
+        The statistics `in_basis` are measured in a basis that the others of their layer make, and start again a step
+        after it. The others skip that step: nothing could be measured in a basis that every step replaces.
         """
         self.tracks: dict[Key, Track] = {key: Track(due=NEVER if key in in_basis else 1) for key in keys}
         self._in_basis = frozenset(in_basis)
@@ -162,11 +161,11 @@ class Schedule:
     def due(self, step: int) -> list[Key]:
         """Returns the statistics to refresh in this step, in registration order.
 
-        What has no value yet is refreshed at once. The rest follows as far as the cap allows, most overdue first and
-        one layer at least; none is passed over for a cheaper one, so that the dear ones have their turn.
+        A statistic without a value is refreshed at once. The others follow as far as the cap allows, most overdue first
+        and one layer at least; none is passed over for a cheaper one, so that expensive ones have their turn.
         """
         due = [key for key, track in self.tracks.items() if track.due <= step]
-        # What is measured in the basis that this step replaces would be thrown away.
+        # A measurement in the basis that this step replaces would be thrown away.
         replaced = {key.layer for key in due if key not in self._in_basis}
         due = [key for key in due if key not in self._in_basis or key.layer not in replaced]
         waiting = sorted((key for key in due if self.tracks[key].refreshed > 0), key=lambda key: self.tracks[key].due)
@@ -174,7 +173,7 @@ class Schedule:
         return [key for key in due if key not in late]
 
     def advance(self, step: int, verdicts: Mapping[Key, Verdict], rows: Mapping[Key, int] | None = None) -> None:
-        """Plans the next refresh of every statistic that was due in this step, estimated from so many rows."""
+        """Plans the next refresh of every statistic that was due in this step. rows: the number behind each."""
         due = self.due(step)
         plan = _Plan(self._work)
         for key, track in self.tracks.items():
@@ -192,20 +191,20 @@ class Schedule:
             refreshed = track.refreshed if verdict is Verdict.UNUSABLE else step
             self.tracks[key] = Track(planned, refreshed, interval, track.interval, seen)
             plan.add(planned, key, seen)
-        remade = (Verdict.CHANGED,) if error_threshold(self._policy) else REFRESHED
-        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in remade}
-        self._begin_anew({key.layer for key in self._in_basis} & rebuilt, step)
+        rebuilding = (Verdict.CHANGED,) if error_threshold(self._policy) else REFRESHED
+        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in rebuilding}
+        self._restart({key.layer for key in self._in_basis} & rebuilt, step)
 
     def inherit(self, old: "Schedule") -> None:
-        """Goes on with the tracks of those statistics that the old one had too."""
+        """Takes over the tracks of the statistics that both have."""
         self.tracks |= {key: track for key, track in old.tracks.items() if key in self.tracks}
 
     def state(self) -> list[dict[str, int]]:
         """Returns the tracks as plain integers, in key order."""
         return [asdict(track) for track in self.tracks.values()]
 
-    def _begin_anew(self, layers: Collection[str], step: int) -> None:
-        """Plans the first measurements in these layers' new bases, which last until then."""
+    def _restart(self, layers: Collection[str], step: int) -> None:
+        """Plans the first measurements in these layers' new bases, and keeps the bases until then."""
         for key, track in self.tracks.items():
             if key.layer in layers:
                 is_first = key in self._in_basis
@@ -219,7 +218,7 @@ class Schedule:
         return min(grown, self._policy.max_interval)
 
     def _fitting(self, waiting: Sequence[Key]) -> int:
-        """Returns how many of these, in this order, a step has room for."""
+        """Returns the number of these, in this order, that one step has room for."""
         room = self._room() if len(waiting) > 1 else inf
         plan = _Plan(self._work)
         for count, key in enumerate(waiting):
@@ -231,7 +230,7 @@ class Schedule:
         return len(waiting)
 
     def _room(self) -> float:
-        """Returns the operations that one step may spend on refreshing what could wait."""
+        """Returns the operations that one step may spend on statistics that could wait."""
         if self._cap is None and self._stagger == 0:
             return inf
         by_layer: dict[str, list[tuple[int, Key]]] = defaultdict(list)
@@ -239,9 +238,9 @@ class Schedule:
             if key not in self._in_basis and (self._cap is not None or track.refreshed > 0):
                 by_layer[key.layer].append((1 if self._cap is not None else track.interval, key))
         mean, plan = 0.0, _Plan(self._work)
-        for own in by_layer.values():
-            # A rarer refresh meets the more frequent ones of its layer, and adds what they don't do anyway.
-            for interval, key in sorted(own, key=lambda pair: pair[0]):
+        for of_layer in by_layer.values():
+            # A rarer refresh meets the more frequent ones of its layer, and adds only the work that they don't do.
+            for interval, key in sorted(of_layer, key=lambda pair: pair[0]):
                 mean += plan.added(0, key, self.tracks[key].rows) / interval
                 plan.add(0, key, self.tracks[key].rows)
         return mean * (CAP_MARGIN if self._cap is None else self._cap)
@@ -249,7 +248,7 @@ class Schedule:
     def _quietest(self, plan: "_Plan", key: Key, rows: int, step: int, interval: int) -> int:
         """Returns the step, at most `interval` away, on which this refresh adds least to the planned work.
 
-        A refresh may come early by the staggering fraction, and is never planned late. Where a layer's cache is made of
+        A refresh may come early by the staggering fraction, and is never planned late. If a layer's cache is made of
         all its statistics at once, the step of another one saves work. Ties go to the latest step.
         """
         earliest, latest = step + max(1, ceil(interval * (1 - self._stagger))), step + interval
@@ -263,13 +262,13 @@ class Schedule:
 
 
 def _remembered(work: Work) -> Work:
-    """Returns the same, asked once for each layer and rows: a schedule asks for all of them several times a step."""
+    """Returns the same function with a cache: a schedule calls it for all layers several times a step."""
 
     @lru_cache(maxsize=2**14)
-    def ask(layer: str, rows: tuple[tuple[str, int], ...]) -> int:
+    def cached(layer: str, rows: tuple[tuple[str, int], ...]) -> int:
         return work(layer, dict(rows))
 
-    return lambda layer, rows: ask(layer, tuple(rows.items()))
+    return lambda layer, rows: cached(layer, tuple(rows.items()))
 
 
 class _Plan:
@@ -288,13 +287,13 @@ class _Plan:
         return self._totals.get(step, 0)
 
     def added(self, step: int, key: Key, rows: int) -> int:
-        """Returns what one more statistic adds to a step."""
-        there = self._rows.get((step, key.layer))
-        with_it = self._work(key.layer, {**(there or {}), key.statistic: rows})
-        return with_it - (self._work(key.layer, there) if there else 0)
+        """Returns the work that one more statistic adds to a step."""
+        planned = self._rows.get((step, key.layer))
+        with_it = self._work(key.layer, {**(planned or {}), key.statistic: rows})
+        return with_it - (self._work(key.layer, planned) if planned else 0)
 
     def saved(self, step: int, key: Key, rows: int) -> int:
-        """Returns by how much that is less than on a step without others of its layer."""
+        """Returns the work that is saved against a step without other statistics of its layer."""
         if (step, key.layer) not in self._rows:
             return 0
         return self._work(key.layer, {key.statistic: rows}) - self.added(step, key, rows)

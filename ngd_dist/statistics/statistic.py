@@ -1,4 +1,4 @@
-"""Statistic: one named tensor averaged over time, with what is needed to tell how fast it changes."""
+"""Statistic: one named tensor that is averaged over time and measures its own change."""
 
 import math
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StatisticSpec:
-    """What a preconditioner says about one of its statistics.
+    """The description of one of a preconditioner's statistics.
 
-    `form`: how its value is kept. `reads_gradients`: whether it needs output gradients, of the loss or of the Fisher's
-    own backward pass, or the forward pass alone. `in_basis`: it is measured in what the cache holds at the time, and
-    starts anew when that changes.
+    `form`: the form of its value. `reads_gradients`: whether it needs output gradients, of the loss or of a Fisher
+    pass, or the forward pass alone. `in_basis`: whether it is measured in a basis of the cache, and restarts when that
+    changes.
     """
 
     name: str
@@ -43,10 +43,10 @@ class StatisticSpec:
 
 
 class Change(NamedTuple):
-    """Relative Frobenius change of a statistic against its last value and the one before; infinity where none is.
+    """Relative Frobenius change of a statistic against its last value and the one before; infinity without one.
 
-    Relative to the smaller of the two norms, where [OT20] has that of the earlier value: a statistic that vanishes
-    would change by 1 at most. `norm` is that of the newest value.
+    Relative to the smaller of the two norms. [OT20] takes the norm of the earlier value, so that a statistic that
+    vanishes changes by 1 at most. `norm` is that of the newest value.
     """
 
     to_last: float
@@ -57,8 +57,8 @@ class Change(NamedTuple):
 class Statistic:
     """A moving average that knows its own weight, so that it is unbiased from the first value on.
 
-    `value` is None until the first fold. The value before the newest is kept flat for `fold` to
-    measure the change, only where `remembers` is true: on the one rank whose measurement counts.
+    `value` is None until the first fold. If `remembers` is true, as on the one rank that reports, the value before the
+    newest is kept flat, so that `fold` can measure the change.
     """
 
     def __init__(self, spec: StatisticSpec, *, ema_decay: float, remembers: bool) -> None:
@@ -70,10 +70,10 @@ class Statistic:
         self._before: Tensor | None = None
 
     def fold(self, new: Tensor) -> Change:
-        """Averages in the newest value, which it may keep; returns how far that value is from the last averages.
+        """Averages in the newest value, which it may keep; returns the change of that value against the last averages.
 
-        The value itself is compared, since an average with a long memory hardly moves when its statistic jumps. Where
-        the statistic does not remember, nothing is measured and the change is infinite.
+        The value itself is compared, since an average with a long memory hardly moves when its statistic jumps. If the
+        statistic does not remember, the change is infinite.
         """
         past = self.ema_decay * self.weight
         last, self.weight = self.value, past + 1.0
@@ -86,10 +86,10 @@ class Statistic:
 
     @property
     def spread(self) -> float:
-        """How much noisier the change of the next value is than the value: sqrt(2), or less against an average.
+        """The noise of the next value's change over that of the value: sqrt(2), or less against an average.
 
-        Values of equal noise, weighed by w_i, average to one of the relative variance sum w_i^2 / (sum w_i)^2; the
-        newest adds its own. For w_i = d^i both sums follow from d and the sum of weights w alone.
+        An average of values of equal noise, weighed by w_i, has the relative variance sum w_i^2 / (sum w_i)^2; the
+        newest value adds 1. For w_i = d^i both sums follow from d and the sum of weights alone.
         """
         past, decay = self.weight, self.ema_decay
         if past == 0:
@@ -97,11 +97,11 @@ class Statistic:
         return math.sqrt(1 + (2 - past * (1 - decay)) / ((1 + decay) * past))
 
     def reset(self) -> None:
-        """Forgets every value: what comes next is measured in another basis."""
+        """Forgets every value: the next one is measured in another basis."""
         self.weight, self.value, self._before = 0.0, None, None
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: flat tensors and the weight."""
+        """Returns the state for a checkpoint: flat tensors and the weight."""
         value = None if self.value is None else self.spec.form.flatten(self.value)
         return {"value": value, "before": self._before, "weight": self.weight}
 

@@ -28,9 +28,9 @@ Steps = Mapping[nn.Parameter, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A step that is being tried: the weights before it, if its success is to be judged, and the model's prediction.
+    """A step under trial: the weights before it, if its success is to be judged, and the model's prediction.
 
-    `model`: the loss before the step and the change that the quadratic model predicts, where it chose the step.
+    `model`: the loss before the step and the change that the quadratic model predicts, if it chose the step.
     """
 
     is_judged: bool = False
@@ -39,9 +39,9 @@ class Trial:
 
 
 class Adaptation:
-    """Chooses lr and momentum before a step, and damping from how it went. What it sets is the same on every rank.
+    """Chooses lr and momentum before a step, and damping from its success. Both are the same on every rank.
 
-    `capture` is paused while the objective is evaluated, which keeps these passes out of the statistics.
+    `capture` is paused while the objective is evaluated, so that these passes stay out of the statistics.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Adaptation:
 
     @property
     def momentum_mode(self) -> MomentumMode:
-        """How the momentum of the param groups takes part in the update."""
+        """The way in which the momentum of the param groups takes part in the update."""
         return self._momentum_mode
 
     def begin(
@@ -74,7 +74,7 @@ class Adaptation:
         state: Mapping[Any, MutableMapping[str, Any]],
         objective: Objective | None,
     ) -> Trial | None:
-        """Collective if the settings need an objective. Sets lr and momentum where the quadratic model chooses them.
+        """Collective if the settings need an objective. Sets lr and momentum if the quadratic model chooses them.
 
         Returns None, on all ranks, for a step to be skipped: its quadratic model has NaN or infinity.
         Raises: NonFiniteError, on all ranks, for the same unless such steps are to be skipped.
@@ -96,7 +96,7 @@ class Adaptation:
         )
 
     def end(self, trial: Trial, groups: Groups, objective: Objective | None) -> Adapted:
-        """Collective if the trial is judged. Sets the damping from what the step has done to the loss."""
+        """Collective if the trial is judged. Sets the damping from the change of the loss."""
         rule = self._rule
         if objective is None or not trial.is_judged or not isinstance(rule, LevenbergMarquardt):
             return Adapted()

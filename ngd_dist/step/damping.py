@@ -1,4 +1,4 @@
-"""How large lambda is at a step."""
+"""Lambda at each step."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def damping_after(rule: DampingChoice, group: Mapping[str, Any], step: int) -> f
 def reduction_ratio(loss_change: float, model_change: float) -> float:
     """Returns rho = loss_change / model_change, both after minus before; NaN unless the model predicted a decrease.
 
-    Without that guard a step that both the model and the loss call a bad one would have a good rho.
+    Without that guard, if both model and loss rise in a step, the step would have a good rho.
     Source: [MG15] section 6.5.
     """
     return loss_change / model_change if model_change < 0 else math.nan

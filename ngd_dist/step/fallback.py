@@ -1,4 +1,4 @@
-"""What updates the parameters that no preconditioned layer covers, where the config names an optimizer for them."""
+"""Updates the parameters that no preconditioned layer covers, if the config names an optimizer for them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ class Fallback:
     """torch.optim.AdamW over the plain parameters; a group's lr follows that of NGD's group.
 
     groups: NGD's param groups.
-    names: the plain parameters, each with the name, unlike any other's, under which its state is saved. May be empty.
+    names: the plain parameters, each with a unique name, under which its state is saved. May be empty.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Fallback:
     def step(self, groups: Sequence[Mapping[str, Any]], gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Moves these parameters by AdamW's rule, at config.lr * lr / first_lr; leaves each `grad` as it was.
 
-        groups: NGD's param groups as they are now: an optimizer's `load_state_dict` puts new ones in the old's place.
+        groups: NGD's present param groups, since an optimizer's `load_state_dict` replaces them.
         gradients: the mean over all ranks, of every plain parameter that has one.
         """
         for ours, group in zip(self._adamw.param_groups, groups, strict=True):
@@ -52,12 +52,12 @@ class Fallback:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Returns AdamW's state by parameter name, empty before the first step. The tensors are in use, as torch's.
 
-        What has had no gradient yet has an empty one.
+        A parameter that has had no gradient yet has an empty state.
         """
         return {name: dict(self._adamw.state.get(p, {})) for p, name in self._names.items() if self._adamw.state}
 
     def inherit(self, old: "Fallback") -> None:
-        """Goes on with the state of those parameters that the old one updated too."""
+        """Takes over the state of the parameters that both update."""
         self._adamw.state.update({p: state for p, state in old._adamw.state.items() if p in self._names})
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -75,7 +75,7 @@ class Fallback:
 
 
 def lr_ratio(group: Mapping[str, Any]) -> float:
-    """Returns lr / first_lr. A group that began at 0 gives no scale: 1 from when its lr is above 0."""
+    """Returns lr / first_lr. If a group began at 0, which gives no scale, 1 once its lr is above 0."""
     lr, first = group["lr"], group["first_lr"]
     return float(lr / first if first > 0 else lr > 0)
 

@@ -1,6 +1,6 @@
-"""Whether numbers are finite, by their 2-norm: on a CPU a tenth of the time of looking at each.
+"""Tells whether numbers are finite by their 2-norm: on a CPU it takes a tenth of the time of a look at each.
 
-The norm of numbers beyond the square root of the dtype's range is infinite too. Nothing that is trained has such.
+The norm of numbers beyond the square root of the dtype's range is infinite too, but no training has such numbers.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,6 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     norms: list[Tensor] = []
     for is_half in (True, False):
         if group := [t for t in tensors if (t.dtype == torch.float16) is is_half]:
-            # The norm of float16 numbers leaves their range easily.
+            # The norm of float16 numbers easily leaves the range of float16.
             norms += torch._foreach_norm(group, 2, torch.float32) if is_half else torch._foreach_norm(group, 2)
     return torch.stack([torch.isfinite(norm) for norm in norms]).all()

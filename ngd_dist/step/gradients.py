@@ -1,4 +1,4 @@
-"""This rank's gradients: without a GradScaler's factor, and whether they are all finite."""
+"""This rank's gradients, without a GradScaler's factor, and the check that all are finite."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -30,22 +30,22 @@ class Gradients:
         self._is_averaged = is_averaged
 
     def of(self, optimizer: Any, parameter: nn.Parameter) -> Tensor:
-        """Returns the gradient of the loss; zeros where there is none."""
+        """Returns the gradient of the loss; zeros if there is none."""
         if parameter.grad is None:
             return torch.zeros_like(parameter)
         return self._loss_scale.unscaled(optimizer, parameter.grad)
 
     def flags(self, optimizer: Any, device: torch.device) -> Tensor:
-        """Returns, without reading it, [2]: 1 if a gradient of this rank has NaN or infinity; how many have none."""
-        found = [p.grad for p in self._parameters.values() if p.grad is not None]
+        """Returns, without reading it, [2]: 1 if a gradient has NaN or infinity; the number of missing ones."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         overflow = self._loss_scale.overflow(optimizer)
         if overflow is not None:
             bad = overflow.to(device, torch.float32).sign().view(1)
         else:
-            bad = (~all_finite(found)).float().view(1) if found else torch.zeros(1, device=device)
-        return torch.cat([bad, bad.new_full((1,), len(self._parameters) - len(found))])
+            bad = (~all_finite(gradients)).float().view(1) if gradients else torch.zeros(1, device=device)
+        return torch.cat([bad, bad.new_full((1,), len(self._parameters) - len(gradients))])
 
-    def there(self, *, everywhere: bool) -> Collection[nn.Parameter]:
+    def differentiated(self, *, everywhere: bool) -> Collection[nn.Parameter]:
         """Returns the parameters that have a gradient on any rank; collective unless all have one `everywhere`."""
         parameters = self._parameters.values()
         if everywhere:
@@ -55,12 +55,12 @@ class Gradients:
             counts = torch.tensor(flags, dtype=torch.float32, device=next(iter(parameters)).device)
             self._comm.all_reduce("which parameters have a gradient", counts, kind="gradients")
             flags = (counts > 0).tolist()
-        return {p for p, is_there in zip(parameters, flags, strict=True) if is_there}
+        return {p for p, has_gradient in zip(parameters, flags, strict=True) if has_gradient}
 
     def error(self, step: int) -> NonFiniteError:
         """Collective. Returns the same error on every rank: it names the first bad parameter of the first bad rank."""
-        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        bad = next((name for name, grad in found.items() if not is_finite(grad)), None)
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        bad = next((name for name, grad in gradients.items() if not is_finite(grad)), None)
         names = self._comm.all_gather_object("non-finite gradients", bad)
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
         return NonFiniteError(

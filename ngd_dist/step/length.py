@@ -1,4 +1,4 @@
-"""How far a step goes along the directions: each layer's own factor, clipping, and what of it must cross ranks."""
+"""The length of a step along the directions: each layer's factor, clipping, and the sums over ranks that they need."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["StepLength", "kl_factor", "norm_factor"]
 
 @dataclass(frozen=True, slots=True)
 class StepLength:
-    """Factors on the directions of the covered layers; `capture` has the rows that some configs read for them."""
+    """Factors on the directions of the covered layers. `capture` has the rows that some configs need for them."""
 
     config: NGDConfig
     layers: CoveredLayers
@@ -29,14 +29,14 @@ class StepLength:
         return isinstance(self.config.length, LayerWise)
 
     def inner(self, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """Returns <direction, gradient> of the layers at hand, [1, layers], 0 for the others; [0, layers] if unused."""
+        """Returns <direction, gradient> of the given layers, [1, layers], 0 for the others; [0, layers] if unused."""
         if not (self.needs_rows or isinstance(self.config.clip, KLClip)):
             return like.new_empty(0, len(self.layers))
-        found = [
+        products = [
             torch.sum(directions[name] * gradients[name]) if name in directions else like.new_zeros(())
             for name in self.layers
         ]
-        return torch.stack([value.to(like) for value in found]).unsqueeze(0)
+        return torch.stack([product.to(like) for product in products]).unsqueeze(0)
 
     def scale(self, directions: Mapping[str, Tensor], inner: Tensor) -> dict[str, Tensor]:
         """Collective under `layer_wise`. Returns the directions of all layers, each times its factor."""
@@ -52,8 +52,8 @@ class StepLength:
     def _layer_wise(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor:
         """Returns d^T grad / (d^T F d + mu) per layer, F the empirical Fisher of the loss over all ranks' samples.
 
-        It is what minimises the quadratic model alpha^2 / 2 d^T F d - alpha d^T grad. A layer of which no rank has
-        rows gets 1: it did not run, or its weights are used past its module. Source: [L24] eq. 12-13.
+        It minimises the quadratic model alpha^2 / 2 d^T F d - alpha d^T grad. If no rank has rows of a layer, it gets
+        1: it did not run, or its weights are used without its module. Source: [L24] eq. 12-13.
         """
         length = self.config.length
         assert isinstance(length, LayerWise)
@@ -64,17 +64,17 @@ class StepLength:
         return torch.where(curvature > 0, inner / (curvature + length.mu), 1.0)
 
     def _along(self, name: str, direction_BOI: Tensor) -> Tensor:
-        """Returns the mean over this rank's samples of (d^T gradient of the sample)^2, micro-batches weighing alike.
+        """Returns the mean over this rank's samples of (d^T gradient of the sample)^2; micro-batches weigh alike.
 
-        Or, for a loss that is summed over samples, their sum: its Fisher is that of all samples together.
+        If the loss is summed over samples, the sum: its Fisher is that of all samples together.
         """
-        total, micro_batches = direction_BOI.new_zeros(()), self.capture.rows(name)
-        for rows in micro_batches:
-            squares = rows.along(direction_BOI).square()
-            total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * rows.sharers)
+        total, micro_batches = direction_BOI.new_zeros(()), self.capture.layer_batches(name)
+        for batch in micro_batches:
+            squares = batch.along(direction_BOI).square()
+            total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * batch.sharers)
         if not micro_batches or self.config.loss_reduction == "sum":
             return total
-        # The square of what the loss of each was divided by, where that was not known when its rows were made.
+        # If the divisor of each loss was not known when its rows were made, its square is the factor.
         divisor = len(micro_batches) if self.config.micro_batches == "any" else 1
         return total * (divisor**2 / len(micro_batches))
 
@@ -89,10 +89,10 @@ class StepLength:
 
 
 def kl_factor(inner: Tensor, max_kl: float) -> Tensor:
-    """Returns nu = min(1, sqrt(max_kl / |inner|)) as a 0-d tensor: what to multiply every direction with; 1 for 0.
+    """Returns nu = min(1, sqrt(max_kl / |inner|)), 0-d: the factor on every direction; 1 if inner is 0.
 
-    inner: 0-d, the sum of lr^2 <direction, gradient> over all preconditioned layers of all ranks, with the gradient as
-        it was before momentum and weight decay.
+    inner: 0-d, the sum of lr^2 <direction, gradient> over all preconditioned layers of all ranks, with the gradient
+        before momentum and weight decay.
 
     With direction = F^-1 gradient, inner is lr^2 direction^T F direction, twice the step's KL divergence. That is
     quadratic in the direction, hence the root: it becomes nu^2 inner <= max_kl. Source: KFAC-PyTorch's code.

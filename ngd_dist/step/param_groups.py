@@ -1,4 +1,4 @@
-"""What a param group may hold, and how it grows and is copied."""
+"""The checks, growth and copies of param groups."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ __all__ = ["Uncopied", "check_group", "take_in"]
 
 @dataclass(frozen=True, slots=True)
 class Uncopied:
-    """A process group as copies of an optimizer have it: the same one, which can't go to another process."""
+    """The process group in a copy of an optimizer: the same object, which can't go to another process."""
 
     value: Any
 
@@ -32,7 +32,7 @@ class Uncopied:
 def take_in(group: Mapping[str, Any], parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
     """Puts parameters of the model into the group, in the model's order.
 
-    So a state that is saved then fits an optimizer that is built when all of them are unfrozen.
+    So a state that is saved then fits an optimizer that is built after all of them are unfrozen.
     """
     order = {p: index for index, p in enumerate(model.parameters())}
     group["params"].extend(parameters)

@@ -5,7 +5,7 @@ weights, H the Hessian of the loss by the output. For cross-entropy and squared 
 differentiating the loss that is given, so no likelihood needs to be named.
 
 Everything here sees the batch of this rank only; the optimizer averages the numbers over ranks before it solves.
-The model's own hooks run in every evaluation: whatever they record has to be told to look away.
+The model's own hooks run in every evaluation: recorders among them must be paused.
 
 Source: [MG15] sections 6.4, 6.5 and 7.
 """
@@ -53,7 +53,7 @@ def curvature_products(
     detach() stops forward mode as it stops gradients; no_grad() doesn't.
 
     Attention runs by its plain formula and compiled code eagerly: the fused kernels can be differentiated only once.
-    Raises: ConfigError if the objective returns something else, or where neither mode works.
+    Raises: ConfigError if the objective returns something else, or if neither mode works.
     """
     moved = _moved(model, tangents)
     changes, failure = _output_changes(model, objective, tangents)
@@ -123,7 +123,7 @@ def _damped(DFD: Tensor, DD: Tensor, damping: float) -> Tensor:
 def _output_changes(
     model: nn.Module, objective: Objective, tangents: Sequence[Mapping[nn.Parameter, Tensor]]
 ) -> tuple[list[Tensor] | None, RuntimeError | None]:
-    """Returns J d for each step by forward mode; or None, and why not: some operation has no forward derivative."""
+    """Returns J d for each step by forward mode; or None and the error, if some operation has no forward derivative."""
     try:
         return [_output_change(model, objective, tangent) for tangent in tangents], None
     except torch.OutOfMemoryError:
@@ -152,7 +152,7 @@ def _output_changes_in_reverse(
 ) -> list[Tensor]:
     """Returns J d for each step as the derivative by w of <J^T w, d>, which is linear in w.
 
-    leaves: what stood in for the parameters; what was read of a parameter itself counts as well.
+    leaves: the tensors that stood in for the parameters; reads of a parameter itself count as well.
     """
     w = torch.randn_like(output).requires_grad_()
     read = [(p, x) for p, leaf in leaves.items() for x in (p, leaf) if x.requires_grad]
@@ -181,7 +181,7 @@ def _output_changes_in_reverse(
 def _check_linear(change: Tensor, w: Tensor, slope: Tensor) -> None:
     """Raises RuntimeError unless <J d, w> = <J^T w, d>: a backward pass outside autograd leaves out its part of J d.
 
-    Such are the kernels of many fused operations; autograd does not notice.
+    The kernels of many fused operations do so, and autograd does not notice.
     """
     error = (_dot(change, w) - slope).abs()
     scale = slope.abs().to(F64) + _dot(change * w, change * w).sqrt()
@@ -192,10 +192,10 @@ def _check_linear(change: Tensor, w: Tensor, slope: Tensor) -> None:
 def _reads_elsewhere(output: Tensor, moved: set[nn.Parameter]) -> bool:
     """Returns whether the output depends on a moved parameter that was not read through its module.
 
-    Such a one, out of a list or a closure of the model's own, got no tangent in forward mode. Raises: ConfigError for
-    reentrant activation checkpointing, which hides from both modes what it reads.
+    Such a parameter, from a list or a closure of the model, got no tangent in forward mode. Raises: ConfigError for
+    reentrant activation checkpointing, which hides its reads from both modes.
     """
-    found = False
+    reads_elsewhere = False
     waiting, seen = [output.grad_fn], set[Node]()
     while waiting:
         node = waiting.pop()
@@ -207,9 +207,9 @@ def _reads_elsewhere(output: Tensor, moved: set[nn.Parameter]) -> bool:
                 f"the quadratic model can't see through activation checkpointing with use_reentrant=True; "
                 f"pass use_reentrant=False, {WAY_OUT}"
             )
-        found = found or getattr(node, "variable", None) in moved
+        reads_elsewhere = reads_elsewhere or getattr(node, "variable", None) in moved
         waiting.extend(following for following, _ in node.next_functions)
-    return found
+    return reads_elsewhere
 
 
 # --- H u --------------------------------------------------------------------------------------------------------------
@@ -269,23 +269,23 @@ def _moved(model: nn.Module, tangents: Sequence[Mapping[nn.Parameter, Tensor]]) 
 
 
 def _evaluated(objective: Objective) -> tuple[Tensor, Tensor]:
-    """Returns what the objective returns. Raises: ConfigError if that isn't (loss, output)."""
+    """Returns the objective's result. Raises: ConfigError if that isn't (loss, output)."""
     result = objective()
     match result:
         case (Tensor() as loss, Tensor() as output) if loss.ndim == 0:
             return loss, output
         case (Tensor() as loss, Tensor()):
-            got = f"a loss of shape {list(loss.shape)}"
+            given = f"a loss of shape {list(loss.shape)}"
         case tuple():
-            got = f"({', '.join(type(value).__name__ for value in result)})"
+            given = f"({', '.join(type(value).__name__ for value in result)})"
         case _:
-            got = type(result).__name__
-    raise ConfigError(f"the objective must return (loss, output), tensors, the loss a scalar; got {got}")
+            given = type(result).__name__
+    raise ConfigError(f"the objective must return (loss, output), tensors, the loss a scalar; got {given}")
 
 
 @contextmanager
 def _undisturbed(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Evaluates with these tensors in the parameters' places; afterwards everything is as it was before."""
+    """Evaluates with these tensors in the parameters' places; afterwards everything is as before."""
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     kinds = {device.type for device in devices}
     with ExitStack() as stack:
@@ -304,7 +304,7 @@ def _undisturbed(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> I
 
 @contextmanager
 def _substituted(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Puts these tensors in the parameters' places, and copies in the buffers', in every module that shares them."""
+    """Puts these tensors in place of the parameters, and copies in place of the buffers, in all their modules."""
     standing_in: dict[Tensor, Tensor] = {buffer: buffer.clone() for buffer in model.buffers()}
     standing_in.update(replaced.items())
     modules = list(model.modules())

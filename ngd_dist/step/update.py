@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ngd_dist.capture.capture import Capture
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
-from ngd_dist.distributed import Collected, Findings
+from ngd_dist.distributed import GlobalMeans, StepResult
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.step.adaptation import Adaptation, Objective
 from ngd_dist.step.damping import damping_after
@@ -28,8 +28,9 @@ __all__ = ["Update"]
 class Update:
     """Moves the weights of the covered layers along their directions, and the plain parameters by the fallback.
 
-    plain: the parameters that no covered layer has. fallback: the optimizer that updates them; None: a plain gradient
-    step does. capture: keeps the rows that a layer-wise length reads, and is paused while the loss is evaluated again.
+    plain: the parameters that no covered layer has. fallback: the optimizer that updates them; None: they take a plain
+    gradient step. capture: keeps the rows that a layer-wise length reads, and is paused while the loss is evaluated
+    again.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Update:
 
     @property
     def momentum_mode(self) -> MomentumMode:
-        """How the momentum of the param groups takes part in the update."""
+        """The way in which the momentum of the param groups takes part in the update."""
         return self._adaptation.momentum_mode
 
     def move(
@@ -65,20 +66,20 @@ class Update:
         step: int,
         groups: list[dict[str, Any]],
         state: Mapping[Any, MutableMapping[str, Any]],
-        means: Collected,
-        findings: Findings,
+        means: GlobalMeans,
+        result: StepResult,
         objective: Objective | None,
     ) -> Adapted:
         """Collective. Moves the parameters that have a gradient on any rank, unless the step is of the burn-in.
 
-        Sets the groups' damping for this step and, where the config chooses them, their lr and momentum.
+        Sets the groups' damping for this step and, if the config chooses them, their lr and momentum.
         Raises: NonFiniteError, on all ranks, with no weight changed.
         """
         for group in groups:
             group["damping"] = damping_after(self._config.damping_rule, group, step)
         if step <= self._config.burn_in:
             return Adapted()
-        steps = self._steps(groups, means, findings)
+        steps = self._steps(groups, means, result)
         trial = self._adaptation.begin(step, groups, steps, state, objective)
         if trial is None:
             return Adapted(reduction_ratio=math.nan)
@@ -93,17 +94,17 @@ class Update:
         return self._adaptation.end(trial, groups, objective)
 
     def _steps(
-        self, groups: Sequence[Mapping[str, Any]], means: Collected, findings: Findings
+        self, groups: Sequence[Mapping[str, Any]], means: GlobalMeans, result: StepResult
     ) -> dict[nn.Parameter, Tensor]:
-        """Returns the step of each parameter; the fallback has moved its own by then."""
-        there = self._gradients.there(everywhere=means.missing == 0)
-        directions = self.length.scale(findings.directions, findings.inner)
+        """Returns the step of each parameter; the fallback has moved its parameters by then."""
+        differentiated = self._gradients.differentiated(everywhere=means.missing == 0)
+        directions = self.length.scale(result.directions, result.inner)
         steps: dict[nn.Parameter, Tensor] = {}
         for layer in self._layers:
             steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
-        gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in there}
+        gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in differentiated}
         if self._fallback is None:
             steps |= gradients
         else:
             self._fallback.step(groups, gradients)
-        return {p: step.to(p.dtype) for p, step in steps.items() if p in there}
+        return {p: step.to(p.dtype) for p, step in steps.items() if p in differentiated}

@@ -24,13 +24,13 @@ def apply_(
 ) -> None:
     """Moves each parameter that has a direction; decays it by lr * weight_decay before (decoupled), rescales it after.
 
-    momentum_mode: how the past, kept under "momentum_buffer" in `state`, takes part. Source: [OT20].
+    momentum_mode: the part of the past, kept under "momentum_buffer" in `state`. Source: [OT20].
         correct: v <- m v + direction, w <- w - lr v, as torch.optim.SGD. A smaller lr shrinks the past's share of the
         next step with it; while lr falls this is the released code's rule, v <- m (lr / last lr) v + lr direction.
         proportional: v <- m' v + lr direction, w <- w - v, with the paper's m' = m lr / group["first_lr"].
         chosen: the same with m as it stands, of any sign: -v is the last step. For an lr and m of the quadratic model.
     rescaled: outputs (d_out) of each weight of a linear or convolution layer.
-    rescaling: gives them the norm sqrt(2 d_out): always, or where it is larger (shrink, the released code's choice).
+    rescaling: gives them the norm sqrt(2 d_out): always, or if it is larger (shrink, the released code's choice).
 
     Reads no number back from the device.
     """

@@ -13,7 +13,7 @@ from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import AdaptiveInterval, FixedInterval, Settings, Thresholds
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.inversion import Eigen, Ending, solver
-from ngd_dist.layers import Rows
+from ngd_dist.layers import LayerBatch
 from ngd_dist.preconditioners import Cache, ekfac
 from ngd_dist.preconditioners.ekfac import EKFAC
 from ngd_dist.preconditioners.kfac import KFAC
@@ -36,7 +36,7 @@ def method(sharing: str = "expand", max_dense: int = 8192) -> EKFAC:
     return EKFAC(SHAPE, EKFACConfig.model_validate({"sharing": sharing}), max_dense)
 
 
-def measured(ours: EKFAC, rows: Rows) -> tuple[dict[str, Tensor], Cache]:
+def measured(ours: EKFAC, rows: LayerBatch) -> tuple[dict[str, Tensor], Cache]:
     """Returns all statistics of the rows, S in the basis of A and G, and the cache before S was measured."""
     statistics = ours.estimate(rows, BOTH, {})
     basis = refresh(ours, statistics, BOTH, DAMPING, None).cache

@@ -10,7 +10,7 @@ from examples.extending.form import BLOCK, BlockDiagonal, InBlocks
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import FixedInterval
-from ngd_dist.distributed.parcel import open_parcel, pack_parcel
+from ngd_dist.distributed.packed_bytes import pack_bytes, unpack_bytes
 from ngd_dist.factors.codec import Codec
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.dense import Dense
@@ -121,8 +121,8 @@ def test_eigenvalues_and_vectors_make_the_matrix(name: str) -> None:
 
 
 def crossed(codec: Codec, value: Tensor) -> Tensor:
-    tensors = pack_parcel(codec.fields, codec.encode(value), value.device)
-    return codec.decode(open_parcel(codec.fields, tensors))
+    tensors = pack_bytes(codec.fields, codec.encode(value), value.device)
+    return codec.decode(unpack_bytes(codec.fields, tensors))
 
 
 @every_form

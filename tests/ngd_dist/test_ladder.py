@@ -5,11 +5,11 @@ from math import inf, nan
 import pytest
 
 from ngd_dist.inversion import Ending, Method
-from ngd_dist.inversion.crossover import Worth, file_name, table_for, worth_at
+from ngd_dist.inversion.crossover import Crossover, crossover_at, file_name, table_for
 from ngd_dist.inversion.ladder import (
-    Attempt,
-    Estimate,
-    Terms,
+    Conditioning,
+    Policy,
+    Try,
     after,
     cold_iterations,
     ending_of,
@@ -17,23 +17,23 @@ from ngd_dist.inversion.ladder import (
     warm_iterations,
 )
 
-NEWTON = Terms(max_iterations=20, tolerance=1e-2)
+NEWTON = Policy(max_iterations=20, tolerance=1e-2)
 
 
 @pytest.mark.parametrize(
-    ("estimate", "attempt"),
+    ("conditioning", "expected"),
     [
-        (Estimate(kappa=1e3, rho=0.3), Attempt(Method.WARM_NEWTON_SCHULZ, 2)),
-        (Estimate(kappa=1e8, rho=0.3), Attempt(Method.WARM_NEWTON_SCHULZ, 2)),
-        (Estimate(kappa=1e3, rho=0.95), Attempt(Method.NEWTON_SCHULZ, 12)),
-        (Estimate(kappa=1e3), Attempt(Method.NEWTON_SCHULZ, 12)),
-        (Estimate(kappa=1e6, rho=1.2), Attempt(Method.CHOLESKY)),
-        (Estimate(kappa=nan, rho=nan), Attempt(Method.CHOLESKY)),
-        (Estimate(kappa=inf), Attempt(Method.CHOLESKY)),
+        (Conditioning(kappa=1e3, rho=0.3), Try(Method.WARM_NEWTON_SCHULZ, 2)),
+        (Conditioning(kappa=1e8, rho=0.3), Try(Method.WARM_NEWTON_SCHULZ, 2)),
+        (Conditioning(kappa=1e3, rho=0.95), Try(Method.NEWTON_SCHULZ, 12)),
+        (Conditioning(kappa=1e3), Try(Method.NEWTON_SCHULZ, 12)),
+        (Conditioning(kappa=1e6, rho=1.2), Try(Method.CHOLESKY)),
+        (Conditioning(kappa=nan, rho=nan), Try(Method.CHOLESKY)),
+        (Conditioning(kappa=inf), Try(Method.CHOLESKY)),
     ],
 )
-def test_the_cheapest_method_that_converges_is_tried_first(estimate: Estimate, attempt: Attempt) -> None:
-    assert first(NEWTON, estimate) == attempt
+def test_the_cheapest_method_that_converges_is_tried_first(conditioning: Conditioning, expected: Try) -> None:
+    assert first(NEWTON, conditioning) == expected
 
 
 @pytest.mark.parametrize(
@@ -41,18 +41,18 @@ def test_the_cheapest_method_that_converges_is_tried_first(estimate: Estimate, a
     [(0, Method.CHOLESKY), (1, Method.CHOLESKY), (2, Method.WARM_NEWTON_SCHULZ)],
 )
 def test_no_more_iterations_are_taken_than_are_worth_it(max_iterations: int, method: Method) -> None:
-    terms = Terms(max_iterations=max_iterations, tolerance=1e-2)
+    policy = Policy(max_iterations=max_iterations, tolerance=1e-2)
 
-    assert first(terms, Estimate(kappa=1e3, rho=0.3)).method is method
+    assert first(policy, Conditioning(kappa=1e3, rho=0.3)).method is method
 
 
 def test_failures_lead_down_to_float64_and_end_there() -> None:
-    estimate, ending = Estimate(kappa=1e3, rho=0.3), Ending.NOT_CONVERGED
-    tried = [first(NEWTON, estimate)]
-    while (attempt := after(NEWTON, estimate, tried[-1].method, ending)) is not None:
-        tried.append(attempt)
+    conditioning, ending = Conditioning(kappa=1e3, rho=0.3), Ending.NOT_CONVERGED
+    tried = [first(NEWTON, conditioning)]
+    while (following := after(NEWTON, conditioning, tried[-1].method, ending)) is not None:
+        tried.append(following)
 
-    assert [attempt.method for attempt in tried] == [
+    assert [each.method for each in tried] == [
         Method.WARM_NEWTON_SCHULZ,
         Method.NEWTON_SCHULZ,
         Method.CHOLESKY,
@@ -63,7 +63,7 @@ def test_failures_lead_down_to_float64_and_end_there() -> None:
 @pytest.mark.parametrize("ending", [Ending.OK, Ending.NON_FINITE])
 @pytest.mark.parametrize("method", list(Method))
 def test_nothing_is_tried_after_success_nor_on_what_is_not_finite(method: Method, ending: Ending) -> None:
-    assert after(NEWTON, Estimate(kappa=10, rho=0.1), method, ending) is None
+    assert after(NEWTON, Conditioning(kappa=10, rho=0.1), method, ending) is None
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_iterations_from_an_old_inverse_are_those_measured(rho: float, iteration
     assert abs(warm_iterations(rho, 1e-2) - iterations) <= 1
 
 
-def row(n: int, batch: int, iterations: int) -> Worth:
-    return Worth(n, batch, iterations, "float16", "split")
+def row(n: int, batch: int, iterations: int) -> Crossover:
+    return Crossover(n, batch, iterations, "float16", "split")
 
 
 TABLE = (row(256, 1, 0), row(256, 8, 3), row(1024, 1, 5), row(1024, 8, 12))
@@ -117,12 +117,12 @@ TABLE = (row(256, 1, 0), row(256, 8, 3), row(1024, 1, 5), row(1024, 8, 12))
     ],
 )
 def test_a_table_promises_no_more_than_was_measured(n: int, batch: int, iterations: int | None) -> None:
-    worth = worth_at(TABLE, n, batch)
+    worth = crossover_at(TABLE, n, batch)
 
     assert (worth and worth.iterations) == iterations
 
 
 def test_a_device_without_a_table_takes_cholesky() -> None:
     assert table_for("Some Unknown GPU") == ()
-    assert worth_at((), 512, 1) is None
+    assert crossover_at((), 512, 1) is None
     assert file_name("NVIDIA H200 (80GB)") == "nvidia_h200_80gb.json"

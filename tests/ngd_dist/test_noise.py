@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, FixedInterval, MonteCarlo, Settings
-from ngd_dist.distributed.base import Tally
+from ngd_dist.distributed.base import CaptureCount
 from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.form import Form
 from ngd_dist.statistics.staleness import Schedule, judge, threshold_for
@@ -28,9 +28,9 @@ def noisy_intervals(values: list[list[Tensor]], policy: AdaptiveInterval) -> lis
     intervals = []
     for replicates in values:
         square = sum(float(replicate.square().sum()) for replicate in replicates) / len(replicates)
-        tally = Tally(1, 1, len(replicates), {"A": square})
+        count = CaptureCount(1, 1, len(replicates), {"A": square})
         spread, change = statistic.spread, statistic.fold(sum(replicates) / len(replicates))
-        threshold = threshold_for(policy, "A", tally.noise("A", change.norm) * spread)
+        threshold = threshold_for(policy, "A", count.noise("A", change.norm) * spread)
         schedule.advance(schedule.tracks[KEY].due, {KEY: judge(change, threshold)})
         intervals.append(schedule.tracks[KEY].interval)
     return intervals
@@ -90,14 +90,14 @@ def test_noise_is_the_standard_error_of_the_mean_of_replicates() -> None:
     replicates = torch.randn(5, 40, dtype=F64, generator=torch.Generator().manual_seed(0)) + 1
     mean = replicates.mean(0)
 
-    noise = Tally(1, 5, 5, {"F": float(replicates.square().sum(1).mean())}).noise("F", float(mean.norm()))
+    noise = CaptureCount(1, 5, 5, {"F": float(replicates.square().sum(1).mean())}).noise("F", float(mean.norm()))
 
     variance = replicates.var(0, correction=1).sum() / 5  # of each entry's mean, summed over entries
     assert noise == pytest.approx(float(variance.sqrt() / mean.norm()), rel=1e-10)
 
 
 def test_one_replicate_tells_nothing_of_noise() -> None:
-    assert Tally(1, 8, 1, {"F": 1.0}).noise("F", 1.0) == math.inf
+    assert CaptureCount(1, 8, 1, {"F": 1.0}).noise("F", 1.0) == math.inf
 
 
 def build(**settings: object) -> tuple[nn.Module, NGD]:
@@ -154,10 +154,10 @@ def test_passes_of_the_fisher_over_one_batch_are_no_replicates_of_their_own() ->
     output = model(x)
     optimizer.fisher_backward(output)
     F.cross_entropy(output, y).backward()
-    tally = optimizer._capture.estimates
+    estimates = optimizer._capture.estimates
     optimizer._capture.take()
 
-    assert tally.tallies([Key("0", "A"), Key("0", "G")], [], torch.device("cpu"))["0"][:3].tolist() == [1, 8, 2]
+    assert estimates.counts([Key("0", "A"), Key("0", "G")], [], torch.device("cpu"))["0"][:3].tolist() == [1, 8, 2]
 
 
 @pytest.mark.parametrize("staleness", [FixedInterval(), AdaptiveInterval(noise_margin=0)])

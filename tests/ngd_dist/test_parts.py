@@ -9,8 +9,8 @@ from ngd_dist.capture.coverage import cover
 from ngd_dist.config import FixedInterval, NGDConfig
 from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.curvature import Curvature
-from ngd_dist.distributed import Collected, build_strategy
-from ngd_dist.distributed.base import Tally
+from ngd_dist.distributed import GlobalMeans, build_sync
+from ngd_dist.distributed.base import CaptureCount
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.engines import Engine
 from ngd_dist.preconditioners import preconditioner_for
@@ -37,7 +37,7 @@ def test_capture_needs_a_model_its_layers_and_a_config() -> None:
     model, x, y = nn.Linear(5, 3, bias=False, dtype=F64), torch.randn(16, 5, dtype=F64), torch.randint(3, (16,))
     capture = Capture(model, covered(model, CONFIG), CONFIG)
 
-    capture.arm([A, G], step=1)
+    capture.begin_step([A, G], step=1)
     output = model(x)
     F.cross_entropy(output, y).backward()
 
@@ -50,7 +50,7 @@ def test_capture_needs_a_model_its_layers_and_a_config() -> None:
 def test_closed_capture_sees_nothing() -> None:
     model = nn.Linear(5, 3, bias=False, dtype=F64)
     capture = Capture(model, covered(model, CONFIG), CONFIG)
-    capture.arm([A, G], step=1)
+    capture.begin_step([A, G], step=1)
 
     capture.close()
     model(torch.randn(16, 5, dtype=F64)).square().mean().backward()
@@ -62,20 +62,20 @@ def test_curvature_solves_with_the_means_that_it_is_given() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 3, bias=False, dtype=F64)
     layers = covered(model, CONFIG)
-    strategy = build_strategy(
+    sync = build_sync(
         CONFIG,
         Communicator(),
         {name: layer.method.refresh_flops() for name, layer in layers.items()},
-        {name: layer.cargo for name, layer in layers.items()},
+        {name: layer.layout for name, layer in layers.items()},
         dtype=F64,
         device=torch.device("cpu"),
         engine=Engine(),
-        settled={},
+        fixed={},
     )
-    curvature = Curvature(layers, strategy, CONFIG)
+    curvature = Curvature(layers, sync, CONFIG)
     factor_a, factor_g = factors(torch.randn(16, 5, dtype=F64), torch.randn(16, 3, dtype=F64))
-    tally = Tally(ranks=1, rows=16, replicates=2, squares={})
-    means = Collected(True, 0, frozenset(), {"": tally}, {A: factor_a, G: factor_g}, {}, [])
+    count = CaptureCount(ranks=1, rows=16, replicates=2, squares={})
+    means = GlobalMeans(True, 0, frozenset(), {"": count}, {A: factor_a, G: factor_g}, {}, [])
 
     curvature.refresh([A, G], means, lambda key: 0.0)
 

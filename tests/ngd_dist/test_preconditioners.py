@@ -17,7 +17,7 @@ from ngd_dist.config import EKFAC, KFAC, PreconditionerChoice, Settings
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.dense import Dense
 from ngd_dist.inversion import Ending
-from ngd_dist.layers import Rows
+from ngd_dist.layers import LayerBatch
 from ngd_dist.preconditioners import Cache, Preconditioner, preconditioner_for
 from tests.support.methods import SHIPPED
 from tests.support.refreshing import refresh
@@ -62,7 +62,7 @@ def build(case: str) -> tuple[Preconditioner, tuple[int, int, int]]:
     return preconditioner_for(LayerShape("layer", "kronecker", I, O, blocks=B), config), (B, O, I)
 
 
-def rows_of(shape: tuple[int, int, int], kind: type[GivenRows] = GivenRows) -> Rows:
+def rows_of(shape: tuple[int, int, int], kind: type[GivenRows] = GivenRows) -> LayerBatch:
     return random_rows(shape, samples=12, positions=3, kind=kind)
 
 
@@ -72,7 +72,7 @@ def names(method: Preconditioner, **traits: bool) -> frozenset[str]:
     return frozenset(spec.name for spec in method.statistics if all(getattr(spec, k) is v for k, v in wanted))
 
 
-def estimated(method: Preconditioner, rows: Rows) -> tuple[dict[str, Tensor], Cache]:
+def estimated(method: Preconditioner, rows: LayerBatch) -> tuple[dict[str, Tensor], Cache]:
     """Returns all statistics, and a cache of all: what is measured in a basis is measured in that of the others."""
     statistics = method.estimate(rows, names(method, in_basis=False), {})
     cache = refreshed(method, statistics, names(method, in_basis=False), None)
@@ -138,7 +138,7 @@ def test_a_statistic_is_a_mean_over_samples(case: str) -> None:
     once, cache = estimated(method, rows)
 
     shared = {name: cache[name] for name in method.shared}
-    again = method.estimate(cast(Rows, twice), frozenset(once), shared)
+    again = method.estimate(cast(LayerBatch, twice), frozenset(once), shared)
 
     for name, value in once.items():
         torch.testing.assert_close(again[name], value, rtol=1e-13, atol=1e-13)
@@ -275,7 +275,7 @@ def test_a_new_damping_gives_what_a_whole_rebuild_gives(case: str) -> None:
     torch.testing.assert_close(method.apply(damped, grad), method.apply(anew, grad), rtol=1e-12, atol=1e-12)
 
 
-PART_BY_PART = [case for case in CASES if build(case)[0].parts]
+PART_BY_PART = [case for case in CASES if build(case)[0].flops_by_statistic]
 
 
 @pytest.mark.parametrize("case", PART_BY_PART)
@@ -285,23 +285,23 @@ def test_a_new_statistic_makes_its_own_part_of_the_cache_anew_and_leaves_the_oth
     scaled = {name: 3 * value for name, value in statistics.items()}
     whole = refreshed(method, scaled, names(method), cache)
 
-    for name in method.parts:
+    for name in method.flops_by_statistic:
         one = refreshed(method, scaled, frozenset({name}), cache)
 
         torch.testing.assert_close(one[name], whole[name], rtol=1e-12, atol=1e-12)
-        assert all(one[other] is cache[other] for other in method.parts if other != name)
+        assert all(one[other] is cache[other] for other in method.flops_by_statistic if other != name)
 
 
 @pytest.mark.parametrize("case", PART_BY_PART)
 def test_work_of_a_cache_that_is_made_part_by_part_is_that_of_its_parts(case: str) -> None:
     method, _ = build(case)
-    rows = dict.fromkeys(method.parts, 100)
+    rows = dict.fromkeys(method.flops_by_statistic, 100)
 
     assert method.work(rows) == sum(method.work({name: 100}) for name in rows)
-    assert method.refresh_flops() == sum(method.parts.values())
+    assert method.refresh_flops() == sum(method.flops_by_statistic.values())
 
 
-TIED = [case for case in CASES if case.startswith("kfac") and not build(case)[0].parts]
+TIED = [case for case in CASES if case.startswith("kfac") and not build(case)[0].flops_by_statistic]
 
 
 @pytest.mark.parametrize("case", TIED)

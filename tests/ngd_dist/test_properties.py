@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngd_dist.config import AdaptiveInterval, FixedInterval
-from ngd_dist.distributed import Report
-from ngd_dist.distributed.parcel import open_parcel, pack_parcel, parcel_size
+from ngd_dist.distributed import RefreshReport
+from ngd_dist.distributed.packed_bytes import pack_bytes, packed_nbytes, unpack_bytes
 from ngd_dist.distributed.placement import Placement, place
 from ngd_dist.factors.codec import Field
 from ngd_dist.factors.dense import Dense
@@ -80,10 +80,10 @@ def test_a_parcel_opens_into_what_it_was_made_of(fields: list[tuple[tuple[int, .
     layout = [Field(*field) for field in fields]
     tensors = [random(seed + i, *shape).to(dtype) for i, (shape, dtype) in enumerate(fields)]
 
-    parcel = pack_parcel(layout, tensors, torch.device("cpu"))
+    packed = pack_bytes(layout, tensors, torch.device("cpu"))
 
-    assert parcel.shape == (parcel_size(layout),)
-    opened = open_parcel(layout, parcel)
+    assert packed.shape == (packed_nbytes(layout),)
+    opened = unpack_bytes(layout, packed)
     assert [part.dtype for part in opened] == [dtype for _, dtype in fields]
     assert all(torch.equal(part, tensor) for part, tensor in zip(opened, tensors, strict=True))
 
@@ -95,10 +95,10 @@ def test_a_parcel_opens_into_what_it_was_made_of(fields: list[tuple[tuple[int, .
     change=st.one_of(st.just(float("inf")), st.floats(0, 1e30)),
 )
 def test_a_report_arrives_as_it_was_sent(verdict: Verdict, ending: Ending, rows: int, change: float) -> None:
-    report = Report(verdict, ending, rows, change)
+    report = RefreshReport(verdict, ending, rows, change)
 
     assert all(number < float("inf") for number in report.numbers())
-    assert Report.parse(report.numbers()) == report
+    assert RefreshReport.parse(report.numbers()) == report
 
 
 # --- averages ---------------------------------------------------------------------------------------------------------

@@ -336,7 +336,7 @@ def pair() -> list[dict[str, Any]]:
 def test_ddp_averages_the_gradients_once(pair: list[dict[str, Any]]) -> None:
     wrapped, bare, sent = pair[0]["wrapped"]
 
-    assert sent["gradients"] < 300  # bytes: the tallies of captured layers alone
+    assert sent["gradients"] < 300  # bytes: the counts of captured layers alone
     for ours, theirs in zip(wrapped, bare, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 

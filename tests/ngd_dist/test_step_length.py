@@ -83,7 +83,7 @@ def test_a_direction_meets_the_gradient_of_each_sample(case: str) -> None:
 
     sample_losses(model(x)).mean().backward()
 
-    (rows,) = optimizer._capture.rows(layer.name)
+    (rows,) = optimizer._capture.layer_batches(layer.name)
     flat = torch.cat([part.flatten() for part in layer.split(direction_BOI)])
     exact = gradients_of(model, layer.parameters, lambda i: sample_losses(model(x[i : i + 1])).sum(), len(x)) @ flat
     torch.testing.assert_close(rows.along(direction_BOI), exact, rtol=1e-12, atol=1e-13)
@@ -97,7 +97,7 @@ def test_samples_are_told_apart_where_a_sequence_comes_first() -> None:
 
     sample_losses(model(x).mT.movedim(-1, 0)).mean().backward()
 
-    (rows,) = optimizer._capture.rows("")
+    (rows,) = optimizer._capture.layer_batches("")
     flat = torch.cat([direction_BOI[0, :, :3].flatten(), direction_BOI[0, :, 3]])
     parameters = list(model.parameters())
     exact = gradients_of(model, parameters, lambda i: sample_losses(model(x).mT.movedim(-1, 0))[i], 5) @ flat
@@ -239,7 +239,7 @@ def test_rows_that_wait_for_the_step_hold_no_patches() -> None:
 
     F.cross_entropy(model(x), y).backward()
 
-    (rows,) = optimizer._capture.rows("0")
+    (rows,) = optimizer._capture.layer_batches("0")
     rows.along(torch.ones(1, 3, 9, dtype=F64))
     assert not {"a_BNPI", "g_BNPO"} & vars(rows).keys()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngd_dist.distributed.parcel import open_parcel, pack_parcel
+from ngd_dist.distributed.packed_bytes import pack_bytes, unpack_bytes
 from ngd_dist.distributed.wire import Wire
 from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.diagonal import Diagonal
@@ -21,8 +21,8 @@ def crossed(spec: StatisticSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the value as another rank has it."""
     wire = Wire({KEY: spec.form.on_wire(torch.float32, dtype)})
     fields, tensors = wire.fields([KEY]), wire.encode({KEY: spec.form.flatten(value)})
-    parcel = pack_parcel([*fields.values()], [tensors[item] for item in fields], value.device)
-    arrived = dict(zip(fields, open_parcel([*fields.values()], parcel), strict=True))
+    packed = pack_bytes([*fields.values()], [tensors[item] for item in fields], value.device)
+    arrived = dict(zip(fields, unpack_bytes([*fields.values()], packed), strict=True))
     return spec.form.expand(wire.decode(KEY, arrived))
 
 

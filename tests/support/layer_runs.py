@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ngd_dist.layers import Layer, Rows, Run, kind_of
+from ngd_dist.layers import Layer, LayerBatch, Run, kind_of
 
 Call = Callable[[], Tensor]
 
@@ -17,10 +17,10 @@ def layers_of(module: nn.Module, name: str = "layer", batch_dim: int = 0) -> lis
     """Returns the layers that cover the module."""
     kind = kind_of(module)
     assert kind is not None
-    return kind.parts(name, module, batch_dim=batch_dim)
+    return kind.split_module(name, module, batch_dim=batch_dim)
 
 
-def watched(layers: list[Layer], call: Call, samples: int) -> tuple[Tensor, dict[str, Callable[[Tensor], Rows]]]:
+def watched(layers: list[Layer], call: Call, samples: int) -> tuple[Tensor, dict[str, Callable[[Tensor], LayerBatch]]]:
     """Returns what the call returns, and for each layer a function from the gradient of that to the layer's rows."""
     runs: dict[str, list[tuple[Run, GradientEdge]]] = {layer.name: [] for layer in layers}
 
@@ -36,17 +36,17 @@ def watched(layers: list[Layer], call: Call, samples: int) -> tuple[Tensor, dict
     for handle in handles:
         handle.remove()
 
-    def rows(layer: Layer, gradient: Tensor) -> Rows:
+    def rows(layer: Layer, gradient: Tensor) -> LayerBatch:
         edges = [edge for _, edge in runs[layer.name]]
         gs = torch.autograd.grad(result, edges, gradient, retain_graph=True)
         with torch.no_grad():
             arrived = [Run(run.kept, run.samples, g=g) for (run, _), g in zip(runs[layer.name], gs, strict=True)]
-        return Rows(layer, arrived, 1.0)
+        return LayerBatch(layer, arrived, 1.0)
 
     return result, {layer.name: partial(rows, layer) for layer in layers}
 
 
-def sample_gradients(layer: Layer, rows: Rows) -> Tensor:
+def sample_gradients(layer: Layer, rows: LayerBatch) -> Tensor:
     """Returns grad_NBOI: the sum over positions of each sample's rows."""
     a_BNPI, g_BNPO = rows.a_BNPI, rows.g_BNPO
     if layer.shape.fisher == "unit_wise":

@@ -7,12 +7,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ngd_dist.layers import Replicate, Rows
+from ngd_dist.layers import LayerBatch, Replicate
 
 
 @dataclass
 class GivenRows:
-    """Stands in for `ngd_dist.layers.Rows`."""
+    """Stands in for `ngd_dist.layers.LayerBatch`."""
 
     a_BNPI: Tensor  # noqa: N815
     g_BNPO: Tensor  # noqa: N815
@@ -46,7 +46,7 @@ class ForwardRows(GivenRows):
 
 def random_rows(
     shape: tuple[int, int, int], *, samples: int, positions: int, seed: int = 0, kind: type[GivenRows] = GivenRows
-) -> Rows:
+) -> LayerBatch:
     """Returns float64 rows for a gradient of shape [B, O, I], of which a and g of a sample are correlated."""
     B, O, I = shape  # noqa: E741
     generator = torch.Generator().manual_seed(seed)
@@ -55,4 +55,4 @@ def random_rows(
         return torch.randn(B, samples, positions, width, dtype=torch.float64, generator=generator)
 
     length = draw(1).exp()  # heavy tails, the same of a and g: what makes A (x) G a poor Fisher block
-    return cast(Rows, kind(draw(I) * length, draw(O) * length, draw(O).abs()))
+    return cast(LayerBatch, kind(draw(I) * length, draw(O) * length, draw(O).abs()))
