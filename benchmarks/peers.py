@@ -23,7 +23,7 @@ NGD_KINDS = {
     "_caches": "inverses",
     "statistics": "statistics",
     "._means": "statistics",  # of this step's passes
-    "._micros": "kept rows",
+    ".layer_batches": "kept rows",
     "_sync": "buffers",
     "_comm": "buffers",
 }
