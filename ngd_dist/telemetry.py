@@ -68,18 +68,23 @@ class StepStats:
 
 
 class Stopwatch:
-    """Adds up host seconds per phase."""
+    """Adds up host seconds per phase. A phase inside another one counts as a part of the outer one."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._is_running = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent inside the block to the phase."""
-        start = time.perf_counter()
+        if self._is_running:
+            yield
+            return
+        start, self._is_running = time.perf_counter(), True
         try:
             yield
         finally:
+            self._is_running = False
             self._seconds[name] += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""Capture and Curvature by themselves, without an optimizer around them."""
+"""Parts of the optimizer by themselves: what captures, what solves, what counts the seconds."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ngd_dist import NGD
 from ngd_dist.capture.capture import Capture
 from ngd_dist.capture.coverage import cover
 from ngd_dist.config import FixedInterval, NGDConfig
@@ -15,6 +16,7 @@ from ngd_dist.distributed.comm import Communicator
 from ngd_dist.engines import Engine
 from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.statistics.statistic import Key
+from ngd_dist.telemetry import Stopwatch
 from tests.support.tensors import F64
 
 CONFIG = NGDConfig(damping=0.1, staleness=FixedInterval(), preconditioner={"kind": "kfac", "damping_form": "exact"})
@@ -83,3 +85,28 @@ def test_curvature_solves_with_the_means_that_it_is_given() -> None:
     block = torch.kron(factor_g[0], factor_a[0]) + 0.1 * torch.eye(15, dtype=F64)
     expected = torch.linalg.solve(block, gradient.flatten()).view(1, 3, 5)
     torch.testing.assert_close(curvature.apply("", gradient), expected)
+
+
+def test_a_phase_inside_another_is_not_counted_twice() -> None:
+    stopwatch = Stopwatch()
+
+    with stopwatch.phase("reduce"), stopwatch.phase("capture"):
+        pass
+    with stopwatch.phase("capture"):
+        pass
+
+    seconds = stopwatch.take()
+    assert seconds.keys() == {"reduce", "capture"}
+    assert stopwatch.take() == {}
+
+
+def test_statistics_that_wait_for_the_step_are_a_part_of_its_reduction() -> None:
+    """In a first step they all wait, since another pass might come; none of it is time of the backward pass."""
+    model = nn.Linear(8, 4)
+    optimizer = NGD(model)
+
+    F.cross_entropy(model(torch.randn(16, 8)), torch.randint(4, (16,))).backward()
+    optimizer.step()
+
+    assert "reduce" in optimizer.stats.seconds
+    assert "capture" not in optimizer.stats.seconds
