@@ -59,7 +59,7 @@ def _is_held(lock: TextIO, path: Path) -> bool:
 
 
 def _remove(made: list[Path]) -> None:
-    """Removes files and empty folders, the innermost first; what has something else in it stays."""
+    """Removes files and empty folders, the innermost first; folders with other things in them stay."""
     for path in made:
         with contextlib.suppress(OSError):
             path.rmdir() if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""Pure: the phases of a job and the one table of what follows from what is seen.
+"""Pure: the phases of a job, and the one table from observations to decisions.
 
 A user sets the desired state, the reconciler sets the phase by `decide`, workers only add events.
 """
@@ -116,7 +116,7 @@ class Observation:
     now: datetime
     process: Process = Process.UNKNOWN
     outcome: Outcome | None = None
-    message: str | None = None  # what the dispatcher says of it, for the job's owner
+    message: str | None = None  # the dispatcher's own words, for the job's owner
     silent_s: float = 0.0  # when UNREACHABLE: for how long that has been observed
 
 
@@ -156,7 +156,7 @@ class Decision:
     action: Action = Action.NONE
     ends_attempt: bool = False
     retry_at: datetime | None = None
-    note: str | None = None  # replaces the message of a job whose phase stays: what it waits for
+    note: str | None = None  # replaces the message of a job whose phase stays: the reason for waiting
 
 
 SUBMITTING = "waiting for the attempt to be handed over"
@@ -166,7 +166,7 @@ CANCELLED_BY_USER = Decision(Phase.CANCELLED, "UserCancelled", "cancelled by the
 
 
 def decide(job: JobState, attempt: AttemptState | None, seen: Observation, policy: Policy) -> Decision:
-    """Returns what follows for a job from its state, its live attempt (None: there is none) and what is seen.
+    """Returns the decision on a job from its state, its live attempt (None: there is none) and the observation.
 
     A job that waits in QUEUED is put to this question only when it is next and a slot is free.
     """

@@ -33,7 +33,7 @@ Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used=
 
 
 class Resource(BaseModel):
-    """Base of what the API returns. NaN and infinity travel as the strings "NaN", "Infinity" and "-Infinity"."""
+    """Base of the API's answers. NaN and infinity travel as the strings "NaN", "Infinity" and "-Infinity"."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 

@@ -187,7 +187,7 @@ class Settings(BaseSettings):
 
     @property
     def dispatcher_class(self) -> "type[Dispatcher[Any]]":
-        """The class of the dispatcher; its settings are attributes of what load_settings returns."""
+        """The class of the dispatcher; its settings are attributes of load_settings' result."""
         from ngd_service.dispatchers import dispatcher_named
 
         return dispatcher_named(self.dispatcher)

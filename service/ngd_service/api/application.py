@@ -60,7 +60,7 @@ def api_application(lifespan: Lifespan[FastAPI] | None = None, container: Contai
 
 
 def _guard(app: FastAPI, container: Container) -> None:
-    """Adds what each request passes before its route, the innermost first."""
+    """Adds the middleware that each request passes before its route, the innermost first."""
     settings = container.settings
     app.add_middleware(AuthenticatedOnly, access=container.access)
     app.add_middleware(SameOriginOnly, public_url=settings.public_url, is_loopback=settings.is_loopback)
@@ -68,7 +68,7 @@ def _guard(app: FastAPI, container: Container) -> None:
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:
-    """Returns the OpenAPI document, with what routes read by themselves and the problems' media type."""
+    """Returns the OpenAPI document, with the bodies that routes read by themselves and the problems' media type."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, bodies = models_json_schema(

@@ -18,7 +18,7 @@ __all__ = ["AuthenticatedOnly", "login_path"]
 
 log = logging.getLogger(__name__)
 
-# Probes and Prometheus hold no key; what they are told names no job but for the ids of running ones.
+# Probes and Prometheus hold no key; their answers name no job but for the ids of running ones.
 OPEN_TO_ALL = frozenset(
     {(method, path) for method in ("GET", "HEAD") for path in ("/healthz", "/readyz", "/metrics", "/openapi.json")}
     | {("GET", LOGIN), ("POST", LOGIN), ("POST", LOGOUT)}

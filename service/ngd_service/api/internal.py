@@ -1,4 +1,4 @@
-"""/internal: what workers call, each with the token of its attempt and no other."""
+"""/internal: the routes of workers, each with the token of its attempt and no other."""
 
 import asyncio
 from typing import Annotated, Any
@@ -51,8 +51,8 @@ async def _authorized(
 async def post_events(
     request: Request, container: ContainerDep, attempt_id: Annotated[str, Depends(_authorized)]
 ) -> EventReply:
-    """Stores what an attempt reports; a repeated delivery changes nothing. The reply says what the user wants."""
-    # Not a parameter: the framework would read a body before it knew who sent it, and parse it while all others wait.
+    """Stores an attempt's events; a repeated delivery changes nothing. The reply says which state the user desires."""
+    # Not a parameter: the framework would read a body before the sender is known, and parse it while all others wait.
     events = await read_apart(_events, await request.body())
     return await asyncio.to_thread(_store, container, attempt_id, events)
 

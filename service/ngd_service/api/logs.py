@@ -1,4 +1,4 @@
-"""/jobs/{id}/logs: what an attempt's processes wrote, to be read, followed, or downloaded as it is."""
+"""/jobs/{id}/logs: the output of an attempt's processes, to be read, followed, or downloaded as it is."""
 
 import asyncio
 import re
@@ -58,7 +58,7 @@ async def get_logs(
     """Returns the log's lines; with follow, frames `log` of {attempt, text, end} and `end`.
 
     Lines are given as a terminal shows them: of what a progress bar drew over, its last state. A line in brackets that
-    begins with "ngd:" says what is not shown. With download or Range the bytes are as they were written.
+    begins with "ngd:" tells of bytes that are not shown. With download or Range the bytes are as they were written.
     """
     _refuse_both(request)
     job = await asyncio.to_thread(container.jobs.get, job_id)
@@ -95,7 +95,7 @@ def _part(log: LogFile, tail: int | None, offset: int | None) -> LogPart:
 
 
 def _notice(log: LogFile, part: LogPart) -> bytes:
-    """Returns a line that says what is left out before the part, if something is."""
+    """Returns a line about the bytes left out before the part, if there are any."""
     if not part.left_out:
         return b""
     begin = log.begin

@@ -1,4 +1,4 @@
-"""/jobs/{id}/metrics and /statistics: columns, thinned out to what a screen can show."""
+"""/jobs/{id}/metrics and /statistics: columns, thinned out to the width of a screen."""
 
 from typing import Annotated
 
@@ -46,7 +46,7 @@ def get_metrics(
     range_ = Wanted(from_step=from_step, to_step=to_step, most_steps=max_points, most_spans=spans_for(max_points))
     trained, tested = (container.store.spans(job_id, kind, range_) for kind in KINDS)
     series = curves(trained, wanted) | curves(tested, wanted)
-    # Of the two reads the first one's: what has come in between is asked for again.
+    # The first of the two reads counts: the next call asks again for anything that came in between.
     return Metrics(series=series, last_step=max(trained.last_step or tested.last_step, from_step - 1))
 
 

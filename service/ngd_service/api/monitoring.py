@@ -1,4 +1,4 @@
-"""/metrics: what Prometheus reads."""
+"""/metrics: the route of Prometheus."""
 
 import logging
 

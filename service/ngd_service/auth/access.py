@@ -16,7 +16,7 @@ SESSION_S = 7 * 24 * 3600
 
 
 class Access:
-    """Tells who calls. keys: None if the service has none, and then everybody is let in.
+    """Identifies callers. keys: None if the service has none, and then everybody is let in.
 
     A session is a signed text in the browser and nothing on the server: every controller with the same signing key and
     the same API keys knows it, and it ends with its week or with its owner's key.
@@ -33,7 +33,7 @@ class Access:
         return self._keys is None
 
     def key_owner(self, authorization: str | None, cookies: str | None) -> str | None:
-        """Returns who sent these headers; None: nobody that is known. A Bearer header counts alone.
+        """Returns the sender of these headers; None: an unknown one. A Bearer header counts alone.
 
         One of another scheme is a proxy's own, which browsers send along.
         """

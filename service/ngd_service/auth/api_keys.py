@@ -1,4 +1,4 @@
-"""The API keys: one file each, named for who holds it; read again when the folder changes."""
+"""The API keys: one file each, named after its owner; read again when the folder changes."""
 
 import hashlib
 import hmac
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MIN_CHARACTERS, MAX_CHARACTERS = 20, 1024
 REREAD_S = 1.0
 HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-KEY = re.compile(rb"[!-~]+")  # what a header carries as it is: visible ASCII
+KEY = re.compile(rb"[!-~]+")  # visible ASCII, which a header carries unchanged
 HOW = "make one with: openssl rand -hex 32"
 
 
@@ -44,7 +44,7 @@ class ApiKeys:
         self._reading = threading.Lock()
 
     def key_owner_of(self, key: str) -> str | None:
-        """Returns who holds the key; None: nobody. Takes as long for a wrong key as for a right one."""
+        """Returns the key's owner; None: an unknown key. Takes as long for a wrong key as for a right one."""
         given, match = _digest(key.encode()), None
         for key_owner, digest in self._current().items():
             if hmac.compare_digest(given, digest):
@@ -81,7 +81,7 @@ class ApiKeys:
 
 
 def _read(folder: Path) -> tuple[dict[str, bytes], str]:
-    """Returns owner -> digest of key, of the files that are right, and what is wrong with the others ("": nothing).
+    """Returns owner -> digest of key, of the valid files, and the faults of the others ("": none).
 
     What begins with "." is skipped: Kubernetes keeps a volume's versions so. Raises: OSError, of the folder itself.
     """

@@ -1,4 +1,4 @@
-"""Secrets of one installation: a key in its home, and what is derived from it, so that nothing has to be stored."""
+"""Secrets of one installation: a key in its home, and tokens derived from it, so that none has to be stored."""
 
 import hashlib
 import hmac

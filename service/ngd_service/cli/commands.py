@@ -158,7 +158,7 @@ def logs(
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Print what a job's processes wrote."""
+    """Print the output of a job's processes."""
     if output is not None and (should_follow or tail is not None or is_raw):
         raise typer.BadParameter("--output writes the whole log; leave out --follow, --tail and --raw")
     shown = str if is_raw or not sys.stdout.isatty() else harmless

@@ -16,7 +16,7 @@ __all__ = ["EXIT_CODES", "follow", "mark"]
 
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "CANCELLED": 3}
 MARKS = {"QUEUED": "o", "SUCCEEDED": "+", "FAILED": "x", "CANCELLED": "-", "RECOVERING": "!", "CANCELLING": "!"}
-LINE_EVERY_S = 5.0  # of steps alone; what else changes has its line at once
+LINE_EVERY_S = 5.0  # of steps alone; any other change has its line at once
 LOG_ENDS_WITHIN_S = 10.0
 
 
@@ -97,7 +97,7 @@ def _print(console: Console, text: str) -> None:
 
 def _metrics(job: Job) -> str:
     if job.status.message and not job.status.is_terminal:
-        return job.status.message  # what it waits for
+        return job.status.message  # the reason for waiting
     shown = [
         f"{label} {job.metrics_latest[name]:.4f}"
         for label, name in (("loss", "loss"), ("accuracy", "accuracy"), ("test", "test_accuracy"))

@@ -15,6 +15,6 @@ DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")  # these show a line in a
 
 
 def harmless(text: str) -> str:
-    """Returns the text without what a terminal would obey; colours go, other control characters show as \\x1b."""
+    """Returns the text without control sequences: colours go, other control characters show as \\x1b."""
     text = SEQUENCE.sub("", text)
     return DIRECTION.sub("", CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text))

@@ -1,4 +1,4 @@
-"""What a user may ask of the service, against the Store protocol. Sets what is desired; phases are the reconciler's."""
+"""The requests of users, against the Store protocol. Sets the desired state; phases are the reconciler's."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ class Jobs:
         return job
 
     def _placed(self, jobs: Sequence[JobRecord]) -> Sequence[JobRecord]:
-        """Tells each waiting job its place and what it waits for; both change with every job before it."""
+        """Gives each waiting job its place and the reason for waiting; both change with every job before it."""
         if all(job.state.phase is not Phase.QUEUED for job in jobs):
             return jobs
         queue = self._store.queue()

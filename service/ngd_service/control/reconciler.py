@@ -38,9 +38,12 @@ __all__ = ["Reconciler"]
 
 log = logging.getLogger(__name__)
 
-NOTED = (Phase.STARTING, Phase.RUNNING)  # their message says what they wait for; elsewhere it says why they are there
+NOTED = (
+    Phase.STARTING,
+    Phase.RUNNING,
+)  # their message gives the reason for waiting
 RESULTS: dict[Phase | None, str] = {Phase.SUCCEEDED: "succeeded", Phase.CANCELLED: "cancelled"}
-STOP_S = 4.0  # a tick may hang on a call; what it leaves half done the next controller does again
+STOP_S = 4.0  # a tick may hang on a call; the next controller repeats work that is half done
 
 
 class Reconciler:
@@ -170,7 +173,7 @@ class Reconciler:
         return seen, self._decide(replace(claim, attempt=self._store.get_attempt(claim.attempt.id)), seen)
 
     def _note(self, claim: Claim, message: str | None) -> None:
-        """Says what the job waits for, where its message doesn't say why it is in its phase."""
+        """Sets the reason for waiting as the job's message, unless the message explains the phase."""
         if message != claim.job.message and claim.job.state.phase in NOTED:
             self._store.note(claim, message)
 
@@ -222,7 +225,7 @@ class Reconciler:
         self._metrics.dispatcher_answered(call, is_up=isinstance(error, BackendFullError))
 
     def _settle(self, ref: AttemptRef) -> bool:
-        """Ends what the attempt left running, and takes in what it could not deliver while no controller was up.
+        """Ends the attempt's remaining processes, and takes in events that no controller was up to receive.
 
         In this order: the fence, so that no checkpoint is committed whose steps are told to nobody; the processes; then
         what they have written. Returns whether it could be ended; if not it is tried again later.
@@ -240,7 +243,7 @@ class Reconciler:
         return is_ended
 
     def _drain(self, ref: AttemptRef) -> None:
-        """Takes in what the attempt has spooled and not delivered."""
+        """Takes in events that the attempt has spooled and not delivered."""
         attempt = self._store.get_attempt(ref.attempt_id)
         if attempt is None:
             return
@@ -289,7 +292,7 @@ class Reconciler:
             self._metrics.attempt_ended("lost" if is_lost else result)
 
     def _act(self, ref: AttemptRef, claim: Claim, decision: Decision) -> str | None:
-        """Does what was decided. Returns why it was not done."""
+        """Carries the decision out. Returns the reason if that failed."""
         try:
             self._do(ref, claim, decision)
         except DispatchError as error:

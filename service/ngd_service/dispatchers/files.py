@@ -140,7 +140,7 @@ class AttemptFiles:
             yield batch
 
     def log(self, ref: AttemptRef, rank: int | None = None) -> LogFile:
-        """Returns what the attempt's processes wrote, or what one rank did; it may not be there yet."""
+        """Returns the output of the attempt's processes, or of one rank; it may not be there yet."""
         folder = self.folder(ref)
         return LogFile(folder.log if rank is None else folder.rank_log(rank))
 

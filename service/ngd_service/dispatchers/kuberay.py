@@ -1,7 +1,7 @@
 """Attempts as RayJobs, one each: KubeRay makes a Ray cluster, runs the driver on its head, and takes it down again.
 
 The RayJob's name is the attempt's, so an attempt has one RayJob however often it is submitted. What KubeRay says of a
-driver is only whether it can still be running: what it did is in the attempt's folder.
+driver is only whether it can still be running: the attempt's folder tells the rest.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 LINGER_S = 60.0  # for KubeRay to notice that a driver which has written its outcome has left
 PODS_GO_S = 60.0  # beyond their own grace, for pods that are deleted; those of a dead node never go by themselves
-STARTS_S = 120.0  # an API server that has just started may refuse for so long what it is going to grant
+STARTS_S = 120.0  # an API server that has just started may refuse calls for so long that it grants later
 EXIT_CODE = re.compile(r"exit code (-?\d+)")
 DRIVER_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})  # jobStatus: Ray's own word
 WAITS = {  # jobDeploymentStatus, before the driver runs

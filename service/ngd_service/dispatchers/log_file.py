@@ -73,7 +73,7 @@ class LogFile:
         return LogPart(kept, part.end - len(kept), part.end)
 
     def part(self, offset: int) -> LogPart:
-        """Returns what follows the offset: up to TAIL_BYTES, and up to the end of a line.
+        """Returns the bytes after the offset: up to TAIL_BYTES, and up to the end of a line.
 
         An offset behind the end is one of a log that was cut to nothing since, and counts as its beginning.
         """

@@ -1,4 +1,4 @@
-"""The processes of an attempt on this machine: all that carry its mark in their environment, and what these started.
+"""The processes of an attempt on this machine: all that carry its mark in their environment, and their children.
 
 Ray puts its workers into process groups of their own, and a process may leave its session: the environment stays.
 """
@@ -11,12 +11,12 @@ import psutil
 __all__ = ["end_all", "mark"]
 
 MARK = "NGD_ATTEMPT"
-KILL_S = 10.0  # what SIGKILL has not ended by then waits for a disk
+KILL_S = 10.0  # a process that outlives SIGKILL for so long waits for a disk
 LOOK_S = 0.02
 
 
 def mark(attempt_id: str) -> dict[str, str]:
-    """Returns what to add to the environment of an attempt's first process."""
+    """Returns the variables to add to the environment of an attempt's first process."""
     # setproctitle, which Ray calls in its processes, would write their titles over the environment.
     return {MARK: attempt_id, "SPT_NOENV": "1"}
 

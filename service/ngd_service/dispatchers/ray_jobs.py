@@ -217,7 +217,7 @@ class RayJobsDispatcher(Dispatcher[RayJobsSettings]):
             raise BackendUnavailableError(str(error)) from None
 
     def _refusal(self, verb: str, answer: httpx.Response) -> str:
-        lines = answer.text.strip().splitlines()  # Ray answers with its traceback; the last line says what it is
+        lines = answer.text.strip().splitlines()  # Ray answers with its traceback; the last line names the error
         return (
             f"the Ray cluster at {self._address} could not {verb} the job (HTTP {answer.status_code}"
             + (f": {lines[-1][:300]}" if lines else "")
@@ -226,7 +226,7 @@ class RayJobsDispatcher(Dispatcher[RayJobsSettings]):
 
 
 def _token(path: Path) -> str:
-    """Returns the token in the file. Raises: ValueError that does not tell what is in it."""
+    """Returns the token in the file. Raises: ValueError that does not quote it."""
     try:
         token = path.read_bytes().strip()
     except OSError as error:

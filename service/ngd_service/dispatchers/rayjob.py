@@ -1,6 +1,6 @@
 """Pure: the RayJob of an attempt, made from the installation's template (NGD_RAYJOB_TEMPLATE).
 
-The template is a whole RayJob but for what is an attempt's own: name, entrypoint, jobId and the workers' replicas.
+The template is a whole RayJob without the fields of one attempt: name, entrypoint, jobId and the workers' replicas.
 What it says of pods, volumes, env, queues (labels, suspend), runtimeEnvYAML and ttlSecondsAfterFinished is kept.
 """
 
@@ -33,7 +33,7 @@ SUFFIXES = {"m": Decimal("0.001"), "k": Decimal(1000), "": Decimal(1)}  # of CPU
 SUBMISSION_MODE = "HTTPMode"
 
 OWN = "the service sets it for each attempt; leave it out"
-MADE_HERE = {  # what a template may say of a field: these values, or nothing
+MADE_HERE = {  # a template may give a field these values, or leave it out
     ("metadata", "name"): ((), OWN),
     ("metadata", "generateName"): ((), OWN),
     ("metadata", "namespace"): ((), "the service sets it; set NGD_KUBERNETES_NAMESPACE"),
@@ -55,7 +55,7 @@ MADE_HERE = {  # what a template may say of a field: these values, or nothing
 TRIAL = Launch(
     AttemptRef("job_trial", 1), {"name": "trial", "resources": {"workers": 1}}, ""
 )  # fits where any job fits
-MAX_SIZE = 1_000_000  # of what is counted
+MAX_SIZE = 1_000_000  # of each count
 POD_GRACE_S = 30  # terminationGracePeriodSeconds of a pod that says nothing
 
 
@@ -87,7 +87,7 @@ def read_template(path: Path) -> Json:
         raise StartupError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
     try:
         _check(template)
-        rayjob(template, TRIAL, "true")  # what can't be filled in is said now, and not of each job
+        rayjob(template, TRIAL, "true")  # a template with faults ends the start, not each job
         grace_s(template)
     except (ValueError, DispatchError) as error:
         raise StartupError(f"{where}: {error}") from error

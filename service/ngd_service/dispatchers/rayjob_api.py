@@ -1,4 +1,4 @@
-"""RayJobs at a Kubernetes API server: create, get, delete, and what each refusal means. The only user of `kubernetes`.
+"""RayJobs at a Kubernetes API server: create, get, delete; each refusal's meaning. The only user of `kubernetes`.
 
 No call is tried again here, and none takes longer than its timeouts: the reconciler comes back by itself.
 """
@@ -59,7 +59,7 @@ class RayJobApi:
         self._where = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
 
     def create(self, body: dict[str, Any]) -> None:
-        """Raises: AlreadyExistsError, BackendFullError, NotAllowedError; DispatchError if what it holds is refused."""
+        """Raises: AlreadyExistsError, BackendFullError, NotAllowedError; DispatchError for bad content."""
         # Strict: a field that KubeRay does not know would otherwise be dropped in silence.
         self._call("create_namespaced_custom_object", body=body, field_validation="Strict", field_manager="ngd")
 
@@ -161,7 +161,7 @@ def _configure(configuration: "Configuration", url: str) -> str:
 
 
 def _message(error: "ApiException") -> tuple[str, str]:
-    """Returns the API server's word for what is wrong, and its sentence in one line."""
+    """Returns the API server's word for the fault, and its sentence in one line."""
     try:
         status = json.loads(error.body or "")
         reason, said = str(status.get("reason")), status["message"]

@@ -59,7 +59,7 @@ class ControllerMetrics:
         self._tick.observe(seconds)
 
     def dispatcher_answered(self, call: str, *, is_up: bool) -> None:
-        """What runs the attempts (Ray, Kubernetes) did what the newest call of this kind asked, or did not."""
+        """Counts whether the dispatcher's cluster (Ray, Kubernetes) carried out the newest call of this kind."""
         if is_up:
             self._failed_at.pop(call, None)
         else:

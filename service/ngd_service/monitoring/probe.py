@@ -26,7 +26,7 @@ class Probe(Generic[Answer]):
         self._asked_at = 0.0
 
     async def answer(self, *, within_s: float) -> Answer:
-        """Returns the answer. Raises: TimeoutError, or what the question raised. All callers are on one event loop."""
+        """Returns the answer. Raises: TimeoutError, or the question's own error. All callers are on one event loop."""
         if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_at > self._fresh_s):
             self._asking, self._asked_at = Future(), time.monotonic()
             threading.Thread(target=self._run, args=[self._asking], name="probe", daemon=True).start()

@@ -77,7 +77,7 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeyedRequest:
-    """An Idempotency-Key, the fingerprint of the request that came with it, and the API key's owner who sent both."""
+    """An Idempotency-Key, the fingerprint of the request that came with it, and the API key's owner that sent both."""
 
     key: str
     fingerprint: str
@@ -196,7 +196,7 @@ class Store(Protocol):
         ...
 
     def note(self, claim: Claim, message: str | None) -> bool:
-        """Replaces the job's message, with no event: what it waits for while its phase stays."""
+        """Replaces the job's message, with no event: the reason for waiting while its phase stays."""
         ...
 
     def release(self, claim: Claim) -> None:
@@ -208,9 +208,9 @@ class Store(Protocol):
         ...
 
     def ingest(self, attempt_id: str, delivered: Sequence[Numbered], *, is_late: bool = False) -> Ingested:
-        """Stores what is new by (attempt, seq); a repeated delivery changes nothing.
+        """Stores events that are new by (attempt, seq); a repeated delivery changes nothing.
 
-        is_late: the controller itself delivers what an attempt has left behind, before the next one starts.
+        is_late: the controller itself delivers the events that an attempt has left behind, before the next one starts.
         Raises: NotFoundError, StaleAttemptError (the attempt has ended or a later one has taken over).
         """
         ...

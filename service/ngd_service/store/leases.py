@@ -1,4 +1,4 @@
-"""Which jobs a controller may take under its lease, and what it may change only while it holds it."""
+"""The jobs that a controller may take under its lease, and the changes that need the lease."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Pure: what a job's progress and newest metrics become as its workers' events arrive."""
+"""Pure: folds arriving events into a job's progress and newest metrics."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Pure: what is kept of a span of steps, so that a curve of any length is drawn from a bounded number of them.
+"""Pure: the summary of a span of steps, so that a curve of any length is drawn from a bounded number of them.
 
 A span of level k is 2^k steps: number n holds the steps n 2^k + 1 to (n + 1) 2^k. Spans that lie side by side are
 folded into wider ones, so that those of level 3 (of the steps themselves), 5 (of four of level 3), 7 ... can be kept up
