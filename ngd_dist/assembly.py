@@ -121,12 +121,7 @@ class Assembly(torch.optim.Optimizer):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         if "model" not in saved:  # torch's `load_state_dict` calls this for its part
-            groups = self.param_groups
             super().__setstate__(saved)
-            for group, loaded in zip(groups, self.param_groups, strict=True):
-                group.clear()
-                group.update(loaded)
-            self.param_groups = groups  # the same ones: the covered layers refer to them
             return
         groups, group, scaler = saved["param_groups"], saved["process_group"].value, saved["grad_scaler"]
         Assembly.__init__(
@@ -146,7 +141,7 @@ class Assembly(torch.optim.Optimizer):
         self._trained |= {p for p in in_groups if p.requires_grad}
         self._waiting = self._untrained()
         self.layers, self.plain_parameters = cover(self._bare, self._trained, config)
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        group_of = self._group_of_parameters()
         self._covered = {
             layer.name: CoveredLayer(layer, preconditioner_for(layer.shape, config), group_of[layer.parameters[0]])
             for layer in self.layers
@@ -177,6 +172,15 @@ class Assembly(torch.optim.Optimizer):
         )
         self._is_built = True
         self._begin_step(self.stats.step + 1)
+
+    def _look_up_groups(self) -> None:
+        """Gives each covered layer its param group of today: whoever replaces the groups need not tell."""
+        group_of = self._group_of_parameters()
+        for covered in self._covered.values():
+            covered.group = group_of.get(covered.layer.parameters[0], covered.group)
+
+    def _group_of_parameters(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return {p: group for group in self.param_groups for p in group["params"]}
 
     def _build_state(self) -> None:
         """Builds the state that a checkpoint has: statistics and caches, their schedule, the fallback's moments."""

@@ -11,11 +11,12 @@ from ngd_dist.preconditioners import Preconditioner
 __all__ = ["CoveredLayer", "CoveredLayers"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class CoveredLayer:
     """A layer that is preconditioned.
 
-    group: the optimizer's param group of the layer's weight; its lr and damping may change between steps.
+    group: the param group of the layer's weight. Its lr and damping may change between steps, and another dictionary
+    may take its place in the optimizer, as after `load_state_dict`: each step begins by looking it up.
     """
 
     layer: Layer

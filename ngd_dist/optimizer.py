@@ -159,6 +159,7 @@ class NGD(Assembly):
                 loss = closure()
         self._check_call(objective)
         check_owned(self.param_groups, self._names)
+        self._look_up_groups()
         due, phase = self._schedule.due(self.stats.step + 1), self._stopwatch.phase
         with torch.autocast(self._device.type, enabled=False):
             with phase("reduce"):
@@ -175,8 +176,9 @@ class NGD(Assembly):
             self._curvature.note_refreshes(result.reports)
             self._check(result.reports)
             with phase("update"):
-                move = self._update.move
-                adapted = move(self.stats.step + 1, self.param_groups, self.state, means, result, objective)
+                adapted = self._update.move(
+                    self.stats.step + 1, self.param_groups, self.state, means, result, objective
+                )
         self._finish(due, result, adapted)
         self._take_in()
         return loss

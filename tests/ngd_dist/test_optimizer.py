@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import FixedInterval
+from ngd_dist.config import FixedInterval, KLClip
 from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
 from ngd_dist.statistics.statistic import Key
-from tests.support.tensors import F64
+from tests.support.tensors import F64, weights
 from tests.support.training import train
 
 
@@ -209,6 +209,25 @@ def test_param_groups_have_their_own_settings() -> None:
 
     assert torch.equal(first.weight, before)
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.2]
+
+
+@pytest.mark.parametrize("replaces", ["list of copies", "load_state_dict"])
+def test_groups_that_take_the_place_of_others_count(replaces: str) -> None:
+    trained = []
+    for is_replaced in (False, True):
+        model, x, y = model_and_batch()
+        optimizer = NGD(model, NGDConfig(damping=0.1, staleness=FixedInterval(), clip=KLClip(max_kl=1e-4)))
+        train(optimizer, model, x, y, 1)
+        if is_replaced and replaces == "list of copies":
+            optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+        elif is_replaced:
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.param_groups[0] |= {"damping": 5.0, "lr": 0.3}
+        train(optimizer, model, x, y, 2)
+        trained.append(weights(model))
+
+    for kept, replaced in zip(*trained, strict=True):
+        assert torch.equal(kept, replaced)
 
 
 def test_momentum_and_decay_are_those_of_sgd_on_plain_parameters() -> None:
