@@ -6,15 +6,36 @@ an event under the key (attempt, seq), so that a repeated delivery changes nothi
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-__all__ = ["Event", "EventBatch", "EventReply", "Numbered", "StepRecord"]
+__all__ = ["Event", "EventBatch", "EventReply", "Metric", "MetricName", "Numbered", "StepRecord"]
+
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+MetricValues = Annotated[dict[MetricName, float], Field(max_length=32)]
 
 
 class Fact(BaseModel):
     """Base of every event. NaN and infinity travel as the strings "NaN", "Infinity" and "-Infinity"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Metric(Fact):
+    """One of the numbers that say how good the model is. It is `name` in training, `test_<name>` on the test data."""
+
+    name: MetricName
+    label: str = Field(max_length=40, description='For people: "accuracy", "BLEU".')
+    better: Literal["higher", "lower"]
+    unit: Literal["number", "share"] = Field(default="number", description="share: in [0, 1], shown as per cent.")
+
+
+def _without_prefix(given: object) -> object:
+    """Takes an event of version 0.1, which had the metrics of the test data as fields: test_<name>."""
+    if not isinstance(given, dict) or "metrics" in given:
+        return given
+    tested = {name.removeprefix("test_"): value for name, value in given.items() if name.startswith("test_")}
+    rest = {name: value for name, value in given.items() if not name.startswith("test_")}
+    return rest | {"metrics": tested} if tested else given
 
 
 class Started(Fact):
@@ -27,32 +48,47 @@ class Started(Fact):
     versions: dict[str, str] = Field(description="python, torch, ngd_dist ...")
     world_size: int
     device: str
-    total_steps: int
-    steps_per_epoch: int
-    parameters: int = Field(description="Number of the model's trainable weights.")
+    total_steps: int | None
+    steps_per_epoch: int | None
+    parameters: int | None = Field(description="Number of the model's trainable weights.")
     resumed_step: int = Field(description="Step of the checkpoint from which this run starts; 0: no checkpoint.")
     statistics: list[str] = Field(
         description='Names "layer.statistic", in the order of the ages and intervals of a step.'
     )
     plain_parameters: dict[str, str] = Field(description="Name of each parameter without a preconditioner -> reason.")
+    metrics: list[Metric] = Field(
+        default=[], max_length=32, description="The task's metrics, the one that counts first; loss is among them."
+    )
 
 
 class StepRecord(Fact):
     """One optimizer step. Step numbers start at 1."""
 
     step: int = Field(ge=1)
-    epoch: float
+    epoch: float | None = None
     time_s: float = Field(description="Seconds since the epoch (UTC) at the end of the step.")
-    loss: float = Field(description="Mean training loss of the global batch.")
-    accuracy: float = Field(description="Share of the global batch classified correctly.")
-    lr: float = Field(description="Learning rate of the step, from the schedule or from the quadratic model.")
-    samples_per_s: float
-    seconds: dict[str, float] = Field(description="Phase -> seconds on rank 0: data, forward_backward, reduce ...")
-    bytes_sent: dict[str, int] = Field(description="Kind -> bytes sent by rank 0: gradients, statistics, directions.")
-    ages: list[int] = Field(description="Steps since each statistic in use was measured; 0: measured in this step.")
-    intervals: list[int] = Field(description="Steps from one refresh of each statistic to the next.")
-    failed_inversions: int = Field(description="Failed inversions so far, over all ranks; each kept the old inverse.")
-    # Optional: spools of earlier versions lack them.
+    metrics: MetricValues = Field(description="Of the global batch in training: loss, the mean, and the task's own.")
+    # Optional: a loop of the user's own has not all of them, and spools of earlier versions lack some.
+    lr: float | None = Field(
+        default=None, description="Learning rate of the step, from the schedule or from the quadratic model."
+    )
+    samples_per_s: float | None = None
+    seconds: dict[str, float] = Field(
+        default={}, description="Phase -> seconds on rank 0: data, forward_backward, reduce ..."
+    )
+    bytes_sent: dict[str, int] = Field(
+        default={}, description="Kind -> bytes sent by rank 0: gradients, statistics, directions."
+    )
+    ages: list[int] = Field(
+        default=[], description="Steps since each statistic in use was measured; 0: measured in this step."
+    )
+    intervals: list[int] = Field(default=[], description="Steps from one refresh of each statistic to the next.")
+    failed_inversions: int = Field(
+        default=0, description="Failed inversions so far, over all ranks; each kept the old inverse."
+    )
+    skipped_samples: int = Field(
+        default=0, description="Samples left out so far, over all ranks, since they could not be read."
+    )
     skipped_steps: int = Field(default=0, description="Steps skipped so far because a gradient was NaN or infinite.")
     damping: float | None = Field(default=None, description="lambda after the step; None: the optimizer has none.")
     momentum: float | None = Field(
@@ -62,6 +98,15 @@ class StepRecord(Fact):
         default=None,
         description="rho: change of the loss, divided by the quadratic model's prediction; None: not measured.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_metrics(cls, given: object) -> object:
+        """Takes a record of version 0.1, which had each metric as a field."""
+        if not isinstance(given, dict) or "metrics" in given:
+            return given
+        metrics = {name: value for name, value in given.items() if name not in cls.model_fields}
+        return {name: value for name, value in given.items() if name not in metrics} | {"metrics": metrics}
 
 
 class Steps(Fact):
@@ -76,9 +121,13 @@ class Evaluation(Fact):
 
     kind: Literal["evaluation"] = "evaluation"
     step: int
-    epoch: float
-    test_loss: float
-    test_accuracy: float
+    epoch: float | None = None
+    metrics: MetricValues = Field(description="Of the test data: loss, the mean, and the task's own.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_metrics(cls, given: object) -> object:
+        return _without_prefix(given)
 
 
 class CheckpointSaved(Fact):
@@ -91,11 +140,16 @@ class CheckpointSaved(Fact):
 
 
 class TargetReached(Fact):
-    """The first evaluation at or above the spec's target."""
+    """The first evaluation that reaches the spec's target."""
 
     kind: Literal["target_reached"] = "target_reached"
     step: int
-    test_accuracy: float
+    metrics: MetricValues = Field(description="The target's metric and its value.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_metrics(cls, given: object) -> object:
+        return _without_prefix(given)
 
 
 class CheckpointFailed(Fact):
@@ -152,10 +206,14 @@ class Done(Fact):
 
     kind: Literal["done"] = "done"
     step: int
-    test_loss: float
-    test_accuracy: float
+    metrics: MetricValues = Field(description="Of the test data, after the last step.")
     target_step: int | None
-    seconds: float = Field(description="Wall time of training, without start-up.")
+    seconds: float | None = Field(description="Wall time of training, without start-up.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_metrics(cls, given: object) -> object:
+        return _without_prefix(given)
 
 
 Event = Annotated[

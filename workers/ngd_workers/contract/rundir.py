@@ -66,8 +66,7 @@ class Outcome(BaseModel):
     )
     retryable: bool = Field(default=False, description="Whether another attempt could end differently.")
     step: int = 0
-    test_accuracy: float | None = None
-    test_loss: float | None = None
+    metrics: dict[str, float] = Field(default={}, description="Of the test data, after the last step.")
     target_step: int | None = None
     seconds: float | None = Field(default=None, description="Wall time of training, without start-up.")
 

@@ -8,7 +8,8 @@ from sklearn.model_selection import train_test_split
 
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import Digits
-from ngd_workers.data import Dataset, Shape
+from ngd_workers.data.base import Dataset, Images
+from ngd_workers.data.tensors import image_tensors
 
 __all__ = ["load"]
 
@@ -25,12 +26,12 @@ def load(choice: Digits, data_dir: Path | None) -> Dataset:
         )
     except ValueError as error:
         raise SpecError(f"data.test_fraction {choice.test_fraction} leaves a class or a part empty: {error}") from error
-    return Dataset(
+    return image_tensors(
         train_x=_images(train_x),
         train_y=torch.as_tensor(train_y, dtype=torch.int64),
         test_x=_images(test_x),
         test_y=torch.as_tensor(test_y, dtype=torch.int64),
-        shape=Shape(channels=1, height=8, width=8, classes=10),
+        shape=Images(channels=1, height=8, width=8, classes=10),
     )
 
 

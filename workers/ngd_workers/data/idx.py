@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError
 from ngd_workers.contract.spec import IDX
-from ngd_workers.data import Dataset, Shape
+from ngd_workers.data.base import Dataset, Images
+from ngd_workers.data.tensors import image_tensors
 
 __all__ = ["load", "read_idx"]
 
@@ -26,7 +27,7 @@ def load(choice: IDX, data_dir: Path | None) -> Dataset:
     test_x, test_y = _part(folder, "t10k", choice)
     _, channels, height, width = train_x.shape
     classes = int(train_y.max()) + 1
-    return Dataset(train_x, train_y, test_x, test_y, Shape(channels, height, width, classes))
+    return image_tensors(train_x, train_y, test_x, test_y, Images(channels, height, width, classes))
 
 
 def read_idx(path: Path, dims: int) -> Tensor:

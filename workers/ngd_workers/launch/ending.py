@@ -38,7 +38,8 @@ def summary(outcome: Outcome) -> str:
         return f"failed: {outcome.reason}: {outcome.message}"
     if outcome.result == "cancelled":
         return f"cancelled after step {outcome.step}" + (f": {outcome.message}" if outcome.message else "")
-    return f"succeeded after step {outcome.step}: test accuracy {outcome.test_accuracy:.4f}"
+    metrics = ", ".join(f"test {name} {value:.4f}" for name, value in outcome.metrics.items())
+    return f"succeeded after step {outcome.step}" + (f": {metrics}" if metrics else "")
 
 
 def _last_event(outcome: Outcome) -> Event:

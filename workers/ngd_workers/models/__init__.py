@@ -1,19 +1,20 @@
-"""Models by name. Start at `build_model`. A new family is a file, a line in MODELS and a class in contract/spec.py.
+"""Models by name. Start at `build_model`.
 
-Imports without torch, so that a name can be checked where torch is not installed.
+A new family is a file here, a line in MODELS and a class in contract/spec/models.py. Imports without torch, so that a
+name can be checked where torch is not installed.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ngd_workers.contract.errors import UserCodeError
-from ngd_workers.contract.spec import MLP, SmallCNN, UserModel
-from ngd_workers.data import Shape
+from ngd_workers.contract.errors import SpecError, UserCodeError
+from ngd_workers.contract.spec import ModelChoice, UserModel
+from ngd_workers.data import Images
 from ngd_workers.functions import call_user, load_function
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["MODELS", "build_model", "images"]
 
 MODELS: dict[str, str] = {
     "mlp": "ngd_workers.models.mlp:build",
@@ -21,8 +22,11 @@ MODELS: dict[str, str] = {
 }
 
 
-def build_model(choice: SmallCNN | MLP | UserModel, shape: Shape) -> "nn.Module":
-    """Returns the model on the CPU, with weights drawn from torch's generator. Raises: UserCodeError."""
+def build_model(choice: ModelChoice, shape: Any) -> "nn.Module":
+    """Returns the model for data of this shape, on the CPU, with weights drawn from torch's generator.
+
+    Raises: SpecError, UserCodeError.
+    """
     from torch import nn
 
     if not isinstance(choice, UserModel):
@@ -32,3 +36,10 @@ def build_model(choice: SmallCNN | MLP | UserModel, shape: Shape) -> "nn.Module"
     if not isinstance(built, nn.Module):
         raise UserCodeError(f"{choice.kind!r} must return a torch.nn.Module, got {type(built).__name__}")
     return built
+
+
+def images(kind: str, shape: Any) -> Images:
+    """Returns the shape if it is that of labelled images. Raises: SpecError that names the model's kind."""
+    if not isinstance(shape, Images):
+        raise SpecError(f"model {kind} needs labelled images, got data of {shape}; choose another model")
+    return shape

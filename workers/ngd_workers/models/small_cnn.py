@@ -1,20 +1,22 @@
 """A small convolutional network for grey or colour images from 4x4 up."""
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import SmallCNN
-from ngd_workers.data import Shape
+from ngd_workers.models import images
 
 __all__ = ["build"]
 
 MIN_SIDE = 4  # two poolings halve each side twice
 
 
-def build(choice: SmallCNN, shape: Shape) -> nn.Module:
+def build(choice: SmallCNN, shape: Any) -> nn.Module:
     """Returns three 3x3 convolutions with batch norm and ReLU, two poolings, one hidden linear layer."""
+    shape = images("small_cnn", shape)
     if min(shape.height, shape.width) < MIN_SIDE:
         raise SpecError(
             f"small_cnn needs images of at least {MIN_SIDE}x{MIN_SIDE}, got {shape.height}x{shape.width}; use mlp"

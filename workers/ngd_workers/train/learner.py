@@ -4,92 +4,80 @@ Under NGD the optimizer averages gradients over ranks, else DistributedDataParal
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD
 from ngd_dist.distributed.comm import Communicator
-from ngd_workers.contract.errors import IncompatibleCheckpointError, UserCodeError
+from ngd_workers.contract.errors import IncompatibleCheckpointError, UserCodeError, WorkerError
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.data import Dataset
+from ngd_workers.tasks.base import Batch, Result, Task
+from ngd_workers.train.loading import MicroBatch, placed
 from ngd_workers.train.optimizers import build_optimizer, chooses_lr, job_errors
+from ngd_workers.train.totals import Totals
 
-__all__ = ["Learner", "Score", "check_model", "trainable"]
-
-EVALUATION_BATCH = 1000  # bounds memory; the result does not depend on it
-TRIAL_BATCH = 2
+__all__ = ["Learner", "check_fit", "trainable"]
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Mean loss and share of samples classified correctly."""
-
-    loss: float
-    accuracy: float
-
-
-def check_model(model: nn.Module, dataset: Dataset) -> None:
-    """Checks, before the first step, that the model maps images to one logit per class. Raises: UserCodeError."""
+def check_fit(model: nn.Module, task: Task, batch: Batch) -> None:
+    """Checks, before the first step, that the task can test the model on this batch. Raises: UserCodeError."""
     model.eval()
-    x = dataset.train_x[:TRIAL_BATCH]
     try:
         with torch.no_grad():
-            logits = model(x)
+            result = task.test_batch(model, batch)
+    except WorkerError:
+        raise
     except Exception as error:  # a user's model may raise anything
-        raise UserCodeError(
-            f"the model failed on images of shape {tuple(x.shape)} with {type(error).__name__}: {error}"
-        ) from error
+        raise UserCodeError(f"the model failed on {_described(batch)} with {type(error).__name__}: {error}") from error
     model.train()
-    wanted = (len(x), dataset.shape.classes)
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserCodeError(f"the model must return logits of shape {wanted}, one per class, got {got}")
+    if not isinstance(result, Result) or not isinstance(result.loss, Tensor) or result.loss.ndim > 0:
+        raise UserCodeError("the task must return a ngd_workers.tasks.base.Result whose loss is a scalar tensor")
 
 
 class Learner:
     """Collective: every rank must build it and call its methods in the same order, on the same global batches."""
 
-    def __init__(self, model: nn.Module, spec: JobSpec, comm: Communicator, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, task: Task, dataset: Dataset, spec: JobSpec, comm: Communicator, device: torch.device
+    ) -> None:
         self.model = model.to(device)
-        self.device = device
-        self._comm = comm
-        self._micro_size = spec.micro_size
+        self.task, self.device = task, device
+        self._dataset, self._comm = dataset, comm
         for name, tensor in model.state_dict().items():
             comm.broadcast(f"initial {name}", tensor)
-        self.optimizer = build_optimizer(model, spec)
+        self.optimizer = build_optimizer(model, spec, task)
         self._averages_gradients = spec.optimizer.kind == "ngd" or comm.world_size == 1
         self._forward: nn.Module = model
         if not self._averages_gradients:
             self._forward = DistributedDataParallel(model)
 
-    def backward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns [sum of losses, number correct] over this rank's samples, float64; leaves the mean's gradient.
+    def backward(self, micro_batches: Sequence[MicroBatch]) -> Totals:
+        """Returns the totals of this rank's samples; leaves the gradient of the mean over the global batch.
 
-        Raises: UserCodeError, SpecError.
+        Collective if micro-batches may differ in their counts. Raises: UserCodeError, SpecError.
         """
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        micro_batches = list(zip(x.split(self._micro_size), y.split(self._micro_size), strict=True))
-        for index, (micro_x, micro_y) in enumerate(micro_batches):
+        totals = Totals(self.device)
+        weights = self._weights(micro_batches)
+        for index, (micro_batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
             is_last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_averaging():
-                logits = self._logits(micro_x)
-                if isinstance(self.optimizer, NGD):
+                with self._counted(micro_batch.samples):
+                    result = self._result(self._forward, self._placed(micro_batch))
+                if isinstance(self.optimizer, NGD) and result.output is not None:
                     with job_errors():
-                        self.optimizer.fisher_backward(logits)
-                loss = F.cross_entropy(logits, micro_y)
-                (loss / len(micro_batches)).backward()
-            totals += _totals(loss.detach() * len(micro_y), logits, micro_y)
+                        self.optimizer.fisher_backward(result.output, ignored=result.ignored)
+                (result.loss * weight).backward()
+            totals.add(result, micro_batch.skipped)
         return totals
 
-    def update(self, x: Tensor, y: Tensor, lr: float) -> None:
-        """Collective under NGD. Takes one optimizer step with the gradients that `backward` has left for x and y.
+    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> None:
+        """Collective under NGD. Takes one optimizer step with the gradients that `backward` has left for the batches.
 
         lr: the schedule's; not used if the optimizer chooses its own.
         Raises: UserCodeError, SpecError, NonFiniteLossError.
@@ -99,24 +87,32 @@ class Learner:
                 group["lr"] = lr
         with job_errors():
             if isinstance(self.optimizer, NGD) and self.optimizer.config.needs_objective:
-                self.optimizer.step(objective=lambda: self.objective(x, y))
+                weights = self._weights(micro_batches)
+                batches = [self._placed(micro_batch) for micro_batch in micro_batches]
+                self.optimizer.step(objective=lambda: self.objective(batches, weights))
             else:
                 self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean loss over this rank's samples and their logits, differentiable, as in `backward`.
+    def objective(self, batches: Sequence[Batch], weights: Sequence[Tensor | float]) -> tuple[Tensor, Tensor]:
+        """Returns the loss that `backward` differentiates, and the output that it is made of, differentiable.
 
         The loss covers all micro-batches: with one of them alone the step would depend on the division of the batch.
         The division is that of `backward`, since batch norm depends on it. Memory stays that of one micro-batch: if
         the caller differentiates through the model, the activations are computed again.
         """
-        micro_batches = x.split(self._micro_size)
-        if len(micro_batches) == 1:
-            logits = self._logits(x)
-        else:
-            logits = torch.cat([self._logits(micro_x, self._recomputed) for micro_x in micro_batches])
-        return F.cross_entropy(logits, y), logits
+        if len(batches) == 1:
+            result = self._result(self._forward, batches[0])
+            return result.loss * weights[0], _output_of(result)
+        recomputed = _Recomputed(self._forward)
+        outputs = [_output_of(self._result(recomputed, batch)) for batch in batches]
+        joined = torch.cat([output.flatten() for output in outputs])  # their lengths may differ
+        pieces = joined.split([output.numel() for output in outputs])
+        losses = [
+            self._result(_Returns(piece.view(output.shape)), batch).loss * weight
+            for piece, output, batch, weight in zip(pieces, outputs, batches, weights, strict=True)
+        ]
+        return torch.stack(losses).sum(), joined
 
     def gradient_bytes(self) -> dict[str, int]:
         """Returns the bytes that this rank sends per step to average gradients outside the optimizer, in a ring."""
@@ -125,22 +121,18 @@ class Learner:
         size = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         return {"gradients": 2 * size * (self._comm.world_size - 1) // self._comm.world_size}
 
-    def evaluate(self, dataset: Dataset) -> Score:
-        """Collective. Returns the score on the test data; each rank takes its share of them."""
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Totals:
+        """Collective. Returns the totals of the test data over all ranks; each rank gives its own batches of them."""
         self.average_buffers()
-        share = slice(self._comm.rank, None, self._comm.world_size)
-        x, y = dataset.test_x[share], dataset.test_y[share]
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = Totals(self.device)
         self.model.eval()
         with torch.no_grad():
-            for part_x, part_y in zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True):
-                if len(part_y):  # a rank beyond the last sample has an empty part
-                    logits = self.model(part_x)
-                    totals += _totals(F.cross_entropy(logits, part_y, reduction="sum"), logits, part_y)
+            for batch in batches:
+                result = self._tested(self._placed(batch))
+                totals.add(result, batch.skipped, counts=batch.counts)
         self.model.train()
-        self._comm.all_reduce("evaluation", totals)
-        loss, correct = (totals / len(dataset.test_y)).tolist()
-        return Score(loss, correct)
+        totals.reduce(self._comm, "evaluation")
+        return totals
 
     def average_buffers(self) -> None:
         """Collective. Gives all ranks the mean of their running statistics, since each has seen other samples."""
@@ -164,18 +156,44 @@ class Learner:
                 f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
             ) from error
 
-    def _recomputed(self, x: Tensor) -> Any:
-        return checkpoint(self._forward, x, use_reentrant=False)
+    def _weights(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | float]:
+        """Returns the weight of each mean loss in this rank's: the mean over ranks is that of the global batch."""
+        if not (self.task.counts_vary or self._dataset.skips_bad_samples):
+            return [1 / len(micro_batches)] * len(micro_batches)
+        counts = torch.stack([self._count(micro_batch) for micro_batch in micro_batches])
+        total = counts.sum().to(self.device)
+        self._comm.all_reduce("count of the batch", total)
+        return list((counts.to(self.device) * (self._comm.world_size / total)).float())
 
-    def _logits(self, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Tensor:
+    def _count(self, micro_batch: MicroBatch) -> Tensor:
+        count = self.task.count(micro_batch.content) if self.task.counts_vary else micro_batch.samples
+        return torch.as_tensor(count, dtype=torch.float64, device="cpu")
+
+    def _placed(self, micro_batch: MicroBatch) -> Batch:
+        return placed(micro_batch.content, self._dataset, self.device)
+
+    def _counted(self, samples: int) -> contextlib.AbstractContextManager[None]:
+        """Says how many samples a forward pass has: NGD need not guess."""
+        return self.optimizer.samples(samples) if isinstance(self.optimizer, NGD) else contextlib.nullcontext()
+
+    def _result(self, model: nn.Module, batch: Batch) -> Result:
         try:
-            logits: Tensor = (forward or self._forward)(x)
+            return self.task.train_batch(model, batch)
+        except WorkerError:
+            raise
         except Exception as error:
             # DDP's forward talks to other ranks: its error may be a peer's death, and a restart mends that.
             if isinstance(self._forward, DistributedDataParallel) or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserCodeError(f"the model failed in training with {type(error).__name__}: {error}") from error
-        return logits
+
+    def _tested(self, batch: Batch) -> Result:
+        try:
+            return self.task.test_batch(self.model, batch)
+        except (WorkerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UserCodeError(f"the model failed in testing with {type(error).__name__}: {error}") from error
 
     def _no_averaging(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._forward, DistributedDataParallel):
@@ -183,10 +201,43 @@ class Learner:
         return contextlib.nullcontext()
 
 
+class _Recomputed(nn.Module):
+    """A model whose activations are computed again where they are needed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self._model, *args, use_reentrant=False, **kwargs)
+
+
+class _Returns(nn.Module):
+    """In place of a model that has run: returns its output."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._output
+
+
 def trainable(model: nn.Module) -> int:
     """Returns the number of the model's trainable weights."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _totals(loss_sum: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-    return torch.stack((loss_sum, (logits.detach().argmax(1) == y).sum()))
+def _output_of(result: Result) -> Tensor:
+    if result.output is None:
+        raise UserCodeError(
+            "optimizer ngd needs the task's output to choose its step length or damping: return it in Result, or leave "
+            "step_length and damping_rule out"
+        )
+    return result.output
+
+
+def _described(batch: Batch) -> str:
+    parts = batch if isinstance(batch, tuple | list) else [batch]
+    shapes = [str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    return f"a batch of {', '.join(shapes)}"

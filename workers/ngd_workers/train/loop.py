@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,15 +20,21 @@ from ngd_workers.contract.events import (
 )
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import Outcome
-from ngd_workers.contract.spec import JobSpec, NGDOptimizer
+from ngd_workers.contract.spec import JobSpec, Loading, NGDOptimizer
 from ngd_workers.data import Dataset, load_dataset
 from ngd_workers.models import build_model
+from ngd_workers.tasks import build_task
+from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
 from ngd_workers.train.checkpoints import Checkpoints, Manifest
 from ngd_workers.train.context import TrainContext, commit, versions
-from ngd_workers.train.learner import Learner, Score, check_model, trainable
+from ngd_workers.train.learner import Learner, check_fit, trainable
+from ngd_workers.train.loading import Samples, placed, read_ahead, test_requests
 from ngd_workers.train.optimizers import chooses_lr, step_stats
+from ngd_workers.train.reader import Reader
 from ngd_workers.train.schedules import lr_factor, total_steps
+from ngd_workers.train.target import reaches, target_metric
+from ngd_workers.train.totals import Totals
 
 __all__ = ["train"]
 
@@ -37,20 +43,24 @@ log = logging.getLogger(__name__)
 STOP_CODES = {None: 0, "cancelled": 1, "superseded": 2}
 PROGRESS_S = 5.0
 LAST_CHECKPOINT_S = 60.0  # for all tries: the last checkpoint is the result
+TRIAL_SAMPLES = 8
 
 
 def train(spec: JobSpec, context: TrainContext) -> Outcome:
     """Collective. Returns the outcome of the training, the same on every rank. Raises: WorkerError, on every rank."""
     run = Run(spec, context)
-    run.resume()
-    run.announce()
-    while not run.is_finished:
-        run.step_once()
-        if run.is_evaluation_due:
-            run.evaluate()
-        if run.is_checkpoint_due:
-            run.save_checkpoint()
-    return run.outcome()
+    try:
+        run.resume()
+        run.announce()
+        while not run.is_finished:
+            run.step_once()
+            if run.is_evaluation_due:
+                run.evaluate()
+            if run.is_checkpoint_due:
+                run.save_checkpoint()
+        return run.outcome()
+    finally:
+        run.close()
 
 
 @dataclass(slots=True)
@@ -60,6 +70,7 @@ class Progress:
     step: int = 0
     target_step: int | None = None
     seconds: float = 0.0
+    skipped_samples: int = 0
 
 
 class Run:
@@ -68,12 +79,13 @@ class Run:
     def __init__(self, spec: JobSpec, context: TrainContext) -> None:
         self.spec, self.context = spec, context
         torch.set_num_threads(spec.resources.threads_per_worker)
-        self.dataset, self.batches, model = _prepare(spec, context)
-        self.learner = Learner(model, spec, context.comm, context.device)
+        self.dataset, self.task, self.batches, model = _prepare(spec, context)
+        self.learner = Learner(model, self.task, self.dataset, spec, context.comm, context.device)
         self.total_steps = total_steps(spec.schedule, self.batches.steps_per_epoch)
+        self.reader = Reader(spec, self.dataset, self.batches, self.total_steps, context)
         self.checkpoints = Checkpoints(context.run_dir / "checkpoints", context.attempt, spec.checkpoint.keep)
         self.progress = Progress()
-        self.score: Score | None = None
+        self.tested: dict[str, float] = {}
         self.is_cancelled = False
         self._stopwatch = Stopwatch()
         self._logged_s = 0.0
@@ -116,6 +128,10 @@ class Run:
             self.progress = Progress(**state.pop("progress"))
             self.learner.load_state_dict(state)
 
+    def close(self) -> None:
+        """Ends the processes that read samples."""
+        self.reader.close()
+
     def announce(self) -> None:
         """Reports the start of the run, on rank 0."""
         if self.context.comm.rank:
@@ -135,6 +151,7 @@ class Run:
                 resumed_step=self.progress.step,
                 statistics=list(getattr(optimizer, "statistic_names", [])),
                 plain_parameters=dict(getattr(optimizer, "plain_parameters", {})),
+                metrics=list(self.task.metrics),
             )
         )
         if self.progress.step:
@@ -146,32 +163,29 @@ class Run:
         self.progress.step += 1
         seed_step(self.spec.seed, self.progress.step, self.context.comm.rank)
         with self._stopwatch.phase("data"):
-            x, y = self._batch()
+            micro_batches = self.reader.step(self.progress.step)
         with self._stopwatch.phase("forward_backward"):
-            totals = self.learner.backward(x, y)
+            totals = self.learner.backward(micro_batches)
         with self._stopwatch.phase("loss_reduce"):
-            score = self._reduce(totals)
+            metrics = self._reduce(totals)
         lr = self.spec.optimizer.lr * lr_factor(self.spec.schedule, self.progress.step, self.total_steps)
         with self._stopwatch.phase("update"):
-            self.learner.update(x, y, lr)
+            self.learner.update(micro_batches, lr)
         seconds = time.perf_counter() - start_s
         self.progress.seconds += seconds
-        self._report_step(score, seconds)
+        self._report_step(metrics, seconds)
 
     def evaluate(self) -> None:
         """Collective. Scores the model on the test data and compares the score with the target."""
         start_s = time.perf_counter()
-        score = self.score = self.learner.evaluate(self.dataset)
+        self._test()
         self.progress.seconds += time.perf_counter() - start_s
-        if not math.isfinite(score.loss):
-            raise NonFiniteLossError(self._divergence(score.loss, "test"))
-        step, report = self.progress.step, self.context.reporter.report
-        report(Evaluation(step=step, epoch=self.epoch, test_loss=score.loss, test_accuracy=score.accuracy))
-        self._log_evaluation(score)
-        target = self.spec.target
-        if target is not None and self.progress.target_step is None and score.accuracy >= target.test_accuracy:
+        step, report, tested, target = self.progress.step, self.context.reporter.report, self.tested, self.spec.target
+        report(Evaluation(step=step, epoch=self.epoch, metrics=tested))
+        self._log("test", tested)
+        if target is not None and self.progress.target_step is None and reaches(target, self.task, tested):
             self.progress.target_step = step
-            report(TargetReached(step=step, test_accuracy=score.accuracy))
+            report(TargetReached(step=step, metrics={target.metric: tested[target.metric]}))
 
     def save_checkpoint(self) -> None:
         """Collective. Rank 0 writes; all ranks return when the checkpoint is complete.
@@ -211,38 +225,34 @@ class Run:
 
     def outcome(self) -> Outcome:
         """Collective. Returns the result; evaluates if this process has not evaluated the last step."""
-        if self.score is None and not self.is_cancelled:
-            self.score = self.learner.evaluate(self.dataset)
+        if not self.tested and not self.is_cancelled:
+            self._test()
         return Outcome(
             result="cancelled" if self.is_cancelled else "succeeded",
             step=self.progress.step,
-            test_accuracy=self.score and self.score.accuracy,
-            test_loss=self.score and self.score.loss,
+            metrics=self.tested,
             target_step=self.progress.target_step,
             seconds=self.progress.seconds,
         )
 
-    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        comm = self.context.comm
-        indices = self.batches.share(self.progress.step, comm.rank, comm.world_size).to(self.context.device)
-        return self.dataset.train_x[indices], self.dataset.train_y[indices]
+    def _test(self) -> None:
+        self.tested = self.learner.evaluate(self.reader.test()).metrics(self.task)
+        if not math.isfinite(self.tested["loss"]):
+            raise NonFiniteLossError(self._divergence(self.tested["loss"], "test"))
 
-    def _reduce(self, totals: torch.Tensor) -> Score:
+    def _reduce(self, totals: Totals) -> dict[str, float]:
         # The one synchronisation of a step with the host. It comes before the update, so that no rank writes NaN into
         # its weights, and carries the stop request, so that all ranks stop after the same step.
         comm = self.context.comm
-        stop = totals.new_tensor([STOP_CODES[self.context.reporter.stop_request]])
-        sums = torch.cat((totals, stop))
-        comm.all_reduce("loss and stop request", sums)
-        loss_sum, correct, stop_code = sums.tolist()
-        size = self.spec.batch.global_size
-        score = Score(loss_sum / size, correct / size)
-        if not math.isfinite(score.loss) and not self._skips_non_finite:
-            raise NonFiniteLossError(self._divergence(score.loss, "training"))
+        stop_code = totals.reduce(comm, "loss and stop request", STOP_CODES[self.context.reporter.stop_request])
+        self.progress.skipped_samples += totals.skipped
+        metrics = totals.metrics(self.task)
+        if not math.isfinite(metrics["loss"]) and not self._skips_non_finite:
+            raise NonFiniteLossError(self._divergence(metrics["loss"], "training"))
         if stop_code == STOP_CODES["superseded"]:
             raise _superseded(self.context.attempt)
         self.is_cancelled = stop_code == STOP_CODES["cancelled"]
-        return score
+        return metrics
 
     @property
     def _skips_non_finite(self) -> bool:
@@ -260,7 +270,7 @@ class Run:
             advice += [f"raise optimizer.damping ({optimizer.damping:g})"]
         return f"the {which} loss is {loss} at step {self.progress.step}; {' or '.join(advice)}"
 
-    def _report_step(self, score: Score, seconds: float) -> None:
+    def _report_step(self, metrics: dict[str, float], seconds: float) -> None:
         optimizer = self.learner.optimizer
         stats, lr = step_stats(optimizer), optimizer.param_groups[0]["lr"]
         phases = self._stopwatch.take() | stats.seconds
@@ -270,8 +280,7 @@ class Run:
                 step=self.progress.step,
                 epoch=self.epoch,
                 time_s=time.time(),
-                loss=score.loss,
-                accuracy=score.accuracy,
+                metrics=metrics,
                 lr=lr,
                 samples_per_s=self.spec.batch.global_size / seconds,
                 seconds=phases,
@@ -279,6 +288,7 @@ class Run:
                 ages=list(stats.ages),
                 intervals=list(stats.intervals),
                 failed_inversions=stats.failed_inversions,
+                skipped_samples=self.progress.skipped_samples,
                 skipped_steps=stats.skipped_steps,
                 damping=optimizer.param_groups[0].get("damping"),
                 momentum=optimizer.param_groups[0]["momentum"] if chooses_lr(optimizer) else None,
@@ -286,22 +296,21 @@ class Run:
             )
         )
         now_s = time.monotonic()
-        if self.context.comm.rank == 0 and now_s - self._logged_s >= PROGRESS_S:
+        if now_s - self._logged_s >= PROGRESS_S:
             self._logged_s = now_s
-            log.info(
-                "step %d/%d  epoch %.2f  loss %.4f  accuracy %.4f  lr %.3g",
-                self.progress.step, self.total_steps, self.epoch, score.loss, score.accuracy, lr,
-            )  # fmt: skip
+            self._log("training", metrics, f"lr {lr:.3g}")
 
-    def _log_evaluation(self, score: Score) -> None:
+    def _log(self, which: str, metrics: dict[str, float], *more: str) -> None:
         if self.context.comm.rank == 0:
-            log.info(
-                "step %d/%d  epoch %.2f  test loss %.4f  test accuracy %.4f",
-                self.progress.step, self.total_steps, self.epoch, score.loss, score.accuracy,
-            )  # fmt: skip
+            values = [f"{which} {name} {value:.4f}" for name, value in metrics.items()]
+            place = f"step {self.progress.step}/{self.total_steps}  epoch {self.epoch:.2f}"
+            log.info("%s", "  ".join([place, *values, *more]))
 
 
-def _prepare(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, torch.nn.Module]:
+Prepared = tuple[Dataset, Task, Batches, torch.nn.Module]
+
+
+def _prepare(spec: JobSpec, context: TrainContext) -> Prepared:
     failure: WorkerError | None = None
     try:
         prepared = _build(spec, context)
@@ -314,19 +323,19 @@ def _prepare(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, to
     return prepared
 
 
-def _build(spec: JobSpec, context: TrainContext) -> tuple[Dataset, Batches, torch.nn.Module]:
+def _build(spec: JobSpec, context: TrainContext) -> Prepared:
     seed_everything(spec.seed)  # a user's function may draw random numbers: the same on every rank and restart
     dataset = load_dataset(spec.data, context.data_dir)
-    batches = Batches(len(dataset.train_y), spec.batch.global_size, spec.seed)
+    task = build_task(spec.task, dataset.shape)
+    if spec.target is not None:
+        target_metric(spec.target, task)
+    batches = Batches(len(dataset.train), spec.batch.global_size, spec.seed, dataset.shards)
     torch.manual_seed(spec.seed)
     model = build_model(spec.model, dataset.shape)
-    check_model(model, dataset)
-    return _on_device(dataset, context.device), batches, model
-
-
-def _on_device(dataset: Dataset, device: torch.device) -> Dataset:
-    tensors = {name: getattr(dataset, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")}
-    return replace(dataset, **tensors)
+    trial = list(test_requests(min(len(dataset.test), TRIAL_SAMPLES), TRIAL_SAMPLES, rank=0, world_size=1))
+    for batch in read_ahead(Samples(dataset.test, dataset, spec.seed), trial, Loading(), pins=False):
+        check_fit(model, task, placed(batch.content, dataset, torch.device("cpu")))
+    return dataset, task, batches, model
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,18 +6,19 @@ from contextlib import contextmanager
 from torch import nn, optim
 
 from ngd_dist import NGD
-from ngd_dist.config import QuadraticModel
+from ngd_dist.config import Categorical, Empirical, QuadraticModel
 from ngd_dist.errors import CaptureError, ConfigError, InversionError, NgdError, NonFiniteError
 from ngd_dist.telemetry import StepStats
 from ngd_workers.contract.errors import NonFiniteLossError, SpecError, UserCodeError
 from ngd_workers.contract.spec import SGD, AdamW, JobSpec, NGDOptimizer
+from ngd_workers.tasks.base import Task
 
 __all__ = ["build_optimizer", "chooses_lr", "job_errors", "step_stats"]
 
 
-def build_optimizer(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+def build_optimizer(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
     """Collective for NGD. Returns the optimizer of a bare model on its device. Raises: SpecError."""
-    return BUILDERS[spec.optimizer.kind](model, spec)
+    return BUILDERS[spec.optimizer.kind](model, spec, task)
 
 
 def step_stats(optimizer: optim.Optimizer) -> StepStats:
@@ -43,20 +44,27 @@ def job_errors() -> Iterator[None]:
         raise NonFiniteLossError(f"training diverged: {error}") from error
 
 
-def _ngd(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+def _ngd(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
     assert isinstance(spec.optimizer, NGDOptimizer)
+    likelihood = task.likelihood
+    if likelihood is None and not isinstance(spec.optimizer.fisher, Empirical):
+        raise SpecError(
+            f"optimizer.fisher {spec.optimizer.fisher.kind} draws labels from the model's prediction, and task "
+            f"{spec.task.kind} has no likelihood; take fisher empirical, or give the task one"
+        )
+    config = spec.optimizer.config(micro_batches=spec.micro_batches, likelihood=likelihood or Categorical())
     try:
-        return NGD(model, spec.optimizer.config(micro_batches=spec.micro_batches))
+        return NGD(model, config)
     except NgdError as error:
         raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
 
 
-def _sgd(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+def _sgd(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
     assert isinstance(spec.optimizer, SGD)
     return optim.SGD(model.parameters(), **spec.optimizer.model_dump(exclude={"kind"}))
 
 
-def _adamw(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
+def _adamw(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
     choice = spec.optimizer
     assert isinstance(choice, AdamW)
     return optim.AdamW(
@@ -68,4 +76,4 @@ def _adamw(model: nn.Module, spec: JobSpec) -> optim.Optimizer:
     )
 
 
-BUILDERS: dict[str, Callable[[nn.Module, JobSpec], optim.Optimizer]] = {"ngd": _ngd, "sgd": _sgd, "adamw": _adamw}
+BUILDERS: dict[str, Callable[[nn.Module, JobSpec, Task], optim.Optimizer]] = {"ngd": _ngd, "sgd": _sgd, "adamw": _adamw}

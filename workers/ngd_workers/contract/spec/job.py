@@ -1,0 +1,101 @@
+"""A whole job: the body of ``POST /api/v1/jobs``, the argument of ``ngd submit`` and ``ngd train``, or a recipe."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ngd_dist.config import QuadraticModel, Single
+from ngd_workers.contract.spec.base import NAME_PATTERN, SpecModel
+from ngd_workers.contract.spec.models import ModelChoice
+from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
+from ngd_workers.contract.spec.run import (
+    Batch,
+    Checkpoint,
+    Failure,
+    Loading,
+    PolynomialLR,
+    Resources,
+    Schedule,
+    Target,
+)
+from ngd_workers.contract.spec.sources import DataChoice
+from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
+
+__all__ = ["Job", "JobSpec"]
+
+
+class Job(SpecModel):
+    """What every job has, whichever loop trains it."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Lower-case letters, digits and hyphens, at most 63 in all.")
+    resources: Resources = Resources()
+    checkpoint: Checkpoint = Checkpoint()
+    failure: Failure = Failure()
+    target: Target | None = None
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Seed of the first weights, of the order of samples and of dropout."
+    )
+
+
+class JobSpec(Job):
+    """A job of the service's own loop. The same spec gives the same result with the same versions of the libraries."""
+
+    model: ModelChoice
+    data: DataChoice
+    task: TaskChoice = ImageClassification()
+    optimizer: OptimizerChoice
+    schedule: Schedule
+    batch: Batch
+    loading: Loading = Loading()
+
+    @model_validator(mode="after")
+    def _strategy_reaches_all_workers(self) -> Self:
+        strategy = self.optimizer.strategy if isinstance(self.optimizer, NGDOptimizer) else None
+        if isinstance(strategy, Single) and self.resources.workers > 1:
+            raise ValueError(
+                f"optimizer.strategy single takes resources.workers 1, got {self.resources.workers}; take "
+                "owner_sharded or all_reduce, or leave optimizer.strategy out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lr_is_set_once(self) -> Self:
+        given = isinstance(self.schedule.lr, PolynomialLR) or self.schedule.warmup_steps > 0
+        if given and isinstance(self.optimizer, NGDOptimizer) and isinstance(self.optimizer.length, QuadraticModel):
+            raise ValueError(
+                "optimizer.step_length quadratic_model chooses lr at every step, so schedule.lr must be constant and "
+                f"schedule.warmup_steps 0, got {self.schedule.lr.kind} and {self.schedule.warmup_steps}; leave both out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        share, rest = divmod(self.batch.global_size, self.resources.workers)
+        if rest or share == 0:
+            raise ValueError(
+                f"batch.global_size must be a multiple of resources.workers ({self.resources.workers}), "
+                f"got {self.batch.global_size}; the nearest are {share * self.resources.workers} and "
+                f"{(share + 1) * self.resources.workers}"
+            )
+        if self.batch.micro_size is not None and share % self.batch.micro_size:
+            raise ValueError(
+                f"batch.micro_size must divide a worker's share, {share} "
+                f"(= batch.global_size {self.batch.global_size} / resources.workers {self.resources.workers}), "
+                f"got {self.batch.micro_size}"
+            )
+        return self
+
+    @property
+    def worker_batch(self) -> int:
+        """Samples per optimizer step on one worker."""
+        return self.batch.global_size // self.resources.workers
+
+    @property
+    def micro_size(self) -> int:
+        """Samples per forward pass on one worker."""
+        return self.batch.micro_size or self.worker_batch
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes per optimizer step on one worker."""
+        return self.worker_batch // self.micro_size

@@ -1,0 +1,75 @@
+"""The contract of data: two map-style parts, and what a model must know of their samples. Imports without torch.
+
+Which samples make a global batch is a pure function of (seed, epoch, step); see `ngd_workers.train.batches`. So a part
+needs `__len__` and `__getitem__` alone, as torch's map-style datasets have them. A part that can fetch many samples at
+once as one batch has `batch_of(indices)` as well.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+__all__ = ["Dataset", "Fetches", "Images", "Part", "Shards"]
+
+
+@runtime_checkable
+class Part(Protocol):
+    """Samples by number. A user's torch dataset is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@runtime_checkable
+class Fetches(Protocol):
+    """A part that makes a whole batch itself, where that is faster than sample by sample; it draws no random number."""
+
+    def __len__(self) -> int: ...
+    def batch_of(self, indices: Sequence[int], /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Images [channels, height, width], each of one of `classes` classes."""
+
+    channels: int
+    height: int
+    width: int
+    classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Training samples that lie in files, one file after the other: neighbours are cheap to read together.
+
+    sizes: samples in each file. lanes, window (in files): see `ngd_workers.train.batches`; None: as many lanes as there
+        are files, or the next fewer that divide the global batch.
+    """
+
+    sizes: tuple[int, ...]
+    lanes: int | None = None
+    window: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """What a job trains on, and is tested on.
+
+    train, test: samples by number. Each sample is read by `part[i]` under random numbers seeded by (seed, epoch, i), so
+        that an augmentation draws the same whichever process runs it. A bad sample raises `InvalidDataError`.
+    shape: what the model and the task must know of a sample: `Images`, or another class that they understand.
+    collate: makes a batch of a list of samples; None: torch's default_collate.
+    prepare: applied to each batch on the model's device, such as uint8 pixels to normalised float32.
+    shards: where the training samples lie, if they lie in many files.
+    skips_bad_samples: whether a sample that raises `InvalidDataError` is left out and counted, or ends the job.
+
+    Parts, `collate` and `prepare` are sent to other processes: they must be picklable or survive a fork.
+    """
+
+    train: Part | Fetches
+    test: Part | Fetches
+    shape: Any = None
+    collate: Callable[[list[Any]], Any] | None = None
+    prepare: Callable[[Any], Any] | None = None
+    shards: Shards | None = None
+    skips_bad_samples: bool = False

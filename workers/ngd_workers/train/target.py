@@ -1,0 +1,27 @@
+"""Whether a score reaches the job's target, in the metric's own direction."""
+
+from collections.abc import Mapping
+
+from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.events import Metric
+from ngd_workers.contract.spec import Target
+from ngd_workers.tasks.base import Task
+
+__all__ = ["reaches", "target_metric"]
+
+
+def target_metric(target: Target, task: Task) -> Metric:
+    """Returns the target's metric. Raises: SpecError if the task has no such metric."""
+    known = {metric.name: metric for metric in task.metrics}
+    if target.metric not in known:
+        raise SpecError(
+            f"target.metric must be a metric of the job's task, one of {', '.join(known)}, got {target.metric!r}"
+        )
+    return known[target.metric]
+
+
+def reaches(target: Target, task: Task, tested: Mapping[str, float]) -> bool:
+    """Returns whether the metrics of the test data reach the target."""
+    value = tested[target.metric]
+    is_higher_better = target_metric(target, task).better == "higher"
+    return value >= target.value if is_higher_better else value <= target.value
