@@ -4,7 +4,7 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
-from ngd_workers.contract.spec.job import Job, JobSpec
+from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, OwnLoop, spec_class, spec_of_json
 from ngd_workers.contract.spec.models import MLP, ModelChoice, SmallCNN, UserModel
 from ngd_workers.contract.spec.optimizers import SGD, AdamW, NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
@@ -26,6 +26,7 @@ __all__ = [
     "MLP",
     "SGD",
     "AdamW",
+    "AnySpec",
     "Batch",
     "Checkpoint",
     "ConstantLR",
@@ -36,9 +37,11 @@ __all__ = [
     "Job",
     "JobSpec",
     "Loading",
+    "LoopSpec",
     "ModelChoice",
     "NGDOptimizer",
     "OptimizerChoice",
+    "OwnLoop",
     "PolynomialLR",
     "Resources",
     "Schedule",
@@ -47,4 +50,6 @@ __all__ = [
     "TaskChoice",
     "UserData",
     "UserModel",
+    "spec_class",
+    "spec_of_json",
 ]
