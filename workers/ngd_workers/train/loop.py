@@ -24,7 +24,7 @@ from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
 from ngd_workers.train.learner import Learner, check_fit, trainable
-from ngd_workers.train.loading import Samples, placed, read_ahead, test_requests
+from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
 from ngd_workers.train.optimizers import chooses_lr, step_stats
 from ngd_workers.train.reader import Reader
 from ngd_workers.train.saves import Saves
@@ -281,7 +281,7 @@ def _build(spec: JobSpec, context: TrainContext) -> Prepared:
     batches = Batches(len(dataset.train), spec.batch.global_size, spec.seed, dataset.shards)
     torch.manual_seed(spec.seed)
     model = build_model(spec.model, dataset.shape)
-    trial = list(test_requests(min(len(dataset.test), TRIAL_SAMPLES), TRIAL_SAMPLES, rank=0, world_size=1))
+    trial = list(requests_to_test(min(len(dataset.test), TRIAL_SAMPLES), TRIAL_SAMPLES, rank=0, world_size=1))
     for batch in read_ahead(Samples(dataset.test, dataset, spec.seed), trial, Loading(), pins=False):
         check_fit(model, task, placed(batch.content, dataset, torch.device("cpu")))
     return dataset, task, batches, model
