@@ -5,7 +5,18 @@ the course of the job.
 """
 
 from ngd_workers.contract.spec.job import Job, JobSpec
-from ngd_workers.contract.spec.models import MLP, ModelChoice, SmallCNN, UserModel
+from ngd_workers.contract.spec.models import (
+    MLP,
+    InitChoice,
+    InitFromCheckpoint,
+    InitFromFile,
+    ModelChoice,
+    SmallCNN,
+    Timm,
+    Torchvision,
+    Transformers,
+    UserModel,
+)
 from ngd_workers.contract.spec.optimizers import SGD, AdamW, NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
     Batch,
@@ -19,7 +30,15 @@ from ngd_workers.contract.spec.run import (
     Target,
 )
 from ngd_workers.contract.spec.sources import IDX, DataChoice, Digits, UserData
-from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
+from ngd_workers.contract.spec.tasks import (
+    Erasing,
+    ImageClassification,
+    Labelling,
+    Mixup,
+    Regression,
+    TaskChoice,
+    UserTask,
+)
 
 __all__ = [
     "IDX",
@@ -31,20 +50,31 @@ __all__ = [
     "ConstantLR",
     "DataChoice",
     "Digits",
+    "Erasing",
     "Failure",
     "ImageClassification",
+    "InitChoice",
+    "InitFromCheckpoint",
+    "InitFromFile",
     "Job",
     "JobSpec",
+    "Labelling",
     "Loading",
+    "Mixup",
     "ModelChoice",
     "NGDOptimizer",
     "OptimizerChoice",
     "PolynomialLR",
+    "Regression",
     "Resources",
     "Schedule",
     "SmallCNN",
     "Target",
     "TaskChoice",
+    "Timm",
+    "Torchvision",
+    "Transformers",
     "UserData",
     "UserModel",
+    "UserTask",
 ]
