@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ngd_workers.contract.errors import InvalidDataError, UserCodeError
 from ngd_workers.contract.spec import DataChoice, UserData
-from ngd_workers.data.base import Dataset, Fetches, Images, Part, Shards
+from ngd_workers.data.base import Dataset, Fetches, Images, Part, Shards, Vectors
 from ngd_workers.functions import call_user, load_function
 
-__all__ = ["SOURCES", "Dataset", "Fetches", "Images", "Part", "Shards", "load_dataset"]
+__all__ = ["SOURCES", "Dataset", "Fetches", "Images", "Part", "Shards", "Vectors", "load_dataset"]
 
 SOURCES: dict[str, str] = {
     "digits": "ngd_workers.data.digits:load",

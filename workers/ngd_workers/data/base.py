@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Dataset", "Fetches", "Images", "Part", "Shards"]
+__all__ = ["Dataset", "Fetches", "Images", "Part", "Shards", "Vectors"]
 
 
 @runtime_checkable
@@ -36,6 +36,19 @@ class Images:
     height: int
     width: int
     classes: int
+
+    @property
+    def outputs(self) -> int:
+        """The numbers that a model gives for each image, or for each pixel."""
+        return self.classes
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Rows of `width` numbers, each with a class of `outputs` ones, or with `outputs` numbers to predict."""
+
+    width: int
+    outputs: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ LOSS = Metric(name="loss", label="loss", better="lower")
 class Result:
     """What a task makes of one micro-batch.
 
-    loss: the mean over the `count` terms of the batch, a scalar; differentiable in training.
-    count: the terms of that mean: samples, or the tokens that are no padding.
+    loss: the mean over the terms of the batch, a scalar; differentiable in training.
+    count: the terms of that mean: samples, or the tokens that are no padding. None: the samples of the batch.
     output: what `likelihood` reads, [samples, ..., outputs]; None: nothing can be drawn from the model's prediction.
     ignored: true where the loss reads no prediction, in the output's shape without the outputs' dimension.
     sums: numbers to be added over batches and ranks; `Task.summarize` turns them into metrics. Tensors of any shape,
@@ -37,7 +37,7 @@ class Result:
     """
 
     loss: Tensor
-    count: Tensor | int
+    count: Tensor | int | None = None
     output: Tensor | None = None
     ignored: Tensor | None = None
     sums: dict[str, Tensor] = field(default_factory=dict)

@@ -73,7 +73,7 @@ class Learner:
                     with job_errors():
                         self.optimizer.fisher_backward(result.output, ignored=result.ignored)
                 (result.loss * weight).backward()
-            totals.add(result, micro_batch.skipped)
+            totals.add(result, micro_batch)
         return totals
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> None:
@@ -129,7 +129,7 @@ class Learner:
         with torch.no_grad():
             for batch in batches:
                 result = self._tested(self._placed(batch))
-                totals.add(result, batch.skipped, counts=batch.counts)
+                totals.add(result, batch)
         self.model.train()
         totals.reduce(self._comm, "evaluation")
         return totals

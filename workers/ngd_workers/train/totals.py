@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ngd_dist.distributed.comm import Communicator
 from ngd_workers.tasks.base import Result, Task
+from ngd_workers.train.loading import MicroBatch
 
 __all__ = ["Totals"]
 
@@ -19,15 +20,16 @@ class Totals:
         self._shapes: dict[str, torch.Size] = {}
         self._values = torch.zeros(3, dtype=F64, device=device)  # loss, count, skipped; then the sums, flat, by name
 
-    def add(self, result: Result, skipped: int, *, counts: bool = True) -> None:
-        """Adds one micro-batch; if it does not count, zeros of the same shape."""
-        sums = {"loss": result.loss.detach() * result.count, "count": result.count, "skipped": skipped}
+    def add(self, result: Result, batch: MicroBatch) -> None:
+        """Adds the result of one micro-batch; if it does not count, zeros of the same shape."""
+        count = batch.samples if result.count is None else result.count
+        sums = {"loss": result.loss.detach() * count, "count": count, "skipped": batch.skipped}
         sums |= dict(sorted(result.sums.items()))
         parts = {name: torch.as_tensor(value, dtype=F64, device=self._device) for name, value in sums.items()}
         if not self._shapes:
             self._shapes = {name: part.shape for name, part in parts.items()}
             self._values = torch.zeros(sum(part.numel() for part in parts.values()), dtype=F64, device=self._device)
-        if counts:
+        if batch.counts:
             self._values += torch.cat([part.flatten() for part in parts.values()])
 
     def reduce(self, comm: Communicator, name: str, extra: float = 0.0) -> float:

@@ -4,8 +4,19 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
-from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, OwnLoop, spec_class, spec_of_json
-from ngd_workers.contract.spec.models import MLP, ModelChoice, SmallCNN, UserModel
+from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, spec_class, spec_of_json
+from ngd_workers.contract.spec.models import (
+    MLP,
+    InitChoice,
+    InitFromCheckpoint,
+    InitFromFile,
+    ModelChoice,
+    SmallCNN,
+    Timm,
+    Torchvision,
+    Transformers,
+    UserModel,
+)
 from ngd_workers.contract.spec.optimizers import SGD, AdamW, NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
     Batch,
@@ -19,7 +30,15 @@ from ngd_workers.contract.spec.run import (
     Target,
 )
 from ngd_workers.contract.spec.sources import IDX, DataChoice, Digits, UserData
-from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
+from ngd_workers.contract.spec.tasks import (
+    Erasing,
+    ImageClassification,
+    Labelling,
+    Mixup,
+    Regression,
+    TaskChoice,
+    UserTask,
+)
 
 __all__ = [
     "IDX",
@@ -32,24 +51,34 @@ __all__ = [
     "ConstantLR",
     "DataChoice",
     "Digits",
+    "Erasing",
     "Failure",
     "ImageClassification",
+    "InitChoice",
+    "InitFromCheckpoint",
+    "InitFromFile",
     "Job",
     "JobSpec",
+    "Labelling",
     "Loading",
     "LoopSpec",
+    "Mixup",
     "ModelChoice",
     "NGDOptimizer",
     "OptimizerChoice",
-    "OwnLoop",
     "PolynomialLR",
+    "Regression",
     "Resources",
     "Schedule",
     "SmallCNN",
     "Target",
     "TaskChoice",
+    "Timm",
+    "Torchvision",
+    "Transformers",
     "UserData",
     "UserModel",
+    "UserTask",
     "spec_class",
     "spec_of_json",
 ]

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from ngd_dist.config import QuadraticModel, Single
 from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, MetricName, Options, SpecModel
-from ngd_workers.contract.spec.models import ModelChoice
+from ngd_workers.contract.spec.models import InitChoice, ModelChoice
 from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
     Batch,
@@ -41,6 +41,7 @@ class JobSpec(Job):
     """A job of the service's own loop. The same spec gives the same result with the same versions of the libraries."""
 
     model: ModelChoice
+    init_from: InitChoice | None = Field(default=None, description="Where the first weights are; None: random ones.")
     data: DataChoice
     task: TaskChoice = ImageClassification()
     optimizer: OptimizerChoice
@@ -66,6 +67,19 @@ class JobSpec(Job):
             raise ValueError(
                 "optimizer.step_length quadratic_model chooses lr at every step, so schedule.lr must be constant and "
                 f"schedule.warmup_steps 0, got {self.schedule.lr.kind} and {self.schedule.warmup_steps}; leave both out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_can_be_evaluated_again(self) -> Self:
+        if not (isinstance(self.task, ImageClassification) and self.task.changes_samples):
+            return self
+        if isinstance(self.optimizer, NGDOptimizer) and self.optimizer.needs_objective:
+            choices = (self.optimizer.length, self.optimizer.damping_rule)
+            names = [choice.kind for choice in choices if choice.needs_objective]
+            raise ValueError(
+                f"optimizer's {' and '.join(names)} compares losses of the same samples, and task.mixup and "
+                "task.erasing change the samples each time; leave both out, or set lr and damping yourself"
             )
         return self
 

@@ -6,7 +6,18 @@ from pydantic import BeforeValidator, Field
 
 from ngd_workers.contract.spec.base import Function, Options, SpecModel
 
-__all__ = ["MLP", "ModelChoice", "SmallCNN", "UserModel"]
+__all__ = [
+    "MLP",
+    "InitChoice",
+    "InitFromCheckpoint",
+    "InitFromFile",
+    "ModelChoice",
+    "SmallCNN",
+    "Timm",
+    "Torchvision",
+    "Transformers",
+    "UserModel",
+]
 
 
 class SmallCNN(SpecModel):
@@ -30,6 +41,48 @@ class MLP(SpecModel):
     ] = (128,)
 
 
+class Torchvision(SpecModel):
+    """A model of torchvision by its name, with random weights, for the data's channels and classes."""
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: str = Field(
+        max_length=100, description="A name that torchvision.models.list_models() gives: resnet50, vgg16_bn."
+    )
+    stem: Literal["imagenet", "cifar"] = Field(
+        default="imagenet",
+        description="cifar: for images of about 32x32. A ResNet begins with a 3x3 convolution of stride 1 and no "
+        "pooling; a VGG ends with one linear layer on the 1x1 features.",
+    )
+    options: Options = Field(default={}, description="Keyword arguments passed to torchvision's function.")
+
+
+class Timm(SpecModel):
+    """A model of timm by its name, with random weights, for the data's channels and classes.
+
+    Needs ngd-workers[models].
+    """
+
+    kind: Literal["timm"] = "timm"
+    name: str = Field(
+        max_length=100, description="A name that timm.list_models() gives: resnet50d, vit_tiny_patch16_224."
+    )
+    options: Options = Field(default={}, description="Keyword arguments passed to timm.create_model.")
+
+
+class Transformers(SpecModel):
+    """A model class of transformers with random weights. Needs ngd-workers[models].
+
+    The vocabulary, the number of classes and the size of images follow from the data where the configuration has such
+    fields and `options` does not set them.
+    """
+
+    kind: Literal["transformers"] = "transformers"
+    name: str = Field(
+        max_length=100, description="A class of transformers: GPT2LMHeadModel, BertForTokenClassification."
+    )
+    options: Options = Field(default={}, description="Fields of the model's configuration: {n_layer: 12, n_embd: 768}.")
+
+
 class UserModel(SpecModel):
     """The user's own `package.module:function`, called with the data's shape; it must return a `torch.nn.Module`."""
 
@@ -38,4 +91,36 @@ class UserModel(SpecModel):
     options: Options = Field(default={})
 
 
-ModelChoice = Annotated[SmallCNN | MLP | UserModel, Field(discriminator="kind")]
+ModelChoice = Annotated[
+    SmallCNN | MLP | Torchvision | Timm | Transformers | UserModel,
+    Field(discriminator="kind"),
+]
+
+Ignore = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=200)], ...],
+    BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),  # YAML has no tuples
+    Field(description="Weights that keep their first values, such as a head of another size; * matches any text."),
+]
+
+
+class InitFromFile(SpecModel):
+    """The first weights are those of a file: a state dict in .pt or .safetensors."""
+
+    kind: Literal["file"] = "file"
+    path: str = Field(description="The file; a relative path starts at NGD_DATA_DIR or --data-dir.")
+    ignore: Ignore = ()
+
+
+class InitFromCheckpoint(SpecModel):
+    """The first weights are those of another job's checkpoint."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    run_dir: str = Field(
+        description="The other job's folder, which holds checkpoints/; a relative path starts at the folder that holds "
+        "this job's own, so that a job's id is enough under the service."
+    )
+    step: int | None = Field(default=None, ge=1, description="Step of the checkpoint; None: the newest.")
+    ignore: Ignore = ()
+
+
+InitChoice = Annotated[InitFromFile | InitFromCheckpoint, Field(discriminator="kind")]
