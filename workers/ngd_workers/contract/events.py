@@ -6,11 +6,20 @@ an event under the key (attempt, seq), so that a repeated delivery changes nothi
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-__all__ = ["Event", "EventBatch", "EventReply", "Metric", "MetricName", "Numbered", "StepRecord"]
+__all__ = ["Event", "EventBatch", "EventReply", "Metric", "MetricName", "Numbered", "StepRecord", "with_metrics"]
 
-MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+
+def _refuse_taken(name: str) -> str:
+    """A metric's curve has its name, and that of its test values has test_ before it: both must be its own."""
+    if name in StepRecord.model_fields or name.startswith("test_"):
+        taken = "test_ marks the values of the test data" if name.startswith("test_") else "each step has such a field"
+        raise ValueError(f"a metric can't be called {name!r}: {taken}; choose another name")
+    return name
+
+
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$"), AfterValidator(_refuse_taken)]
 MetricValues = Annotated[dict[MetricName, float], Field(max_length=32)]
 
 
@@ -29,13 +38,15 @@ class Metric(Fact):
     unit: Literal["number", "share"] = Field(default="number", description="share: in [0, 1], shown as per cent.")
 
 
-def _without_prefix(given: object) -> object:
-    """Takes an event of version 0.1, which had the metrics of the test data as fields: test_<name>."""
+def with_metrics(given: Any) -> Any:
+    """Returns an event or outcome of version 0.1, which had the test data's metrics as fields test_<name>, with
+    `metrics` in their place; all else as it is."""
     if not isinstance(given, dict) or "metrics" in given:
         return given
     tested = {name.removeprefix("test_"): value for name, value in given.items() if name.startswith("test_")}
     rest = {name: value for name, value in given.items() if not name.startswith("test_")}
-    return rest | {"metrics": tested} if tested else given
+    known = {name: value for name, value in tested.items() if value is not None}
+    return rest | {"metrics": known} if tested else given
 
 
 class Started(Fact):
@@ -127,7 +138,7 @@ class Evaluation(Fact):
     @model_validator(mode="before")
     @classmethod
     def _with_metrics(cls, given: object) -> object:
-        return _without_prefix(given)
+        return with_metrics(given)
 
 
 class CheckpointSaved(Fact):
@@ -149,7 +160,7 @@ class TargetReached(Fact):
     @model_validator(mode="before")
     @classmethod
     def _with_metrics(cls, given: object) -> object:
-        return _without_prefix(given)
+        return with_metrics(given)
 
 
 class CheckpointFailed(Fact):
@@ -213,7 +224,7 @@ class Done(Fact):
     @model_validator(mode="before")
     @classmethod
     def _with_metrics(cls, given: object) -> object:
-        return _without_prefix(given)
+        return with_metrics(given)
 
 
 Event = Annotated[
