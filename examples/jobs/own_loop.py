@@ -13,7 +13,7 @@ def train(context: LoopContext) -> None:
     model = nn.Sequential(nn.Linear(1, context.config["width"]), nn.Tanh(), nn.Linear(context.config["width"], 1))
     model.to(context.device)
     wrapped = model if context.process_group is None else DistributedDataParallel(model)
-    optimizer = NGD(wrapped, NGDConfig(lr=0.3, damping=0.03))
+    optimizer = NGD(wrapped, NGDConfig(lr=0.1, damping=0.1))
     if (state := context.resume()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
