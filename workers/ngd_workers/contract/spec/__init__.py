@@ -4,6 +4,7 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
+from ngd_workers.contract.spec.images import ImageSettings, NoAugment, PadCrop, RandomResizedCrop
 from ngd_workers.contract.spec.job import Job, JobSpec
 from ngd_workers.contract.spec.models import MLP, ModelChoice, SmallCNN, UserModel
 from ngd_workers.contract.spec.optimizers import SGD, AdamW, NGDOptimizer, OptimizerChoice
@@ -18,7 +19,15 @@ from ngd_workers.contract.spec.run import (
     Schedule,
     Target,
 )
-from ngd_workers.contract.spec.sources import IDX, DataChoice, Digits, UserData
+from ngd_workers.contract.spec.sources import (
+    IDX,
+    DataChoice,
+    Digits,
+    ImageFolder,
+    ShardCache,
+    UserData,
+    WebDataset,
+)
 from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
 
 __all__ = [
@@ -33,18 +42,25 @@ __all__ = [
     "Digits",
     "Failure",
     "ImageClassification",
+    "ImageFolder",
+    "ImageSettings",
     "Job",
     "JobSpec",
     "Loading",
     "ModelChoice",
     "NGDOptimizer",
+    "NoAugment",
     "OptimizerChoice",
+    "PadCrop",
     "PolynomialLR",
+    "RandomResizedCrop",
     "Resources",
     "Schedule",
+    "ShardCache",
     "SmallCNN",
     "Target",
     "TaskChoice",
     "UserData",
     "UserModel",
+    "WebDataset",
 ]
