@@ -87,7 +87,7 @@ class Job(Resource):
 
     id: str = Field(description='"job_" and a ULID: sorts by time of creation.')
     name: str
-    spec: dict[str, Any] = Field(description="JobSpec with its defaults filled in.")
+    spec: dict[str, Any] = Field(description="JobSpec or LoopSpec with its defaults filled in.")
     desired_state: str = Field(description="What the user wants: RUNNING or CANCELLED.")
     status: Status
     metrics_latest: dict[str, float] = Field(description="loss, accuracy, lr, samples_per_s, test_loss, test_accuracy.")

@@ -7,13 +7,16 @@ from typing import Any
 from ngd_service.errors import InvalidSpecError
 from ngd_service.resources import ProblemItem
 from ngd_workers.contract import spec_problems
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, cut, rule, shown
 
 __all__ = ["explain_parameter", "parse_spec", "refuse_unlisted"]
 
 
-def parse_spec(value: object) -> JobSpec:
+WITH_FUNCTIONS = ("model", "data", "task", "train")
+
+
+def parse_spec(value: object) -> AnySpec:
     """Returns the spec. Raises: InvalidSpecError that lists each thing that is wrong."""
     try:
         return spec_problems.parse_spec(value)
@@ -22,14 +25,14 @@ def parse_spec(value: object) -> JobSpec:
         raise InvalidSpecError(str(error), items) from error
 
 
-def refuse_unlisted(spec: JobSpec, modules: Collection[str] | None) -> None:
+def refuse_unlisted(spec: AnySpec, modules: Collection[str] | None) -> None:
     """Lets a spec pass whose functions are in these modules, or below them; None: any.
 
     Raises: InvalidSpecError that lists each function that is not.
     """
     if modules is None:
         return
-    named = {part: getattr(getattr(spec, part), "function", None) for part in ("model", "data")}
+    named = {part: getattr(getattr(spec, part, None), "function", None) for part in WITH_FUNCTIONS}
     items = [
         ProblemItem(
             pointer=f"/{part}/function",

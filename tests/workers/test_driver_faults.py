@@ -10,7 +10,7 @@ from ngd_workers.contract.errors import StorageError
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import EXIT_STATUS
 from ngd_workers.launch import driver, ending
-from ngd_workers.train import loop
+from ngd_workers.train import loop, saves
 from tests.support.attempts import make_attempt, small_spec, spooled
 from tests.support.faulty_files import ERRORS, Faults
 
@@ -116,7 +116,7 @@ def test_checkpoint_that_can_not_be_written_is_left_out_and_told(tmp_path, monke
 def test_last_checkpoint_is_the_result_and_its_loss_a_failure(tmp_path, monkeypatch):
     attempt = make_attempt(tmp_path, small_spec())
     faults = Faults(tmp_path / "checkpoints", monkeypatch)
-    monkeypatch.setattr(loop, "LAST_CHECKPOINT_S", 0.1)
+    monkeypatch.setattr(saves, "LAST_CHECKPOINT_S", 0.1)
     monkeypatch.setattr(driver, "_refuse_to_be_second", lambda attempt_dir: faults.fail("fsync", errno.ENOSPC, FOREVER))
 
     assert run_driver(attempt, monkeypatch) == EXIT_STATUS["failed"]

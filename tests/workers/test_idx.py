@@ -38,8 +38,8 @@ def test_four_files_make_a_scaled_dataset(tmp_path, compressed):
     dataset = load_dataset(IDX(directory="mnist", mean=0.5, std=0.25), tmp_path)
 
     assert (dataset.shape.height, dataset.shape.width, dataset.shape.classes) == (3, 2, 3)
-    torch.testing.assert_close(dataset.train_x, (IMAGES.unsqueeze(1) / 255 - 0.5) / 0.25)
-    assert dataset.test_y.tolist() == LABELS.tolist()
+    torch.testing.assert_close(dataset.train.x, (IMAGES.unsqueeze(1) / 255 - 0.5) / 0.25)
+    assert dataset.test.y.tolist() == LABELS.tolist()
 
 
 def test_missing_folder_names_the_path_and_the_settings(tmp_path):

@@ -9,8 +9,10 @@ from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CollectiveError
 from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.contract.spec import JobSpec
+from ngd_workers.data import load_dataset
 from ngd_workers.launch.attempt import run_rank
 from ngd_workers.report.reporter import SilentReporter
+from ngd_workers.tasks import build_task
 from ngd_workers.train.context import TrainContext
 from ngd_workers.train.learner import Learner
 from ngd_workers.train.loop import Run
@@ -39,7 +41,7 @@ def run(rank: int, world_size: int, attempt_dir: AttemptDir) -> dict[str, object
 
 
 def curve(attempt_dir: AttemptDir) -> list[float]:
-    return [record.loss for record in records(spooled(attempt_dir))]
+    return [record.metrics["loss"] for record in records(spooled(attempt_dir))]
 
 
 def split(workers: int, optimizer: str) -> JobSpec:
@@ -55,7 +57,8 @@ def split(workers: int, optimizer: str) -> JobSpec:
 def averaged_buffers(rank: int, world_size: int, attempt_dir: AttemptDir) -> list[float]:
     spec = attempt_dir.read_spec()
     norm = torch.nn.BatchNorm2d(1)
-    learner = Learner(norm, spec, Communicator(), torch.device("cpu"))
+    data = load_dataset(spec.data, None)
+    learner = Learner(norm, build_task(spec.task, data.shape), data, spec, Communicator(), torch.device("cpu"))
     norm.running_mean.fill_(float(rank))
     learner.average_buffers()
     return norm.running_mean.tolist()

@@ -7,8 +7,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from ngd_dist.distributed.comm import Communicator
 from ngd_workers.contract.events import StepRecord
 from ngd_workers.contract.spec import JobSpec
+from ngd_workers.data import Images
+from ngd_workers.data.tensors import image_tensors
 from ngd_workers.launch.attempt import run_rank
+from ngd_workers.tasks import build_task
 from ngd_workers.train.learner import Learner
+from ngd_workers.train.loading import MicroBatch
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.training import weights_at
 
@@ -41,12 +45,12 @@ def run(tmp_path, **changes) -> list[StepRecord]:
 def test_every_choice_learns(tmp_path, choice):
     steps = run(tmp_path, model=CNN, optimizer=CHOICES[choice], schedule={"steps": 12})
 
-    assert steps[-1].loss < 0.8 * steps[0].loss
+    assert steps[-1].metrics["loss"] < 0.8 * steps[0].metrics["loss"]
 
 
 def test_a_fisher_of_the_model_s_own_is_not_that_of_the_labels(tmp_path):
     curves = {
-        kind: [step.loss for step in run(tmp_path / kind, optimizer=GIVEN | {"fisher": {"kind": kind}})]
+        kind: [step.metrics["loss"] for step in run(tmp_path / kind, optimizer=GIVEN | {"fisher": {"kind": kind}})]
         for kind in ("empirical", "monte_carlo", "exact")
     }
 
@@ -117,48 +121,61 @@ def learner(micro_size: int | None = None, model: torch.nn.Module | None = None,
     torch.manual_seed(0)
     batch = {"global_size": 64} | ({} if micro_size is None else {"micro_size": micro_size})
     spec = small_spec(optimizer=ADAPTIVE | optimizer, batch=batch)
-    return Learner(model or torch.nn.Linear(64, 10), spec, Communicator(), torch.device("cpu"))
+    x, y = whole()
+    data = image_tensors(x.view(64, 1, 8, 8), y, x.view(64, 1, 8, 8), y, Images(1, 8, 8, 10))
+    task = build_task(spec.task, data.shape)
+    return Learner(model or torch.nn.Linear(64, 10), task, data, spec, Communicator(), torch.device("cpu"))
 
 
-def samples() -> tuple[torch.Tensor, torch.Tensor]:
+def whole() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.rand(64, 64, generator=generator), torch.randint(10, (64,), generator=generator)
+
+
+def samples(micro_size: int = 64) -> list[MicroBatch]:
+    x, y = whole()
+    return [
+        MicroBatch(part, len(part[0]), skipped=0, counts=True)
+        for part in zip(x.split(micro_size), y.split(micro_size), strict=True)
+    ]
+
+
+def objective(cut: Learner, micro_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = [micro_batch.content for micro_batch in samples(micro_size)]
+    return cut.objective(batches, [1 / len(batches)] * len(batches))
 
 
 @pytest.mark.parametrize("micro_size", [64, 16])
 def test_objective_is_the_loss_that_was_differentiated(micro_size):
     model = torch.nn.Sequential(torch.nn.Linear(64, 10), torch.nn.BatchNorm1d(10))
     cut = learner(micro_size, model)
-    x, y = samples()
 
-    loss, logits = cut.objective(x, y)
+    loss, logits = objective(cut, micro_size)
     gradient = torch.autograd.grad(loss, model[0].weight)[0]
-    totals = cut.backward(x, y)
+    totals = cut.backward(samples(micro_size))
 
-    assert logits.shape == (64, 10)
-    assert loss.item() == pytest.approx(totals[0].item() / 64, rel=1e-6)
+    assert logits.numel() == 64 * 10
+    assert loss.item() == pytest.approx(totals.metrics(cut.task)["loss"], rel=1e-6)
     assert torch.allclose(gradient, model[0].weight.grad, rtol=1e-4, atol=1e-7)  # float32 sums in another order
 
 
 def test_the_schedule_leaves_an_lr_alone_that_steps_choose():
     chosen, given = learner(burn_in=1), learner(burn_in=1, step_length={"kind": "given"})
-    x, y = samples()
 
     for one in (chosen, given):  # a step of the burn-in chooses nothing yet
-        one.backward(x, y)
-        one.update(x, y, lr=0.25)
+        one.backward(samples())
+        one.update(samples(), lr=0.25)
 
     assert [one.optimizer.param_groups[0]["lr"] for one in (chosen, given)] == [0.1, 0.25]
 
 
 def test_steps_do_not_depend_on_how_the_batch_is_cut():
-    x, y = samples()
     weights = []
     for micro_size in (64, 16):
         cut = learner(micro_size)
         for _ in range(3):
-            cut.backward(x, y)
-            cut.update(x, y, lr=0.0)
+            cut.backward(samples(micro_size))
+            cut.update(samples(micro_size), lr=0.0)
         weights.append(cut.model.weight)
 
     # float32 sums in another order, through an inversion and a 2x2 solve
@@ -176,7 +193,7 @@ def held_by_the_objective(micro_size: int) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        deep.objective(*samples())
+        objective(deep, micro_size)
     return sum(sizes)
 
 
@@ -246,7 +263,7 @@ def test_a_job_that_skips_goes_on_after_a_loss_that_is_not_finite(tmp_path):
     steps = run(tmp_path, model=model, optimizer=GIVEN | {"non_finite": "skip"})
 
     assert [step.skipped_steps for step in steps] == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert steps[-1].loss < steps[0].loss
+    assert steps[-1].metrics["loss"] < steps[0].metrics["loss"]
 
 
 def test_a_model_with_too_many_outputs_for_the_exact_fisher_is_told_so(tmp_path):

@@ -17,7 +17,7 @@ from ngd_service.api.query import known_parameters_only
 from ngd_service.api.request_metrics import CountRequests
 from ngd_service.api.same_origin import SameOriginOnly
 from ngd_workers.contract.events import EventBatch
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import JobSpec, LoopSpec
 
 __all__ = ["api_application"]
 
@@ -72,7 +72,8 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, bodies = models_json_schema(
-            [(JobSpec, "validation"), (EventBatch, "validation")], ref_template="#/components/schemas/{model}"
+            [(JobSpec, "validation"), (LoopSpec, "validation"), (EventBatch, "validation")],
+            ref_template="#/components/schemas/{model}",
         )
         schema["components"]["schemas"] |= bodies["$defs"]
         schema["components"]["securitySchemes"]["ApiKey"] = API_KEY

@@ -1,4 +1,4 @@
-"""The body of POST /jobs, a JobSpec as JSON or YAML; and where bodies are read."""
+"""The body of POST /jobs, a job's spec as JSON or YAML; and where bodies are read."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from ngd_service.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaError
 from ngd_service.validation import parse_spec, refuse_unlisted
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_file import MAX_YAML_BYTES, parse_json, parse_yaml
 from ngd_workers.contract.spec_problems import SHOWN_CHARACTERS
 
@@ -23,7 +23,7 @@ READERS = {
     "application/x-yaml": parse_yaml,
     "text/yaml": parse_yaml,
 }
-SPEC_SCHEMA = {"$ref": "#/components/schemas/JobSpec"}
+SPEC_SCHEMA = {"anyOf": [{"$ref": "#/components/schemas/JobSpec"}, {"$ref": "#/components/schemas/LoopSpec"}]}
 SPEC_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -41,7 +41,7 @@ async def read_apart(parse: Callable[..., Value], *given: Any) -> Value:
     return await asyncio.get_running_loop().run_in_executor(READING, parse, *given)
 
 
-async def _read_spec(request: Request) -> JobSpec:
+async def _read_spec(request: Request) -> AnySpec:
     # None is refused too: a page of another site can send a body without a type, unasked.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in READERS:
@@ -59,7 +59,7 @@ async def _read_spec(request: Request) -> JobSpec:
     return spec
 
 
-def _parse(media_type: str, body: bytes) -> JobSpec:
+def _parse(media_type: str, body: bytes) -> AnySpec:
     try:
         value = READERS[media_type](body)
     except ValueError as error:
@@ -67,4 +67,4 @@ def _parse(media_type: str, body: bytes) -> JobSpec:
     return parse_spec(value)
 
 
-SpecBody = Annotated[JobSpec, Depends(_read_spec)]
+SpecBody = Annotated[AnySpec, Depends(_read_spec)]

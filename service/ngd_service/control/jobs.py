@@ -13,7 +13,7 @@ from ngd_service.errors import InvalidParameterError, NotFoundError
 from ngd_service.job_state import Phase
 from ngd_service.resources import ProblemItem
 from ngd_service.store.base import JobRecord, KeyedRequest, Store
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import did_you_mean
 
 __all__ = ["Jobs"]
@@ -29,7 +29,7 @@ class Jobs:
         self._max_running_jobs = max_running_jobs
 
     def create(
-        self, spec: JobSpec, idempotency_key: str | None, created_by: str | None = None
+        self, spec: AnySpec, idempotency_key: str | None, created_by: str | None = None
     ) -> tuple[JobRecord, bool]:
         """Returns the job and whether the same request had made it before. created_by: the API key's owner, whose
         idempotency keys are their own.

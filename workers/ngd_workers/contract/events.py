@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-__all__ = ["Event", "EventBatch", "EventReply", "Metric", "MetricName", "Numbered", "StepRecord"]
+from ngd_workers.contract.spec.base import MetricName
 
-MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+__all__ = ["Event", "EventBatch", "EventReply", "Metric", "Numbered", "StepRecord"]
+
 MetricValues = Annotated[dict[MetricName, float], Field(max_length=32)]
 
 

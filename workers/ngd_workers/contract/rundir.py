@@ -3,13 +3,14 @@
     RUN_DIR/                     one job; shared by all of its attempts
         checkpoints/             a later attempt resumes from the newest
         attempts/<n>/            ATTEMPT_DIR: one attempt
-            spec.json            JobSpec, written before the driver starts
+            spec.json            the job's spec, written before the driver starts
             attempt.json         Facts (mode 0600): the attempt's identity and the service's address
             process.json         pid and start time of the driver, written by the dispatcher
             started              a driver has begun; written on a given cluster, which may start a second driver
             stop                 asks the attempt to end in order; its text names the signal, if a signal asked
             ended                the fence: the service has ended the attempt, which may commit no more checkpoints
             events.jsonl         the reporter's spool: one Numbered event a line
+            fault.json           Outcome of a rank that failed for good: the workers that start again end with it
             outcome.json         Outcome of the attempt; the driver writes it once, as its last act
             log.txt              stdout and stderr of the driver and its workers
             log-rank-<r>.txt     output of rank r alone
@@ -27,7 +28,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import AnySpec, spec_of_json
 
 __all__ = ["EXIT_STATUS", "NOT_THE_FIRST", "AttemptDir", "Facts", "Outcome", "read_json", "write_json"]
 
@@ -114,6 +115,10 @@ class AttemptDir:
         return self.path / "ended"
 
     @property
+    def fault(self) -> Path:
+        return self.path / "fault.json"
+
+    @property
     def outcome(self) -> Path:
         return self.path / "outcome.json"
 
@@ -136,9 +141,9 @@ class AttemptDir:
             return False
         return True
 
-    def read_spec(self) -> JobSpec:
+    def read_spec(self) -> AnySpec:
         """Returns the job's spec. Raises: FileNotFoundError, pydantic.ValidationError."""
-        return JobSpec.model_validate_json(self.spec.read_bytes())
+        return spec_of_json(self.spec.read_bytes())
 
     def read_facts(self) -> Facts:
         """Returns attempt.json. Raises: FileNotFoundError, pydantic.ValidationError."""

@@ -1,4 +1,4 @@
-"""Reads a JobSpec from YAML or JSON. Imports without torch.
+"""Reads the spec of a job from YAML or JSON. Imports without torch.
 
 YAML follows the 1.2 core schema: `steps: 010` is ten and `no` is a text. The reader takes the parser's events and no
 aliases, so that a stranger's file can't expand beyond its own length.
@@ -26,7 +26,7 @@ from yaml.events import (
 )
 
 from ngd_workers.contract.errors import SpecError
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, parse_spec, quoted
 
 __all__ = ["MAX_YAML_BYTES", "load_spec", "parse_json", "parse_yaml"]
@@ -51,7 +51,7 @@ CORE: dict[str, tuple[re.Pattern[str], Callable[[str], object]]] = {
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
 
 
-def load_spec(path: Path) -> JobSpec:
+def load_spec(path: Path) -> AnySpec:
     """Returns the spec in the file. Raises: SpecError with one line per problem."""
     try:
         text = path.read_bytes()

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import AnySpec, spec_class
 
 __all__ = [
     "MAX_PROBLEMS",
@@ -75,7 +75,7 @@ class SpecProblemsError(ValueError):
         self.problems = list(problems)
 
 
-def parse_spec(value: object) -> JobSpec:
+def parse_spec(value: object) -> AnySpec:
     """Returns the spec. Types are strict: neither a text nor true counts as a number.
 
     Raises: SpecProblemsError, which lists every problem.
@@ -87,9 +87,9 @@ def parse_spec(value: object) -> JobSpec:
         detail = f"a job may hold {MAX_VALUES:,} values, and this one holds more; put large data into a file"
         raise SpecProblemsError([SpecProblem("", "too_many_values", detail)])
     try:
-        return JobSpec.model_validate(value, strict=True)
+        return spec_class(value).model_validate(value, strict=True)
     except ValidationError as error:
-        raise SpecProblemsError(list(explain(error, JobSpec))) from error
+        raise SpecProblemsError(list(explain(error, spec_class(value)))) from error
 
 
 def _holds_too_many(value: object) -> bool:

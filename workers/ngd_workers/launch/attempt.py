@@ -15,20 +15,21 @@ from ngd_dist.distributed.comm import Communicator, end_collectives
 from ngd_workers.contract.errors import SpecError, StorageError, WorkerError
 from ngd_workers.contract.events import WorkersRestarted
 from ngd_workers.contract.patience import insist
-from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, write_json
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, read_json, write_json
+from ngd_workers.contract.spec import AnySpec, LoopSpec
 from ngd_workers.contract.spec_file import load_spec
 from ngd_workers.launch.ending import conclude, failure, summary
 from ngd_workers.report.rank_log import kept_in
 from ngd_workers.report.reporter import Reporter, SilentReporter, SpoolingReporter
 from ngd_workers.train.context import TrainContext, device_of
 from ngd_workers.train.loop import train
+from ngd_workers.train.own_loop import train_own_loop
 
 __all__ = ["main", "run_rank"]
 
 READ_S = 30.0
 RESTARTED = WorkersRestarted(message="the workers were started again after some of them died")
-SAME_ON_RESUME = {"model", "data", "optimizer", "schedule", "batch", "seed"}
+SAME_ON_RESUME = {"model", "data", "task", "optimizer", "schedule", "batch", "train", "seed"}
 
 
 def run_rank(attempt_dir: AttemptDir) -> Outcome:
@@ -39,6 +40,9 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
     reporter: Reporter = SpoolingReporter(attempt_dir, on_restart=RESTARTED) if comm.rank == 0 else SilentReporter()
     is_broken = True  # until all ranks are known to end here
     try:
+        if (fault := _fault(attempt_dir, comm)) is not None:
+            is_broken = False
+            return fault
         context = TrainContext(
             comm=comm,
             device=device_of(spec.resources),
@@ -48,11 +52,14 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
             reporter=reporter,
         )
         with kept_in(attempt_dir.rank_log(comm.rank)):
-            outcome = train(spec, context)
+            outcome = train_own_loop(spec, context) if isinstance(spec, LoopSpec) else train(spec, context)
         is_broken = False
     except WorkerError as error:
         outcome = failure(error)
         is_broken = False
+        if comm.world_size > 1 and not error.retryable:
+            # The error of this rank alone ends the others with a broken collective, after which all start again.
+            insist(lambda: write_json(attempt_dir.fault, outcome), f"write {attempt_dir.fault}", patience_s=READ_S)
     finally:
         try:
             end_collectives(is_broken=is_broken)
@@ -61,10 +68,18 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
     return outcome
 
 
+def _fault(attempt_dir: AttemptDir, comm: Communicator) -> Outcome | None:
+    """Returns the outcome of a rank that failed for good before the workers started again, the same on every rank."""
+    if comm.world_size == 1:
+        return None
+    found = insist(lambda: read_json(attempt_dir.fault, Outcome), f"read {attempt_dir.fault}", patience_s=READ_S)
+    return next((fault for fault in comm.all_gather_object("fault", found) if fault is not None), None)
+
+
 def main() -> None:
     """Trains a spec in this process, or in those of torchrun, and exits with EXIT_STATUS."""
-    parser = argparse.ArgumentParser(prog="python -m ngd_workers", description="Train a JobSpec without Ray.")
-    parser.add_argument("spec", type=Path, help="JobSpec in YAML or JSON")
+    parser = argparse.ArgumentParser(prog="python -m ngd_workers", description="Train a job without Ray.")
+    parser.add_argument("spec", type=Path, help="the job in YAML or JSON")
     parser.add_argument(
         "--run-dir", type=Path, required=True, help="folder for checkpoints and events; a run that it holds is resumed"
     )
@@ -94,17 +109,17 @@ def _run_command(spec_file: Path, run_dir: Path, data_dir: Path) -> Outcome:
     return outcome
 
 
-def _for_world(spec: JobSpec, world_size: int) -> JobSpec:
+def _for_world(spec: AnySpec, world_size: int) -> AnySpec:
     """Returns the spec with as many workers as there are processes; the global batch stays."""
     content = spec.model_dump()
     content["resources"]["workers"] = world_size
     try:
-        return JobSpec.model_validate(content)
+        return type(spec).model_validate(content)
     except ValueError as error:
         raise SpecError(f"the spec doesn't fit {world_size} processes: {error}") from error
 
 
-def _next_attempt(spec: JobSpec, run_dir: Path, data_dir: Path, comm: Communicator) -> AttemptDir:
+def _next_attempt(spec: AnySpec, run_dir: Path, data_dir: Path, comm: Communicator) -> AttemptDir:
     number = torch.zeros(1, dtype=torch.int64, device=comm.device)
     if comm.rank == 0:
         number.fill_(1 + max((int(path.name) for path in run_dir.glob("attempts/*")), default=0))
@@ -120,16 +135,16 @@ def _next_attempt(spec: JobSpec, run_dir: Path, data_dir: Path, comm: Communicat
     return attempt_dir
 
 
-def _check_same_job(earlier: AttemptDir, spec: JobSpec) -> None:
+def _check_same_job(earlier: AttemptDir, spec: AnySpec) -> None:
     before = earlier.read_spec()
-    differing = sorted(name for name in SAME_ON_RESUME if getattr(before, name) != getattr(spec, name))
+    differing = sorted(name for name in SAME_ON_RESUME if getattr(before, name, None) != getattr(spec, name, None))
     if differing:
         raise SpecError(
             f"{earlier.path.parent.parent} holds a run that differs in {', '.join(differing)}; choose another --run-dir"
         )
 
 
-def _facts(spec: JobSpec, number: int, run_dir: Path, data_dir: Path) -> Facts:
+def _facts(spec: AnySpec, number: int, run_dir: Path, data_dir: Path) -> Facts:
     return Facts(
         attempt_id=f"{spec.name}-a{number}",
         attempt=number,

@@ -7,6 +7,7 @@ Torch and Ray take seconds to import. They are imported late, so that a signal i
 
 import argparse
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from ngd_workers.contract.errors import ClusterError, SpecError, StorageError, WorkerError
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Facts, Outcome, read_json
-from ngd_workers.contract.spec import JobSpec
+from ngd_workers.contract.spec import AnySpec, spec_class
 from ngd_workers.contract.spec_problems import explain
 from ngd_workers.launch.ending import conclude, failure, record, summary
 from ngd_workers.launch.ray_cluster import RayCluster, bundle
@@ -103,7 +104,7 @@ def _run(attempt_dir: AttemptDir) -> Outcome:
         record(attempt_dir, outcome)  # the service's address stands in the unread file
         return outcome
     try:
-        outcome = _train(attempt_dir, _read(attempt_dir.spec, JobSpec), facts)
+        outcome = _train(attempt_dir, _read_spec(attempt_dir), facts)
     except WorkerError as error:
         outcome = failure(error)
     except Exception as error:
@@ -125,18 +126,30 @@ def _read(path: Path, model: type[Model]) -> Model:
     try:
         return insist(read, f"read {path}", patience_s=READ_S)
     except ValidationError as error:
-        raise SpecError(
-            f"{path} is invalid: " + "; ".join(problem.detail for problem in explain(error, model))
-        ) from error
+        raise _invalid(path, error, model) from error
 
 
-def _train(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+def _read_spec(attempt_dir: AttemptDir) -> AnySpec:
+    path = attempt_dir.spec
+    try:
+        return insist(attempt_dir.read_spec, f"read {path}", patience_s=READ_S)
+    except ValidationError as error:
+        raise _invalid(path, error, spec_class(json.loads(path.read_bytes()))) from error
+    except ValueError as error:
+        raise SpecError(f"{path} is invalid: it is no JSON: {error}") from error
+
+
+def _invalid(path: Path, error: ValidationError, model: type[BaseModel]) -> SpecError:
+    return SpecError(f"{path} is invalid: " + "; ".join(problem.detail for problem in explain(error, model)))
+
+
+def _train(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
     if facts.cluster == "own" and spec.resources.workers == 1:
         return _train_here(attempt_dir, spec, facts)
     return _train_on_ray(attempt_dir, spec, facts)
 
 
-def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+def _train_here(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
     from ngd_workers.launch.attempt import run_rank
 
     for restarts_left in range(spec.failure.worker_restarts, -1, -1):
@@ -151,7 +164,7 @@ def _train_here(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome
     raise AssertionError("the last round returns or raises")
 
 
-def _train_on_ray(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+def _train_on_ray(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
     # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort. The thread that
     # starts Ray must live until Ray is shut down: otherwise the shutdown ends the process silently.
     with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread, RayCluster(facts.cluster) as cluster:
@@ -199,7 +212,7 @@ def _with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
+def _fit(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -228,7 +241,7 @@ def _fit(attempt_dir: AttemptDir, spec: JobSpec, facts: Facts) -> Outcome:
     return Outcome.model_validate(result.return_value)
 
 
-def _saved_step(spec: JobSpec, facts: Facts) -> int:
+def _saved_step(spec: AnySpec, facts: Facts) -> int:
     from ngd_workers.train.checkpoints import Checkpoints
 
     return Checkpoints(facts.run_dir / "checkpoints", facts.attempt, spec.checkpoint.keep).newest_step()

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from unittest import mock
 
 from ngd_workers.contract.errors import RayStartError, SpecError
-from ngd_workers.contract.spec import JobSpec, Resources
+from ngd_workers.contract.spec import Job, Resources
 
 __all__ = ["RayCluster", "bundle", "free_ports"]
 
@@ -79,7 +79,7 @@ class RayCluster:
         except Exception as error:  # Ray raises nothing more specific if its processes do not start
             raise RayStartError(self._why_not(error)) from error
 
-    def check(self, spec: JobSpec) -> None:
+    def check(self, spec: Job) -> None:
         """Raises: SpecError if the job wants more GPUs than this machine has. A given cluster may grow: no check."""
         import ray
 
@@ -91,7 +91,7 @@ class RayCluster:
                 f"{resources.gpus_per_worker}), this machine has {num_gpus:g}; lower them"
             )
 
-    def wait_for_room(self, spec: JobSpec, tell: Callable[[str | None], None], is_stopped: Callable[[], bool]) -> None:
+    def wait_for_room(self, spec: Job, tell: Callable[[str | None], None], is_stopped: Callable[[], bool]) -> None:
         """Returns when a given cluster has room for all workers at once, or when the attempt is stopped.
 
         tell: called with the shortage while it lasts, and with None at the end. Ray Train would wait too, but silently

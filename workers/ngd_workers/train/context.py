@@ -14,7 +14,7 @@ from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import Resources
 from ngd_workers.report.reporter import Reporter
 
-__all__ = ["TrainContext", "commit", "device_of", "versions"]
+__all__ = ["TrainContext", "commit", "device_name", "device_of", "versions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ def device_of(resources: Resources) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def versions() -> dict[str, str]:

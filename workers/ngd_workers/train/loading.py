@@ -19,7 +19,7 @@ from ngd_workers.contract.spec import Loading
 from ngd_workers.data import Dataset, Fetches, Part
 from ngd_workers.train.batches import Batches, mix
 
-__all__ = ["MicroBatch", "Request", "Samples", "placed", "read_ahead", "test_requests", "train_requests"]
+__all__ = ["MicroBatch", "Request", "Samples", "placed", "read_ahead", "requests_to_test", "requests_to_train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class MicroBatch:
     counts: bool
 
 
-def train_requests(
+def requests_to_train(
     batches: Batches, *, first_step: int, last_step: int, micro_size: int, rank: int, world_size: int
 ) -> Iterator[Request]:
     """Yields the rank's micro-batches of these steps, in order."""
@@ -51,7 +51,7 @@ def train_requests(
             yield Request(epoch, indices.tolist())
 
 
-def test_requests(num_samples: int, size: int, *, rank: int, world_size: int) -> Iterator[Request]:
+def requests_to_test(num_samples: int, size: int, *, rank: int, world_size: int) -> Iterator[Request]:
     """Yields the rank's batches of a test part: equally many on every rank, since a model may be spread over ranks."""
     first, last = (num_samples * place // world_size for place in (rank, rank + 1))
     largest = -(-num_samples // world_size)

@@ -4,21 +4,17 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from ngd_dist.telemetry import Stopwatch
-from ngd_workers.contract.errors import NonFiniteLossError, StorageError, SupersededError, WorkerError
+from ngd_workers.contract.errors import NonFiniteLossError, WorkerError
 from ngd_workers.contract.events import (
-    CheckpointFailed,
-    CheckpointSaved,
     Evaluation,
     Started,
     StepRecord,
     TargetReached,
 )
-from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import JobSpec, Loading, NGDOptimizer
 from ngd_workers.data import Dataset, load_dataset
@@ -26,13 +22,14 @@ from ngd_workers.models import build_model
 from ngd_workers.tasks import build_task
 from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
-from ngd_workers.train.checkpoints import Checkpoints, Manifest
-from ngd_workers.train.context import TrainContext, commit, versions
+from ngd_workers.train.context import TrainContext, commit, device_name, versions
 from ngd_workers.train.learner import Learner, check_fit, trainable
-from ngd_workers.train.loading import Samples, placed, read_ahead, test_requests
+from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
 from ngd_workers.train.optimizers import chooses_lr, step_stats
 from ngd_workers.train.reader import Reader
+from ngd_workers.train.saves import Saves
 from ngd_workers.train.schedules import lr_factor, total_steps
+from ngd_workers.train.stopping import is_cancelled, stop_code_of
 from ngd_workers.train.target import reaches, target_metric
 from ngd_workers.train.totals import Totals
 
@@ -40,9 +37,7 @@ __all__ = ["train"]
 
 log = logging.getLogger(__name__)
 
-STOP_CODES = {None: 0, "cancelled": 1, "superseded": 2}
 PROGRESS_S = 5.0
-LAST_CHECKPOINT_S = 60.0  # for all tries: the last checkpoint is the result
 TRIAL_SAMPLES = 8
 
 
@@ -83,7 +78,7 @@ class Run:
         self.learner = Learner(model, self.task, self.dataset, spec, context.comm, context.device)
         self.total_steps = total_steps(spec.schedule, self.batches.steps_per_epoch)
         self.reader = Reader(spec, self.dataset, self.batches, self.total_steps, context)
-        self.checkpoints = Checkpoints(context.run_dir / "checkpoints", context.attempt, spec.checkpoint.keep)
+        self.saves = Saves(context, spec.checkpoint.keep)
         self.progress = Progress()
         self.tested: dict[str, float] = {}
         self.is_cancelled = False
@@ -105,26 +100,13 @@ class Run:
         return self.progress.step % self.spec.checkpoint.every_steps == 0 or self.is_finished
 
     @property
-    def _is_result(self) -> bool:
-        return self.is_finished and not self.is_cancelled
-
-    @property
     def epoch(self) -> float:
         return self.progress.step / self.batches.steps_per_epoch
 
     def resume(self) -> None:
         """Collective. Restores the newest whole checkpoint; rank 0 chooses it for all ranks."""
-        comm, chosen, failure = self.context.comm, 0, None
-        if comm.rank == 0:
-            try:
-                chosen = self.checkpoints.newest_step()
-            except StorageError as error:
-                failure = error
-        chosen, failure = comm.all_gather_object("checkpoint to resume from", (chosen, failure))[0]
-        if failure is not None:
-            raise failure
-        if chosen:
-            state = self.checkpoints.load(chosen, self.context.device)
+        state = self.saves.newest()
+        if state is not None:
             self.progress = Progress(**state.pop("progress"))
             self.learner.load_state_dict(state)
 
@@ -144,7 +126,7 @@ class Run:
                 commit=commit(),
                 versions=versions(),
                 world_size=self.context.comm.world_size,
-                device=_device_name(self.context.device),
+                device=device_name(self.context.device),
                 total_steps=self.total_steps,
                 steps_per_epoch=self.batches.steps_per_epoch,
                 parameters=trainable(self.learner.model),
@@ -188,40 +170,9 @@ class Run:
             report(TargetReached(step=step, metrics={target.metric: tested[target.metric]}))
 
     def save_checkpoint(self) -> None:
-        """Collective. Rank 0 writes; all ranks return when the checkpoint is complete.
-
-        If a checkpoint can't be written, training reports that and goes on; the last one has to be written.
-        Raises: SupersededError, StorageError.
-        """
+        """Collective. All ranks return when the checkpoint is complete. Raises: SupersededError, StorageError."""
         state = self.learner.state_dict() | {"progress": asdict(self.progress)}
-        failure: WorkerError | None = None
-        if self.context.comm.rank == 0:
-            failure = self._write_checkpoint(state)
-        failure = self.context.comm.all_gather_object("checkpoint written", failure)[0]
-        if failure is not None:
-            raise failure
-
-    def _write_checkpoint(self, state: dict[str, Any]) -> WorkerError | None:
-        step, reporter = self.progress.step, self.context.reporter
-        reporter.flush()  # an attempt after a crash resumes here, and does not report the earlier steps
-        try:
-            manifest = self._save_persistently(step, state) if self._is_result else self._save(step, state)
-        except SupersededError as error:
-            log.warning("%s", error)
-            return error
-        except StorageError as error:
-            log.error("%s", error)
-            reporter.report(CheckpointFailed(step=step, message=str(error)))
-            return error if self._is_result else None
-        path = self.checkpoints.path(manifest.step).relative_to(self.context.run_dir)
-        reporter.report(CheckpointSaved(step=manifest.step, path=str(path), bytes=manifest.bytes))
-        return None
-
-    def _save(self, step: int, state: dict[str, Any]) -> Manifest:
-        return self.checkpoints.save(step, state, world_size=self.context.comm.world_size)
-
-    def _save_persistently(self, step: int, state: dict[str, Any]) -> Manifest:
-        return insist(lambda: self._save(step, state), "save the last step", patience_s=LAST_CHECKPOINT_S)
+        self.saves.save(self.progress.step, state, is_result=self.is_finished and not self.is_cancelled)
 
     def outcome(self) -> Outcome:
         """Collective. Returns the result; evaluates if this process has not evaluated the last step."""
@@ -244,14 +195,12 @@ class Run:
         # The one synchronisation of a step with the host. It comes before the update, so that no rank writes NaN into
         # its weights, and carries the stop request, so that all ranks stop after the same step.
         comm = self.context.comm
-        stop_code = totals.reduce(comm, "loss and stop request", STOP_CODES[self.context.reporter.stop_request])
+        stop_code = totals.reduce(comm, "loss and stop request", stop_code_of(self.context))
         self.progress.skipped_samples += totals.skipped
         metrics = totals.metrics(self.task)
         if not math.isfinite(metrics["loss"]) and not self._skips_non_finite:
             raise NonFiniteLossError(self._divergence(metrics["loss"], "training"))
-        if stop_code == STOP_CODES["superseded"]:
-            raise _superseded(self.context.attempt)
-        self.is_cancelled = stop_code == STOP_CODES["cancelled"]
+        self.is_cancelled = is_cancelled(stop_code, self.context)
         return metrics
 
     @property
@@ -332,15 +281,7 @@ def _build(spec: JobSpec, context: TrainContext) -> Prepared:
     batches = Batches(len(dataset.train), spec.batch.global_size, spec.seed, dataset.shards)
     torch.manual_seed(spec.seed)
     model = build_model(spec.model, dataset.shape)
-    trial = list(test_requests(min(len(dataset.test), TRIAL_SAMPLES), TRIAL_SAMPLES, rank=0, world_size=1))
+    trial = list(requests_to_test(min(len(dataset.test), TRIAL_SAMPLES), TRIAL_SAMPLES, rank=0, world_size=1))
     for batch in read_ahead(Samples(dataset.test, dataset, spec.seed), trial, Loading(), pins=False):
         check_fit(model, task, placed(batch.content, dataset, torch.device("cpu")))
     return dataset, task, batches, model
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _superseded(attempt: int) -> SupersededError:
-    return SupersededError(f"attempt {attempt} stops: a later attempt of the same job has taken over")

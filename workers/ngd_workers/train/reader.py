@@ -9,7 +9,7 @@ from ngd_workers.contract.spec import JobSpec
 from ngd_workers.data import Dataset, Fetches, Part
 from ngd_workers.train.batches import Batches
 from ngd_workers.train.context import TrainContext
-from ngd_workers.train.loading import MicroBatch, Request, Samples, read_ahead, test_requests, train_requests
+from ngd_workers.train.loading import MicroBatch, Request, Samples, read_ahead, requests_to_test, requests_to_train
 
 __all__ = ["Reader"]
 
@@ -31,7 +31,7 @@ class Reader:
     def step(self, step: int) -> list[MicroBatch]:
         """Returns the rank's micro-batches of the step. Raises: InvalidDataError, UserCodeError."""
         if self._ahead is None or step != self._step + 1:
-            requests = train_requests(
+            requests = requests_to_train(
                 self._batches,
                 first_step=step,
                 last_step=self._last_step,
@@ -47,7 +47,7 @@ class Reader:
         """Returns the rank's batches of the test data, equally many on every rank."""
         size = min(max(self._spec.micro_size, TEST_BATCH[0]), TEST_BATCH[1])
         samples = len(self._dataset.test)
-        requests = test_requests(samples, size, rank=self._comm.rank, world_size=self._comm.world_size)
+        requests = requests_to_test(samples, size, rank=self._comm.rank, world_size=self._comm.world_size)
         return self._read(self._dataset.test, requests)
 
     def close(self) -> None:

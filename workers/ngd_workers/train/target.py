@@ -1,13 +1,14 @@
 """Whether a score reaches the job's target, in the metric's own direction."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.events import Metric
 from ngd_workers.contract.spec import Target
 from ngd_workers.tasks.base import Task
 
-__all__ = ["reaches", "target_metric"]
+__all__ = ["is_reached", "reaches", "target_metric"]
 
 
 def target_metric(target: Target, task: Task) -> Metric:
@@ -22,6 +23,9 @@ def target_metric(target: Target, task: Task) -> Metric:
 
 def reaches(target: Target, task: Task, tested: Mapping[str, float]) -> bool:
     """Returns whether the metrics of the test data reach the target."""
-    value = tested[target.metric]
-    is_higher_better = target_metric(target, task).better == "higher"
-    return value >= target.value if is_higher_better else value <= target.value
+    return is_reached(target, target_metric(target, task).better, tested[target.metric])
+
+
+def is_reached(target: Target, better: Literal["higher", "lower"], value: float) -> bool:
+    """Returns whether the value of the target's metric is at least as good as the target's."""
+    return value >= target.value if better == "higher" else value <= target.value

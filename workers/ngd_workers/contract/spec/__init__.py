@@ -4,7 +4,7 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
-from ngd_workers.contract.spec.job import Job, JobSpec
+from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, spec_class, spec_of_json
 from ngd_workers.contract.spec.models import (
     MLP,
     InitChoice,
@@ -45,6 +45,7 @@ __all__ = [
     "MLP",
     "SGD",
     "AdamW",
+    "AnySpec",
     "Batch",
     "Checkpoint",
     "ConstantLR",
@@ -60,6 +61,7 @@ __all__ = [
     "JobSpec",
     "Labelling",
     "Loading",
+    "LoopSpec",
     "Mixup",
     "ModelChoice",
     "NGDOptimizer",
@@ -77,4 +79,6 @@ __all__ = [
     "UserData",
     "UserModel",
     "UserTask",
+    "spec_class",
+    "spec_of_json",
 ]

@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["FUNCTION_PATTERN", "MAX_SAMPLES", "MAX_STEPS", "NAME_PATTERN", "Function", "Options", "SpecModel"]
+__all__ = [
+    "MAX_SAMPLES",
+    "MAX_STEPS",
+    "NAME_PATTERN",
+    "Function",
+    "MetricName",
+    "Options",
+    "SpecModel",
+]
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # RFC 1035 label
 FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -53,6 +61,9 @@ Function = Annotated[
     str,
     Field(pattern=FUNCTION_PATTERN, description="package.module:function; the workers must be able to import it."),
 ]
+
+
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 
 
 class SpecModel(BaseModel):

@@ -1,11 +1,12 @@
 """A whole job: the body of ``POST /api/v1/jobs``, the argument of ``ngd submit`` and ``ngd train``, or a recipe."""
 
-from typing import Self
+import json
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ngd_dist.config import QuadraticModel, Single
-from ngd_workers.contract.spec.base import NAME_PATTERN, SpecModel
+from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, MetricName, Options, SpecModel
 from ngd_workers.contract.spec.models import InitChoice, ModelChoice
 from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
@@ -21,7 +22,7 @@ from ngd_workers.contract.spec.run import (
 from ngd_workers.contract.spec.sources import DataChoice
 from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
 
-__all__ = ["Job", "JobSpec"]
+__all__ = ["AnySpec", "Job", "JobSpec", "LoopSpec", "spec_class", "spec_of_json"]
 
 
 class Job(SpecModel):
@@ -29,7 +30,6 @@ class Job(SpecModel):
 
     name: str = Field(pattern=NAME_PATTERN, description="Lower-case letters, digits and hyphens, at most 63 in all.")
     resources: Resources = Resources()
-    checkpoint: Checkpoint = Checkpoint()
     failure: Failure = Failure()
     target: Target | None = None
     seed: int = Field(
@@ -48,6 +48,7 @@ class JobSpec(Job):
     schedule: Schedule
     batch: Batch
     loading: Loading = Loading()
+    checkpoint: Checkpoint = Checkpoint()
 
     @model_validator(mode="after")
     def _strategy_reaches_all_workers(self) -> Self:
@@ -113,3 +114,58 @@ class JobSpec(Job):
     def micro_batches(self) -> int:
         """Forward passes per optimizer step on one worker."""
         return self.worker_batch // self.micro_size
+
+
+class OwnLoop(SpecModel):
+    """A training loop of the user's own: a function that is called on each rank with a `LoopContext`."""
+
+    function: Function
+    options: Options = Field(default={})
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Steps that the loop will report; None: unknown.",
+    )
+    metrics: dict[MetricName, Literal["higher", "lower"]] = Field(
+        default={"loss": "lower"},
+        min_length=1,
+        max_length=32,
+        description="The metrics that the loop reports, the one that counts first, and whether higher or lower is "
+        "better.",
+    )
+
+
+class KeptCheckpoints(SpecModel):
+    """The checkpoints of an own loop, which says itself when it saves one."""
+
+    keep: int = Field(default=2, ge=1, le=MAX_STEPS, description="Number of checkpoints kept, the newest ones.")
+
+
+class LoopSpec(Job):
+    """A job of the user's own training loop; the service does everything around it."""
+
+    train: OwnLoop
+    checkpoint: KeptCheckpoints = KeptCheckpoints()
+
+    @model_validator(mode="after")
+    def _target_is_reported(self) -> Self:
+        if self.target is not None and self.target.metric not in self.train.metrics:
+            raise ValueError(
+                f"target.metric must be one of train.metrics, {', '.join(self.train.metrics)}, got "
+                f"{self.target.metric!r}; add it there"
+            )
+        return self
+
+
+AnySpec = JobSpec | LoopSpec
+
+
+def spec_class(value: object) -> type[AnySpec]:
+    """Returns the class that the contents of a job are to be read as: a job with `train` has a loop of its own."""
+    return LoopSpec if isinstance(value, dict) and "train" in value else JobSpec
+
+
+def spec_of_json(text: bytes | str) -> AnySpec:
+    """Returns a job that was written as JSON. Raises: pydantic.ValidationError; ValueError for no JSON."""
+    return spec_class(json.loads(text)).model_validate_json(text)

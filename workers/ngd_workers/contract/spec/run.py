@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ngd_workers.contract.spec.base import MAX_SAMPLES, MAX_STEPS, SpecModel
+from ngd_workers.contract.spec.base import MAX_SAMPLES, MAX_STEPS, MetricName, SpecModel
 
 __all__ = ["Batch", "Checkpoint", "ConstantLR", "Failure", "Loading", "PolynomialLR", "Resources", "Schedule", "Target"]
 
@@ -130,7 +130,7 @@ class Loading(SpecModel):
 class Target(SpecModel):
     """The result that the job should reach; the service records the first evaluated step that reaches it."""
 
-    metric: str = Field(description="A metric of the task on the test data: accuracy, perplexity, loss ...")
+    metric: MetricName = Field(description="A metric of the task on the test data: accuracy, perplexity, loss ...")
     value: float = Field(description="The bound: the task says whether the metric should be above it or below.")
     stop: Literal[True, False] = Field(
         default=False, description="Whether the job ends, as a success, when it reaches the target."

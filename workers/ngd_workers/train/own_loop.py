@@ -1,0 +1,239 @@
+"""A training loop of the user's own, and everything around it: events, checkpoints, restarts, the request to stop.
+
+def train(context: LoopContext) -> None:
+    state = context.resume() or first_state(context.config)
+    for state in steps_from(state):
+        context.report({"loss": state.loss})
+        if state.step % 100 == 0 or context.should_stop():
+            context.checkpoint(state.as_dict())
+        ...
+"""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ngd_dist.errors import CollectiveError
+from ngd_workers.contract.errors import UserCodeError, WorkerError
+from ngd_workers.contract.events import Evaluation, Metric, Started, StepRecord, TargetReached
+from ngd_workers.contract.rundir import Outcome
+from ngd_workers.contract.spec import LoopSpec
+from ngd_workers.functions import load_function
+from ngd_workers.train.batches import seed_everything
+from ngd_workers.train.context import TrainContext, commit, device_name, versions
+from ngd_workers.train.saves import Saves
+from ngd_workers.train.stopping import is_cancelled, stop_code_of
+from ngd_workers.train.target import is_reached
+
+__all__ = ["LoopContext", "train_own_loop"]
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 5.0
+OF_A_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+
+
+class LoopContext:
+    """What a loop of the user's own gets. One for each rank.
+
+    config: `train.options` of the job. seed: the job's; torch, numpy and Python have been seeded with it.
+    rank, world_size, device: of this process. process_group: of all ranks; None: there is one rank alone.
+    data_dir: the folder in which the operator keeps data; None: there is none.
+    """
+
+    def __init__(self, spec: LoopSpec, context: TrainContext) -> None:
+        self.config: dict[str, Any] = dict(spec.train.options)
+        self.seed = spec.seed
+        self.rank, self.world_size, self.device = context.comm.rank, context.comm.world_size, context.device
+        self.process_group = dist.group.WORLD if dist.is_initialized() else None
+        self.data_dir: Path | None = context.data_dir
+        self.step = 0
+        self.tested: dict[str, float] = {}
+        self.target_step: int | None = None
+        self.was_cancelled = False
+        self._spec, self._context = spec, context
+        self._saves = Saves(context, spec.checkpoint.keep)
+        self._has_announced = False
+        self._resumed_step = 0
+        self._newest: dict[str, float] = {}
+        self._begun_s = self._reported_s = time.monotonic()
+        self._logged_s = 0.0
+        self._seconds_before = 0.0
+
+    def report(
+        self,
+        metrics: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        test: bool = False,
+        epoch: float | None = None,
+        lr: float | None = None,
+        samples: int | None = None,
+    ) -> None:
+        """Tells how good the model is. Rank 0's word counts; other ranks may call it or not.
+
+        metrics: numbers or tensors of one element, by their names in the job's `train.metrics`.
+        step: of the optimizer, from 1; None: one more than the last, or the last if `test`.
+        test: whether they are of the test data; then they are compared with the job's target.
+        samples: of the step, for the throughput.
+        Raises: UserCodeError.
+        """
+        values = {name: self._number(name, value) for name, value in metrics.items()}
+        step = (self.step if test else self.step + 1) if step is None else step
+        if step < 1 or (not test and step <= self.step):
+            raise UserCodeError(
+                f"report needs a step above the last one, {self.step}, got {step}; leave it out to count by ones"
+            )
+        self._announce()
+        self.step = step
+        if test:
+            self._take_test(values, epoch)
+        else:
+            self._take_step(values, epoch, lr, samples)
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Collective. Saves the state at the last reported step; rank 0 writes its own.
+
+        state: tensors, numbers, texts, lists and dictionaries, as `torch.load(weights_only=True)` takes them.
+        Raises: UserCodeError before the first report; StorageError, SupersededError.
+        """
+        if self.step == 0:
+            raise UserCodeError("checkpoint needs a step that was reported; call report first")
+        own = {"target_step": self.target_step, "tested": self.tested, "seconds": self._seconds()}
+        self._saves.save(self.step, {"user": state, "step": self.step, "own": own}, is_result=False)
+
+    def resume(self) -> dict[str, Any] | None:
+        """Collective. Returns the newest state that was saved, with tensors on the device; None: there is none.
+
+        `step` is then that of the state. Raises: StorageError.
+        """
+        saved = self._saves.newest()
+        if saved is None:
+            self._announce()
+            return None
+        self.step = self._resumed_step = saved["step"]
+        self.target_step, self.tested = saved["own"]["target_step"], saved["own"]["tested"]
+        self._seconds_before = saved["own"]["seconds"]
+        self._announce()
+        state: dict[str, Any] = saved["user"]
+        return state
+
+    def should_stop(self) -> bool:
+        """Collective. Returns whether to save a checkpoint and return: a cancelled job, or a target that stops it.
+
+        Raises: SupersededError.
+        """
+        codes = torch.tensor([stop_code_of(self._context), float(self._stops())], device=self._context.comm.device)
+        self._context.comm.all_reduce("stop request", codes)
+        code, reached = codes.tolist()
+        self.was_cancelled = is_cancelled(code, self._context)
+        return self.was_cancelled or reached > 0
+
+    def outcome(self) -> Outcome:
+        """Returns the end of the attempt. Rank 0's counts."""
+        self._announce()
+        return Outcome(
+            result="cancelled" if self.was_cancelled else "succeeded",
+            step=self.step,
+            metrics=self.tested or self._newest,
+            target_step=self.target_step,
+            seconds=self._seconds(),
+        )
+
+    def _announce(self) -> None:
+        """Reports the start, once: a loop that resumes does so before its first report."""
+        if self._has_announced or self.rank > 0:
+            return
+        self._has_announced = True
+        self._context.reporter.report(
+            Started(
+                spec=self._spec.model_dump(mode="json"),
+                seed=self.seed,
+                commit=commit(),
+                versions=versions(),
+                world_size=self.world_size,
+                device=device_name(self.device),
+                total_steps=self._spec.train.steps,
+                steps_per_epoch=None,
+                parameters=None,
+                resumed_step=self._resumed_step,
+                statistics=[],
+                plain_parameters={},
+                metrics=[Metric(name=n, label=n, better=better) for n, better in self._spec.train.metrics.items()],
+            )
+        )
+
+    def _take_step(self, values: dict[str, float], epoch: float | None, lr: float | None, samples: int | None) -> None:
+        self._newest = values
+        now_s = time.monotonic()
+        rate = samples / max(now_s - self._reported_s, 1e-9) if samples is not None else None
+        self._reported_s = now_s
+        record = StepRecord(step=self.step, epoch=epoch, time_s=time.time(), metrics=values, lr=lr, samples_per_s=rate)
+        self._context.reporter.report(record)
+        if self.rank == 0 and now_s - self._logged_s >= PROGRESS_S:
+            self._logged_s = now_s
+            self._log("training", values)
+
+    def _take_test(self, values: dict[str, float], epoch: float | None) -> None:
+        self.tested = values
+        report, target = self._context.reporter.report, self._spec.target
+        report(Evaluation(step=self.step, epoch=epoch, metrics=values))
+        if self.rank == 0:
+            self._log("test", values)
+        if target is None or self.target_step is not None or target.metric not in values:
+            return
+        value = values[target.metric]
+        if is_reached(target, self._spec.train.metrics[target.metric], value):
+            self.target_step = self.step
+            report(TargetReached(step=self.step, metrics={target.metric: value}))
+
+    def _number(self, name: str, value: Any) -> float:
+        known = self._spec.train.metrics
+        if name not in known:
+            raise UserCodeError(f"report got {name!r}, and train.metrics lists {', '.join(known)}; add it to the job")
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserCodeError(f"report needs a number for {name!r}, got {type(value).__name__}") from error
+
+    def _stops(self) -> bool:
+        target = self._spec.target
+        return self.rank == 0 and target is not None and target.stop and self.target_step is not None
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._begun_s
+
+    def _log(self, which: str, values: Mapping[str, float]) -> None:
+        shown = [f"{which} {name} {value:.4f}" for name, value in values.items() if math.isfinite(value)]
+        log.info("%s", "  ".join([f"step {self.step}/{self._spec.train.steps or '?'}", *shown]))
+
+
+def train_own_loop(spec: LoopSpec, context: TrainContext) -> Outcome:
+    """Collective. Returns the outcome of the user's loop. Raises: WorkerError; the error of a peer's death as it is."""
+    torch.set_num_threads(spec.resources.threads_per_worker)
+    seed_everything(spec.seed)
+    function = load_function(spec.train.function)
+    own = LoopContext(spec, context)
+    try:
+        function(own)
+    except (WorkerError, torch.OutOfMemoryError, CollectiveError):
+        raise
+    except Exception as error:
+        if context.comm.world_size > 1 and _is_of_a_peer(error):
+            raise
+        log.exception("%s failed", spec.train.function)
+        raise UserCodeError(f"{spec.train.function!r} failed with {type(error).__name__}: {error}") from error
+    return own.outcome()
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    """Returns whether a collective failed, most likely since another rank has died: a restart mends that."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in OF_A_PEER)
+    )
