@@ -4,6 +4,7 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
+from ngd_workers.contract.spec.images import ImageSettings, NoAugment, PadCrop, RandomResizedCrop
 from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, spec_class, spec_of_json
 from ngd_workers.contract.spec.models import (
     MLP,
@@ -29,7 +30,15 @@ from ngd_workers.contract.spec.run import (
     Schedule,
     Target,
 )
-from ngd_workers.contract.spec.sources import IDX, DataChoice, Digits, UserData
+from ngd_workers.contract.spec.sources import (
+    IDX,
+    DataChoice,
+    Digits,
+    ImageFolder,
+    ShardCache,
+    UserData,
+    WebDataset,
+)
 from ngd_workers.contract.spec.tasks import (
     Erasing,
     ImageClassification,
@@ -54,6 +63,8 @@ __all__ = [
     "Erasing",
     "Failure",
     "ImageClassification",
+    "ImageFolder",
+    "ImageSettings",
     "InitChoice",
     "InitFromCheckpoint",
     "InitFromFile",
@@ -65,11 +76,15 @@ __all__ = [
     "Mixup",
     "ModelChoice",
     "NGDOptimizer",
+    "NoAugment",
     "OptimizerChoice",
+    "PadCrop",
     "PolynomialLR",
+    "RandomResizedCrop",
     "Regression",
     "Resources",
     "Schedule",
+    "ShardCache",
     "SmallCNN",
     "Target",
     "TaskChoice",
@@ -79,6 +94,7 @@ __all__ = [
     "UserData",
     "UserModel",
     "UserTask",
+    "WebDataset",
     "spec_class",
     "spec_of_json",
 ]
