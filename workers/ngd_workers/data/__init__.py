@@ -16,6 +16,9 @@ __all__ = ["SOURCES", "Dataset", "Fetches", "Images", "Part", "Shards", "Vectors
 SOURCES: dict[str, str] = {
     "digits": "ngd_workers.data.digits:load",
     "idx": "ngd_workers.data.idx:load",
+    "jpeg_npz": "ngd_workers.data.jpeg_npz:load",
+    "parquet": "ngd_workers.data.parquet:load",
+    "huggingface": "ngd_workers.data.huggingface:load",
 }
 
 

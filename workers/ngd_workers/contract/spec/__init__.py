@@ -30,7 +30,19 @@ from ngd_workers.contract.spec.run import (
     Schedule,
     Target,
 )
-from ngd_workers.contract.spec.sources import IDX, DataChoice, Digits, ImageFolder, ShardCache, UserData, WebDataset
+from ngd_workers.contract.spec.sources import (
+    IDX,
+    DataChoice,
+    Digits,
+    HuggingFace,
+    ImageFolder,
+    JpegNpz,
+    Parquet,
+    ShardCache,
+    Table,
+    UserData,
+    WebDataset,
+)
 from ngd_workers.contract.spec.tasks import (
     Erasing,
     ImageClassification,
@@ -55,6 +67,7 @@ __all__ = [
     "Digits",
     "Erasing",
     "Failure",
+    "HuggingFace",
     "ImageClassification",
     "ImageFolder",
     "ImageSettings",
@@ -63,6 +76,7 @@ __all__ = [
     "InitFromFile",
     "Job",
     "JobSpec",
+    "JpegNpz",
     "Labelling",
     "Loading",
     "LoopSpec",
@@ -73,6 +87,7 @@ __all__ = [
     "OnBadSample",
     "OptimizerChoice",
     "PadCrop",
+    "Parquet",
     "PolynomialLR",
     "RandomResizedCrop",
     "Regression",
@@ -80,6 +95,7 @@ __all__ = [
     "Schedule",
     "ShardCache",
     "SmallCNN",
+    "Table",
     "Target",
     "TaskChoice",
     "Timm",

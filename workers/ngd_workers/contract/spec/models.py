@@ -41,6 +41,15 @@ class MLP(SpecModel):
     ] = (128,)
 
 
+Stem = Annotated[
+    Literal["imagenet", "cifar"],
+    Field(
+        description="cifar: for images of about 32x32. A ResNet begins with a 3x3 convolution of stride 1 and no "
+        "pooling; a VGG ends with one linear layer on the mean of its features."
+    ),
+]
+
+
 class Torchvision(SpecModel):
     """A model of torchvision by its name, with random weights, for the data's channels and classes."""
 
@@ -48,11 +57,7 @@ class Torchvision(SpecModel):
     name: str = Field(
         max_length=100, description="A name that torchvision.models.list_models() gives: resnet50, vgg16_bn."
     )
-    stem: Literal["imagenet", "cifar"] = Field(
-        default="imagenet",
-        description="cifar: for images of about 32x32. A ResNet begins with a 3x3 convolution of stride 1 and no "
-        "pooling; a VGG ends with one linear layer on the 1x1 features.",
-    )
+    stem: Stem = "imagenet"
     options: Options = Field(default={}, description="Keyword arguments passed to torchvision's function.")
 
 
@@ -66,6 +71,7 @@ class Timm(SpecModel):
     name: str = Field(
         max_length=100, description="A name that timm.list_models() gives: resnet50d, vit_tiny_patch16_224."
     )
+    stem: Stem = "imagenet"
     options: Options = Field(default={}, description="Keyword arguments passed to timm.create_model.")
 
 

@@ -1,13 +1,32 @@
 """The data that a job may train on."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ngd_workers.contract.spec.base import Function, Options, SpecModel
 from ngd_workers.contract.spec.images import ImageSettings, OnBadSample
 
-__all__ = ["IDX", "DataChoice", "Digits", "ImageFolder", "ShardCache", "UserData", "WebDataset"]
+__all__ = [
+    "IDX",
+    "DataChoice",
+    "Digits",
+    "HuggingFace",
+    "ImageFolder",
+    "JpegNpz",
+    "Parquet",
+    "ShardCache",
+    "Table",
+    "UserData",
+    "WebDataset",
+]
+
+
+_tuple: Any = BeforeValidator(  # YAML has no tuples
+    lambda given: tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
+)
+Columns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _tuple]
+Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _tuple]
 
 
 class Digits(SpecModel):
@@ -95,6 +114,81 @@ class WebDataset(SpecModel):
         return self
 
 
+class JpegNpz(SpecModel):
+    """JPEG files with a common header in one .npz file: arrays header, body, offsets and labels.
+
+    Image i is header + body[offsets[i]:offsets[i + 1]], and labels[i] its class.
+    """
+
+    kind: Literal["jpeg_npz"] = "jpeg_npz"
+    file: str = Field(min_length=1, description="The file; a relative path starts at NGD_DATA_DIR or --data-dir.")
+    train_samples: int = Field(ge=1, description="The first so many images are for training, the others for test.")
+    images: ImageSettings = ImageSettings()
+    on_bad_sample: OnBadSample = "raise"
+
+
+class Table(SpecModel):
+    """The columns of a table that hold a sample: an image or numbers, and its class or the numbers to predict."""
+
+    image: str | None = Field(default=None, description="Column with an image file's bytes; give this or features.")
+    features: Columns = Field(default=(), description="Columns of numbers, or of lists of equally many numbers.")
+    label: str | None = Field(default=None, description="Column with the class, a whole number; give this or target.")
+    target: Columns = Field(default=(), description="Columns with the numbers to predict; not for images.")
+    classes: int | None = Field(
+        default=None, ge=1, description="Number of classes; None: the largest label for training, plus one."
+    )
+    images: ImageSettings | None = Field(default=None, description="For an image column; None: the defaults.")
+    on_bad_sample: OnBadSample = "raise"
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.image is None) != bool(self.features):
+            raise ValueError(
+                f"give exactly one of image and features, got image={self.image} and features={list(self.features)}"
+            )
+        if (self.label is None) != bool(self.target):
+            raise ValueError(
+                f"give exactly one of label and target, got label={self.label} and target={list(self.target)}"
+            )
+        if self.image is not None and self.target:
+            raise ValueError(f"an image takes a label, got target={list(self.target)}; for other data take function")
+        if self.images is not None and self.image is None:
+            raise ValueError("images is for an image column, and image is not given; leave images out")
+        if self.classes is not None and self.label is None:
+            raise ValueError(f"classes is for a label column, got {self.classes} without label; leave classes out")
+        return self
+
+
+class Parquet(Table):
+    """Rows of Parquet files. Their row groups are read whole, a few at a time."""
+
+    kind: Literal["parquet"] = "parquet"
+    train: Paths = Field(
+        min_length=1,
+        description="Files of the training part, or folders whose *.parquet files are taken by name; relative paths "
+        "start at NGD_DATA_DIR or --data-dir.",
+    )
+    test: Paths = Field(min_length=1, description="Files or folders of the test part.")
+    window: int = Field(
+        default=4,
+        ge=1,
+        le=2**20,
+        description="Row groups in which training rows are shuffled. Each worker, or each of its loading processes, "
+        "keeps so many and one more in memory.",
+    )
+
+
+class HuggingFace(Table):
+    """A DatasetDict that Hugging Face's `datasets` has saved by save_to_disk. Needs ngd-workers[datasets]."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    directory: str = Field(
+        min_length=1, description="The saved folder; a relative path starts at NGD_DATA_DIR or --data-dir."
+    )
+    train: str = Field(default="train", min_length=1, description="Name of the training part.")
+    test: str = Field(default="test", min_length=1, description="Name of the test part.")
+
+
 class UserData(SpecModel):
     """The user's own `package.module:function`; it returns a `ngd_workers.data.Dataset`, or (train, test)."""
 
@@ -108,6 +202,9 @@ DataChoice = Annotated[
     | IDX
     | ImageFolder
     | WebDataset
+    | JpegNpz
+    | Parquet
+    | HuggingFace
     # one choice a line
     | UserData,
     Field(discriminator="kind"),
