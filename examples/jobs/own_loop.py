@@ -26,11 +26,13 @@ def train(context: LoopContext) -> None:
         loss.backward()
         optimizer.step()
         context.report({"loss": loss}, samples=64 * context.world_size)
-        stops = context.should_stop()
-        if context.step % 50 == 0 or stops:
+        is_tested = context.step % 50 == 0
+        if is_tested:
             x = torch.linspace(-3, 3, 101, device=context.device).unsqueeze(1)
             with torch.no_grad():
                 context.report({"loss": (model(x) - x.sin()).square().mean()}, test=True)
+        stops = context.should_stop()
+        if is_tested or stops:
             context.checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
         if stops:
             return
