@@ -5,7 +5,16 @@ the course of the job.
 """
 
 from ngd_workers.contract.spec.images import Augment, ImageSettings, NoAugment, OnBadSample, PadCrop, RandomResizedCrop
-from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, spec_class, spec_of_json
+from ngd_workers.contract.spec.job import (
+    AnySpec,
+    Job,
+    JobSpec,
+    KeptCheckpoints,
+    LoopSpec,
+    OwnLoop,
+    spec_class,
+    spec_of_json,
+)
 from ngd_workers.contract.spec.models import (
     MLP,
     InitChoice,
@@ -77,6 +86,7 @@ __all__ = [
     "Job",
     "JobSpec",
     "JpegNpz",
+    "KeptCheckpoints",
     "Labelling",
     "Loading",
     "LoopSpec",
@@ -86,6 +96,7 @@ __all__ = [
     "NoAugment",
     "OnBadSample",
     "OptimizerChoice",
+    "OwnLoop",
     "PadCrop",
     "Parquet",
     "PolynomialLR",

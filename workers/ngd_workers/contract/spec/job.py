@@ -23,7 +23,7 @@ from ngd_workers.contract.spec.run import (
 from ngd_workers.contract.spec.sources import DataChoice
 from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
 
-__all__ = ["AnySpec", "Job", "JobSpec", "LoopSpec", "spec_class", "spec_of_json"]
+__all__ = ["AnySpec", "Job", "JobSpec", "KeptCheckpoints", "LoopSpec", "OwnLoop", "spec_class", "spec_of_json"]
 
 
 class Job(SpecModel):
