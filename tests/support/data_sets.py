@@ -61,7 +61,7 @@ def write_jpeg_npz(file: Path, samples: int = 40, side: int = 16) -> Path:
 
 
 def write_table(folder: Path, rows: int = 48) -> Path:
-    """Writes train.parquet, test.parquet and the same as a DatasetDict in saved/: two numbers x, their class and sum."""
+    """Writes train.parquet, test.parquet, and both in saved/ as a DatasetDict: two numbers x, their class and sum."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
