@@ -54,7 +54,8 @@ BLEU = Metric(name="bleu", label="BLEU", better="higher")
 def started(*metrics: Metric, total_steps: int | None = 4) -> Started:
     return Started(
         spec={}, seed=0, commit=None, versions={}, world_size=2, device="cpu", total_steps=total_steps,
-        metrics=list(metrics), steps_per_epoch=None, parameters=None, resumed_step=0, statistics=[], plain_parameters={},
+        metrics=list(metrics), steps_per_epoch=None, parameters=None, resumed_step=0, statistics=[],
+        plain_parameters={},
     )  # fmt: skip
 
 
