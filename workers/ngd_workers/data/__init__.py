@@ -16,6 +16,8 @@ __all__ = ["SOURCES", "Dataset", "Fetches", "Images", "Part", "Shards", "load_da
 SOURCES: dict[str, str] = {
     "digits": "ngd_workers.data.digits:load",
     "idx": "ngd_workers.data.idx:load",
+    "image_folder": "ngd_workers.data.image_folder:load",
+    "webdataset": "ngd_workers.data.webdataset:load",
 }
 
 
