@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from ngd_service.errors import InvalidSpecError
 from ngd_service.resources import ProblemItem
 from ngd_workers.contract import spec_problems
-from ngd_workers.contract.spec import Job, JobSpec
+from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, cut, rule, shown
 
 __all__ = ["explain_parameter", "parse_spec", "refuse_unlisted"]
@@ -24,7 +24,7 @@ def parse_spec(value: object) -> AnySpec:
         raise InvalidSpecError(str(error), items) from error
 
 
-def refuse_unlisted(spec: Job, modules: Collection[str] | None) -> None:
+def refuse_unlisted(spec: AnySpec, modules: Collection[str] | None) -> None:
     """Lets a spec pass whose functions are in these modules, or below them; None: any.
 
     Raises: InvalidSpecError that lists each function that is not.
