@@ -16,6 +16,8 @@ __all__ = ["TASKS", "build_task"]
 
 TASKS: dict[str, str] = {
     "image_classification": "ngd_workers.tasks.image_classification:build",
+    "language_modelling": "ngd_workers.tasks.language_modelling:build",
+    "translation": "ngd_workers.tasks.translation:build",
 }
 
 

@@ -6,7 +6,9 @@ the course of the job.
 
 from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, spec_class, spec_of_json
 from ngd_workers.contract.spec.models import (
+    GPT,
     MLP,
+    EncoderDecoder,
     InitChoice,
     InitFromCheckpoint,
     InitFromFile,
@@ -29,28 +31,50 @@ from ngd_workers.contract.spec.run import (
     Schedule,
     Target,
 )
-from ngd_workers.contract.spec.sources import IDX, DataChoice, Digits, UserData
+from ngd_workers.contract.spec.sources import (
+    IDX,
+    DataChoice,
+    Digits,
+    TextPairs,
+    Tokens,
+    UserData,
+)
 from ngd_workers.contract.spec.tasks import (
     Erasing,
     ImageClassification,
     Labelling,
+    LanguageModelling,
     Mixup,
     Regression,
     TaskChoice,
+    Translation,
     UserTask,
+)
+from ngd_workers.contract.spec.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    TokenizerChoice,
+    TokenizerFile,
+    WordTokenizer,
 )
 
 __all__ = [
+    "GPT",
     "IDX",
     "MLP",
     "SGD",
     "AdamW",
     "AnySpec",
+    "BPETokenizer",
     "Batch",
+    "ByteTokenizer",
+    "CharacterTokenizer",
     "Checkpoint",
     "ConstantLR",
     "DataChoice",
     "Digits",
+    "EncoderDecoder",
     "Erasing",
     "Failure",
     "ImageClassification",
@@ -60,6 +84,7 @@ __all__ = [
     "Job",
     "JobSpec",
     "Labelling",
+    "LanguageModelling",
     "Loading",
     "LoopSpec",
     "Mixup",
@@ -73,12 +98,18 @@ __all__ = [
     "SmallCNN",
     "Target",
     "TaskChoice",
+    "TextPairs",
     "Timm",
+    "TokenizerChoice",
+    "TokenizerFile",
+    "Tokens",
     "Torchvision",
     "Transformers",
+    "Translation",
     "UserData",
     "UserModel",
     "UserTask",
+    "WordTokenizer",
     "spec_class",
     "spec_of_json",
 ]
