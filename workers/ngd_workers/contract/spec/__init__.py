@@ -16,7 +16,9 @@ from ngd_workers.contract.spec.job import (
     spec_of_json,
 )
 from ngd_workers.contract.spec.models import (
+    GPT,
     MLP,
+    EncoderDecoder,
     InitChoice,
     InitFromCheckpoint,
     InitFromFile,
@@ -43,6 +45,7 @@ from ngd_workers.contract.spec.sources import (
     IDX,
     DataChoice,
     Digits,
+<<<<<<< HEAD
     HuggingFace,
     ImageFolder,
     JpegNpz,
@@ -51,29 +54,52 @@ from ngd_workers.contract.spec.sources import (
     Table,
     UserData,
     WebDataset,
+=======
+    TextPairs,
+    Tokens,
+    UserData,
+>>>>>>> t-lang
 )
 from ngd_workers.contract.spec.tasks import (
     Erasing,
     ImageClassification,
     Labelling,
+    LanguageModelling,
     Mixup,
     Regression,
     TaskChoice,
+    Translation,
     UserTask,
+)
+from ngd_workers.contract.spec.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    TokenizerChoice,
+    TokenizerFile,
+    WordTokenizer,
 )
 
 __all__ = [
+    "GPT",
     "IDX",
     "MLP",
     "SGD",
     "AdamW",
     "AnySpec",
+<<<<<<< HEAD
     "Augment",
+=======
+    "BPETokenizer",
+>>>>>>> t-lang
     "Batch",
+    "ByteTokenizer",
+    "CharacterTokenizer",
     "Checkpoint",
     "ConstantLR",
     "DataChoice",
     "Digits",
+    "EncoderDecoder",
     "Erasing",
     "Failure",
     "HuggingFace",
@@ -88,6 +114,7 @@ __all__ = [
     "JpegNpz",
     "KeptCheckpoints",
     "Labelling",
+    "LanguageModelling",
     "Loading",
     "LoopSpec",
     "Mixup",
@@ -109,13 +136,22 @@ __all__ = [
     "Table",
     "Target",
     "TaskChoice",
+    "TextPairs",
     "Timm",
+    "TokenizerChoice",
+    "TokenizerFile",
+    "Tokens",
     "Torchvision",
     "Transformers",
+    "Translation",
     "UserData",
     "UserModel",
     "UserTask",
+<<<<<<< HEAD
     "WebDataset",
+=======
+    "WordTokenizer",
+>>>>>>> t-lang
     "spec_class",
     "spec_of_json",
 ]
