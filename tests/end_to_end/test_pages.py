@@ -178,7 +178,7 @@ def test_checkpoints_and_tests_reach_the_charts_by_themselves(
     before = settled(page, frames, worker, 40, 4)
 
     worker.does(42, 4, math.nan)
-    worker.tells(Evaluation(step=42, epoch=0.1, test_loss=0.25, test_accuracy=0.75))
+    worker.tells(Evaluation(step=42, epoch=0.1, metrics={"accuracy": 0.75, "loss": 0.25}))
     worker.tells(CheckpointSaved(step=42, path="checkpoints/step-00000042", bytes=2048))
 
     expect(page.get_by_text("Checkpoint of step 42 saved (2 KiB)")).to_be_attached(timeout=DRAW_MS)

@@ -4,8 +4,17 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
-from ngd_workers.contract.spec.images import ImageSettings, NoAugment, PadCrop, RandomResizedCrop
-from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, spec_class, spec_of_json
+from ngd_workers.contract.spec.images import Augment, ImageSettings, NoAugment, OnBadSample, PadCrop, RandomResizedCrop
+from ngd_workers.contract.spec.job import (
+    AnySpec,
+    Job,
+    JobSpec,
+    KeptCheckpoints,
+    LoopSpec,
+    OwnLoop,
+    spec_class,
+    spec_of_json,
+)
 from ngd_workers.contract.spec.models import (
     MLP,
     InitChoice,
@@ -59,6 +68,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "AnySpec",
+    "Augment",
     "Batch",
     "Checkpoint",
     "ConstantLR",
@@ -76,6 +86,7 @@ __all__ = [
     "Job",
     "JobSpec",
     "JpegNpz",
+    "KeptCheckpoints",
     "Labelling",
     "Loading",
     "LoopSpec",
@@ -83,7 +94,9 @@ __all__ = [
     "ModelChoice",
     "NGDOptimizer",
     "NoAugment",
+    "OnBadSample",
     "OptimizerChoice",
+    "OwnLoop",
     "PadCrop",
     "Parquet",
     "PolynomialLR",
