@@ -64,7 +64,7 @@ def test_file_that_is_absent_or_no_archive_is_named(tmp_path):
     with pytest.raises(DataNotFoundError, match=r"no data file .*small\.npz \(data\.file"):
         load_dataset(choice(), tmp_path)
     (tmp_path / "small.npz").write_bytes(b"nonsense")
-    with pytest.raises(InvalidDataError, match="is not a whole .npz file"):
+    with pytest.raises(InvalidDataError, match=r"is not a whole \.npz file"):
         load_dataset(choice(), tmp_path)
 
 

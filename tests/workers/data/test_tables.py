@@ -15,7 +15,7 @@ from ngd_workers.contract.spec import HuggingFace, ImageSettings, Loading, NoAug
 from ngd_workers.data import Images, Vectors, load_dataset
 from ngd_workers.launch.attempt import run_rank
 from ngd_workers.train.batches import Batches
-from ngd_workers.train.loading import Samples, read_ahead, train_requests
+from ngd_workers.train.loading import Samples, read_ahead, requests_to_train
 from tests.support.attempts import make_attempt, small_spec
 
 PLAIN = ImageSettings(size=8, augment=NoAugment())
@@ -129,7 +129,7 @@ def test_parts_survive_another_process(choose, tmp_path):
 def test_every_row_comes_once_an_epoch_in_windows_of_row_groups(folder, processes):
     dataset = load_dataset(parquet(features="a", label="label"), folder)
     batches = Batches(31, 1, 0, dataset.shards)
-    requests = train_requests(batches, first_step=1, last_step=31, micro_size=1, rank=0, world_size=1)
+    requests = requests_to_train(batches, first_step=1, last_step=31, micro_size=1, rank=0, world_size=1)
 
     loading = Loading(processes=processes)
     read = list(read_ahead(Samples(dataset.train, dataset, 0), requests, loading, pins=False))
@@ -165,7 +165,7 @@ def test_memory_holds_a_few_row_groups_of_a_large_file(tmp_path):
         (
             {"features": "a", "label": "goal"},
             InvalidDataError,
-            "'goal' must hold classes, whole numbers from 0, got double",
+            "'goal' must hold classes, .*from 0, got double",
         ),
     ],
 )
@@ -177,11 +177,8 @@ def test_column_that_cannot_be_used_is_named(choose, tmp_path, columns, error, m
 def test_label_out_of_range_is_named_with_its_row(folder):
     dataset = load_dataset(parquet(features="a", label="label", classes=2), folder)
 
-    with pytest.raises(
-        InvalidDataError, match=r"sample 12, .*b.parquet, row 2 of row group 1: .* in \[0, 2\), got 2 "[:-1]
-    ):
-        dataset.train[12 + 2]  # 14 % 3 is 2
-        dataset.train[12]
+    with pytest.raises(InvalidDataError, match=r"sample 14, .*b\.parquet, row 4 of row group 1: .* got 2; check"):
+        dataset.train[14]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +220,7 @@ def test_saved_data_without_the_parts_are_refused(saved):
         (
             {"directory": "saved", "test": "validation"},
             SpecError,
-            "data.test must be one of .*train, test, got 'validation'",
+            "data.test must be one of .*, got 'validation'",
         ),
         ({"directory": "one"}, SpecError, "holds one part; save a DatasetDict with the parts train and test"),
         ({"directory": "none"}, InvalidDataError, "is not what datasets' save_to_disk writes"),
@@ -258,7 +255,7 @@ def test_a_job_trains_on_rows(folder, tmp_path, task):
 
 def test_dtype_of_a_batch_is_float32(choose, tmp_path):
     dataset = load_dataset(choose(features=("a", "b"), target="goal"), tmp_path)
-    requests = train_requests(Batches(31, 4, 0), first_step=1, last_step=1, micro_size=4, rank=0, world_size=1)
+    requests = requests_to_train(Batches(31, 4, 0), first_step=1, last_step=1, micro_size=4, rank=0, world_size=1)
 
     (batch,) = read_ahead(Samples(dataset.train, dataset, 0), requests, Loading(), pins=False)
 

@@ -19,6 +19,8 @@ SOURCES: dict[str, str] = {
     "jpeg_npz": "ngd_workers.data.jpeg_npz:load",
     "parquet": "ngd_workers.data.parquet:load",
     "huggingface": "ngd_workers.data.huggingface:load",
+    "image_folder": "ngd_workers.data.image_folder:load",
+    "webdataset": "ngd_workers.data.webdataset:load",
 }
 
 
