@@ -45,7 +45,6 @@ from ngd_workers.contract.spec.sources import (
     IDX,
     DataChoice,
     Digits,
-<<<<<<< HEAD
     HuggingFace,
     ImageFolder,
     JpegNpz,
@@ -54,11 +53,6 @@ from ngd_workers.contract.spec.sources import (
     Table,
     UserData,
     WebDataset,
-=======
-    TextPairs,
-    Tokens,
-    UserData,
->>>>>>> t-lang
 )
 from ngd_workers.contract.spec.tasks import (
     Erasing,
@@ -71,6 +65,7 @@ from ngd_workers.contract.spec.tasks import (
     Translation,
     UserTask,
 )
+from ngd_workers.contract.spec.texts import TextPairs, Tokens
 from ngd_workers.contract.spec.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -87,11 +82,8 @@ __all__ = [
     "SGD",
     "AdamW",
     "AnySpec",
-<<<<<<< HEAD
     "Augment",
-=======
     "BPETokenizer",
->>>>>>> t-lang
     "Batch",
     "ByteTokenizer",
     "CharacterTokenizer",
@@ -147,11 +139,8 @@ __all__ = [
     "UserData",
     "UserModel",
     "UserTask",
-<<<<<<< HEAD
     "WebDataset",
-=======
     "WordTokenizer",
->>>>>>> t-lang
     "spec_class",
     "spec_of_json",
 ]
