@@ -85,7 +85,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "text": {"data": TOKENS, "model": GPT, "task": {"kind": "language_modelling"}, "metric": "perplexity"},
     "pairs": {
         "data": PAIRS,
-        "model": {"kind": "encoder_decoder", "width": 16, "layers": 1, "heads": 2},
+        "model": {"kind": "encoder_decoder", "width": 16, "heads": 2},
         "task": {"kind": "translation"},
         "metric": "bleu",
     },
@@ -130,7 +130,7 @@ def test_each_task_and_each_source_has_a_job() -> None:
 def test_every_job_trains_and_tells_its_own_metrics(
     start_service: Callable[..., ServiceProcess], data_dir: Path
 ) -> None:
-    service = start_service(driver_command=None, data_dir=data_dir)
+    service = start_service(driver_command=None, data_dir=str(data_dir))
     jobs = {name: service.client.submit(spec(name)) for name in JOBS}
 
     for name, job in jobs.items():

@@ -345,6 +345,9 @@ def test_each_metric_has_a_chart_in_its_unit(
     assert (perplexity.chart.options["yAxis"][0]["name"], top5.chart.options["yAxis"][0]["name"]) == ("perplexity", "%")
     assert (top5.rows()[0]["top5"], top5.note.text) == ("50.00%", "training 50.00% at step 1; test 50.00% at step 1")
     assert (top5.figure.props["aria-label"], "onclick" in top5.figure.props) == ("Top-5 \" onclick='x", False)
+    (line,) = perplexity.chart.options["series"][0]["markLine"]["data"]
+    assert (line["yAxis"], line["label"]["formatter"], line["label"]["position"]) == (5.5, "target 5.5", "insideEndTop")
+    assert "markLine" not in training.of_metric["loss"].chart.options["series"][0]
     ids = [panel.chart.id for panel in training.panels]
     assert sent[-1] == f"ngd.connect({json.dumps(ids)})"
 

@@ -18,6 +18,7 @@ __all__ = [
     "SHARE",
     "Curve",
     "Curves",
+    "Goal",
     "Mark",
     "Points",
     "Unit",
@@ -79,6 +80,14 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Goal:
+    """A horizontal line at the value that the job should reach, from below (is_floor) or from above."""
+
+    value: float
+    is_floor: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
     """A vertical line at a step: a new attempt, a restart of the workers, or a checkpoint."""
 
@@ -106,10 +115,12 @@ class Curves(ChartPanel):
         stacked: bool = False,
         axis_name: str = "",
         may_be_log: bool = False,
+        goal: Goal | None = None,
     ) -> None:
         self.unit = unit
         self.curves = dict(curves or {})
         self.stacked = stacked
+        self.goal = goal
         self.marks: list[Mark] = []
         self.points: dict[str, list[tuple[int, float]]] = {key: [] for key in self.curves}
         self.lost: list[int] = []  # steps with a value that is not finite
@@ -213,6 +224,8 @@ class Curves(ChartPanel):
     def _lay_out(self) -> None:
         """Makes the chart's frame again, with empty series."""
         lines = [self._line(index, key) for index, key in enumerate(self.points)]
+        if self.goal is not None:
+            lines[0]["markLine"] = self._goal_line(self.goal)
         lines.append(
             {
                 "name": "not finite",
@@ -265,6 +278,13 @@ class Curves(ChartPanel):
             line["lineStyle"] = {"color": colour, "width": 1}
             line["symbol"] = "none"
         return line
+
+    def _goal_line(self, goal: Goal) -> dict[str, Any]:
+        side = "Bottom" if goal.is_floor else "Top"  # where the curve that has reached it is not
+        words = {"formatter": f"target {self.unit.words(goal.value)}", "position": f"insideEnd{side}", "color": MUTED}
+        line = {"yAxis": goal.value, "label": words | {"fontSize": 11}}
+        style = {"type": "dashed", "color": "var(--good)", "width": 1.5}
+        return {"silent": True, "symbol": "none", "animation": False, "lineStyle": style, "data": [line]}
 
     def _ticks(self) -> dict[str, int]:
         """Where an axis in bytes has its ticks: about five, at multiples of a power of two; other axes choose."""

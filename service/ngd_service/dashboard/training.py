@@ -1,12 +1,13 @@
 """The curves of one job, kept up to date by asking for the new points alone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nicegui import ui
 
 from ngd_service.client.client import AsyncClient
-from ngd_service.dashboard.curves import BYTES, MOST_MARKS, PLAIN, SECONDS, SHARE, Curve, Curves, Mark, lines_of
+from ngd_service.dashboard.curves import BYTES, MOST_MARKS, PLAIN, SECONDS, SHARE, Curve, Curves, Goal, Mark, lines_of
 from ngd_service.resources import Job, Metric, Metrics
 
 __all__ = ["Training"]
@@ -42,7 +43,7 @@ class Training:
 
     async def refresh(self, api: AsyncClient, job: Job, *, whole: bool = False) -> None:
         """Fetches and draws what is new up to the step which the job is at; everything again if `whole`."""
-        step, has_new_chart = job.status.progress.step, self._add_charts(job.metrics)
+        step, has_new_chart = job.status.progress.step, self._add_charts(job)
         if has_new_chart or self.last_step is None or step - self.last_step > MAX_POINTS or self._is_crowded():
             whole = True
         # The newest step is asked for again: its evaluation may have come after it.
@@ -69,12 +70,13 @@ class Training:
         ids = [panel.chart.id for panel in self.panels]
         self._tell(f"ngd.mark({json.dumps(ids)}, {json.dumps(lines_of(marks))})")
 
-    def _add_charts(self, metrics: Sequence[Metric]) -> bool:
+    def _add_charts(self, job: Job) -> bool:
         """Makes the charts of metrics that have none yet, the loss first; returns whether there were any."""
-        new = [metric for metric in metrics if metric.name not in self.of_metric]
+        new = [metric for metric in job.metrics if metric.name not in self.of_metric]
+        target = job.spec.get("target") or {}
         with self.place:
             for metric in sorted(new, key=lambda metric: metric.name != "loss"):
-                self.of_metric[metric.name] = chart = _chart_of(metric)
+                self.of_metric[metric.name] = chart = _chart_of(metric, target)
                 chart.mark(self.marks)
         return bool(new)
 
@@ -102,8 +104,9 @@ class Training:
         return any(len(points) > 2 * MAX_POINTS for panel in self.panels for points in panel.points.values())
 
 
-def _chart_of(metric: Metric) -> Curves:
-    """Returns a chart of the metric in training and on the test data, in its unit."""
+def _chart_of(metric: Metric, target: Mapping[str, Any]) -> Curves:
+    """Returns a chart of the metric in training and on the test data, in its unit, with a line at the job's target."""
+    is_goal = target.get("metric") == metric.name
     unit = SHARE if metric.unit == "share" else PLAIN
     return Curves(
         metric.label[:1].upper() + metric.label[1:],
@@ -111,4 +114,5 @@ def _chart_of(metric: Metric) -> Curves:
         curves={metric.name: TRAINING, f"test_{metric.name}": TEST},
         axis_name=unit.name or metric.label,
         may_be_log=unit is PLAIN and metric.better == "lower",  # such as a loss: above 0, and of any size
+        goal=Goal(target["value"], is_floor=metric.better == "higher") if is_goal else None,
     )
