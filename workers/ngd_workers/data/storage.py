@@ -5,7 +5,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError, StorageError
+from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError, StorageError, WorkerError
 from ngd_workers.contract.patience import insist
 from ngd_workers.data.file_cache import FileCache
 
@@ -118,6 +118,8 @@ class RemoteFolder:
         def translated() -> Any:
             try:
                 return call()
+            except WorkerError:
+                raise
             except Exception as error:  # each file system has errors of its own
                 raise _remote_error(self.where(name), error) from error
 

@@ -7,7 +7,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 
 from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError, StorageError
@@ -57,13 +57,13 @@ def pack(
             indices = {}
             for part, (classes, images) in listed.items():
                 (partial / part).mkdir(parents=True)
-                writer = _Writer(partial / part, samples_per_shard, shard_bytes)
                 random.Random(ORDER_SEED).shuffle(images)
-                for number, (name, label) in enumerate(images):
-                    done(part, number, len(images))
-                    writer.add(f"{part}/{name}", read(f"{part}/{name}"), label)
+                with closing(_Writer(partial / part, samples_per_shard, shard_bytes)) as writer:
+                    for number, (name, label) in enumerate(images):
+                        done(part, number, len(images))
+                        writer.add(f"{part}/{name}", read(f"{part}/{name}"), label)
                 done(part, len(images), len(images))
-                indices[part] = Index(classes=classes, shards=writer.close())
+                indices[part] = Index(classes=classes, shards=writer.shards)
                 write_index(indices[part], partial / part)
             partial.rename(out)
         except BaseException as error:
@@ -112,7 +112,7 @@ class _Writer:
 
     def __init__(self, folder: Path, samples_per_shard: int | None, shard_bytes: int | None) -> None:
         self._folder, self._most_samples, self._most_bytes = folder, samples_per_shard, shard_bytes
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
         self._tar: tarfile.TarFile | None = None
         self._places: list[tuple[int, int, int]] = []
         self._count = 0
@@ -132,16 +132,15 @@ class _Writer:
             tar.addfile(member, io.BytesIO(content))
         self._count += 1
 
-    def close(self) -> list[Shard]:
-        """Returns the shards that were written."""
+    def close(self) -> None:
+        """Ends the tar file that is open."""
         if self._tar is not None:
             self._tar.close()
-            path = self._folder / SHARD_NAME.format(len(self._shards))
+            path = self._folder / SHARD_NAME.format(len(self.shards))
             offsets, lengths, labels = (list(column) for column in zip(*self._places, strict=True))
             size = path.stat().st_size
-            self._shards.append(Shard(name=path.name, bytes=size, offsets=offsets, lengths=lengths, labels=labels))
+            self.shards.append(Shard(name=path.name, bytes=size, offsets=offsets, lengths=lengths, labels=labels))
             self._tar, self._places = None, []
-        return self._shards
 
     def _with_room(self, size: int) -> tarfile.TarFile:
         is_full = self._most_samples is not None and len(self._places) >= self._most_samples
@@ -149,7 +148,7 @@ class _Writer:
             is_full = is_full or _with_end(self._tar.offset + size) > self._most_bytes
         if self._tar is None or is_full:
             self.close()
-            path = self._folder / SHARD_NAME.format(len(self._shards))
+            path = self._folder / SHARD_NAME.format(len(self.shards))
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by close()
         return self._tar
 
