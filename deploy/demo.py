@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ngd_service.cli.follow import follow
 from ngd_service.client.client import Client, ServiceError, ServiceUnreachableError
+from ngd_service.client.scores import bound, score
 from ngd_service.resources import Job
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ PATIENCE_S = 5.0  # for a lost connection: no one restarts this service
 
 
 def main() -> int:
-    """Returns 0 only if both jobs succeeded and SP-NGD reached the accuracy that its recipe expects."""
+    """Returns 0 only if both jobs succeeded and SP-NGD reached the target of its recipe."""
     console = Console(markup=False, emoji=False, highlight=False)
     shutil.rmtree(HOME, ignore_errors=True)
     with _service() as client:
@@ -39,7 +40,7 @@ def main() -> int:
     console.print("To see these runs in a dashboard that stays: NGD_HOME=.ngd/demo make serve")
     failures = [job.status.message or job.status.phase for job in jobs.values() if job.status.phase != "SUCCEEDED"]
     if not failures and _target_step(jobs["SP-NGD"]) is None:
-        failures = [f"SP-NGD did not reach its target, test accuracy {_target(jobs['SP-NGD'])}"]
+        failures = [f"SP-NGD did not reach its target, test {_target(jobs['SP-NGD'])}"]
     for failure in failures:
         console.print(f"failed: {failure}", style="red")
     return 1 if failures else 0
@@ -98,8 +99,10 @@ def _run(client: Client, recipe: str, console: Console) -> Job:
     return follow(client, job.id, console)
 
 
-def _target(job: Job) -> float | None:
-    return (job.spec["target"] or {}).get("test_accuracy")
+def _target(job: Job) -> str | None:
+    """Returns the job's target in words: "perplexity at most 5.4"; None: it has none."""
+    target = bound(job)
+    return None if target is None else f"{target[0].label} {target[1]}"
 
 
 def _target_step(job: Job) -> int | None:
@@ -111,14 +114,17 @@ def _target_step(job: Job) -> int | None:
 
 
 def _table(jobs: dict[str, Job]) -> Table:
-    target = max((_target(job) or 0 for job in jobs.values()), default=0)
-    table = Table("optimizer", "test accuracy", "steps", f"steps to {target:.0%}", "seconds of training", box=None)
+    """Returns a row for each job: the metric that counts for it, and the steps and seconds that it took."""
+    counts = next((job.metrics[0] for job in jobs.values() if job.metrics), None)
+    tested = "result" if counts is None else f"test {counts.label}"
+    target = next(filter(None, map(_target, jobs.values())), "the end")
+    table = Table("optimizer", tested, "steps", f"steps to {target}", "seconds of training", box=None)
     for method, job in jobs.items():
         result = job.status.result
-        accuracy = "-" if result is None or result.test_accuracy is None else f"{result.test_accuracy:.4f}"
+        value = "-" if result is None or counts is None else score(counts, result.metrics.get(counts.name))
         seconds = "-" if result is None or result.seconds is None else f"{result.seconds:.1f}"
         reached = "not reached" if _target_step(job) is None else str(_target_step(job))
-        table.add_row(method, accuracy, str(job.status.progress.step), reached, seconds)
+        table.add_row(method, value, str(job.status.progress.step), reached, seconds)
     return table
 
 

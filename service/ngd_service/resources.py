@@ -12,6 +12,7 @@ __all__ = [
     "Job",
     "JobPage",
     "LogChunk",
+    "Metric",
     "Metrics",
     "Problem",
     "ProblemItem",
@@ -55,15 +56,18 @@ class Progress(Resource):
     lost_steps: list[StepRange] = Field(
         [], description="Steps that were done and of which there is no record: the curves have a hole there."
     )
+    skipped_samples: int = Field(0, description="Samples left out so far, since they could not be read.")
+    data_share: float | None = Field(
+        None, description="Share of a step's time that rank 0 waits for data, a moving average; None: unknown."
+    )
 
 
 class Result(Resource):
     """How a job that succeeded ended."""
 
-    test_accuracy: float | None
-    test_loss: float | None
+    metrics: dict[str, float] = Field({}, description="The task's metrics on the test data, after the last step.")
     step: int
-    target_step: int | None = Field(description="First evaluated step at or above spec.target; None: not reached.")
+    target_step: int | None = Field(description="First evaluated step that reaches spec.target; None: not reached.")
     seconds: float | None = Field(description="Wall time of training, start-up not counted.")
 
 
@@ -82,6 +86,15 @@ class Status(Resource):
     result: Result | None = None
 
 
+class Metric(Resource):
+    """One of the numbers that say how good the model is: `name` in training, test_<name> on the test data."""
+
+    name: str
+    label: str = Field(description='For people: "perplexity", "BLEU".')
+    better: str | None = Field(None, description="higher or lower; None: unknown.")
+    unit: str = Field("number", description="number; or share: in [0, 1], shown as per cent.")
+
+
 class Job(Resource):
     """A job: its spec, the state that its user wants, and its status."""
 
@@ -90,7 +103,15 @@ class Job(Resource):
     spec: dict[str, Any] = Field(description="JobSpec or LoopSpec with its defaults filled in.")
     desired_state: str = Field(description="What the user wants: RUNNING or CANCELLED.")
     status: Status
-    metrics_latest: dict[str, float] = Field(description="loss, accuracy, lr, samples_per_s, test_loss, test_accuracy.")
+    metrics: list[Metric] = Field(
+        [],
+        description="The task's metrics, the one that counts first: the target's, if there is one. Empty until the "
+        "workers have started.",
+    )
+    metrics_latest: dict[str, float] = Field(
+        description="Newest values: lr, samples_per_s, and each of `metrics` as <name> and, on the test data, as "
+        "test_<name>."
+    )
     created_at: Time
     created_by: str | None = Field(None, description="Holder of the API key that it was posted with; None: no keys.")
     started_at: Time | None = Field(description="When the first attempt began.")
@@ -151,9 +172,9 @@ class Metrics(Resource):
     """
 
     series: dict[str, Series] = Field(
-        description="loss, accuracy, lr, momentum, damping, reduction_ratio, samples_per_s, epoch, time_s, "
-        "failed_inversions, skipped_steps, seconds.<phase>, bytes_sent.<kind>, test_loss, test_accuracy; what a job "
-        "does not have is left out."
+        description="lr, momentum, damping, reduction_ratio, samples_per_s, epoch, time_s, failed_inversions, "
+        "skipped_steps, skipped_samples, seconds.<phase>, bytes_sent.<kind>, and each of the job's metrics as <name> "
+        "and test_<name>; what a job does not have is left out."
     )
     last_step: int = Field(description="Newest step stored; the next call's from_step is this + 1.")
 

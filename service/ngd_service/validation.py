@@ -1,8 +1,10 @@
 """Turns what is wrong with a request into the API's problems."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
+
+from pydantic import BaseModel
 
 from ngd_service.errors import InvalidSpecError
 from ngd_service.resources import ProblemItem
@@ -11,9 +13,6 @@ from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, cut, rule, shown
 
 __all__ = ["explain_parameter", "parse_spec", "refuse_unlisted"]
-
-
-WITH_FUNCTIONS = ("model", "data", "task", "train")
 
 
 def parse_spec(value: object) -> AnySpec:
@@ -32,19 +31,33 @@ def refuse_unlisted(spec: AnySpec, modules: Collection[str] | None) -> None:
     """
     if modules is None:
         return
-    named = {part: getattr(getattr(spec, part, None), "function", None) for part in WITH_FUNCTIONS}
     items = [
         ProblemItem(
-            pointer=f"/{part}/function",
+            pointer=f"/{'/'.join(path)}",
             code="function_not_listed",
-            detail=f"{part}.function must be of the modules {', '.join(modules)}, got {shown(address)}",
+            detail=f"{'.'.join(path)} must be of the modules {', '.join(modules)}, got {shown(address)}",
             hint="the operator of the service lists modules with NGD_FUNCTION_MODULES",
         )
-        for part, address in named.items()
-        if address is not None and not any(f"{address.partition(':')[0]}.".startswith(f"{name}.") for name in modules)
+        for path, address in _functions(spec)
+        if not any(f"{address.partition(':')[0]}.".startswith(f"{name}.") for name in modules)
     ]
     if items:
         raise InvalidSpecError("; ".join(item.detail for item in items), items)
+
+
+def _functions(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the path and the address of each function that a spec names, in whichever part."""
+    match value:
+        case BaseModel():
+            for name in type(value).model_fields:
+                part = getattr(value, name)
+                if name == "function" and isinstance(part, str):
+                    yield (*path, name), part
+                else:
+                    yield from _functions(part, (*path, name))
+        case list() | tuple():
+            for index, part in enumerate(value):
+                yield from _functions(part, (*path, str(index)))
 
 
 def explain_parameter(error: Mapping[str, Any]) -> ProblemItem:

@@ -39,12 +39,12 @@ def recipes(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, **changes:
 @pytest.mark.parametrize(
     ("name", "changes", "status", "words"),
     [
-        ("steps", {}, 0, "0.9000"),
+        ("steps", {}, 0, "90.00%"),
         (
             "steps",
-            {"target": {"test_accuracy": 0.97}},
+            {"target": {"metric": "accuracy", "value": 0.97}},
             1,
-            "failed: SP-NGD did not reach its target, test accuracy 0.97",
+            "failed: SP-NGD did not reach its target, test accuracy at least 97.00%",
         ),
         ("refuses", {}, 1, "failed: no folder '[/x]'; set NGD_DATA_DIR"),
     ],

@@ -98,7 +98,9 @@ NESTED: Any = functools.reduce(lambda inner, _: [inner], range(400), 0)
         ("optimizer", NGD | {"strategy": {"kind": "single"}}, "", "invalid",
          "optimizer.strategy single takes resources.workers 1, got 2; take owner_sharded or all_reduce, or leave "
          "optimizer.strategy out"),
-        ("target", {"test_accuracy": 1.5}, "/target/test_accuracy", "out_of_range", "must be <= 1, got 1.5"),
+        ("target", {"metric": "accuracy", "value": "1"}, "/target/value", "wrong_type", 'must be a number, got "1"'),
+        ("target", {"test_accuracy": "0.9"}, "/target/value", "wrong_type", 'must be a number, got "0.9"'),
+        ("target", {"value": 0.9}, "/target/metric", "missing", "is missing"),
     ],
 )  # fmt: skip
 def test_wrong_field_is_named_with_its_bound_and_value(

@@ -39,7 +39,7 @@ def spec_file(folder: Path, name: str, **changes: object) -> str:
 @pytest.mark.parametrize(
     ("name", "status", "words"),
     [
-        ("steps", 0, "steps SUCCEEDED at step 20, test accuracy 0.9000"),
+        ("steps", 0, "steps SUCCEEDED at step 20, test accuracy 90.00%, loss 0.1"),
         ("refuses", 1, "refuses FAILED - DataNotFound: no folder '[/x]'; set NGD_DATA_DIR"),
     ],
 )

@@ -79,7 +79,7 @@ def test_job_that_ends_while_the_controller_is_dead_is_counted_as_it_ended(start
     assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1)
     assert ended.status.progress.step == STEPS
     assert ended.status.result is not None
-    assert ended.status.result.test_accuracy == pytest.approx(0.9)
+    assert ended.status.result.metrics["accuracy"] == pytest.approx(0.9)
     assert_nothing_lost_or_doubled(second, ended)
 
 

@@ -2,24 +2,27 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from nicegui import Client, ui
 
+from ngd_service.client.units import ago, binary_bytes, duration, moment, number, percent
 from ngd_service.dashboard.activity import MOST_EVENTS, EventPanel, unseen, words
 from ngd_service.dashboard.curves import BYTES, Curve, Curves, Mark, aligned
 from ngd_service.dashboard.heat_map import CELLS_PER_STEP, MAX_CELLS, HeatMap, columns_for, span_for
 from ngd_service.dashboard.job import marks
 from ngd_service.dashboard.jobs import row
 from ngd_service.dashboard.mounting import _failed
-from ngd_service.dashboard.training import NAMES, Training
-from ngd_service.dashboard.units import ago, binary_bytes, duration, moment, number, percent
-from ngd_service.resources import Event, Job, Metrics, Progress, Series, Statistics, Status
+from ngd_service.dashboard.training import Training
+from ngd_service.resources import Event, Job, Metric, Metrics, Progress, Series, Statistics, Status
 
 NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
+ACCURACY = Metric(name="accuracy", label="accuracy", better="higher", unit="share")
+LOSS = Metric(name="loss", label="loss", better="lower")
+CLASSIFIES = (ACCURACY, LOSS)
 
 
 @pytest.fixture
@@ -41,7 +44,9 @@ def event(kind: str, attempt: int | None = 1, **data: Any) -> Event:
     return Event(id=1, job_id="job_1", attempt=attempt, seq=1, kind=kind, time=NOW, data=data)
 
 
-def job(phase: str, *, step: int = 0, total: int | None = None, **latest: float) -> Job:
+def job(
+    phase: str, *, step: int = 0, total: int | None = None, metrics: Sequence[Metric] = CLASSIFIES, **latest: float
+) -> Job:
     return Job(
         id="job_1",
         name="digits",
@@ -53,6 +58,7 @@ def job(phase: str, *, step: int = 0, total: int | None = None, **latest: float)
             attempt=1,
             progress=Progress(step=step, total_steps=total, eta_s=90.0),
         ),
+        metrics=list(metrics),
         metrics_latest=latest,
         created_at=NOW - timedelta(minutes=5),
         started_at=None,
@@ -130,19 +136,30 @@ def test_marks_tell_new_attempts_from_restarts_of_the_workers() -> None:
             "Failed: no data",
         ),
         (event("phase", None, **{"from": None, "to": "QUEUED", "reason": None, "message": None}), "Queued"),
-        (event("evaluation", step=10, test_accuracy="NaN", test_loss="NaN"), "accuracy —, loss not a number"),
+        (
+            event("evaluation", step=10, metrics={"loss": "NaN", "accuracy": "NaN"}),
+            "Tested at step 10: accuracy —, loss not a number",
+        ),
+        (
+            event("target_reached", step=10, metrics={"accuracy": 0.98}),
+            "Target reached at step 10: test accuracy 98.00%",
+        ),
+        (event("done", step=10, metrics={"accuracy": 0.98, "mine": 2.0}), "step 10: test accuracy 98.00%, mine 2"),
+        (event("done", step=10, metrics={}), "Done at step 10"),
         (event("checkpoint", step=1500, bytes=2048, path="c"), "Checkpoint of step 1,500 saved (2 KiB)"),
         (event("a_kind_of_a_later_version"), "A kind of a later version"),
     ],
 )
 def test_events_are_told_in_sentences(happened: Event, sentence: str) -> None:
-    assert words(happened).endswith(sentence)
+    assert words(happened, CLASSIFIES).endswith(sentence)
 
 
 def test_row_of_a_running_job_has_progress_loss_and_time_left() -> None:
     shown = row(job("RUNNING", step=30, total=120, loss=0.5, test_accuracy=0.9), NOW)
 
-    assert (shown["share"], shown["steps"], shown["loss"], shown["accuracy"]) == (0.25, "30 / 120", "0.5", "90.00%")
+    assert (shown["share"], shown["steps"], shown["loss"], shown["result"]) == (
+        0.25, "30 / 120", "0.5", "accuracy 90.00%",
+    )  # fmt: skip
     assert (shown["word"], shown["eta"], shown["age"]) == ("Running", "1 min 30 s", "5 min ago")
 
 
@@ -220,19 +237,19 @@ class Recorded:
 def test_damping_is_drawn_beside_the_learning_rate(page: Client) -> None:
     training = Training()
 
-    asyncio.run(training.refresh(Recorded(), "job_1", 2))
+    asyncio.run(training.refresh(Recorded(), job("RUNNING", step=2)))
 
     assert training.lr.points == {"lr": [(1, 1.0), (2, 0.5)], "damping": [(1, 1.0), (2, 0.5)]}
-    assert sum(len(panel.points) for panel in training.panels) == len(NAMES)
+    assert sum(len(panel.points) for panel in training.panels) == len(training.names)
 
 
 def test_steps_that_are_done_again_are_taken_away_until_they_are(page: Client) -> None:
     training = Training()
-    asyncio.run(training.refresh(Recorded(), "job_1", 2))
+    asyncio.run(training.refresh(Recorded(), job("RUNNING", step=2)))
 
     training.redo(1)
 
-    assert training.loss.points == {"loss": [(1, 1.0)], "test_loss": [(1, 1.0)]}
+    assert training.of_metric["loss"].points == {"loss": [(1, 1.0)], "test_loss": [(1, 1.0)]}
     assert training.last_step == 1
 
 

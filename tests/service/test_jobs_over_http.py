@@ -31,10 +31,11 @@ def test_job_succeeds_and_shows_what_it_did(client: Client) -> None:
 
     assert ended.status.phase == "SUCCEEDED"
     assert ended.status.progress.model_dump() == {
-        "step": 20, "total_steps": 20, "epoch": 2.0, "eta_s": None, "lost_steps": [],
+        "step": 20, "total_steps": 20, "epoch": 2.0, "eta_s": None, "lost_steps": [], "skipped_samples": 0,
+        "data_share": pytest.approx(1 / 11),  # 1 ms of 11 in each step
     }  # fmt: skip
     assert ended.status.result is not None
-    assert ended.status.result.test_accuracy == pytest.approx(0.9)
+    assert ended.status.result.metrics["accuracy"] == pytest.approx(0.9)
     assert ended.metrics_latest["loss"] == pytest.approx(1 / 20)
     assert ended.created_at.tzinfo is UTC or ended.created_at.utcoffset() == datetime.now(UTC).utcoffset()
 

@@ -67,7 +67,7 @@ def test_worker_s_word_of_lost_steps_stays_with_the_job(store: SQLStore) -> None
         steps(3, 6, 7),
         event(3, started(resumed_step=5)),
         event(3, Cancelled(step=5)),
-        event(3, Done(step=5, test_loss=0.0, test_accuracy=0.0, target_step=None, seconds=0.0)),
+        event(3, Done(step=5, metrics={"accuracy": 0.0, "loss": 0.0}, target_step=None, seconds=0.0)),
     ],
     ids=["steps", "started", "cancelled", "done"],
 )

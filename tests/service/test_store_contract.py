@@ -235,7 +235,7 @@ def test_numbers_that_are_not_finite_survive(store: SQLStore) -> None:
 
 def test_progress_and_newest_metrics_follow_the_events(store: SQLStore) -> None:
     claim = start(store)
-    tested = Evaluation(step=2, epoch=0.2, test_loss=0.5, test_accuracy=0.8)
+    tested = Evaluation(step=2, epoch=0.2, metrics={"accuracy": 0.8, "loss": 0.5})
 
     store.ingest(f"{claim.job.id}-a1", [steps(1, 1, 2, loss=0.25), event(2, tested)])
 

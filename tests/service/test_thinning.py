@@ -154,7 +154,7 @@ def test_curve_of_a_long_job_keeps_its_ends_and_its_one_value_that_is_not_finite
 
 def test_evaluations_of_each_step_are_thinned_too(store: SQLStore) -> None:
     claim = start_job(store)
-    done = [Evaluation(step=s, epoch=s / 10, test_loss=1 / s, test_accuracy=0.5) for s in range(1, 2_501)]
+    done = [Evaluation(step=s, epoch=s / 10, metrics={"accuracy": 0.5, "loss": 1 / s}) for s in range(1, 2_501)]
     store.ingest(f"{claim.job.id}-a1", [numbered(seq, event) for seq, event in enumerate(done, start=1)])
 
     known = store.spans(claim.job.id, "evaluations", Wanted(most_steps=100, most_spans=49))

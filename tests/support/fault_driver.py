@@ -19,13 +19,18 @@ import threading
 import time
 from pathlib import Path
 
-from ngd_workers.contract.events import Done, Evaluation, Started, StepRecord
+from ngd_workers.contract.events import Done, Evaluation, Metric, Started, StepRecord
 from ngd_workers.contract.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Outcome, write_json
 from ngd_workers.report import reporter as reporting
 from ngd_workers.report.reporter import SpoolingReporter
 
 STEP_S = 0.02
 reporting.FLUSH_S = 1.0  # many tests have no service that would take the last events: none waits ten seconds for it
+METRICS = [
+    Metric(name="accuracy", label="accuracy", better="higher", unit="share"),
+    Metric(name="loss", label="loss", better="lower"),
+]
+TESTED = {"accuracy": 0.9, "loss": 0.1}
 STATISTICS = ["layer.A", "layer.G"]
 
 
@@ -56,11 +61,9 @@ class FaultDriver:
             self.finish(Outcome(result="cancelled"))
         for step in range(1, self.total_steps + 1):
             self.step(step)
-        self.reporter.report(Evaluation(step=self.total_steps, epoch=1.0, test_loss=0.1, test_accuracy=0.9))
-        done = Outcome(result="succeeded", step=self.total_steps, test_accuracy=0.9, test_loss=0.1, seconds=1.0)
-        self.reporter.report(
-            Done(step=self.total_steps, test_loss=0.1, test_accuracy=0.9, target_step=None, seconds=1.0)
-        )
+        self.reporter.report(Evaluation(step=self.total_steps, epoch=1.0, metrics=TESTED))
+        done = Outcome(result="succeeded", step=self.total_steps, metrics=TESTED, seconds=1.0)
+        self.reporter.report(Done(step=self.total_steps, metrics=TESTED, target_step=None, seconds=1.0))
         self.finish(done)
 
     def start(self) -> None:
@@ -78,6 +81,7 @@ class FaultDriver:
                 resumed_step=0,
                 statistics=STATISTICS,
                 plain_parameters={},
+                metrics=METRICS,
             )
         )
 
@@ -109,8 +113,7 @@ def step_record(step: int, loss: float | None = None) -> StepRecord:
         step=step,
         epoch=step / 10,
         time_s=time.time(),
-        loss=1 / step if loss is None else loss,
-        accuracy=1 - 1 / step,
+        metrics={"accuracy": 1 - 1 / step, "loss": 1 / step if loss is None else loss},
         lr=0.1,
         samples_per_s=100.0,
         seconds={"forward_backward": 0.01, "data": 0.001},

@@ -7,10 +7,14 @@ from ulid import ULID
 
 from ngd_service.job_state import Action, Decision, Phase
 from ngd_service.store.base import Claim, Store
-from ngd_workers.contract.events import Evaluation, Numbered, Started, StepRecord, Steps
+from ngd_workers.contract.events import Evaluation, Metric, Numbered, Started, StepRecord, Steps
 from tests.support.attempts import small_spec
 
 BATCH = 512
+METRICS = [
+    Metric(name="accuracy", label="accuracy", better="higher", unit="share"),
+    Metric(name="loss", label="loss", better="lower"),
+]
 PHASES = ("data", "forward_backward", "reduce", "refresh", "apply", "publish", "update", "evaluate")
 
 
@@ -51,12 +55,13 @@ def tell(
         resumed_step=0,
         statistics=[f"layer{i // 2}.{'AG'[i % 2]}" for i in range(num_statistics)],
         plain_parameters={},
+        metrics=METRICS,
     )
     store.ingest(attempt, [numbered(seq, started)])
     for batch in _batches(num_steps, num_statistics):
         events: list[Numbered] = [numbered(seq + 1, Steps(records=batch))]
         for step in (record.step for record in batch if record.step % evaluate_every == 0):
-            tested = Evaluation(step=step, epoch=step / 1000, test_loss=1 / step, test_accuracy=0.5)
+            tested = Evaluation(step=step, epoch=step / 1000, metrics={"accuracy": 0.5, "loss": 1 / step})
             events.append(numbered(seq + 1 + len(events), tested))
         store.ingest(attempt, events)
         seq += len(events)
@@ -70,8 +75,10 @@ def long_record(step: int, num_statistics: int, loss: float | None = None) -> St
         step=step,
         epoch=step / 1000,
         time_s=1.7e9 + step / 10,
-        loss=1.0 + 1 / step + (step % 17) / 1000 if loss is None else loss,
-        accuracy=(step % 89) / 89,
+        metrics={
+            "accuracy": (step % 89) / 89,
+            "loss": 1.0 + 1 / step + (step % 17) / 1000 if loss is None else loss,
+        },
         lr=0.1 / (1 + step / 1e6),
         samples_per_s=1234.5678 + step % 7,
         seconds={phase: 0.0123456 * (1 + (step + i) % 5) for i, phase in enumerate(PHASES)},
@@ -79,6 +86,7 @@ def long_record(step: int, num_statistics: int, loss: float | None = None) -> St
         ages=[age] * num_statistics,
         intervals=[16] * num_statistics,
         failed_inversions=0,
+        skipped_samples=0,
         skipped_steps=0,
         damping=2.5e-4,
         momentum=None,

@@ -1,9 +1,9 @@
 """Records of the store as resources of the API."""
 
 from ngd_service.job_state import TERMINAL
-from ngd_service.resources import Event, Job, Progress, Result, Status, StepRange
+from ngd_service.resources import Event, Job, Metric, Progress, Result, Status, StepRange
 from ngd_service.store.base import EventRecord, JobRecord
-from ngd_service.store.progress import LOST
+from ngd_service.store.progress import LOST, METRICS, STEP_VALUES
 from ngd_workers.contract.rundir import Outcome
 
 __all__ = ["event_resource", "job_resource"]
@@ -25,6 +25,7 @@ def job_resource(job: JobRecord) -> Job:
             progress=_progress(job),
             result=None if job.result is None else _result(job.result),
         ),
+        metrics=_metrics(job),
         metrics_latest=job.metrics_latest,
         created_at=job.created_at,
         created_by=job.created_by,
@@ -54,13 +55,34 @@ def _progress(job: JobRecord) -> Progress:
     eta_s = round((total_steps - step) * step_s, 1) if is_moving else None
     lost = [StepRange(first_step=first, last_step=last) for first, last in job.progress.get(LOST, [])]
     epoch = job.progress.get("epoch")
-    return Progress(step=step, total_steps=total_steps, epoch=epoch, eta_s=eta_s, lost_steps=lost)
+    return Progress(
+        step=step,
+        total_steps=total_steps,
+        epoch=epoch,
+        eta_s=eta_s,
+        lost_steps=lost,
+        skipped_samples=job.progress.get("skipped_samples", 0),
+        data_share=job.progress.get("data_share"),
+    )
+
+
+def _metrics(job: JobRecord) -> list[Metric]:
+    """Returns the metrics that the workers named at their start, and the others that they have reported since.
+
+    A loop of the user's own may name none, and version 0.1 named none.
+    """
+    named = [Metric.model_validate(metric) for metric in job.progress.get(METRICS, [])]
+    reported = dict.fromkeys(name.removeprefix("test_") for name in job.metrics_latest if name not in STEP_VALUES)
+    others = [name for name in reported if name not in {metric.name for metric in named}]
+    others.sort(key=lambda name: name == "loss")  # last, as tasks have it
+    known = [*named, *(Metric(name=name, label=name.replace("_", " ")) for name in others)]
+    target = (job.spec.get("target") or {}).get("metric")
+    return sorted(known, key=lambda metric: metric.name != target)
 
 
 def _result(outcome: Outcome) -> Result:
     return Result(
-        test_accuracy=outcome.test_accuracy,
-        test_loss=outcome.test_loss,
+        metrics=outcome.metrics,
         step=outcome.step,
         target_step=outcome.target_step,
         seconds=outcome.seconds,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ngd_service.cli.data import data
 from ngd_service.cli.follow import EXIT_CODES, follow
 from ngd_service.cli.listing import job_table
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, InvalidKeyError, ServiceError
 from ngd_service.errors import StartupError
-from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.errors import SpecError, WorkerError
 
 if TYPE_CHECKING:
     from ngd_service.settings import Settings
@@ -28,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data, name="data")
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     except StartupError as error:
         _complain(error)
         sys.exit(error.exit_code)
-    except (ServiceError, SpecError) as error:
+    except (ServiceError, WorkerError) as error:
         _complain(error)
         sys.exit(1)
 

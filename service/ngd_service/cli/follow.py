@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -10,9 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, ServiceError
-from ngd_service.resources import Job
+from ngd_service.client.scores import listed, score
+from ngd_service.resources import Job, Metric
 
-__all__ = ["EXIT_CODES", "follow", "mark"]
+__all__ = ["EXIT_CODES", "follow", "mark", "steps"]
 
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "CANCELLED": 3}
 MARKS = {"QUEUED": "o", "SUCCEEDED": "+", "FAILED": "x", "CANCELLED": "-", "RECOVERING": "!", "CANCELLING": "!"}
@@ -34,16 +35,23 @@ def mark(job: Job) -> str:
     return MARKS.get(job.status.phase, ">")
 
 
+def steps(job: Job) -> str:
+    """Returns the steps done: "30/120", or "30" if the job has no known end; "" if it has not begun."""
+    progress = job.status.progress
+    total = f"/{progress.total_steps}" if progress.total_steps else ""
+    return f"{progress.step}{total}" if total or progress.step else ""
+
+
 def _as_bar(client: Client, job_id: str, console: Console) -> Job:
     columns = (
         TextColumn("{task.fields[phase]:<10}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} steps", table_column=None),
+        TextColumn("{task.fields[steps]}"),
         TextColumn("{task.fields[metrics]}", markup=False),
     )
     job = client.get(job_id)
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(job.name, total=0, phase=job.status.phase, metrics="")
+        task = progress.add_task(job.name, total=0, phase=job.status.phase, steps="", metrics="")
         for job in client.watch(job_id):
             at = job.status.progress
             progress.update(
@@ -51,6 +59,7 @@ def _as_bar(client: Client, job_id: str, console: Console) -> Job:
                 completed=at.step,
                 total=at.total_steps or 0,
                 phase=job.status.phase,
+                steps=f"{steps(job) or 0} steps",
                 metrics=harmless(_metrics(job)),
             )
     return job
@@ -66,8 +75,8 @@ def _as_lines(client: Client, job_id: str, console: Console) -> Job:
         has_moved = at.step != step and now_s - said_at_s >= LINE_EVERY_S
         if not job.status.is_terminal and (is_news or has_moved):
             said, said_at_s, step = (job.status.phase, job.status.message), now_s, at.step
-            steps = f"step {at.step}/{at.total_steps}" if at.total_steps else ""
-            _print(console, "  ".join(filter(None, (mark(job), job.name, job.status.phase, steps, _metrics(job)))))
+            place = f"step {steps(job)}" if steps(job) else ""
+            _print(console, "  ".join(filter(None, (mark(job), job.name, job.status.phase, place, _metrics(job)))))
     return job
 
 
@@ -98,15 +107,25 @@ def _print(console: Console, text: str) -> None:
 def _metrics(job: Job) -> str:
     if job.status.message and not job.status.is_terminal:
         return job.status.message  # the reason for waiting
-    shown = [
-        f"{label} {job.metrics_latest[name]:.4f}"
-        for label, name in (("loss", "loss"), ("accuracy", "accuracy"), ("test", "test_accuracy"))
-        if name in job.metrics_latest
-    ]
+    shown = [_newest(metric, job.metrics_latest) for metric in job.metrics]
+    shown.append(_skipped(job))
     eta_s = job.status.progress.eta_s
     if eta_s is not None and not job.status.is_terminal:
         shown.append(f"{int(eta_s) // 60}:{int(eta_s) % 60:02d} left")
-    return "  ".join(shown)
+    return "  ".join(filter(None, shown))
+
+
+def _newest(metric: Metric, latest: Mapping[str, float]) -> str:
+    """Returns the metric's newest value in training, and on the test data: "perplexity 5.31 (test 5.78)"."""
+    training, test = (latest.get(name) for name in (metric.name, f"test_{metric.name}"))
+    if training is None:
+        return "" if test is None else f"test {metric.label} {score(metric, test)}"
+    return f"{metric.label} {score(metric, training)}" + ("" if test is None else f" (test {score(metric, test)})")
+
+
+def _skipped(job: Job) -> str:
+    skipped = job.status.progress.skipped_samples
+    return f"{skipped} sample{'' if skipped == 1 else 's'} skipped" if skipped else ""
 
 
 def _ending(job: Job) -> str:
@@ -114,5 +133,6 @@ def _ending(job: Job) -> str:
     if result is None:
         why = ": ".join(part for part in (job.status.reason, job.status.message) if part)
         return f"{mark(job)} {job.name} {job.status.phase}{' - ' + why if why else ''}"
-    accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.4f}"
-    return f"{mark(job)} {job.name} SUCCEEDED at step {result.step}{accuracy}"
+    tested = f"test {listed(job.metrics, result.metrics)}" if result.metrics else ""
+    ended = f"{mark(job)} {job.name} SUCCEEDED at step {result.step}"
+    return ", ".join(filter(None, (ended, tested, _skipped(job))))

@@ -6,14 +6,15 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from ngd_service.cli.follow import mark
+from ngd_service.cli.follow import mark, steps
 from ngd_service.cli.terminal import harmless
+from ngd_service.client.scores import result
 from ngd_service.resources import Job
 
 __all__ = ["job_table"]
 
 WIDEST = 1000
-LEFT_OUT_FIRST = ("accuracy", "loss", "step", "created")  # where a terminal is too narrow for all columns
+LEFT_OUT_FIRST = ("loss", "result", "step", "created")  # where a terminal is too narrow for all columns
 
 
 def job_table(jobs: Sequence[Job], console: Console) -> Table:
@@ -45,14 +46,13 @@ def _table(jobs: Sequence[Job], left_out: set[str]) -> Table:
 
 
 def _row(job: Job) -> dict[str, str]:
-    progress, metrics = job.status.progress, job.metrics_latest
-    loss, accuracy = (f"{metrics[name]:.4g}" if name in metrics else "-" for name in ("loss", "accuracy"))
+    loss = job.metrics_latest.get("loss")
     return {
         "id": job.id,
         "name": harmless(job.name),
         "phase": f"{mark(job)} {job.status.phase}",
-        "step": f"{progress.step}/{progress.total_steps}" if progress.total_steps else "-",
-        "loss": loss,
-        "accuracy": accuracy,
+        "step": steps(job) or "-",
+        "loss": "-" if loss is None else f"{loss:.4g}",
+        "result": harmless(result(job) or "-"),
         "created": f"{job.created_at:%Y-%m-%d %H:%MZ}",
     }

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from nicegui import ui
 
+from ngd_service.client.scores import listed
+from ngd_service.client.units import binary_bytes, moment
 from ngd_service.dashboard.theme import panel
-from ngd_service.dashboard.units import binary_bytes, moment, number, percent
-from ngd_service.resources import Event
+from ngd_service.resources import Event, Metric
 
 __all__ = ["LOG_LINES", "MOST_EVENTS", "TOLD", "EventPanel", "LogPanel", "unseen", "words"]
 
@@ -74,13 +75,13 @@ class EventPanel:
             ui.element("div").classes("spread")
             ui.label("times in UTC").classes("muted")
 
-    def add(self, events: Sequence[Event]) -> None:
-        """Puts these events, oldest first, above those that are there."""
+    def add(self, events: Sequence[Event], metrics: Sequence[Metric] = ()) -> None:
+        """Puts these events, oldest first, above those that are there. metrics: of the job."""
         if events:
             self.hint.set_visibility(False)
         for event in events:
             with self.list:
-                row = ui.html(_row(event), sanitize=False)
+                row = ui.html(_row(event, metrics), sanitize=False)
             row.classes(f"event {_tone(event)}").props("role=listitem")
             row.move(target_index=0)
             self.rows.append(row)
@@ -89,9 +90,9 @@ class EventPanel:
         self.rows = self.rows[-MOST_EVENTS:]
 
 
-def _row(event: Event) -> str:
+def _row(event: Event, metrics: Sequence[Metric]) -> str:
     """One element an event: a list of them is made while the reader waits."""
-    icon, text = ICONS.get(event.kind, "info"), html.escape(words(event))
+    icon, text = ICONS.get(event.kind, "info"), html.escape(words(event, metrics))
     return (
         f'<time datetime="{event.time.isoformat()}">{moment(event.time)}</time>'
         f'<i class="q-icon material-icons" aria-hidden="true">{icon}</i><div class="event-text">{text}</div>'
@@ -106,8 +107,8 @@ def unseen(shown: list[str], tail: list[str]) -> list[str]:
     return tail
 
 
-def words(event: Event) -> str:
-    """An event as one sentence."""
+def words(event: Event, metrics: Sequence[Metric] = ()) -> str:
+    """An event as one sentence. metrics: of the job, the one that counts first."""
     data = event.data
     match event.kind:
         case "phase":
@@ -117,10 +118,7 @@ def words(event: Event) -> str:
             resumed = f", resumed after step {data['resumed_step']:,}" if data["resumed_step"] else ""
             return f"Attempt {event.attempt}: {data['world_size']} workers on {data['device']} started{resumed}"
         case "evaluation":
-            return (
-                f"Tested at step {data['step']:,}: accuracy {percent(float(data['test_accuracy']))}, "
-                f"loss {number(float(data['test_loss']))}"
-            )
+            return f"Tested at step {data['step']:,}: {listed(metrics, data['metrics'])}"
         case "checkpoint":
             return f"Checkpoint of step {data['step']:,} saved ({binary_bytes(data['bytes'])})"
         case "checkpoint_failed":
@@ -131,7 +129,7 @@ def words(event: Event) -> str:
             message = str(data["message"] or "waiting is over")
             return message[:1].upper() + message[1:]
         case "target_reached":
-            return f"Target reached at step {data['step']:,}: test accuracy {percent(data['test_accuracy'])}"
+            return f"Target reached at step {data['step']:,}: test {listed(metrics, data['metrics'])}"
         case "workers_restarted":
             return f"Workers are started again: {data['message']}"
         case "failed":
@@ -139,7 +137,8 @@ def words(event: Event) -> str:
         case "cancelled":
             return f"Stopped after step {data['step']:,}"
         case "done":
-            return f"Done at step {data['step']:,}: test accuracy {percent(float(data['test_accuracy']))}"
+            tested = f": test {listed(metrics, data['metrics'])}" if data["metrics"] else ""
+            return f"Done at step {data['step']:,}{tested}"
     return event.kind.replace("_", " ").capitalize()
 
 

@@ -31,8 +31,7 @@ class ChartPanel(ABC):
         with panel(title, classes) as self.head:
             self.note = ui.label("No data yet").classes("panel-note digits")
             with ui.element("div").classes("panel-body"):
-                described = f'role=img aria-label="{title}" aria-describedby={self.note.html_id}'
-                with ui.element("div").props(described) as self.figure:
+                with ui.element("div").props(f"role=img aria-describedby={self.note.html_id}") as self.figure:
                     self.chart = ui.echart(options, renderer="svg").classes("chart").style(f"height: {height_px}px")
                 self.table = ui.table(rows=[], columns=[], row_key="key", pagination=10).classes("dense fill")
                 self.table.props("flat dense").set_visibility(False)
@@ -43,7 +42,10 @@ class ChartPanel(ABC):
             )
         self.title = title
         self.described_at = -SENTENCE_S
-        self.toggle.props(f'aria-label="{title} as a table" title="Table" aria-pressed=false')
+        self.toggle.props("title=Table aria-pressed=false")
+        # Not by text: a title may be the label of a user's metric, and a quote in it would end the value.
+        self.figure.props["aria-label"] = title
+        self.toggle.props["aria-label"] = f"{title} as a table"
 
     @abstractmethod
     def columns(self) -> list[tuple[str, str]]:

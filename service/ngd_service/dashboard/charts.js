@@ -1,11 +1,15 @@
 // What the pages tell a browser beside NiceGUI's own messages: new data alone, to be added to what is held here.
 window.ngd = {
   held: {},  // by chart; not in its element, for Vue would watch each point
-  // edit: changes what is held and returns what ECharts is to merge. A chart is mounted a moment after its element.
-  change(id, edit) {
+  // A chart is mounted a moment after its element, and a new element a moment after the page is told of it.
+  when(id, act, tries = 500) {
     const e = getElement(id);
-    if (e?.chart) e.chart.setOption(edit(ngd.held[id] ??= {}, e.options));
-    else if (e) setTimeout(() => ngd.change(id, edit), 20);
+    if (e?.chart) act(e);
+    else if (tries) setTimeout(() => ngd.when(id, act, tries - 1), 20);
+  },
+  // edit: changes what is held and returns what ECharts is to merge.
+  change(id, edit) {
+    ngd.when(id, e => e.chart.setOption(edit(ngd.held[id] ??= {}, e.options)));
   },
   // added: for each series where its new points begin, and the points.
   extend(id, added) {
@@ -42,7 +46,7 @@ window.ngd = {
   },
   connect(ids) {
     import('nicegui-echart').then(m => {
-      ids.forEach(id => { const e = getElement(id); if (e?.chart) e.chart.group = 'steps'; });
+      ids.forEach(id => ngd.when(id, e => { e.chart.group = 'steps'; }));
       m.echarts.connect('steps');
     });
   },

@@ -7,8 +7,8 @@ from typing import Any
 
 from nicegui import ui
 
+from ngd_service.client.units import binary_bytes, number, percent
 from ngd_service.dashboard.chart_panel import LINE, MUTED, TOOLTIP, ChartPanel, axis
-from ngd_service.dashboard.units import binary_bytes, number, percent
 
 __all__ = [
     "BYTES",
@@ -203,7 +203,8 @@ class Curves(ChartPanel):
 
         with self.head:
             button = ui.button("linear", color=None, on_click=turn).props("flat dense no-caps").classes("plain")
-            button.props(f'aria-label="{self.title} on a logarithmic axis" aria-pressed=false')
+            button.props("aria-pressed=false")
+            button.props["aria-label"] = f"{self.title} on a logarithmic axis"
             button.move(target_index=2)
 
     def _curve(self, key: str) -> Curve:

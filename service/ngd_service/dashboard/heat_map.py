@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ngd_service.client.client import AsyncClient
+from ngd_service.client.units import number
 from ngd_service.dashboard.chart_panel import MUTED, TOOLTIP, ChartPanel, axis
-from ngd_service.dashboard.units import number
 from ngd_service.resources import Statistics
 
 __all__ = ["MAX_CELLS", "HeatMap", "columns_for", "span_for"]

@@ -15,7 +15,7 @@ from ngd_service.dashboard.heat_map import HeatMap
 from ngd_service.dashboard.summary import Summary
 from ngd_service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, panel, reader
 from ngd_service.dashboard.training import Training
-from ngd_service.resources import Event, Job
+from ngd_service.resources import Event, Job, Metric
 
 __all__ = ["marks", "register"]
 
@@ -139,7 +139,7 @@ class JobPage:
         is_turn_of_log = self.polls % 2 == 0  # the log's and the events' turns alternate
         events = await self._read_events(job) if is_new or has_ended or not is_turn_of_log else []
         if is_changed or events:
-            await self.training.refresh(self.api, self.job_id, job.status.progress.step, whole=has_ended)
+            await self.training.refresh(self.api, job, whole=has_ended)
             await self._read_statistics(job)
             self._mark(events)
         if has_ended or is_turn_of_log:
@@ -151,28 +151,29 @@ class JobPage:
         """Returns what happened since the last time, if anything did."""
         if job.resource_version == self.told_version:
             return []
-        events = await (self._newest_events() if self.told_version is None else self._new_events())
+        read = self._newest_events if self.told_version is None else self._new_events
+        events = await read(job.metrics)
         self.told_version = job.resource_version
         for event in events:
             if event.kind == "started":
                 self.heat_map.num_rows = len(event.data["statistics"])
         return events
 
-    async def _newest_events(self) -> list[Event]:
+    async def _newest_events(self, metrics: Sequence[Metric]) -> list[Event]:
         """Returns the newest events, and those that the charts mark however many came after them."""
         told = (await self.api.events(self.job_id, limit=MOST_EVENTS, newest_of=TOLD)).events
         found = {event.id: event for event in told}
         for kind in MARKED:
             page = await self.api.events(self.job_id, limit=MOST_MARKS // 2, newest_of=[kind])
             found |= {event.id: event for event in page.events}
-        self.event_panel.add(told)
+        self.event_panel.add(told, metrics)
         self.next_after = told[-1].id if told else 0
         return [event for _, event in sorted(found.items())]
 
-    async def _new_events(self) -> list[Event]:
+    async def _new_events(self, metrics: Sequence[Metric]) -> list[Event]:
         page = await self.api.events(self.job_id, after=self.next_after, limit=MOST_EVENTS, newest_of=TOLD)
         self.next_after = page.next_after
-        self.event_panel.add(page.events)
+        self.event_panel.add(page.events, metrics)
         for event in page.events:
             if event.kind == "started":
                 self.training.redo(event.data["resumed_step"])
@@ -190,7 +191,8 @@ class JobPage:
         if self.heat_map.num_rows and step:
             await self.heat_map.refresh(self.api, self.job_id, step, whole=job.status.is_terminal)
         elif step:
-            self.heat_map.explain(f"{job.spec['optimizer']['kind']} keeps no statistics")
+            kind = job.spec.get("optimizer", {}).get("kind", "a loop of the job's own")
+            self.heat_map.explain(f"{kind} keeps no statistics")
 
     async def _cancel(self) -> None:
         try:

@@ -9,8 +9,10 @@ from fastapi import Request
 from nicegui import ui
 
 from ngd_service.client.client import AsyncClient, ServiceError, UnauthorizedError
+from ngd_service.client.scores import result
+from ngd_service.client.units import NOTHING, ago, duration, number
+from ngd_service.dashboard.summary import steps
 from ngd_service.dashboard.theme import PHASE_ICONS, RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, reader
-from ngd_service.dashboard.units import ago, duration, number, percent
 from ngd_service.resources import Job
 
 __all__ = ["register", "row"]
@@ -22,7 +24,7 @@ COLUMNS = [
     {"name": "name", "label": "Job", "field": "name", "align": "left"},
     {"name": "progress", "label": "Progress", "field": "share", "align": "left"},
     {"name": "loss", "label": "Loss", "field": "loss", "align": "right"},
-    {"name": "accuracy", "label": "Test accuracy", "field": "accuracy", "align": "right"},
+    {"name": "result", "label": "Result", "field": "result", "align": "right"},
     {"name": "eta", "label": "Time left", "field": "eta", "align": "right"},
     {"name": "age", "label": "Submitted", "field": "age", "align": "right"},
 ]
@@ -34,7 +36,7 @@ PROGRESS = """<div class="job-progress"><div class="track" role="progressbar" ar
 <div :class="props.row.phase" :style="{width: 100 * props.row.share + '%'}"></div></div>
 <span class="muted digits">{{ props.row.steps }}</span></div>"""
 CARD = f"""<div class="job-card"><div>{NAME}{PHASE}</div>{PROGRESS}
-<div class="muted digits"><span>loss {{{{ props.row.loss }}}}</span><span>test {{{{ props.row.accuracy }}}}</span>
+<div class="muted digits"><span>loss {{{{ props.row.loss }}}}</span><span>{{{{ props.row.result }}}}</span>
 <span>{{{{ props.row.age }}}}</span></div></div>"""
 CHANGE = (
     "(rows => {changed}.forEach(row => Object.assign(rows.find(old => old.id === row.id) ?? {{}}, row)))"
@@ -138,9 +140,9 @@ def row(job: Job, now: datetime | None = None) -> dict[str, Any]:
         "word": status.phase.capitalize(),
         "icon": PHASE_ICONS.get(status.phase, "help"),
         "share": min(1.0, progress.step / total) if total else 0.0,
-        "steps": f"{progress.step:,} / {total:,}" if total else "not started",
+        "steps": steps(job),
         "loss": number(latest.get("loss")),
-        "accuracy": percent(latest.get("test_accuracy")),
+        "result": result(job) or NOTHING,
         "eta": duration(None if status.is_terminal else progress.eta_s),
         "age": ago(job.created_at, now or datetime.now(UTC)),
     }

@@ -4,11 +4,14 @@ from collections.abc import Awaitable, Callable
 
 from nicegui import ui
 
+from ngd_service.client.scores import bound, score
+from ngd_service.client.units import NOTHING, ago, duration, number, percent
 from ngd_service.dashboard.theme import phase_badge
-from ngd_service.dashboard.units import ago, duration, number, percent
-from ngd_service.resources import Job
+from ngd_service.resources import Job, Metric
 
-__all__ = ["Summary", "progress_words"]
+__all__ = ["Summary", "facts_of", "progress_words", "recipe", "steps"]
+
+MOST_SCORES = 3  # metrics beside the other facts; each has its chart
 
 
 class Fact:
@@ -43,10 +46,15 @@ class Summary:
             with ui.element("div").classes("notice-text"):
                 self.reason = ui.label().style("font-weight: 600")
                 self.message = ui.label()
+        with ui.element("div").classes("panel notice waits").props("role=alert") as self.hole:
+            ui.icon("warning").props("aria-hidden=true")
+            self.skipped = ui.label().classes("notice-text")
         with ui.element("div").classes("panel"):
             with ui.element("div").classes("facts"):
-                self.progress, self.time, self.loss = Fact("Progress"), Fact("Time left"), Fact("Training loss")
-                self.accuracy, self.rate = Fact("Test accuracy"), Fact("Throughput")
+                self.progress, self.time = Fact("Progress"), Fact("Time left")
+                self.place = ui.element("div").style("display: contents")  # of the metrics, which the workers name
+                self.rate = Fact("Throughput")
+            self.scores: list[Fact] = []
             self.track = (
                 ui.element("div")
                 .classes("track")
@@ -61,7 +69,7 @@ class Summary:
         """Brings all of it up to date."""
         status = job.status
         self.name.set_text(job.name)
-        self.recipe.set_text(_recipe(job))
+        self.recipe.set_text(recipe(job))
         if status.phase != self.phase:
             self.phase = status.phase
             self.badge.clear()
@@ -82,9 +90,15 @@ class Summary:
         self.reason.set_text(status.reason or "")
         self.reason.set_visibility(bool(status.reason))
         self.message.set_text(status.message or "")
+        skipped = status.progress.skipped_samples
+        self.hole.set_visibility(skipped > 0)
+        self.skipped.set_text(
+            f"{_counted(skipped, 'sample')} could not be read and {'was' if skipped == 1 else 'were'} left out: the "
+            f"model has not learned from {'it' if skipped == 1 else 'them'}"
+        )
 
     def _show_facts(self, job: Job) -> None:
-        progress, latest, batch = job.status.progress, job.metrics_latest, job.spec["batch"]
+        progress, latest = job.status.progress, job.metrics_latest
         total = progress.total_steps
         share = min(1.0, progress.step / total) if total else 0.0
         done = f"{100 * share:.0f}%"  # no finer: each change of the bar is sent
@@ -92,12 +106,15 @@ class Summary:
         self.filled.style(f"width: {done}").classes(replace=job.status.phase)
         self.track.props(f"aria-valuenow={100 * share:.0f}")
         self._show_time(job)
-        self.loss.show(number(latest.get("loss")), f"test {number(latest.get('test_loss'))}")
-        self.accuracy.show(percent(latest.get("test_accuracy")), f"training {percent(latest.get('accuracy'))}")
-        workers = job.spec["resources"]["workers"]
+        told = facts_of(job)
+        with self.place:
+            self.scores += [Fact("") for _ in range(len(told) - len(self.scores))]
+        for fact, (name, value, more) in zip(self.scores, told, strict=False):
+            fact.name.set_text(name)
+            fact.show(value, more)
         rate = latest.get("samples_per_s")
-        self.rate.show("—" if rate is None else f"{number(round(rate))}/s", f"{batch['global_size']:,} samples a step")
-        self.rate.value.props(f'title="{workers} workers"')
+        self.rate.show(NOTHING if rate is None else f"{number(round(rate))}/s", _pace(job))
+        self.rate.value.props(f'title="{_counted(job.spec["resources"]["workers"], "worker")}"')
 
     def _show_time(self, job: Job) -> None:
         self.time.name.set_text("Took" if job.finished_at else "Time left")
@@ -126,19 +143,60 @@ class Summary:
         self._confirm.open()
 
 
-def _recipe(job: Job) -> str:
+def facts_of(job: Job) -> list[tuple[str, str, str]]:
+    """Returns name, value and detail of the metrics that count most: of the test data, once they are tested."""
+    return [_fact_of(job, metric) for metric in job.metrics[:MOST_SCORES]]
+
+
+def _fact_of(job: Job, metric: Metric) -> tuple[str, str, str]:
+    training, test = (job.metrics_latest.get(name) for name in (metric.name, f"test_{metric.name}"))
+    more = []
+    if test is not None and training is not None:
+        more.append(f"training {score(metric, training)}")
+    target = bound(job)
+    if target is not None and target[0].name == metric.name:
+        result = job.status.result
+        reached = f" at step {result.target_step:,}" if result is not None and result.target_step is not None else ""
+        more.append(f"{'reached' if reached else 'target'} {target[1]}{reached}")
+    which, value = ("Training", training) if test is None else ("Test", test)
+    return f"{which} {metric.label}", score(metric, value), ", ".join(more)
+
+
+def _pace(job: Job) -> str:
+    """Returns the size of a batch, and how much of a step passes in waiting for it; each if it is known."""
+    share, batch = job.status.progress.data_share, job.spec.get("batch")
+    size = f"{batch['global_size']:,} samples a step" if batch else ""
+    return ", ".join(filter(None, (size, "" if share is None else f"{percent(share)} waiting for data")))
+
+
+def recipe(job: Job) -> str:
+    """Returns the job's choices in a line, with its workers and its age."""
     spec = job.spec
-    kinds = " · ".join(str(spec[part]["kind"]) for part in ("model", "data", "optimizer"))
-    workers = spec["resources"]["workers"]
-    attempt = f" · attempt {job.status.attempt}" if job.status.attempt > 1 else ""
+    parts = [spec[part] for part in ("model", "data", "task", "optimizer", "train") if part in spec]
+    kinds = [str(part.get("kind") or part.get("function")) for part in parts]
+    workers = _counted(spec["resources"]["workers"], "worker")
+    attempt = [f"attempt {job.status.attempt}"] if job.status.attempt > 1 else []
     by = f" by {job.created_by}" if job.created_by else ""
-    return f"{kinds} · {workers} worker{'' if workers == 1 else 's'}{attempt} · submitted {ago(job.created_at)}{by}"
+    return " · ".join([*kinds, workers, *attempt, f"submitted {ago(job.created_at)}{by}"])
+
+
+def steps(job: Job) -> str:
+    """Returns the steps done, and of how many if the job has a known end."""
+    progress = job.status.progress
+    if progress.total_steps:
+        return f"{progress.step:,} / {progress.total_steps:,}"
+    return f"{progress.step:,}" if progress.step else "not started"
 
 
 def progress_words(job: Job) -> str:
     """The share of the steps that are done, and which ones the curves lack for good."""
     progress = job.status.progress
-    share = min(1.0, progress.step / progress.total_steps) if progress.total_steps else 0.0
     lost = [f"{lost.first_step:,} to {lost.last_step:,}" for lost in progress.lost_steps]
-    epoch = "" if progress.epoch is None else f", epoch {progress.epoch:.0f}"
-    return f"steps, {100 * share:.0f}%{epoch}" + (f"; no record of {', '.join(lost)}" if lost else "")
+    share = f"{100 * min(1.0, progress.step / progress.total_steps):.0f}%" if progress.total_steps else ""
+    epoch = "" if progress.epoch is None else f"epoch {progress.epoch:.0f}"
+    words = ", ".join(filter(None, ("steps", share, epoch)))
+    return words + (f"; no record of {', '.join(lost)}" if lost else "")
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"

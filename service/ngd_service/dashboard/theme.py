@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import Request
 from nicegui import ui
 
-from ngd_service.dashboard.units import ago
+from ngd_service.client.units import ago
 
 __all__ = [
     "CSS",

@@ -3,57 +3,80 @@
 import json
 from collections.abc import Sequence
 
+from nicegui import ui
+
 from ngd_service.client.client import AsyncClient
-from ngd_service.dashboard.curves import BYTES, SECONDS, SHARE, Curve, Curves, Mark, lines_of
-from ngd_service.resources import Metrics
+from ngd_service.dashboard.curves import BYTES, MOST_MARKS, PLAIN, SECONDS, SHARE, Curve, Curves, Mark, lines_of
+from ngd_service.resources import Job, Metric, Metrics
 
 __all__ = ["Training"]
 
 MAX_POINTS = 1_000  # about one a pixel; twice as many held: they are asked for again, thinned
-NAMES = ("loss", "accuracy", "samples_per_s", "lr", "damping", "test_loss", "test_accuracy", "seconds", "bytes_sent")
 TRAINING, TEST = Curve("training"), Curve("test", dotted=True)
 
 
 class Training:
-    """All curves over steps; they share one cursor and one zoom."""
+    """All curves over steps; they share one cursor and one zoom. A chart for each of the task's metrics comes first."""
 
     def __init__(self) -> None:
-        self.loss = Curves("Loss", axis_name="loss", curves={"loss": TRAINING, "test_loss": TEST}, may_be_log=True)
-        self.accuracy = Curves("Accuracy", unit=SHARE, curves={"accuracy": TRAINING, "test_accuracy": TEST})
+        self.place = ui.element("div").style("display: contents")  # of the metrics, which the workers name
+        self.of_metric: dict[str, Curves] = {}
         self.rate = Curves("Throughput", axis_name="samples/s", curves={"samples_per_s": Curve("throughput")})
         self.seconds = Curves("Time per step, by phase", unit=SECONDS, stacked=True)
         self.bytes_sent = Curves("Sent per step, by kind", unit=BYTES, stacked=True)
         settings = {"lr": Curve("learning rate"), "damping": Curve("damping")}
         self.lr = Curves("Learning rate and damping", curves=settings, may_be_log=True)
-        self.panels = (self.loss, self.accuracy, self.rate, self.seconds, self.bytes_sent, self.lr)
+        self.marks: list[Mark] = []
         self.last_step: int | None = None
 
-    async def refresh(self, api: AsyncClient, job_id: str, step: int, *, whole: bool = False) -> None:
-        """Fetches and draws what is new up to this step, which the job is at; everything again if `whole`."""
-        if self.last_step is None or step - self.last_step > MAX_POINTS or self._is_crowded():
+    @property
+    def panels(self) -> list[Curves]:
+        """All charts, in the order of the page."""
+        return [*self.of_metric.values(), self.rate, self.seconds, self.bytes_sent, self.lr]
+
+    @property
+    def names(self) -> list[str]:
+        """The series of all charts, by which the API knows them."""
+        alone = [name for panel in self.panels if not panel.stacked for name in panel.curves]
+        return [*alone, "seconds", "bytes_sent"]
+
+    async def refresh(self, api: AsyncClient, job: Job, *, whole: bool = False) -> None:
+        """Fetches and draws what is new up to the step which the job is at; everything again if `whole`."""
+        step, has_new_chart = job.status.progress.step, self._add_charts(job.metrics)
+        if has_new_chart or self.last_step is None or step - self.last_step > MAX_POINTS or self._is_crowded():
             whole = True
         # The newest step is asked for again: its evaluation may have come after it.
         from_step = 0 if whole or self.last_step is None else self.last_step
-        metrics = await api.metrics(job_id, names=NAMES, from_step=from_step, to_step=step, max_points=MAX_POINTS)
+        metrics = await api.metrics(job.id, names=self.names, from_step=from_step, to_step=step, max_points=MAX_POINTS)
         if not metrics.series:
             return
         is_first, self.last_step = self.last_step is None, step
         self._draw(metrics, whole=whole)
-        if is_first:
-            self.loss.tell(f"ngd.connect({json.dumps([panel.chart.id for panel in self.panels])})")
+        if is_first or has_new_chart:
+            self._tell(f"ngd.connect({json.dumps([panel.chart.id for panel in self.panels])})")
 
     def redo(self, last_step: int) -> None:
         """The job went back to a checkpoint: the steps after it are about to be replaced."""
         if self.last_step is not None and self.last_step > last_step:
             self.last_step = last_step
-            self.loss.tell("".join(panel.cut(last_step) for panel in self.panels))
+            self._tell("".join(panel.cut(last_step) for panel in self.panels))
 
     def mark(self, marks: Sequence[Mark]) -> None:
         """Draws more vertical lines in all curves."""
+        self.marks = [*self.marks, *marks][-MOST_MARKS:]
         for panel in self.panels:
             panel.mark(marks)
         ids = [panel.chart.id for panel in self.panels]
-        self.loss.tell(f"ngd.mark({json.dumps(ids)}, {json.dumps(lines_of(marks))})")
+        self._tell(f"ngd.mark({json.dumps(ids)}, {json.dumps(lines_of(marks))})")
+
+    def _add_charts(self, metrics: Sequence[Metric]) -> bool:
+        """Makes the charts of metrics that have none yet, the loss first; returns whether there were any."""
+        new = [metric for metric in metrics if metric.name not in self.of_metric]
+        with self.place:
+            for metric in sorted(new, key=lambda metric: metric.name != "loss"):
+                self.of_metric[metric.name] = chart = _chart_of(metric)
+                chart.mark(self.marks)
+        return bool(new)
 
     def _draw(self, metrics: Metrics, *, whole: bool) -> None:
         new: dict[Curves, dict[str, list[tuple[int, float]]]] = {panel: {} for panel in self.panels}
@@ -64,7 +87,7 @@ class Training:
             read = zip(series.steps, series.values, strict=True)
             new[panel][key] = [(step, value) for step, value in read if step > after]
         scripts = [(panel.replace if whole else panel.extend)(points) for panel, points in new.items()]
-        self.loss.tell("".join(scripts))
+        self._tell("".join(scripts))
 
     def _place(self, name: str) -> tuple[Curves, str]:
         group, _, part = name.partition(".")
@@ -72,5 +95,20 @@ class Training:
             return {"seconds": self.seconds, "bytes_sent": self.bytes_sent}[group], part
         return next((panel, name) for panel in self.panels if name in panel.curves)
 
+    def _tell(self, script: str) -> None:
+        self.rate.tell(script)
+
     def _is_crowded(self) -> bool:
         return any(len(points) > 2 * MAX_POINTS for panel in self.panels for points in panel.points.values())
+
+
+def _chart_of(metric: Metric) -> Curves:
+    """Returns a chart of the metric in training and on the test data, in its unit."""
+    unit = SHARE if metric.unit == "share" else PLAIN
+    return Curves(
+        metric.label[:1].upper() + metric.label[1:],
+        unit=unit,
+        curves={metric.name: TRAINING, f"test_{metric.name}": TEST},
+        axis_name=unit.name or metric.label,
+        may_be_log=unit is PLAIN and metric.better == "lower",  # such as a loss: above 0, and of any size
+    )

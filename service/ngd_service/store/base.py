@@ -41,7 +41,7 @@ class JobRecord:
     reason: str | None
     message: str | None
     attempt: int
-    progress: dict[str, Any]  # step, total_steps, epoch, step_s; empty until the workers have started
+    progress: dict[str, Any]  # step, total_steps, epoch, step_s, metrics ...; empty until the workers have started
     metrics_latest: dict[str, float]
     result: Outcome | None
     created_at: datetime

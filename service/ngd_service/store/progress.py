@@ -18,14 +18,27 @@ from ngd_workers.contract.events import (
     Waiting,
 )
 
-__all__ = ["LOST", "REWOUND", "WAITS_FOR", "JobProgress", "advance", "newly_lost", "remark", "summary"]
+__all__ = [
+    "LOST",
+    "METRICS",
+    "REWOUND",
+    "STEP_VALUES",
+    "WAITS_FOR",
+    "JobProgress",
+    "advance",
+    "newly_lost",
+    "remark",
+    "summary",
+]
 
-# Names in the jobs table's progress beside step, total_steps, epoch, time_s and step_s.
+# Names in the jobs table's progress beside step, total_steps, epoch, time_s, step_s, skipped_samples and data_share.
+METRICS = "metrics"  # of the task, as its workers name them: name, label, better and unit of each
 LOST = "lost_steps"  # ranges [first, last] of steps that were done and of which there is no record
 REWOUND = "rewound"  # [from, to]: the step that was done, and the checkpoint that newly started workers go on from
 WAITS_FOR = "waits_for"  # what the driver waits for before it starts its workers
 
-RATE_MEMORY = 0.8  # weight of the past in the moving average of seconds per step: some five batches of steps
+STEP_VALUES = ("lr", "samples_per_s")  # of the newest step, beside its metrics
+RATE_MEMORY = 0.8  # weight of the past in moving averages over steps: some five batches of steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +62,7 @@ def advance(job: JobProgress, numbered: Numbered, *, is_in_order: bool = True) -
         case Waiting(message=message):
             return JobProgress({**progress, WAITS_FOR: message}, job.metrics)
         case Evaluation() | Done() as event:
-            tested = {"test_loss": _plain(event.test_loss), "test_accuracy": _plain(event.test_accuracy)}
+            tested = {f"test_{name}": _plain(value) for name, value in event.metrics.items()}
             return JobProgress(progress, {**job.metrics, **tested})
     return JobProgress(progress, job.metrics)
 
@@ -80,8 +93,8 @@ def summary(numbered: Numbered) -> dict[str, Any]:
             return {}
         first, last = event.records[0], event.records[-1]
         return {"first_step": first.step, "last_step": last.step, "latest": {"epoch": last.epoch, **_newest(last)}}
-    plain: dict[str, Any] = event.model_dump(mode="python", exclude={"kind"})
-    return {name: _plain(value) for name, value in plain.items()}
+    plain: dict[str, Any] = _plain(event.model_dump(mode="python", exclude={"kind"}))
+    return plain
 
 
 def _with_holes(progress: Mapping[str, Any], numbered: Numbered) -> dict[str, Any]:
@@ -108,7 +121,9 @@ def _after_start(progress: Mapping[str, Any], started: Started) -> dict[str, Any
         "total_steps": started.total_steps,
         "epoch": resumed / started.steps_per_epoch if started.steps_per_epoch else None,
     }
-    kept = {name: progress[name] for name in (LOST,) if name in progress}
+    if started.metrics:
+        after[METRICS] = [metric.model_dump() for metric in started.metrics]
+    kept = {name: progress[name] for name in (LOST, METRICS) if name in progress and name not in after}
     return after | kept | ({REWOUND: [done, resumed]} if resumed < done else {})
 
 
@@ -120,16 +135,42 @@ def _after_steps(progress: Mapping[str, Any], records: list[StepRecord]) -> dict
     step_s = progress.get("step_s")
     if last.step > then_step and last.time_s > then_s:
         newest = (last.time_s - then_s) / (last.step - then_step)
-        step_s = newest if step_s is None else RATE_MEMORY * step_s + (1 - RATE_MEMORY) * newest
-    return {**progress, "step": last.step, "epoch": last.epoch, "time_s": last.time_s, "step_s": step_s}
+        step_s = _moved(step_s, newest)
+    return {
+        **progress,
+        "step": last.step,
+        "epoch": last.epoch,
+        "time_s": last.time_s,
+        "step_s": step_s,
+        "skipped_samples": last.skipped_samples,
+        "data_share": _moved(progress.get("data_share"), _data_share(records)),
+    }
+
+
+def _data_share(records: list[StepRecord]) -> float | None:
+    """Returns the share of the time of these steps in which they waited for data; None: they do not tell."""
+    timed = [record.seconds for record in records if "data" in record.seconds]
+    total = sum(sum(seconds.values()) for seconds in timed)
+    return sum(seconds["data"] for seconds in timed) / total if total > 0 else None
+
+
+def _moved(average: float | None, newest: float | None) -> float | None:
+    if average is None or newest is None:
+        return average if newest is None else newest
+    return RATE_MEMORY * average + (1 - RATE_MEMORY) * newest
 
 
 def _newest(record: StepRecord) -> dict[str, Any]:
-    return {name: _plain(getattr(record, name)) for name in ("loss", "accuracy", "lr", "samples_per_s")}
+    values = {name: getattr(record, name) for name in STEP_VALUES} | record.metrics
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
     """Returns the value as JSON can carry it: PostgreSQL's JSON type has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value

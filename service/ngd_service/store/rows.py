@@ -8,7 +8,9 @@ import sqlalchemy as sa
 from ngd_service.job_state import Action, AttemptState, Desired, JobState, Phase
 from ngd_service.store import tables as t
 from ngd_service.store.base import AttemptRecord, EventRecord, JobRecord
+from ngd_workers.contract.events import with_metrics
 from ngd_workers.contract.rundir import Outcome
+from ngd_workers.contract.spec import Target
 
 __all__ = ["attempt_record", "event_record", "job_record", "newest_events"]
 
@@ -27,7 +29,7 @@ def job_record(row: Any, failed_starts: int = 0, failed_starts_in_a_row: int = 0
     return JobRecord(
         id=row.id,
         name=row.name,
-        spec=row.spec,
+        spec=_spec(row.spec),
         state=state,
         reason=row.reason,
         message=row.message,
@@ -59,7 +61,15 @@ def attempt_record(row: Any) -> AttemptRecord:
 
 def event_record(row: Any) -> EventRecord:
     """Returns the event. row: all columns of `events`."""
-    return EventRecord(row.id, row.job_id, row.attempt, row.seq, row.kind, row.time, row.data)
+    return EventRecord(row.id, row.job_id, row.attempt, row.seq, row.kind, row.time, with_metrics(row.data))
+
+
+def _spec(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the spec with a target of version 0.1 in this version's form."""
+    target = stored.get("target")
+    if target is None or "metric" in target:
+        return stored
+    return stored | {"target": Target.model_validate(target).model_dump(mode="json")}
 
 
 @lru_cache(maxsize=64)

@@ -4,10 +4,10 @@ A span of level k is 2^k steps: number n holds the steps n 2^k + 1 to (n + 1) 2^
 folded into wider ones, so that those of level 3 (of the steps themselves), 5 (of four of level 3), 7 ... can be kept up
 to date as steps come in, and a reader takes the level that fits its screen.
 
-curves       of each value the lowest, the highest and the first that is not finite, each at its step; of a group of
-             parts (seconds, bytes_sent) those where their sum is such
+curves       of each value, also of each metric, the lowest, the highest and the first that is not finite, each at its
+             step; of a group of parts (seconds, bytes_sent) those where their sum is such
 statistics   ages and intervals at the span's last step, and the refreshes within it
-evaluations  as curves, of the test values
+evaluations  as curves, of the test data's metrics: test_<name>
 """
 
 import math
@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from ngd_workers.contract.events import Evaluation, StepRecord
 
 __all__ = [
     "GROUPS",
@@ -34,9 +38,7 @@ __all__ = [
 Name = Literal["curves", "statistics", "evaluations"]
 LOWEST, WIDENING = 3, 2  # the first level that is kept, and how many levels lie between one that is and the next
 GROUPS = ("seconds", "bytes_sent")
-TRAINED = (
-    "loss",
-    "accuracy",
+FIELDS = (  # of a step that are curves; its metrics can't have these names
     "lr",
     "momentum",
     "damping",
@@ -46,9 +48,9 @@ TRAINED = (
     "time_s",
     "failed_inversions",
     "skipped_steps",
+    "skipped_samples",
     *GROUPS,
 )
-TESTED = ("test_loss", "test_accuracy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,24 @@ def level_for(first_step: int, last_step: int, most_spans: int, width: int = 1) 
     return level
 
 
-def _curves(names: Sequence[str]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    def of_record(record: Mapping[str, Any]) -> dict[str, Any]:
-        """Some steps lack some values: those of an earlier version, or of a setting that was not adapted."""
-        step = record["step"]
-        return {name: _alone([step, record[name]]) for name in names if record.get(name) is not None}
+def _trained(record: Mapping[str, Any]) -> dict[str, Any]:
+    known = _of_this_version(record, StepRecord)
+    return _curves(known["step"], {name: known.get(name) for name in FIELDS} | known["metrics"])
 
-    return of_record
+
+def _tested(record: Mapping[str, Any]) -> dict[str, Any]:
+    known = _of_this_version(record, Evaluation)
+    return _curves(known["step"], {f"test_{name}": value for name, value in known["metrics"].items()})
+
+
+def _of_this_version(record: Mapping[str, Any], model: type[BaseModel]) -> Mapping[str, Any]:
+    """Returns the record with its metrics in one place: version 0.1 stored each as a field."""
+    return record if "metrics" in record else model.model_validate(record).model_dump()
+
+
+def _curves(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Some steps lack some values: those of an earlier version, of another loop, or of a setting not adapted."""
+    return {name: _alone([step, value]) for name, value in values.items() if value is not None}
 
 
 def _alone(sample: list[Any]) -> list[Any]:
@@ -169,7 +182,7 @@ def _merged_statistics(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 KINDS: dict[Name, Kind] = {
-    "curves": Kind(_curves(TRAINED), _merged_curves),
+    "curves": Kind(_trained, _merged_curves),
     "statistics": Kind(_statistics, _merged_statistics),
-    "evaluations": Kind(_curves(TESTED), _merged_curves),
+    "evaluations": Kind(_tested, _merged_curves),
 }

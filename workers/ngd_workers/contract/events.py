@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from ngd_workers.contract.spec.base import MetricName
+from ngd_workers.contract.names import MetricName
 
-__all__ = ["Event", "EventBatch", "EventReply", "Metric", "Numbered", "StepRecord"]
+__all__ = ["Event", "EventBatch", "EventReply", "Metric", "Numbered", "StepRecord", "with_metrics"]
 
 MetricValues = Annotated[dict[MetricName, float], Field(max_length=32)]
 
@@ -30,13 +30,15 @@ class Metric(Fact):
     unit: Literal["number", "share"] = Field(default="number", description="share: in [0, 1], shown as per cent.")
 
 
-def _without_prefix(given: object) -> object:
-    """Takes an event of version 0.1, which had the metrics of the test data as fields: test_<name>."""
+def with_metrics(given: Any) -> Any:
+    """Returns an event or outcome of version 0.1, which had the test data's metrics as fields test_<name>, with
+    `metrics` in their place; all else as it is."""
     if not isinstance(given, dict) or "metrics" in given:
         return given
     tested = {name.removeprefix("test_"): value for name, value in given.items() if name.startswith("test_")}
     rest = {name: value for name, value in given.items() if not name.startswith("test_")}
-    return rest | {"metrics": tested} if tested else given
+    known = {name: value for name, value in tested.items() if value is not None}
+    return rest | {"metrics": known} if tested else given
 
 
 class Started(Fact):
@@ -128,7 +130,7 @@ class Evaluation(Fact):
     @model_validator(mode="before")
     @classmethod
     def _with_metrics(cls, given: object) -> object:
-        return _without_prefix(given)
+        return with_metrics(given)
 
 
 class CheckpointSaved(Fact):
@@ -150,7 +152,7 @@ class TargetReached(Fact):
     @model_validator(mode="before")
     @classmethod
     def _with_metrics(cls, given: object) -> object:
-        return _without_prefix(given)
+        return with_metrics(given)
 
 
 class CheckpointFailed(Fact):
@@ -214,7 +216,7 @@ class Done(Fact):
     @model_validator(mode="before")
     @classmethod
     def _with_metrics(cls, given: object) -> object:
-        return _without_prefix(given)
+        return with_metrics(given)
 
 
 Event = Annotated[

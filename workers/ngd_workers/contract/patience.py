@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ngd_workers.contract.errors import StorageError
+from ngd_workers.contract.errors import StorageError, WorkerError
 
 __all__ = ["insist"]
 
@@ -23,6 +23,8 @@ def insist(call: Callable[[], Value], action: str, *, patience_s: float) -> Valu
     while True:
         try:
             return call()
+        except WorkerError:
+            raise  # one that knows its cause does not pass
         except OSError as error:
             if time.monotonic() - began_s >= patience_s:
                 raise StorageError(f"can't {action}, tried for {patience_s:g} s: {error}; check the volume") from error

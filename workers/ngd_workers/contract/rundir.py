@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ngd_workers.contract.events import with_metrics
 from ngd_workers.contract.spec import AnySpec, spec_of_json
 
 __all__ = ["EXIT_STATUS", "NOT_THE_FIRST", "AttemptDir", "Facts", "Outcome", "read_json", "write_json"]
@@ -70,6 +71,11 @@ class Outcome(BaseModel):
     metrics: dict[str, float] = Field(default={}, description="Of the test data, after the last step.")
     target_step: int | None = None
     seconds: float | None = Field(default=None, description="Wall time of training, without start-up.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_metrics(cls, given: object) -> object:
+        return with_metrics(given)
 
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}  # of a driver that has written its outcome

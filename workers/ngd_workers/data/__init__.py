@@ -27,6 +27,11 @@ __all__ = [
 SOURCES: dict[str, str] = {
     "digits": "ngd_workers.data.digits:load",
     "idx": "ngd_workers.data.idx:load",
+    "jpeg_npz": "ngd_workers.data.jpeg_npz:load",
+    "parquet": "ngd_workers.data.parquet:load",
+    "huggingface": "ngd_workers.data.huggingface:load",
+    "image_folder": "ngd_workers.data.image_folder:load",
+    "webdataset": "ngd_workers.data.webdataset:load",
     "tokens": "ngd_workers.data.tokens:load",
     "text_pairs": "ngd_workers.data.text_pairs:load",
 }

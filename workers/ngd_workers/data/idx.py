@@ -12,6 +12,7 @@ from torch import Tensor
 from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError
 from ngd_workers.contract.spec import IDX
 from ngd_workers.data.base import Dataset, Images
+from ngd_workers.data.folder import find_folder
 from ngd_workers.data.tensors import image_tensors
 
 __all__ = ["load", "read_idx"]
@@ -22,7 +23,7 @@ UNSIGNED_BYTE = 0x08
 
 def load(choice: IDX, data_dir: Path | None) -> Dataset:
     """Returns (pixel / 255 - mean) / std. Raises: DataNotFoundError, InvalidDataError."""
-    folder = _folder(choice, data_dir)
+    folder = find_folder(choice.directory, data_dir)
     train_x, train_y = _part(folder, "train", choice)
     test_x, test_y = _part(folder, "t10k", choice)
     _, channels, height, width = train_x.shape
@@ -52,18 +53,6 @@ def read_idx(path: Path, dims: int) -> Tensor:
     if math.prod(sizes) == 0:
         raise InvalidDataError(f"{path} is empty: its sizes are {sizes}")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)
-
-
-def _folder(choice: IDX, data_dir: Path | None) -> Path:
-    folder = Path(choice.directory)
-    if not folder.is_absolute():
-        folder = (data_dir or Path()) / folder
-    if not folder.is_dir():
-        raise DataNotFoundError(
-            f"no data directory {folder} (data.directory is {choice.directory!r}); "
-            "set NGD_DATA_DIR or --data-dir to the folder that holds it, or give an absolute path"
-        )
-    return folder
 
 
 def _part(folder: Path, prefix: str, choice: IDX) -> tuple[Tensor, Tensor]:

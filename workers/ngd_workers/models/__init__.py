@@ -19,6 +19,9 @@ __all__ = ["MODELS", "build_model", "images"]
 MODELS: dict[str, str] = {
     "mlp": "ngd_workers.models.mlp:build",
     "small_cnn": "ngd_workers.models.small_cnn:build",
+    "torchvision": "ngd_workers.models.torchvision_model:build",
+    "timm": "ngd_workers.models.timm_model:build",
+    "transformers": "ngd_workers.models.transformers_model:build",
     "gpt": "ngd_workers.models.gpt:build",
     "encoder_decoder": "ngd_workers.models.encoder_decoder:build",
 }

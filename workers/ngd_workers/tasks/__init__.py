@@ -16,6 +16,9 @@ __all__ = ["TASKS", "build_task"]
 
 TASKS: dict[str, str] = {
     "image_classification": "ngd_workers.tasks.image_classification:build",
+    "labelling": "ngd_workers.tasks.labelling:build",
+    "regression": "ngd_workers.tasks.regression:build",
+    "function": "ngd_workers.tasks.user_task:build",
     "language_modelling": "ngd_workers.tasks.language_modelling:build",
     "translation": "ngd_workers.tasks.translation:build",
 }

@@ -10,27 +10,37 @@ from ngd_dist.config import Categorical
 from ngd_workers.contract.errors import SpecError, UserCodeError
 from ngd_workers.contract.events import Metric
 from ngd_workers.contract.spec import ImageClassification
-from ngd_workers.data import Images
+from ngd_workers.data import Images, Vectors
 from ngd_workers.tasks.base import LOSS, Batch, Result, Task, logits_of
+from ngd_workers.tasks.mixing import Mixer, erased
 
 __all__ = ["build"]
 
 
 class Classification(Task):
-    """Batches (images, class of each): x float32 [N, channels, height, width], y int64 [N]."""
+    """Batches (images, class of each): x float32 [N, channels, height, width], or [N, width]; y int64 [N].
+
+    Under mixup the training's accuracy is that of the label with the larger share.
+    """
 
     likelihood = Categorical()
 
     def __init__(self, choice: ImageClassification, classes: int) -> None:
         self._choice = choice
         self._classes = classes
+        self._mixer = None if choice.mixup is None else Mixer(choice.mixup)
         named = [(f"top{k}_accuracy", f"top-{k} accuracy") if k > 1 else ("accuracy", "accuracy") for k in choice.top]
         self.metrics = (*(Metric(name=n, label=label, better="higher", unit="share") for n, label in named), LOSS)
 
     def train_batch(self, model: nn.Module, batch: Batch) -> Result:
         x, y = batch
+        target = y
+        if self._mixer is not None:
+            x, target = self._mixer(x, F.one_hot(y, self._classes).to(x.dtype))
+        if self._choice.erasing is not None:
+            x = erased(self._choice.erasing, x)
         logits = self._logits(model, x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self._choice.label_smoothing)
+        loss = F.cross_entropy(logits, target, label_smoothing=self._choice.label_smoothing)
         return Result(loss, len(y), logits, sums=self._found(logits, y))
 
     def test_batch(self, model: nn.Module, batch: Batch) -> Result:
@@ -58,8 +68,10 @@ class Classification(Task):
 
 def build(choice: ImageClassification, shape: Any) -> Task:
     """Returns the task for data of this shape. Raises: SpecError."""
-    if not isinstance(shape, Images):
+    if not isinstance(shape, Images | Vectors):
         raise SpecError(f"task image_classification needs labelled images, got data of {shape}; choose another task")
-    if max(choice.top) > shape.classes:
-        raise SpecError(f"task.top must be at most the number of classes, {shape.classes}, got {max(choice.top)}")
-    return Classification(choice, shape.classes)
+    if not isinstance(shape, Images) and choice.erasing is not None:
+        raise SpecError(f"task.erasing takes rectangles out of images, got data of {shape}; leave it out")
+    if max(choice.top) > shape.outputs:
+        raise SpecError(f"task.top must be at most the number of classes, {shape.outputs}, got {max(choice.top)}")
+    return Classification(choice, shape.outputs)

@@ -49,13 +49,17 @@ class Learner:
         self.model = model.to(device)
         self.task, self.device = task, device
         self._dataset, self._comm = dataset, comm
-        for name, tensor in model.state_dict().items():
-            comm.broadcast(f"initial {name}", tensor)
+        self.share_weights()
         self.optimizer = build_optimizer(model, spec, task)
         self._averages_gradients = spec.optimizer.kind == "ngd" or comm.world_size == 1
         self._forward: nn.Module = model
         if not self._averages_gradients:
             self._forward = DistributedDataParallel(model)
+
+    def share_weights(self) -> None:
+        """Collective. Gives all ranks the weights of rank 0."""
+        for name, tensor in self.model.state_dict().items():
+            self._comm.broadcast(f"initial {name}", tensor)
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> Totals:
         """Returns the totals of this rank's samples; leaves the gradient of the mean over the global batch.

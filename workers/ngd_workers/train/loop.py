@@ -16,13 +16,14 @@ from ngd_workers.contract.events import (
     TargetReached,
 )
 from ngd_workers.contract.rundir import Outcome
-from ngd_workers.contract.spec import JobSpec, Loading, NGDOptimizer
+from ngd_workers.contract.spec import InitChoice, JobSpec, Loading, NGDOptimizer
 from ngd_workers.data import Dataset, load_dataset
 from ngd_workers.models import build_model
 from ngd_workers.tasks import build_task
 from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
+from ngd_workers.train.first_weights import load_first_weights
 from ngd_workers.train.learner import Learner, check_fit, trainable
 from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
 from ngd_workers.train.optimizers import chooses_lr, step_stats
@@ -104,11 +105,28 @@ class Run:
         return self.progress.step / self.batches.steps_per_epoch
 
     def resume(self) -> None:
-        """Collective. Restores the newest whole checkpoint; rank 0 chooses it for all ranks."""
+        """Collective. Restores the newest whole checkpoint, or takes the first weights of the spec.
+
+        Rank 0 chooses and reads for all ranks. A job that has a checkpoint needs its first weights no more.
+        """
         state = self.saves.newest()
         if state is not None:
             self.progress = Progress(**state.pop("progress"))
             self.learner.load_state_dict(state)
+        elif self.spec.init_from is not None:
+            self._take_first_weights(self.spec.init_from)
+
+    def _take_first_weights(self, choice: InitChoice) -> None:
+        comm, failure = self.context.comm, None
+        if comm.rank == 0:
+            try:
+                load_first_weights(self.learner.model, choice, self.context.run_dir, self.context.data_dir)
+            except WorkerError as error:
+                failure = error
+        failure = comm.all_gather_object("first weights", failure)[0]
+        if failure is not None:
+            raise failure
+        self.learner.share_weights()
 
     def close(self) -> None:
         """Ends the processes that read samples."""

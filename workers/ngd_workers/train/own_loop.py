@@ -198,7 +198,7 @@ class LoopContext:
         if name not in known:
             raise UserCodeError(f"report got {name!r}, and train.metrics lists {', '.join(known)}; add it to the job")
         try:
-            return float(value)
+            return float(value.detach() if isinstance(value, torch.Tensor) else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserCodeError(f"report needs a number for {name!r}, got {type(value).__name__}") from error
 

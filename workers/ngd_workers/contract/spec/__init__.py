@@ -4,7 +4,17 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
-from ngd_workers.contract.spec.job import AnySpec, Job, JobSpec, LoopSpec, spec_class, spec_of_json
+from ngd_workers.contract.spec.images import Augment, ImageSettings, NoAugment, OnBadSample, PadCrop, RandomResizedCrop
+from ngd_workers.contract.spec.job import (
+    AnySpec,
+    Job,
+    JobSpec,
+    KeptCheckpoints,
+    LoopSpec,
+    OwnLoop,
+    spec_class,
+    spec_of_json,
+)
 from ngd_workers.contract.spec.models import (
     GPT,
     MLP,
@@ -35,9 +45,14 @@ from ngd_workers.contract.spec.sources import (
     IDX,
     DataChoice,
     Digits,
-    TextPairs,
-    Tokens,
+    HuggingFace,
+    ImageFolder,
+    JpegNpz,
+    Parquet,
+    ShardCache,
+    Table,
     UserData,
+    WebDataset,
 )
 from ngd_workers.contract.spec.tasks import (
     Erasing,
@@ -50,6 +65,7 @@ from ngd_workers.contract.spec.tasks import (
     Translation,
     UserTask,
 )
+from ngd_workers.contract.spec.texts import TextPairs, Tokens
 from ngd_workers.contract.spec.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -66,6 +82,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "AnySpec",
+    "Augment",
     "BPETokenizer",
     "Batch",
     "ByteTokenizer",
@@ -77,12 +94,17 @@ __all__ = [
     "EncoderDecoder",
     "Erasing",
     "Failure",
+    "HuggingFace",
     "ImageClassification",
+    "ImageFolder",
+    "ImageSettings",
     "InitChoice",
     "InitFromCheckpoint",
     "InitFromFile",
     "Job",
     "JobSpec",
+    "JpegNpz",
+    "KeptCheckpoints",
     "Labelling",
     "LanguageModelling",
     "Loading",
@@ -90,12 +112,20 @@ __all__ = [
     "Mixup",
     "ModelChoice",
     "NGDOptimizer",
+    "NoAugment",
+    "OnBadSample",
     "OptimizerChoice",
+    "OwnLoop",
+    "PadCrop",
+    "Parquet",
     "PolynomialLR",
+    "RandomResizedCrop",
     "Regression",
     "Resources",
     "Schedule",
+    "ShardCache",
     "SmallCNN",
+    "Table",
     "Target",
     "TaskChoice",
     "TextPairs",
@@ -109,6 +139,7 @@ __all__ = [
     "UserData",
     "UserModel",
     "UserTask",
+    "WebDataset",
     "WordTokenizer",
     "spec_class",
     "spec_of_json",

@@ -10,7 +10,6 @@ __all__ = [
     "MAX_STEPS",
     "NAME_PATTERN",
     "Function",
-    "MetricName",
     "Options",
     "SpecModel",
 ]
@@ -61,9 +60,6 @@ Function = Annotated[
     str,
     Field(pattern=FUNCTION_PATTERN, description="package.module:function; the workers must be able to import it."),
 ]
-
-
-MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 
 
 class SpecModel(BaseModel):

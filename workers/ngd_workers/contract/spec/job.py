@@ -6,7 +6,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ngd_dist.config import QuadraticModel, Single
-from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, MetricName, Options, SpecModel
+from ngd_workers.contract.names import MetricName
+from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, Options, SpecModel
 from ngd_workers.contract.spec.models import InitChoice, ModelChoice
 from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
@@ -22,7 +23,7 @@ from ngd_workers.contract.spec.run import (
 from ngd_workers.contract.spec.sources import DataChoice
 from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
 
-__all__ = ["AnySpec", "Job", "JobSpec", "LoopSpec", "spec_class", "spec_of_json"]
+__all__ = ["AnySpec", "Job", "JobSpec", "KeptCheckpoints", "LoopSpec", "OwnLoop", "spec_class", "spec_of_json"]
 
 
 class Job(SpecModel):

@@ -43,6 +43,15 @@ class MLP(SpecModel):
     ] = (128,)
 
 
+Stem = Annotated[
+    Literal["imagenet", "cifar"],
+    Field(
+        description="cifar: for images of about 32x32. A ResNet begins with a 3x3 convolution of stride 1 and no "
+        "pooling; a VGG ends with one linear layer on the mean of its features."
+    ),
+]
+
+
 class TransformerSizes(SpecModel):
     """What the Transformers of this package have in common."""
 
@@ -87,11 +96,7 @@ class Torchvision(SpecModel):
     name: str = Field(
         max_length=100, description="A name that torchvision.models.list_models() gives: resnet50, vgg16_bn."
     )
-    stem: Literal["imagenet", "cifar"] = Field(
-        default="imagenet",
-        description="cifar: for images of about 32x32. A ResNet begins with a 3x3 convolution of stride 1 and no "
-        "pooling; a VGG ends with one linear layer on the 1x1 features.",
-    )
+    stem: Stem = "imagenet"
     options: Options = Field(default={}, description="Keyword arguments passed to torchvision's function.")
 
 
@@ -105,6 +110,7 @@ class Timm(SpecModel):
     name: str = Field(
         max_length=100, description="A name that timm.list_models() gives: resnet50d, vit_tiny_patch16_224."
     )
+    stem: Stem = "imagenet"
     options: Options = Field(default={}, description="Keyword arguments passed to timm.create_model.")
 
 

@@ -4,7 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ngd_workers.contract.spec.base import MAX_SAMPLES, MAX_STEPS, MetricName, SpecModel
+from ngd_workers.contract.names import MetricName
+from ngd_workers.contract.spec.base import MAX_SAMPLES, MAX_STEPS, SpecModel
 
 __all__ = ["Batch", "Checkpoint", "ConstantLR", "Failure", "Loading", "PolynomialLR", "Resources", "Schedule", "Target"]
 

@@ -1,20 +1,33 @@
 """The data that a job may train on."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ngd_workers.contract.spec.base import Function, Options, SpecModel
-from ngd_workers.contract.spec.tokenizers import BPETokenizer, TokenizerChoice, TokenizerFile
+from ngd_workers.contract.spec.images import ImageSettings, OnBadSample
+from ngd_workers.contract.spec.texts import TextPairs, Tokens
 
 __all__ = [
     "IDX",
     "DataChoice",
     "Digits",
-    "TextPairs",
-    "Tokens",
+    "HuggingFace",
+    "ImageFolder",
+    "JpegNpz",
+    "Parquet",
+    "ShardCache",
+    "Table",
     "UserData",
+    "WebDataset",
 ]
+
+
+_tuple: Any = BeforeValidator(  # YAML has no tuples
+    lambda given: tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
+)
+Columns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _tuple]
+Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _tuple]
 
 
 class Digits(SpecModel):
@@ -37,98 +50,144 @@ class IDX(SpecModel):
     std: float = Field(default=1.0, gt=0, description="Divisor of the pixels, after the mean is subtracted.")
 
 
-class Tokens(SpecModel):
-    """Text for a language model: text files, or files of token numbers, which are mapped into memory and may be larger.
+class ImageFolder(SpecModel):
+    """Image files in a folder for each part and, in it, for each class: `train/<class>/<image>`."""
 
-    A sample is `length` tokens and, for each of them, the token that follows it. Sample i begins at token i * length.
-    """
-
-    kind: Literal["tokens"] = "tokens"
-    train: str = Field(
+    kind: Literal["image_folder"] = "image_folder"
+    directory: str = Field(
         min_length=1,
-        description="The training text: .npy or .bin with token numbers; any other file is text in UTF-8, gzipped if "
-        "its name ends in .gz. A relative path starts at NGD_DATA_DIR or --data-dir.",
+        description="Folder with the two parts; a relative path starts at NGD_DATA_DIR or --data-dir.",
     )
-    test: str | None = Field(default=None, min_length=1, description="The test text; or give test_fraction.")
-    test_fraction: float | None = Field(
-        default=None, gt=0, lt=1, description="Share of the training file, its end, that is the test text instead."
+    train: str = Field(default="train", min_length=1, description="Folder of the training images, in the directory.")
+    test: str = Field(default="val", min_length=1, description="Folder of the test images, in the directory.")
+    images: ImageSettings = ImageSettings()
+    on_bad_sample: OnBadSample = "raise"
+
+
+class ShardCache(SpecModel):
+    """Where shards from afar are kept on a disk of the worker's machine; all its workers share it."""
+
+    directory: str = Field(min_length=1, description="Folder on a local disk; an absolute path.")
+    bytes: int = Field(ge=1, le=2**63 - 1, description="Most that its shards may take together; the oldest go first.")
+
+    @model_validator(mode="after")
+    def _absolute(self) -> Self:
+        if not self.directory.startswith("/"):
+            raise ValueError(f"cache.directory must be an absolute path, got {self.directory!r}")
+        return self
+
+
+class WebDataset(SpecModel):
+    """Images in tar shards with an index for each part, as `ngd data pack` makes them; on a disk or far away."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    directory: str = Field(
+        min_length=1,
+        description="Folder with the two parts, or its URL: http(s)://, s3:// or another that fsspec opens; a "
+        "relative path starts at NGD_DATA_DIR or --data-dir.",
     )
-    length: int = Field(ge=1, le=2**24, description="Tokens of a sample.")
-    tokenizer: TokenizerChoice | None = Field(
-        default=None, description="For text. For token numbers: the file tokenizer that made them, or None."
-    )
-    vocabulary: int | None = Field(
+    train: str = Field(default="train", min_length=1, description="Folder of the training shards, in the directory.")
+    test: str = Field(default="val", min_length=1, description="Folder of the test shards, in the directory.")
+    images: ImageSettings = ImageSettings()
+    lanes: int | None = Field(
         default=None,
         ge=1,
-        le=2**31,
-        description="Number of different tokens in files of token numbers; None: the tokenizer's.",
+        le=2**20,
+        description="Streams of shards that a global batch is taken from; a rank reads global_size / workers of "
+        "them. It divides batch.global_size. None: one per shard, or the next fewer that divide it.",
     )
-    dtype: Literal["uint16", "uint32"] | None = Field(
-        default=None, description="Numbers in a .bin file, little-endian; None: uint16. A .npy file says its own."
+    window: int = Field(default=4, ge=1, le=2**20, description="Shards of a lane in which samples are shuffled.")
+    cache: ShardCache | None = Field(
+        default=None, description="Keeps whole shards from afar on disk; None: each sample is read by its own request."
+    )
+    storage_options: Options = Field(
+        default={},
+        description="Keyword arguments of fsspec's file system for the URL, such as anon or endpoint_url. No keys: the "
+        "spec is stored. S3's come from the workers' environment.",
+    )
+    on_bad_sample: OnBadSample = "raise"
+
+    @model_validator(mode="after")
+    def _cache_is_used(self) -> Self:
+        if "://" not in self.directory and (self.cache or self.storage_options):
+            given = "cache" if self.cache else "storage_options"
+            raise ValueError(f"{given} is for a directory with a URL, got {self.directory!r}; leave {given} out")
+        return self
+
+
+class JpegNpz(SpecModel):
+    """JPEG files with a common header in one .npz file: arrays header, body, offsets and labels.
+
+    Image i is header + body[offsets[i]:offsets[i + 1]], and labels[i] its class.
+    """
+
+    kind: Literal["jpeg_npz"] = "jpeg_npz"
+    file: str = Field(min_length=1, description="The file; a relative path starts at NGD_DATA_DIR or --data-dir.")
+    train_samples: int = Field(ge=1, description="The first so many images are for training, the others for test.")
+    images: ImageSettings = ImageSettings()
+    on_bad_sample: OnBadSample = "raise"
+
+
+class Table(SpecModel):
+    """The columns of a table that hold a sample: an image or numbers, and its class or the numbers to predict."""
+
+    image: str | None = Field(default=None, description="Column with an image file's bytes; give this or features.")
+    features: Columns = Field(default=(), description="Columns of numbers, or of lists of equally many numbers.")
+    label: str | None = Field(default=None, description="Column with the class, a whole number; give this or target.")
+    target: Columns = Field(default=(), description="Columns with the numbers to predict; not for images.")
+    classes: int | None = Field(
+        default=None, ge=1, description="Number of classes; None: the largest label for training, plus one."
+    )
+    images: ImageSettings | None = Field(default=None, description="For an image column; None: the defaults.")
+    on_bad_sample: OnBadSample = "raise"
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.image is None) != bool(self.features):
+            raise ValueError(
+                f"give exactly one of image and features, got image={self.image} and features={list(self.features)}"
+            )
+        if (self.label is None) != bool(self.target):
+            raise ValueError(
+                f"give exactly one of label and target, got label={self.label} and target={list(self.target)}"
+            )
+        if self.image is not None and self.target:
+            raise ValueError(f"an image takes a label, got target={list(self.target)}; for other data take function")
+        if self.images is not None and self.image is None:
+            raise ValueError("images is for an image column, and image is not given; leave images out")
+        if self.classes is not None and self.label is None:
+            raise ValueError(f"classes is for a label column, got {self.classes} without label; leave classes out")
+        return self
+
+
+class Parquet(Table):
+    """Rows of Parquet files. Their row groups are read whole, a few at a time."""
+
+    kind: Literal["parquet"] = "parquet"
+    train: Paths = Field(
+        min_length=1,
+        description="Files of the training part, or folders whose *.parquet files are taken by name; relative paths "
+        "start at NGD_DATA_DIR or --data-dir.",
+    )
+    test: Paths = Field(min_length=1, description="Files or folders of the test part.")
+    window: int = Field(
+        default=4,
+        ge=1,
+        le=2**20,
+        description="Row groups in which training rows are shuffled. Each worker, or each of its loading processes, "
+        "keeps so many and one more in memory.",
     )
 
-    @property
-    def is_text(self) -> bool:
-        """Whether the files hold text, and not token numbers."""
-        return not self.train.endswith((".npy", ".bin"))
 
-    @model_validator(mode="after")
-    def _files_agree(self) -> Self:
-        if (self.test is None) == (self.test_fraction is None):
-            raise ValueError(f"give exactly one of test and test_fraction, got {self.test!r} and {self.test_fraction}")
-        if self.test is not None and self.test.endswith((".npy", ".bin")) == self.is_text:
-            raise ValueError(f"train and test must both be text or both token numbers, got {self.train}, {self.test}")
-        return self
+class HuggingFace(Table):
+    """A DatasetDict that Hugging Face's `datasets` has saved by save_to_disk. Needs ngd-workers[datasets]."""
 
-    @model_validator(mode="after")
-    def _vocabulary_is_set_once(self) -> Self:
-        if self.is_text and (self.tokenizer is None or self.vocabulary is not None):
-            raise ValueError(
-                f"text, {self.train!r}, needs a tokenizer, which decides the vocabulary, got tokenizer "
-                f"{self.tokenizer and self.tokenizer.kind} and vocabulary {self.vocabulary}; take "
-                f"{{kind: characters}}, say"
-            )
-        if self.is_text:
-            return self
-        is_file = isinstance(self.tokenizer, TokenizerFile)
-        if (self.tokenizer is not None and not is_file) or is_file == (self.vocabulary is not None):
-            raise ValueError(
-                f"token numbers, {self.train!r}, need either vocabulary or a tokenizer of kind file, got tokenizer "
-                f"{self.tokenizer and self.tokenizer.kind} and vocabulary {self.vocabulary}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _dtype_is_read(self) -> Self:
-        names = [name for name in (self.train, self.test) if name is not None]
-        if self.dtype is not None and not any(name.endswith(".bin") for name in names):
-            raise ValueError(f"dtype is for .bin files, got dtype {self.dtype} for {', '.join(names)}; leave it out")
-        return self
-
-
-class TextPairs(SpecModel):
-    """Sentences in two languages, in files aligned by line: `<train>.<source>` and `<train>.<target>`, plain or .gz."""
-
-    kind: Literal["text_pairs"] = "text_pairs"
+    kind: Literal["huggingface"] = "huggingface"
     directory: str = Field(
-        min_length=1, description="Folder with the files; a relative path starts at NGD_DATA_DIR or --data-dir."
+        min_length=1, description="The saved folder; a relative path starts at NGD_DATA_DIR or --data-dir."
     )
-    train: str = Field(default="train", min_length=1, description="First part of the names of the training files.")
-    test: str = Field(default="test", min_length=1, description="First part of the names of the test files.")
-    source: str = Field(min_length=1, max_length=40, description="Ending of the source language's files: en.")
-    target: str = Field(min_length=1, max_length=40, description="Ending of the target language's files: de.")
-    tokenizer: TokenizerChoice = Field(
-        default=BPETokenizer(), description="For both languages, learned from both, or for the source language alone."
-    )
-    target_tokenizer: TokenizerChoice | None = Field(
-        default=None, description="For the target language, learned from it alone; None: the one of both languages."
-    )
-    max_length: int = Field(default=128, ge=1, le=2**20, description="Most tokens of a sentence.")
-    longer: Literal["drop", "cut"] = Field(
-        default="drop",
-        description="Training pairs with a longer sentence are left out, or both sentences are cut. Test sentences are "
-        "always cut, and their references never are. How many were is logged.",
-    )
+    train: str = Field(default="train", min_length=1, description="Name of the training part.")
+    test: str = Field(default="test", min_length=1, description="Name of the test part.")
 
 
 class UserData(SpecModel):
@@ -142,6 +201,11 @@ class UserData(SpecModel):
 DataChoice = Annotated[
     Digits
     | IDX
+    | ImageFolder
+    | WebDataset
+    | JpegNpz
+    | Parquet
+    | HuggingFace
     | Tokens
     | TextPairs
     # one choice a line

@@ -3,7 +3,7 @@
 import math
 from datetime import UTC, datetime
 
-__all__ = ["ago", "binary_bytes", "duration", "moment", "number", "percent"]
+__all__ = ["NOTHING", "ago", "binary_bytes", "duration", "moment", "number", "percent"]
 
 NOTHING = "—"
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")

@@ -1,0 +1,44 @@
+"""The loop of one's own in the guide: it learns, and goes on at another number of ranks."""
+
+import pytest
+
+from ngd_workers.contract.rundir import AttemptDir
+from ngd_workers.contract.spec import LoopSpec
+from ngd_workers.contract.spec_problems import parse_spec
+from ngd_workers.launch.attempt import run_rank
+from tests.support.attempts import make_attempt, records, spooled
+from tests.support.ranks import run_ranks
+
+
+def job(workers: int = 1, **changes: object) -> LoopSpec:
+    train = {"function": "examples.jobs.own_loop:train", "options": {"width": 16, "steps": 100}, "steps": 100}
+    spec = parse_spec({"name": "sine", "train": train, "resources": {"workers": workers}} | changes)
+    assert isinstance(spec, LoopSpec)
+    return spec
+
+
+def ran(rank: int, world_size: int, attempt: AttemptDir) -> dict[str, object]:
+    return run_rank(attempt).model_dump(exclude={"seconds"})
+
+
+def test_own_loop_learns_and_stops_at_its_target(tmp_path):
+    attempt = make_attempt(tmp_path, job(target={"metric": "loss", "value": 0.1, "stop": True}))
+
+    outcome = run_rank(attempt)
+
+    assert outcome.result == "succeeded", outcome.message
+    assert outcome.target_step == outcome.step
+    assert outcome.metrics["loss"] <= 0.1 < records(spooled(attempt))[0].metrics["loss"]
+
+
+@pytest.mark.ranks
+def test_own_loop_goes_on_at_another_world_size(tmp_path):
+    first = make_attempt(tmp_path, job(workers=2))
+    run_ranks(2, ran, first)
+    (tmp_path / "checkpoints" / "step-00000100" / "state.pt").write_bytes(b"lost")
+    second = make_attempt(tmp_path, job(), number=2)
+
+    outcome = run_rank(second)
+
+    assert outcome.result == "succeeded", outcome.message
+    assert [record.step for record in records(spooled(second))] == list(range(51, 101))
