@@ -50,7 +50,7 @@ def reduced(spec: JobSpec) -> JobSpec:
     return JobSpec.model_validate(content)
 
 
-@pytest.mark.parametrize("name", [name + ending for name in NAMES for ending in ("", "-adamw")])
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(f"{name}-adamw", marks=pytest.mark.slow) for name in NAMES)])
 def test_recipe_trains_and_goes_on_from_its_checkpoint(tmp_path, name):
     write_data(tmp_path)
     path = FOLDER / f"{name}.yaml"
