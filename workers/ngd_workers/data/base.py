@@ -72,18 +72,19 @@ class TokenSequences:
 
 @dataclass(frozen=True, slots=True)
 class TokenPairs:
-    """Batches (x, y): sources int64 [N, S] and targets [N, T], each from `bos` to `eos`, then `padding` on the right.
+    """Batches (x, y): sources int64 [N, S] and targets int64 [N, T], each from bos to eos and then padded on the right.
 
-    Test batches are (x, y, references), with the target texts as they are in the file.
+    Test batches are (x, y, references): the references are a list of the target texts as they are in the file.
 
-    length: most tokens of a row, bos and eos among them. vocabulary: of the target. The numbers of padding, bos and eos
-    are the same in both vocabularies.
+    source_vocabulary, source_padding: of the source. vocabulary, padding, bos, eos: of the target.
+    length: most tokens of a row, bos and eos among them.
     decode: makes text of the target's token numbers.
     """
 
     source_vocabulary: int
     vocabulary: int
     length: int
+    source_padding: int
     padding: int
     bos: int
     eos: int
