@@ -27,6 +27,16 @@ SERIES = """title => {
   return chart.getOption().series.map(series => series.data);
 }"""
 
+MARKED_STEPS = """title => {
+  const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === title);
+  const chart = getElement(panel.querySelector('.nicegui-echart').id.slice(1)).chart;
+  return chart.getOption().series.at(-1).markLine.data.map(line => line.xAxis);
+}"""
+IN_ONE_GROUP = """['Loss', 'Mean reward', 'Throughput'].every(title => {
+  const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === title);
+  return getElement(panel.querySelector('.nicegui-echart').id.slice(1)).chart.group === 'steps';
+})"""
+
 
 @dataclass
 class Worker:
@@ -189,6 +199,32 @@ def test_checkpoints_and_tests_reach_the_charts_by_themselves(
     assert frames.num_bytes - before < 3 * MOST_BYTES_PER_STEP
     expect(page.locator("time").first).to_have_text(re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$"))
     expect(page.get_by_text("times in UTC")).to_be_visible()
+
+
+def test_chart_of_a_metric_that_comes_late_is_drawn_and_moves_with_the_others(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    worker.has_done(40, 4)
+    settled(page, open_job(page, service, worker), worker, 40, 4)
+    worker.tells(CheckpointSaved(step=41, path="checkpoints/step-00000041", bytes=2048))
+    expect(page.get_by_text("Checkpoint of step 41 saved")).to_be_attached(timeout=DRAW_MS)
+    expect(page.get_by_role("alert").filter(has_text="could not be read")).to_be_hidden()
+
+    for step in (42, 43):
+        record = long_record(step, 4)
+        more = {"metrics": record.metrics | {"mean_reward": step / 2}, "skipped_samples": 2}
+        worker.tells(Steps(records=[record.model_copy(update=more)]))
+        see_step(page, step)
+
+    expect(page.get_by_role("img", name="Mean reward", exact=True)).to_be_visible(timeout=DRAW_MS)
+    page.wait_for_function(f"(({SERIES})('Mean reward'))[0].length === 2", timeout=DRAW_MS)
+    assert page.evaluate(SERIES, "Mean reward")[0] == [[42, 21], [43, 21.5]]
+    assert page.evaluate(SERIES, "Accuracy")[0][-1][0] == 43
+    page.wait_for_function(IN_ONE_GROUP, timeout=DRAW_MS)
+    assert page.evaluate(MARKED_STEPS, "Mean reward") == page.evaluate(MARKED_STEPS, "Loss") == [0, 41]
+    expect(page.get_by_text("Training mean reward")).to_be_visible()
+    expect(page.get_by_text("2 samples could not be read and were left out")).to_be_visible()
 
 
 def test_page_says_that_it_has_no_connection_and_goes_on_when_it_is_back(

@@ -11,6 +11,7 @@ from ngd_service.dispatchers.files import AttemptFiles
 from ngd_service.errors import InvalidSpecError, StartupError
 from ngd_service.settings import load_settings
 from ngd_service.validation import refuse_unlisted
+from ngd_workers.contract.spec import Job, UserModel
 from tests.support.attempts import small_spec
 from tests.support.service_process import ServiceProcess
 
@@ -37,6 +38,23 @@ def test_module_that_is_not_listed_is_refused(part: str, address: str) -> None:
     (item,) = caught.value.errors
     assert (item.pointer, item.code) == (f"/{part}/function", "function_not_listed")
     assert item.detail == f'{part}.function must be of the modules mine, theirs.models, got "{address}"'
+
+
+class OwnLoop(Job):
+    """A kind of job that the service need not know to find the function in it, and the one in a list."""
+
+    train: UserModel
+    parts: tuple[UserModel, ...]
+
+
+def test_function_is_found_in_whichever_part_names_it() -> None:
+    listed, other = UserModel(function="mine:train", options={"function": "os:system"}), UserModel(function="os:system")
+
+    refuse_unlisted(OwnLoop(name="own", train=listed, parts=(listed,)), ("mine",))
+    with pytest.raises(InvalidSpecError) as caught:
+        refuse_unlisted(OwnLoop(name="own", train=other, parts=(listed, other)), ("mine",))
+
+    assert [item.pointer for item in caught.value.errors] == ["/train/function", "/parts/1/function"]
 
 
 def test_built_in_models_and_data_need_no_list() -> None:

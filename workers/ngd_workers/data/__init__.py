@@ -8,10 +8,21 @@ from pathlib import Path
 
 from ngd_workers.contract.errors import InvalidDataError, UserCodeError
 from ngd_workers.contract.spec import DataChoice, UserData
-from ngd_workers.data.base import Dataset, Fetches, Images, Part, Shards, Vectors
+from ngd_workers.data.base import Dataset, Fetches, Images, Part, Shards, TokenPairs, TokenSequences, Vectors
 from ngd_workers.functions import call_user, load_function
 
-__all__ = ["SOURCES", "Dataset", "Fetches", "Images", "Part", "Shards", "Vectors", "load_dataset"]
+__all__ = [
+    "SOURCES",
+    "Dataset",
+    "Fetches",
+    "Images",
+    "Part",
+    "Shards",
+    "TokenPairs",
+    "TokenSequences",
+    "Vectors",
+    "load_dataset",
+]
 
 SOURCES: dict[str, str] = {
     "digits": "ngd_workers.data.digits:load",
@@ -21,6 +32,8 @@ SOURCES: dict[str, str] = {
     "huggingface": "ngd_workers.data.huggingface:load",
     "image_folder": "ngd_workers.data.image_folder:load",
     "webdataset": "ngd_workers.data.webdataset:load",
+    "tokens": "ngd_workers.data.tokens:load",
+    "text_pairs": "ngd_workers.data.text_pairs:load",
 }
 
 

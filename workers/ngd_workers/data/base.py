@@ -6,10 +6,10 @@ once as one batch has `batch_of(indices)` as well.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Dataset", "Fetches", "Images", "Part", "Shards", "Vectors"]
+__all__ = ["Dataset", "Fetches", "Images", "Part", "Shards", "TokenPairs", "TokenSequences", "Vectors"]
 
 
 @runtime_checkable
@@ -49,6 +49,50 @@ class Vectors:
 
     width: int
     outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequences:
+    """Batches (x, y), int64 [N, length] both: tokens in [0, vocabulary), and the token after each; -100: none.
+
+    varies: whether training samples may lack a following token at some positions. Test samples may in any case.
+    decode: makes text of token numbers; None: not known.
+    """
+
+    vocabulary: int
+    length: int
+    varies: bool = False
+    decode: Callable[[Sequence[int]], str] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def outputs(self) -> int:
+        """The numbers that a model gives for each position."""
+        return self.vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPairs:
+    """Batches (x, y): sources int64 [N, S] and targets [N, T], each from `bos` to `eos`, then `padding` on the right.
+
+    Test batches are (x, y, references), with the target texts as they are in the file.
+
+    length: most tokens of a row, bos and eos among them. vocabulary: of the target. The numbers of padding, bos and eos
+    are the same in both vocabularies.
+    decode: makes text of the target's token numbers.
+    """
+
+    source_vocabulary: int
+    vocabulary: int
+    length: int
+    padding: int
+    bos: int
+    eos: int
+    decode: Callable[[Sequence[int]], str] = field(repr=False, compare=False)
+
+    @property
+    def outputs(self) -> int:
+        """The numbers that a model gives for each position of the target."""
+        return self.vocabulary
 
 
 @dataclass(frozen=True, slots=True)

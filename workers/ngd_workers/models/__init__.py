@@ -22,6 +22,8 @@ MODELS: dict[str, str] = {
     "torchvision": "ngd_workers.models.torchvision_model:build",
     "timm": "ngd_workers.models.timm_model:build",
     "transformers": "ngd_workers.models.transformers_model:build",
+    "gpt": "ngd_workers.models.gpt:build",
+    "encoder_decoder": "ngd_workers.models.encoder_decoder:build",
 }
 
 

@@ -19,6 +19,8 @@ TASKS: dict[str, str] = {
     "labelling": "ngd_workers.tasks.labelling:build",
     "regression": "ngd_workers.tasks.regression:build",
     "function": "ngd_workers.tasks.user_task:build",
+    "language_modelling": "ngd_workers.tasks.language_modelling:build",
+    "translation": "ngd_workers.tasks.translation:build",
 }
 
 

@@ -8,7 +8,7 @@ any number of ranks and of micro-batches. Metrics come from `sums`, which the lo
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ class Task(ABC):
 
     metrics: tuple[Metric, ...] = (LOSS,)
     likelihood: LikelihoodChoice | None = None
-    counts_vary: ClassVar[bool] = False
+    counts_vary: bool = False
 
     def count(self, batch: Batch) -> Tensor | int:
         """Returns the terms of the batch's mean loss, before its forward pass. Needed where `counts_vary`."""

@@ -1,7 +1,7 @@
 """One class for each position of a sample: segmentation of images, tags of tokens."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class LabellingTask(Task):
         Metric(name="accuracy", label="accuracy", better="higher", unit="share"),
         LOSS,
     )
-    counts_vary: ClassVar[bool] = True
+    counts_vary = True
 
     def __init__(self, choice: Labelling, classes: int) -> None:
         self._ignore, self._class_dim, self._classes = choice.ignore, choice.class_dim, classes

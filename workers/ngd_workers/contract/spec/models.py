@@ -1,13 +1,15 @@
 """The models that a job may train."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ngd_workers.contract.spec.base import Function, Options, SpecModel
 
 __all__ = [
+    "GPT",
     "MLP",
+    "EncoderDecoder",
     "InitChoice",
     "InitFromCheckpoint",
     "InitFromFile",
@@ -48,6 +50,43 @@ Stem = Annotated[
         "pooling; a VGG ends with one linear layer on the mean of its features."
     ),
 ]
+
+
+class TransformerSizes(SpecModel):
+    """What the Transformers of this package have in common."""
+
+    width: int = Field(default=128, ge=1, le=65536, description="Numbers for each token between the layers.")
+    heads: int = Field(default=4, ge=1, le=1024, description="Heads of attention; they divide width.")
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share set to 0 in training: of embeddings, attention, each layer's sum.",
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width ({self.width}), got {self.heads}")
+        return self
+
+
+class GPT(TransformerSizes):
+    """A decoder-only Transformer as GPT-2: learned positions, pre-norm blocks, GELU; its head has weights of its own.
+
+    Weights that two modules share are left to the fallback of optimizer ngd.
+    """
+
+    kind: Literal["gpt"] = "gpt"
+    layers: int = Field(default=4, ge=1, le=1024, description="Blocks of attention and a hidden layer of 4 * width.")
+
+
+class EncoderDecoder(TransformerSizes):
+    """A Transformer for pairs of texts: learned positions, pre-norm blocks, GELU; no weights are shared."""
+
+    kind: Literal["encoder_decoder"] = "encoder_decoder"
+    encoder_layers: int = Field(default=3, ge=1, le=1024, description="Blocks that read the source.")
+    decoder_layers: int = Field(default=3, ge=1, le=1024, description="Blocks that write the target.")
 
 
 class Torchvision(SpecModel):
@@ -98,7 +137,15 @@ class UserModel(SpecModel):
 
 
 ModelChoice = Annotated[
-    SmallCNN | MLP | Torchvision | Timm | Transformers | UserModel,
+    SmallCNN
+    | MLP
+    | GPT
+    | EncoderDecoder
+    | Torchvision
+    | Timm
+    | Transformers
+    # one choice a line
+    | UserModel,
     Field(discriminator="kind"),
 ]
 

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ngd_workers.contract.spec.base import Function, Options, SpecModel
 from ngd_workers.contract.spec.images import ImageSettings, OnBadSample
+from ngd_workers.contract.spec.texts import TextPairs, Tokens
 
 __all__ = [
     "IDX",
@@ -205,6 +206,8 @@ DataChoice = Annotated[
     | JpegNpz
     | Parquet
     | HuggingFace
+    | Tokens
+    | TextPairs
     # one choice a line
     | UserData,
     Field(discriminator="kind"),

@@ -6,7 +6,17 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ngd_workers.contract.spec.base import Function, Options, SpecModel
 
-__all__ = ["Erasing", "ImageClassification", "Labelling", "Mixup", "Regression", "TaskChoice", "UserTask"]
+__all__ = [
+    "Erasing",
+    "ImageClassification",
+    "Labelling",
+    "LanguageModelling",
+    "Mixup",
+    "Regression",
+    "TaskChoice",
+    "Translation",
+    "UserTask",
+]
 
 
 class Mixup(SpecModel):
@@ -85,6 +95,29 @@ class Regression(SpecModel):
     )
 
 
+class LanguageModelling(SpecModel):
+    """The next token of a text, at each position: cross-entropy, the mean over tokens. Padding counts for nothing."""
+
+    kind: Literal["language_modelling"] = "language_modelling"
+
+
+class Translation(SpecModel):
+    """A sentence for each sentence: cross-entropy over the target's tokens; on the test data BLEU, too.
+
+    In training the model sees the true tokens before each position. For BLEU it translates by itself, and takes the
+    likeliest token at each position (greedy decoding).
+    """
+
+    kind: Literal["translation"] = "translation"
+    max_length: int | None = Field(
+        default=None, ge=1, le=2**20, description="Most tokens of a translation; None: data.max_length."
+    )
+    bleu_tokenizer: Literal["13a", "intl", "char", "zh", "none"] = Field(
+        default="13a", description="sacrebleu's tokenizer: scores are comparable under the same one only."
+    )
+    bleu_lowercase: Literal[True, False] = Field(default=False, description="Whether BLEU ignores case.")
+
+
 class UserTask(SpecModel):
     """The user's own `package.module:function`: a training step, or a function that makes a task.
 
@@ -99,6 +132,12 @@ class UserTask(SpecModel):
 
 
 TaskChoice = Annotated[
-    ImageClassification | Labelling | Regression | UserTask,
+    ImageClassification
+    | Labelling
+    | Regression
+    | LanguageModelling
+    | Translation
+    # one choice a line
+    | UserTask,
     Field(discriminator="kind"),
 ]
