@@ -128,11 +128,11 @@ def test_tokens_are_labelled_by_a_model_of_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("choice", "shape", "message"),
     [
-        (Torchvision(name="resnet81"), RGB, r"torchvision's models, got 'resnet81' \(did you mean 'resnet18'\?"),
-        (Torchvision(name="fcn_resnet50"), RGB, "must be one of torchvision's models, got 'fcn_resnet50'"),
-        (Timm(name="resnet18x"), RGB, r"timm's models, got 'resnet18x' \(did you mean 'resnet18"),
+        (Torchvision(name="resnet81"), RGB, r"the models of torchvision, got 'resnet81' \(did you mean 'resnet18'\?"),
+        (Torchvision(name="fcn_resnet50"), RGB, "must be one of the models of torchvision, got 'fcn_resnet50'"),
+        (Timm(name="resnet18x"), RGB, r"the models of timm, got 'resnet18x' \(did you mean 'resnet18"),
         (Transformers(name="GPT2LMHedModel"), None, r"got 'GPT2LMHedModel' \(did you mean 'GPT2LMHeadModel'"),
-        (Transformers(name="torch"), None, "must be one of transformers's models, got 'torch'"),
+        (Transformers(name="torch"), None, "must be one of the models of transformers, got 'torch'"),
         (Transformers(name="GPT2LMHeadModel", options={"n_layers": 2}), None, r"no field 'n_layers' .*mean 'n_layer'"),
         (
             Torchvision(name="resnet18", options={"width": 2}),

@@ -435,5 +435,30 @@ def test_a_function_that_is_no_task_fails_with_its_remedy(tmp_path, name, optimi
     assert re.search(message, outcome.message), outcome.message
 
 
+def tagged():
+    torch.manual_seed(0)
+    x = torch.randn(96, 6)
+    return Dataset(*(TensorPart(part, (part[:, :3] > 0).float()) for part in (x[:64], x[64:])), Vectors(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "metric"), [("rows", "huber", "loss"), ("tagged", "Tagging", "recall")], ids=["step", "task"]
+)
+def test_tasks_of_the_guide_train(tmp_path, data, task, metric):
+    fisher = {"kind": "empirical"} if task == "huber" else {"kind": "exact"}
+    spec = small_spec(
+        data=function(data),
+        model=function("linear"),
+        task={"kind": "function", "function": f"examples.jobs.own_task:{task}"},
+        optimizer={"kind": "ngd", "lr": 0.1, "damping": 0.1, "fisher": fisher},
+        batch={"global_size": 32},
+    )
+
+    outcome = run_rank(make_attempt(tmp_path, spec))
+
+    assert outcome.message is None
+    assert next(iter(outcome.metrics)) == metric
+
+
 def test_a_task_is_built_from_the_address_of_a_function():
     assert build_task(UserTask(function=f"{HERE}:squared_error"), None).metrics == (LOSS,)

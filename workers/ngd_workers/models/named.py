@@ -26,7 +26,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> SpecError:
     """Returns the error for a name that the library does not know."""
     known = list(known)
     hint = did_you_mean(name, known) or f"it has {len(known)}, such as {', '.join(known[:3])}"
-    return SpecError(f"model.name must be one of {kind}'s models, got {name!r} ({hint})")
+    return SpecError(f"model.name must be one of the models of {kind}, got {name!r} ({hint})")
 
 
 def made(kind: str, function: Callable[..., nn.Module], **options: Any) -> nn.Module:

@@ -36,5 +36,6 @@ def _sizes(shape: Any) -> dict[str, int]:
     if isinstance(shape, Images):
         sizes = {"num_channels": shape.channels, "num_labels": shape.classes}
         return sizes | ({"image_size": shape.height} if shape.height == shape.width else {})
-    names = {"vocabulary": "vocab_size", "outputs": "num_labels"}
-    return {field: getattr(shape, name) for name, field in names.items() if getattr(shape, name, None) is not None}
+    if vocabulary := getattr(shape, "vocabulary", None):
+        return {"vocab_size": vocabulary}
+    return {"num_labels": shape.outputs} if getattr(shape, "outputs", None) else {}
