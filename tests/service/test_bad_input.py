@@ -55,7 +55,8 @@ NESTED: Any = functools.reduce(lambda inner, _: [inner], range(400), 0)
         ("modle", {}, "/modle", "unknown_field", "a job has no field 'modle'"),
         ("batch.global_siz", 8, "/batch/global_siz", "unknown_field", "batch has no field 'global_siz'"),
         ("model", {"kind": "small_cn"}, "/model/kind", "unknown_kind",
-         'must be one of small_cnn, mlp, function, got "small_cn"'),
+         'must be one of small_cnn, mlp, gpt, encoder_decoder, torchvision, timm, transformers, function, '
+         'got "small_cn"'),
         ("model", {"hidden": [3]}, "/model/kind", "missing", "is missing"),
         ("model", {"kind": "mlp", "hidden": [0]}, "/model/hidden/0", "out_of_range", "must be >= 1, got 0"),
         ("model", {"kind": "function", "function": "nothing"}, "/model/function", "invalid_choice",

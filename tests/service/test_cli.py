@@ -129,7 +129,8 @@ def test_bad_spec_is_explained_field_by_field(tmp_path: Path, url: str) -> None:
     result = ngd("submit", str(path), url=url)
 
     assert result.returncode == 1
-    assert 'model.kind must be one of small_cnn, mlp, function, got "small_cn" (did you mean' in result.stderr
+    assert "model.kind must be one of small_cnn, mlp, " in result.stderr
+    assert """function, got "small_cn" (did you mean 'small_cnn'?)""" in result.stderr
     assert "data is missing" in result.stderr
     assert "Traceback" not in result.stderr
 

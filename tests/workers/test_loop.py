@@ -173,6 +173,16 @@ def test_finished_run_that_is_run_again_trains_no_step(tmp_path):
             "at most the number of training samples, 1437, got 5000",
         ),
         (small_spec(data={"kind": "digits", "test_fraction": 0.001}), "InvalidSpec", "test_fraction 0.001"),
+        (
+            small_spec(target={"metric": "bleu", "value": 1.0}),
+            "InvalidSpec",
+            "target.metric must be a metric of the job's task, one of accuracy, loss, got 'bleu'",
+        ),
+        (
+            small_spec(target={"metric": "accuracy", "value": 97.0}),
+            "InvalidSpec",
+            r"target.value must be in \[0, 1\] for accuracy, a share, got 97",
+        ),
     ],
 )
 def test_hopeless_job_fails_with_one_clear_message(tmp_path, spec, reason, message):

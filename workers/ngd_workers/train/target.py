@@ -12,13 +12,18 @@ __all__ = ["is_reached", "reaches", "target_metric"]
 
 
 def target_metric(target: Target, task: Task) -> Metric:
-    """Returns the target's metric. Raises: SpecError if the task has no such metric."""
+    """Returns the target's metric. Raises: SpecError if the task has no such metric, or it can't have that value."""
     known = {metric.name: metric for metric in task.metrics}
     if target.metric not in known:
         raise SpecError(
             f"target.metric must be a metric of the job's task, one of {', '.join(known)}, got {target.metric!r}"
         )
-    return known[target.metric]
+    metric = known[target.metric]
+    if metric.unit == "share" and not 0 <= target.value <= 1:
+        raise SpecError(
+            f"target.value must be in [0, 1] for {metric.label}, a share, got {target.value:g}; divide by 100?"
+        )
+    return metric
 
 
 def reaches(target: Target, task: Task, tested: Mapping[str, float]) -> bool:
