@@ -48,6 +48,7 @@ class Curvature:
         self._sync = sync
         self._staleness, self._thresholds = config.staleness, config.preconditioner.thresholds
         self._inversion = config.inversion
+        self._power = config.power_of_positions
         methods = {name: covered.method for name, covered in layers.items()}
         self.caches = Caches(
             {name: method.entries for name, method in methods.items()},
@@ -162,7 +163,8 @@ class Curvature:
                 verdict = Verdict.UNUSABLE  # its layer may have run, but there is no basis to measure in
             return RefreshReport(verdict, Ending.OK)
         count, statistic = means.counts[key.layer], self.statistics[key]
-        mean = means.statistics[key].to(self._layers[key.layer].layer.dtype)
+        factor = count.positions.factor(statistic.spec, self._power)
+        mean = statistic.spec.form.times(means.statistics[key], factor).to(self._layers[key.layer].layer.dtype)
         if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
             return RefreshReport(Verdict.UNUSABLE, Ending.NON_FINITE, rows=count.rows)
         spread = statistic.spread

@@ -67,7 +67,8 @@ class NGD(Assembly):
 
         output: the model's result: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput. If keys name
             logits, the logits alone count. The likelihood of `config.fisher` reads all of them.
-        ignored: bool, in the shape of the output without C; true where the loss reads no prediction (label -100).
+        ignored: bool, in the shape of the output without C; true where the loss reads no prediction (label -100). Given
+            under the empirical Fisher too, it says that inputs may be padded where the output shows no padding.
 
         Call it once per forward pass, after the pass and before `loss.backward()`. It runs the backward passes that
         this step needs, often none, and touches no parameter's gradient.
@@ -242,7 +243,7 @@ class NGD(Assembly):
     def _collect(self, due: list[Key]) -> GlobalMeans:
         """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
         check_held(layer for layer in self.layers if any(p.grad is None for p in layer.parameters))
-        captured, wrong = self._capture.take(), self._capture.miscounted()
+        captured, wrong = self._capture.to_send(), self._capture.miscounted()
         for key, value in captured.items():
             self._sync.offer(key, value)
         counts = self._capture.estimates.counts(due, wrong, self._device, self._capture.measurement.spoiled)

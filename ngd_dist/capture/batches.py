@@ -23,7 +23,11 @@ STATE_IT = "state it: `with optimizer.samples(n): ...` around the forward pass"
 
 
 class Batch:
-    """One forward pass. `sizes`: those of its inputs in the sample dimension; empty without a call of the model."""
+    """One forward pass. `sizes`: those of its inputs in the sample dimension; empty without a call of the model.
+
+    `is_padded`: whether the loop has said that the loss ignores positions. Its own output need not show it: in a batch
+    of translations of one length, only the sources have padding.
+    """
 
     def __init__(self, dim: int, sizes: frozenset[int], stated: int | None = None) -> None:
         self._dim = dim
@@ -34,6 +38,7 @@ class Batch:
         self._read: dict[int, Tensor] = {}
         self._arrived: dict[int, dict[int, Tensor]] = {}
         self._positions: tuple[float, bool] | None = None
+        self.is_padded = False
 
     def returned(self, outputs: list[Tensor], class_dim: int, *, is_watched: bool) -> None:
         """Notes the outputs of the model and, if `is_watched`, the positions that get a gradient."""
@@ -84,7 +89,7 @@ class Batch:
             samples = self._samples or 1
             masks = [mask for mask in self._read.values() if mask.numel() > samples]
             counts = [int(mask.sum()) for mask in masks]
-            ignores = any(count < mask.numel() for count, mask in zip(counts, masks, strict=True))
+            ignores = self.is_padded or any(n < mask.numel() for n, mask in zip(counts, masks, strict=True))
             self._positions = max([1, *counts]) / samples if counts else 1.0, ignores
         return self._positions
 
@@ -163,6 +168,10 @@ class Batches:
         batch = self._calls.pop() if self._calls else None
         if batch is not None and output is not None:
             batch.returned(predictions(output), self._class_dim, is_watched=is_watched)
+
+    def note_padding(self) -> None:
+        """Notes that the loss of the latest pass ignores positions."""
+        self._latest.is_padded = True
 
     def current(self, *, is_recomputed: bool) -> Batch:
         """Returns the pass that a run belongs to: if it is run again in backward, the latest."""

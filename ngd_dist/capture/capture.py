@@ -27,7 +27,7 @@ from ngd_dist.capture.activations import Activations
 from ngd_dist.capture.batches import Batches
 from ngd_dist.capture.estimates import Estimates
 from ngd_dist.capture.loss_scale import LossScale
-from ngd_dist.capture.measurement import LOSS_PASS, Measurement, Pass, Sink, Source
+from ngd_dist.capture.measurement import Measurement, Pass, Sink, Source
 from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
@@ -133,6 +133,10 @@ class Capture:
 
     def take(self) -> dict[Key, Tensor]:
         """Returns the statistics captured since `begin_step`, without layers that did not run, or ran too often."""
+        return {key: self.estimates.per_position(key, value) for key, value in self.to_send().items()}
+
+    def to_send(self) -> dict[Key, Tensor]:
+        """Returns the same as `take`, but as ranks add them up: see `Positions`."""
         self._close_micro_batches()
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
@@ -213,12 +217,22 @@ class Capture:
         self._is_stale = False
 
     def fisher_pass(
-        self, outputs: Sequence[Tensor], gradients: Iterable[Sequence[Tensor]], weight: float, *, ignores: bool
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Iterable[Sequence[Tensor]],
+        weight: float,
+        *,
+        ignores: bool,
+        read: float,
+        probe: Sequence[Tensor] | None = None,
     ) -> None:
         """Runs one backward pass to the due layers for each of `gradients`, in units of a sample's own loss.
 
         Statistics that read gradients are summed over the passes, times `weight`. No parameter's gradient is touched:
-        autograd stops at the outputs of the layers. Raises: CaptureError if none of them has run.
+        autograd stops at the outputs of the layers. ignores, read: see `Pass`. probe: gradients that are not 0 wherever
+        the loss reads, if none of `gradients` is so alone: they tell the rows that count.
+
+        Raises: CaptureError if none of them has run.
         """
         if not self._has_run:
             raise self.measurement.error(
@@ -228,23 +242,34 @@ class Capture:
         # As small as the gradients of the loss: a GradScaler has made room for these.
         scale = self.measurement.scale(outputs[0].shape[0])
         edges = [edge for pass_edges in self._edges for edge in pass_edges]
+        counted: dict[str, Tensor | None] = {}
+        if edges and probe is not None:
+            for name, arrivals in self._fisher_arrivals(outputs, edges, probe).items():
+                counted[name] = self.measurement.counted(name, arrivals)
         for number, columns in enumerate(gradients):
             if not edges:
                 break  # none of the layers that are due took part
-            self._pass = Pass(Source.FISHER, number == 0, weight, scale, ignores)
-            try:
-                small = [column / scale for column in columns]
-                torch.autograd.grad(outputs, edges, small, retain_graph=True, allow_unused=True)
-                for name, arrivals in self._arrived.items():
-                    self.measurement.add_fisher(name, arrivals, self._pass)
-            finally:
-                self._pass, self._arrived = LOSS_PASS, {}
+            origin = Pass(Source.FISHER, number == 0, weight, scale, ignores, read, counted)
+            small = [column / scale for column in columns]
+            for name, arrivals in self._fisher_arrivals(outputs, edges, small).items():
+                self.measurement.add_fisher(name, arrivals, origin)
         self._edges.clear()
         self._has_run = False
         self._fisher_passes += 1
         if self.needs_fisher_pass and self._fisher_passes == self._micro_batches:
             for name in self.estimates.passes:
                 self.measurement.hand_over(name)
+
+    def _fisher_arrivals(
+        self, outputs: Sequence[Tensor], edges: Sequence[GradientEdge], gradients: Sequence[Tensor]
+    ) -> dict[str, Arrivals]:
+        """Returns the runs of each due layer that these gradients of the outputs reach, with their own."""
+        self._is_in_fisher_pass = True
+        try:
+            torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
+            return self._arrived
+        finally:
+            self._is_in_fisher_pass, self._arrived = False, {}
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the number of samples in the model's inputs, before its forward pass."""
@@ -315,7 +340,7 @@ class Capture:
         if self._is_blind:
             return
         is_due = name in self.measurement.due
-        if self._pass.source is Source.FISHER:
+        if self._is_in_fisher_pass:
             if is_due and self.needs_fisher_pass:
                 self._arrived.setdefault(name, []).append((run, g.detach()))
             return
@@ -375,7 +400,7 @@ class Capture:
 
     def _clear(self) -> None:
         self.batches.forget()
-        self._passes, self._arrived, self._pass = {}, {}, LOSS_PASS
+        self._passes, self._arrived, self._is_in_fisher_pass = {}, {}, False
         self._edges.clear()
         self._has_run = self._is_stale = False
         self._fisher_passes = 0

@@ -21,7 +21,7 @@ from torch import Tensor
 from ngd_dist.config import Bernoulli, Categorical, LikelihoodChoice, Positions
 from ngd_dist.errors import ConfigError
 
-__all__ = ["exact_gradients", "outputs_per_sample", "sampled_gradients"]
+__all__ = ["anywhere", "exact_gradients", "outputs_per_sample", "positions_read", "sampled_gradients"]
 
 
 def sampled_gradients(
@@ -82,6 +82,14 @@ def exact_gradients(
     return ((column if mask is None else column * mask).to(output.dtype) for column in columns)
 
 
+def anywhere(choice: LikelihoodChoice, output: Tensor, read: Tensor) -> Tensor:
+    """Returns noise like `output` at the positions that the loss reads, and 0 elsewhere. Raises: ConfigError."""
+    mask = _root_weight(choice, output, "sum", read)[1]
+    generator = torch.Generator(output.device).manual_seed(0)
+    noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
+    return noise if mask is None else noise.mul_(mask)
+
+
 def outputs_per_sample(output: Tensor) -> int:
     """Returns the number of columns that `exact_gradients` gives for this output [N, ...]: one backward pass each."""
     return output.shape[1:].numel()
@@ -91,18 +99,33 @@ def _root_weight(
     choice: LikelihoodChoice, output: Tensor, positions: Positions, read: Tensor | None
 ) -> tuple[float, Tensor | None]:
     """Returns the square root of the weight that one position has in its sample's loss, and where the loss reads."""
-    dim = _class_dim(choice, output) if output.ndim > 1 else None
-    rows = [length for d, length in enumerate(output.shape) if d != dim]
+    scale = 1.0 if positions == "sum" else positions_read(choice, output, read) ** -0.5
     if read is None:
-        return 1.0 if positions == "sum" else float((rows[0] / max(prod(rows), 1)) ** 0.5), None
+        return scale, None
+    dim = _position_dims(choice, output)[0]
+    return scale, read if dim is None else read.unsqueeze(dim)
+
+
+def positions_read(choice: LikelihoodChoice, output: Tensor, read: Tensor | None = None) -> float:
+    """Returns the mean number of a sample's positions that the loss reads; 1 / N at least. One host read, if `read`.
+
+    Raises: ConfigError.
+    """
+    _, rows = _position_dims(choice, output)
+    if read is None:
+        return max(prod(rows), 1) / max(rows[0], 1)
     if list(read.shape) != rows:
         raise ConfigError(
             f"ignored must have the output's shape without its classes, {rows}, got {list(read.shape)}; set class_dim "
             "if another dimension runs over classes"
         )
-    mask = read if dim is None else read.unsqueeze(dim)
-    # One host read, in steps that measure.
-    return 1.0 if positions == "sum" else float((rows[0] / max(int(read.sum()), 1)) ** 0.5), mask
+    return max(int(read.sum()), 1) / max(rows[0], 1)
+
+
+def _position_dims(choice: LikelihoodChoice, output: Tensor) -> tuple[int | None, list[int]]:
+    """Returns the dimension over classes, if there is one, and the lengths of the others, samples first."""
+    dim = _class_dim(choice, output) if output.ndim > 1 else None
+    return dim, [length for d, length in enumerate(output.shape) if d != dim]
 
 
 def _class_dim(choice: LikelihoodChoice, output: Tensor) -> int:

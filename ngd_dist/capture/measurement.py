@@ -1,7 +1,7 @@
 """Turns the runs of a layer, once their gradients have come, into statistics and kept rows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from ngd_dist.preconditioners import check_rows
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.telemetry import Stopwatch
 
-__all__ = ["LOSS_PASS", "Measurement", "Pass", "Sink", "Source"]
+__all__ = ["Measurement", "Pass", "Sink", "Source"]
 
 
 class Source(Enum):
@@ -36,7 +36,8 @@ class Pass:
     """One backward pass: of the loss, or one of those that make up the Fisher of a micro-batch, with its weight.
 
     `scale`: the factor on its gradients; None for those of the loss, where it follows from the batch.
-    `ignores`: whether its gradients are 0 at positions that the loss ignores.
+    `ignores`: whether its gradients are 0 at positions that the loss ignores. `read`: see `LayerBatch`.
+    `counted`: by layer, the rows that count, if these gradients alone don't tell.
     """
 
     source: Source
@@ -44,9 +45,8 @@ class Pass:
     weight: float = 1.0
     scale: float | None = None
     ignores: bool = False
-
-
-LOSS_PASS = Pass(Source.LOSS)
+    read: float = 1.0
+    counted: Mapping[str, Tensor | None] = field(default_factory=dict)
 
 
 class Sink(Protocol):
@@ -81,7 +81,7 @@ class Measurement:
         self._replicates = comm.world_size * config.loss_parts
         check_rows(config, self._replicates)
         # g of a mean over P positions times sqrt(P): the mean over positions of g g^T is then that of their own losses.
-        self._averages = config.fisher.positions == "mean" and config.loss_reduction == "mean"
+        self._averages = config.averages_positions
         self._loss_scale = loss_scale
         self._sink = sink
         self._stopwatch = stopwatch
@@ -121,16 +121,18 @@ class Measurement:
     def close(self, name: str, arrivals: Arrivals) -> None:
         """Takes a micro-batch of the loss that is complete. Raises: CaptureError."""
         runs = self._with_gradients(name, arrivals)
-        scale, ignores = self.scale(runs[0].samples * runs[0].sharers), False
+        scale, ignores, read = self.scale(runs[0].samples * runs[0].sharers), False, 1.0
         for run in runs:
             positions, ignores_some = run.batch.positions()
             run.weight, ignores = positions**0.5 if self._averages else 1.0, ignores or ignores_some
+            read = max(read, positions)
         if self.keeps_rows:
             # Apart from the rows of the statistics, which keep all tensors that were made of the runs.
             kept = [replace(run, slope=None) for run in runs]
-            self.layer_batches.setdefault(name, []).append(self._layer_batch(name, kept, scale, ignores=ignores))
+            batch = self._layer_batch(name, kept, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read))
+            self.layer_batches.setdefault(name, []).append(batch)
         if self.source is Source.LOSS and name in self.due:
-            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores))
+            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read))
             if self.estimates.passes[name] == self._config.micro_batches:
                 self.hand_over(name)
 
@@ -140,6 +142,11 @@ class Measurement:
         for run, _ in arrivals:
             self.check(name, run)
         self._estimate(name, self._with_gradients(name, arrivals), origin)
+
+    def counted(self, name: str, arrivals: Arrivals) -> Tensor | None:
+        """Returns the rows of the layer that these gradients reach, [B, N, P]. Raises: CaptureError."""
+        runs = self._with_gradients(name, arrivals)
+        return self._layer_batch(name, runs, Pass(Source.FISHER, scale=1.0, ignores=True)).counted_BNP
 
     def forget(self, name: str) -> None:
         """Forgets the passes of one layer."""
@@ -179,15 +186,17 @@ class Measurement:
             )
         return runs
 
-    def _layer_batch(self, name: str, runs: Sequence[NotedRun], scale: float, *, ignores: bool) -> LayerBatch:
+    def _layer_batch(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> LayerBatch:
+        assert origin.scale is not None
         # A run that all N samples share gets the sum of their gradients. Its square over N stands in for the mean of
         # the squares: unbiased if gradients have zero mean, as those of a sampled Fisher do.
-        scale /= runs[0].sharers ** 0.5
-        return LayerBatch(self._layers[name].layer, runs, scale, self._replicate(name), ignores=ignores)
+        scale = origin.scale / runs[0].sharers ** 0.5
+        layer, part = self._layers[name].layer, self._replicate(name)
+        counted = origin.counted.get(name)
+        return LayerBatch(layer, runs, scale, part, ignores=origin.ignores, counted=counted, read=origin.read)
 
     def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
-        assert origin.scale is not None
-        batch = self._layer_batch(name, runs, origin.scale, ignores=origin.ignores)
+        batch = self._layer_batch(name, runs, origin)
         # If backward runs under autocast, the products would be formed in 16 bits.
         with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
             self.estimates.add(name, batch, self.due[name], is_first=origin.is_first, weight=origin.weight)

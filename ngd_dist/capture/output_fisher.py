@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ngd_dist.capture.batches import predictions
 from ngd_dist.capture.capture import Capture
-from ngd_dist.capture.likelihood import exact_gradients, outputs_per_sample, sampled_gradients
+from ngd_dist.capture.likelihood import anywhere, exact_gradients, outputs_per_sample, positions_read, sampled_gradients
 from ngd_dist.config import Empirical, Exact, NGDConfig
 from ngd_dist.errors import ConfigError
 
@@ -27,11 +27,14 @@ class OutputFisher:
     def backward(self, output: Any, step: int, ignored: Tensor | None) -> None:
         """Runs the passes of one micro-batch, if a due statistic needs them. Raises: ConfigError, CaptureError."""
         choice = self._choice
+        if ignored is not None:
+            self._capture.batches.note_padding()
         if isinstance(choice, Empirical) or not self._capture.needs_fisher_pass:
             return
         self._capture.begin_fisher()
         outputs = _differentiable(output)
         read = None if ignored is None else ~ignored
+        per_sample = max(positions_read(choice.likelihood, out, read) for out in outputs)
         if isinstance(choice, Exact):
             count = sum(outputs_per_sample(out) for out in outputs)
             if count > choice.max_outputs:
@@ -40,7 +43,11 @@ class OutputFisher:
                     f"{choice.max_outputs}; raise it, or take fisher monte_carlo"
                 )
             columns = self._columns(choice, outputs, read)
-            self._capture.fisher_pass(outputs, columns, weight=1.0, ignores=ignored is not None)
+            # A column reaches the rows of one position.
+            probe = None if ignored is None else [anywhere(choice.likelihood, out, ~ignored) for out in outputs]
+            self._capture.fisher_pass(
+                outputs, columns, weight=1.0, ignores=ignored is not None, read=per_sample, probe=probe
+            )
             return
         # A function of step, rank and micro-batch alone, so that a resumed run draws the same as an unbroken one.
         place = f"{choice.seed} {step} {self._rank} {self._capture.fisher_passes}"
@@ -50,7 +57,8 @@ class OutputFisher:
             [sampled_gradients(choice.likelihood, out, generator, choice.positions, read) for out in outputs]
             for _ in range(choice.samples)
         )
-        self._capture.fisher_pass(outputs, draws, weight=1 / choice.samples, ignores=ignored is not None)
+        weight = 1 / choice.samples
+        self._capture.fisher_pass(outputs, draws, weight, ignores=ignored is not None, read=per_sample)
 
     def _columns(self, choice: Exact, outputs: Sequence[Tensor], read: Tensor | None) -> Iterator[list[Tensor]]:
         """Yields the columns of each output, with zeros for the others."""

@@ -168,6 +168,22 @@ class NGDConfig(Settings):
         return self.length.needs_objective or self.damping_rule.needs_objective
 
     @property
+    def averages_positions(self) -> bool:
+        """Whether the loss is a mean over samples and their positions, and its g are taken as a position's own."""
+        return self.fisher.positions == "mean" and self.loss_reduction == "mean"
+
+    @property
+    def power_of_positions(self) -> int:
+        """The power of a sample's number of positions that second moments of gradients have as a factor.
+
+        A mean over P positions makes each g 1 / P of a position's own, and `capture` multiplies by sqrt(P); the
+        gradients of a sampled Fisher carry 1 / sqrt(P).
+        """
+        if self.fisher.kind != "empirical":
+            return -1 if self.fisher.positions == "mean" else 0
+        return int(self.averages_positions)
+
+    @property
     def loss_parts(self) -> int:
         """The divisor of a micro-batch's loss, as far as it is known before the end of the step."""
         return 1 if self.micro_batches == "any" else self.micro_batches

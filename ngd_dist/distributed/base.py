@@ -10,7 +10,7 @@ from torch import Tensor
 from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending
 from ngd_dist.statistics.staleness import REFRESHED, Verdict
-from ngd_dist.statistics.statistic import Key, StatisticSpec
+from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec
 
 __all__ = [
     "REPORT_NUMBERS",
@@ -77,13 +77,14 @@ class CaptureCount:
     """The counts behind the means of one layer's due statistics, over all ranks.
 
     `ranks`: those that captured it. `rows`, `replicates`: of all ranks. `squares`: by statistic, the mean of the
-    squared norms of its replicates; empty if noise is not measured.
+    squared norms of its replicates; empty if noise is not measured. `positions`: the means over all samples.
     """
 
     ranks: int
     rows: int
     replicates: int
     squares: Mapping[str, float]
+    positions: Positions = Positions()  # noqa: RUF009 - immutable
 
     def noise(self, statistic: str, norm: float) -> float:
         """Returns the relative sampling error of a mean of this norm; infinity if replicates can't tell it.
@@ -119,8 +120,9 @@ class LocalContribution:
 
     `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and the number of parameters without one. `counts`:
     by due layer, this rank's part of the sums in a `CaptureCount`: 1 or 0 for whether it was captured, NaN if in too
-    many micro-batches, infinity if its values are useless after they were sent; then rows, replicates, and the mean
-    square of each due statistic. `gradients`: grad_BOI of every layer. `plain`: the other gradients.
+    many micro-batches, infinity if its values are useless after they were sent; then rows, replicates, the two numbers
+    of `Positions`, and the mean square of each due statistic. `gradients`: grad_BOI of every layer. `plain`: the other
+    gradients.
     """
 
     flags: Tensor
@@ -135,8 +137,8 @@ class GlobalMeans:
     and all plain ones.
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers. `counts` has the layers that `statistics` has. `missing`: the sum
-    over ranks of the parameters without a gradient.
+    did not run, and those of `miscounted` layers; the part that `Positions` have in them is still to be put in.
+    `counts` has the layers that `statistics` has. `missing`: the sum over ranks of the parameters without a gradient.
     """
 
     is_finite: bool
@@ -187,11 +189,12 @@ def read_counts(
     captured: dict[str, CaptureCount] = {}
     miscounted: set[str] = set()
     for layer, count in counts.items():
-        (ranks, rows, replicates, *squares), numbers = numbers[: len(count)], numbers[len(count) :]
+        (ranks, rows, replicates, read, positions, *squares), numbers = numbers[: len(count)], numbers[len(count) :]
         if math.isnan(ranks):
             miscounted.add(layer)
         elif 0 < ranks < math.inf:
             names = [key.statistic for key in due if key.layer == layer]
             means = {name: square / ranks for name, square in zip(names, squares, strict=False)}
-            captured[layer] = CaptureCount(int(ranks), int(rows), int(replicates), means)
+            per_sample = Positions(read / ranks, positions / ranks)
+            captured[layer] = CaptureCount(int(ranks), int(rows), int(replicates), means, per_sample)
     return bad == 0, int(missing), frozenset(miscounted), captured

@@ -80,12 +80,16 @@ class Form:
         distance: Tensor = torch.linalg.vector_norm(value - other)
         return distance
 
+    def times(self, value: Tensor, factor: float | Tensor) -> Tensor:
+        """Returns `factor` times the value, as of the matrix that it stands for. factor: a number, or []."""
+        return value * factor
+
     def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
         """Returns `power` times the mean over `passes` micro-batches, from the sum of their values.
 
         shares: the number of micro-batches among which a form shares out its value, if it does.
         """
-        return total * (power / passes)
+        return self.times(total, power / passes)
 
     @property
     def row_numbers(self) -> int:

@@ -33,9 +33,11 @@ class Root(FactorForm):
         squared: Tensor = (of_value - 2 * cross + of_other).clamp(min=0)  # rounding may leave less than nothing
         return squared.sqrt()
 
+    def times(self, value: Tensor, factor: float | Tensor) -> Tensor:
+        return value * factor**0.5
+
     def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
-        root: float = (power / (passes * shares)) ** 0.5
-        return total * root
+        return self.times(total, power / (passes * shares))
 
     def rounded(self, exact: torch.dtype, dtype: torch.dtype) -> Codec:
         return OverPowerOfTwo(self.numbers, exact, dtype)

@@ -189,8 +189,8 @@ class LayerBatch:
 
     The runs of a layer in one micro-batch count as positions, and so do windows or frames that the model folds into the
     batch dimension. g is per sample: the gradient of that sample's own loss, with any mean over the batch undone by
-    `scale`. If the loss `ignores` some positions (padding), rows with g = 0 throughout have a = 0 too, and are no
-    positions.
+    `scale`. If the loss `ignores` some positions (padding), rows with g = 0 throughout, or those that `counted` leaves
+    out, have a = 0 too, and are no positions. `read`: the mean number of positions of a sample that the loss reads.
     """
 
     def __init__(
@@ -201,9 +201,12 @@ class LayerBatch:
         replicate: Replicate = Replicate(),  # noqa: B008 - frozen
         *,
         ignores: bool = False,
+        counted: Tensor | None = None,
+        read: float = 1.0,
     ) -> None:
         self._layer, self._runs, self._scale = layer, runs, scale
-        self._ignores = ignores
+        self._ignores, self._counted = ignores, counted
+        self.read = read
         self.replicate = replicate
         self.samples, self.sharers = runs[0].samples, runs[0].sharers
 
@@ -223,6 +226,8 @@ class LayerBatch:
     @cached_property
     def counted_BNP(self) -> Tensor | None:
         """Whether each row counts, if the loss ignores some; None if all do."""
+        if self._counted is not None:
+            return self._counted
         return self._cat(self._gradients).ne(0).any(-1) if self._ignores else None
 
     @cached_property
@@ -249,8 +254,12 @@ class LayerBatch:
 
     @cached_property
     def mean_positions_B(self) -> Tensor:
-        """The mean of `positions_B` over the samples of the whole micro-batch; not 0 for a batch of padding alone."""
-        assert self.counted_BNP is not None
+        """The mean of `positions_B` over the samples of the micro-batch, [B] or [1]; not 0 for one of padding alone.
+
+        Halves of a micro-batch have that of the whole.
+        """
+        if self.counted_BNP is None:
+            return self.positions_B
         return self.counted_BNP.sum((1, 2)).clamp(min=1).double() / self.samples
 
     def along(self, direction_BOI: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Factors:
         self._reduces = sharing == "reduce" and not shape.has_one_hot_inputs
         self.specs = (
             StatisticSpec("A", forms["A"], reads_gradients=False),
-            StatisticSpec("G", forms["G"], reads_gradients=True),
+            StatisticSpec("G", forms["G"], reads_gradients=True, per_position=not self._reduces),
         )
 
     @property
@@ -67,7 +67,7 @@ class Factors:
         if "A" in due:
             statistics["A"] = self._input_moment(batch)
         if "G" in due:
-            weight = 1 / batch.samples if self._reduces else 1 / _positions(batch)
+            weight = 1 / batch.samples if self._reduces else 1 / (batch.mean_positions_B * batch.samples)
             statistics["G"] = self.forms["G"].moment(self.output_gradients(batch), weight, batch.replicate)
         return statistics
 
@@ -145,9 +145,3 @@ def factor_forms(shape: LayerShape, max_dense: int, rows: int | None = None) -> 
     B, I, O = shape.blocks, shape.inputs, shape.outputs  # noqa: E741
     A = Diagonal((B, I)) if shape.has_one_hot_inputs else factor_form(B, I, max_dense, rows)
     return {"A": A, "G": factor_form(B, O, max_dense, rows)}
-
-
-def _positions(batch: LayerBatch) -> Tensor:
-    """Returns the positions of all samples, [B] or [1]; those of a replicate are its share of the micro-batch's."""
-    positions = batch.positions_B
-    return (positions if positions.ndim == 1 else batch.mean_positions_B) * batch.samples

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ngd_dist.factors.form import Form
 
-__all__ = ["Change", "Key", "Statistic", "StatisticSpec"]
+__all__ = ["Change", "Key", "Positions", "Statistic", "StatisticSpec"]
 
 
 class Key(NamedTuple):
@@ -28,18 +28,35 @@ class StatisticSpec:
 
     `form`: the form of its value. `reads_gradients`: whether it needs output gradients, of the loss or of a Fisher
     pass, or the forward pass alone. `in_basis`: whether it is measured in a basis of the cache, and restarts when that
-    changes.
+    changes. `per_position`: whether it is a mean over positions too; see `Positions`.
     """
 
     name: str
     form: Form
     reads_gradients: bool = True
     in_basis: bool = False
+    per_position: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of its value."""
         return self.form.shape
+
+
+class Positions(NamedTuple):
+    """Mean numbers of positions of a sample: those of the output that the loss `read`, and those of the `layer`.
+
+    Texts differ in length, so that micro-batches differ in both. A micro-batch's statistics are made with its own, and
+    the mean over micro-batches with those of all: it does not depend on the division of the batch.
+    """
+
+    read: float | Tensor = 1.0
+    layer: float | Tensor = 1.0
+
+    def factor(self, spec: StatisticSpec, power: int) -> float | Tensor:
+        """Returns the part of the statistic that these numbers make up. power: that of `read` in a second moment."""
+        factor = self.read**power if spec.reads_gradients else 1.0
+        return factor / self.layer if spec.per_position else factor
 
 
 class Change(NamedTuple):

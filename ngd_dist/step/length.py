@@ -57,26 +57,36 @@ class StepLength:
         """
         length = self.config.length
         assert isinstance(length, LayerWise)
-        curvature = torch.stack([self._along(name, directions[name]).to(inner) for name in self.layers])
-        self.comm.all_reduce("curvature along directions", curvature, kind="step length")
+        sums = torch.stack([self._along(name, directions[name]).to(inner) for name in self.layers], dim=1)
+        self.comm.all_reduce("curvature along directions", sums, kind="step length")
+        curvature, read, ranks = sums
         if self.config.loss_reduction == "mean":
-            curvature /= self.comm.world_size
+            curvature = curvature / self.comm.world_size * self._factor(read / ranks.clamp(min=1))
         return torch.where(curvature > 0, inner / (curvature + length.mu), 1.0)
 
     def _along(self, name: str, direction_BOI: Tensor) -> Tensor:
         """Returns the mean over this rank's samples of (d^T gradient of the sample)^2; micro-batches weigh alike.
 
-        If the loss is summed over samples, the sum: its Fisher is that of all samples together.
+        With it the mean number of positions that the loss read, which has no part in it yet (see `Positions`), and 1 if
+        there are rows: [3]. If the loss is summed over samples, the sum: its Fisher is that of all samples together.
         """
         total, micro_batches = direction_BOI.new_zeros(()), self.capture.layer_batches(name)
+        if not micro_batches:
+            return direction_BOI.new_zeros(3)
         for batch in micro_batches:
             squares = batch.along(direction_BOI).square()
-            total = total + (squares.mean() if self.config.loss_reduction == "mean" else squares.sum() * batch.sharers)
-        if not micro_batches or self.config.loss_reduction == "sum":
-            return total
-        # If the divisor of each loss was not known when its rows were made, its square is the factor.
-        divisor = len(micro_batches) if self.config.micro_batches == "any" else 1
-        return total * (divisor**2 / len(micro_batches))
+            is_mean = self.config.loss_reduction == "mean"
+            total = total + (squares.mean() / self._factor(batch.read) if is_mean else squares.sum() * batch.sharers)
+        if self.config.loss_reduction == "mean":
+            # If the divisor of each loss was not known when its rows were made, its square is the factor.
+            divisor = len(micro_batches) if self.config.micro_batches == "any" else 1
+            total = total * (divisor**2 / len(micro_batches))
+        mean_read = sum(batch.read for batch in micro_batches) / len(micro_batches)
+        return torch.stack([total, total.new_tensor(mean_read), total.new_ones(())])
+
+    def _factor(self, read: float | Tensor) -> float | Tensor:
+        """Returns the part that this number of positions has in squares of the loss's gradients."""
+        return read if self.config.averages_positions else 1.0
 
     def _clip(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor | None:
         clip = self.config.clip

@@ -28,6 +28,10 @@ class GivenRows:
         return torch.tensor([float(self.a_BNPI.shape[2])], dtype=torch.float64)
 
     @property
+    def mean_positions_B(self) -> Tensor:
+        return self.positions_B
+
+    @property
     def input_squares_BI(self) -> Tensor:
         return self.a_BNPI.square().sum((1, 2))
 

@@ -144,7 +144,13 @@ def test_padding_of_the_source_alone_changes_no_step():
 
 
 NGD_CHOICE = {"kind": "ngd", "lr": 0.1, "damping": 0.01}
-SGD_CHOICE = {"kind": "sgd", "lr": 0.1}
+# Adaptive intervals follow the noise between the parts of the batch: another division refreshes at other steps.
+FRESH = NGD_CHOICE | {"staleness": {"kind": "fixed", "steps": 1}}
+OPTIMIZERS = {
+    "sgd": {"kind": "sgd", "lr": 0.1},
+    "ngd": FRESH,
+    "ngd of a token's own gradient": FRESH | {"fisher": {"kind": "empirical", "positions": "mean"}},
+}
 
 
 def job(name: str, *, workers: int = 1, micro_size: int | None = None, optimizer: Any = None) -> JobSpec:
@@ -165,20 +171,21 @@ def ran(rank: int, world_size: int, attempt: AttemptDir) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["texts", "pairs"])
-def test_steps_are_those_of_any_cut_of_the_batch_although_counts_differ(tmp_path, name):
-    """NGD's own statistics depend a little on the cut where the mean length of micro-batches differs: SGD's don't."""
-    outcome = run_rank(make_attempt(tmp_path / "whole", job(name, optimizer=SGD_CHOICE)))
+def test_steps_are_those_of_any_cut_of_the_batch_although_counts_differ(tmp_path, name, optimizer):
+    choice = OPTIMIZERS[optimizer]
+    outcome = run_rank(make_attempt(tmp_path / "whole", job(name, optimizer=choice)))
     assert outcome.result == "succeeded", outcome.message
-    run_rank(make_attempt(tmp_path / "micro", job(name, micro_size=8, optimizer=SGD_CHOICE)))
-    two = make_attempt(tmp_path / "two", job(name, workers=2, micro_size=4, optimizer=SGD_CHOICE))
+    run_rank(make_attempt(tmp_path / "micro", job(name, micro_size=8, optimizer=choice)))
+    two = make_attempt(tmp_path / "two", job(name, workers=2, micro_size=4, optimizer=choice))
     outcomes = run_ranks(2, ran, two)
 
     whole = weights_at(tmp_path / "whole", 4)
     for cut in ("micro", "two"):
         weights = weights_at(tmp_path / cut, 4)
         for key in whole:
-            torch.testing.assert_close(weights[key], whole[key], rtol=1e-6, atol=1e-8)  # the loop's weights are float32
+            torch.testing.assert_close(weights[key], whole[key], rtol=1e-5, atol=1e-6)  # the loop weighs in float32
     assert outcomes[0] == outcomes[1]
     assert outcomes[0]["metrics"] == pytest.approx(outcome.metrics, rel=1e-6)
 

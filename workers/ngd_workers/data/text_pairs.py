@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError
 from ngd_workers.contract.spec import TextPairs
@@ -46,11 +45,6 @@ class PaddedTo:
     def __call__(self, samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         sources, targets, *texts = zip(*samples, strict=True)
         x, y = _padded(sources, self._source_padding), _padded(targets, self._padding)
-        is_ragged = [len({len(row) for row in side}) > 1 for side in (sources, targets)]
-        if is_ragged == [True, False]:
-            # NGD leaves padding out of its statistics in batches of which the loss ignores some positions: one is
-            # added where the source alone has padding.
-            y = F.pad(y, (0, 1), value=self._padding)
         return x, y, *(list(column) for column in texts)
 
 

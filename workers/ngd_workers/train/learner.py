@@ -51,6 +51,7 @@ class Learner:
         self._dataset, self._comm = dataset, comm
         self.share_weights()
         self.optimizer = build_optimizer(model, spec, task)
+        self._weights: list[Tensor | float] = []
         self._averages_gradients = spec.optimizer.kind == "ngd" or comm.world_size == 1
         self._forward: nn.Module = model
         if not self._averages_gradients:
@@ -67,8 +68,8 @@ class Learner:
         Collective if micro-batches may differ in their counts. Raises: UserCodeError, SpecError.
         """
         totals = Totals(self.device)
-        weights = self._weights(micro_batches)
-        for index, (micro_batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+        self._weights = self._weights_of(micro_batches)
+        for index, (micro_batch, weight) in enumerate(zip(micro_batches, self._weights, strict=True)):
             is_last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_averaging():
                 with self._counted(micro_batch.samples):
@@ -81,7 +82,7 @@ class Learner:
         return totals
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> None:
-        """Collective under NGD. Takes one optimizer step with the gradients that `backward` has left for the batches.
+        """Collective under NGD. Takes one optimizer step with the gradients that `backward` has left for these batches.
 
         lr: the schedule's; not used if the optimizer chooses its own.
         Raises: UserCodeError, SpecError, NonFiniteLossError.
@@ -91,9 +92,8 @@ class Learner:
                 group["lr"] = lr
         with job_errors():
             if isinstance(self.optimizer, NGD) and self.optimizer.config.needs_objective:
-                weights = self._weights(micro_batches)
                 batches = [self._placed(micro_batch) for micro_batch in micro_batches]
-                self.optimizer.step(objective=lambda: self.objective(batches, weights))
+                self.optimizer.step(objective=lambda: self.objective(batches, self._weights))
             else:
                 self.optimizer.step()
         self.optimizer.zero_grad()
@@ -160,7 +160,7 @@ class Learner:
                 f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
             ) from error
 
-    def _weights(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | float]:
+    def _weights_of(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | float]:
         """Returns the weight of each mean loss in this rank's: the mean over ranks is that of the global batch."""
         if not (self.task.counts_vary or self._dataset.skips_bad_samples):
             return [1 / len(micro_batches)] * len(micro_batches)
