@@ -186,7 +186,9 @@ def cancel(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
 @app.command()
 def train(
     file: SpecFile,
-    run_dir: Annotated[Path, typer.Option(help="Where checkpoints and events go.")] = Path("run"),
+    run_dir: Annotated[
+        Path, typer.Option(help="Where checkpoints and events go; a run that it holds is resumed.")
+    ] = Path("run"),
     data_dir: Annotated[
         Path | None, typer.Option(envvar="NGD_DATA_DIR", help="Where relative data directories lie.")
     ] = None,
