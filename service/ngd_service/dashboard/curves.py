@@ -242,7 +242,10 @@ class Curves(ChartPanel):
         return self.curves.get(key) or Curve(key.replace("_", " "))
 
     def _lay_out(self) -> None:
-        """Makes the chart's frame again, with empty series."""
+        """Makes the chart's frame again.
+
+        Its series say nothing of their data: the frame may be laid out after the points have come, and must leave them.
+        """
         lines = [self._line(index, key) for index, key in enumerate(self.points)]
         if self.goal is not None:
             lines[0]["markLine"] = self._goal_line(self.goal)
@@ -254,7 +257,6 @@ class Curves(ChartPanel):
                 "symbol": "triangle",
                 "symbolSize": 11,
                 "itemStyle": {"color": "var(--bad)"},
-                "data": [],
                 "markLine": {"silent": True, "symbol": "none", "animation": False, "data": lines_of(self.marks)},
             }
         )
@@ -292,7 +294,6 @@ class Curves(ChartPanel):
             "lineStyle": {"color": colour, "width": 1.75, "type": DASHES[index % len(DASHES)]},
             "itemStyle": {"color": colour},
             "emphasis": {"disabled": True},
-            "data": [],
         }
         if self.stacked:
             line |= {"stack": "all", "areaStyle": {"color": colour, "opacity": 0.55}}
