@@ -135,6 +135,24 @@ def settled(page: Page, frames: Frames, worker: Worker, num_steps: int, num_stat
     return frames.num_bytes
 
 
+def test_frame_that_is_laid_out_after_the_points_leaves_them(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    """A chart that was not mounted yet lays its frame out again some milliseconds later, often after its points."""
+    worker = worker_of()
+    worker.has_done(40, 12)
+    frames = open_job(page, service, worker)
+    settled(page, frames, worker, 40, 12)
+    titles = ("Loss", "Throughput", "Time per step, by phase", "Age of the statistics in use")
+    page.wait_for_function(f"(({SERIES})('{titles[-1]}'))[0]?.length > 0", timeout=DRAW_MS)
+    drawn = [page.evaluate(SERIES, title) for title in titles]
+
+    page.evaluate("document.querySelectorAll('.nicegui-echart').forEach(e => getElement(e.id.slice(1)).update_chart())")
+
+    assert [page.evaluate(SERIES, title) for title in titles] == drawn
+    assert all(series[0] for series in drawn)
+
+
 @pytest.mark.parametrize(
     ("num_steps", "num_statistics"), [(10, 12), (3_000, 12), pytest.param(20_000, 160, marks=pytest.mark.slow)]
 )

@@ -4,13 +4,14 @@ The contract's tests run on the method too, on several ranks and after a restart
 and test_methods_ranks.py.
 """
 
+import inspect
 import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import PRECONDITIONERS, AdaptiveInterval, FixedInterval, PreconditionerConfig
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers import LAYERS, Layer, Linear, register_layer
+from ngd_workers.contract.spec import DataChoice, ModelChoice, TaskChoice
+from ngd_workers.data import SOURCES
+from ngd_workers.functions import load_function
+from ngd_workers.models import MODELS
+from ngd_workers.tasks import TASKS
 from tests.reference.fisher import sample_gradients as reference_gradients
 from tests.support.layer_runs import autograd_sample_gradients, layers_of, sample_gradients, watched
 
@@ -264,3 +270,34 @@ def test_registration_is_the_same_twice(registry: None) -> None:
     register_layer(NewLinear, Linear)
 
     assert LAYERS[NewLinear] is Linear
+
+
+@pytest.mark.parametrize(
+    ("registry", "choices", "folder", "entry"),
+    [
+        (TASKS, TaskChoice, "tasks", "build(choice, shape)"),
+        (SOURCES, DataChoice, "data", "load(choice, data_dir)"),
+        (MODELS, ModelChoice, "models", "build(choice, shape)"),
+    ],
+    ids=["tasks", "sources", "models"],
+)
+def test_what_ships_is_entered_as_the_page_says(
+    registry: dict[str, str], choices: object, folder: str, entry: str
+) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    kinds = [choice.model_fields["kind"].default for choice in get_args(get_args(choices)[0])]
+
+    assert f"`{entry}`" in page
+    assert set(kinds) - {"function"} == set(registry) - {"function"}
+    for place in registry.values():
+        module, _, name = place.partition(":")
+        function = load_function(place)
+        assert module.startswith(f"ngd_workers.{folder}.")
+        assert f"{name}({', '.join(inspect.signature(function).parameters)})" == entry
+
+
+@pytest.mark.parametrize(("guide", "registry"), [("tasks.md", TASKS), ("data.md", SOURCES)], ids=["tasks", "sources"])
+def test_guide_has_a_row_of_each_that_ships(guide: str, registry: dict[str, str]) -> None:
+    rows = [line for line in (ROOT / "docs" / "guides" / guide).read_text().splitlines() if line.startswith("|")]
+
+    assert [name for name in registry if f"`{name}`" not in "".join(rows)] == ["digits"][: guide == "data.md"]

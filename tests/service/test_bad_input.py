@@ -125,6 +125,7 @@ def test_wrong_field_is_named_with_its_bound_and_value(
         ("optimizer", NGD | {"dampign": 1}, "did you mean 'damping'?"),
         ("optimizer", NGD | {"damping": 0}, "The default is 0.1."),
         ("batch.zzz", 1, "its fields are global_size, micro_size"),
+        ("model", "mlp", "write {kind: mlp}"),
     ],
 )
 def test_hint_says_what_to_do(client: Client, path: str, value: Any, hint: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from nicegui import Client, ui
+from nicegui.events import ClickEventArguments, handle_event
 
-from ngd_service.client.units import ago, binary_bytes, duration, moment, number, percent
+from ngd_service.client.units import ago, binary_bytes, counted, duration, moment, number, percent
 from ngd_service.dashboard.activity import MOST_EVENTS, EventPanel, unseen, words
 from ngd_service.dashboard.curves import BYTES, Curve, Curves, Mark, aligned
 from ngd_service.dashboard.heat_map import CELLS_PER_STEP, MAX_CELLS, HeatMap, columns_for, span_for
@@ -73,6 +74,10 @@ def job(
         (number(0.123456), "0.1235"),
         (number(12345.6), "12,346"),
         (number(3.0), "3"),
+        (number(1e9), "1e+09"),
+        (number(-44_295_377_649_664.0), "-4.43e+13"),
+        (counted(1, "worker"), "1 worker"),
+        (counted(1_000, "sample"), "1,000 samples"),
         (number(math.nan), "not a number"),
         (number(-math.inf), "infinite"),
         (number(None), "—"),
@@ -146,6 +151,10 @@ def test_marks_tell_new_attempts_from_restarts_of_the_workers() -> None:
         ),
         (event("done", step=10, metrics={"accuracy": 0.98, "mine": 2.0}), "step 10: test accuracy 98.00%, mine 2"),
         (event("done", step=10, metrics={}), "Done at step 10"),
+        (
+            event("started", world_size=1, device="cpu", resumed_step=0, statistics=[]),
+            "Attempt 1: 1 worker on cpu started",
+        ),
         (event("checkpoint", step=1500, bytes=2048, path="c"), "Checkpoint of step 1,500 saved (2 KiB)"),
         (event("a_kind_of_a_later_version"), "A kind of a later version"),
     ],
@@ -220,6 +229,64 @@ def test_chart_without_points_says_so_beside_one_that_has_some() -> None:
     assert (full.note.text, bare.note.text) == ("loss 1 at step 1", "No data yet")
 
 
+@pytest.mark.usefixtures("page")
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [((6e9, 4e8, 1e6), "log"), ((60.0, 10.0, 5.0), "value"), ((6e9, 0.0, 1.0), "value"), ((6e9, math.nan, 1.0), "log")],
+)
+def test_axis_is_logarithmic_where_a_linear_one_would_show_the_largest_value_alone(
+    values: tuple[float, ...], kind: str
+) -> None:
+    curves = Curves("RMSE", curves={"rmse": Curve("training")}, may_be_log=True)
+
+    curves.replace({"rmse": list(enumerate(values, start=1))})
+
+    assert curves.chart.options["yAxis"][0]["type"] == kind
+    assert curves.log_button is not None
+    assert curves.log_button.text == {"log": "log", "value": "linear"}[kind]
+
+
+@pytest.mark.usefixtures("page")
+def test_axis_stays_as_the_reader_has_chosen_it() -> None:
+    curves = Curves("RMSE", curves={"rmse": Curve("training")}, may_be_log=True)
+    points = {"rmse": [(1, 6e9), (2, 1.0)]}
+    curves.replace(points)
+    assert curves.log_button is not None
+
+    (listener,) = curves.log_button._event_listeners.values()
+    handle_event(listener.handler, ClickEventArguments(sender=curves.log_button, client=curves.log_button.client))
+    curves.replace(points)
+
+    assert curves.chart.options["yAxis"][0]["type"] == "value"
+
+
+@pytest.mark.usefixtures("page")
+def test_legend_has_the_curves_that_are_drawn() -> None:
+    curves = Curves("R2", curves={"r2": Curve("training"), "test_r2": Curve("test")})
+
+    curves.replace({"test_r2": [(16, 0.97)]})
+    alone = curves.chart.options["legend"] | {}
+    curves.replace({"r2": [(1, 0.1)], "test_r2": [(16, math.inf)]})
+
+    assert (alone["data"], alone["show"]) == (["test"], False)
+    assert curves.chart.options["legend"]["data"] == ["training", "test", "not finite"]
+
+
+def test_charts_without_data_are_left_out_once_others_have_some(page: Client) -> None:
+    training, alone = Training(), Recorded()
+    alone.groups = ("seconds",)
+
+    shown_before = [panel.title for panel in training.panels if panel.whole.visible]
+    asyncio.run(training.refresh(alone, job("RUNNING", step=2)))
+
+    assert "Sent per step, by kind" in shown_before
+    left_out = [panel.title for panel in training.panels if not panel.whole.visible]
+    assert left_out == ["Sent per step, by kind"]
+    alone.groups = ("seconds", "bytes_sent")
+    asyncio.run(training.refresh(alone, job("RUNNING", step=2), whole=True))
+    assert all(panel.whole.visible for panel in training.panels)
+
+
 def test_stacked_parts_get_the_same_steps() -> None:
     points = aligned({"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": [(2, 0.5)]})
 
@@ -229,8 +296,11 @@ def test_stacked_parts_get_the_same_steps() -> None:
 class Recorded:
     """Answers with a curve of two steps for each name that is asked for, under which a group has one part."""
 
+    groups = ("seconds", "bytes_sent")
+
     async def metrics(self, job_id: str, *, names: Any, **_: Any) -> Metrics:
-        parts = [f"{name}.part" if name in ("seconds", "bytes_sent") else name for name in names]
+        alone = [name for name in names if name not in ("seconds", "bytes_sent")]
+        parts = [*alone, *(f"{name}.part" for name in self.groups)]
         return Metrics(series={part: Series(steps=[1, 2], values=[1.0, 0.5]) for part in parts}, last_step=2)
 
 

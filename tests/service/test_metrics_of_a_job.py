@@ -26,7 +26,7 @@ from ngd_service.dashboard.jobs import row
 from ngd_service.dashboard.summary import Summary, facts_of, recipe, steps
 from ngd_service.dashboard.training import Training
 from ngd_service.job_state import Decision, Phase
-from ngd_service.resources import Job, Metrics, Series
+from ngd_service.resources import Job, Metrics, Result, Series
 from ngd_service.store import tables as t
 from ngd_service.store.base import Claim, Store
 from ngd_service.store.spans import Wanted
@@ -191,7 +191,7 @@ def test_dashboard_speaks_in_perplexity(store: SQLStore, language_model: Claim) 
 
     assert row(job)["result"] == "perplexity 5.312"
     assert facts_of(job) == [
-        ("Test perplexity", "5.312", "training 2, reached at most 5.5 at step 4"),
+        ("Test perplexity", "5.312", "training 2, target at most 5.5, reached at step 4"),
         ("Test loss", "1.65", "training 0.5"),
     ]
     assert told(store, language_model)[-3:] == [
@@ -203,6 +203,11 @@ def test_dashboard_speaks_in_perplexity(store: SQLStore, language_model: Claim) 
     assert job.status.result.metrics == {"loss": 1.65, "perplexity": 5.312}
 
 
+def unreached(job: Job) -> Result:
+    assert job.status.result is not None
+    return job.status.result.model_copy(update={"target_step": None})
+
+
 def test_command_line_and_demo_speak_in_perplexity(store: SQLStore, language_model: Claim) -> None:
     running = read(store, language_model)
     assert following._metrics(running) == "perplexity 2 (test 5.312)  loss 0.5 (test 1.65)  0:00 left"
@@ -211,7 +216,11 @@ def test_command_line_and_demo_speak_in_perplexity(store: SQLStore, language_mod
     ended = read(store, language_model)
 
     assert (listed(ended)["loss"], listed(ended)["result"]) == ("0.5", "perplexity 5.312")
-    assert following._ending(ended) == "+ long SUCCEEDED at step 4, test perplexity 5.312, loss 1.65"
+    assert following._ending(ended) == (
+        "+ long SUCCEEDED at step 4, test perplexity 5.312, loss 1.65, perplexity at most 5.5 reached at step 4"
+    )
+    missed = ended.model_copy(update={"status": ended.status.model_copy(update={"result": unreached(ended)})})
+    assert following._ending(missed).endswith(", perplexity at most 5.5 not reached")
     table = demo._table({"SP-NGD": ended})
     assert [column.header for column in table.columns] == [
         "optimizer", "test perplexity", "steps", "steps to perplexity at most 5.5", "seconds of training",
@@ -225,7 +234,7 @@ def test_target_that_is_not_reached_says_in_which_direction_it_lies(store: SQLSt
     tell(store, claim, started(LOSS, BLEU), Steps(records=[record(1, {"loss": 2.0})]))
 
     assert facts_of(read(store, claim)) == [
-        ("Training BLEU", "—", "target at least 33"),
+        ("BLEU", "—", "target at least 33"),
         ("Training loss", "2", ""),
     ]
     tell(store, claim, Evaluation(step=1, metrics={"bleu": 12.5, "loss": 3.0}), first_seq=3)

@@ -3,6 +3,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import Timm, Torchvision, Transformers
@@ -89,6 +90,45 @@ def test_option_goes_before_the_data_s_size():
     assert build_model(Transformers(name="GPT2LMHeadModel", options=options), Words()).config.vocab_size == 64
 
 
+@pytest.mark.parametrize("shape", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_model_of_pixels_gives_a_tensor_and_keeps_the_names_of_its_weights(name, shape):
+    model = build_model(Torchvision(name=name), shape)
+
+    output = model(torch.randn(2, shape.channels, 32, 48))
+
+    assert isinstance(output, torch.Tensor)
+    assert output.shape == (2, 7, 32, 48)
+    assert model.state_dict().keys() == models.get_model(name, weights=None, weights_backbone=None).state_dict().keys()
+
+
+def squares():
+    """Returns images of a bright square on a dark ground; each pixel's class is whether it lies in the square."""
+    torch.manual_seed(0)
+    y = torch.zeros(24, 32, 32, dtype=torch.long)
+    for i, (top, left) in enumerate(torch.randint(16, (24, 2)).tolist()):
+        y[i, top : top + 16, left : left + 16] = 1
+    x = y.float().unsqueeze(1) + 0.1 * torch.randn(24, 1, 32, 32)
+    y[:, :2] = 255  # not labelled
+    return Dataset(TensorPart(x[:16], y[:16]), TensorPart(x[16:], y[16:]), Images(1, 32, 32, classes=2))
+
+
+def test_pixels_are_labelled_by_a_model_of_torchvision(tmp_path):
+    spec = small_spec(
+        data={"kind": "function", "function": "tests.workers.test_named_models:squares"},
+        model={"kind": "torchvision", "name": "lraspp_mobilenet_v3_large", "options": {"inter_channels": 16}},
+        task={"kind": "labelling", "ignore": 255},
+        optimizer={"kind": "adamw", "lr": 0.003},
+        schedule={"steps": 3},
+        batch={"global_size": 8},
+    )
+
+    outcome = run_rank(make_attempt(tmp_path, spec))
+
+    assert outcome.result == "succeeded", outcome.message
+    assert set(outcome.metrics) == {"mean_iou", "accuracy", "loss"}
+
+
 TINY_BERT = {
     "hidden_size": 8,
     "num_hidden_layers": 1,
@@ -129,7 +169,9 @@ def test_tokens_are_labelled_by_a_model_of_transformers(tmp_path):
     ("choice", "shape", "message"),
     [
         (Torchvision(name="resnet81"), RGB, r"the models of torchvision, got 'resnet81' \(did you mean 'resnet18'\?"),
-        (Torchvision(name="fcn_resnet50"), RGB, "must be one of the models of torchvision, got 'fcn_resnet50'"),
+        (Torchvision(name="ssd300_vgg16"), RGB, "must be one of the models of torchvision, got 'ssd300_vgg16'"),
+        (Torchvision(name="fcn_resnet50", options={"aux_loss": True}), RGB, "options.aux_loss adds an output that no"),
+        (Torchvision(name="fcn_resnet50", options={"weights_backbone": "DEFAULT"}), RGB, "would load weights"),
         (Timm(name="resnet18x"), RGB, r"the models of timm, got 'resnet18x' \(did you mean 'resnet18"),
         (Transformers(name="GPT2LMHedModel"), None, r"got 'GPT2LMHedModel' \(did you mean 'GPT2LMHeadModel'"),
         (Transformers(name="torch"), None, "must be one of the models of transformers, got 'torch'"),

@@ -64,7 +64,7 @@ def says_nothing(context: LoopContext) -> None:
 
 
 def loop_spec(function: str, **changes: object) -> LoopSpec:
-    metrics = {"reward": "higher", "loss": "lower"}
+    metrics = {"reward": "higher", "loss": "lower", "top_hits": {"better": "higher", "unit": "share"}}
     train = {"function": f"tests.workers.test_own_loop:{function}", "options": {"steps": 6}, "metrics": metrics}
     spec = parse_spec({"name": "own", "train": train} | changes)
     assert isinstance(spec, LoopSpec)
@@ -81,6 +81,7 @@ def test_loop_reports_its_own_metrics_and_ends_with_its_last_test(tmp_path):
     assert [metric.model_dump() for metric in events[0].metrics] == [
         {"name": "reward", "label": "reward", "better": "higher", "unit": "number"},
         {"name": "loss", "label": "loss", "better": "lower", "unit": "number"},
+        {"name": "top_hits", "label": "top hits", "better": "higher", "unit": "share"},
     ]
     assert [(r.step, r.metrics["loss"], r.lr) for r in records(events)] == [(n, 0.5**n, 0.5) for n in range(1, 7)]
     assert [event.step for event in events if event.kind == "checkpoint"] == [2, 4, 6]
@@ -133,7 +134,7 @@ def test_loop_that_reports_nothing_still_starts_and_ends(tmp_path):
     ("function", "message"),
     [
         ("fails", "test_own_loop:fails' failed with LookupError: no such thing"),
-        ("reports_other", "report got 'los', and train.metrics lists reward, loss; add it to the job"),
+        ("reports_other", "report got 'los', and train.metrics lists reward, loss, top_hits; add it to the job"),
         ("reports_text", "report needs a number for 'loss', got str"),
         ("goes_back", "report needs a step above the last one, 5, got 5; leave it out to count by ones"),
         ("absent", "has no function 'absent'"),
@@ -152,9 +153,10 @@ def test_fault_of_the_loop_is_told_once_and_for_good(tmp_path, function, message
         ({"model": {"kind": "mlp"}}, "a job has no field 'model'"),
         (
             {"target": {"metric": "accuracy", "value": 1.0}},
-            "must be one of train.metrics, reward, loss, got 'accuracy'",
+            "must be one of train.metrics, reward, loss, top_hits, got 'accuracy'",
         ),
         ({"checkpoint": {"every_steps": 5}}, "checkpoint has no field 'every_steps'"),
+        ({"target": {"metric": "top_hits", "value": 90}}, "in [0, 1] for top_hits, a share, got 90; divide by 100?"),
     ],
 )
 def test_job_of_an_own_loop_refuses_options_that_it_would_ignore(changes, message):

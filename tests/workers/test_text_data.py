@@ -3,6 +3,7 @@
 import gzip
 import logging
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,30 @@ def test_tokenizer_of_a_text_is_always_the_same(kind):
 
     assert first.vocabulary == second.vocabulary
     assert all(map(np.array_equal, first.encode(LINES), second.encode(LINES)))
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes"])
+@pytest.mark.parametrize("specials", [(), ("<pad>", "<eos>")])
+def test_table_gives_the_tokens_of_the_library(kind, specials):
+    made = tokenizer(KINDS[kind], specials)
+    lines = [*LINES, "", "\r\n", "é\u0301 ß 字 😀 <eos> \x00 \U0010ffff zoo"]
+    lines += [chr(code) for code in [*range(0x900), *range(0x1000, 0x110000, 0x333)] if not 0xD800 <= code < 0xE000]
+
+    by_library = made._encoded(lines, np.uint16)
+
+    for line, numbers, expected in zip(lines, made.encode(lines), by_library, strict=True):
+        assert numbers.dtype == np.uint16
+        assert numbers.tolist() == expected.tolist(), repr(line)
+
+
+def test_large_text_of_characters_takes_little_time():
+    made, text = tokenizer(KINDS["characters"]), "".join(LINES) * 1000
+    begun_s = time.process_time()
+
+    (numbers,) = made.encode([text])
+
+    assert len(numbers) == len(text) > 1_000_000
+    assert time.process_time() - begun_s < 0.3  # the library takes 0.8 for a million, the table 0.01
 
 
 def test_words_beyond_the_most_frequent_and_unseen_characters_are_unknown():

@@ -34,11 +34,11 @@ out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 Url = Annotated[
-    str | None, typer.Option("--url", help="Where the service is [default: NGD_URL, or NGD_HOST and NGD_PORT].")
+    str | None, typer.Option("--url", help="Where the service is.", show_default="NGD_URL, or NGD_HOST and NGD_PORT")
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option("--key-file", help="File with your API key [default: NGD_API_KEY_FILE, or NGD_API_KEY itself]."),
+    typer.Option("--key-file", help="File with your API key.", show_default="NGD_API_KEY_FILE, or NGD_API_KEY itself"),
 ]
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
 SpecFile = Annotated[Path, typer.Argument(help="A job in YAML or JSON.", exists=True, dir_okay=False, readable=True)]
@@ -73,9 +73,9 @@ def ngd(
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port [default: 8000]; 0: any free one.")] = None,
-    home: Annotated[Path | None, typer.Option(help="Folder of runs and database [default: ~/.ngd].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0: any free one.", show_default="8000")] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder of runs and database.", show_default="~/.ngd")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where relative data directories lie.")] = None,
 ) -> None:
     """Keep the service and its dashboard up. Each setting may also come from NGD_<NAME>."""
@@ -104,7 +104,7 @@ def submit(
     should_log: Annotated[bool, typer.Option("--log", "-l", help="With --follow: show the job's log too.")] = False,
     idempotency_key: Annotated[
         str | None,
-        typer.Option(help="The same key and job make one job, however often it is posted [default: a new one]."),
+        typer.Option(help="The same key and job make one job, however often it is posted.", show_default="a new one"),
     ] = None,
     url: Url = None,
     key_file: KeyFile = None,
@@ -148,7 +148,7 @@ def get(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
 def logs(
     job_id: JobId,
     should_follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt [default: the newest].")] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt.", show_default="the newest")] = None,
     tail: Annotated[int | None, typer.Option(min=0, help="Only the last lines.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Only what this rank wrote.")] = None,
     output: Annotated[
@@ -186,7 +186,9 @@ def cancel(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
 @app.command()
 def train(
     file: SpecFile,
-    run_dir: Annotated[Path, typer.Option(help="Where checkpoints and events go.")] = Path("run"),
+    run_dir: Annotated[
+        Path, typer.Option(help="Where checkpoints and events go; a run that it holds is resumed.")
+    ] = Path("run"),
     data_dir: Annotated[
         Path | None, typer.Option(envvar="NGD_DATA_DIR", help="Where relative data directories lie.")
     ] = None,

@@ -32,7 +32,7 @@ def pack(
     train: Annotated[str, typer.Option(help="Folder of the training images, in FOLDER.")] = "train",
     test: Annotated[str, typer.Option(help="Folder of the test images, in FOLDER.")] = "val",
     samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, help=f"Images in each shard [default: {SAMPLES_PER_SHARD}].")
+        int | None, typer.Option(min=1, help="Images in each shard.", show_default=str(SAMPLES_PER_SHARD))
     ] = None,
     shard_bytes: Annotated[
         int | None, typer.Option(min=1, help="Most bytes of a shard, instead of a number of images.")

@@ -10,8 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, ServiceError
-from ngd_service.client.scores import listed, score
-from ngd_service.resources import Job, Metric
+from ngd_service.client.scores import bound, listed, score
+from ngd_service.client.units import counted
+from ngd_service.resources import Job, Metric, Result
 
 __all__ = ["EXIT_CODES", "follow", "mark", "steps"]
 
@@ -125,7 +126,7 @@ def _newest(metric: Metric, latest: Mapping[str, float]) -> str:
 
 def _skipped(job: Job) -> str:
     skipped = job.status.progress.skipped_samples
-    return f"{skipped} sample{'' if skipped == 1 else 's'} skipped" if skipped else ""
+    return f"{counted(skipped, 'sample')} skipped" if skipped else ""
 
 
 def _ending(job: Job) -> str:
@@ -135,4 +136,14 @@ def _ending(job: Job) -> str:
         return f"{mark(job)} {job.name} {job.status.phase}{' - ' + why if why else ''}"
     tested = f"test {listed(job.metrics, result.metrics)}" if result.metrics else ""
     ended = f"{mark(job)} {job.name} SUCCEEDED at step {result.step}"
-    return ", ".join(filter(None, (ended, tested, _skipped(job))))
+    return ", ".join(filter(None, (ended, tested, _target(job, result), _skipped(job))))
+
+
+def _target(job: Job, result: Result) -> str:
+    """Returns whether the job has reached its target: "perplexity at most 12 reached at step 40"."""
+    target = bound(job)
+    if target is None:
+        return ""
+    metric, value = target
+    reached = "not reached" if result.target_step is None else f"reached at step {result.target_step}"
+    return f"{metric.label} {value} {reached}"

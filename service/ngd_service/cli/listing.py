@@ -9,6 +9,7 @@ from rich.table import Table
 from ngd_service.cli.follow import mark, steps
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.scores import result
+from ngd_service.client.units import number
 from ngd_service.resources import Job
 
 __all__ = ["job_table"]
@@ -52,7 +53,7 @@ def _row(job: Job) -> dict[str, str]:
         "name": harmless(job.name),
         "phase": f"{mark(job)} {job.status.phase}",
         "step": steps(job) or "-",
-        "loss": "-" if loss is None else f"{loss:.4g}",
+        "loss": "-" if loss is None else number(loss),
         "result": harmless(result(job) or "-"),
         "created": f"{job.created_at:%Y-%m-%d %H:%MZ}",
     }

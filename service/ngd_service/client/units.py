@@ -3,23 +3,28 @@
 import math
 from datetime import UTC, datetime
 
-__all__ = ["NOTHING", "ago", "binary_bytes", "duration", "moment", "number", "percent"]
+__all__ = ["NOTHING", "ago", "binary_bytes", "counted", "duration", "moment", "number", "percent"]
 
 NOTHING = "—"
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def number(value: float | None) -> str:
-    """Four significant digits with thousands separators; a dash for None."""
+    """Four significant digits, whole with thousands separators from 1,000 on; a dash for None."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"
-    if abs(value) >= 1000:
+    if 1000 <= abs(value) < 1e9:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def counted(count: int, name: str) -> str:
+    """A number of things: 1 worker, 1,000 samples."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def percent(share: float | None) -> str:

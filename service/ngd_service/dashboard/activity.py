@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nicegui import ui
 
 from ngd_service.client.scores import listed
-from ngd_service.client.units import binary_bytes, moment
+from ngd_service.client.units import binary_bytes, counted, moment
 from ngd_service.dashboard.theme import panel
 from ngd_service.resources import Event, Metric
 
@@ -116,7 +116,8 @@ def words(event: Event, metrics: Sequence[Metric] = ()) -> str:
             return f"{str(data['to']).capitalize()}{why}"
         case "started":
             resumed = f", resumed after step {data['resumed_step']:,}" if data["resumed_step"] else ""
-            return f"Attempt {event.attempt}: {data['world_size']} workers on {data['device']} started{resumed}"
+            workers = counted(data["world_size"], "worker")
+            return f"Attempt {event.attempt}: {workers} on {data['device']} started{resumed}"
         case "evaluation":
             return f"Tested at step {data['step']:,}: {listed(metrics, data['metrics'])}"
         case "checkpoint":

@@ -12,7 +12,7 @@ from nicegui import ui
 
 from ngd_service.dashboard.theme import panel
 
-__all__ = ["INK", "LINE", "MUTED", "TOOLTIP", "ChartPanel", "axis"]
+__all__ = ["INK", "LINE", "MUTED", "SURFACE", "TOOLTIP", "ChartPanel", "axis"]
 
 INK, MUTED, LINE, SURFACE = "var(--ink)", "var(--muted)", "var(--line)", "var(--surface)"
 TOOLTIP = {
@@ -29,6 +29,7 @@ class ChartPanel(ABC):
 
     def __init__(self, title: str, options: dict[str, Any], *, classes: str = "", height_px: int = 250) -> None:
         with panel(title, classes) as self.head:
+            self.whole = ui.context.slot.parent
             self.note = ui.label("No data yet").classes("panel-note digits")
             with ui.element("div").classes("panel-body"):
                 with ui.element("div").props(f"role=img aria-describedby={self.note.html_id}") as self.figure:
@@ -73,6 +74,10 @@ class ChartPanel(ABC):
         """Brings the table up to date, if it is shown."""
         if self.table.visible:
             self._fill_table()
+
+    def show(self, *, is_needed: bool) -> None:
+        """Shows the panel, or takes it from the page."""
+        self.whole.set_visibility(is_needed)
 
     def _turn(self) -> None:
         as_table = not self.table.visible

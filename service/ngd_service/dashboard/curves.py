@@ -8,12 +8,13 @@ from typing import Any
 from nicegui import ui
 
 from ngd_service.client.units import binary_bytes, number, percent
-from ngd_service.dashboard.chart_panel import LINE, MUTED, TOOLTIP, ChartPanel, axis
+from ngd_service.dashboard.chart_panel import LINE, MUTED, SURFACE, TOOLTIP, ChartPanel, axis
 
 __all__ = [
     "BYTES",
     "MOST_MARKS",
     "PLAIN",
+    "RATE",
     "SECONDS",
     "SHARE",
     "Curve",
@@ -31,6 +32,7 @@ Points = Sequence[tuple[int, float]]
 DASHES = ("solid", [6, 4], [2, 3], [10, 3, 2, 3])
 SERIES_COLOURS = 10
 MOST_MARKS = 200
+LOG_FROM = 100  # times the smallest value is the largest: a linear axis would show the largest alone
 STEP_POINTER = {"label": {":formatter": "p => 'step ' + Math.round(p.value)"}, "lineStyle": {"color": MUTED}}
 LEGEND = {
     "type": "scroll",
@@ -55,8 +57,13 @@ class Unit:
     words: Callable[[float], str]
 
 
-SIGNIFICANT = "v => v == null ? 'not finite' : String(+(+v).toPrecision(4))"
+SIGNIFICANT = (
+    "v => { if (v == null) return 'not finite'; const a = Math.abs(v), four = +(+v).toPrecision(4); "
+    "return a < 1e3 ? String(four) : a < 1e9 ? (+v).toLocaleString('en-US', {maximumFractionDigits: 1}) : "
+    "four.toExponential(); }"
+)
 PLAIN = Unit("", SIGNIFICANT, number)
+RATE = Unit("samples/s", SIGNIFICANT, lambda value: f"{number(value)} samples/s")
 SHARE = Unit("%", "v => v == null ? 'not finite' : +(100 * v).toFixed(2) + '%'", percent)
 SECONDS = Unit(
     "seconds",
@@ -146,8 +153,8 @@ class Curves(ChartPanel):
             "series": [],
         }
         super().__init__(title, options)
-        if may_be_log:
-            self._add_log_button()
+        self.log_button = self._add_log_button() if may_be_log else None
+        self.reader_chose_axis = False
         self._lay_out()
 
     def replace(self, points: Mapping[str, Points]) -> str:
@@ -155,6 +162,7 @@ class Curves(ChartPanel):
         self.points = {key: [] for key in self.curves} | {key: list(values) for key, values in points.items()}
         self.lost, self.highest = [], 0.0
         self._note(points)
+        self._choose_axis()
         self._lay_out()
         self.describe(now=True)
         self.refill()
@@ -203,12 +211,10 @@ class Curves(ChartPanel):
                 row[key] = self.unit.words(value) if math.isfinite(value) else "not finite"
         return [by_step[step] for step in sorted(by_step, reverse=True)]
 
-    def _add_log_button(self) -> None:
+    def _add_log_button(self) -> ui.button:
         def turn() -> None:
-            height = self.chart.options["yAxis"][0]
-            is_log = height["type"] == "value"
-            height["type"] = "log" if is_log else "value"
-            button.props(f"aria-pressed={str(is_log).lower()}").text = "log" if is_log else "linear"
+            self.reader_chose_axis = True
+            self._set_axis(is_log=self.chart.options["yAxis"][0]["type"] == "value")
             self._lay_out()
             self.tell(self._whole())
 
@@ -217,12 +223,29 @@ class Curves(ChartPanel):
             button.props("aria-pressed=false")
             button.props["aria-label"] = f"{self.title} on a logarithmic axis"
             button.move(target_index=2)
+        return button
+
+    def _choose_axis(self) -> None:
+        """Takes a logarithmic axis for values of many orders of magnitude, until the reader chooses."""
+        if self.log_button is None or self.reader_chose_axis:
+            return
+        values = [value for series in self.points.values() for _, value in series if math.isfinite(value)]
+        smallest = min(values, default=0.0)
+        self._set_axis(is_log=smallest > 0 and max(values) >= LOG_FROM * smallest)
+
+    def _set_axis(self, *, is_log: bool) -> None:
+        assert self.log_button is not None
+        self.chart.options["yAxis"][0]["type"] = "log" if is_log else "value"
+        self.log_button.props(f"aria-pressed={str(is_log).lower()}").text = "log" if is_log else "linear"
 
     def _curve(self, key: str) -> Curve:
         return self.curves.get(key) or Curve(key.replace("_", " "))
 
     def _lay_out(self) -> None:
-        """Makes the chart's frame again, with empty series."""
+        """Makes the chart's frame again.
+
+        Its series say nothing of their data: the frame may be laid out after the points have come, and must leave them.
+        """
         lines = [self._line(index, key) for index, key in enumerate(self.points)]
         if self.goal is not None:
             lines[0]["markLine"] = self._goal_line(self.goal)
@@ -234,14 +257,14 @@ class Curves(ChartPanel):
                 "symbol": "triangle",
                 "symbolSize": 11,
                 "itemStyle": {"color": "var(--bad)"},
-                "data": [],
                 "markLine": {"silent": True, "symbol": "none", "animation": False, "data": lines_of(self.marks)},
             }
         )
         self.chart.options["series"] = lines
         self.chart.options["yAxis"][0] |= self._ticks()
-        names = [line["name"] for line in lines if line["name"] != "not finite" or self.lost]
-        self.chart.options["legend"] |= {"data": names, "show": any(self.points.values()) and len(names) > 1}
+        drawn = [*map(bool, self.points.values()), bool(self.lost)]
+        names = [line["name"] for line, has_points in zip(lines, drawn, strict=True) if has_points]
+        self.chart.options["legend"] |= {"data": names, "show": len(names) > 1}
         self.chart.update()
 
     def _whole(self) -> str:
@@ -271,7 +294,6 @@ class Curves(ChartPanel):
             "lineStyle": {"color": colour, "width": 1.75, "type": DASHES[index % len(DASHES)]},
             "itemStyle": {"color": colour},
             "emphasis": {"disabled": True},
-            "data": [],
         }
         if self.stacked:
             line |= {"stack": "all", "areaStyle": {"color": colour, "opacity": 0.55}}
@@ -281,8 +303,15 @@ class Curves(ChartPanel):
 
     def _goal_line(self, goal: Goal) -> dict[str, Any]:
         side = "Bottom" if goal.is_floor else "Top"  # where the curve that has reached it is not
-        words = {"formatter": f"target {self.unit.words(goal.value)}", "position": f"insideEnd{side}", "color": MUTED}
-        line = {"yAxis": goal.value, "label": words | {"fontSize": 11}}
+        label = {
+            "formatter": f"target {self.unit.words(goal.value)}",
+            "position": f"insideEnd{side}",
+            "color": MUTED,
+            "fontSize": 11,
+            "textBorderColor": SURFACE,  # a curve may pass behind the words
+            "textBorderWidth": 3,
+        }
+        line = {"yAxis": goal.value, "label": label}
         style = {"type": "dashed", "color": "var(--good)", "width": 1.5}
         return {"silent": True, "symbol": "none", "animation": False, "lineStyle": style, "data": [line]}
 

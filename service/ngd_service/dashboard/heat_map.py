@@ -169,12 +169,13 @@ def _steps(count: int) -> str:
     return f"{count:,} step" + ("" if count == 1 else "s")
 
 
-def _category(name: str, data: Sequence[str] = (), **more: Any) -> dict[str, Any]:
-    plain = axis(name, type="category", data=list(data), splitLine={"show": False})
+def _category(name: str, **more: Any) -> dict[str, Any]:
+    plain = axis(name, type="category", splitLine={"show": False})
     return plain | {"axisTick": {"show": False}} | more
 
 
 def _options() -> dict[str, Any]:
+    """Returns the frame, which says nothing of the data: it may be laid out after them, and must leave them."""
     return {
         "animation": False,
         "grid": {"left": 120, "right": 18, "top": 40, "bottom": 46},
@@ -198,7 +199,7 @@ def _options() -> dict[str, Any]:
         "xAxis": _category("step", nameLocation="middle", nameGap=28),
         "yAxis": _category("", inverse=True),
         "series": [
-            {"name": "age", "type": "heatmap", "data": [], "emphasis": {"disabled": True}},
+            {"name": "age", "type": "heatmap", "emphasis": {"disabled": True}},
             {
                 "name": "refresh",
                 "type": "scatter",
@@ -206,7 +207,6 @@ def _options() -> dict[str, Any]:
                 "symbolSize": 4,
                 "silent": True,
                 "itemStyle": {"color": "#ffffff", "borderColor": "#000000", "borderWidth": 0.8},
-                "data": [],
             },
         ],
     }

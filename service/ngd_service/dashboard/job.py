@@ -192,7 +192,7 @@ class JobPage:
             await self.heat_map.refresh(self.api, self.job_id, step, whole=job.status.is_terminal)
         elif step:
             kind = job.spec.get("optimizer", {}).get("kind", "a loop of the job's own")
-            self.heat_map.explain(f"{kind} keeps no statistics")
+            self.heat_map.explain(f"{kind} reports no statistics")
 
     async def _cancel(self) -> None:
         try:

@@ -1,11 +1,12 @@
 """The head of a job's page: its name and phase, what went wrong, how far it is, and the button that cancels it."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from nicegui import ui
 
 from ngd_service.client.scores import bound, score
-from ngd_service.client.units import NOTHING, ago, duration, number, percent
+from ngd_service.client.units import NOTHING, ago, counted, duration, number, percent
 from ngd_service.dashboard.theme import phase_badge
 from ngd_service.resources import Job, Metric
 
@@ -93,7 +94,7 @@ class Summary:
         skipped = status.progress.skipped_samples
         self.hole.set_visibility(skipped > 0)
         self.skipped.set_text(
-            f"{_counted(skipped, 'sample')} could not be read and {'was' if skipped == 1 else 'were'} left out: the "
+            f"{counted(skipped, 'sample')} could not be read and {'was' if skipped == 1 else 'were'} left out: the "
             f"model has not learned from {'it' if skipped == 1 else 'them'}"
         )
 
@@ -114,7 +115,7 @@ class Summary:
             fact.show(value, more)
         rate = latest.get("samples_per_s")
         self.rate.show(NOTHING if rate is None else f"{number(round(rate))}/s", _pace(job))
-        self.rate.value.props(f'title="{_counted(job.spec["resources"]["workers"], "worker")}"')
+        self.rate.value.props(f'title="{counted(job.spec["resources"]["workers"], "worker")}"')
 
     def _show_time(self, job: Job) -> None:
         self.time.name.set_text("Took" if job.finished_at else "Time left")
@@ -156,8 +157,10 @@ def _fact_of(job: Job, metric: Metric) -> tuple[str, str, str]:
     target = bound(job)
     if target is not None and target[0].name == metric.name:
         result = job.status.result
-        reached = f" at step {result.target_step:,}" if result is not None and result.target_step is not None else ""
-        more.append(f"{'reached' if reached else 'target'} {target[1]}{reached}")
+        reached = [] if result is None or result.target_step is None else [f"reached at step {result.target_step:,}"]
+        more += [f"target {target[1]}", *reached]
+    if test is None and training is None:
+        return metric.label[:1].upper() + metric.label[1:], NOTHING, ", ".join(more)
     which, value = ("Training", training) if test is None else ("Test", test)
     return f"{which} {metric.label}", score(metric, value), ", ".join(more)
 
@@ -173,11 +176,19 @@ def recipe(job: Job) -> str:
     """Returns the job's choices in a line, with its workers and its age."""
     spec = job.spec
     parts = [spec[part] for part in ("model", "data", "task", "optimizer", "train") if part in spec]
-    kinds = [str(part.get("kind") or part.get("function")) for part in parts]
-    workers = _counted(spec["resources"]["workers"], "worker")
+    kinds = [_kind(part) for part in parts]
+    workers = counted(spec["resources"]["workers"], "worker")
     attempt = [f"attempt {job.status.attempt}"] if job.status.attempt > 1 else []
     by = f" by {job.created_by}" if job.created_by else ""
     return " · ".join([*kinds, workers, *attempt, f"submitted {ago(job.created_at)}{by}"])
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    """Returns a choice in a few words: "gpt", "language modelling", "mine:model", "torchvision resnet18"."""
+    kind = part.get("kind", "function")
+    if kind == "function":
+        return str(part["function"])
+    return " ".join([kind.replace("_", " "), *filter(None, [part.get("name")])])
 
 
 def steps(job: Job) -> str:
@@ -196,7 +207,3 @@ def progress_words(job: Job) -> str:
     epoch = "" if progress.epoch is None else f"epoch {progress.epoch:.0f}"
     words = ", ".join(filter(None, ("steps", share, epoch)))
     return words + (f"; no record of {', '.join(lost)}" if lost else "")
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"

@@ -7,7 +7,19 @@ from typing import Any
 from nicegui import ui
 
 from ngd_service.client.client import AsyncClient
-from ngd_service.dashboard.curves import BYTES, MOST_MARKS, PLAIN, SECONDS, SHARE, Curve, Curves, Goal, Mark, lines_of
+from ngd_service.dashboard.curves import (
+    BYTES,
+    MOST_MARKS,
+    PLAIN,
+    RATE,
+    SECONDS,
+    SHARE,
+    Curve,
+    Curves,
+    Goal,
+    Mark,
+    lines_of,
+)
 from ngd_service.resources import Job, Metric, Metrics
 
 __all__ = ["Training"]
@@ -22,7 +34,7 @@ class Training:
     def __init__(self) -> None:
         self.place = ui.element("div").style("display: contents")  # of the metrics, which the workers name
         self.of_metric: dict[str, Curves] = {}
-        self.rate = Curves("Throughput", axis_name="samples/s", curves={"samples_per_s": Curve("throughput")})
+        self.rate = Curves("Throughput", unit=RATE, curves={"samples_per_s": Curve("throughput")})
         self.seconds = Curves("Time per step, by phase", unit=SECONDS, stacked=True)
         self.bytes_sent = Curves("Sent per step, by kind", unit=BYTES, stacked=True)
         settings = {"lr": Curve("learning rate"), "damping": Curve("damping")}
@@ -90,6 +102,8 @@ class Training:
             new[panel][key] = [(step, value) for step, value in read if step > after]
         scripts = [(panel.replace if whole else panel.extend)(points) for panel, points in new.items()]
         self._tell("".join(scripts))
+        for panel in self.panels:  # one worker sends nothing, and a loop of the user's own may not tell its phases
+            panel.show(is_needed=any(panel.points.values()))
 
     def _place(self, name: str) -> tuple[Curves, str]:
         group, _, part = name.partition(".")

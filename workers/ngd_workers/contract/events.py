@@ -4,13 +4,14 @@ Rank 0's reporter writes events to a spool file, one JSON object a line, and pos
 an event under the key (attempt, seq), so that a repeated delivery changes nothing.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from ngd_workers.contract.names import MetricName
 
-__all__ = ["Event", "EventBatch", "EventReply", "Metric", "Numbered", "StepRecord", "with_metrics"]
+__all__ = ["Event", "EventBatch", "EventReply", "Metric", "Numbered", "StepRecord", "metric_words", "with_metrics"]
 
 MetricValues = Annotated[dict[MetricName, float], Field(max_length=32)]
 
@@ -28,6 +29,15 @@ class Metric(Fact):
     label: str = Field(max_length=40, description='For people: "accuracy", "BLEU".')
     better: Literal["higher", "lower"]
     unit: Literal["number", "share"] = Field(default="number", description="share: in [0, 1], shown as per cent.")
+
+
+def metric_words(which: str, values: Mapping[str, float]) -> list[str]:
+    """Returns each value after its name, for a log.
+
+    >>> metric_words("test", {"r2": 0.97034, "rmse": 20053.4})
+    ['test r2 0.9703', 'test rmse 20,053']
+    """
+    return [f"{which} {name} {value:{',.0f' if 1e3 <= abs(value) < 1e9 else '.4g'}}" for name, value in values.items()]
 
 
 def with_metrics(given: Any) -> Any:

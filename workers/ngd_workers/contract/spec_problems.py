@@ -169,7 +169,10 @@ def _explain(error: Mapping[str, Any], place: _Place) -> SpecProblem:
         prefix = f"{place.name}: " if place.path else ""
         return place.item("invalid", prefix + str(ctx["error"]))
     code, must = rule(kind, ctx, error["msg"])
-    return place.item(code, f"{place.name or 'a job'} {must}, got {shown(error['input'])}", _advice(place))
+    given = error["input"]
+    is_kind = isinstance(given, str) and given in map(_kind, place.models)
+    hint = f"write {{kind: {given}}}" if is_kind else _advice(place)
+    return place.item(code, f"{place.name or 'a job'} {must}, got {shown(given)}", hint)
 
 
 def rule(kind: str, ctx: Mapping[str, Any], message: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Records the end of an attempt: the last event, then outcome.json. Imports without torch."""
 
 from ngd_workers.contract.errors import WorkerError
-from ngd_workers.contract.events import Cancelled, Done, Event, Failed
+from ngd_workers.contract.events import Cancelled, Done, Event, Failed, metric_words
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import AttemptDir, Outcome, write_json
 from ngd_workers.report.reporter import SpoolingReporter
@@ -38,7 +38,7 @@ def summary(outcome: Outcome) -> str:
         return f"failed: {outcome.reason}: {outcome.message}"
     if outcome.result == "cancelled":
         return f"cancelled after step {outcome.step}" + (f": {outcome.message}" if outcome.message else "")
-    metrics = ", ".join(f"test {name} {value:.4f}" for name, value in outcome.metrics.items())
+    metrics = ", ".join(metric_words("test", outcome.metrics))
     return f"succeeded after step {outcome.step}" + (f": {metrics}" if metrics else "")
 
 

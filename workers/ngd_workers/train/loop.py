@@ -14,6 +14,7 @@ from ngd_workers.contract.events import (
     Started,
     StepRecord,
     TargetReached,
+    metric_words,
 )
 from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import InitChoice, JobSpec, Loading, NGDOptimizer
@@ -269,9 +270,8 @@ class Run:
 
     def _log(self, which: str, metrics: dict[str, float], *more: str) -> None:
         if self.context.comm.rank == 0:
-            values = [f"{which} {name} {value:.4f}" for name, value in metrics.items()]
             place = f"step {self.progress.step}/{self.total_steps}  epoch {self.epoch:.2f}"
-            log.info("%s", "  ".join([place, *values, *more]))
+            log.info("%s", "  ".join([place, *metric_words(which, metrics), *more]))
 
 
 Prepared = tuple[Dataset, Task, Batches, torch.nn.Module]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ngd_dist.errors import CollectiveError
 from ngd_workers.contract.errors import UserCodeError, WorkerError
-from ngd_workers.contract.events import Evaluation, Metric, Started, StepRecord, TargetReached
+from ngd_workers.contract.events import Evaluation, Metric, Started, StepRecord, TargetReached, metric_words
 from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import LoopSpec
 from ngd_workers.functions import load_function
@@ -165,7 +165,10 @@ class LoopContext:
                 resumed_step=self._resumed_step,
                 statistics=[],
                 plain_parameters={},
-                metrics=[Metric(name=n, label=n, better=better) for n, better in self._spec.train.metrics.items()],
+                metrics=[
+                    Metric(name=name, label=name.replace("_", " ")[:40], better=metric.better, unit=metric.unit)
+                    for name, metric in self._spec.train.metrics.items()
+                ],
             )
         )
 
@@ -189,7 +192,7 @@ class LoopContext:
         if target is None or self.target_step is not None or target.metric not in values:
             return
         value = values[target.metric]
-        if is_reached(target, self._spec.train.metrics[target.metric], value):
+        if is_reached(target, self._spec.train.metrics[target.metric].better, value):
             self.target_step = self.step
             report(TargetReached(step=self.step, metrics={target.metric: value}))
 
@@ -210,7 +213,7 @@ class LoopContext:
         return self._seconds_before + time.monotonic() - self._begun_s
 
     def _log(self, which: str, values: Mapping[str, float]) -> None:
-        shown = [f"{which} {name} {value:.4f}" for name, value in values.items() if math.isfinite(value)]
+        shown = metric_words(which, {name: value for name, value in values.items() if math.isfinite(value)})
         log.info("%s", "  ".join([f"step {self.step}/{self._spec.train.steps or '?'}", *shown]))
 
 

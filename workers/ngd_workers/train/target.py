@@ -19,10 +19,9 @@ def target_metric(target: Target, task: Task) -> Metric:
             f"target.metric must be a metric of the job's task, one of {', '.join(known)}, got {target.metric!r}"
         )
     metric = known[target.metric]
-    if metric.unit == "share" and not 0 <= target.value <= 1:
-        raise SpecError(
-            f"target.value must be in [0, 1] for {metric.label}, a share, got {target.value:g}; divide by 100?"
-        )
+    problem = target.problem_as_share(metric.label) if metric.unit == "share" else None
+    if problem is not None:
+        raise SpecError(problem)
     return metric
 
 

@@ -12,6 +12,7 @@ from ngd_workers.contract.spec.job import (
     KeptCheckpoints,
     LoopSpec,
     OwnLoop,
+    OwnMetric,
     spec_class,
     spec_of_json,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "OnBadSample",
     "OptimizerChoice",
     "OwnLoop",
+    "OwnMetric",
     "PadCrop",
     "Parquet",
     "PolynomialLR",

@@ -1,9 +1,9 @@
 """A whole job: the body of ``POST /api/v1/jobs``, the argument of ``ngd submit`` and ``ngd train``, or a recipe."""
 
 import json
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ngd_dist.config import QuadraticModel, Single
 from ngd_workers.contract.names import MetricName
@@ -23,7 +23,17 @@ from ngd_workers.contract.spec.run import (
 from ngd_workers.contract.spec.sources import DataChoice
 from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
 
-__all__ = ["AnySpec", "Job", "JobSpec", "KeptCheckpoints", "LoopSpec", "OwnLoop", "spec_class", "spec_of_json"]
+__all__ = [
+    "AnySpec",
+    "Job",
+    "JobSpec",
+    "KeptCheckpoints",
+    "LoopSpec",
+    "OwnLoop",
+    "OwnMetric",
+    "spec_class",
+    "spec_of_json",
+]
 
 
 class Job(SpecModel):
@@ -117,6 +127,22 @@ class JobSpec(Job):
         return self.worker_batch // self.micro_size
 
 
+class OwnMetric(SpecModel):
+    """A metric that an own loop reports."""
+
+    better: Literal["higher", "lower"]
+    unit: Literal["number", "share"] = Field(default="number", description="share: in [0, 1], shown as per cent.")
+
+
+def _with_direction(given: object) -> object:
+    return {"better": given} if isinstance(given, str) else given
+
+
+OwnMetricChoice = Annotated[
+    OwnMetric, BeforeValidator(_with_direction, json_schema_input_type=Literal["higher", "lower"] | OwnMetric)
+]
+
+
 class OwnLoop(SpecModel):
     """A training loop of the user's own: a function that is called on each rank with a `LoopContext`."""
 
@@ -128,12 +154,12 @@ class OwnLoop(SpecModel):
         le=MAX_STEPS,
         description="Steps that the loop will report; None: unknown.",
     )
-    metrics: dict[MetricName, Literal["higher", "lower"]] = Field(
-        default={"loss": "lower"},
+    metrics: dict[MetricName, OwnMetricChoice] = Field(
+        default={"loss": OwnMetric(better="lower")},
         min_length=1,
         max_length=32,
         description="The metrics that the loop reports, the one that counts first, and whether higher or lower is "
-        "better.",
+        "better; or that and its unit: {better: higher, unit: share}.",
     )
 
 
@@ -151,11 +177,17 @@ class LoopSpec(Job):
 
     @model_validator(mode="after")
     def _target_is_reported(self) -> Self:
-        if self.target is not None and self.target.metric not in self.train.metrics:
+        if self.target is None:
+            return self
+        metric = self.train.metrics.get(self.target.metric)
+        if metric is None:
             raise ValueError(
                 f"target.metric must be one of train.metrics, {', '.join(self.train.metrics)}, got "
                 f"{self.target.metric!r}; add it there"
             )
+        problem = self.target.problem_as_share(self.target.metric) if metric.unit == "share" else None
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
 

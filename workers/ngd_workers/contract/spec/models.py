@@ -94,7 +94,7 @@ class Torchvision(SpecModel):
 
     kind: Literal["torchvision"] = "torchvision"
     name: str = Field(
-        max_length=100, description="A name that torchvision.models.list_models() gives: resnet50, vgg16_bn."
+        max_length=100, description="A name in torchvision.models.list_models(), of images or pixels: fcn_resnet50."
     )
     stem: Stem = "imagenet"
     options: Options = Field(default={}, description="Keyword arguments passed to torchvision's function.")

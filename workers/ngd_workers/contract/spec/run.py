@@ -137,6 +137,12 @@ class Target(SpecModel):
         default=False, description="Whether the job ends, as a success, when it reaches the target."
     )
 
+    def problem_as_share(self, label: str) -> str | None:
+        """Returns the reason why the value is no share, such as accuracy is; None: it may be one."""
+        if 0 <= self.value <= 1:
+            return None
+        return f"target.value must be in [0, 1] for {label}, a share, got {self.value:g}; divide by 100?"
+
     @model_validator(mode="before")
     @classmethod
     def _of_one_metric(cls, given: object) -> object:
