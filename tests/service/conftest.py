@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from nicegui import Client as PageClient
+from nicegui import ui
 from sqlalchemy import create_engine, make_url, text
 
 from ngd_service.app import create_app
@@ -132,3 +134,18 @@ def kube_cluster(shared_kube_cluster: KubeCluster, monkeypatch: pytest.MonkeyPat
     )
     yield shared_kube_cluster
     shared_kube_cluster.clear()
+
+
+@pytest.fixture
+def sent() -> list[str]:
+    """The scripts that the page tells its browser to run."""
+    return []
+
+
+@pytest.fixture
+def page(sent: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[PageClient]:
+    """A page that no browser has opened yet."""
+    with PageClient(ui.page("/test"), request=None) as client:
+        monkeypatch.setattr(client, "run_javascript", lambda code, **_: sent.append(code))
+        yield client
+    client.delete()

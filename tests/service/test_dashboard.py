@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -24,21 +24,6 @@ NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
 ACCURACY = Metric(name="accuracy", label="accuracy", better="higher", unit="share")
 LOSS = Metric(name="loss", label="loss", better="lower")
 CLASSIFIES = (ACCURACY, LOSS)
-
-
-@pytest.fixture
-def sent() -> list[str]:
-    """What the page's browser is told to run."""
-    return []
-
-
-@pytest.fixture
-def page(sent: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """A page that no browser has opened yet."""
-    with Client(ui.page("/test"), request=None) as client:
-        monkeypatch.setattr(client, "run_javascript", lambda code, **_: sent.append(code))
-        yield client
-    client.delete()
 
 
 def event(kind: str, attempt: int | None = 1, **data: Any) -> Event:

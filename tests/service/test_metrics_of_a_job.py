@@ -6,14 +6,12 @@ Each job is stored as its worker would tell of it, read through the API, and sho
 import asyncio
 import io
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from nicegui import Client as PageClient
-from nicegui import ui
 from rich.console import Console
 
 from deploy import demo
@@ -314,20 +312,6 @@ def test_steps_of_both_versions_make_one_curve(store: SQLStore, older: Claim) ->
     assert series(store, older)["accuracy"].steps == [1, 2, 3]
     thinned = store.spans(older.job.id, "curves", Wanted(most_steps=1, most_spans=1))
     assert thinned.spans[0].content["accuracy"] == [[1, 0.75], [3, 1.0], None]
-
-
-@pytest.fixture
-def sent() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def page(sent: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[PageClient]:
-    """A page that no browser has opened yet."""
-    with PageClient(ui.page("/test"), request=None) as client:
-        monkeypatch.setattr(client, "run_javascript", lambda code, **_: sent.append(code))
-        yield client
-    client.delete()
 
 
 class Recorded:

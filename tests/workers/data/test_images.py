@@ -1,6 +1,8 @@
 """Decoding and preparing of image files."""
 
 import io
+import pickle
+import random
 
 import numpy as np
 import pytest
@@ -144,6 +146,19 @@ def test_augmentation_draws_from_torch_and_test_images_draw_nothing() -> None:
     assert not torch.equal(views[0], views[1])
     assert torch.equal(centre(image), centre(image))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("augment", ["random_resized_crop", "pad_crop", "none"])
+def test_images_draw_from_torch_alone(augment: str) -> None:
+    settings = ImageSettings.model_validate({"size": 8, "augment": {"kind": augment}})
+    dataset = image_dataset(Files(picture(7)), Files(picture(8)), 2, settings, skips_bad_samples=False)
+    before = random.getstate(), pickle.dumps(np.random.get_state())
+
+    for _ in range(8):
+        dataset.train[0]
+
+    assert dataset.draws_from_torch_alone
+    assert (random.getstate(), pickle.dumps(np.random.get_state())) == before
 
 
 def test_test_image_is_the_middle_of_the_scaled_image() -> None:

@@ -102,6 +102,7 @@ def image_dataset(
         prepare=Normalize(settings.mean, settings.std),
         shards=shards,
         skips_bad_samples=skips_bad_samples,
+        draws_from_torch_alone=True,  # as torchvision's transforms do
     )
 
 

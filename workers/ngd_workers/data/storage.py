@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,9 +73,9 @@ class LocalFolder:
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder, "_open": OrderedDict()}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of a process `os` may be gone
         for descriptor in self._open.values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 class RemoteFolder:

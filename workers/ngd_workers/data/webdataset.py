@@ -3,9 +3,10 @@
 Each sample is read together with its header in the tar, which says whether the index is that of this tar.
 """
 
+from array import array
+from bisect import bisect_right
+from itertools import accumulate, chain
 from pathlib import Path
-
-import numpy as np
 
 from ngd_workers.contract.errors import InvalidDataError
 from ngd_workers.contract.spec import WebDataset
@@ -30,9 +31,9 @@ class ShardImages:
         self._storage = storage
         self._shards = [(shard.name, shard.bytes) for shard in index.shards]
         self.sizes = tuple(len(shard.labels) for shard in index.shards)
-        self._ends = np.cumsum(self.sizes)
+        self._ends = list(accumulate(self.sizes))
         self._offsets, self._lengths, self._labels = (
-            np.fromiter((n for shard in index.shards for n in getattr(shard, column)), np.int64, index.num_samples)
+            array("q", chain.from_iterable(getattr(shard, column) for shard in index.shards))
             for column in ("offsets", "lengths", "labels")
         )
 
@@ -40,9 +41,9 @@ class ShardImages:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        length = int(self._lengths[index])
+        length = self._lengths[index]
         name, size = self._shards[self._shard_of(index)]
-        begin = int(self._offsets[index]) - HEADER_BYTES
+        begin = self._offsets[index] - HEADER_BYTES
         content = self._storage.read_range(name, size, begin, HEADER_BYTES + length)
         if len(content) != HEADER_BYTES + length:
             raise InvalidDataError(
@@ -53,11 +54,11 @@ class ShardImages:
                 f"no member of {length} bytes is at byte {begin} of the shard, as its index says: the index is "
                 "another tar's; index it by: ngd data index"
             )
-        return content[HEADER_BYTES:], int(self._labels[index])
+        return content[HEADER_BYTES:], self._labels[index]
 
     def name(self, index: int) -> str:
         name, size = self._shards[self._shard_of(index)]
-        begin = int(self._offsets[index]) - HEADER_BYTES
+        begin = self._offsets[index] - HEADER_BYTES
         try:
             header = self._storage.read_range(name, size, begin, HEADER_BYTES)
             member = header[NAME_FIELD].rstrip(b"\0").decode() if len(header) == HEADER_BYTES else ""
@@ -66,7 +67,7 @@ class ShardImages:
         return self._storage.where(name) + (f" ({member})" if member.isprintable() and member else "")
 
     def _shard_of(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, index, side="right"))
+        return bisect_right(self._ends, index)
 
 
 def load(choice: WebDataset, data_dir: Path | None) -> Dataset:

@@ -21,6 +21,8 @@ from ngd_workers.train.batches import Batches, mix
 
 __all__ = ["MicroBatch", "Request", "Samples", "placed", "read_ahead", "requests_to_test", "requests_to_train"]
 
+LARGEST_KEPT_BYTES = 30 * 2**20  # below glibc's bound, 32 MiB, above which an allocation changes nothing
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -67,7 +69,8 @@ class Samples:
         self._part = part
         self._collate = dataset.collate or default_collate
         self._skips = dataset.skips_bad_samples
-        self._seed = seed
+        self._seed = _seed_torch if dataset.draws_from_torch_alone else _seed_all
+        self._job_seed = seed
 
     def __len__(self) -> int:
         return len(self._part)
@@ -89,7 +92,7 @@ class Samples:
         samples: list[Any] = []
         with _own_random_numbers():
             for index in request.indices:
-                _seed(mix(self._seed, request.epoch, index))
+                self._seed(mix(self._job_seed, request.epoch, index))
                 try:
                     samples.append(self._part[index])
                 except InvalidDataError:
@@ -112,6 +115,7 @@ def read_ahead(samples: Samples, requests: Iterable[Request], loading: Loading, 
         samples,  # type: ignore[arg-type]
         batch_sampler=requests,  # type: ignore[arg-type]
         collate_fn=_as_it_is,
+        worker_init_fn=_keep_freed_memory,
         num_workers=loading.processes,
         prefetch_factor=loading.prefetch if loading.processes else None,
         pin_memory=pins,
@@ -146,6 +150,15 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
+def _keep_freed_memory(process: int) -> None:
+    """Lets a reading process use the memory of one image for the next.
+
+    glibc gives what was freed back to the system, at 1000 page faults a batch, until a larger allocation was freed. In
+    this process none is: batches lie in shared memory.
+    """
+    torch.empty(LARGEST_KEPT_BYTES, dtype=torch.uint8)
+
+
 @contextmanager
 def _own_random_numbers() -> Iterator[None]:
     """Gives the loop's random numbers back to it: in the worker itself, samples are read between its steps."""
@@ -160,8 +173,12 @@ def _own_random_numbers() -> Iterator[None]:
             numpy.random.set_state(states[2])
 
 
-def _seed(seed: int) -> None:
+def _seed_torch(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
+
+
+def _seed_all(seed: int) -> None:
+    _seed_torch(seed)
     random.seed(seed)
     numpy = _numpy()
     if numpy is not None:

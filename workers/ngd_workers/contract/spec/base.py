@@ -12,6 +12,7 @@ __all__ = [
     "Function",
     "Options",
     "SpecModel",
+    "list_to_tuple",
 ]
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # RFC 1035 label
@@ -60,6 +61,11 @@ Function = Annotated[
     str,
     Field(pattern=FUNCTION_PATTERN, description="package.module:function; the workers must be able to import it."),
 ]
+
+
+def list_to_tuple(given: object) -> object:
+    """Returns a list as a tuple, which neither YAML nor JSON has and strict types ask for; else the value itself."""
+    return tuple(given) if isinstance(given, list) else given
 
 
 class SpecModel(BaseModel):

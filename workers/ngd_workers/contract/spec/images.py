@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ngd_workers.contract.spec.base import SpecModel
+from ngd_workers.contract.spec.base import SpecModel, list_to_tuple
 
 __all__ = ["Augment", "ImageSettings", "NoAugment", "OnBadSample", "PadCrop", "RandomResizedCrop"]
 
 MAX_SIDE = 8192
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_tuple: Any = BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)  # YAML has no tuples
+_tuple: Any = BeforeValidator(list_to_tuple)
 
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Flip = Annotated[float, Field(ge=0, le=1, description="Probability that a training image is mirrored left to right.")]

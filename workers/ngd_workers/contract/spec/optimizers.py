@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ngd_dist.config import Categorical, Empirical, LikelihoodChoice, NGDConfig, QuadraticModel
-from ngd_workers.contract.spec.base import SpecModel
+from ngd_workers.contract.spec.base import SpecModel, list_to_tuple
 
 __all__ = ["SGD", "AdamW", "NGDOptimizer", "OptimizerChoice"]
 
@@ -18,7 +18,7 @@ class NGDOptimizer(NGDConfig):
     @field_validator("exclude", mode="before")
     @classmethod
     def _list_is_tuple(cls, given: object) -> object:
-        return tuple(given) if isinstance(given, list) else given  # neither YAML nor JSON has tuples
+        return list_to_tuple(given)
 
     @model_validator(mode="after")
     def _loop_owns_accumulation(self) -> Self:

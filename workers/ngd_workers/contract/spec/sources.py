@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ngd_workers.contract.spec.base import Function, Options, SpecModel
+from ngd_workers.contract.spec.base import Function, Options, SpecModel, list_to_tuple
 from ngd_workers.contract.spec.images import ImageSettings, OnBadSample
 from ngd_workers.contract.spec.texts import TextPairs, Tokens
 
@@ -23,11 +23,8 @@ __all__ = [
 ]
 
 
-_tuple: Any = BeforeValidator(  # YAML has no tuples
-    lambda given: tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
-)
-Columns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _tuple]
-Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _tuple]
+_tuple: Any = BeforeValidator(lambda given: (given,) if isinstance(given, str) else list_to_tuple(given))
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _tuple]  # of columns, files or folders
 
 
 class Digits(SpecModel):
@@ -132,9 +129,9 @@ class Table(SpecModel):
     """The columns of a table that hold a sample: an image or numbers, and its class or the numbers to predict."""
 
     image: str | None = Field(default=None, description="Column with an image file's bytes; give this or features.")
-    features: Columns = Field(default=(), description="Columns of numbers, or of lists of equally many numbers.")
+    features: Names = Field(default=(), description="Columns of numbers, or of lists of equally many numbers.")
     label: str | None = Field(default=None, description="Column with the class, a whole number; give this or target.")
-    target: Columns = Field(default=(), description="Columns with the numbers to predict; not for images.")
+    target: Names = Field(default=(), description="Columns with the numbers to predict; not for images.")
     classes: int | None = Field(
         default=None, ge=1, description="Number of classes; None: the largest label for training, plus one."
     )
@@ -164,12 +161,12 @@ class Parquet(Table):
     """Rows of Parquet files. Their row groups are read whole, a few at a time."""
 
     kind: Literal["parquet"] = "parquet"
-    train: Paths = Field(
+    train: Names = Field(
         min_length=1,
         description="Files of the training part, or folders whose *.parquet files are taken by name; relative paths "
         "start at NGD_DATA_DIR or --data-dir.",
     )
-    test: Paths = Field(min_length=1, description="Files or folders of the test part.")
+    test: Names = Field(min_length=1, description="Files or folders of the test part.")
     window: int = Field(
         default=4,
         ge=1,
