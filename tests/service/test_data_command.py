@@ -37,6 +37,7 @@ def test_zip_file_is_packed_as_its_folder_is_and_indexed_again(folder: Path) -> 
     index = (folder / "of-pictures" / "train" / INDEX_NAME).read_bytes()
     (folder / "of-pictures" / "train" / INDEX_NAME).unlink()
     indexed = ngd_data(folder, "index", "of-pictures/train", "--classes", "names")
+    again = ngd_data(folder, "index", "of-pictures/train")  # the names that are there stay
 
     for name, command in zip(PACKED, packed, strict=True):
         assert (command.returncode, command.stderr) == (0, "")
@@ -45,7 +46,7 @@ def test_zip_file_is_packed_as_its_folder_is_and_indexed_again(folder: Path) -> 
             f"of-{name}/val: 4 samples of 3 classes in 2 shards, 20,480 bytes\n"
         )
     assert (folder / "of-pictures.zip" / "train" / INDEX_NAME).read_bytes() == index
-    assert (indexed.returncode, indexed.stderr) == (0, "")
+    assert (indexed.returncode, indexed.stderr) == (again.returncode, again.stderr) == (0, "")
     assert indexed.stdout.startswith(f"of-pictures/train/{INDEX_NAME}: 8 samples of 3 classes in 3 shards")
     assert parse_index((folder / "of-pictures" / "train" / INDEX_NAME).read_bytes(), "") == parse_index(index, "")
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ngd_service.cli.terminal import harmless
-from ngd_workers.contract.errors import DataNotFoundError
-from ngd_workers.shards.index import INDEX_NAME, Index, index_shards, write_index
+from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError
+from ngd_workers.shards.index import INDEX_NAME, Index, index_shards, parse_index, write_index
 from ngd_workers.shards.pack import pack as pack_images
 
 __all__ = ["data"]
@@ -58,11 +58,15 @@ def pack(
 def index(
     shards: Annotated[Path, typer.Argument(help="Folder with the *.tar files of one part.")],
     classes: Annotated[
-        Path | None, typer.Option(help="File with the name of each class, one a line, in the order of their numbers.")
+        Path | None,
+        typer.Option(
+            help="File with the name of each class, one a line, in the order of their numbers [default: those of the "
+            "index that is there]."
+        ),
     ] = None,
 ) -> None:
     """Write index.json beside WebDataset tars (<key>.jpg, <key>.cls), from one pass over their headers."""
-    names = _lines(classes) if classes else None
+    names = _lines(classes) if classes else _classes_of(shards / INDEX_NAME)
     with _progress("shards") as show:
         made = index_shards(shards, names, lambda done, all_of_them: show(shards.name, done, all_of_them))
     write_index(made, shards)
@@ -93,6 +97,14 @@ def _summary(index: Index) -> str:
     classes = len(index.classes) if index.classes else index.num_labels
     size = sum(shard.bytes for shard in index.shards)
     return f"{index.num_samples:,} samples of {classes:,} classes in {len(index.shards):,} shards, {size:,} bytes"
+
+
+def _classes_of(index: Path) -> list[str] | None:
+    """Returns the class names in the index that is about to be replaced; None: there is none that can be read."""
+    try:
+        return parse_index(index.read_bytes(), str(index)).classes
+    except (OSError, InvalidDataError):
+        return None
 
 
 def _lines(file: Path) -> list[str]:
