@@ -28,7 +28,7 @@ from ngd_dist.capture.batches import Batches
 from ngd_dist.capture.estimates import Estimates
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.measurement import Measurement, Pass, Sink, Source
-from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun
+from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun, miscount
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
@@ -153,21 +153,8 @@ class Capture:
 
     def miscount(self, layer: str) -> CaptureError:
         """Returns the error for a layer that has had too many micro-batches on some rank."""
-        count, allowed = self.miscounted().get(layer), self._micro_batches
-        times = f"{count} times" if count else "too often on another rank"
-        if self.measurement.source is Source.FISHER:
-            return CaptureError(
-                f"fisher_backward was called {times} in one optimizer step, but micro_batches is {allowed}: call it "
-                "once per micro-batch, with a tuple of the outputs if there are several; where the loss is divided by "
-                "the number of calls, set micro_batches to it"
-            )
-        return CaptureError(
-            f"layer {layer!r} was differentiated {times} in one optimizer step, through a forward pass of its own each "
-            f"time, but micro_batches is {allowed}. If the loss of each is divided by their number, set micro_batches "
-            "to it, or to 'any'; add up losses on the same samples, and differentiate the sum; put passes that are not "
-            "the step's own into `with optimizer.paused():`; a module that runs in several checkpointed blocks needs "
-            "use_reentrant=False"
-        )
+        is_fisher = self.measurement.source is Source.FISHER
+        return miscount(layer, self.miscounted().get(layer), self._micro_batches, is_fisher=is_fisher)
 
     @property
     def estimates(self) -> Estimates:

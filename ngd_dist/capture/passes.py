@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ngd_dist.capture.batches import Batch
+from ngd_dist.errors import CaptureError
 from ngd_dist.layers import Run
 from ngd_dist.layers.hooks import OUTSIDE_BACKWARD
 
-__all__ = ["Arrivals", "LayerPasses", "MicroBatch", "NotedRun"]
+__all__ = ["Arrivals", "LayerPasses", "MicroBatch", "NotedRun", "miscount"]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -157,3 +158,21 @@ class LayerPasses:
 def _version_of(parameter: nn.Parameter) -> int:
     """Returns a number that changes with every write to the parameter's `grad`."""
     return -1 if parameter.grad is None else parameter.grad._version
+
+
+def miscount(layer: str, count: int | None, allowed: int | str, *, is_fisher: bool) -> CaptureError:
+    """Returns the error for a layer with more micro-batches than are allowed. count: None if another rank had them."""
+    times = f"{count} times" if count else "too often on another rank"
+    if is_fisher:
+        return CaptureError(
+            f"fisher_backward was called {times} in one optimizer step, but micro_batches is {allowed}: call it "
+            "once per micro-batch, with a tuple of the outputs if there are several; where the loss is divided by "
+            "the number of calls, set micro_batches to it"
+        )
+    return CaptureError(
+        f"layer {layer!r} was differentiated {times} in one optimizer step, through a forward pass of its own each "
+        f"time, but micro_batches is {allowed}. If the loss of each is divided by their number, set micro_batches "
+        "to it, or to 'any'; add up losses on the same samples, and differentiate the sum; put passes that are not "
+        "the step's own into `with optimizer.paused():`; a module that runs in several checkpointed blocks needs "
+        "use_reentrant=False"
+    )
