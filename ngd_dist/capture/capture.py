@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -207,17 +208,14 @@ class Capture:
         self,
         outputs: Sequence[Tensor],
         gradients: Iterable[Sequence[Tensor]],
-        weight: float,
-        *,
-        ignores: bool,
-        read: float,
+        origin: Pass,
         probe: Sequence[Tensor] | None = None,
     ) -> None:
         """Runs one backward pass to the due layers for each of `gradients`, in units of a sample's own loss.
 
-        Statistics that read gradients are summed over the passes, times `weight`. No parameter's gradient is touched:
-        autograd stops at the outputs of the layers. ignores, read: see `Pass`. probe: gradients that are not 0 wherever
-        the loss reads, if none of `gradients` is so alone: they tell the rows that count.
+        Statistics that read gradients are summed over the passes, times `origin.weight`. No parameter's gradient is
+        touched: autograd stops at the outputs of the layers. probe: gradients that are not 0 wherever the loss reads,
+        if none of `gradients` is so alone: they tell the rows that count.
 
         Raises: CaptureError if none of them has run.
         """
@@ -236,10 +234,10 @@ class Capture:
         for number, columns in enumerate(gradients):
             if not edges:
                 break  # none of the layers that are due took part
-            origin = Pass(Source.FISHER, number == 0, weight, scale, ignores, read, counted)
+            one = replace(origin, is_first=number == 0, scale=scale, counted=counted)
             small = [column / scale for column in columns]
             for name, arrivals in self._fisher_arrivals(outputs, edges, small).items():
-                self.measurement.add_fisher(name, arrivals, origin)
+                self.measurement.add_fisher(name, arrivals, one)
         self._edges.clear()
         self._has_run = False
         self._fisher_passes += 1

@@ -1,6 +1,7 @@
 """The backward passes of a Fisher other than the empirical one: one per drawn label, or per output."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from ngd_dist.capture.batches import predictions
 from ngd_dist.capture.capture import Capture
 from ngd_dist.capture.likelihood import anywhere, exact_gradients, outputs_per_sample, positions_read, sampled_gradients
+from ngd_dist.capture.measurement import Pass, Source
 from ngd_dist.config import Empirical, Exact, NGDConfig
 from ngd_dist.errors import ConfigError
 
@@ -35,6 +37,7 @@ class OutputFisher:
         outputs = _differentiable(output)
         read = None if ignored is None else ~ignored
         per_sample = max(positions_read(choice.likelihood, out, read) for out in outputs)
+        origin = Pass(Source.FISHER, ignores=ignored is not None, read=per_sample)
         if isinstance(choice, Exact):
             count = sum(outputs_per_sample(out) for out in outputs)
             if count > choice.max_outputs:
@@ -45,9 +48,7 @@ class OutputFisher:
             columns = self._columns(choice, outputs, read)
             # A column reaches the rows of one position.
             probe = None if ignored is None else [anywhere(choice.likelihood, out, ~ignored) for out in outputs]
-            self._capture.fisher_pass(
-                outputs, columns, weight=1.0, ignores=ignored is not None, read=per_sample, probe=probe
-            )
+            self._capture.fisher_pass(outputs, columns, origin, probe)
             return
         # A function of step, rank and micro-batch alone, so that a resumed run draws the same as an unbroken one.
         place = f"{choice.seed} {step} {self._rank} {self._capture.fisher_passes}"
@@ -57,8 +58,7 @@ class OutputFisher:
             [sampled_gradients(choice.likelihood, out, generator, choice.positions, read) for out in outputs]
             for _ in range(choice.samples)
         )
-        weight = 1 / choice.samples
-        self._capture.fisher_pass(outputs, draws, weight, ignores=ignored is not None, read=per_sample)
+        self._capture.fisher_pass(outputs, draws, replace(origin, weight=1 / choice.samples))
 
     def _columns(self, choice: Exact, outputs: Sequence[Tensor], read: Tensor | None) -> Iterator[list[Tensor]]:
         """Yields the columns of each output, with zeros for the others."""
