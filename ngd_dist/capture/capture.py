@@ -215,9 +215,7 @@ class Capture:
 
         Statistics that read gradients are summed over the passes, times `origin.weight`. No parameter's gradient is
         touched: autograd stops at the outputs of the layers. probe: gradients that are not 0 wherever the loss reads,
-        if none of `gradients` is so alone: they tell the rows that count.
-
-        Raises: CaptureError if none of them has run.
+        if none of `gradients` is so alone: they tell the rows that count. Raises: CaptureError if no layer has run.
         """
         if not self._has_run:
             raise self.measurement.error(
