@@ -54,6 +54,7 @@ def train(spec: JobSpec, context: TrainContext) -> Outcome:
                 run.evaluate()
             if run.is_checkpoint_due:
                 run.save_checkpoint()
+        run.saves.finish()
         return run.outcome()
     finally:
         run.close()
@@ -109,10 +110,9 @@ class Run:
 
         Rank 0 chooses and reads for all ranks. A job that has a checkpoint needs its first weights no more.
         """
-        state = self.saves.newest()
-        if state is not None:
-            self.progress = Progress(**state.pop("progress"))
-            self.learner.load_state_dict(state)
+        saved = self.saves.newest()
+        if saved is not None:
+            self.progress = Progress(**self.learner.load(*saved))
         elif self.spec.init_from is not None:
             self._take_first_weights(self.spec.init_from)
 
@@ -129,8 +129,9 @@ class Run:
         self.learner.share_weights()
 
     def close(self) -> None:
-        """Ends the processes that read samples."""
+        """Ends the processes that read samples, and the thread that writes a checkpoint."""
         self.reader.close()
+        self.saves.close()
 
     def announce(self) -> None:
         """Reports the start of the run, on rank 0."""
@@ -188,9 +189,12 @@ class Run:
             report(TargetReached(step=step, metrics={target.metric: tested[target.metric]}))
 
     def save_checkpoint(self) -> None:
-        """Collective. All ranks return when the checkpoint is complete. Raises: SupersededError, StorageError."""
-        state = self.learner.state_dict() | {"progress": asdict(self.progress)}
-        self.saves.save(self.progress.step, state, is_result=self.is_finished and not self.is_cancelled)
+        """Collective. Training may go on while the checkpoint is written; the last one is waited for.
+
+        Raises: SupersededError, StorageError.
+        """
+        snapshot = self.learner.snapshot(asdict(self.progress))
+        self.saves.save(self.progress.step, snapshot, is_result=self.is_finished and not self.is_cancelled)
 
     def outcome(self) -> Outcome:
         """Collective. Returns the result; evaluates if this process has not evaluated the last step."""
