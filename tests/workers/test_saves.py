@@ -10,6 +10,7 @@ import torch
 
 from ngd_workers.contract.errors import StorageError
 from ngd_workers.contract.rundir import AttemptDir
+from ngd_workers.contract.spec import JobSpec
 from ngd_workers.launch.attempt import run_rank
 from ngd_workers.train.checkpoints import STATE, WEIGHTS, Checkpoints, Snapshot
 from ngd_workers.train.loop import Run
@@ -92,13 +93,15 @@ class Unwritable:
 
 @pytest.mark.ranks
 def test_each_rank_writes_the_layers_that_it_owns_and_any_number_of_ranks_goes_on(tmp_path):
-    spec = small_spec(
-        model={"kind": "mlp", "hidden": [32, 24]},
-        optimizer=NGD_CHOICE | {"strategy": {"kind": "owner_sharded", "replicate_below": 0}},
-        resources={"workers": 2},
-        checkpoint={"every_steps": 4},
-    )
-    assert run_ranks(2, ran, make_attempt(tmp_path, spec)) == ["succeeded"] * 2
+    def spec(workers: int) -> JobSpec:
+        return small_spec(
+            model={"kind": "mlp", "hidden": [32, 24]},
+            optimizer=NGD_CHOICE | {"strategy": {"kind": "owner_sharded", "replicate_below": 0}},
+            resources={"workers": workers},
+            checkpoint={"every_steps": 4},
+        )
+
+    assert run_ranks(2, ran, make_attempt(tmp_path, spec(2))) == ["succeeded"] * 2
 
     folder = tmp_path / "checkpoints" / "step-00000008"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -114,7 +117,7 @@ def test_each_rank_writes_the_layers_that_it_owns_and_any_number_of_ranks_goes_o
         resumed = Path(str(tmp_path) + f"-{workers}")
         (resumed / "checkpoints").mkdir(parents=True)
         (tmp_path / "checkpoints" / "step-00000004").rename(resumed / "checkpoints" / "step-00000004")
-        attempt = make_attempt(resumed, spec.model_copy(update={"resources": {"workers": workers}}), number=2)
+        attempt = make_attempt(resumed, spec(workers), number=2)
         assert set(run_ranks(workers, ran, attempt)) == {"succeeded"}
         assert spooled(attempt)[0].resumed_step == 4
         for name, weight in weights_at(resumed, 8, attempt=2).items():
