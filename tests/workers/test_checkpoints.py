@@ -5,9 +5,10 @@ import threading
 import pytest
 import torch
 
+from ngd_workers.contract.checkpoint_files import STATE, WEIGHTS, Score
 from ngd_workers.contract.errors import StorageError, SupersededError
 from ngd_workers.contract.rundir import AttemptDir, write_json
-from ngd_workers.train.checkpoints import STATE, WEIGHTS, Checkpoints, Snapshot
+from ngd_workers.train.checkpoints import Checkpoints, Snapshot
 from tests.support.faulty_files import ERRORS, Faults
 
 CPU = torch.device("cpu")
@@ -186,6 +187,16 @@ def test_weights_that_can_not_be_written_are_a_storage_error(checkpoints):
 
     with pytest.raises(StorageError, match=f"can't write the checkpoint of step 1 .*{WEIGHTS}"):
         checkpoints.write(1, 0, Snapshot({"weight": torch.zeros(3)}, {}))
+
+
+@pytest.mark.parametrize(("better", "best"), [("higher", 2), ("lower", 1)])
+def test_the_best_is_kept_beside_the_newest(checkpoints, better, best):
+    for step, value in enumerate([0.5, 0.9, 0.7, 0.8, 0.6], start=1):
+        score = Score(metrics={"m": value, "loss": float("inf")}, better=better)
+        checkpoints.save(step, Snapshot({"weight": torch.zeros(3)}, {}, score=score))
+
+    assert names(checkpoints) == [f"step-{step:08d}" for step in (best, 4, 5)]
+    assert checkpoints.newest_step() == 5
 
 
 def written_by(checkpoints: Checkpoints, step: int, ranks: list[int], num_ranks: int) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from ngd_workers.contract.checkpoint_files import STATE, WEIGHTS
 from ngd_workers.contract.errors import StorageError
 from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.launch.attempt import run_rank
-from ngd_workers.train.checkpoints import STATE, WEIGHTS, Checkpoints, Snapshot
+from ngd_workers.train.checkpoints import Checkpoints, Snapshot
 from ngd_workers.train.loop import Run
 from ngd_workers.train.saves import in_host_memory
 from tests.support.attempts import make_attempt, small_spec, spooled

@@ -1,11 +1,5 @@
 """Checkpoints of a job on disk: complete or absent, verified before use, fenced between attempts.
 
-    step-<8 digits>/
-        weights.safetensors      the model's state, for whoever wants no more
-        state.pt                 the rest as rank 0 has it: optimizer, progress
-        state-rank<r>.pt         the part of the optimizer's state that rank r alone has
-        manifest.json            the size and the sha256 of each of these files: the commit
-
 An attempt writes the files under a temporary name of the folder, each rank its own, and renames the folder when all of
 it is on disk, so a crash leaves it complete or as a skipped leftover.
 """
@@ -22,54 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ngd_workers.contract.checkpoint_files import (
+    MANIFEST,
+    WEIGHTS,
+    FileSum,
+    Manifest,
+    Score,
+    best_of,
+    complete,
+    folder_of,
+    read_manifest,
+    state_file,
+    step_of,
+)
 from ngd_workers.contract.errors import StorageError, SupersededError
 from ngd_workers.contract.rundir import AttemptDir, read_json, write_json
 
-__all__ = ["STATE", "WEIGHTS", "Checkpoints", "Manifest", "Snapshot"]
+__all__ = ["Checkpoints", "Snapshot"]
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 LOOK_S = 0.05  # between two looks for the files of other ranks
-
-
-class FileSum(BaseModel):
-    """The size and hash that show whether a file is whole; or the reason why there is none."""
-
-    model_config = ConfigDict(frozen=True)
-
-    bytes: int = 0
-    sha256: str = ""
-    error: str | None = None
-
-
-class Manifest(BaseModel):
-    """The origin of a checkpoint, and the sums of its files by name."""
-
-    model_config = ConfigDict(frozen=True)
-
-    step: int
-    attempt: int
-    world_size: int
-    files: dict[str, FileSum]
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files.values())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_one_file(cls, given: Any) -> Any:
-        """Reads a manifest of the version before, which had all in state.pt."""
-        if isinstance(given, dict) and "sha256" in given:
-            rest = {name: value for name, value in given.items() if name not in ("bytes", "sha256")}
-            return rest | {"files": {STATE: {"bytes": given["bytes"], "sha256": given["sha256"]}}}
-        return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +48,13 @@ class Snapshot:
     """The part of a checkpoint that one rank writes, in tensors that training does not touch any more.
 
     weights: of the model, on rank 0; None: of an own loop, which has all in its state. state: None on a rank that has
-    nothing of its own. num_ranks: those that write a file; they are the first ones.
+    nothing of its own. num_ranks: those that write a file; they are the first ones. score: on rank 0.
     """
 
     weights: Mapping[str, Tensor] | None
     state: Any
     num_ranks: int = 1
+    score: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +66,11 @@ class Checkpoints:
     keep: int
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return folder_of(self.folder, step)
 
     def unfinished(self, step: int) -> Path:
         """Returns the folder in which this attempt writes the checkpoint."""
-        return self.folder / f"step-{step:08d}.tmp-a{self.attempt}"
+        return self.path(step).with_name(f"{self.path(step).name}.tmp-a{self.attempt}")
 
     def begin(self, step: int) -> None:
         """Makes the folder that all ranks write into; rank 0 calls it before. Raises: SupersededError, StorageError."""
@@ -109,7 +81,7 @@ class Checkpoints:
 
     def write(self, step: int, rank: int, snapshot: Snapshot) -> None:
         """Writes the files of one rank, and their sums beside them, which tell rank 0. Raises: StorageError."""
-        folder, name = self.unfinished(step), _state_file(rank)
+        folder, name = self.unfinished(step), state_file(rank)
         try:
             with self._writes(step):
                 if snapshot.weights is not None:
@@ -131,14 +103,16 @@ class Checkpoints:
         folder = self.unfinished(step)
         with self._writes(step):
             files = {} if snapshot.weights is None else {WEIGHTS: _measure(folder / WEIGHTS)}
-            files |= {_state_file(r): _sum_of(folder, r, gives_up) for r in range(snapshot.num_ranks)}
-            manifest = Manifest(step=step, attempt=self.attempt, world_size=world_size, files=files)
+            files |= {state_file(r): _sum_of(folder, r, gives_up) for r in range(snapshot.num_ranks)}
+            manifest = Manifest(
+                step=step, attempt=self.attempt, world_size=world_size, files=files, score=snapshot.score
+            )
             write_json(folder / MANIFEST, manifest)
             for name in files:
                 _sum_file(folder / name).unlink(missing_ok=True)
             self._refuse_if_superseded()  # again: writing takes a while
-            for path in self._complete():
-                if _step(path) >= step:  # damaged: otherwise the run would have resumed from it
+            for path in complete(self.folder):
+                if step_of(path) >= step:  # damaged: otherwise the run would have resumed from it
                     shutil.rmtree(path)
             folder.rename(self.path(step))
             _sync_folder(self.folder)
@@ -168,10 +142,10 @@ class Checkpoints:
         Raises: StorageError if one can't be read now: a run that resumes from an older one would lose steps.
         """
         with _storage_errors(f"read the checkpoints below {self.folder}"):
-            for path in self._complete():
+            for path in complete(self.folder):
                 problem = _damage(path)
                 if problem is None:
-                    return _step(path)
+                    return step_of(path)
                 log.warning("checkpoint %s is skipped: %s", path.name, problem)
             return 0
 
@@ -182,7 +156,7 @@ class Checkpoints:
         """
         folder = self.path(step)
         with _storage_errors(f"read the checkpoint of step {step} below {self.folder}"):
-            manifest = _manifest(folder)
+            manifest = read_manifest(folder)
             names = [] if manifest is None else list(manifest.files)
             states = [_load(folder / name, device) for name in names if name != WEIGHTS]
             return load_file(folder / WEIGHTS, device=str(device)) if WEIGHTS in names else None, states
@@ -192,27 +166,23 @@ class Checkpoints:
         with _storage_errors(f"write the checkpoint of step {step} below {self.folder}"):
             yield
 
-    def _complete(self) -> list[Path]:
-        try:
-            names = os.listdir(self.folder)
-        except FileNotFoundError:
-            return []
-        steps = [self.folder / name for name in names if name.startswith("step-") and ".tmp-" not in name]
-        return sorted(steps, key=_step, reverse=True)
-
     def _refuse_if_superseded(self) -> None:
         if AttemptDir.of(self.folder.parent, self.attempt).ended.exists():
             raise SupersededError(f"attempt {self.attempt} may not write: the service has ended it")
-        for path in self._complete():
-            manifest = _manifest(path)
+        for path in complete(self.folder):
+            manifest = read_manifest(path)
             if manifest is not None and manifest.attempt > self.attempt:
                 raise SupersededError(
                     f"attempt {self.attempt} may not write: attempt {manifest.attempt} has written {path.name}"
                 )
 
     def _prune(self) -> None:
-        for path in self._complete()[self.keep :]:
-            shutil.rmtree(path)
+        """Removes all but the newest checkpoints and the best one."""
+        found = complete(self.folder)
+        best = best_of({path: read_manifest(path) for path in found})
+        for path in found[self.keep :]:
+            if path != best:
+                shutil.rmtree(path)
         for path in self.folder.glob("step-*.tmp-a*"):
             if int(path.name.rpartition("-a")[2]) <= self.attempt:
                 shutil.rmtree(path)
@@ -234,17 +204,13 @@ def _storage_errors(action: str) -> Iterator[None]:
         raise StorageError(f"can't {action}: {str(error).splitlines()[0]}; check the volume") from error
 
 
-def _state_file(rank: int) -> str:
-    return STATE if rank == 0 else f"state-rank{rank}.pt"
-
-
 def _sum_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.sum")
 
 
 def _sum_of(folder: Path, rank: int, gives_up: Callable[[], bool]) -> FileSum:
     """Returns the sum of a rank's file once that rank has written it."""
-    path = _sum_file(folder / _state_file(rank))
+    path = _sum_file(folder / state_file(rank))
     while (found := read_json(path, FileSum)) is None:
         if gives_up():
             raise StorageError(f"can't write the checkpoint below {folder}: rank {rank} has not written its part")
@@ -272,19 +238,8 @@ def _load(path: Path, device: torch.device) -> Any:
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _manifest(path: Path) -> Manifest | None:
-    try:
-        return read_json(path / MANIFEST, Manifest)
-    except ValidationError:
-        return None
-
-
 def _damage(path: Path) -> str | None:
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     if manifest is None:
         return f"no readable {MANIFEST}"
     for name, wanted in manifest.files.items():

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD
 from ngd_dist.distributed.comm import Communicator
+from ngd_workers.contract.checkpoint_files import Score
 from ngd_workers.contract.errors import IncompatibleCheckpointError, UserCodeError, WorkerError
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.data import Dataset
@@ -147,7 +148,7 @@ class Learner:
                 self._comm.all_reduce(f"buffer {name}", buffer)
                 buffer /= self._comm.world_size
 
-    def snapshot(self, progress: dict[str, Any]) -> Snapshot:
+    def snapshot(self, progress: dict[str, Any], score: Score | None) -> Snapshot:
         """Collective. Returns this rank's part of a checkpoint, in copies, so that training may go on.
 
         Rank 0 has the weights, the progress and what of the optimizer is the same on all ranks; a rank has the layers
@@ -165,7 +166,7 @@ class Learner:
         weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in model.items() if name not in weights}
         state = {"optimizer": part, "progress": progress, "model_extra": others}
-        return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks)
+        return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks, score)
 
     def load(self, weights: dict[str, Tensor] | None, states: list[Any]) -> dict[str, Any]:
         """Restores the snapshots of all ranks, of any number of them. Returns the progress.

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ngd_dist.telemetry import Stopwatch
+from ngd_workers.contract.checkpoint_files import Score
 from ngd_workers.contract.errors import NonFiniteLossError, WorkerError
 from ngd_workers.contract.events import (
     Evaluation,
@@ -83,6 +84,7 @@ class Run:
         self.saves = Saves(context, spec.checkpoint.keep)
         self.progress = Progress()
         self.tested: dict[str, float] = {}
+        self._tested_step = 0
         self.is_cancelled = False
         self._stopwatch = Stopwatch()
         self._logged_s = 0.0
@@ -193,7 +195,9 @@ class Run:
 
         Raises: SupersededError, StorageError.
         """
-        snapshot = self.learner.snapshot(asdict(self.progress))
+        is_tested = self._tested_step == self.progress.step and math.isfinite(next(iter(self.tested.values())))
+        score = Score(metrics=self.tested, better=self.task.metrics[0].better) if is_tested else None
+        snapshot = self.learner.snapshot(asdict(self.progress), score)
         self.saves.save(self.progress.step, snapshot, is_result=self.is_finished and not self.is_cancelled)
 
     def outcome(self) -> Outcome:
@@ -210,6 +214,7 @@ class Run:
 
     def _test(self) -> None:
         self.tested = self.learner.evaluate(self.reader.test()).metrics(self.task)
+        self._tested_step = self.progress.step
         if not math.isfinite(self.tested["loss"]):
             raise NonFiniteLossError(self._divergence(self.tested["loss"], "test"))
 
