@@ -15,6 +15,7 @@ ProblemError                        an answer with a status of 4xx or 5xx
     InvalidParameterError   422     a parameter of the path, the query or a header
     IdempotencyError        422     the key was used with another body
     StoreUnavailableError   503     the database does not answer
+    StorageUnavailableError 503     the volume of the runs does not answer
 """
 
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,13 @@ class StoreUnavailableError(ProblemError):
 
     status, code, retryable = HTTPStatus.SERVICE_UNAVAILABLE, "store_unavailable", True
     headers: Mapping[str, str] = {"Retry-After": "1"}
+
+
+class StorageUnavailableError(ProblemError, OSError):
+    """The volume that holds the runs can't be read or written now; the same request may succeed later."""
+
+    status, code, retryable = HTTPStatus.SERVICE_UNAVAILABLE, "storage_unavailable", True
+    headers: Mapping[str, str] = {"Retry-After": "5"}
 
 
 def as_problem(error: ProblemError, *, instance: str, request_id: str) -> Problem:

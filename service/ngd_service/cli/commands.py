@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ngd_service.cli.checkpoints import checkpoint_table, fetched
 from ngd_service.cli.data import data
 from ngd_service.cli.follow import EXIT_CODES, follow
 from ngd_service.cli.listing import job_table
@@ -173,6 +174,40 @@ def logs(
             for chunk in client.follow_logs(job_id, attempt=attempt, tail=tail, rank=rank):
                 sys.stdout.write(shown(chunk.text))
                 sys.stdout.flush()
+
+
+@app.command()
+def checkpoints(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
+    """List the checkpoints that a job keeps, newest first."""
+    with _client(url, key_file) as client:
+        kept = client.checkpoints(job_id)
+    if kept:
+        out.print(checkpoint_table(kept))
+    else:
+        out.print("it has saved no checkpoint yet")
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    step: Annotated[int | None, typer.Option(min=0, help="Of this step [default: the newest].")] = None,
+    is_best: Annotated[bool, typer.Option("--best", help="Of the step with the best test result.")] = False,
+    should_take_all: Annotated[
+        bool, typer.Option("--all", help="Also what training goes on from: the optimizer's state.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to [default: <name>-step-<step>].")
+    ] = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+) -> None:
+    """Get the weights of a job, and a card that tells of their origin. A transfer that broke off goes on."""
+    if step is not None and is_best:
+        raise typer.BadParameter("--step and --best name two checkpoints; give one")
+    with _client(url, key_file) as client:
+        paths = fetched(client, job_id, err, step=step, best=is_best, folder=output, everything=should_take_all)
+    for path in paths.values():
+        out.print(harmless(f"{path}  {path.stat().st_size:,} bytes"), soft_wrap=True)
 
 
 @app.command()

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Self, TypeVar
+from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
@@ -27,7 +28,19 @@ from ngd_service.client.answers import (
     uses_proxies,
 )
 from ngd_service.client.endpoints import JOBS, Endpoint, Spec, job_path, joined, params, spec_body, text
-from ngd_service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Statistics, Validated
+from ngd_service.resources import (
+    Checkpoint,
+    CheckpointList,
+    Event,
+    EventPage,
+    Health,
+    Job,
+    JobPage,
+    LogChunk,
+    Metrics,
+    Statistics,
+    Validated,
+)
 
 __all__ = ["PATIENCE_S", "AsyncClient"]
 
@@ -172,6 +185,24 @@ class AsyncClient:
         query = params(attempt=attempt, rank=rank, download="true")
         try:
             async with self._response(f"{job_path(job_id)}/logs", query) as response:
+                async for piece in response.aiter_bytes():
+                    yield piece
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
+    async def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        """Returns the checkpoints that the job keeps, newest first."""
+        path = f"{job_path(job_id)}/checkpoints"
+        return (await self._send(Endpoint("GET", path, CheckpointList.model_validate_json))).checkpoints
+
+    async def download_file(self, job_id: str, step: int, name: str, *, start: int = 0) -> AsyncIterator[bytes]:
+        """Yields the bytes of a checkpoint's file from `start` on."""
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        path = f"{job_path(job_id)}/checkpoints/{step}/files/{quote(name, safe='')}"
+        try:
+            async with self._response(path, None, headers) as response:
+                if start and response.status_code != httpx.codes.PARTIAL_CONTENT:
+                    raise not_this_service(response)
                 async for piece in response.aiter_bytes():
                     yield piece
         except httpx.RequestError as error:

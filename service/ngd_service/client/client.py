@@ -172,5 +172,7 @@ class Client:
     statistics = _answers(AsyncClient.statistics)
     logs = _answers(AsyncClient.logs)
     download_log = _yields(AsyncClient.download_log)
+    checkpoints = _answers(AsyncClient.checkpoints)
+    download_file = _yields(AsyncClient.download_file)
     follow_logs = _yields(AsyncClient.follow_logs)
     ready = _answers(AsyncClient.ready)

@@ -57,6 +57,10 @@ class AttemptFiles:
     def folder(self, ref: AttemptRef) -> AttemptDir:
         return AttemptDir.of(self._runs_dir / ref.job_id, ref.number)
 
+    def checkpoints(self, job_id: str) -> Path:
+        """Returns the folder of the job's checkpoints; it may not be there yet."""
+        return self._runs_dir / job_id / "checkpoints"
+
     def prepare(self, launch: Launch) -> AttemptDir:
         """Returns the attempt's folder with all that its driver reads; may be called again. Raises: DispatchError."""
         folder = self.folder(launch.ref)
