@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 
 from ngd_service.cli.checkpoints import checkpoint_table, fetched
+from ngd_service.cli.comparing import comparison_table
 from ngd_service.cli.data import data
 from ngd_service.cli.follow import EXIT_CODES, follow
 from ngd_service.cli.listing import job_table
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, InvalidKeyError, ServiceError
+from ngd_service.client.comparison import goals, history_of
 from ngd_service.errors import StartupError
 from ngd_workers.contract.errors import SpecError, WorkerError
 
@@ -174,6 +176,21 @@ def logs(
             for chunk in client.follow_logs(job_id, attempt=attempt, tail=tail, rank=rank):
                 sys.stdout.write(shown(chunk.text))
                 sys.stdout.flush()
+
+
+@app.command()
+def compare(
+    job_ids: Annotated[list[str], typer.Argument(help="The jobs' ids, two at least.")],
+    url: Url = None,
+    key_file: KeyFile = None,
+) -> None:
+    """Show jobs side by side: the settings that differ, and when each reached each target."""
+    if len(job_ids) < 2:
+        raise typer.BadParameter("a comparison takes two jobs at least; give another id")
+    with _client(url, key_file) as client:
+        compared = [client.get(job_id) for job_id in job_ids]
+        histories = [history_of(client, job_id) for job_id in job_ids]
+    out.print(comparison_table(compared, histories, goals(compared)), soft_wrap=True)
 
 
 @app.command()
