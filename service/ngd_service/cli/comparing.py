@@ -15,7 +15,7 @@ __all__ = ["comparison_table"]
 
 
 def comparison_table(jobs: Sequence[Job], histories: Sequence[History], goals: Sequence[Goal]) -> Table:
-    """Returns the settings that differ, how the jobs ended, and the step and the time at which each goal was reached."""
+    """Returns the settings that differ, how the jobs ended, and when each of them reached each goal."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for job in jobs:
