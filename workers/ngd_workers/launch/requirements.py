@@ -18,7 +18,7 @@ from ngd_workers.contract.errors import SpecError, StorageError
 
 __all__ = ["installed"]
 
-PLANNED = re.compile(r"^ \+ (?P<name>[\w.-]+)==(?P<version>\S+)(?: \(from (?P<url>.+)\))?$", re.MULTILINE)
+PLANNED = " + "  # name==version, or name @ address
 HEAD = re.compile(r"^(error|cause): ")
 REASON_CHARACTERS = 600
 
@@ -80,10 +80,7 @@ def _install(uv: str, requirements: Path, here: str, folder: Path) -> None:
             requirements,
             *("--requirements", str(requirements), "--constraints", str(constraints)),
         )
-        packages = [
-            f"{found['name']} @ {found['url']}" if found["url"] else f"{found['name']}=={found['version']}"
-            for found in PLANNED.finditer(plan)
-        ]
+        packages = [line.removeprefix(PLANNED) for line in plan.splitlines() if line.startswith(PLANNED)]
         target = temporary / "packages"
         target.mkdir()
         if packages:
