@@ -1,5 +1,6 @@
 """A folder of code on a given Ray cluster, whose processes share no folder with the client but the volume of runs."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def test_two_workers_of_a_ray_cluster_train_a_shipped_folder(
         dispatcher="ray_jobs",
         ray_address=ray_head.address,
         ray_token_file=str(ray_head.token_file),
-        driver_command=None,
+        driver_command=[sys.executable, "-m", "ngd_workers.launch"],
         secrets_dir=str(secrets_dir),
     )
     folder = users_folder(tmp_path / "theirs")
