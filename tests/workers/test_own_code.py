@@ -65,7 +65,10 @@ def test_training_alone_uses_the_folder_of_the_job(tmp_path: Path, secrets_dir: 
 
 
 @pytest.mark.parametrize(
-    "workers", [1, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])], ids=["here", "on Ray"]
+    "workers",
+    # tests/end_to_end/test_own_code.py starts the driver of one worker by default
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])],
+    ids=["here", "on Ray"],
 )
 def test_driver_unpacks_the_archive_for_each_rank(tmp_path: Path, secrets_dir: Path, workers: int) -> None:
     folder = users_folder(tmp_path / "theirs")

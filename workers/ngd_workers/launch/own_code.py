@@ -1,6 +1,6 @@
 """The user's own code in a process of ours: its folder and its packages come last on the path, after all of ours.
 
-So a `torch.py` or a `workers/` of the user's breaks nothing, here or in the processes that read samples.
+So a module `torch` or a package `workers` of the user's breaks nothing, here or in the processes that read samples.
 """
 
 import contextlib
