@@ -24,7 +24,7 @@ def job(tmp_path: Path, shared_service: ServiceProcess) -> str:
     """A job that has ended, with checkpoints of steps 20 (the best), 30 and 40."""
     submitted = ngd("submit", spec_file(tmp_path, "steps"), "--follow", url=shared_service.url)
     job_id = submitted.stdout.split()[0]
-    checkpoints = Checkpoints(shared_service.home / "runs" / job_id / "checkpoints", attempt=1, keep=2)
+    checkpoints = Checkpoints(shared_service.home / "runs" / job_id / "checkpoints", attempt=2, keep=2)
     for step, value in VALUES.items():
         score = Score(metrics={"accuracy": value, "loss": 1 - value}, better="higher")
         checkpoints.save(step, Snapshot({"w": torch.full((SIZE,), float(step))}, {"progress": step}, score=score))

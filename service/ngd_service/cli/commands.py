@@ -112,11 +112,17 @@ def submit(
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Post a job. With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled."""
+    """Post a job, and ship the folder that its `code` names.
+
+    With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled.
+    """
     if should_log and not should_follow:
         raise typer.BadParameter("--log goes with --follow; give both, or see: ngd logs")
     with _client(url, key_file) as client:
-        job = client.submit(_text(file), idempotency_key=idempotency_key)
+        shipment = client.ship(_text(file), file.parent)
+        if shipment.archive is not None:
+            err.print(f"{shipment}", soft_wrap=True)  # the job's id is the first word on stdout
+        job = client.submit(shipment.spec, idempotency_key=idempotency_key)
         out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", soft_wrap=True)
         if should_follow:
             raise typer.Exit(EXIT_CODES.get(follow(client, job.id, out, with_log=should_log).status.phase, 1))
@@ -242,13 +248,18 @@ def train(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="NGD_DATA_DIR", help="Where relative data directories lie.")
     ] = None,
+    secrets_dir: Annotated[
+        Path | None, typer.Option(envvar="NGD_SECRETS_DIR", help="Folder with a file per secret that the job names.")
+    ] = None,
 ) -> None:
     """Train in one process, without a service: python -m ngd_workers, which torchrun can run on several."""
     from ngd_service.settings import load_common_settings
 
-    data_dir = data_dir or load_common_settings().data_dir
+    settings = load_common_settings()
+    data_dir, secrets_dir = data_dir or settings.data_dir, secrets_dir or settings.secrets_dir
     command = [sys.executable, "-m", "ngd_workers", str(file), "--run-dir", str(run_dir)]
     command += ["--data-dir", str(data_dir)] if data_dir else []
+    command += ["--secrets-dir", str(secrets_dir)] if secrets_dir else []
     try:
         raise typer.Exit(subprocess.run(command, check=False).returncode)
     except KeyboardInterrupt:

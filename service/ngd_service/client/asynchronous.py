@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
-from typing import Self, TypeVar
+from pathlib import Path
+from typing import ParamSpec, Self, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -13,6 +14,7 @@ from httpx_sse import EventSource, ServerSentEvent
 
 from ngd_service.client.answers import (
     DEFAULT_URL,
+    NotFoundError,
     ServiceError,
     ServiceFailedError,
     ServiceUnreachableError,
@@ -27,7 +29,19 @@ from ngd_service.client.answers import (
     unreachable,
     uses_proxies,
 )
-from ngd_service.client.endpoints import JOBS, Endpoint, Spec, job_path, joined, params, spec_body, text
+from ngd_service.client.code import Shipment, pack
+from ngd_service.client.endpoints import (
+    JOBS,
+    Endpoint,
+    Spec,
+    code_path,
+    job_path,
+    joined,
+    nothing,
+    params,
+    spec_body,
+    text,
+)
 from ngd_service.resources import (
     Checkpoint,
     CheckpointList,
@@ -41,10 +55,12 @@ from ngd_service.resources import (
     Statistics,
     Validated,
 )
+from ngd_workers.contract.spec import Code
 
 __all__ = ["PATIENCE_S", "AsyncClient"]
 
 Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
@@ -105,6 +121,23 @@ class AsyncClient:
         """Returns the spec with its defaults; nothing is created."""
         query = params(validate_only="true")
         return await self._send(Endpoint("POST", JOBS, Validated.model_validate_json, query, **spec_body(spec)))
+
+    async def ship(self, spec: Spec, folder: Path) -> Shipment:
+        """Sends the spec's code to the service unless it has it. Returns the spec to submit, which names the archive.
+
+        folder: from which `code.directory` starts, that of the job's file. A spec that names an archive already, as
+        that of an earlier job does, stays as it is. Raises: SpecError for what can't be packed.
+        """
+        valid = (await self.validate(spec)).spec
+        if valid.get("code") is None or valid["code"]["sha256"] is not None:
+            return Shipment(spec)
+        archive = await self._apart(pack, Code.model_validate(valid["code"]), folder)
+        was_there = await self._has_code(archive.sha256)
+        if not was_there:
+            headers = {"Content-Type": "application/octet-stream"}
+            path = code_path(archive.sha256)
+            await self._send(Endpoint("PUT", path, nothing, headers=headers, content=archive.content))
+        return Shipment(valid | {"code": valid["code"] | {"sha256": archive.sha256}}, archive, was_there)
 
     async def list_jobs(
         self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
@@ -229,6 +262,18 @@ class AsyncClient:
             return read_answer(await self._http.send(request_of(self._http, endpoint)), endpoint)
         except httpx.RequestError as error:
             raise unreachable(self._http.base_url, error) from error
+
+    async def _has_code(self, sha256: str) -> bool:
+        try:
+            await self._send(Endpoint("HEAD", code_path(sha256), nothing))
+        except NotFoundError:
+            return False
+        return True
+
+    async def _apart(
+        self, work: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Answer:
+        return await asyncio.to_thread(work, *args, **kwargs)
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
