@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,8 +18,11 @@ from ngd_service.cli.listing import job_table
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, InvalidKeyError, ServiceError
 from ngd_service.client.comparison import goals, history_of
+from ngd_service.client.edits import continued, with_settings
+from ngd_service.client.endpoints import Spec
 from ngd_service.errors import StartupError
 from ngd_workers.contract.errors import SpecError, WorkerError
+from ngd_workers.contract.spec_file import load_mapping
 
 if TYPE_CHECKING:
     from ngd_service.settings import Settings
@@ -100,7 +103,16 @@ def migrate() -> None:
 
 @app.command()
 def submit(
-    file: SpecFile,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A job in YAML or JSON; with --from the job's own spec is the default.", dir_okay=False),
+    ] = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="JOB or JOB@STEP: go on from its checkpoint, with all of its state.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="path=value: a setting in place of the spec's; may be repeated.")
+    ] = None,
     should_follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show the progress until the job ends.")
     ] = False,
@@ -112,14 +124,14 @@ def submit(
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Post a job, and ship the folder that its `code` names.
+    """Post a job, and ship the folder that its `code` names; or go on from another job, under other settings.
 
     With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled.
     """
     if should_log and not should_follow:
         raise typer.BadParameter("--log goes with --follow; give both, or see: ngd logs")
     with _client(url, key_file) as client:
-        shipment = client.ship(_text(file), file.parent)
+        shipment = client.ship(_spec(client, file, origin, settings or []), file.parent if file else Path())
         if shipment.archive is not None:
             err.print(f"{shipment}", soft_wrap=True)  # the job's id is the first word on stdout
         job = client.submit(shipment.spec, idempotency_key=idempotency_key)
@@ -272,6 +284,22 @@ def _save(pieces: Iterable[bytes], output: Path) -> None:
             file.writelines(pieces)
     except OSError as error:
         raise ServiceError(f"can't write {output}: {error.strerror}; give another --output") from error
+
+
+def _spec(client: Client, file: Path | None, origin: str | None, settings: list[str]) -> Spec:
+    """Returns the spec to submit: the file's text as it is, if nothing changes it, so that errors name its lines."""
+    if file is None and origin is None:
+        raise typer.BadParameter("give the file of a job, or another job with --from")
+    if file is not None and origin is None and not settings:
+        return _text(file)
+    spec: dict[str, Any] = {} if file is None else load_mapping(file)
+    if origin is not None:
+        job_id, _, step = origin.partition("@")
+        if step and not step.isdecimal():
+            raise typer.BadParameter(f"--from takes JOB or JOB@STEP, got {origin!r}")
+        other = continued(client.get(job_id), int(step) if step else None)
+        spec = spec | {"init_from": other["init_from"]} if spec else other
+    return with_settings(spec, settings)
 
 
 def _text(file: Path) -> str:
