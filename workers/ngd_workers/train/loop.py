@@ -143,8 +143,8 @@ class Run:
             self.learner.load(*origin.load(self.context.device))
         except IncompatibleCheckpointError as error:
             raise IncompatibleCheckpointError(
-                f"this job can't go on with the state of {origin}: {error.__cause__}; keep that job's settings, or take "
-                "its weights alone (init_from.takes: weights)"
+                f"this job can't go on with the state of {origin}: {error.__cause__}; keep that job's settings, or "
+                "take its weights alone (init_from.takes: weights)"
             ) from error
         keep_new_settings(self.learner.optimizer, fresh, origin.changed)
         self.progress = Progress(step=origin.step)
