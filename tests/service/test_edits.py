@@ -17,11 +17,11 @@ from tests.support.service_process import ServiceProcess
     [
         ("optimizer.lr=0.05", {"optimizer": {"lr": 0.05}, "name": "a"}),
         ("name=b", {"optimizer": {"lr": 1}, "name": "b"}),
-        ("schedule.lr={kind: polynomial}", {"optimizer": {"lr": 1}, "name": "a", "schedule": {"lr": {"kind": "polynomial"}}}),
+        ("data.x={kind: digits}", {"optimizer": {"lr": 1}, "name": "a", "data": {"x": {"kind": "digits"}}}),
         ("target=null", {"optimizer": {"lr": 1}, "name": "a", "target": None}),
         ("name=a=b", {"optimizer": {"lr": 1}, "name": "a=b"}),
     ],
-)  # fmt: skip
+)
 def test_setting_takes_the_place_of_the_spec_s(setting: str, expected: dict[str, Any]) -> None:
     spec = {"optimizer": {"lr": 1}, "name": "a"}
 

@@ -36,8 +36,8 @@ def continued(job: Job, step: int | None) -> dict[str, Any]:
     """Returns a spec that goes on from a checkpoint of the job; step None: from the newest. Raises: SpecError."""
     if "train" in job.spec:
         raise SpecError(
-            f"{job.id} has a training loop of its own, and only the service's loop goes on from another job; give it what "
-            "it needs in train.options"
+            f"{job.id} has a training loop of its own, and only the service's loop goes on from another job; give it "
+            "what it needs in train.options"
         )
     origin = {"kind": "checkpoint", "run_dir": job.id, "step": step, "takes": "everything"}
     return job.spec | {"init_from": origin}
