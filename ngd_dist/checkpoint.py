@@ -86,10 +86,13 @@ class SavedState:
 
     def gather(self, comm: Communicator, stats: StepStats) -> State:
         """Collective. Returns the whole state on every rank."""
-        owned = {name: self._layer(name) for name, layer_format in self.formats.items() if layer_format.remembers}
-        from_ranks = comm.all_gather_object("state_dict", owned)
+        from_ranks = comm.all_gather_object("state_dict", self._owned())
         layers = {name: state for from_rank in from_ranks for name, state in from_rank.items()}
         return self._with_layers(layers, stats)
+
+    def part(self, stats: StepStats) -> State:
+        """Returns the state with the layers that this rank owns alone: those of all ranks make the whole."""
+        return self._with_layers(self._owned(), stats)
 
     def local(self, stats: StepStats) -> State:
         """Returns the state as far as this rank has it."""
@@ -159,6 +162,9 @@ class SavedState:
             "damped_with": dict(self._curvature.damped_with),
             "layers": layers,
         }
+
+    def _owned(self) -> dict[str, State]:
+        return {name: self._layer(name) for name, layer_format in self.formats.items() if layer_format.remembers}
 
     def _layer(self, name: str) -> State:
         curvature, layer_format = self._curvature, self.formats[name]

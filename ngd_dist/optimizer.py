@@ -214,6 +214,21 @@ class NGD(Assembly):
         """
         return super().state_dict() | {"ngd": self.saved_state.gather(self._comm, self.stats)}
 
+    def state_dict_part(self) -> dict[str, Any]:
+        """Returns this rank's part of `state_dict`: all of it but the layers that other ranks own. Not collective.
+
+        >>> parts = [NGD(nn.Linear(8, 4)).state_dict_part()]  # of every rank, in any order
+        >>> NGD(nn.Linear(8, 4)).load_state_dict(NGD.joined(parts))
+        """
+        return super().state_dict() | {"ngd": self.saved_state.part(self.stats)}
+
+    @staticmethod
+    def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns the `state_dict` that the parts of all ranks make up; one that lacks some is refused at loading."""
+        parts = list(parts)
+        layers = {name: layer for part in parts for name, layer in part["ngd"]["layers"].items()}
+        return dict(parts[0]) | {"ngd": parts[0]["ngd"] | {"layers": layers}}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a state saved at any world size. Raises: CheckpointError, with nothing changed, if it is unfit.
 

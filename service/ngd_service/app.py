@@ -95,6 +95,7 @@ def _assemble(settings: Settings) -> Container:
         worker_url=settings.resolved_worker_url,
         cluster=settings.dispatcher_class.ray,
         function_modules=settings.function_modules,
+        secrets_dir=settings.secrets_dir,
     )
     dispatcher = settings.dispatcher_class.of(
         settings, files, command=settings.resolved_driver_command, failpoint=failpoint

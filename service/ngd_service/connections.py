@@ -19,13 +19,16 @@ from ngd_service.errors import ProblemError, as_problem, problem_of_status
 __all__ = ["BROWSER_HEADERS", "Connection", "Limits"]
 
 MAX_HEADER_BYTES = 64 << 10
+MIN_BYTES_PER_S = 16 << 10  # a body that keeps coming at this rate is let go on; BodyLimit bounds it
 # What browsers are told with each answer: no page of another site frames one, and none is read as another type.
 BROWSER_HEADERS = [("Content-Security-Policy", "frame-ancestors 'none'"), ("X-Content-Type-Options", "nosniff")]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the connections of one server may take. arrival_s: within which a request has to be there whole."""
+    """What the connections of one server may take. arrival_s: within which a request has to be there whole, or to
+    go on coming.
+    """
 
     max_connections: int
     arrival_s: float
@@ -45,6 +48,7 @@ class Connection(HttpToolsProtocol):
         self._limits = limits
         self._timer: asyncio.TimerHandle | None = None  # runs while a request is arriving
         self._header_bytes: int | None = 0  # None: the headers are there
+        self._arrived_bytes = 0  # since the timer started
         self.quiet_since_s: float | None = self.loop.time()  # None: it is being answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,6 +62,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._arrived_bytes += len(data)
         super().data_received(data)
         if self._header_bytes is None or self.transport.is_closing():
             return
@@ -93,6 +98,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         if self._timer is None:
+            self._arrived_bytes = 0
             self._timer = self.loop.call_later(self._limits.arrival_s, self._on_late)
 
     def _stop_timer(self) -> None:
@@ -102,7 +108,9 @@ class Connection(HttpToolsProtocol):
 
     def _on_late(self) -> None:
         self._timer = None
-        if self.flow.read_paused:  # the rest may be there, and nobody has read it yet
+        is_read = self.cycle is not None and not self.cycle.response_complete
+        goes_on = is_read and self._arrived_bytes >= MIN_BYTES_PER_S * self._limits.arrival_s
+        if self.flow.read_paused or goes_on:  # paused: the rest may be there, and nobody has read it yet
             self._start_timer()
         elif not self.transport.is_closing():
             detail = f"the request did not arrive within {self._limits.arrival_s:g} s; send it again"

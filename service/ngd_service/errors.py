@@ -12,9 +12,12 @@ ProblemError                        an answer with a status of 4xx or 5xx
     UnsupportedMediaError   415     neither JSON nor YAML
     RangeError              416     bytes that a log does not have, or no more
     InvalidSpecError        422     the body is read, but is no job
+    ArchiveDiffersError     422     the body is not the archive that the address names
     InvalidParameterError   422     a parameter of the path, the query or a header
     IdempotencyError        422     the key was used with another body
     StoreUnavailableError   503     the database does not answer
+    StorageUnavailableError 503     the volume of runs can't be used
+    StorageFullError        507     the volume of runs is full
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,6 +115,12 @@ class InvalidSpecError(ProblemError, ValueError):
     status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_spec"
 
 
+class ArchiveDiffersError(ProblemError, ValueError):
+    """The archive of code is not the one that its address names: it is cut short, or another one."""
+
+    status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "archive_differs"
+
+
 class InvalidParameterError(ProblemError, ValueError):
     """A query parameter or a header breaks a rule."""
 
@@ -129,6 +138,19 @@ class StoreUnavailableError(ProblemError):
 
     status, code, retryable = HTTPStatus.SERVICE_UNAVAILABLE, "store_unavailable", True
     headers: Mapping[str, str] = {"Retry-After": "1"}
+
+
+class StorageUnavailableError(ProblemError):
+    """The volume of runs can't be read or written; the same request may succeed later."""
+
+    status, code, retryable = HTTPStatus.SERVICE_UNAVAILABLE, "storage_unavailable", True
+    headers: Mapping[str, str] = {"Retry-After": "1"}
+
+
+class StorageFullError(ProblemError):
+    """The volume of runs has no room for what was sent."""
+
+    status, code = HTTPStatus.INSUFFICIENT_STORAGE, "storage_full"
 
 
 def as_problem(error: ProblemError, *, instance: str, request_id: str) -> Problem:

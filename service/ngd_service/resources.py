@@ -6,6 +6,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointFile",
+    "CheckpointList",
     "Event",
     "EventPage",
     "Health",
@@ -44,6 +47,31 @@ class StepRange(Resource):
 
     first_step: int
     last_step: int
+
+
+class CheckpointFile(Resource):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class Checkpoint(Resource):
+    """The model and all that training needs to go on from this step."""
+
+    step: int
+    attempt: int = Field(description="The attempt that has written it.")
+    world_size: int = Field(description="Number of workers that have written it; any number can go on from it.")
+    bytes: int = Field(description="Of all files.")
+    metrics: dict[str, float] = Field({}, description="On the test data at this step; empty if it was not tested.")
+    is_best: bool = Field(description="Whether the first metric is the best of the kept checkpoints.")
+    files: dict[str, CheckpointFile] = Field(description="By name; weights.safetensors holds the model alone.")
+
+
+class CheckpointList(Resource):
+    """The checkpoints that a job keeps, newest first."""
+
+    checkpoints: list[Checkpoint]
 
 
 class Progress(Resource):

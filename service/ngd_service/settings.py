@@ -72,6 +72,10 @@ class Settings(BaseSettings):
         None,
         description="Modules, comma-separated, whose functions a job may name, with what lies below them; unset: any.",
     )
+    secrets_dir: OptionalPath = Field(
+        None,
+        description="Where the workers run: folder with a file per secret, which any job may name; unset: none.",
+    )
     start_within_s: Seconds = Field(
         DAY_S, gt=0, le=90 * DAY_S, description="Seconds in which an attempt's workers have to report; then it fails."
     )
@@ -95,7 +99,12 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         500, ge=16, le=100_000, description="Sockets at once; never more than half of the process's file descriptors."
     )
-    arrival_s: Seconds = Field(30.0, gt=0, le=3600, description="Seconds within which a request has to arrive whole.")
+    arrival_s: Seconds = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds within which a request has to arrive whole, unless 16 KiB arrive in each.",
+    )
     driver_command: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, NoDecode] = Field(
         None,
         description="Command of an attempt, a JSON list; its folder is appended. Unset: python -m ngd_workers.launch.",

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -12,7 +13,10 @@ from ngd_workers.contract import spec_problems
 from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, cut, rule, shown
 
-__all__ = ["explain_parameter", "parse_spec", "refuse_unlisted"]
+__all__ = ["explain_parameter", "parse_spec", "refuse_secrets", "refuse_unlisted"]
+
+
+LISTED = "the operator of the service lists modules with NGD_FUNCTION_MODULES"
 
 
 def parse_spec(value: object) -> AnySpec:
@@ -27,22 +31,38 @@ def parse_spec(value: object) -> AnySpec:
 def refuse_unlisted(spec: AnySpec, modules: Collection[str] | None) -> None:
     """Lets a spec pass whose functions are in these modules, or below them; None: any.
 
+    Code and variables of the user's own are refused then: a list would mean nothing beside them.
     Raises: InvalidSpecError that lists each function that is not.
     """
     if modules is None:
         return
+    if given := [name for name in ("code", "env") if getattr(spec, name)]:
+        detail = (
+            f"{' and '.join(given)} must be left out: this service runs functions of the modules "
+            f"{', '.join(modules) or '(none)'} alone"
+        )
+        item = ProblemItem(pointer=f"/{given[0]}", code="code_not_taken", detail=detail, hint=LISTED)
+        raise InvalidSpecError(detail, [item])
     items = [
         ProblemItem(
             pointer=f"/{'/'.join(path)}",
             code="function_not_listed",
             detail=f"{'.'.join(path)} must be of the modules {', '.join(modules)}, got {shown(address)}",
-            hint="the operator of the service lists modules with NGD_FUNCTION_MODULES",
+            hint=LISTED,
         )
         for path, address in _functions(spec)
         if not any(f"{address.partition(':')[0]}.".startswith(f"{name}.") for name in modules)
     ]
     if items:
         raise InvalidSpecError("; ".join(item.detail for item in items), items)
+
+
+def refuse_secrets(spec: AnySpec, folder: Path | None) -> None:
+    """Lets a spec pass that names no secret, or if there is a folder of them. Raises: InvalidSpecError."""
+    if spec.secrets and folder is None:
+        detail = f"secrets must be left out: this service has none, got {', '.join(sorted(set(spec.secrets.values())))}"
+        hint = "the operator of the service gives it a folder of secrets with NGD_SECRETS_DIR"
+        raise InvalidSpecError(detail, [ProblemItem(pointer="/secrets", code="no_secrets", detail=detail, hint=hint)])
 
 
 def _functions(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -88,6 +88,7 @@ def test_the_environment_is_read_in_one_place() -> None:
     assert reading <= {
         "service/ngd_service/settings.py",
         "service/ngd_service/dispatchers/local.py",
+        "workers/ngd_workers/launch/own_code.py",
         "workers/ngd_workers/launch/ray_cluster.py",
     }
 

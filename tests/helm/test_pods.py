@@ -54,6 +54,27 @@ def test_pods_may_be_moved_where_the_values_say_so() -> None:
     assert annotations(overruled)["karpenter.sh/do-not-disrupt"] == "false"
 
 
+def mounts_of(pod: Object) -> set[str]:
+    return {
+        mount["mountPath"] for container in pod["spec"]["containers"] for mount in container.get("volumeMounts", [])
+    }
+
+
+def test_secrets_of_jobs_are_mounted_where_jobs_run() -> None:
+    secrets = {"storage": {"secrets": {"existingSecret": "job-secrets"}}}
+    folder = "/etc/ngd/job-secrets"
+
+    local = pod_templates(render(secrets))["Deployment/ngd-controller"]
+    kuberay = pod_templates(render(KUBERAY | secrets))
+
+    with_them = {name for name, pod in kuberay.items() if folder in mounts_of(pod)}
+    assert with_them == {"ray-head", "ray-worker/workers"}
+    assert folder in mounts_of(local)
+    for pod in (local, kuberay["Deployment/ngd-controller"]):
+        assert {"name": "NGD_SECRETS_DIR", "value": folder} in pod["spec"]["containers"][0]["env"]
+    assert folder not in mounts_of(pod_templates(render({}))["Deployment/ngd-controller"])
+
+
 @SCENARIO
 def test_a_new_version_of_the_chart_alone_restarts_nothing(scenario: str, tmp_path: Path) -> None:
     later = tmp_path / "ngd"

@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -69,6 +70,19 @@ def test_request_that_does_not_arrive_is_cut(service: ServiceProcess, sent: byte
 
     assert (status, headers["content-type"]) == (408, "application/problem+json")
     assert json.loads(body)["detail"] == "the request did not arrive within 2 s; send it again"
+
+
+def test_long_body_that_keeps_coming_may_take_its_time(service: ServiceProcess) -> None:
+    piece = bytes(64 << 10)
+    head = f"PUT /api/v1/code/{'0' * 64} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {8 * len(piece)}\r\n"
+    connection = send(service, f"{head}Connection: close\r\n\r\n".encode())
+    for _ in range(8):
+        time.sleep(ARRIVAL_S / 4)  # twice as long as a request may take that does not come
+        connection.sendall(piece)
+
+    status, _, body = answer(connection)
+
+    assert (status, json.loads(body)["code"]) == (422, "archive_differs")  # all of it was read
 
 
 def test_half_sent_requests_keep_nobody_out(service: ServiceProcess) -> None:

@@ -26,5 +26,6 @@ def train(optimizer: NGD, model: nn.Module, x: Tensor, y: Tensor, steps: int) ->
 
 def weights_at(run_dir: Path, step: int, attempt: int = 1) -> dict[str, Tensor]:
     """Returns the model's state in the checkpoint of this step."""
-    state: dict[str, Tensor] = Checkpoints(run_dir / "checkpoints", attempt, 2).load(step, torch.device("cpu"))["model"]
-    return state
+    weights, _ = Checkpoints(run_dir / "checkpoints", attempt, 2).load(step, torch.device("cpu"))
+    assert weights is not None
+    return weights

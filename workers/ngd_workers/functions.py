@@ -2,6 +2,8 @@
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ngd_workers.contract.errors import UserCodeError
@@ -16,12 +18,13 @@ def load_function(address: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:  # an import runs the user's code, which may raise anything
         raise UserCodeError(
-            f"can't import {module_name!r} of {address!r}: {_brief(error)}; install the package where the workers run, "
-            "or start the service from the folder that holds it"
+            f"can't import {module_name!r} of {address!r}: {_brief(error)}; ship the folder that holds it by "
+            "`code: {directory: .}` in the job, or install the package where the workers run"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserCodeError(f"{module_name!r} has no function {name!r}, wanted by {address!r}; check the spelling")
+        advice = _hidden(module) or "check the spelling"
+        raise UserCodeError(f"{module_name!r} has no function {name!r}, wanted by {address!r}; {advice}")
     return function  # type: ignore[no-any-return]
 
 
@@ -32,6 +35,16 @@ def call_user(address: str, *args: Any, **options: Any) -> Any:
         return function(*args, **options)
     except Exception as error:  # user code may raise anything
         raise UserCodeError(f"{address!r} failed with {_brief(error)}; called with options {options}") from error
+
+
+def _hidden(module: ModuleType) -> str | None:
+    """Returns advice if the present folder, the last on the path, has a module of this name that another one hides."""
+    name, folder = module.__name__.partition(".")[0], Path.cwd()
+    own = next((path for path in (folder / f"{name}.py", folder / name) if path.exists()), None)
+    file = getattr(module, "__file__", None)
+    if own is None or file is None or Path(file).is_relative_to(folder):
+        return None
+    return f"{file} comes before your {own.name}: give yours a name that no installed package has"
 
 
 def _brief(error: Exception) -> str:

@@ -177,6 +177,9 @@ volumeMounts:
 {{- if $v.storage.data.existingClaim }}
 - {name: NGD_DATA_DIR, value: /var/lib/ngd/data}
 {{- end }}
+{{- if $v.storage.secrets.existingSecret }}
+- {name: NGD_SECRETS_DIR, value: /etc/ngd/job-secrets}
+{{- end }}
 - {name: NGD_DISPATCHER, value: {{ $v.dispatcher.mode }}}
 {{- if ne $v.dispatcher.mode "local" }}
 - {name: NGD_RUNS_DIR, value: /var/lib/ngd/runs}
@@ -238,6 +241,9 @@ volumeMounts:
 {{- if $v.storage.data.existingClaim }}
 - {name: data, mountPath: /var/lib/ngd/data, readOnly: true}
 {{- end }}
+{{- if and (eq $v.dispatcher.mode "local") $v.storage.secrets.existingSecret }}
+- {name: job-secrets, mountPath: /etc/ngd/job-secrets, readOnly: true}
+{{- end }}
 - {name: api-keys, mountPath: /etc/ngd/api-keys, readOnly: true}
 - {name: signing-key, mountPath: /etc/ngd/signing-key, readOnly: true}
 {{- if include "ngd.rayTokenSecret" . }}
@@ -274,6 +280,10 @@ volumeMounts:
 {{- with $v.storage.data.existingClaim }}
 - name: data
   persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- if and (eq $v.dispatcher.mode "local") $v.storage.secrets.existingSecret }}
+- name: job-secrets
+  secret: {secretName: {{ $v.storage.secrets.existingSecret }}, defaultMode: 0440}
 {{- end }}
 - name: api-keys
   secret: {secretName: {{ include "ngd.apiKeysSecret" . }}, defaultMode: 0440}

@@ -201,6 +201,9 @@ volumeMounts:
   {{- if $root.Values.storage.data.existingClaim }}
   - {name: data, mountPath: /var/lib/ngd/data, readOnly: true}
   {{- end }}
+  {{- if $root.Values.storage.secrets.existingSecret }}
+  - {name: job-secrets, mountPath: /etc/ngd/job-secrets, readOnly: true}
+  {{- end }}
   {{- with .part.extraVolumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -215,6 +218,10 @@ volumeMounts:
 {{- with .root.Values.storage.data.existingClaim }}
 - name: data
   persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- with .root.Values.storage.secrets.existingSecret }}
+- name: job-secrets
+  secret: {secretName: {{ . }}, defaultMode: 0440}
 {{- end }}
 {{- with .part.extraVolumes }}
 {{ toYaml . }}

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
-from ngd_service.api import events, health, internal, jobs, logs, metrics, monitoring, problems
+from ngd_service.api import checkpoints, code, events, health, internal, jobs, logs, metrics, monitoring, problems
 from ngd_service.api.authentication import AuthenticatedOnly
 from ngd_service.api.container import Container
 from ngd_service.api.query import known_parameters_only
@@ -23,9 +23,11 @@ __all__ = ["api_application"]
 
 ROUTERS = (
     jobs.router,
+    code.router,
     events.router,
     metrics.router,
     logs.router,
+    checkpoints.router,
     internal.router,
     monitoring.router,
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from ngd_service.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaError
-from ngd_service.validation import parse_spec, refuse_unlisted
+from ngd_service.validation import parse_spec, refuse_secrets, refuse_unlisted
 from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_file import MAX_YAML_BYTES, parse_json, parse_yaml
 from ngd_workers.contract.spec_problems import SHOWN_CHARACTERS
@@ -55,7 +55,9 @@ async def _read_spec(request: Request) -> AnySpec:
             f"the body has {len(body):,} bytes, and YAML is read up to {MAX_YAML_BYTES:,}; send it as JSON"
         )
     spec = await read_apart(_parse, media_type, body)
-    refuse_unlisted(spec, request.app.state.container.settings.function_modules)
+    settings = request.app.state.container.settings
+    refuse_unlisted(spec, settings.function_modules)
+    refuse_secrets(spec, settings.secrets_dir)
     return spec
 
 

@@ -43,6 +43,7 @@ async def create_job(
     if validate_only:
         validated = Validated(spec=spec.model_dump(mode="json"))
         return JSONResponse(validated.model_dump(mode="json"))
+    await asyncio.to_thread(container.files.archives.check, spec)
     key_owner = getattr(request.state, "key_owner", None)
     job, is_replay = await asyncio.to_thread(container.jobs.create, spec, idempotency_key, key_owner)
     headers = {"Location": f"/api/v1/jobs/{job.id}"} | ({"Idempotency-Replayed": "true"} if is_replay else {})

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
+from ngd_service.api.code import CODE_PREFIX
 from ngd_service.api.internal import INTERNAL_PREFIX, MAX_BATCH_BYTES
 from ngd_service.auth.access import LOGIN
 from ngd_service.errors import (
@@ -27,6 +28,7 @@ from ngd_service.errors import (
 )
 from ngd_service.resources import Problem
 from ngd_service.validation import explain_parameter
+from ngd_workers.contract.spec.code import MAX_ARCHIVE_BYTES
 
 __all__ = ["MEDIA_TYPE", "PROBLEM_RESPONSES", "BodyLimit", "RequestId", "answer", "install"]
 
@@ -82,6 +84,8 @@ class BodyLimit:
 
 
 def _limit(path: str) -> int:
+    if path.startswith(f"{CODE_PREFIX}/"):
+        return MAX_ARCHIVE_BYTES
     if path == LOGIN:
         return MAX_LOGIN_BYTES
     return MAX_BATCH_BYTES if path.startswith(f"{INTERNAL_PREFIX}/") else MAX_BODY_BYTES
@@ -140,5 +144,6 @@ def _of_framework(request: Request, status: HTTPStatus, detail: str) -> ProblemE
         case HTTPStatus.METHOD_NOT_ALLOWED:
             return problem_of_status(status, f"{request.url.path} does not take {request.method}; see the Allow header")
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            return BodyTooLargeError("the body is larger than this route takes; a job's limit is 1 MiB")
+            limit = _limit(request.url.path)
+            return BodyTooLargeError(f"the body is larger than the {limit >> 10:,} KiB that {request.url.path} takes")
     return problem_of_status(status, detail)

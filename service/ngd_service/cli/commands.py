@@ -5,18 +5,24 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ngd_service.cli.checkpoints import checkpoint_table, fetched
+from ngd_service.cli.comparing import comparison_table
 from ngd_service.cli.data import data
 from ngd_service.cli.follow import EXIT_CODES, follow
 from ngd_service.cli.listing import job_table
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, InvalidKeyError, ServiceError
+from ngd_service.client.comparison import goals, history_of
+from ngd_service.client.edits import continued, with_settings
+from ngd_service.client.endpoints import Spec
 from ngd_service.errors import StartupError
 from ngd_workers.contract.errors import SpecError, WorkerError
+from ngd_workers.contract.spec_file import load_mapping
 
 if TYPE_CHECKING:
     from ngd_service.settings import Settings
@@ -97,7 +103,16 @@ def migrate() -> None:
 
 @app.command()
 def submit(
-    file: SpecFile,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A job in YAML or JSON; with --from the job's own spec is the default.", dir_okay=False),
+    ] = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="JOB or JOB@STEP: go on from its checkpoint, with all of its state.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="path=value: a setting in place of the spec's; may be repeated.")
+    ] = None,
     should_follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show the progress until the job ends.")
     ] = False,
@@ -109,11 +124,17 @@ def submit(
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Post a job. With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled."""
+    """Post a job, and ship the folder that its `code` names; or go on from another job, under other settings.
+
+    With --follow the exit status is 0 if it succeeded, 1 if it failed, 3 if it was cancelled.
+    """
     if should_log and not should_follow:
         raise typer.BadParameter("--log goes with --follow; give both, or see: ngd logs")
     with _client(url, key_file) as client:
-        job = client.submit(_text(file), idempotency_key=idempotency_key)
+        shipment = client.ship(_spec(client, file, origin, settings or []), file.parent if file else Path())
+        if shipment.archive is not None:
+            err.print(f"{shipment}", soft_wrap=True)  # the job's id is the first word on stdout
+        job = client.submit(shipment.spec, idempotency_key=idempotency_key)
         out.print(f"{job.id}  {client.base_url}/jobs/{job.id}", soft_wrap=True)
         if should_follow:
             raise typer.Exit(EXIT_CODES.get(follow(client, job.id, out, with_log=should_log).status.phase, 1))
@@ -176,6 +197,55 @@ def logs(
 
 
 @app.command()
+def compare(
+    job_ids: Annotated[list[str], typer.Argument(help="The jobs' ids, two at least.")],
+    url: Url = None,
+    key_file: KeyFile = None,
+) -> None:
+    """Show jobs side by side: the settings that differ, and when each reached each target."""
+    if len(job_ids) < 2:
+        raise typer.BadParameter("a comparison takes two jobs at least; give another id")
+    with _client(url, key_file) as client:
+        compared = [client.get(job_id) for job_id in job_ids]
+        histories = [history_of(client, job_id) for job_id in job_ids]
+    out.print(comparison_table(compared, histories, goals(compared)), soft_wrap=True)
+
+
+@app.command()
+def checkpoints(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
+    """List the checkpoints that a job keeps, newest first."""
+    with _client(url, key_file) as client:
+        kept = client.checkpoints(job_id)
+    if kept:
+        out.print(checkpoint_table(kept))
+    else:
+        out.print("it has saved no checkpoint yet")
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    step: Annotated[int | None, typer.Option(min=0, help="Of this step [default: the newest].")] = None,
+    is_best: Annotated[bool, typer.Option("--best", help="Of the step with the best test result.")] = False,
+    should_take_all: Annotated[
+        bool, typer.Option("--all", help="Also what training goes on from: the optimizer's state.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to [default: <name>-step-<step>].")
+    ] = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+) -> None:
+    """Get the weights of a job, and a card that tells of their origin. A transfer that broke off goes on."""
+    if step is not None and is_best:
+        raise typer.BadParameter("--step and --best name two checkpoints; give one")
+    with _client(url, key_file) as client:
+        paths = fetched(client, job_id, err, step=step, best=is_best, folder=output, everything=should_take_all)
+    for path in paths.values():
+        out.print(harmless(f"{path}  {path.stat().st_size:,} bytes"), soft_wrap=True)
+
+
+@app.command()
 def cancel(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
     """Ask a job to stop; it saves a checkpoint first if it can."""
     with _client(url, key_file) as client:
@@ -192,13 +262,18 @@ def train(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="NGD_DATA_DIR", help="Where relative data directories lie.")
     ] = None,
+    secrets_dir: Annotated[
+        Path | None, typer.Option(envvar="NGD_SECRETS_DIR", help="Folder with a file per secret that the job names.")
+    ] = None,
 ) -> None:
     """Train in one process, without a service: python -m ngd_workers, which torchrun can run on several."""
     from ngd_service.settings import load_common_settings
 
-    data_dir = data_dir or load_common_settings().data_dir
+    settings = load_common_settings()
+    data_dir, secrets_dir = data_dir or settings.data_dir, secrets_dir or settings.secrets_dir
     command = [sys.executable, "-m", "ngd_workers", str(file), "--run-dir", str(run_dir)]
     command += ["--data-dir", str(data_dir)] if data_dir else []
+    command += ["--secrets-dir", str(secrets_dir)] if secrets_dir else []
     try:
         raise typer.Exit(subprocess.run(command, check=False).returncode)
     except KeyboardInterrupt:
@@ -211,6 +286,22 @@ def _save(pieces: Iterable[bytes], output: Path) -> None:
             file.writelines(pieces)
     except OSError as error:
         raise ServiceError(f"can't write {output}: {error.strerror}; give another --output") from error
+
+
+def _spec(client: Client, file: Path | None, origin: str | None, settings: list[str]) -> Spec:
+    """Returns the spec to submit: the file's text as it is, if nothing changes it, so that errors name its lines."""
+    if file is None and origin is None:
+        raise typer.BadParameter("give the file of a job, or another job with --from")
+    if file is not None and origin is None and not settings:
+        return _text(file)
+    spec: dict[str, Any] = {} if file is None else load_mapping(file)
+    if origin is not None:
+        job_id, _, step = origin.partition("@")
+        if step and not step.isdecimal():
+            raise typer.BadParameter(f"--from takes JOB or JOB@STEP, got {origin!r}")
+        other = continued(client.get(job_id), int(step) if step else None)
+        spec = spec | {"init_from": other["init_from"]} if spec else other
+    return with_settings(spec, settings)
 
 
 def _text(file: Path) -> str:

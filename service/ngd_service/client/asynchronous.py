@@ -2,9 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
-from typing import Self, TypeVar
+from pathlib import Path
+from typing import ParamSpec, Self, TypeVar
+from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
@@ -12,6 +14,7 @@ from httpx_sse import EventSource, ServerSentEvent
 
 from ngd_service.client.answers import (
     DEFAULT_URL,
+    NotFoundError,
     ServiceError,
     ServiceFailedError,
     ServiceUnreachableError,
@@ -26,12 +29,38 @@ from ngd_service.client.answers import (
     unreachable,
     uses_proxies,
 )
-from ngd_service.client.endpoints import JOBS, Endpoint, Spec, job_path, joined, params, spec_body, text
-from ngd_service.resources import Event, EventPage, Health, Job, JobPage, LogChunk, Metrics, Statistics, Validated
+from ngd_service.client.code import Shipment, pack
+from ngd_service.client.endpoints import (
+    JOBS,
+    Endpoint,
+    Spec,
+    code_path,
+    job_path,
+    joined,
+    nothing,
+    params,
+    spec_body,
+    text,
+)
+from ngd_service.resources import (
+    Checkpoint,
+    CheckpointList,
+    Event,
+    EventPage,
+    Health,
+    Job,
+    JobPage,
+    LogChunk,
+    Metrics,
+    Statistics,
+    Validated,
+)
+from ngd_workers.contract.spec import Code
 
 __all__ = ["PATIENCE_S", "AsyncClient"]
 
 Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
@@ -92,6 +121,23 @@ class AsyncClient:
         """Returns the spec with its defaults; nothing is created."""
         query = params(validate_only="true")
         return await self._send(Endpoint("POST", JOBS, Validated.model_validate_json, query, **spec_body(spec)))
+
+    async def ship(self, spec: Spec, folder: Path) -> Shipment:
+        """Sends the spec's code to the service unless it has it. Returns the spec to submit, which names the archive.
+
+        folder: from which `code.directory` starts, that of the job's file. A spec that names an archive already, as
+        that of an earlier job does, stays as it is. Raises: SpecError for what can't be packed.
+        """
+        valid = (await self.validate(spec)).spec
+        if valid.get("code") is None or valid["code"]["sha256"] is not None:
+            return Shipment(spec)
+        archive = await self._apart(pack, Code.model_validate(valid["code"]), folder)
+        was_there = await self._has_code(archive.sha256)
+        if not was_there:
+            headers = {"Content-Type": "application/octet-stream"}
+            path = code_path(archive.sha256)
+            await self._send(Endpoint("PUT", path, nothing, headers=headers, content=archive.content))
+        return Shipment(valid | {"code": valid["code"] | {"sha256": archive.sha256}}, archive, was_there)
 
     async def list_jobs(
         self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
@@ -177,6 +223,24 @@ class AsyncClient:
         except httpx.RequestError as error:
             raise unreachable(self._http.base_url, error) from error
 
+    async def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        """Returns the checkpoints that the job keeps, newest first."""
+        path = f"{job_path(job_id)}/checkpoints"
+        return (await self._send(Endpoint("GET", path, CheckpointList.model_validate_json))).checkpoints
+
+    async def download_file(self, job_id: str, step: int, name: str, *, start: int = 0) -> AsyncIterator[bytes]:
+        """Yields the bytes of a checkpoint's file from `start` on."""
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        path = f"{job_path(job_id)}/checkpoints/{step}/files/{quote(name, safe='')}"
+        try:
+            async with self._response(path, None, headers) as response:
+                if start and response.status_code != httpx.codes.PARTIAL_CONTENT:
+                    raise not_this_service(response)
+                async for piece in response.aiter_bytes():
+                    yield piece
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
     async def follow_logs(
         self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
     ) -> AsyncIterator[LogChunk]:
@@ -198,6 +262,18 @@ class AsyncClient:
             return read_answer(await self._http.send(request_of(self._http, endpoint)), endpoint)
         except httpx.RequestError as error:
             raise unreachable(self._http.base_url, error) from error
+
+    async def _has_code(self, sha256: str) -> bool:
+        try:
+            await self._send(Endpoint("HEAD", code_path(sha256), nothing))
+        except NotFoundError:
+            return False
+        return True
+
+    async def _apart(
+        self, work: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Answer:
+        return await asyncio.to_thread(work, *args, **kwargs)
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

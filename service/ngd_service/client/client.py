@@ -1,7 +1,7 @@
 """The Python SDK over the REST API: `Client`, and `AsyncClient` for programs that run an event loop.
 
     with Client("http://127.0.0.1:8000") as client:  # key="...", if the service wants one
-        job = client.submit(Path("digits.yaml").read_text())
+        job = client.submit(Path("digits.yaml").read_text())  # ship() first, if it has code
         for job in client.watch(job.id):
             print(job.status.progress.step, job.metrics_latest.get("loss"))
 
@@ -84,6 +84,11 @@ class _BlockingCalls(AsyncClient):
         self._http = httpx.AsyncClient(base_url=http.base_url, headers=http.headers, transport=_Through(http))
         self._patience_s = patience_s
 
+    async def _apart(
+        self, work: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Answer:
+        return work(*args, **kwargs)
+
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -160,6 +165,7 @@ class Client:
         return self._calls.base_url
 
     submit = _answers(AsyncClient.submit)
+    ship = _answers(AsyncClient.ship)
     validate = _answers(AsyncClient.validate)
     list_jobs = _answers(AsyncClient.list_jobs)
     get = _answers(AsyncClient.get)
@@ -172,5 +178,7 @@ class Client:
     statistics = _answers(AsyncClient.statistics)
     logs = _answers(AsyncClient.logs)
     download_log = _yields(AsyncClient.download_log)
+    checkpoints = _answers(AsyncClient.checkpoints)
+    download_file = _yields(AsyncClient.download_file)
     follow_logs = _yields(AsyncClient.follow_logs)
     ready = _answers(AsyncClient.ready)

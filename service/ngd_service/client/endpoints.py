@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
-__all__ = ["JOBS", "Endpoint", "Spec", "job_path", "joined", "params", "spec_body", "text"]
+__all__ = ["JOBS", "Endpoint", "Spec", "code_path", "job_path", "joined", "nothing", "params", "spec_body", "text"]
 
 Answer = TypeVar("Answer")
 Spec = Mapping[str, Any] | str
@@ -30,6 +30,15 @@ class Endpoint(Generic[Answer]):
 def job_path(job_id: str) -> str:
     """Returns the path of a job, with special characters of the id escaped."""
     return f"{JOBS}/{quote(job_id, safe='')}"
+
+
+def code_path(sha256: str) -> str:
+    """Returns the path of an archive of code."""
+    return f"/api/v1/code/{sha256}"
+
+
+def nothing(body: bytes) -> None:
+    """Reads an answer that has no body."""
 
 
 def params(**values: object) -> dict[str, str]:

@@ -15,12 +15,14 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from ngd_service.dispatchers.archives import Archives
 from ngd_service.dispatchers.base import AttemptRef, BackendRefusedError, DispatchError, Launch
 from ngd_service.dispatchers.log_file import LogFile
 from ngd_service.errors import InvalidSpecError
-from ngd_service.validation import refuse_unlisted
+from ngd_service.validation import refuse_secrets, refuse_unlisted
 from ngd_workers.contract.events import Numbered, numbered
 from ngd_workers.contract.rundir import AttemptDir, Facts, Outcome, read_json, write_json
+from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, parse_spec
 
 __all__ = ["FINAL", "AttemptFiles", "age_s", "entrypoint"]
@@ -47,15 +49,22 @@ class AttemptFiles:
         worker_url: str,
         cluster: Literal["own", "given"],
         function_modules: Collection[str] | None = None,
+        secrets_dir: Path | None = None,
     ) -> None:
+        self.archives = Archives(runs_dir)
         self._runs_dir = runs_dir
         self._data_dir = data_dir
         self._worker_url = worker_url
         self._cluster = cluster
         self._function_modules = function_modules
+        self._secrets_dir = secrets_dir
 
     def folder(self, ref: AttemptRef) -> AttemptDir:
         return AttemptDir.of(self._runs_dir / ref.job_id, ref.number)
+
+    def checkpoints(self, job_id: str) -> Path:
+        """Returns the folder of the job's checkpoints; it may not be there yet."""
+        return self._runs_dir / job_id / "checkpoints"
 
     def prepare(self, launch: Launch) -> AttemptDir:
         """Returns the attempt's folder with all that its driver reads; may be called again. Raises: DispatchError."""
@@ -66,12 +75,13 @@ class AttemptFiles:
             raise DispatchError(f"this version does not take the stored spec: {error}; submit it again") from error
         try:
             refuse_unlisted(spec, self._function_modules)  # the list may be younger than the job
+            refuse_secrets(spec, self._secrets_dir)
         except InvalidSpecError as error:
             raise DispatchError(error.detail) from error
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json(folder.spec, spec)
-            write_json(folder.facts, self._facts(launch))
+            write_json(folder.facts, self._facts(launch, spec))
         except OSError as error:
             sentence = f"can't write {folder.path}: {error.strerror}; check NGD_HOME, or NGD_RUNS_DIR if it is set"
             # A full disk or a stale handle passes; a folder that is not this user's does not.
@@ -152,7 +162,8 @@ class AttemptFiles:
         except OSError as error:
             log.warning("log_not_bounded attempt=%s error=%s", ref.attempt_id, error)
 
-    def _facts(self, launch: Launch) -> Facts:
+    def _facts(self, launch: Launch, spec: AnySpec) -> Facts:
+        sha256 = None if spec.code is None else spec.code.sha256
         return Facts(
             attempt_id=launch.ref.attempt_id,
             attempt=launch.ref.number,
@@ -162,6 +173,8 @@ class AttemptFiles:
             run_dir=self._runs_dir / launch.ref.job_id,
             data_dir=self._data_dir,
             cluster=self._cluster,
+            code=None if sha256 is None else self.archives.path(sha256),
+            secrets_dir=self._secrets_dir,
         )
 
 

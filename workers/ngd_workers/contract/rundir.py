@@ -5,6 +5,7 @@
         attempts/<n>/            ATTEMPT_DIR: one attempt
             spec.json            the job's spec, written before the driver starts
             attempt.json         Facts (mode 0600): the attempt's identity and the service's address
+            code/                the user's own code, unpacked by the driver
             process.json         pid and start time of the driver, written by the dispatcher
             started              a driver has begun; written on a given cluster, which may start a second driver
             stop                 asks the attempt to end in order; its text names the signal, if a signal asked
@@ -52,6 +53,10 @@ class Facts(BaseModel):
         default="own",
         description="own: the driver starts Ray on its machine; given: the driver uses the Ray cluster that runs it.",
     )
+    code: Path | None = Field(
+        default=None, description="Absolute; the archive of the job's own code, or a folder that is used as it is."
+    )
+    secrets_dir: Path | None = Field(default=None, description="Absolute; a file for each secret that jobs may name.")
 
 
 class Outcome(BaseModel):
@@ -99,6 +104,10 @@ class AttemptDir:
     @property
     def facts(self) -> Path:
         return self.path / "attempt.json"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
 
     @property
     def process(self) -> Path:

@@ -29,7 +29,7 @@ from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, parse_spec, quoted
 
-__all__ = ["MAX_YAML_BYTES", "load_spec", "parse_json", "parse_yaml"]
+__all__ = ["MAX_YAML_BYTES", "load_mapping", "load_spec", "parse_json", "parse_yaml"]
 
 MAX_YAML_BYTES = 64 << 10  # 0.1 CPU seconds at worst; the recipes have less than 1 KiB
 MAX_YAML_DEPTH = 32  # libyaml takes time in proportion to the square of the depth of [[[[
@@ -54,16 +54,18 @@ JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
 def load_spec(path: Path) -> AnySpec:
     """Returns the spec in the file. Raises: SpecError with one line per problem."""
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise SpecError(f"can't read the spec {path}: {error.strerror}; give a YAML or JSON file") from error
-    try:
-        return parse_spec(_parse(path, text))
+        return parse_spec(_contents(path))
     except SpecProblemsError as error:
         lines = "\n  ".join(str(problem) for problem in error.problems)
         raise SpecError(f"the spec {path} is invalid:\n  {lines}") from error
-    except ValueError as error:
-        raise SpecError(f"the spec {path} is {error}") from error
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """Returns what the file holds, unchecked. Raises: SpecError if that are not names with values."""
+    contents = _contents(path)
+    if not isinstance(contents, dict):
+        raise SpecError(f"the spec {path} must hold names with values, got a {type(contents).__name__}")
+    return contents
 
 
 def parse_json(text: bytes) -> object:
@@ -91,6 +93,15 @@ def parse_yaml(text: bytes) -> object:
     except (yaml.YAMLError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"no YAML: {reason}") from error
+
+
+def _contents(path: Path) -> object:
+    try:
+        return _parse(path, path.read_bytes())
+    except OSError as error:
+        raise SpecError(f"can't read the spec {path}: {error.strerror}; give a YAML or JSON file") from error
+    except ValueError as error:
+        raise SpecError(f"the spec {path} is {error}") from error
 
 
 def _parse(path: Path, text: bytes) -> object:

@@ -1,11 +1,12 @@
 """Runs one rank of an attempt. Also the command that trains a spec without Ray or a service.
 
-``python -m ngd_workers SPEC --run-dir DIR [--data-dir DIR]``, alone or under torchrun.
+``python -m ngd_workers SPEC --run-dir DIR [--data-dir DIR] [--secrets-dir DIR]``, alone or under torchrun.
 """
 
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome,
 from ngd_workers.contract.spec import AnySpec, LoopSpec
 from ngd_workers.contract.spec_file import load_spec
 from ngd_workers.launch.ending import conclude, failure, summary
+from ngd_workers.launch.own_code import entered
 from ngd_workers.report.rank_log import kept_in
 from ngd_workers.report.reporter import Reporter, SilentReporter, SpoolingReporter
 from ngd_workers.train.context import TrainContext, device_of
@@ -51,7 +53,7 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
             attempt=facts.attempt,
             reporter=reporter,
         )
-        with kept_in(attempt_dir.rank_log(comm.rank)):
+        with kept_in(attempt_dir.rank_log(comm.rank)), entered(attempt_dir, spec, facts):
             outcome = train_own_loop(spec, context) if isinstance(spec, LoopSpec) else train(spec, context)
         is_broken = False
     except WorkerError as error:
@@ -84,22 +86,29 @@ def main() -> None:
         "--run-dir", type=Path, required=True, help="folder for checkpoints and events; a run that it holds is resumed"
     )
     parser.add_argument("--data-dir", type=Path, default=Path(), help="folder in which a relative data.directory lies")
+    parser.add_argument("--secrets-dir", type=Path, help="folder with a file for each secret that the job names")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        outcome = _run_command(arguments.spec, arguments.run_dir.resolve(), arguments.data_dir.resolve())
+        outcome = _run_command(
+            arguments.spec,
+            arguments.run_dir.resolve(),
+            data_dir=arguments.data_dir.resolve(),
+            secrets_dir=arguments.secrets_dir and arguments.secrets_dir.resolve(),
+        )
     except (SpecError, StorageError) as error:
         sys.exit(str(error))
     sys.exit(EXIT_STATUS[outcome.result])
 
 
-def _run_command(spec_file: Path, run_dir: Path, data_dir: Path) -> Outcome:
+def _run_command(spec_file: Path, run_dir: Path, **folders: Path | None) -> Outcome:
     spec = load_spec(spec_file)
+    folders["code"] = _code_of(spec, spec_file)
     if dist.is_torchelastic_launched():
         device_of(spec.resources)  # before the first collective: NCCL takes the current device
         dist.init_process_group("nccl" if spec.resources.gpus_per_worker else "gloo")
     comm = Communicator()
-    attempt_dir = _next_attempt(_for_world(spec, comm.world_size), run_dir, data_dir, comm)
+    attempt_dir = _next_attempt(_for_world(spec, comm.world_size), run_dir, comm, folders)
     outcome = run_rank(attempt_dir)
     if comm.rank == 0:
         conclude(attempt_dir, outcome)
@@ -119,7 +128,17 @@ def _for_world(spec: AnySpec, world_size: int) -> AnySpec:
         raise SpecError(f"the spec doesn't fit {world_size} processes: {error}") from error
 
 
-def _next_attempt(spec: AnySpec, run_dir: Path, data_dir: Path, comm: Communicator) -> AttemptDir:
+def _code_of(spec: AnySpec, spec_file: Path) -> Path | None:
+    """Returns the folder of the job's code, which is used as it is. Raises: SpecError."""
+    if spec.code is None:
+        return None
+    folder = (spec_file.parent / spec.code.directory).resolve()
+    if not folder.is_dir():
+        raise SpecError(f"code.directory is {spec.code.directory!r}, and there is no folder {folder}; correct it")
+    return folder
+
+
+def _next_attempt(spec: AnySpec, run_dir: Path, comm: Communicator, folders: Mapping[str, Path | None]) -> AttemptDir:
     number = torch.zeros(1, dtype=torch.int64, device=comm.device)
     if comm.rank == 0:
         number.fill_(1 + max((int(path.name) for path in run_dir.glob("attempts/*")), default=0))
@@ -130,7 +149,7 @@ def _next_attempt(spec: AnySpec, run_dir: Path, data_dir: Path, comm: Communicat
     if comm.rank == 0:
         attempt_dir.path.mkdir(parents=True)
         write_json(attempt_dir.spec, spec)
-        write_json(attempt_dir.facts, _facts(spec, int(number), run_dir, data_dir))
+        write_json(attempt_dir.facts, _facts(spec, int(number), run_dir, folders))
     comm.barrier("attempt directory")
     return attempt_dir
 
@@ -144,7 +163,7 @@ def _check_same_job(earlier: AttemptDir, spec: AnySpec) -> None:
         )
 
 
-def _facts(spec: AnySpec, number: int, run_dir: Path, data_dir: Path) -> Facts:
+def _facts(spec: AnySpec, number: int, run_dir: Path, folders: Mapping[str, Path | None]) -> Facts:
     return Facts(
         attempt_id=f"{spec.name}-a{number}",
         attempt=number,
@@ -152,5 +171,7 @@ def _facts(spec: AnySpec, number: int, run_dir: Path, data_dir: Path) -> Facts:
         url=None,
         token=None,
         run_dir=run_dir,
-        data_dir=data_dir,
+        data_dir=folders["data_dir"],
+        code=folders["code"],
+        secrets_dir=folders["secrets_dir"],
     )

@@ -25,6 +25,7 @@ from ngd_workers.contract.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, 
 from ngd_workers.contract.spec import AnySpec, spec_class
 from ngd_workers.contract.spec_problems import explain
 from ngd_workers.launch.ending import conclude, failure, record, summary
+from ngd_workers.launch.own_code import unpack
 from ngd_workers.launch.ray_cluster import RayCluster, bundle
 from ngd_workers.launch.waiting import WaitingReporter
 
@@ -68,6 +69,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ngd_workers.launch.attempt import run_rank
 
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
+    sys.path.append(config["started_in"])
     try:
         return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
     except Exception as error:  # mostly since another rank has died; then all ranks start again
@@ -104,7 +106,9 @@ def _run(attempt_dir: AttemptDir) -> Outcome:
         record(attempt_dir, outcome)  # the service's address stands in the unread file
         return outcome
     try:
-        outcome = _train(attempt_dir, _read_spec(attempt_dir), facts)
+        spec = _read_spec(attempt_dir)
+        unpack(attempt_dir, spec, facts)
+        outcome = _train(attempt_dir, spec, facts)
     except WorkerError as error:
         outcome = failure(error)
     except Exception as error:
@@ -167,7 +171,14 @@ def _train_here(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome
 def _train_on_ray(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
     # In the main thread Ray and Ray Train would take SIGTERM and SIGINT for themselves, and abort. The thread that
     # starts Ray must live until Ray is shut down: otherwise the shutdown ends the process silently.
-    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread, RayCluster(facts.cluster) as cluster:
+    started_in = Path.cwd()
+    elsewhere = _ray_dir(facts)
+    elsewhere.mkdir(exist_ok=True, parents=True)
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="ray") as thread,
+        RayCluster(facts.cluster) as cluster,
+        contextlib.chdir(elsewhere),  # Ray puts the driver's present folder first on its workers' path
+    ):
         thread.submit(cluster.start, spec.resources).result()
         _log_to_stderr()  # again: Ray has put its own handler there
         _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
@@ -179,7 +190,7 @@ def _train_on_ray(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outco
             waiting.close()
         if _is_stopped(attempt_dir):
             return Outcome(result="cancelled", step=_saved_step(spec, facts))
-        return thread.submit(_fit, attempt_dir, spec, facts).result()
+        return thread.submit(_fit, attempt_dir, spec, facts, started_in).result()
 
 
 def _stop_in_order_on_signals(attempt_dir: AttemptDir) -> None:
@@ -212,14 +223,14 @@ def _with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _fit(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
+def _fit(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts, started_in: Path) -> Outcome:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     resources = spec.resources
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"attempt_dir": str(attempt_dir.path)},
+        train_loop_config={"attempt_dir": str(attempt_dir.path), "started_in": str(started_in)},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -227,7 +238,7 @@ def _fit(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
         ),
         run_config=RunConfig(
             name=facts.attempt_id,
-            storage_path=str(facts.run_dir / "ray"),
+            storage_path=str(_ray_dir(facts)),
             failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
             # Ray would log a traceback of each rank at each restart, and of its clean-up; `error` holds the last ones.
             logging_config=LoggingConfig(log_level="CRITICAL"),
@@ -239,6 +250,10 @@ def _fit(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome:
         log.error("%s", error)
         raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
     return Outcome.model_validate(result.return_value)
+
+
+def _ray_dir(facts: Facts) -> Path:
+    return facts.run_dir / "ray"
 
 
 def _saved_step(spec: AnySpec, facts: Facts) -> int:

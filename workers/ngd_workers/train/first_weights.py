@@ -81,7 +81,8 @@ def _of_checkpoint(run_dir: Path, step: int | None) -> tuple[str, dict[str, Tens
             "a step that it has kept"
         )
     source = str(checkpoints.path(step))
-    return source, _tensors(checkpoints.load(step, torch.device("cpu")).get("model"), source)
+    weights, states = checkpoints.load(step, torch.device("cpu"))
+    return source, _tensors(states[0].get("model") if weights is None else weights, source)
 
 
 def _tensors(content: Any, source: str) -> dict[str, Tensor]:

@@ -14,12 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD
 from ngd_dist.distributed.comm import Communicator
+from ngd_workers.contract.checkpoint_files import Score
 from ngd_workers.contract.errors import IncompatibleCheckpointError, UserCodeError, WorkerError
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.data import Dataset
 from ngd_workers.tasks.base import Batch, Result, Task
+from ngd_workers.train.checkpoints import Snapshot
 from ngd_workers.train.loading import MicroBatch, placed
 from ngd_workers.train.optimizers import build_optimizer, chooses_lr, job_errors
+from ngd_workers.train.saves import in_host_memory
 from ngd_workers.train.totals import Totals
 
 __all__ = ["Learner", "check_fit", "trainable"]
@@ -145,17 +148,43 @@ class Learner:
                 self._comm.all_reduce(f"buffer {name}", buffer)
                 buffer /= self._comm.world_size
 
-    def state_dict(self) -> dict[str, Any]:
-        """Collective. Returns model and optimizer, the same on every rank and at any number of ranks."""
-        self.average_buffers()
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def snapshot(self, progress: dict[str, Any], score: Score | None) -> Snapshot:
+        """Collective. Returns this rank's part of a checkpoint, in copies, so that training may go on.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state that `state_dict` returned. Raises: IncompatibleCheckpointError."""
+        Rank 0 has the weights, the progress and what of the optimizer is the same on all ranks; a rank has the layers
+        of which it owns NGD's statistics.
+        """
+        self.average_buffers()
+        is_first, is_ngd = self._comm.rank == 0, isinstance(self.optimizer, NGD)
+        num_ranks = self._comm.world_size if is_ngd else 1
+        if not is_first and not is_ngd:
+            return Snapshot(None, None, num_ranks)
+        part = self.optimizer.state_dict_part() if isinstance(self.optimizer, NGD) else self.optimizer.state_dict()
+        if not is_first:
+            return Snapshot(None, in_host_memory({"layers": part["ngd"]["layers"]}), num_ranks)
+        model = self.model.state_dict()
+        weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in model.items() if name not in weights}
+        state = {"optimizer": part, "progress": progress, "model_extra": others}
+        return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks, score)
+
+    def load(self, weights: dict[str, Tensor] | None, states: list[Any]) -> dict[str, Any]:
+        """Restores the snapshots of all ranks, of any number of them. Returns the progress.
+
+        Raises: IncompatibleCheckpointError.
+        """
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, RuntimeError) as error:
+            state, *others = states
+            model = state["model"] if weights is None else weights | state["model_extra"]
+            optimizer = state["optimizer"]
+            if others:
+                parts = [{"ngd": other} for other in others]
+                optimizer = NGD.joined([optimizer, *parts])
+            self.model.load_state_dict(model)
+            self.optimizer.load_state_dict(optimizer)
+            progress: dict[str, Any] = state["progress"]
+            return progress
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise IncompatibleCheckpointError(
                 f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
             ) from error

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ngd_dist.telemetry import Stopwatch
-from ngd_workers.contract.errors import NonFiniteLossError, WorkerError
+from ngd_workers.contract.checkpoint_files import Score
+from ngd_workers.contract.errors import IncompatibleCheckpointError, NonFiniteLossError, SpecError, WorkerError
 from ngd_workers.contract.events import (
     Evaluation,
     Started,
@@ -17,13 +18,14 @@ from ngd_workers.contract.events import (
     metric_words,
 )
 from ngd_workers.contract.rundir import Outcome
-from ngd_workers.contract.spec import InitChoice, JobSpec, Loading, NGDOptimizer
+from ngd_workers.contract.spec import InitChoice, InitFromCheckpoint, JobSpec, Loading, NGDOptimizer
 from ngd_workers.data import Dataset, load_dataset
 from ngd_workers.models import build_model
 from ngd_workers.tasks import build_task
 from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
+from ngd_workers.train.continuing import keep_new_settings, origin_of
 from ngd_workers.train.first_weights import load_first_weights
 from ngd_workers.train.learner import Learner, check_fit, trainable
 from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
@@ -55,6 +57,7 @@ def train(spec: JobSpec, context: TrainContext) -> Outcome:
                 run.evaluate()
             if run.is_checkpoint_due:
                 run.save_checkpoint()
+        run.saves.finish()
         return run.outcome()
     finally:
         run.close()
@@ -83,6 +86,7 @@ class Run:
         self.saves = Saves(context, spec.checkpoint.keep)
         self.progress = Progress()
         self.tested: dict[str, float] = {}
+        self._tested_step = 0
         self.is_cancelled = False
         self._stopwatch = Stopwatch()
         self._logged_s = 0.0
@@ -110,12 +114,43 @@ class Run:
 
         Rank 0 chooses and reads for all ranks. A job that has a checkpoint needs its first weights no more.
         """
-        state = self.saves.newest()
-        if state is not None:
-            self.progress = Progress(**state.pop("progress"))
-            self.learner.load_state_dict(state)
-        elif self.spec.init_from is not None:
-            self._take_first_weights(self.spec.init_from)
+        saved, init_from = self.saves.newest(), self.spec.init_from
+        if saved is not None:
+            self.progress = Progress(**self.learner.load(*saved))
+        elif isinstance(init_from, InitFromCheckpoint) and init_from.takes == "everything":
+            self._go_on_from(init_from)
+        elif init_from is not None:
+            self._take_first_weights(init_from)
+
+    def _go_on_from(self, choice: InitFromCheckpoint) -> None:
+        """Takes weights, optimizer and step of another job; its seconds and its target stay that job's own."""
+        comm, origin, failure = self.context.comm, None, None
+        if comm.rank == 0:
+            try:
+                origin = origin_of(choice, self.spec, self.context.run_dir)
+                if origin.step >= self.total_steps:
+                    raise SpecError(
+                        f"the checkpoint is of step {origin.step}, and this job ends at step {self.total_steps}; raise "
+                        "schedule.epochs or schedule.steps, or name an earlier step in init_from.step"
+                    )
+            except WorkerError as error:
+                failure = error
+        origin, failure = comm.all_gather_object("origin", (origin, failure))[0]
+        if failure is not None:
+            raise failure
+        assert origin is not None
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.learner.optimizer.param_groups]
+        try:
+            self.learner.load(*origin.load(self.context.device))
+        except IncompatibleCheckpointError as error:
+            raise IncompatibleCheckpointError(
+                f"this job can't go on with the state of {origin}: {error.__cause__}; keep that job's settings, or "
+                "take its weights alone (init_from.takes: weights)"
+            ) from error
+        keep_new_settings(self.learner.optimizer, fresh, origin.changed)
+        self.progress = Progress(step=origin.step)
+        if comm.rank == 0:
+            log.info("goes on from %s", origin)
 
     def _take_first_weights(self, choice: InitChoice) -> None:
         comm, failure = self.context.comm, None
@@ -130,8 +165,9 @@ class Run:
         self.learner.share_weights()
 
     def close(self) -> None:
-        """Ends the processes that read samples."""
+        """Ends the processes that read samples, and the thread that writes a checkpoint."""
         self.reader.close()
+        self.saves.close()
 
     def announce(self) -> None:
         """Reports the start of the run, on rank 0."""
@@ -189,9 +225,14 @@ class Run:
             report(TargetReached(step=step, metrics={target.metric: tested[target.metric]}))
 
     def save_checkpoint(self) -> None:
-        """Collective. All ranks return when the checkpoint is complete. Raises: SupersededError, StorageError."""
-        state = self.learner.state_dict() | {"progress": asdict(self.progress)}
-        self.saves.save(self.progress.step, state, is_result=self.is_finished and not self.is_cancelled)
+        """Collective. Training may go on while the checkpoint is written; the last one is waited for.
+
+        Raises: SupersededError, StorageError.
+        """
+        is_tested = self._tested_step == self.progress.step and math.isfinite(next(iter(self.tested.values())))
+        score = Score(metrics=self.tested, better=self.task.metrics[0].better) if is_tested else None
+        snapshot = self.learner.snapshot(asdict(self.progress), score)
+        self.saves.save(self.progress.step, snapshot, is_result=self.is_finished and not self.is_cancelled)
 
     def outcome(self) -> Outcome:
         """Collective. Returns the result; evaluates if this process has not evaluated the last step."""
@@ -207,6 +248,7 @@ class Run:
 
     def _test(self) -> None:
         self.tested = self.learner.evaluate(self.reader.test()).metrics(self.task)
+        self._tested_step = self.progress.step
         if not math.isfinite(self.tested["loss"]):
             raise NonFiniteLossError(self._divergence(self.tested["loss"], "test"))
 

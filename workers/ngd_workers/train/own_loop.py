@@ -26,8 +26,9 @@ from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import LoopSpec
 from ngd_workers.functions import load_function
 from ngd_workers.train.batches import seed_everything
+from ngd_workers.train.checkpoints import Snapshot
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
-from ngd_workers.train.saves import Saves
+from ngd_workers.train.saves import Saves, in_host_memory
 from ngd_workers.train.stopping import is_cancelled, stop_code_of
 from ngd_workers.train.target import is_reached
 
@@ -98,7 +99,7 @@ class LoopContext:
             self._take_step(values, epoch, lr, samples)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        """Collective. Saves the state at the last reported step; rank 0 writes its own.
+        """Collective. Saves the state at the last reported step; rank 0 writes its own, while the loop goes on.
 
         state: tensors, numbers, texts, lists and dictionaries, as `torch.load(weights_only=True)` takes them.
         Raises: UserCodeError before the first report; StorageError, SupersededError.
@@ -106,17 +107,19 @@ class LoopContext:
         if self.step == 0:
             raise UserCodeError("checkpoint needs a step that was reported; call report first")
         own = {"target_step": self.target_step, "tested": self.tested, "seconds": self._seconds()}
-        self._saves.save(self.step, {"user": state, "step": self.step, "own": own}, is_result=False)
+        saved = {"user": state, "step": self.step, "own": own} if self.rank == 0 else None
+        self._saves.save(self.step, Snapshot(None, in_host_memory(saved)), is_result=False)
 
     def resume(self) -> dict[str, Any] | None:
         """Collective. Returns the newest state that was saved, with tensors on the device; None: there is none.
 
         `step` is then that of the state. Raises: StorageError.
         """
-        saved = self._saves.newest()
-        if saved is None:
+        found = self._saves.newest()
+        if found is None:
             self._announce()
             return None
+        saved = found[1][0]
         self.step = self._resumed_step = saved["step"]
         self.target_step, self.tested = saved["own"]["target_step"], saved["own"]["tested"]
         self._seconds_before = saved["own"]["seconds"]
@@ -136,7 +139,8 @@ class LoopContext:
         return self.was_cancelled or reached > 0
 
     def outcome(self) -> Outcome:
-        """Returns the end of the attempt. Rank 0's counts."""
+        """Collective. Returns the end of the attempt. Rank 0's counts. Raises: SupersededError."""
+        self._saves.finish()
         self._announce()
         return Outcome(
             result="cancelled" if self.was_cancelled else "succeeded",
@@ -145,6 +149,10 @@ class LoopContext:
             target_step=self.target_step,
             seconds=self._seconds(),
         )
+
+    def close(self) -> None:
+        """Gives a checkpoint under way some seconds."""
+        self._saves.close()
 
     def _announce(self) -> None:
         """Reports the start, once: a loop that resumes does so before its first report."""
@@ -225,6 +233,7 @@ def train_own_loop(spec: LoopSpec, context: TrainContext) -> Outcome:
     own = LoopContext(spec, context)
     try:
         function(own)
+        outcome = own.outcome()
     except (WorkerError, torch.OutOfMemoryError, CollectiveError):
         raise
     except Exception as error:
@@ -232,7 +241,9 @@ def train_own_loop(spec: LoopSpec, context: TrainContext) -> Outcome:
             raise
         log.exception("%s failed", spec.train.function)
         raise UserCodeError(f"{spec.train.function!r} failed with {type(error).__name__}: {error}") from error
-    return own.outcome()
+    finally:
+        own.close()
+    return outcome
 
 
 def _is_of_a_peer(error: Exception) -> bool:

@@ -4,6 +4,7 @@ Start at `job`. Each other module holds the choices of one part: models, sources
 the course of the job.
 """
 
+from ngd_workers.contract.spec.code import Code
 from ngd_workers.contract.spec.images import Augment, ImageSettings, NoAugment, OnBadSample, PadCrop, RandomResizedCrop
 from ngd_workers.contract.spec.job import (
     AnySpec,
@@ -89,6 +90,7 @@ __all__ = [
     "ByteTokenizer",
     "CharacterTokenizer",
     "Checkpoint",
+    "Code",
     "ConstantLR",
     "DataChoice",
     "Digits",

@@ -59,7 +59,10 @@ Options = Annotated[
 ]
 Function = Annotated[
     str,
-    Field(pattern=FUNCTION_PATTERN, description="package.module:function; the workers must be able to import it."),
+    Field(
+        pattern=FUNCTION_PATTERN,
+        description="package.module:function, of the job's own code or of a package that the workers have.",
+    ),
 ]
 
 

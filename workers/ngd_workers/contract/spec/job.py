@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ngd_dist.config import QuadraticModel, Single
 from ngd_workers.contract.names import MetricName
 from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, Options, SpecModel
+from ngd_workers.contract.spec.code import Code, Environment, Secrets
 from ngd_workers.contract.spec.models import InitChoice, ModelChoice
 from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
@@ -46,6 +47,15 @@ class Job(SpecModel):
     seed: int = Field(
         default=0, ge=0, lt=2**31, description="Seed of the first weights, of the order of samples and of dropout."
     )
+    code: Code | None = Field(default=None, description="A folder of your own that travels with the job; None: none.")
+    env: Environment = Field(default={})
+    secrets: Secrets = Field(default={})
+
+    @model_validator(mode="after")
+    def _variables_have_one_value(self) -> Self:
+        if twice := sorted(self.env.keys() & self.secrets.keys()):
+            raise ValueError(f"env and secrets both set {', '.join(twice)}, and one can count; leave one out")
+        return self
 
 
 class JobSpec(Job):

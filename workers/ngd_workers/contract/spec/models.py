@@ -165,7 +165,7 @@ class InitFromFile(SpecModel):
 
 
 class InitFromCheckpoint(SpecModel):
-    """The first weights are those of another job's checkpoint."""
+    """The first weights are those of another job's checkpoint, or training goes on from there."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     run_dir: str = Field(
@@ -173,7 +173,20 @@ class InitFromCheckpoint(SpecModel):
         "this job's own, so that a job's id is enough under the service."
     )
     step: int | None = Field(default=None, ge=1, description="Step of the checkpoint; None: the newest.")
+    takes: Literal["weights", "everything"] = Field(
+        default="weights",
+        description="weights: the job begins at step 0 with them. everything: it goes on from the checkpoint's step, "
+        "with the optimizer's state; settings that differ from that job's count from there on.",
+    )
     ignore: Ignore = ()
+
+    @model_validator(mode="after")
+    def _ignores_weights_alone(self) -> Self:
+        if self.ignore and self.takes == "everything":
+            raise ValueError(
+                "init_from.ignore leaves out weights, and takes everything needs all; leave one of them out"
+            )
+        return self
 
 
 InitChoice = Annotated[InitFromFile | InitFromCheckpoint, Field(discriminator="kind")]

@@ -1,0 +1,77 @@
+"""/jobs/{id}/checkpoints: those that a job has saved, and their files."""
+
+import asyncio
+import errno
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from fastapi.responses import FileResponse
+
+from ngd_service.api.container import MAX_CURSOR, Container, ContainerDep, JobId
+from ngd_service.errors import NotFoundError, StorageUnavailableError
+from ngd_service.resources import Checkpoint, CheckpointFile, CheckpointList
+from ngd_workers.contract.checkpoint_files import Manifest, best_of, complete, folder_of, read_manifest
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/api/v1/jobs/{job_id}/checkpoints", tags=["checkpoints"])
+
+GONE = {errno.ENOENT, errno.ENOTDIR}  # a newer one has taken its place meanwhile
+
+
+@router.get("")
+async def list_checkpoints(container: ContainerDep, job_id: JobId) -> CheckpointList:
+    """Lists the checkpoints that a job keeps, newest first: the last ones, and the best by its first metric."""
+    await asyncio.to_thread(container.jobs.get, job_id)
+    return CheckpointList(checkpoints=await asyncio.to_thread(_listed, container, job_id))
+
+
+@router.get("/{step}/files/{name}", response_class=FileResponse)
+async def get_checkpoint_file(
+    container: ContainerDep,
+    job_id: JobId,
+    step: Annotated[int, Path(ge=0, le=MAX_CURSOR, description="The checkpoint's step.")],
+    name: Annotated[str, Path(description="One of the checkpoint's files.", examples=["weights.safetensors"])],
+) -> FileResponse:
+    """Returns one file of a checkpoint, or the bytes of a Range of it."""
+    await asyncio.to_thread(container.jobs.get, job_id)
+    listed = await asyncio.to_thread(_listed, container, job_id)
+    checkpoint = next((one for one in listed if one.step == step), None)
+    if checkpoint is None:
+        steps = ", ".join(str(one.step) for one in listed) or "none"
+        raise NotFoundError(f"{job_id} keeps no checkpoint of step {step}; it keeps those of: {steps}")
+    if name not in checkpoint.files:
+        raise NotFoundError(f"the checkpoint has no file {name!r}; it has {', '.join(checkpoint.files)}")
+    path = folder_of(container.files.checkpoints(job_id), step) / name
+    etag = f'"{checkpoint.files[name].sha256}"'
+    return FileResponse(path, media_type="application/octet-stream", filename=name, headers={"ETag": etag})
+
+
+def _listed(container: Container, job_id: str) -> list[Checkpoint]:
+    folder = container.files.checkpoints(job_id)
+    try:
+        manifests = {path: read_manifest(path) for path in complete(folder)}
+    except OSError as error:
+        if error.errno in GONE:
+            return _listed(container, job_id)
+        raise StorageUnavailableError(
+            f"can't read the checkpoints of {job_id}: {error.strerror}; try again when the volume is there"
+        ) from error
+    best = best_of(manifests)
+    return [
+        _resource(manifest, is_best=path == best)
+        for path, manifest in manifests.items()
+        if manifest is not None  # else it is damaged, and no attempt resumes from it
+    ]
+
+
+def _resource(manifest: Manifest, *, is_best: bool) -> Checkpoint:
+    return Checkpoint(
+        step=manifest.step,
+        attempt=manifest.attempt,
+        world_size=manifest.world_size,
+        bytes=manifest.bytes,
+        metrics={} if manifest.score is None else manifest.score.metrics,
+        is_best=is_best,
+        files={name: CheckpointFile(bytes=found.bytes, sha256=found.sha256) for name, found in manifest.files.items()},
+    )

@@ -1,0 +1,77 @@
+"""The verbs `ngd checkpoints` and `ngd download`: what a job has saved, and its files on this machine."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from ngd_service.cli.terminal import harmless
+from ngd_service.client.client import Client
+from ngd_service.client.downloads import DownloadError, chosen, download
+from ngd_service.resources import Checkpoint
+from ngd_workers.contract.checkpoint_files import WEIGHTS
+
+__all__ = ["checkpoint_table", "fetched"]
+
+
+def checkpoint_table(checkpoints: list[Checkpoint]) -> Table:
+    """Returns the checkpoints, newest first."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("step", justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("weights, MB", justify="right")
+    table.add_column("tested")
+    table.add_column("")
+    for one in checkpoints:
+        weights = one.files.get(WEIGHTS)
+        table.add_row(
+            f"{one.step:,}",
+            f"{one.bytes / 1e6:,.1f}",
+            "" if weights is None else f"{weights.bytes / 1e6:,.1f}",
+            harmless("  ".join(f"{name} {value:.4g}" for name, value in one.metrics.items())),
+            "best" if one.is_best else "",
+        )
+    return table
+
+
+def fetched(
+    client: Client,
+    job_id: str,
+    err: Console,
+    *,
+    step: int | None,
+    best: bool,
+    folder: Path | None,
+    everything: bool,
+) -> dict[str, Path]:
+    """Returns the paths of the files that are now here: the weights and their card, or all files of the checkpoint.
+
+    folder: None for <job>-step-<step>. Raises: DownloadError, ServiceError.
+    """
+    job = client.get(job_id)
+    checkpoint = chosen(job, client.checkpoints(job_id), step=step, best=best)
+    if not everything and WEIGHTS not in checkpoint.files:
+        raise DownloadError(
+            f"the checkpoints of {job.id} hold what its own loop gave them, not weights by themselves; add --all"
+        )
+    names = list(checkpoint.files) if everything else [WEIGHTS]
+    target = folder or Path(f"{job.name}-step-{checkpoint.step}")
+    with _progress(err) as show:
+        return download(client, job, checkpoint, target, names, show)
+
+
+@contextmanager
+def _progress(err: Console) -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), DownloadColumn())
+    with Progress(*columns, TransferSpeedColumn(), console=err, disable=not err.is_terminal) as progress:
+        tasks = {}
+
+        def show(name: str, here: int, size: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=size)
+            progress.update(tasks[name], completed=here)
+
+        yield show

@@ -1,0 +1,51 @@
+"""A spec with some settings in the place of others, and one that goes on from another job."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from ngd_service.resources import Job
+from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.spec_file import parse_yaml
+
+__all__ = ["continued", "with_settings"]
+
+
+def with_settings(spec: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Returns the spec with each of `path=value`: a dotted path, and a value as YAML has it. Raises: SpecError.
+
+    >>> with_settings({"optimizer": {"kind": "sgd", "lr": 1}}, ["optimizer.lr=0.05"])
+    {'optimizer': {'kind': 'sgd', 'lr': 0.05}}
+    """
+    changed = copy.deepcopy(spec)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *outer, last = path.strip().split(".")
+        if not equals or not last or not all(outer):
+            raise SpecError(f"--set takes path=value, such as optimizer.lr=0.05, got {setting!r}")
+        at: Any = changed
+        for depth, name in enumerate(outer, start=1):
+            at = at.setdefault(name, {})
+            if not isinstance(at, dict):
+                raise SpecError(f"--set {setting}: {'.'.join(outer[:depth])} is {at!r}, which has no parts")
+        at[last] = _value(text, setting)
+    return changed
+
+
+def continued(job: Job, step: int | None) -> dict[str, Any]:
+    """Returns a spec that goes on from a checkpoint of the job; step None: from the newest. Raises: SpecError."""
+    if "train" in job.spec:
+        raise SpecError(
+            f"{job.id} has a training loop of its own, and only the service's loop goes on from another job; give it "
+            "what it needs in train.options"
+        )
+    origin = {"kind": "checkpoint", "run_dir": job.id, "step": step, "takes": "everything"}
+    return job.spec | {"init_from": origin}
+
+
+def _value(text: str, setting: str) -> Any:
+    try:
+        value: Any = parse_yaml(f"value: {text}\n".encode())
+    except ValueError as error:
+        raise SpecError(f"--set {setting}: the value is no YAML: {error}") from error
+    return value["value"]

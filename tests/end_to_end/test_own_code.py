@@ -1,0 +1,94 @@
+"""A user ships a folder of code, and trains it, by a service that knows nothing of the folder."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ngd_service.client.client import Client
+from tests.service.test_crash import drivers
+from tests.support.deadline import wait_until
+from tests.support.own_code import users_folder, write
+from tests.support.service_process import NGD, ServiceProcess
+
+SECRET = "c0rrect-horse"
+TRAINING_S = 200
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts a service in a folder of a stranger's, whose names are those of packages."""
+    started: list[ServiceProcess] = []
+
+    def start(**settings: object) -> ServiceProcess:
+        secrets_dir = write(tmp_path / "secrets", {"hub": SECRET})
+        elsewhere = users_folder(tmp_path / "services")
+        (elsewhere / "typing.py").unlink()  # `python -m` of the service itself would import it
+        started.append(
+            ServiceProcess(
+                tmp_path / "home", folder=elsewhere, driver_command=None, secrets_dir=str(secrets_dir), **settings
+            )
+        )
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.close()
+
+
+def submitted(service: ServiceProcess, job: Path, *, folder: Path) -> tuple[str, str]:
+    """Returns the job's id and what the command says beside it."""
+    folder.mkdir(exist_ok=True)
+    command = [*NGD, "submit", str(job), "--url", service.url]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=os.environ)
+    return ended.stdout.split()[0], ended.stderr
+
+
+def answers(client: Client, job_id: str) -> str:
+    """Returns all that the service tells of a job."""
+    events = "".join(event.model_dump_json() for event in client.events(job_id, limit=1000).events)
+    return client.get(job_id).model_dump_json() + events + client.logs(job_id)
+
+
+@pytest.mark.parametrize(
+    "workers", [1, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])], ids=["here", "on Ray"]
+)
+def test_folder_trains_from_elsewhere_and_no_secret_is_told(
+    start: Callable[..., ServiceProcess], tmp_path: Path, workers: int
+) -> None:
+    service = start()
+    job = users_folder(tmp_path / "theirs") / "job.yaml"
+    job.write_text(job.read_text() + f"secrets: {{TOKEN: hub}}\nresources: {{workers: {workers}}}\n")
+
+    first, told = submitted(service, job, folder=tmp_path / "client")
+    ended = service.client.wait(first, timeout_s=TRAINING_S)
+
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 1), ended.status.message
+    assert told.startswith("code shipped: 9 files, ")
+    assert f"and {len(SECRET)} characters" in service.client.logs(first)
+    assert SECRET not in answers(service.client, first)
+    leaks = [path for path in service.home.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert leaks == []
+    assert submitted(service, job, folder=tmp_path / "client")[1].startswith("code unchanged: 9 files, ")
+
+
+@pytest.mark.slow
+def test_later_attempt_goes_on_with_the_same_code(start: Callable[..., ServiceProcess], tmp_path: Path) -> None:
+    service = start()
+    folder = users_folder(tmp_path / "theirs")
+    job = folder / "job.yaml"
+    job.write_text(job.read_text().replace("steps: 6", "steps: 100000") + "secrets: {TOKEN: hub}\n")
+    job_id, _ = submitted(service, job, folder=tmp_path / "client")
+    run_dir = service.home / "runs" / job_id
+
+    wait_until(lambda: list(run_dir.glob("checkpoints/step-*/*")), "a checkpoint", timeout_s=60)
+    (folder / "mine.py").write_text("raise AssertionError('a later change is no part of the job')\n")
+    (driver,) = drivers(service, job_id)
+    driver.kill()
+    second = run_dir / "attempts" / "2" / "events.jsonl"
+    wait_until(lambda: second.exists() and b"steps" in second.read_bytes(), "it goes on", timeout_s=TRAINING_S)
+    service.client.cancel(job_id)
+
+    assert service.client.wait(job_id, timeout_s=TRAINING_S).status.phase == "CANCELLED"

@@ -1,0 +1,67 @@
+"""Jobs side by side, by `ngd compare`."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ngd_service.client.comparison import Goal, History, differences
+from tests.service.test_cli import ngd, spec_file
+from tests.support.service_process import ServiceProcess
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_differences_are_those_of_leaves() -> None:
+    specs = [
+        {"name": "a", "optimizer": {"kind": "ngd", "lr": 0.1, "staleness": {"kind": "fixed"}}, "seed": 0},
+        {"name": "b", "optimizer": {"kind": "sgd", "lr": 0.1}, "seed": 0},
+        {"name": "b", "optimizer": {"kind": "sgd", "lr": 0.2}, "seed": 0},
+    ]
+
+    assert differences(specs) == {
+        "name": ["a", "b", "b"],
+        "optimizer.kind": ["ngd", "sgd", "sgd"],
+        "optimizer.lr": [0.1, 0.1, 0.2],
+        "optimizer.staleness.kind": ["fixed", None, None],
+    }
+
+
+@pytest.mark.parametrize(
+    ("better", "bound", "reached"),
+    [("lower", 0.5, (20, 7.0)), ("lower", 0.1, None), ("higher", 0.85, (10, 3.0)), ("higher", 1.0, None)],
+)
+def test_goal_is_reached_by_the_first_step_that_is_as_good(
+    better: str, bound: float, reached: tuple[int, float] | None
+) -> None:
+    values = {10: 0.9, 20: 0.4, 30: 0.3}
+    seconds = {10: 3.0, 20: 7.0, 30: 11.0}
+    history = History(START, [(s, START + timedelta(seconds=seconds[s]), {"m": v}) for s, v in values.items()])
+
+    assert history.reached(Goal("m", bound, better)) == reached
+    assert history.reached(Goal("another", bound, better)) is None
+
+
+def test_jobs_are_shown_side_by_side(tmp_path: Path, shared_service: ServiceProcess) -> None:
+    target = {"metric": "accuracy", "value": 0.9}
+    ids = []
+    for lr in (0.1, 0.2):
+        file = spec_file(tmp_path, "steps", optimizer={"kind": "sgd", "lr": lr}, target=target)
+        ids.append(ngd("submit", file, "--follow", url=shared_service.url).stdout.split()[0])
+
+    lines = ngd("compare", *ids, url=shared_service.url).stdout.splitlines()
+
+    assert lines[0].split() == ids
+    rows = {line.split("  ")[0].strip(): line.split() for line in lines[1:]}
+    assert rows["optimizer.lr"] == ["optimizer.lr", "0.1", "0.2"]
+    assert "optimizer.momentum" not in rows
+    assert rows["phase"][1:] == ["SUCCEEDED", "SUCCEEDED"]
+    assert rows["step"][1:] == ["20", "20"]
+    assert "accuracy at least 90.00%" in rows
+
+
+def test_one_job_is_no_comparison(shared_service: ServiceProcess) -> None:
+    result = ngd("compare", "job_x", url=shared_service.url)
+
+    assert result.returncode == 2
+    assert "two jobs at least" in result.stderr

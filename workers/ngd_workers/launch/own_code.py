@@ -1,0 +1,158 @@
+"""The user's own code in a process of ours: its folder and its packages come last on the path, after all of ours.
+
+So a module `torch` or a package `workers` of the user's breaks nothing, here or in the processes that read samples.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError, StorageError
+from ngd_workers.contract.rundir import AttemptDir, Facts
+from ngd_workers.contract.spec import AnySpec, Code
+from ngd_workers.contract.spec.code import MAX_UNPACKED_BYTES
+from ngd_workers.launch.requirements import installed
+
+__all__ = ["entered", "unpack"]
+
+BLOCK_BYTES = 1 << 20
+
+
+def unpack(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> None:
+    """Makes the attempt's folder of code from the archive, in one step; once it is there, nothing happens.
+
+    Raises: DataNotFoundError, InvalidDataError, StorageError, with the archive's name.
+    """
+    if spec.code is None or facts.code is None or facts.code.is_dir() or attempt_dir.code.is_dir():
+        return
+    archive = facts.code
+    temporary: Path | None = None
+    try:
+        _check_sum(archive, spec.code)
+        temporary = Path(tempfile.mkdtemp(prefix=".code-", dir=attempt_dir.path))
+        _extract(archive, temporary)
+        os.replace(temporary, attempt_dir.code)
+    except FileNotFoundError as error:
+        raise DataNotFoundError(
+            f"the job's code is not there: no file {error.filename or archive}; submit the job again, which ships it"
+        ) from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise InvalidDataError(f"{archive} is no archive of code that can be unpacked: {error}") from error
+    except OSError as error:
+        raise StorageError(f"can't unpack {archive} into {attempt_dir.code}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def entered(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Iterator[None]:
+    """The present process, and those it starts, see the job's code, packages, variables and secrets until the end.
+
+    Raises: SpecError, DataNotFoundError, UserCodeError, StorageError.
+    """
+    with contextlib.ExitStack() as until_the_end:
+        # First, as far as they go: the variables may say where uv finds packages.
+        until_the_end.enter_context(_variables(spec.env | _secrets(spec.secrets, facts.secrets_dir)))
+        if spec.code is not None:
+            folder = _folder(attempt_dir, facts)
+            places = [folder]
+            if spec.code.requirements is not None:
+                places.append(installed(folder / spec.code.requirements))
+            until_the_end.enter_context(_last_on_path(places))
+            until_the_end.enter_context(contextlib.chdir(folder))
+        yield
+
+
+def _check_sum(archive: Path, code: Code) -> None:
+    digest = hashlib.sha256()
+    with archive.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != code.sha256:
+        raise InvalidDataError(
+            f"{archive} is damaged: its SHA-256 is {digest.hexdigest()}, and the job names {code.sha256}; delete it "
+            "and submit the job again"
+        )
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    left = MAX_UNPACKED_BYTES
+    with tarfile.open(archive, "r:gz") as files:
+        for member in files:
+            left -= member.size
+            if left < 0:
+                raise InvalidDataError(
+                    f"{archive} holds more than {MAX_UNPACKED_BYTES >> 20} MiB once it is unpacked; ship less code"
+                )
+            files.extract(member, folder, filter="data")  # refuses what would lie outside of the folder
+
+
+def _folder(attempt_dir: AttemptDir, facts: Facts) -> Path:
+    folder = facts.code if facts.code is not None and facts.code.is_dir() else attempt_dir.code
+    if not folder.is_dir():
+        raise DataNotFoundError(f"the job's code is not there: no folder {folder}; submit the job again")
+    return folder
+
+
+def _secrets(wanted: Mapping[str, str], folder: Path | None) -> dict[str, str]:
+    """Returns variable -> secret. No message quotes one."""
+    if not wanted:
+        return {}
+    if folder is None:
+        raise SpecError(
+            f"the job names the secrets {', '.join(sorted(set(wanted.values())))}, and there is no folder of them; set "
+            "NGD_SECRETS_DIR, or --secrets-dir where there is no service"
+        )
+    return {variable: _secret(name, folder) for variable, name in wanted.items()}
+
+
+def _secret(name: str, folder: Path) -> str:
+    path = folder / name
+    try:
+        value = path.read_bytes()
+    except OSError as error:
+        raise SpecError(
+            f"there is no secret {name!r} where the workers run: can't read {path} ({error.strerror}); the operator "
+            "puts a file of that name into NGD_SECRETS_DIR"
+        ) from None
+    try:
+        text = value.decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise SpecError(f"the secret {name!r} in {folder} is no UTF-8 text, so no variable can hold it")
+    return text
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _last_on_path(folders: list[Path]) -> Iterator[None]:
+    added = [str(folder) for folder in folders]
+    sys.path.extend(added)
+    try:
+        yield
+    finally:
+        for folder in added:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(folder)

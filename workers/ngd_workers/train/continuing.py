@@ -1,0 +1,116 @@
+"""Goes on from another job's checkpoint: weights, optimizer and step, under settings that may differ."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, optim
+
+from ngd_workers.contract.errors import DataNotFoundError, SpecError
+from ngd_workers.contract.rundir import AttemptDir
+from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec
+from ngd_workers.train.checkpoints import Checkpoints
+
+__all__ = ["Origin", "keep_new_settings", "origin_of"]
+
+log = logging.getLogger(__name__)
+
+# By setting of an optimizer, the entries of its param groups that hold it.
+GROUP_ENTRIES = {
+    "lr": ("lr", "first_lr"),
+    "damping": ("damping", "first_damping"),
+    "momentum": ("momentum",),
+    "nesterov": ("nesterov",),
+    "weight_decay": ("weight_decay",),
+    "beta1": ("betas",),
+    "beta2": ("betas",),
+    "eps": ("eps",),
+}
+FREE = frozenset({"name", "init_from", "resources", "failure", "target", "checkpoint", "loading", "code", "env"})
+
+
+class Origin:
+    """The checkpoint of another job, and how that job's settings differ from this one's.
+
+    changed: by dotted path the values there and here, of all settings that have a part in training.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, step: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        self.step, self.changed = step, dict(changed)
+        self._checkpoints = checkpoints
+
+    def load(self, device: torch.device) -> tuple[dict[str, Tensor] | None, list[Any]]:
+        """Returns weights and states as `Learner.load` takes them. Raises: StorageError."""
+        return self._checkpoints.load(self.step, device)
+
+    def __str__(self) -> str:
+        differing = [f"{path} {there!r} there, {here!r} here" for path, (there, here) in self.changed.items()]
+        return f"step {self.step} of {self._checkpoints.folder.parent.name}; " + (
+            "; ".join(differing) or "with the same settings"
+        )
+
+
+def origin_of(choice: InitFromCheckpoint, spec: JobSpec, run_dir: Path) -> Origin:
+    """Returns the checkpoint that the choice names. run_dir: this job's own.
+
+    Raises: DataNotFoundError; StorageError; SpecError if its optimizer's state can't go on under this spec.
+    """
+    other = run_dir.parent / choice.run_dir
+    checkpoints = Checkpoints(other / "checkpoints", attempt=0, keep=1)
+    step = choice.step or checkpoints.newest_step()
+    if not step or not checkpoints.path(step).is_dir():
+        which = f"no checkpoint of step {step}" if step else "no whole checkpoint"
+        raise DataNotFoundError(
+            f"{which} below {checkpoints.folder} (init_from.run_dir); give the folder of a job that has saved one, and "
+            "a step that it has kept"
+        )
+    before = _spec_of(other)
+    changed = {} if before is None else dict(_changes(before.model_dump(mode="json"), spec.model_dump(mode="json")))
+    if "optimizer.kind" in changed:
+        there, here = changed["optimizer.kind"]
+        raise SpecError(
+            f"init_from.takes everything, and the state of optimizer {there} can't go on under optimizer {here}; take "
+            "weights alone (init_from.takes: weights), or keep the optimizer's kind"
+        )
+    return Origin(checkpoints, step, changed)
+
+
+def keep_new_settings(optimizer: optim.Optimizer, fresh: list[dict[str, Any]], changed: Mapping[str, Any]) -> None:
+    """Puts back the settings of this job that differ from those of the job that the state is from.
+
+    fresh: the param groups as they were before the state was loaded.
+    """
+    names = [name for name in GROUP_ENTRIES if f"optimizer.{name}" in changed]
+    for group, new in zip(optimizer.param_groups, fresh, strict=True):
+        group.update({entry: new[entry] for name in names for entry in GROUP_ENTRIES[name] if entry in new})
+
+
+def _spec_of(run_dir: Path) -> JobSpec | None:
+    """Returns the spec of the newest attempt below the folder; None: there is none that this version reads."""
+    numbers = sorted((int(path.name) for path in run_dir.glob("attempts/*") if path.name.isdecimal()), reverse=True)
+    for number in numbers:
+        try:
+            spec = AttemptDir.of(run_dir, number).read_spec()
+        except (OSError, ValidationError, ValueError) as error:
+            log.warning("can't read the spec of attempt %d of %s: %s", number, run_dir.name, error)
+            continue
+        return spec if isinstance(spec, JobSpec) else None
+    return None
+
+
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    of_there, of_here = (dict(_leaves(value)) for value in (there, here))
+    for path in dict.fromkeys([*of_there, *of_here]):
+        if of_there.get(path) != of_here.get(path) and path.partition(".")[0] not in FREE:
+            yield path, (of_there.get(path), of_here.get(path))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, part in value.items():
+            yield from _leaves(part, f"{path}.{name}" if path else name)
+    else:
+        yield path, value
