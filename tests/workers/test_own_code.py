@@ -60,6 +60,7 @@ def test_training_alone_uses_the_folder_of_the_job(tmp_path: Path, secrets_dir: 
     )
 
     assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / ".gitignore").read_text() == "*\n"
     assert f"in {folder} with plain and {len(SECRET)} characters" in ended.stdout
     assert files_with(SECRET, tmp_path / "run") == []
 
