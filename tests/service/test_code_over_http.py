@@ -1,5 +1,6 @@
 """Code on its way to the service: stored once under its sum, named by jobs, and refused with a sentence."""
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ngd_service.api import problems
-from ngd_service.client.client import Client, InvalidRequestError
+from ngd_service.client.client import AsyncClient, Client, InvalidRequestError
 from ngd_service.dispatchers.base import AttemptRef, DispatchError, Launch
 from ngd_service.dispatchers.files import AttemptFiles
 from ngd_workers.contract.rundir import AttemptDir
@@ -167,6 +168,17 @@ def test_client_ships_a_folder_once(client: Client, shared_service: ServiceProce
     assert client.submit(again.spec).id != job.id
     (folder / "model.py").write_text("changed\n")
     assert client.ship(spec, tmp_path).was_there is False
+
+
+def test_asynchronous_client_ships_as_the_other_one(shared_service: ServiceProcess, tmp_path: Path) -> None:
+    write(tmp_path, {"model.py": "of the asynchronous one\n"})
+
+    async def shipped() -> list[bool]:
+        async with AsyncClient(shared_service.url) as client:
+            spec = with_code()
+            return [(await client.ship(spec, tmp_path)).was_there for _ in range(2)]
+
+    assert asyncio.run(shipped()) == [False, True]
 
 
 def test_client_ships_nothing_for_a_job_without_code(client: Client, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_body_of_whoever_has_no_token_is_not_waited_for(shared_service: ServiceP
         (b"{}", 422, "invalid_parameter", "events is missing"),
         (b'{"events": [], "more": 1}', 422, "invalid_parameter", "more"),
         (b'{"events": [{"seq": 0, "time_s": 1}]}', 422, "invalid_parameter", "events.0.seq must be >= 1, got 0"),
-        (b" " * (8 << 20) + b"{}", 413, "body_too_large", "larger than the 8,192 KiB that /api/v1/internal"),
+        (b" " * (8 << 20) + b"{}", 413, "body_too_large", "larger than the 8 MiB that /api/v1/internal"),
     ],
 )
 def test_body_that_is_no_batch_is_refused(

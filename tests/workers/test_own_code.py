@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError, UserCodeError, WorkerError
+from ngd_workers.contract.errors import InvalidDataError, SpecError, StorageError, UserCodeError
 from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.contract.spec_file import load_spec
@@ -60,6 +60,7 @@ def test_training_alone_uses_the_folder_of_the_job(tmp_path: Path, secrets_dir: 
     )
 
     assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / ".gitignore").read_text() == "*\n"
     assert f"in {folder} with plain and {len(SECRET)} characters" in ended.stdout
     assert files_with(SECRET, tmp_path / "run") == []
 
@@ -118,8 +119,12 @@ def test_archive_is_unpacked_once(attempt: Callable[..., AttemptDir], folder: Pa
     assert [path.name for path in unpacked.path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_archive_that_is_not_there_is_named(attempt: Callable[..., AttemptDir], tmp_path: Path) -> None:
-    with pytest.raises(DataNotFoundError, match=r"no file .*x\.tar\.gz; submit the job again"):
+def test_archive_that_is_not_there_is_named(
+    attempt: Callable[..., AttemptDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_code, "READ_S", 0.1)
+
+    with pytest.raises(StorageError, match=r"can't find the job's code .*x\.tar\.gz.* No such file"):
         unpack(attempt("0" * 64, tmp_path / "x.tar.gz"))
 
 
@@ -202,7 +207,23 @@ def test_secret_that_is_not_there_is_named(tmp_path: Path, files: dict[str, str]
     with pytest.raises(SpecError, match=words) as caught, own_code.entered(attempt, spec, attempt.read_facts()):
         pass
     assert "hush" not in str(caught.value)
-    assert issubclass(SpecError, WorkerError)
+
+
+def quotes_its_token() -> None:
+    try:
+        raise LookupError(f"no host for {os.environ['TOKEN']}")
+    except LookupError as error:
+        raise UserCodeError(f"can't open https://{os.environ['TOKEN']}@hub") from error
+
+
+def test_error_that_quotes_a_secret_passes_without_it(tmp_path: Path, secrets_dir: Path) -> None:
+    spec = small_spec(secrets={"TOKEN": "token"})
+    attempt = make_attempt(tmp_path / "run", spec, secrets_dir=secrets_dir)
+    within = own_code.entered(attempt, spec, attempt.read_facts())
+
+    with pytest.raises(UserCodeError, match=r"^can't open https://\*\*\*@hub$") as caught, within:
+        quotes_its_token()
+    assert str(caught.value.__cause__) == "no host for ***"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.spec_problems import parse_spec
 from ngd_workers.launch import requirements
+from ngd_workers.launch.attempt import run_rank
 from ngd_workers.launch.requirements import installed
+from tests.support.attempts import make_attempt
 from tests.support.own_code import wheel, write
 
 
@@ -87,3 +90,35 @@ def test_file_that_is_not_there_is_named(wanted: Path) -> None:
 
     with pytest.raises(SpecError, match=r"can't read code\.requirements requirements\.txt: No such file"):
         installed(wanted)
+
+
+LOOP = """
+import os
+
+import tinyone
+import tinytwo
+
+
+def train(context):
+    with open("words.txt") as file:
+        assert file.read() == os.environ["WORDS"]
+    context.report({"loss": float(tinytwo.VERSION)})
+"""
+
+
+def test_own_loop_imports_its_packages(wanted: Path) -> None:
+    folder = write(wanted.parent, {"loop_of_a_test.py": LOOP, "words.txt": "here"})
+    spec = parse_spec(
+        {
+            "name": "loop",
+            "train": {"function": "loop_of_a_test:train"},
+            "code": {"requirements": "requirements.txt"},
+            "env": {"WORDS": "here"},
+        }
+    )
+    attempt = make_attempt(folder.parent / "run", spec, code=folder)
+
+    outcome = run_rank(attempt)
+
+    assert (outcome.result, outcome.metrics) == ("succeeded", {"loss": 2.0}), outcome.message
+    assert str(folder) not in sys.path

@@ -17,6 +17,7 @@ from ulid import ULID
 from ngd_service.api.code import CODE_PREFIX
 from ngd_service.api.internal import INTERNAL_PREFIX, MAX_BATCH_BYTES
 from ngd_service.auth.access import LOGIN
+from ngd_service.client.units import binary_bytes
 from ngd_service.errors import (
     MAX_BODY_BYTES,
     BodyTooLargeError,
@@ -144,6 +145,6 @@ def _of_framework(request: Request, status: HTTPStatus, detail: str) -> ProblemE
         case HTTPStatus.METHOD_NOT_ALLOWED:
             return problem_of_status(status, f"{request.url.path} does not take {request.method}; see the Allow header")
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            limit = _limit(request.url.path)
-            return BodyTooLargeError(f"the body is larger than the {limit >> 10:,} KiB that {request.url.path} takes")
+            limit = binary_bytes(_limit(request.url.path))
+            return BodyTooLargeError(f"the body is larger than the {limit} that {request.url.path} takes")
     return problem_of_status(status, detail)

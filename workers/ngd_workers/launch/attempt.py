@@ -148,6 +148,7 @@ def _next_attempt(spec: AnySpec, run_dir: Path, comm: Communicator, folders: Map
         _check_same_job(AttemptDir.of(run_dir, int(number) - 1), spec)
     if comm.rank == 0:
         attempt_dir.path.mkdir(parents=True)
+        (run_dir / ".gitignore").write_text("*\n")  # a folder of code that holds the run travels without it
         write_json(attempt_dir.spec, spec)
         write_json(attempt_dir.facts, _facts(spec, int(number), run_dir, folders))
     comm.barrier("attempt directory")

@@ -11,10 +11,11 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError, StorageError
+from ngd_workers.contract.errors import InvalidDataError, SpecError, StorageError, WorkerError
+from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import AttemptDir, Facts
 from ngd_workers.contract.spec import AnySpec, Code
 from ngd_workers.contract.spec.code import MAX_UNPACKED_BYTES
@@ -23,28 +24,29 @@ from ngd_workers.launch.requirements import installed
 __all__ = ["entered", "unpack"]
 
 BLOCK_BYTES = 1 << 20
+READ_S = 30.0  # NFS may show a new file late
+HIDDEN_CHARACTERS = 4  # a shorter secret would take letters out of every word
 
 
 def unpack(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> None:
     """Makes the attempt's folder of code from the archive, in one step; once it is there, nothing happens.
 
-    Raises: DataNotFoundError, InvalidDataError, StorageError, with the archive's name.
+    Raises: InvalidDataError, StorageError, with the archive's name.
     """
     if spec.code is None or facts.code is None or facts.code.is_dir() or attempt_dir.code.is_dir():
         return
     archive = facts.code
     temporary: Path | None = None
     try:
+        insist(archive.stat, f"find the job's code {archive}", patience_s=READ_S)
         _check_sum(archive, spec.code)
         temporary = Path(tempfile.mkdtemp(prefix=".code-", dir=attempt_dir.path))
         _extract(archive, temporary)
         os.replace(temporary, attempt_dir.code)
-    except FileNotFoundError as error:
-        raise DataNotFoundError(
-            f"the job's code is not there: no file {error.filename or archive}; submit the job again, which ships it"
-        ) from error
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise InvalidDataError(f"{archive} is no archive of code that can be unpacked: {error}") from error
+    except WorkerError:
+        raise
     except OSError as error:
         raise StorageError(f"can't unpack {archive} into {attempt_dir.code}: {error.strerror or error}") from error
     finally:
@@ -56,11 +58,12 @@ def unpack(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> None:
 def entered(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Iterator[None]:
     """The present process, and those it starts, see the job's code, packages, variables and secrets until the end.
 
-    Raises: SpecError, DataNotFoundError, UserCodeError, StorageError.
+    Raises: SpecError, StorageError. An error from within passes without the secrets that its message quotes.
     """
+    secrets = _secrets(spec.secrets, facts.secrets_dir)
     with contextlib.ExitStack() as until_the_end:
-        # First, as far as they go: the variables may say where uv finds packages.
-        until_the_end.enter_context(_variables(spec.env | _secrets(spec.secrets, facts.secrets_dir)))
+        until_the_end.enter_context(_unquoted(secrets.values()))
+        until_the_end.enter_context(_variables(spec.env | secrets))  # first: they may say where uv finds packages
         if spec.code is not None:
             folder = _folder(attempt_dir, facts)
             places = [folder]
@@ -97,8 +100,7 @@ def _extract(archive: Path, folder: Path) -> None:
 
 def _folder(attempt_dir: AttemptDir, facts: Facts) -> Path:
     folder = facts.code if facts.code is not None and facts.code.is_dir() else attempt_dir.code
-    if not folder.is_dir():
-        raise DataNotFoundError(f"the job's code is not there: no folder {folder}; submit the job again")
+    insist(folder.stat, f"find the job's code in {folder}", patience_s=READ_S)
     return folder
 
 
@@ -129,6 +131,26 @@ def _secret(name: str, folder: Path) -> str:
         text = "\0"
     if "\0" in text:
         raise SpecError(f"the secret {name!r} in {folder} is no UTF-8 text, so no variable can hold it")
+    return text
+
+
+@contextlib.contextmanager
+def _unquoted(secrets: Collection[str]) -> Iterator[None]:
+    """Takes the secrets out of the messages of errors: a library may quote a token, and messages become events."""
+    shown = sorted((text for text in secrets if len(text) >= HIDDEN_CHARACTERS), key=len, reverse=True)
+    try:
+        yield
+    except Exception as error:
+        one: BaseException | None = error
+        while shown and one is not None:
+            one.args = tuple(_hide(part, shown) if isinstance(part, str) else part for part in one.args)
+            one = one.__cause__ or one.__context__
+        raise
+
+
+def _hide(text: str, secrets: Iterable[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "***")
     return text
 
 
