@@ -1,28 +1,40 @@
 """A folder of code on a given Ray cluster, whose processes share no folder with the client but the volume of runs."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.own_code import users_folder, write
+from tests.support.own_code import RAISES, users_folder, write
 from tests.support.ray_head import RayHead
 from tests.support.service_process import ServiceProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-TRAINING_S = 240
+TRAINING_S = 120
 
 
-def test_two_workers_of_a_ray_cluster_train_a_shipped_folder(
-    start_service: Callable[..., ServiceProcess], ray_head: RayHead, tmp_path: Path
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[RayHead]:
+    """A head that trains nothing itself, and two nodes, each in a folder of its own that holds a stranger's code."""
+    head = RayHead(num_cpus=0)
+    try:
+        for name in ("one", "two"):
+            head.add_node(write(tmp_path / name, {"workers/__init__.py": RAISES, "utils.py": RAISES}))
+        yield head
+    finally:
+        head.close()
+
+
+def test_two_nodes_of_a_ray_cluster_train_a_shipped_folder(
+    start_service: Callable[..., ServiceProcess], cluster: RayHead, tmp_path: Path
 ) -> None:
     secrets_dir = write(tmp_path / "secrets", {"hub": "c0rrect-horse"})
     service = start_service(
         dispatcher="ray_jobs",
-        ray_address=ray_head.address,
-        ray_token_file=str(ray_head.token_file),
+        ray_address=cluster.address,
+        ray_token_file=str(cluster.token_file),
         driver_command=[sys.executable, "-m", "ngd_workers.launch"],
         secrets_dir=str(secrets_dir),
     )

@@ -22,7 +22,7 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 
 
 class RayHead:
-    """The head and only node of a Ray cluster of num_cpus."""
+    """The head of a Ray cluster of num_cpus, and its only node unless others are added."""
 
     def __init__(self, num_cpus: int = 2) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path may have 107 bytes
@@ -40,12 +40,18 @@ class RayHead:
             *(f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
             f"--temp-dir={self._folder / 'ray'}",
         ]
-        settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "PYTHONWARNINGS": "ignore"}
+        self._gcs = gcs
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        self._settings = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+            "PYTHONWARNINGS": "ignore",
+        }
         self._output = self._folder / "head.txt"
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
-                env=_environment() | settings,
+                env=_environment() | self._settings,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -57,22 +63,51 @@ class RayHead:
             raise
         assert self._process.poll() is None, self._output.read_text()
 
+    def add_node(self, folder: Path, num_cpus: int = 1) -> None:
+        """Adds a node on this machine that was started in the folder."""
+        listen, agent_grpc, runtime_env, metrics, manager = free_ports(5)
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{self._gcs}", "--block"),
+            *("--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}"),
+            # The range of a head on the same machine would be used twice.
+            *("--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={OBJECT_STORE_BYTES}"),
+            *(f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={agent_grpc}"),
+            *(f"--runtime-env-agent-port={runtime_env}", f"--metrics-export-port={metrics}"),
+            f"--node-manager-port={manager}",
+        ]
+        with (self._folder / f"node-{len(self._nodes)}.txt").open("wb") as output:
+            node = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=_environment() | self._settings,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._nodes.append(node)  # one after the other: two that start at once wait for each other
+        wait_until(lambda: self._num_nodes() > len(self._nodes), "the node has joined", timeout_s=START_S)
+
     def close(self) -> None:
-        """Ends the head and all that it has started, at once."""
-        head = psutil.Process(self._process.pid)
-        processes = [*head.children(recursive=True), head]
+        """Ends the head, the nodes, and all that they have started, at once."""
+        started = [psutil.Process(process.pid) for process in (self._process, *self._nodes)]
+        processes = [one for process in started for one in (*process.children(recursive=True), process)]
         for process in processes:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        self._process.wait(timeout=30)
+        for ended in (self._process, *self._nodes):
+            ended.wait(timeout=30)
         psutil.wait_procs(processes, timeout=30)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _call(self, method: str, path: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
         return httpx.request(method, self.address + path, headers=headers, trust_env=False, timeout=30)
+
+    def _num_nodes(self) -> int:
+        nodes = self._call("GET", "/api/v0/nodes").json()["data"]["result"]["result"]
+        return sum(node["state"] == "ALIVE" for node in nodes)
 
     def _answers(self) -> bool:
         try:
@@ -83,6 +118,7 @@ class RayHead:
 
 def _environment() -> dict[str, str]:
     """What a head would see on a machine of its own: no address of another Ray, and bytecode that is compiled once."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    given = os.environ.get("PYTHONPATH")  # an empty part would be the present folder
+    path = os.pathsep.join([str(ROOT), given] if given else [str(ROOT)])
     left_out = {name for name in os.environ if name.startswith("RAY_")} | {"PYTHONDONTWRITEBYTECODE"}
     return {name: value for name, value in os.environ.items() if name not in left_out} | {"PYTHONPATH": path}

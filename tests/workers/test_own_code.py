@@ -260,3 +260,19 @@ def test_module_of_an_installed_package_in_the_place_of_ones_own_is_named(
         load_function("httpx:make")
     with pytest.raises(UserCodeError, match=r"ship the folder that holds it by `code: \{directory: \.\}`"):
         load_function("nowhere:make")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import nopackage\n", r"No module named 'nopackage'; name its package in code\.requirements"),
+        ("1 / 0\n", r"can't import 'failing_one' of 'failing_one:make': ZeroDivisionError: division by zero$"),
+    ],
+)
+def test_module_that_can_not_be_imported_is_told_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    monkeypatch.syspath_prepend(write(tmp_path, {"failing_one.py": text}))
+
+    with pytest.raises(UserCodeError, match=words):
+        load_function("failing_one:make")

@@ -18,8 +18,7 @@ def load_function(address: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:  # an import runs the user's code, which may raise anything
         raise UserCodeError(
-            f"can't import {module_name!r} of {address!r}: {_brief(error)}; ship the folder that holds it by "
-            "`code: {directory: .}` in the job, or install the package where the workers run"
+            f"can't import {module_name!r} of {address!r}: {_brief(error)}{_way_out(error, module_name)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -35,6 +34,18 @@ def call_user(address: str, *args: Any, **options: Any) -> Any:
         return function(*args, **options)
     except Exception as error:  # user code may raise anything
         raise UserCodeError(f"{address!r} failed with {_brief(error)}; called with options {options}") from error
+
+
+def _way_out(error: Exception, module_name: str) -> str:
+    """Returns advice for a module that is missing; one that fails by itself says enough."""
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+        return (
+            "; ship the folder that holds it by `code: {directory: .}` in the job, or install the package where the "
+            "workers run"
+        )
+    return "; name its package in code.requirements, or install it where the workers run"
 
 
 def _hidden(module: ModuleType) -> str | None:
