@@ -73,5 +73,6 @@ def _resource(manifest: Manifest, *, is_best: bool) -> Checkpoint:
         bytes=manifest.bytes,
         metrics={} if manifest.score is None else manifest.score.metrics,
         is_best=is_best,
+        model=None if manifest.model is None else manifest.model.model_dump(),
         files={name: CheckpointFile(bytes=found.bytes, sha256=found.sha256) for name, found in manifest.files.items()},
     )

@@ -4,6 +4,7 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import FileResponse
 
 from ngd_service.api.container import ContainerDep
 from ngd_service.errors import NotFoundError
@@ -27,6 +28,14 @@ async def has_code(container: ContainerDep, sha256: Sha256) -> None:
     """Answers 204 if the archive is here, so that it need not be sent, and 404 if it is not."""
     if not await asyncio.to_thread(container.files.archives.holds, sha256):
         raise NotFoundError(f"there is no code {sha256}; send it by PUT")
+
+
+@router.get("/{sha256}", response_class=FileResponse)
+async def get_code(container: ContainerDep, sha256: Sha256) -> FileResponse:
+    """Returns the archive, a tar.gz, or the bytes of a Range of it."""
+    await has_code(container, sha256)
+    path = container.files.archives.path(sha256)
+    return FileResponse(path, media_type="application/gzip", filename=path.name, headers={"ETag": f'"{sha256}"'})
 
 
 @router.put("/{sha256}", status_code=204, response_class=Response, openapi_extra=ARCHIVE_BODY)

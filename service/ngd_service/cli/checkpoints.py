@@ -1,7 +1,13 @@
-"""The verbs `ngd checkpoints` and `ngd download`: what a job has saved, and its files on this machine."""
+"""The verbs `ngd checkpoints`, `ngd download` and `ngd export`: what a job has saved, and its files on this machine."""
 
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 
 from rich.console import Console
@@ -9,12 +15,24 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from ngd_service.cli.terminal import harmless
-from ngd_service.client.client import Client
+from ngd_service.client.client import Client, ServiceError
 from ngd_service.client.downloads import DownloadError, chosen, download
 from ngd_service.resources import Checkpoint
 from ngd_workers.contract.checkpoint_files import WEIGHTS
 
-__all__ = ["checkpoint_table", "fetched"]
+__all__ = ["ExportError", "Format", "checkpoint_table", "exported", "fetched"]
+
+
+class Format(StrEnum):
+    """The formats of `ngd export`."""
+
+    SAFETENSORS = "safetensors"
+    TORCHSCRIPT = "torchscript"
+    ONNX = "onnx"
+
+
+class ExportError(ServiceError):
+    """The model can't be written in the format that was asked for."""
 
 
 def checkpoint_table(checkpoints: list[Checkpoint]) -> Table:
@@ -61,6 +79,24 @@ def fetched(
     target = folder or Path(f"{job.name}-step-{checkpoint.step}")
     with _progress(err) as show:
         return download(client, job, checkpoint, target, names, show)
+
+
+def exported(client: Client, job_id: str, folder: Path, kind: str) -> Path:
+    """Returns the path of the model in this format, made from what `fetched` left in the folder.
+
+    The model is built in a process of its own, which has torch; the job's own code is got for it. Raises: ExportError.
+    """
+    code = client.get(job_id).spec.get("code")
+    command = [sys.executable, "-m", "ngd_workers.launch.export", str(folder), "--format", kind]
+    with tempfile.TemporaryDirectory() as place:
+        if code:
+            with tarfile.open(fileobj=io.BytesIO(client.code(code["sha256"]))) as archive:
+                archive.extractall(place, filter="data")
+            command += ["--code", place]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise ExportError((ended.stderr.strip().splitlines() or ["the export failed without a word"])[-1])
+    return Path(ended.stdout.splitlines()[-1])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ngd_service.cli.checkpoints import checkpoint_table, fetched
+from ngd_service.cli.checkpoints import Format, checkpoint_table, exported, fetched
 from ngd_service.cli.comparing import comparison_table
 from ngd_service.cli.data import data
 from ngd_service.cli.follow import EXIT_CODES, follow
@@ -21,6 +21,7 @@ from ngd_service.client.comparison import goals, history_of
 from ngd_service.client.edits import continued, with_settings
 from ngd_service.client.endpoints import Spec
 from ngd_service.errors import StartupError
+from ngd_workers.contract.checkpoint_files import WEIGHTS
 from ngd_workers.contract.errors import SpecError, WorkerError
 from ngd_workers.contract.spec_file import load_mapping
 
@@ -243,6 +244,29 @@ def download(
         paths = fetched(client, job_id, err, step=step, best=is_best, folder=output, everything=should_take_all)
     for path in paths.values():
         out.print(harmless(f"{path}  {path.stat().st_size:,} bytes"), soft_wrap=True)
+
+
+@app.command()
+def export(
+    job_id: JobId,
+    kind: Annotated[Format, typer.Option("--format", help="safetensors: the weights. Others: the model as a program.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Of this step [default: the newest].")] = None,
+    is_best: Annotated[bool, typer.Option("--best", help="Of the step with the best test result.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to [default: <name>-step-<step>].")
+    ] = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+) -> None:
+    """Write a job's model for programs that know nothing of this one. All but safetensors need torch here."""
+    if step is not None and is_best:
+        raise typer.BadParameter("--step and --best name two checkpoints; give one")
+    with _client(url, key_file) as client:
+        paths = fetched(client, job_id, err, step=step, best=is_best, folder=output, everything=False)
+        path = paths[WEIGHTS]
+        if kind is not Format.SAFETENSORS:
+            path = exported(client, job_id, path.parent, kind)
+    out.print(harmless(f"{path}  {path.stat().st_size:,} bytes"), soft_wrap=True)
 
 
 @app.command()

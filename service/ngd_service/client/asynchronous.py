@@ -63,6 +63,7 @@ Answer = TypeVar("Answer")
 Arguments = ParamSpec("Arguments")
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
+CODE_TIMEOUT_S = 60.0
 SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
 PATIENCE_S = 60.0  # a restart of the service takes seconds
 STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
@@ -138,6 +139,10 @@ class AsyncClient:
             path = code_path(archive.sha256)
             await self._send(Endpoint("PUT", path, nothing, headers=headers, content=archive.content))
         return Shipment(valid | {"code": valid["code"] | {"sha256": archive.sha256}}, archive, was_there)
+
+    async def code(self, sha256: str) -> bytes:
+        """Returns an archive of code that was shipped: a tar.gz."""
+        return await self._send(Endpoint("GET", code_path(sha256), bytes, timeout_s=CODE_TIMEOUT_S))
 
     async def list_jobs(
         self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None

@@ -50,6 +50,7 @@ def card_of(job: Job, checkpoint: Checkpoint, started: dict[str, Any] | None) ->
         "metrics": checkpoint.metrics,
         "files": {name: file.model_dump() for name, file in checkpoint.files.items()},
         "spec": job.spec,
+        "model": checkpoint.model,
         "code_sha256": (job.spec.get("code") or {}).get("sha256"),
         "versions": (started or {}).get("versions", {}),
         "commit": (started or {}).get("commit"),

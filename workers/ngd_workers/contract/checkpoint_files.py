@@ -22,7 +22,9 @@ __all__ = [
     "WEIGHTS",
     "FileSum",
     "Manifest",
+    "ModelFacts",
     "Score",
+    "TensorForm",
     "best_of",
     "complete",
     "folder_of",
@@ -83,8 +85,33 @@ class Score(BaseModel):
         return first if self.better == "higher" else -first
 
 
+class TensorForm(BaseModel):
+    """The shape and the dtype of one input of a model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shape: list[int]
+    dtype: str
+
+
+class ModelFacts(BaseModel):
+    """What is needed to build a model again without its data.
+
+    shape: of the data: the class of `ngd_workers.data.base` under "kind", and its numbers. inputs: what it was called
+    with, samples first.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    shape: dict[str, Any]
+    inputs: list[TensorForm]
+
+
 class Manifest(BaseModel):
-    """The origin of a checkpoint, and the sums of its files by name. `score`: None if it was not tested at its step."""
+    """The origin of a checkpoint, and the sums of its files by name.
+
+    score: None if it was not tested at its step. model: None of an own loop, or of data of a shape that is not ours.
+    """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -93,6 +120,7 @@ class Manifest(BaseModel):
     world_size: int
     files: dict[str, FileSum]
     score: Score | None = None
+    model: ModelFacts | None = None
 
     @property
     def bytes(self) -> int:

@@ -25,6 +25,7 @@ from ngd_workers.contract.checkpoint_files import (
     WEIGHTS,
     FileSum,
     Manifest,
+    ModelFacts,
     Score,
     best_of,
     complete,
@@ -48,13 +49,14 @@ class Snapshot:
     """The part of a checkpoint that one rank writes, in tensors that training does not touch any more.
 
     weights: of the model, on rank 0; None: of an own loop, which has all in its state. state: None on a rank that has
-    nothing of its own. num_ranks: those that write a file; they are the first ones. score: on rank 0.
+    nothing of its own. num_ranks: those that write a file; they are the first ones. score, model: on rank 0.
     """
 
     weights: Mapping[str, Tensor] | None
     state: Any
     num_ranks: int = 1
     score: Score | None = None
+    model: ModelFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,12 @@ class Checkpoints:
             files = {} if snapshot.weights is None else {WEIGHTS: _measure(folder / WEIGHTS)}
             files |= {state_file(r): _sum_of(folder, r, gives_up) for r in range(snapshot.num_ranks)}
             manifest = Manifest(
-                step=step, attempt=self.attempt, world_size=world_size, files=files, score=snapshot.score
+                step=step,
+                attempt=self.attempt,
+                world_size=world_size,
+                files=files,
+                score=snapshot.score,
+                model=snapshot.model,
             )
             write_json(folder / MANIFEST, manifest)
             for name in files:

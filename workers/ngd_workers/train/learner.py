@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD
 from ngd_dist.distributed.comm import Communicator
-from ngd_workers.contract.checkpoint_files import Score
+from ngd_workers.contract.checkpoint_files import ModelFacts, Score, TensorForm
 from ngd_workers.contract.errors import IncompatibleCheckpointError, UserCodeError, WorkerError
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.data import Dataset
@@ -28,9 +28,14 @@ from ngd_workers.train.totals import Totals
 __all__ = ["Learner", "check_fit", "trainable"]
 
 
-def check_fit(model: nn.Module, task: Task, batch: Batch) -> None:
-    """Checks, before the first step, that the task can test the model on this batch. Raises: UserCodeError."""
+def check_fit(model: nn.Module, task: Task, batch: Batch) -> list[TensorForm] | None:
+    """Checks, before the first step, that the task can test the model on this batch. Raises: UserCodeError.
+
+    Returns the inputs of the model's first call; None if they are not tensors alone.
+    """
     model.eval()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = model.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
     try:
         with torch.no_grad():
             result = task.test_batch(model, batch)
@@ -38,9 +43,14 @@ def check_fit(model: nn.Module, task: Task, batch: Batch) -> None:
         raise
     except Exception as error:  # a user's model may raise anything
         raise UserCodeError(f"the model failed on {_described(batch)} with {type(error).__name__}: {error}") from error
+    finally:
+        handle.remove()
     model.train()
     if not isinstance(result, Result) or not isinstance(result.loss, Tensor) or result.loss.ndim > 0:
         raise UserCodeError("the task must return a ngd_workers.tasks.base.Result whose loss is a scalar tensor")
+    if not calls or calls[0][1] or not all(isinstance(given, Tensor) for given in calls[0][0]):
+        return None
+    return [TensorForm(shape=list(x.shape), dtype=str(x.dtype).removeprefix("torch.")) for x in calls[0][0]]
 
 
 class Learner:
@@ -148,7 +158,7 @@ class Learner:
                 self._comm.all_reduce(f"buffer {name}", buffer)
                 buffer /= self._comm.world_size
 
-    def snapshot(self, progress: dict[str, Any], score: Score | None) -> Snapshot:
+    def snapshot(self, progress: dict[str, Any], score: Score | None, facts: ModelFacts | None) -> Snapshot:
         """Collective. Returns this rank's part of a checkpoint, in copies, so that training may go on.
 
         Rank 0 has the weights, the progress and what of the optimizer is the same on all ranks; a rank has the layers
@@ -166,7 +176,7 @@ class Learner:
         weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in model.items() if name not in weights}
         state = {"optimizer": part, "progress": progress, "model_extra": others}
-        return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks, score)
+        return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks, score, facts)
 
     def load(self, weights: dict[str, Tensor] | None, states: list[Any]) -> dict[str, Any]:
         """Restores the snapshots of all ranks, of any number of them. Returns the progress.

@@ -3,12 +3,13 @@
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
 
 from ngd_dist.telemetry import Stopwatch
-from ngd_workers.contract.checkpoint_files import Score
+from ngd_workers.contract.checkpoint_files import ModelFacts, Score, TensorForm
 from ngd_workers.contract.errors import IncompatibleCheckpointError, NonFiniteLossError, SpecError, WorkerError
 from ngd_workers.contract.events import (
     Evaluation,
@@ -79,7 +80,7 @@ class Run:
     def __init__(self, spec: JobSpec, context: TrainContext) -> None:
         self.spec, self.context = spec, context
         torch.set_num_threads(spec.resources.threads_per_worker)
-        self.dataset, self.task, self.batches, model = _prepare(spec, context)
+        self.dataset, self.task, self.batches, model, self._facts = _prepare(spec, context)
         self.learner = Learner(model, self.task, self.dataset, spec, context.comm, context.device)
         self.total_steps = total_steps(spec.schedule, self.batches.steps_per_epoch)
         self.reader = Reader(spec, self.dataset, self.batches, self.total_steps, context)
@@ -231,7 +232,7 @@ class Run:
         """
         is_tested = self._tested_step == self.progress.step and math.isfinite(next(iter(self.tested.values())))
         score = Score(metrics=self.tested, better=self.task.metrics[0].better) if is_tested else None
-        snapshot = self.learner.snapshot(asdict(self.progress), score)
+        snapshot = self.learner.snapshot(asdict(self.progress), score, self._facts)
         self.saves.save(self.progress.step, snapshot, is_result=self.is_finished and not self.is_cancelled)
 
     def outcome(self) -> Outcome:
@@ -316,7 +317,7 @@ class Run:
             log.info("%s", "  ".join([place, *metric_words(which, metrics), *more]))
 
 
-Prepared = tuple[Dataset, Task, Batches, torch.nn.Module]
+Prepared = tuple[Dataset, Task, Batches, torch.nn.Module, ModelFacts | None]
 
 
 def _prepare(spec: JobSpec, context: TrainContext) -> Prepared:
@@ -342,6 +343,15 @@ def _build(spec: JobSpec, context: TrainContext) -> Prepared:
     torch.manual_seed(spec.seed)
     model = build_model(spec.model, dataset.shape)
     trial = list(requests_to_test(min(len(dataset.test), TRIAL_SAMPLES), TRIAL_SAMPLES, rank=0, world_size=1))
+    inputs: list[TensorForm] | None = None
     for batch in read_ahead(Samples(dataset.test, dataset, spec.seed), trial, Loading(), pins=False):
-        check_fit(model, task, placed(batch.content, dataset, torch.device("cpu")))
-    return dataset, task, batches, model
+        inputs = check_fit(model, task, placed(batch.content, dataset, torch.device("cpu")))
+    return dataset, task, batches, model, _facts(dataset.shape, inputs)
+
+
+def _facts(shape: Any, inputs: list[TensorForm] | None) -> ModelFacts | None:
+    """Returns what the model was built for; None if the shape is not one of `ngd_workers.data.base`."""
+    if inputs is None or not is_dataclass(shape) or type(shape).__module__ != Dataset.__module__:
+        return None
+    numbers = {f.name: v for f in fields(shape) if isinstance(v := getattr(shape, f.name), int | str)}
+    return ModelFacts(shape={"kind": type(shape).__name__} | numbers, inputs=inputs)
