@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,3 +93,51 @@ def test_later_attempt_goes_on_with_the_same_code(start: Callable[..., ServicePr
     service.client.cancel(job_id)
 
     assert service.client.wait(job_id, timeout_s=TRAINING_S).status.phase == "CANCELLED"
+
+
+def ngd(service: ServiceProcess, *arguments: str, folder: Path) -> str:
+    """Returns what a command says that succeeds in this folder."""
+    command = [*NGD, *arguments, "--url", service.url]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=os.environ)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_weights_come_out_and_training_goes_on_from_there(start: Callable[..., ServiceProcess], tmp_path: Path) -> None:
+    service, client = start(), tmp_path / "client"
+    job = users_folder(tmp_path / "theirs") / "job.yaml"
+    job.write_text(job.read_text() + "secrets: {TOKEN: hub}\n")
+    first, _ = submitted(service, job, folder=client)
+    service.client.wait(first, timeout_s=TRAINING_S)
+
+    twin = ngd(service, "submit", str(job), "--set", "optimizer={kind: sgd}", folder=client).split()[0]
+    more = ngd(service, "submit", "--from", first, "--set", "schedule.steps=9", folder=client).split()[0]
+    for job_id, steps in ((twin, 6), (more, 9)):
+        ended = service.client.wait(job_id, timeout_s=TRAINING_S)
+        assert (ended.status.phase, ended.status.progress.step) == ("SUCCEEDED", steps), ended.status.message
+    compared = ngd(service, "compare", first, twin, more, folder=client)
+    assert [line.split()[1:] for line in compared.splitlines() if line.startswith("schedule.steps")] == [
+        ["6", "6", "9"]
+    ]
+    assert [line.split()[1:4] for line in compared.splitlines() if line.startswith("optimizer.kind")] == [
+        ["ngd", "sgd", "ngd"]
+    ]
+
+    ngd(service, "export", more, "--format", "torchscript", "-o", "out", folder=client)
+
+    outputs = subprocess.run(
+        [sys.executable, "-P", "-c", STRANGER], cwd=client / "out", capture_output=True, text=True, check=True
+    )
+    assert outputs.stdout == "True\n"
+
+
+# The model as the user's folder has it, in a process that sees none of ours and none of the user's.
+STRANGER = """
+import torch
+from safetensors.torch import load_file
+
+weights, x = load_file("weights.safetensors"), torch.randn(7, 4)
+expected = torch.tanh(x @ weights["0.weight"].T + weights["0.bias"]) @ weights["2.weight"].T + weights["2.bias"]
+print(torch.allclose(torch.jit.load("model.ts")(x), expected, rtol=1e-4, atol=1e-5))
+"""

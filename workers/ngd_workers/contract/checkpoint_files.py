@@ -97,8 +97,8 @@ class TensorForm(BaseModel):
 class ModelFacts(BaseModel):
     """What is needed to build a model again without its data.
 
-    shape: of the data: the class of `ngd_workers.data.base` under "kind", and its numbers. inputs: what it was called
-    with, samples first.
+    shape: of the data: the address of its class under "kind", and its numbers and texts; "" if it has none. inputs: what
+    the model was called with, samples first.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -110,7 +110,7 @@ class ModelFacts(BaseModel):
 class Manifest(BaseModel):
     """The origin of a checkpoint, and the sums of its files by name.
 
-    score: None if it was not tested at its step. model: None of an own loop, or of data of a shape that is not ours.
+    score: None if it was not tested at its step. model: None of an own loop, or if a shape is no dataclass.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")

@@ -22,7 +22,7 @@ from ngd_workers.contract.checkpoint_files import WEIGHTS, ModelFacts
 from ngd_workers.contract.errors import SpecError, UserCodeError, WorkerError
 from ngd_workers.contract.spec import LoopSpec
 from ngd_workers.contract.spec_problems import parse_spec
-from ngd_workers.data import base
+from ngd_workers.functions import load_function
 from ngd_workers.models import build_model
 
 __all__ = ["FORMATS", "example", "export", "main", "rebuilt"]
@@ -78,8 +78,8 @@ def rebuilt(folder: Path) -> tuple[nn.Module, ModelFacts]:
     spec = parse_spec(card["spec"])
     if isinstance(spec, LoopSpec) or card["model"] is None:
         raise SpecError(
-            "the job does not tell how its model is built: only one of the service's own loop, on data whose shape it "
-            "knows, can be exported"
+            "the checkpoint does not tell how its model is built: only those of the service's own loop do, on data whose "
+            "shape is a dataclass; take --format safetensors"
         )
     facts = ModelFacts.model_validate(card["model"])
     model = build_model(spec.model, _shape(facts.shape))
@@ -144,7 +144,9 @@ SUFFIXES = {"torchscript": "ts", "onnx": "onnx"}
 
 def _shape(described: Mapping[str, Any]) -> Any:
     """Returns the shape of the data, as far as a model may read it."""
-    kind = getattr(base, described["kind"])
+    if not described["kind"]:
+        return None
+    kind = load_function(described["kind"])
     given = {name: value for name, value in described.items() if name != "kind"}
     absent = {field.name: str for field in fields(kind) if field.name == "decode"}  # makes text, which no model does
     return kind(**given, **absent)

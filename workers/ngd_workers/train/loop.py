@@ -350,8 +350,10 @@ def _build(spec: JobSpec, context: TrainContext) -> Prepared:
 
 
 def _facts(shape: Any, inputs: list[TensorForm] | None) -> ModelFacts | None:
-    """Returns what the model was built for; None if the shape is not one of `ngd_workers.data.base`."""
-    if inputs is None or not is_dataclass(shape) or type(shape).__module__ != Dataset.__module__:
+    """Returns what the model was built for; None if its shape can't be told."""
+    if inputs is None or not (shape is None or is_dataclass(shape)):
         return None
-    numbers = {f.name: v for f in fields(shape) if isinstance(v := getattr(shape, f.name), int | str)}
-    return ModelFacts(shape={"kind": type(shape).__name__} | numbers, inputs=inputs)
+    if shape is None:
+        return ModelFacts(shape={"kind": ""}, inputs=inputs)
+    told = {f.name: v for f in fields(shape) if isinstance(v := getattr(shape, f.name), int | float | str)}
+    return ModelFacts(shape={"kind": f"{type(shape).__module__}:{type(shape).__qualname__}"} | told, inputs=inputs)
