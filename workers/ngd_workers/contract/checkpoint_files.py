@@ -97,8 +97,8 @@ class TensorForm(BaseModel):
 class ModelFacts(BaseModel):
     """What is needed to build a model again without its data.
 
-    shape: of the data: the address of its class under "kind", and its numbers and texts; "" if it has none. inputs: what
-    the model was called with, samples first.
+    shape: of the data: the address of its class under "kind", and its numbers and texts; "" if it has none. inputs:
+    those of the model's call, samples first.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -78,8 +78,8 @@ def rebuilt(folder: Path) -> tuple[nn.Module, ModelFacts]:
     spec = parse_spec(card["spec"])
     if isinstance(spec, LoopSpec) or card["model"] is None:
         raise SpecError(
-            "the checkpoint does not tell how its model is built: only those of the service's own loop do, on data whose "
-            "shape is a dataclass; take --format safetensors"
+            "the checkpoint does not tell how its model is built: only those of the service's own loop do, on data "
+            "whose shape is a dataclass; take --format safetensors"
         )
     facts = ModelFacts.model_validate(card["model"])
     model = build_model(spec.model, _shape(facts.shape))
@@ -146,7 +146,7 @@ def _shape(described: Mapping[str, Any]) -> Any:
     """Returns the shape of the data, as far as a model may read it."""
     if not described["kind"]:
         return None
-    kind = load_function(described["kind"])
+    kind: Any = load_function(described["kind"])
     given = {name: value for name, value in described.items() if name != "kind"}
     absent = {field.name: str for field in fields(kind) if field.name == "decode"}  # makes text, which no model does
     return kind(**given, **absent)
