@@ -92,6 +92,7 @@ def spec_of(name: str, folder: Path) -> JobSpec:
                 "test": "val",
                 "source": "en",
                 "target": "de",
+                "tokenizer": {"kind": "characters"},
             },
             "task": {"kind": "translation"},
             "batch": {"global_size": 4},

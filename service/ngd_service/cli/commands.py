@@ -209,7 +209,7 @@ def compare(
     with _client(url, key_file) as client:
         compared = [client.get(job_id) for job_id in job_ids]
         histories = [history_of(client, job_id) for job_id in job_ids]
-    out.print(comparison_table(compared, histories, goals(compared)), soft_wrap=True)
+    out.print(comparison_table(compared, histories, goals(compared), out), crop=False, soft_wrap=True)
 
 
 @app.command()

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 
+from ngd_service.cli.listing import whole_width
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.comparison import Goal, History, differences
 from ngd_service.client.scores import named, result, score
@@ -14,12 +16,14 @@ from ngd_service.resources import Job
 __all__ = ["comparison_table"]
 
 
-def comparison_table(jobs: Sequence[Job], histories: Sequence[History], goals: Sequence[Goal]) -> Table:
+def comparison_table(
+    jobs: Sequence[Job], histories: Sequence[History], goals: Sequence[Goal], console: Console
+) -> Table:
     """Returns the settings that differ, how the jobs ended, and when each of them reached each goal."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True, overflow="ignore")
     for job in jobs:
-        table.add_column(harmless(job.id), overflow="fold")
+        table.add_column(harmless(job.id), no_wrap=True, overflow="ignore")
     for path, values in differences([job.spec for job in jobs]).items():
         table.add_row(harmless(path), *(harmless(_shown(value)) for value in values))
     table.add_section()
@@ -30,6 +34,7 @@ def comparison_table(jobs: Sequence[Job], histories: Sequence[History], goals: S
         (metric,) = named(jobs[0].metrics, [goal.metric])
         bound = f"{'at least' if goal.better == 'higher' else 'at most'} {score(metric, goal.value)}"
         table.add_row(harmless(f"{metric.label} {bound}"), *(_reached(history, goal) for history in histories))
+    table.width = whole_width(table, console)
     return table
 
 

@@ -12,7 +12,7 @@ from ngd_service.client.scores import result
 from ngd_service.client.units import number
 from ngd_service.resources import Job
 
-__all__ = ["job_table"]
+__all__ = ["job_table", "whole_width"]
 
 WIDEST = 1000
 LEFT_OUT_FIRST = ("loss", "result", "step", "created")  # where a terminal is too narrow for all columns
@@ -22,15 +22,15 @@ def job_table(jobs: Sequence[Job], console: Console) -> Table:
     """Returns the jobs with as many columns as fit; in a pipe all of them do."""
     table, left_out = _table(jobs, set()), set[str]()
     for name in LEFT_OUT_FIRST:
-        if not console.is_terminal or _width(table, console) <= console.width:
+        if not console.is_terminal or whole_width(table, console) <= console.width:
             break
         left_out.add(name)
         table = _table(jobs, left_out)
-    table.width = _width(table, console)  # else cells would be cut to the terminal's width
+    table.width = whole_width(table, console)  # else cells would be cut to the terminal's width
     return table
 
 
-def _width(table: Table, console: Console) -> int:
+def whole_width(table: Table, console: Console) -> int:
     """Returns the columns that the table takes where nothing is cut."""
     return Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
 
