@@ -12,7 +12,7 @@ from ngd_workers.contract.spec import LoopSpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, parse_spec
 from ngd_workers.launch.attempt import run_rank
 from ngd_workers.train.own_loop import LoopContext
-from tests.support.attempts import make_attempt, records, spooled
+from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.ranks import run_ranks, run_survivors
 
 
@@ -99,6 +99,29 @@ def test_loop_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     assert events[0].resumed_step == 4
     assert [(r.step, r.metrics["loss"]) for r in records(events)] == [(5, 0.5**5), (6, 0.5**6)]
     assert outcome.step == 6
+
+
+def test_loop_goes_on_from_another_job(tmp_path):
+    run_rank(make_attempt(tmp_path / "first", loop_spec("halves")))
+    origin = {"kind": "checkpoint", "run_dir": "first", "step": 4, "takes": "everything"}
+    second = make_attempt(tmp_path / "second", loop_spec("halves", init_from=origin))
+
+    outcome = run_rank(second)
+
+    events = spooled(second)
+    assert events[0].resumed_step == 4
+    assert [(r.step, r.metrics["loss"]) for r in records(events)] == [(5, 0.5**5), (6, 0.5**6)]
+    assert (outcome.result, outcome.step) == ("succeeded", 6)
+
+
+def test_loop_needs_a_state_that_a_loop_has_saved(tmp_path):
+    run_rank(make_attempt(tmp_path / "first", small_spec()))
+    origin = {"kind": "checkpoint", "run_dir": "first", "takes": "everything"}
+
+    outcome = run_rank(make_attempt(tmp_path / "second", loop_spec("halves", init_from=origin)))
+
+    assert (outcome.result, outcome.reason) == ("failed", "IncompatibleCheckpoint")
+    assert "first is no job with a loop of its own" in (outcome.message or "")
 
 
 def test_request_to_stop_cancels_after_the_step(tmp_path):

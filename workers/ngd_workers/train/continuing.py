@@ -14,7 +14,7 @@ from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec
 from ngd_workers.train.checkpoints import Checkpoints
 
-__all__ = ["Origin", "keep_new_settings", "origin_of"]
+__all__ = ["Origin", "checkpoint_of", "keep_new_settings", "origin_of"]
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +53,29 @@ class Origin:
         )
 
 
-def origin_of(choice: InitFromCheckpoint, spec: JobSpec, run_dir: Path) -> Origin:
-    """Returns the checkpoint that the choice names. run_dir: this job's own.
+def checkpoint_of(run_dir: Path, step: int | None) -> tuple[Checkpoints, int]:
+    """Returns the checkpoints of another job, and the step of one that is there; None: the newest whole one.
 
-    Raises: DataNotFoundError; StorageError; SpecError if its optimizer's state can't go on under this spec.
+    Raises: DataNotFoundError, StorageError.
     """
-    other = run_dir.parent / choice.run_dir
-    checkpoints = Checkpoints(other / "checkpoints", attempt=0, keep=1)
-    step = choice.step or checkpoints.newest_step()
+    checkpoints = Checkpoints(run_dir / "checkpoints", attempt=0, keep=1)
+    step = step or checkpoints.newest_step()
     if not step or not checkpoints.path(step).is_dir():
         which = f"no checkpoint of step {step}" if step else "no whole checkpoint"
         raise DataNotFoundError(
             f"{which} below {checkpoints.folder} (init_from.run_dir); give the folder of a job that has saved one, and "
             "a step that it has kept"
         )
+    return checkpoints, step
+
+
+def origin_of(choice: InitFromCheckpoint, spec: JobSpec, run_dir: Path) -> Origin:
+    """Returns the checkpoint that the choice names. run_dir: this job's own.
+
+    Raises: DataNotFoundError; StorageError; SpecError if its optimizer's state can't go on under this spec.
+    """
+    other = run_dir.parent / choice.run_dir
+    checkpoints, step = checkpoint_of(other, choice.step)
     before = _spec_of(other)
     changed = {} if before is None else dict(_changes(before.model_dump(mode="json"), spec.model_dump(mode="json")))
     if "optimizer.kind" in changed:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ngd_workers.contract.errors import DataNotFoundError, InvalidDataError, SpecError
 from ngd_workers.contract.spec import InitChoice, InitFromFile
 from ngd_workers.contract.spec_problems import did_you_mean
-from ngd_workers.train.checkpoints import Checkpoints
+from ngd_workers.train.continuing import checkpoint_of
 
 __all__ = ["load_first_weights"]
 
@@ -71,15 +71,7 @@ def _of_file(path: Path) -> dict[str, Tensor]:
 
 
 def _of_checkpoint(run_dir: Path, step: int | None) -> tuple[str, dict[str, Tensor]]:
-    checkpoints = Checkpoints(run_dir / "checkpoints", attempt=0, keep=1)
-    if step is None:
-        step = checkpoints.newest_step()
-    if not step or not checkpoints.path(step).is_dir():
-        which = f"no checkpoint of step {step}" if step else "no whole checkpoint"
-        raise DataNotFoundError(
-            f"{which} below {checkpoints.folder} (init_from.run_dir); give the folder of a job that has saved one, and "
-            "a step that it has kept"
-        )
+    checkpoints, step = checkpoint_of(run_dir, step)
     source = str(checkpoints.path(step))
     weights, states = checkpoints.load(step, torch.device("cpu"))
     return source, _tensors(states[0].get("model") if weights is None else weights, source)

@@ -20,14 +20,15 @@ import torch
 import torch.distributed as dist
 
 from ngd_dist.errors import CollectiveError
-from ngd_workers.contract.errors import UserCodeError, WorkerError
+from ngd_workers.contract.errors import IncompatibleCheckpointError, UserCodeError, WorkerError
 from ngd_workers.contract.events import Evaluation, Metric, Started, StepRecord, TargetReached, metric_words
 from ngd_workers.contract.rundir import Outcome
-from ngd_workers.contract.spec import LoopSpec
+from ngd_workers.contract.spec import InitFromCheckpoint, LoopSpec
 from ngd_workers.functions import load_function
 from ngd_workers.train.batches import seed_everything
 from ngd_workers.train.checkpoints import Snapshot
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
+from ngd_workers.train.continuing import checkpoint_of
 from ngd_workers.train.saves import Saves, in_host_memory
 from ngd_workers.train.stopping import is_cancelled, stop_code_of
 from ngd_workers.train.target import is_reached
@@ -116,6 +117,8 @@ class LoopContext:
         `step` is then that of the state. Raises: StorageError.
         """
         found = self._saves.newest()
+        if found is None and self._spec.init_from is not None:
+            return self._from_another_job(self._spec.init_from)
         if found is None:
             self._announce()
             return None
@@ -125,6 +128,29 @@ class LoopContext:
         self._seconds_before = saved["own"]["seconds"]
         self._announce()
         state: dict[str, Any] = saved["user"]
+        return state
+
+    def _from_another_job(self, choice: InitFromCheckpoint) -> dict[str, Any]:
+        """Collective. Returns the state that another job saved; its seconds and its target stay that job's own."""
+        comm, chosen, failure = self._context.comm, 0, None
+        folder = self._context.run_dir.parent / choice.run_dir
+        if self.rank == 0:
+            try:
+                _, chosen = checkpoint_of(folder, choice.step)
+            except WorkerError as error:
+                failure = error
+        chosen, failure = comm.all_gather_object("origin", (chosen, failure))[0]
+        if failure is not None:
+            raise failure
+        _, states = checkpoint_of(folder, chosen)[0].load(chosen, self.device)
+        if "user" not in states[0]:
+            raise IncompatibleCheckpointError(
+                f"{choice.run_dir} is no job with a loop of its own, so its state is not one that a loop saved; name "
+                "another in init_from.run_dir"
+            )
+        self.step = self._resumed_step = states[0]["step"]
+        self._announce()
+        state: dict[str, Any] = states[0]["user"]
         return state
 
     def should_stop(self) -> bool:

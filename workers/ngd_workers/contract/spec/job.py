@@ -9,7 +9,7 @@ from ngd_dist.config import QuadraticModel, Single
 from ngd_workers.contract.names import MetricName
 from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, Options, SpecModel
 from ngd_workers.contract.spec.code import Code, Environment, Secrets
-from ngd_workers.contract.spec.models import InitChoice, ModelChoice
+from ngd_workers.contract.spec.models import InitChoice, InitFromCheckpoint, ModelChoice
 from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
     Batch,
@@ -183,7 +183,18 @@ class LoopSpec(Job):
     """A job of the user's own training loop; the service does everything around it."""
 
     train: OwnLoop
+    init_from: InitFromCheckpoint | None = Field(
+        default=None, description="Another job of the same loop, whose state `resume` returns first."
+    )
     checkpoint: KeptCheckpoints = KeptCheckpoints()
+
+    @model_validator(mode="after")
+    def _takes_everything(self) -> Self:
+        if self.init_from is not None and self.init_from.takes != "everything":
+            raise ValueError(
+                "init_from.takes must be everything in a job with a loop of its own: what it saved is one state"
+            )
+        return self
 
     @model_validator(mode="after")
     def _target_is_reported(self) -> Self:
