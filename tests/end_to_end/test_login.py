@@ -46,6 +46,7 @@ def log_in(page: Page, key: str) -> None:
     page.get_by_role("button", name="Log in").click()
 
 
+@pytest.mark.slow
 def test_reader_logs_in_reads_acts_and_is_thrown_out_with_the_key(
     service: ServiceProcess, browser: BrowserContext
 ) -> None:

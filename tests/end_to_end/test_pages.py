@@ -154,7 +154,8 @@ def test_frame_that_is_laid_out_after_the_points_leaves_them(
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "num_statistics"), [(10, 12), (3_000, 12), pytest.param(20_000, 160, marks=pytest.mark.slow)]
+    ("num_steps", "num_statistics"),
+    [(10, 12), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3_000, 12), (20_000, 160)))],
 )
 def test_a_step_costs_two_kilobytes_on_the_socket_whatever_came_before(
     service: ServiceProcess,

@@ -36,6 +36,7 @@ def wait_for_message(client: Client, job: Job, words: str) -> None:
     wait_until(lambda: words in (client.get(job.id).status.message or ""), f"the job says {words!r}", timeout_s=40)
 
 
+@pytest.mark.slow
 def test_job_goes_on_while_kubernetes_does_not_answer(start_on_kuberay: Start, kube_cluster: KubeCluster) -> None:
     service = start_on_kuberay()
     job = service.client.submit(spec(steps=500))
