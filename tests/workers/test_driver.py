@@ -65,6 +65,7 @@ def step_of(attempt_dir: AttemptDir) -> int:
     return steps[-1] if steps else 0
 
 
+@pytest.mark.slow
 def test_killed_worker_is_replaced_and_training_goes_on_from_the_checkpoint(tmp_path):
     spec = small_spec(resources={"workers": 2}, schedule=LONG, checkpoint={"every_steps": 20})
     attempt = make_attempt(tmp_path, spec)

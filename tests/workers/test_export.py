@@ -115,7 +115,10 @@ def trained(tmp_path: Path, spec: JobSpec) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("mlp", "gpt", "own")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS])
 def test_torchscript_needs_torch_alone(tmp_path: Path, name: str) -> None:
     out = trained(tmp_path, spec_of(name, tmp_path))
     path = export(out, "torchscript")

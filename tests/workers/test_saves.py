@@ -92,6 +92,7 @@ class Unwritable:
         raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_each_rank_writes_the_layers_that_it_owns_and_any_number_of_ranks_goes_on(tmp_path):
     def spec(workers: int) -> JobSpec:

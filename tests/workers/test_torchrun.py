@@ -14,6 +14,7 @@ from tests.support.attempts import records, small_spec, spooled
 pytestmark = pytest.mark.ranks
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_attempt_and_the_next_call_resumes_it(tmp_path: Path) -> None:
     spec = small_spec(optimizer={"kind": "ngd", "lr": 0.01}, resources={"workers": 2})
     write_json(tmp_path / "spec.json", spec)
