@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ngd_service.client.comparison import Goal, History, differences
+from ngd_service.client.comparison import Goal, History
+from ngd_workers.contract.spec_differences import differences
 from tests.service.test_cli import ngd, spec_file
 from tests.support.service_process import ServiceProcess
 

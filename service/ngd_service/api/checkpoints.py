@@ -1,7 +1,6 @@
 """/jobs/{id}/checkpoints: those that a job has saved, and their files."""
 
 import asyncio
-import errno
 from typing import Annotated
 
 from fastapi import APIRouter, Path
@@ -15,8 +14,6 @@ from ngd_workers.contract.checkpoint_files import Manifest, best_of, complete, f
 __all__ = ["router"]
 
 router = APIRouter(prefix="/api/v1/jobs/{job_id}/checkpoints", tags=["checkpoints"])
-
-GONE = {errno.ENOENT, errno.ENOTDIR}  # a newer one has taken its place meanwhile
 
 
 @router.get("")
@@ -52,8 +49,6 @@ def _listed(container: Container, job_id: str) -> list[Checkpoint]:
     try:
         manifests = {path: read_manifest(path) for path in complete(folder)}
     except OSError as error:
-        if error.errno in GONE:
-            return _listed(container, job_id)
         raise StorageUnavailableError(
             f"can't read the checkpoints of {job_id}: {error.strerror}; try again when the volume is there"
         ) from error

@@ -48,6 +48,11 @@ KeyFile = Annotated[
     typer.Option("--key-file", help="File with your API key.", show_default="NGD_API_KEY_FILE, or NGD_API_KEY itself"),
 ]
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
+Step = Annotated[int | None, typer.Option(min=0, help="Of this step [default: the newest].")]
+IsBest = Annotated[bool, typer.Option("--best", help="Of the step with the best test result.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder to write to [default: <name>-step-<step>].")
+]
 SpecFile = Annotated[Path, typer.Argument(help="A job in YAML or JSON.", exists=True, dir_okay=False, readable=True)]
 
 
@@ -226,14 +231,12 @@ def checkpoints(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> Non
 @app.command()
 def download(
     job_id: JobId,
-    step: Annotated[int | None, typer.Option(min=0, help="Of this step [default: the newest].")] = None,
-    is_best: Annotated[bool, typer.Option("--best", help="Of the step with the best test result.")] = False,
+    step: Step = None,
+    is_best: IsBest = False,
     should_take_all: Annotated[
         bool, typer.Option("--all", help="Also what training goes on from: the optimizer's state.")
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write to [default: <name>-step-<step>].")
-    ] = None,
+    output: Output = None,
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
@@ -250,11 +253,9 @@ def download(
 def export(
     job_id: JobId,
     kind: Annotated[Format, typer.Option("--format", help="safetensors: the weights. Others: the model as a program.")],
-    step: Annotated[int | None, typer.Option(min=0, help="Of this step [default: the newest].")] = None,
-    is_best: Annotated[bool, typer.Option("--best", help="Of the step with the best test result.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write to [default: <name>-step-<step>].")
-    ] = None,
+    step: Step = None,
+    is_best: IsBest = False,
+    output: Output = None,
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:

@@ -8,10 +8,11 @@ from rich.table import Table
 
 from ngd_service.cli.listing import whole_width
 from ngd_service.cli.terminal import harmless
-from ngd_service.client.comparison import Goal, History, differences
+from ngd_service.client.comparison import Goal, History
 from ngd_service.client.scores import named, result, score
 from ngd_service.client.units import NOTHING, duration
 from ngd_service.resources import Job
+from ngd_workers.contract.spec_differences import differences
 
 __all__ = ["comparison_table"]
 

@@ -1,14 +1,13 @@
-"""Jobs side by side: where their specs differ, how they ended, and when each reached each of their targets."""
+"""Jobs side by side: when each reached each of their targets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from ngd_service.client.client import Client
 from ngd_service.resources import Job
 
-__all__ = ["Goal", "History", "differences", "goals", "history_of"]
+__all__ = ["Goal", "History", "goals", "history_of"]
 
 EVALUATIONS = 1000  # the newest of a job's; the dashboard's curves have no more points either
 
@@ -40,18 +39,6 @@ class History:
         return None
 
 
-def differences(specs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Returns the values of each setting that differs, by its dotted path; None where a spec has no such setting.
-
-    >>> differences([{"optimizer": {"kind": "sgd", "lr": 1}}, {"optimizer": {"kind": "sgd", "lr": 2}}])
-    {'optimizer.lr': [1, 2]}
-    """
-    leaves = [dict(_leaves(spec)) for spec in specs]
-    paths = dict.fromkeys(path for each in leaves for path in each)
-    rows = {path: [each.get(path) for each in leaves] for path in paths}
-    return {path: row for path, row in rows.items() if any(value != row[0] for value in row)}
-
-
 def goals(jobs: Iterable[Job]) -> list[Goal]:
     """Returns each different target of the jobs."""
     found: dict[Goal, None] = {}
@@ -70,11 +57,3 @@ def history_of(client: Client, job_id: str) -> History:
     started = next((event.time for event in first if event.kind == "started"), None)
     tested = client.events(job_id, limit=EVALUATIONS, newest_of=["evaluation"]).events
     return History(started, [(event.data["step"], event.time, event.data["metrics"]) for event in tested])
-
-
-def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for name, part in value.items():
-            yield from _leaves(part, f"{path}.{name}" if path else name)
-    else:
-        yield path, value

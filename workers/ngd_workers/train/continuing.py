@@ -1,7 +1,7 @@
 """Goes on from another job's checkpoint: weights, optimizer and step, under settings that may differ."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, optim
 from ngd_workers.contract.errors import DataNotFoundError, SpecError
 from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec
+from ngd_workers.contract.spec_differences import differences
 from ngd_workers.train.checkpoints import Checkpoints
 
 __all__ = ["Origin", "checkpoint_of", "keep_new_settings", "origin_of"]
@@ -77,7 +78,7 @@ def origin_of(choice: InitFromCheckpoint, spec: JobSpec, run_dir: Path) -> Origi
     other = run_dir.parent / choice.run_dir
     checkpoints, step = checkpoint_of(other, choice.step)
     before = _spec_of(other)
-    changed = {} if before is None else dict(_changes(before.model_dump(mode="json"), spec.model_dump(mode="json")))
+    changed = {} if before is None else _changes(before.model_dump(mode="json"), spec.model_dump(mode="json"))
     if "optimizer.kind" in changed:
         there, here = changed["optimizer.kind"]
         raise SpecError(
@@ -110,16 +111,6 @@ def _spec_of(run_dir: Path) -> JobSpec | None:
     return None
 
 
-def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    of_there, of_here = (dict(_leaves(value)) for value in (there, here))
-    for path in dict.fromkeys([*of_there, *of_here]):
-        if of_there.get(path) != of_here.get(path) and path.partition(".")[0] not in FREE:
-            yield path, (of_there.get(path), of_here.get(path))
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for name, part in value.items():
-            yield from _leaves(part, f"{path}.{name}" if path else name)
-    else:
-        yield path, value
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    changed = differences([there, here]).items()
+    return {path: (before, now) for path, (before, now) in changed if path.partition(".")[0] not in FREE}
