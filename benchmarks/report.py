@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS
 from benchmarks.step_overhead import targets_table
+from benchmarks.target_tasks import TASKS
 
 __all__ = ["Result", "newest", "page", "plots"]
 
@@ -197,18 +198,21 @@ def plot_memory(result: Result) -> Any:
 
 
 def plot_curves(result: Result) -> Any:
-    """Returns test accuracy by step of each method's best setting, one line per seed."""
+    """Returns the score by CPU seconds of each method's best setting, one line per seed, and the target."""
     runs = json.loads((result.folder / "curves.json").read_text())
-    groups = list(_groups(runs, "batch"))
+    groups = list(_groups(runs, "task"))
     figure, axes = _figure(len(groups), 3.2)
     methods = list(dict.fromkeys(run["method"] for run in runs))
-    for axis, ((batch,), of_batch) in zip(axes, groups, strict=True):
-        for (method,), of_method in _groups(of_batch, "method"):
+    for axis, ((name,), of_task) in zip(axes, groups, strict=True):
+        task = TASKS[name]
+        for (method,), of_method in _groups(of_task, "method"):
             for number, run in enumerate(of_method):
-                points = [(point["step"], point["accuracy"]) for point in run["curve"]]
+                points = [(point["seconds"], point["score"]) for point in run["curve"]]
                 label = None if number else method
                 axis.plot(*zip(*points, strict=True), color=f"C{methods.index(method)}", lw=0.8, label=label)
-        axis.set(title=f"batch {batch}", xlabel="steps", ylabel="test accuracy", ylim=(0.7, None))
+        axis.axhline(task.target, color="black", lw=0.5)
+        axis.set(title=name, xlabel="CPU seconds, without evaluations", ylabel=task.measure, xscale="log")
+        axis.set_yscale("linear" if task.measure == "test accuracy" else "log")
     axes[0].legend(fontsize=7)
     return figure
 
