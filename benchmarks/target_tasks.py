@@ -79,7 +79,8 @@ def loss_of(output: Tensor, y: Tensor) -> Tensor:
 def fashion_mnist(data_dir: Path) -> Data:
     """Returns the 60,000 and 10,000 images of <data_dir>/fashion-mnist, standardised."""
     dataset = load_dataset(IDX(directory="fashion-mnist", mean=0.286, std=0.353), data_dir)
-    return Data(dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)
+    train, test = (part.batch_of(range(len(part))) for part in (dataset.train, dataset.test))
+    return Data(*train, *test)
 
 
 def scaled_digits(data_dir: Path) -> Data:

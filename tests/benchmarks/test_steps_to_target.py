@@ -1,6 +1,7 @@
 """Methods are searched alike; runs stop at their targets and are kept; tables tell who got there and who did not."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,24 @@ def test_the_table_compares_medians_with_the_best_rival_and_keeps_losers() -> No
 def test_our_settings_are_valid_over_the_whole_space() -> None:
     for point in draw(METHODS["ngd"].space, 16, seed=0):
         METHODS["ngd"].build(nn.Linear(4, 2), point)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "resnet20" else ()) for name in TASKS]
+)
+def test_the_model_of_a_task_begins_where_chance_does(name: str) -> None:
+    task = TASKS[name]
+    given = os.environ.get("NGD_DATA_DIR")
+    if given is None and name != "digits-mlp":
+        pytest.skip("the data sets are looked for in NGD_DATA_DIR, which is not set")
+    data = task.load(Path(given or "."))
+    some_train, some_test = (slice(None, None, max(1, len(x) // 500)) for x in (data.train_x, data.test_x))
+    few = Data(data.train_x[some_train], data.train_y[some_train], data.test_x[some_test], data.test_y[some_test])
+    classes = int(data.train_y.max()) + 1
+    torch.manual_seed(0)
+
+    score = task.score(task.model(), few)
+
+    chance = 1 / classes if task.measure == "test accuracy" else math.log(classes)
+    assert score == pytest.approx(chance, rel=1.0 if task.measure == "test accuracy" else 0.1)
+    assert not task.is_reached(score)
