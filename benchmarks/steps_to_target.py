@@ -26,7 +26,7 @@ from benchmarks.target_run import Run, outcome_of
 from benchmarks.target_search import Point, around, draw, is_outside
 from benchmarks.target_tasks import TASKS, Data, Task
 
-__all__ = ["best_of", "measure", "table"]
+__all__ = ["best_of", "measure", "median_of", "table"]
 
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 FIRST_SHARE = 5 / 8  # of the trials, drawn from the whole ranges
@@ -136,9 +136,7 @@ def table(rows: list[Row]) -> str:
     for name in dict.fromkeys(row["task"] for row in rows):
         task, of_task = TASKS[name], [row for row in rows if row["task"] == name]
         lines += [f"## {name}", ""]
-        lines += [
-            f"Target: {task.measure} {task.target:g}; batch {task.batch:,}. Medians of three seeds, each in brackets."
-        ]
+        lines += [f"{task.title}: {task.measure} {task.target:g}. Medians of three seeds, each in brackets."]
         lines += [f"Counts are exact to {task.every} steps.", ""]
         lines += [*summary(of_task), ""]
     for name in dict.fromkeys(row["task"] for row in rows):

@@ -39,6 +39,7 @@ class Task:
     which a run has missed the target.
     """
 
+    title: str
     load: Callable[[Path], Data]
     model: Callable[[], nn.Module]
     batch: int
@@ -188,12 +189,58 @@ class Block(nn.Module):
 
 TASKS = {
     "fashion-mnist-4096": Task(
-        fashion_mnist, strided_cnn, 4096, "test accuracy", 0.85, every=4, steps=Range(20, 200), seconds=30
+        "CNN, Fashion-MNIST, batch 4,096",
+        fashion_mnist,
+        strided_cnn,
+        4096,
+        "test accuracy",
+        0.85,
+        every=4,
+        steps=Range(20, 200),
+        seconds=30,
     ),
     "fashion-mnist-512": Task(
-        fashion_mnist, strided_cnn, 512, "test accuracy", 0.85, every=10, steps=Range(50, 500), seconds=20
+        "CNN, Fashion-MNIST, batch 512",
+        fashion_mnist,
+        strided_cnn,
+        512,
+        "test accuracy",
+        0.85,
+        every=10,
+        steps=Range(50, 500),
+        seconds=20,
     ),
-    "digits-mlp": Task(scaled_digits, wide_mlp, 256, "training loss", 0.001, every=5, steps=Range(20, 300), seconds=20),
-    "gpt": Task(tinyshakespeare, GPT, 64, "test loss", 2.0, every=20, steps=Range(100, 1500), seconds=120),
-    "resnet20": Task(cifar10, resnet20, 128, "test accuracy", 0.5, every=20, steps=Range(60, 600), seconds=240),
+    "digits-mlp": Task(
+        "wide MLP, digits, batch 256",
+        scaled_digits,
+        wide_mlp,
+        256,
+        "training loss",
+        0.001,
+        every=5,
+        steps=Range(20, 300),
+        seconds=20,
+    ),
+    "gpt": Task(
+        "small GPT, tinyshakespeare, batch 64 x 64",
+        tinyshakespeare,
+        GPT,
+        64,
+        "test loss",
+        2.0,
+        every=20,
+        steps=Range(100, 1500),
+        seconds=120,
+    ),
+    "resnet20": Task(
+        "ResNet-20, CIFAR-10 (JPEG q75 copy), batch 128",
+        cifar10,
+        resnet20,
+        128,
+        "test accuracy",
+        0.5,
+        every=20,
+        steps=Range(60, 600),
+        seconds=240,
+    ),
 }

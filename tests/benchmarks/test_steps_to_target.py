@@ -28,7 +28,9 @@ def two_clusters() -> Data:
     return Data(x, y, x, y)
 
 
-TASK = Task(lambda _: two_clusters(), lambda: nn.Linear(4, 2), 32, "training loss", 0.1, EVERY, Range(5, 40), 10)
+TASK = Task(
+    "two clusters", lambda _: two_clusters(), lambda: nn.Linear(4, 2), 32, "training loss", 0.1, EVERY, Range(5, 40), 10
+)
 
 
 def row(method: str, part: str, step: int | None, seconds: float = 1.0, score: float = 0.9) -> dict[str, Any]:
