@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -178,7 +179,13 @@ class NGD(Assembly):
             self._check(result.reports)
             with phase("update"):
                 adapted = self._update.move(
-                    self.stats.step + 1, self.param_groups, self.state, means, result, objective
+                    self.stats.step + 1,
+                    self.param_groups,
+                    self.state,
+                    means,
+                    result,
+                    objective,
+                    partial(self._gradients.of, self),
                 )
         self._finish(due, result, adapted)
         self._take_in()
