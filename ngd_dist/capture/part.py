@@ -31,7 +31,7 @@ WAY_OUT = "or leave out statistics_fraction"
 def samples_in_part(samples: int, fraction: float) -> range:
     """Returns the samples, by number, that make up this fraction of so many: evenly spaced, at least one."""
     count = max(1, min(samples, math.ceil(samples * fraction - 1e-9)))  # 0.1 * 30 is above 3
-    step = samples // count
+    step = max(1, samples // count)
     return range(0, step * count, step)
 
 
