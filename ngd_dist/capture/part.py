@@ -116,14 +116,15 @@ class PartPass:
         """
         if not self._is_needed:
             return whole, ignored
-        pairs = [self._of_whole.pop(output, None) for output in whole]
+        # Each of them is given once: what is left of the part's graph goes with the last of these.
+        pairs, self._of_whole = [self._of_whole.get(output) for output in whole], WeakTensorKeyDictionary()
         outputs: list[Tensor] = []
         for pair, of_whole in zip(pairs, whole, strict=True):
             if pair is None:
                 raise CaptureError(
                     "with statistics_fraction fisher_backward needs the result of the model itself, once for each "
                     f"forward pass, got another tensor, of shape {list(of_whole.shape)}: give it what the model "
-                    f"returned, {WAY_OUT}"
+                    f"returned (DDP with find_unused_parameters or static_graph returns copies), {WAY_OUT}"
                 )
             output, (_, part, samples) = pair
             if len(output) * samples != len(of_whole) * len(part) or output.shape[1:] != of_whole.shape[1:]:
