@@ -34,7 +34,8 @@ def chooses_lr(optimizer: torch.optim.Optimizer) -> bool:
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
-# Both recipes of docs/guides/settings.md; the search has damping, lr under a given length, and the choice of recipe.
+# Both recipes of docs/guides/settings.md; the search has damping, lr under a given length, the choice of recipe, and
+# the fraction of a batch from which statistics and the quadratic model are made.
 SHARED: dict[str, Any] = {"fisher": {"kind": "monte_carlo"}, "ema_decay": 0.9}
 RECIPES: dict[str, dict[str, Any]] = {
     "given": {"clip": {"kind": "kl", "max_kl": 0.01}},
@@ -45,7 +46,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     recipe = RECIPES[options["recipe"]]
     lr = {"lr": options["lr"]} if "step_length" not in recipe else {}
-    return NGD(model, NGDConfig.model_validate(SHARED | recipe | lr | {"damping": options["damping"]}))
+    searched = {"damping": options["damping"], "statistics_fraction": min(1.0, options["fraction"])}
+    return NGD(model, NGDConfig.model_validate(SHARED | recipe | lr | searched))
 
 
 # --- rivals -----------------------------------------------------------------------------------------------------------
@@ -96,7 +98,15 @@ def _muon(model: nn.Module, options: Options) -> torch.optim.Optimizer:
 
 
 METHODS: dict[str, Method] = {
-    "ngd": Method(_ngd, {"recipe": OneOf(("given", "adaptive")), "lr": Range(0.03, 1.0), "damping": Range(0.003, 0.3)}),
+    "ngd": Method(
+        _ngd,
+        {
+            "recipe": OneOf(("given", "adaptive")),
+            "lr": Range(0.03, 1.0),
+            "damping": Range(0.003, 0.3),
+            "fraction": Range(1 / 32, 1.0),
+        },
+    ),
     "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}),
     "soap": Method(_soap, {"lr": Range(0.001, 0.05)}),
     "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}),

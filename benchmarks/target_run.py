@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from benchmarks.target_methods import METHODS, chooses_lr
 from benchmarks.target_search import Point
 from benchmarks.target_tasks import Data, Task, loss_of
-from ngd_dist import NGD
+from ngd_dist import NGD, part_of
 from ngd_dist.errors import NgdError
 
-__all__ = ["OBJECTIVE_SHARE", "WARMUP", "Run", "outcome_of"]
+__all__ = ["WARMUP", "Run", "outcome_of"]
 
 WARMUP = 0.1  # of a run's steps, for every method whose lr is given
-OBJECTIVE_SHARE = 1 / 4  # of a batch, from which NGD's quadratic model is made ([MG15] section 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +138,11 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
         optimizer.fisher_backward(output)
     loss.backward()
     if optimizer.config.needs_objective:
-        count = max(1, round(OBJECTIVE_SHARE * len(x)))
+        part_x, part_y = part_of((x, y), optimizer.config.statistics_fraction)
 
         def objective() -> tuple[Tensor, Tensor]:
-            output = model(x[:count])
-            return loss_of(output, y[:count]), output
+            output = model(part_x)
+            return loss_of(output, part_y), output
 
         optimizer.step(objective=objective)
     else:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -66,7 +67,8 @@ class NGD(Assembly):
         """Gives the statistics the gradients of the model's own predictions, unless `config.fisher` is empirical.
 
         output: the model's result: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput. If keys name
-            logits, the logits alone count. The likelihood of `config.fisher` reads all of them.
+            logits, the logits alone count. The likelihood of `config.fisher` reads all of them. With
+            `statistics_fraction` it must be what the model returned, and no tensor made of that.
         ignored: bool, in the shape of the output without C; true where the loss reads no prediction (label -100). Given
             under the empirical Fisher too, it says that inputs may be padded where the output shows no padding.
 
@@ -137,8 +139,8 @@ class NGD(Assembly):
     def step(self, closure: Callable[[], float] | None = None, *, objective: Objective | None = None) -> float | None:
         """Collective. Updates the parameters from their gradients; returns the closure's loss, if one is given.
 
-        objective: returns (loss, output) of the batch, or a part of it, without differentiating. Settings that adapt to
-            the loss evaluate it again (`config.needs_objective`).
+        objective: returns (loss, output) of the batch, or of a part of it (`part_of`), without differentiating.
+            Settings that adapt to the loss evaluate it again (`config.needs_objective`).
 
         If the `grad` of a parameter is None on every rank, the parameter is left alone, as by torch's optimizers; on
         some ranks, it counts as zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the
@@ -178,7 +180,13 @@ class NGD(Assembly):
             self._check(result.reports)
             with phase("update"):
                 adapted = self._update.move(
-                    self.stats.step + 1, self.param_groups, self.state, means, result, objective
+                    self.stats.step + 1,
+                    self.param_groups,
+                    self.state,
+                    means,
+                    result,
+                    objective,
+                    partial(self._gradients.of, self),
                 )
         self._finish(due, result, adapted)
         self._take_in()

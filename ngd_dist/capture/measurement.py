@@ -1,6 +1,7 @@
 """Turns the runs of a layer, once their gradients have come, into statistics and kept rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ngd_dist.capture.estimates import Estimates
 from ngd_dist.capture.loss_scale import LossScale
+from ngd_dist.capture.part import samples_in_part
 from ngd_dist.capture.passes import Arrivals, NotedRun
 from ngd_dist.config import LayerWise, NGDConfig
 from ngd_dist.covered import CoveredLayers
@@ -111,11 +113,8 @@ class Measurement:
 
     def check(self, name: str, run: NotedRun) -> None:
         """Returns if the samples of a run can be told. Raises: CaptureError."""
-        try:
+        with self.told():
             run.batch.of_run(name, run.size)
-        except CaptureError as error:
-            self._comm.post_error(str(error))
-            raise
 
     @torch.no_grad()
     def close(self, name: str, arrivals: Arrivals) -> None:
@@ -132,7 +131,8 @@ class Measurement:
             batch = self._layer_batch(name, kept, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read))
             self.layer_batches.setdefault(name, []).append(batch)
         if self.source is Source.LOSS and name in self.due:
-            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read))
+            part = samples_in_part(runs[0].samples, self._config.statistics_fraction)
+            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read), part)
             if self.estimates.passes[name] == self._config.micro_batches:
                 self.hand_over(name)
 
@@ -169,6 +169,15 @@ class Measurement:
         mean = samples * self._config.loss_parts if self._config.loss_reduction == "mean" else 1
         return mean / self._loss_scale.factor()
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tells the other ranks of a CaptureError inside the block."""
+        try:
+            yield
+        except CaptureError as error:
+            self._comm.post_error(str(error))
+            raise
+
     def error(self, message: str) -> CaptureError:
         """Returns the error, and tells the other ranks."""
         self._comm.post_error(message)
@@ -195,8 +204,9 @@ class Measurement:
         counted = origin.counted.get(name)
         return LayerBatch(layer, runs, scale, part, ignores=origin.ignores, counted=counted, read=origin.read)
 
-    def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
+    def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass, part: range | None = None) -> None:
         batch = self._layer_batch(name, runs, origin)
+        batch = batch if part is None else batch.of(part)
         # If backward runs under autocast, the products would be formed in 16 bits.
         with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
             self.estimates.add(name, batch, self.due[name], is_first=origin.is_first, weight=origin.weight)

@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer, OnRun
 from ngd_dist.layers.linear_calls import LinearCalls
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["InProjection", "OutProjection"]
 
@@ -81,6 +82,9 @@ class InProjection(Projection):
     def keep(self, x: Tensor, output: Tensor) -> _InRun:
         return _InRun(x, *self._made)
 
+    def some_samples(self, kept: _InRun, part: range, samples: int) -> _InRun:
+        return kept._replace(x=of_samples(kept.x, part, samples, self.batch_dim))
+
     def inputs(self, kept: _InRun) -> Tensor:
         return self._placed(self._rows(kept.x).expand(kept.end - kept.first, -1, -1, -1), kept)
 
@@ -122,6 +126,12 @@ class OutProjection(Projection):
                 on_run(x if samples is None else x.unflatten(0, (-1, samples)), output)
 
         return self._calls.watch(on_linear)
+
+    def some_samples(self, kept: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(kept, part, samples, self.batch_dim)
+
+    def some_gradients(self, kept: Tensor, g: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(g.view(*kept.shape[:2], -1), part, samples, self.batch_dim)
 
     def inputs(self, kept: Tensor) -> Tensor:
         return self._rows(kept)

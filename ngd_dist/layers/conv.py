@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.autocorrelation import Window, is_worthwhile, patch_moment
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["Conv"]
 
@@ -74,9 +75,8 @@ class Conv(Layer):
         moment = patch_moment(read.x, read.windows, groups)
         return moment if self._bias is None else self._with_sums(moment, kept.to(self.dtype))
 
-    def some_samples(self, kept: Tensor, first: int, last: int, samples: int) -> Tensor:
-        windows = kept.shape[0] // samples  # of a sample: the model may fold windows into dimension 0
-        return kept[first * windows : last * windows]
+    def some_samples(self, kept: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(kept, part, samples)
 
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         g_NBOP: Tensor = g.flatten(2).unflatten(1, (self.module.groups, -1))

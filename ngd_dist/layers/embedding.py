@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["Embedding"]
 
@@ -41,6 +42,9 @@ class Embedding(Layer):
     def inputs(self, kept: Tensor) -> Tensor:
         kept = kept.movedim(self.batch_dim, 0)
         return kept.reshape(1, kept.shape[0], -1, 1).long()
+
+    def some_samples(self, kept: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(kept, part, samples, self.batch_dim)
 
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         g = g.movedim(self.batch_dim, 0)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["Linear", "TransposedLinear"]
 
@@ -23,6 +24,9 @@ class Linear(Layer):
 
     def inputs(self, kept: Tensor) -> Tensor:
         return self._with_ones(self._rows(kept))
+
+    def some_samples(self, kept: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(kept, part, samples, self.batch_dim)
 
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         return self._rows(g)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["ChannelNorm", "Norm"]
 
@@ -27,6 +28,10 @@ class Norm(Layer):
 
     def inputs(self, kept: Any) -> Tensor:
         return self._rows(self._normalised(kept))
+
+    def some_samples(self, kept: Any, part: range, samples: int) -> Tensor | None:
+        # Those that keep more are normalised by all samples together.
+        return of_samples(kept, part, samples, self.batch_dim) if isinstance(kept, Tensor) else None
 
     def output_gradients(self, kept: Any, g: Tensor) -> Tensor:
         return self._rows(g.to(self.dtype))

@@ -14,7 +14,7 @@ from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed import GlobalMeans, StepResult
 from ngd_dist.distributed.comm import Communicator
-from ngd_dist.step.adaptation import Adaptation, Objective
+from ngd_dist.step.adaptation import Adaptation, GradientOf, Objective
 from ngd_dist.step.damping import damping_after
 from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
@@ -69,9 +69,11 @@ class Update:
         means: GlobalMeans,
         result: StepResult,
         objective: Objective | None,
+        gradient_of: GradientOf,
     ) -> Adapted:
         """Collective. Moves the parameters that have a gradient on any rank, unless the step is of the burn-in.
 
+        gradient_of: this rank's gradient of a parameter, unscaled.
         Sets the groups' damping for this step and, if the config chooses them, their lr and momentum.
         Raises: NonFiniteError, on all ranks, with no weight changed.
         """
@@ -80,7 +82,7 @@ class Update:
         if step <= self._config.burn_in:
             return Adapted()
         steps = self._steps(groups, means, result)
-        trial = self._adaptation.begin(step, groups, steps, state, objective)
+        trial = self._adaptation.begin(step, groups, steps, state, objective, gradient_of)
         if trial is None:
             return Adapted(reduction_ratio=math.nan)
         apply_(

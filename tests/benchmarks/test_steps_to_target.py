@@ -19,7 +19,7 @@ from benchmarks.target_tasks import TASKS, Data, Task
 
 EVERY = 2
 TRIALS = 4
-CHECK = {"recipe": "given", "lr": 0.5, "damping": 0.1, "steps": 60.0}
+CHECK = {"recipe": "given", "lr": 0.5, "damping": 0.1, "fraction": 0.5, "steps": 60.0}
 
 
 def two_clusters() -> Data:
