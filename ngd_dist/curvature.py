@@ -4,6 +4,7 @@ Statistics are always current; a cache is rebuilt from them when one of its stat
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
@@ -18,7 +19,7 @@ from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
 from ngd_dist.preconditioners import Cache
 from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
-from ngd_dist.statistics.statistic import Key, Statistic
+from ngd_dist.statistics.statistic import Key, Statistic, by_layer
 from ngd_dist.step.finite import is_finite
 from ngd_dist.telemetry import Refresh
 
@@ -87,11 +88,8 @@ class Curvature:
         Folds the means in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
         folded = {key: self._fold(key, means) for key in due if self._sync.inverts(key.layer)}
-        refreshed = [key for key, report in folded.items() if report.rebuilds]
-        fresh = {
-            name: frozenset(key.statistic for key in refreshed if key.layer == name)
-            for name in dict.fromkeys(key.layer for key in refreshed)
-        }
+        refreshed = by_layer(key for key, report in folded.items() if report.rebuilds)
+        fresh = {name: frozenset(statistics) for name, statistics in refreshed.items()}
         for name, statistics in fresh.items():
             self._reset_in_basis(name, statistics)
         # If only the damping moved and an inversion fails, the old inverse stays until the next refresh.
@@ -100,8 +98,10 @@ class Curvature:
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._layers[name].damping for name in drifted}
         self._share(due, drifted)
-        ended = {key: _with_ending(key, report, folded, rebuilt) for key, report in folded.items()}
-        return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
+        due_of = by_layer(folded)
+        return {
+            key: _with_ending(key, report, due_of[key.layer], rebuilt, seconds(key)) for key, report in folded.items()
+        }
 
     def telemetry_of(
         self, reports: Mapping[Key, RefreshReport], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
@@ -124,10 +124,9 @@ class Curvature:
 
     def note_refreshes(self, reports: Mapping[Key, RefreshReport]) -> None:
         """Notes the layers that were refreshed on any rank, from the reports that every rank has."""
-        refreshed = [key for key, report in reports.items() if report.rebuilds]
-        for name in {key.layer for key in refreshed}:
-            statistics = {key.statistic for key in refreshed if key.layer == name}
-            if name not in self.damped_with or statistics.issuperset(self._layers[name].method.flops_by_statistic):
+        refreshed = by_layer(key for key, report in reports.items() if report.rebuilds)
+        for name, statistics in refreshed.items():
+            if name not in self.damped_with or self._layers[name].method.flops_by_statistic.keys() <= set(statistics):
                 self.damped_with[name] = self._layers[name].damping
 
     def take(self, name: str, entries: Cache | None) -> None:
@@ -210,9 +209,11 @@ class Curvature:
         start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
         rebuilt = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
+        of_layer: dict[str, dict[str, Solution]] = defaultdict(dict)
+        for key, solution in solutions.items():
+            of_layer[key.layer][key.statistic] = solution
         for name, inputs in arguments.items():
-            of_layer = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
-            refreshed = self._layers[name].method.refresh(*inputs, of_layer)
+            refreshed = self._layers[name].method.refresh(*inputs, of_layer[name])
             self.caches[name] = refreshed.cache
             rebuilt.endings[name] = refreshed.endings
         return rebuilt
@@ -269,15 +270,19 @@ def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, Refres
 
 
 def _with_ending(
-    key: Key, report: RefreshReport, reports: Mapping[Key, RefreshReport], rebuilt: _Rebuilt
+    key: Key, report: RefreshReport, due: Collection[str], rebuilt: _Rebuilt, seconds: float
 ) -> RefreshReport:
-    """Returns the report with the ending of its inversion, or of one for a statistic of its layer that was not due."""
+    """Returns the report with the ending of its inversion, or of one for a statistic of its layer that was not `due`.
+
+    seconds: the time that estimating took here; that of the inversion is added.
+    """
     endings, solution = rebuilt.endings.get(key.layer, {}), rebuilt.solutions.get(key)
-    not_due = endings.keys() - {other.statistic for other in reports if other.layer == key.layer}
+    not_due = endings.keys() - due
     ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | not_due)])
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
     residual = solution.residual if isinstance(solution, Inverse) else report.residual
-    return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=rebuilt.seconds.get(key, 0.0))
+    spent = seconds + rebuilt.seconds.get(key, 0.0)
+    return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=spent)
 
 
 def _shares(seconds: float, problems: Mapping[Key, Problem]) -> dict[Key, float]:

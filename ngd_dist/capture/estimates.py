@@ -17,7 +17,7 @@ from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import LayerBatch
-from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec
+from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec, by_layer
 
 __all__ = ["Estimates"]
 
@@ -89,15 +89,14 @@ class Estimates:
 
     def forget(self, layer: str) -> None:
         """Forgets the passes of one layer."""
-        for key in [key for key in self._means if key.layer == layer]:
-            del self._means[key]
+        self._means.pop(layer, None)
         self.passes.pop(layer, None)
         self._rows.pop(layer, None)
         self._positions.pop(layer, None)
 
     def clear(self) -> None:
         """Forgets the last step."""
-        self._means: dict[Key, _Mean] = {}
+        self._means: dict[str, dict[str, _Mean]] = defaultdict(dict)  # by layer and statistic
         self.passes: dict[str, int] = defaultdict(int)
         self._rows: dict[str, int] = defaultdict(int)
         self._positions: dict[str, list[Positions]] = defaultdict(list)  # of each micro-batch
@@ -123,7 +122,7 @@ class Estimates:
             alone, scale = frozenset({spec.name}), weight if spec.reads_gradients else 1.0
             estimates = [preconditioner.estimate(part, alone, self._caches.shared_of(name)) for part in replicates]
             values = [estimate[spec.name] for estimate in estimates if estimate]
-            mean = self._means.setdefault(Key(name, spec.name), _Mean(spec, replicates[0].replicate.count))
+            mean = self._means[name].setdefault(spec.name, _Mean(spec, replicates[0].replicate.count))
             mean.factor = self._positions[name][-1].factor(spec, self._power)
             if values:  # else there is no basis yet to measure it in
                 scaled = values if scale == 1.0 else [value * scale for value in values]
@@ -132,7 +131,7 @@ class Estimates:
 
     def per_position(self, key: Key, value: Tensor) -> Tensor:
         """Returns a statistic of `values` with the part that positions have in it."""
-        spec = self._means[key].spec
+        spec = self._means[key.layer][key.statistic].spec
         factor = self._mean_positions(key.layer).factor(spec, self._power)
         return value if _is_one(factor) else spec.form.times(value, factor)
 
@@ -143,36 +142,39 @@ class Estimates:
     def of(self, layer: str) -> dict[Key, Tensor]:
         """Returns those of one layer, over the samples seen so far."""
         self._complete(layer)
-        means = ((key, self._scaled(mean, layer)[0]) for key, mean in self._means.items() if key.layer == layer)
+        means = ((Key(layer, name), self._scaled(mean, layer)[0]) for name, mean in self._means[layer].items())
         return {key: total for key, total in means if total is not None}
 
     def seconds(self, key: Key) -> float:
         """Returns the host seconds that estimating the statistic took."""
-        return self._means[key].seconds if key in self._means else 0.0
+        mean = self._means.get(key.layer, {}).get(key.statistic)
+        return 0.0 if mean is None else mean.seconds
 
     def counts(
         self, due: Sequence[Key], wrong: Collection[str], device: torch.device, spoiled: Collection[str] = ()
-    ) -> dict[str, Tensor]:
-        """Returns the numbers of a `CaptureCount` for each due layer, which travel beside its statistics.
+    ) -> Tensor:
+        """Returns the numbers of a `CaptureCount` of each due layer, one after the other, as they travel.
 
         The first is 0 for a layer that was not captured, NaN for the layers in `wrong`, captured too often, and
         infinity for those in `spoiled`.
         """
-        counts: dict[str, Tensor] = {}
-        for layer in dict.fromkeys(key.layer for key in due):
-            means = [self._means.get(key) for key in due if key.layer == layer]
+        known: list[float] = []
+        unread: dict[int, Tensor] = {}  # by place: not read back here
+        for layer, names in by_layer(due).items():
+            means = [self._means.get(layer, {}).get(name) for name in names]
             captured = [mean for mean in means if mean is not None and mean.total is not None]
             first = math.nan if layer in wrong else math.inf if layer in spoiled else float(bool(captured))
             count = max((mean.count for mean in captured), default=0)
             positions = self._mean_positions(layer) if captured else (0.0, 0.0)
-            known = [first, self._rows.get(layer, 0), count, *(0.0 if isinstance(p, Tensor) else p for p in positions)]
-            numbers = torch.tensor(known, dtype=torch.float64, device=device)
-            if isinstance(positions[-1], Tensor):  # of a ragged batch: not read back here
-                numbers[-1] = positions[-1]
-            measured = [None if mean is None else self._scaled(mean, layer)[1] for mean in means]
-            squares = [numbers.new_zeros(()) if square is None else square.to(numbers) for square in measured]
-            counts[layer] = torch.cat([numbers, torch.stack(squares)]) if self._measures else numbers
-        return counts
+            squares = [None if mean is None else self._scaled(mean, layer)[1] for mean in means if self._measures]
+            for number in (first, self._rows.get(layer, 0), count, *positions, *squares):
+                if isinstance(number, Tensor):  # a square, or the positions of a ragged batch
+                    unread[len(known)] = number
+                known.append(0.0 if number is None or isinstance(number, Tensor) else number)
+        numbers = torch.tensor(known, dtype=torch.float64, device=device)
+        if unread:
+            numbers[torch.tensor([*unread], device=device)] = torch.stack([*unread.values()]).to(numbers)
+        return numbers
 
     def _scaled(self, mean: _Mean, layer: str) -> tuple[Tensor | None, Tensor | None]:
         passes = self.passes[layer]
@@ -184,9 +186,8 @@ class Estimates:
         return Positions(sum(p.read for p in each) / len(each), sum(p.layer for p in each) / len(each))
 
     def _complete(self, layer: str) -> None:
-        for key, mean in self._means.items():
-            if key.layer == layer:
-                mean.complete(measures=self._measures)
+        for mean in self._means[layer].values():
+            mean.complete(measures=self._measures)
 
 
 def _mean(positions_B: Tensor) -> float | Tensor:

@@ -18,7 +18,7 @@ from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import LayerBatch, Replicate
 from ngd_dist.preconditioners import check_rows
-from ngd_dist.statistics.statistic import Key
+from ngd_dist.statistics.statistic import Key, by_layer
 from ngd_dist.telemetry import Stopwatch
 
 __all__ = ["Measurement", "Pass", "Sink", "Source"]
@@ -94,7 +94,7 @@ class Measurement:
         self.layer_batches: dict[str, list[LayerBatch]] = {}
         self.spoiled: set[str] = set()
         self._handed_over: set[str] = set()
-        self.due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
+        self.due = {layer: frozenset(names) for layer, names in by_layer(due).items()}
         reads = any(
             spec.reads_gradients
             for layer, names in self.due.items()

@@ -116,10 +116,12 @@ def _batches(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
         alike[(*task.kind, task.next_try.method)].append(task)
     for group in alike.values():
         batch: list[_Task] = []
+        entries = 0
         for task in group:
-            if batch and sum(other.factor.numel() for other in [*batch, task]) > MAX_ENTRIES:
+            entries += task.factor.numel()
+            if batch and entries > MAX_ENTRIES:
                 yield batch
-                batch = []
+                batch, entries = [], task.factor.numel()
             batch.append(task)
         yield batch
 
