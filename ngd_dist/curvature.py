@@ -12,7 +12,7 @@ from math import isclose
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.covered import CoveredLayers
+from ngd_dist.covered import CoveredLayers, stacks_of
 from ngd_dist.distributed import GlobalMeans, RefreshReport, Sync
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
@@ -50,6 +50,7 @@ class Curvature:
         self._staleness, self._thresholds = config.staleness, config.preconditioner.thresholds
         self._inversion = config.inversion
         self._power = config.power_of_positions
+        self.stacks = stacks_of(layers, sync.placement.roles)
         methods = {name: covered.method for name, covered in layers.items()}
         self.caches = Caches(
             {name: method.entries for name, method in methods.items()},
@@ -73,11 +74,10 @@ class Curvature:
         self.damped_with = {name: used for name, used in old.damped_with.items() if name in self.caches}
         self.statistics |= {key: value for key, value in old.statistics.items() if key in self.statistics}
 
-    def apply(self, name: str, grad_BOI: Tensor) -> Tensor:
-        """Returns the direction, [B, O, I]; if the layer has no cache yet, the gradient itself."""
-        cache, covered = self.caches[name], self._layers[name]
-        grad_BOI = grad_BOI.to(covered.layer.dtype)
-        return grad_BOI if cache is None else covered.method.apply(cache, grad_BOI)
+    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the directions of the layers held here, each [B, O, I]; where there is no cache yet, the gradient."""
+        held = (stack for stack in self.stacks if stack.first.name in gradients)
+        return {name: direction for stack in held for name, direction in stack.apply(self.caches, gradients)}
 
     def refresh(
         self, due: Sequence[Key], means: GlobalMeans, seconds: Callable[[Key], float]
@@ -198,11 +198,7 @@ class Curvature:
             for name, new in fresh.items()
             if (values := self._ready(name)) is not None and (new or self.caches.has(name))
         }
-        problems = {
-            Key(name, statistic): problem
-            for name, inputs in arguments.items()
-            for statistic, problem in self._layers[name].method.problems(*inputs).items()
-        }
+        problems = dict(pair for stack in self.stacks for pair in stack.problems(arguments))
         # Problems that all ranks solve are batched apart: batched alike, they have the same bits on each rank.
         replicated = {key: problem for key, problem in problems.items() if self._sync.is_replicated(key.layer)}
         alone = {key: problem for key, problem in problems.items() if key not in replicated}

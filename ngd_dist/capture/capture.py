@@ -279,11 +279,14 @@ class Capture:
 
     def _on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
+        is_due = layer.name in self.measurement.due
+        is_noted = is_due or self.measurement.keeps_rows
+        if not (is_noted or self.needs_fisher_pass):
+            return
         if self._is_blind or not (torch.is_grad_enabled() and output.requires_grad):
             return
         self._has_run = True
-        is_due = layer.name in self.measurement.due
-        if not (self.measurement.keeps_rows or is_due):
+        if not is_noted:
             return
         trained = [p for p in layer.parameters if p.requires_grad]
         if not trained or layer.replaced():

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,10 @@ class Layer(ABC):
     """One covered part of a module: it has the parameters and the shape, and turns the tensors into rows.
 
     `batch_dim` is the dimension of the input and the output that counts samples: 0, or 1 if a sequence comes first.
+    `is_stackable`: whether `join` and `split` also take tensors of several layers that are alike, stacked in front.
     """
+
+    is_stackable: ClassVar[bool] = False
 
     def __init__(self, name: str, module: nn.Module, *, batch_dim: int = 0) -> None:
         self.name = name
@@ -135,15 +138,17 @@ class Layer(ABC):
 
         Weights are flattened to [O, -1], the bias comes last; blocks are equal parts of O.
         """
-        rows = gradients[0].shape[0]
-        joined = torch.cat([gradient.reshape(rows, -1) for gradient in gradients], dim=1).to(self.dtype)
-        return joined.view(self.shape.gradient)
+        layers = gradients[0].shape[: gradients[0].ndim - self.parameters[0].ndim]
+        rows = gradients[0].shape[len(layers)]
+        joined = torch.cat([gradient.reshape(*layers, rows, -1) for gradient in gradients], dim=-1).to(self.dtype)
+        return joined.view(*layers, *self.shape.gradient)
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
         """Returns one tensor per parameter, in its shape and dtype: the inverse of `join`."""
         widths = [p.numel() // p.shape[0] for p in self.parameters]
-        columns = direction_BOI.reshape(-1, direction_BOI.shape[-1]).split(widths, dim=1)
-        return [c.reshape(p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
+        layers = direction_BOI.shape[:-3]
+        columns = direction_BOI.reshape(*layers, -1, direction_BOI.shape[-1]).split(widths, dim=-1)
+        return [c.reshape(*layers, *p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
 
     def _own_parameters(self) -> list[nn.Parameter]:
         return [p for p in (self._weight, self._bias) if p is not None]

@@ -30,6 +30,7 @@ class Conv(Layer):
     """
 
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    is_stackable = True
 
     @classmethod
     def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:

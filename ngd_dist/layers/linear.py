@@ -13,6 +13,8 @@ __all__ = ["Linear", "TransposedLinear"]
 class Linear(Layer):
     """x [N, ..., I] -> y [N, ..., O]. Positions are shared weights in the sense of [E23]."""
 
+    is_stackable = True
+
     def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim >= 2 + self.batch_dim else "[samples, ..., inputs]"
 
@@ -45,5 +47,5 @@ class TransposedLinear(Linear):
         return super().join([weight.mT, bias])
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
-        direction_OI = direction_BOI[0].to(self._weight.dtype)
-        return [direction_OI[:, :-1].mT.contiguous(), direction_OI[:, -1].contiguous()]
+        direction_OI = direction_BOI.squeeze(-3).to(self._weight.dtype)
+        return [direction_OI[..., :-1].mT.contiguous(), direction_OI[..., -1].contiguous()]

@@ -23,4 +23,4 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         if group := [t for t in tensors if (t.dtype == torch.float16) is is_half]:
             # The norm of float16 numbers easily leaves the range of float16.
             norms += torch._foreach_norm(group, 2, torch.float32) if is_half else torch._foreach_norm(group, 2)
-    return torch.stack([torch.isfinite(norm) for norm in norms]).all()
+    return torch.isfinite(torch.stack(norms)).all()

@@ -1,6 +1,6 @@
 """This rank's gradients, without a GradScaler's factor, and the check that all are finite."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,10 @@ class Gradients:
         self._comm = comm
         self._is_averaged = is_averaged
 
-    def of(self, optimizer: Any, parameter: nn.Parameter) -> Tensor:
-        """Returns the gradient of the loss; zeros if there is none."""
-        if parameter.grad is None:
-            return torch.zeros_like(parameter)
-        return self._loss_scale.unscaled(optimizer, parameter.grad)
+    def of(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Returns the gradients of the loss; zeros for a parameter that has none."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return self._loss_scale.unscaled(optimizer, gradients)
 
     def flags(self, optimizer: Any, device: torch.device) -> Tensor:
         """Returns, without reading it, [2]: 1 if a gradient has NaN or infinity; the number of missing ones."""

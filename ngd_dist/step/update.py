@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ngd_dist.capture.capture import Capture
 from ngd_dist.config import NGDConfig
-from ngd_dist.covered import CoveredLayers
+from ngd_dist.covered import CoveredLayers, Stack
 from ngd_dist.distributed import GlobalMeans, StepResult
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.step.adaptation import Adaptation, Objective
@@ -36,6 +36,7 @@ class Update:
     def __init__(
         self,
         layers: CoveredLayers,
+        stacks: Sequence[Stack],
         plain: Sequence[nn.Parameter],
         gradients: Gradients,
         fallback: Fallback | None,
@@ -45,14 +46,15 @@ class Update:
         capture: Capture,
     ) -> None:
         self.length = StepLength(config, layers, comm, capture)
-        self._layers = [covered.layer for covered in layers.values()]
+        self._stacks = stacks
         self._plain = plain
         self._gradients = gradients
         self._fallback = fallback
         self._config = config
         self._adaptation = Adaptation(config, model, comm, capture)
+        of_layers = [covered.layer for covered in layers.values()]
         matrices = [
-            layer for layer in self._layers if layer.shape.fisher == "kronecker" and not layer.shape.has_one_hot_inputs
+            layer for layer in of_layers if layer.shape.fisher == "kronecker" and not layer.shape.has_one_hot_inputs
         ]
         self._rescaled = {layer.parameters[0]: layer.shape.blocks * layer.shape.outputs for layer in matrices}
 
@@ -99,12 +101,10 @@ class Update:
         """Returns the step of each parameter; the fallback has moved its parameters by then."""
         differentiated = self._gradients.differentiated(everywhere=means.missing == 0)
         directions = self.length.scale(result.directions, result.inner)
-        steps: dict[nn.Parameter, Tensor] = {}
-        for layer in self._layers:
-            steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
+        steps = {p: step for stack in self._stacks for p, step in stack.split(directions)}
         gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in differentiated}
         if self._fallback is None:
-            steps |= gradients
+            steps |= ((p, gradient.to(p.dtype)) for p, gradient in gradients.items())
         else:
             self._fallback.step(groups, gradients)
-        return {p: step.to(p.dtype) for p, step in steps.items() if p in differentiated}
+        return steps if means.missing == 0 else {p: step for p, step in steps.items() if p in differentiated}
