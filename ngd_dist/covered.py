@@ -18,7 +18,7 @@ from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.statistics.statistic import Key
 
-__all__ = ["CoveredLayer", "CoveredLayers", "Stack", "stacks_of"]
+__all__ = ["CoveredLayer", "CoveredLayers", "Stack", "kind_of", "stacks_of"]
 
 # The arguments of `Preconditioner.problems`: statistics, the names of those that are new, the damping, the old cache.
 RefreshInputs = tuple[dict[str, Tensor], frozenset[str], float, Cache | None]
@@ -141,14 +141,21 @@ def stacks_of(layers: CoveredLayers, roles: Mapping[str, Roles]) -> list[Stack]:
     """Returns the stacks of the layers, in the order of their first ones."""
     alike: dict[Hashable, list[CoveredLayer]] = defaultdict(list)
     for name, covered in layers.items():
-        layer, method, role = covered.layer, covered.method, roles[name]
-        numbers = sum(form.numbers for form in method.entries.values())
-        tensors = tuple((p.shape, p.dtype, p.device) for p in layer.parameters)
-        kind = (type(layer), type(method), replace(layer.shape, name=""), tensors)
+        kind, role = kind_of(covered), roles[name]
         ranks = (frozenset(role.inverters), frozenset(role.holders))
-        is_stacked = layer.is_stackable and method.is_blockwise and numbers <= MAX_STACKED
-        alike[(kind, ranks) if is_stacked else name].append(covered)
+        alike[name if kind is None else (kind, ranks)].append(covered)
     return [Stack(of_kind) for of_kind in alike.values()]
+
+
+def kind_of(covered: CoveredLayer) -> Hashable | None:
+    """Returns the key that layers have in common if they are alike; None for a layer that is not stacked."""
+    layer, method = covered.layer, covered.method
+    if not (layer.is_stackable and method.is_blockwise):
+        return None
+    if sum(form.numbers for form in method.entries.values()) > MAX_STACKED:
+        return None
+    tensors = tuple((p.shape, p.dtype, p.device) for p in layer.parameters)
+    return type(layer), type(method), layer.batch_dim, replace(layer.shape, name=""), tensors
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:

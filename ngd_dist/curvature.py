@@ -14,13 +14,14 @@ from torch import Tensor
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers, stacks_of
 from ngd_dist.distributed import GlobalMeans, RefreshReport, Sync
+from ngd_dist.distributed.base import CaptureCount
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
 from ngd_dist.preconditioners import Cache
 from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
 from ngd_dist.statistics.statistic import Key, Statistic, by_layer
-from ngd_dist.step.finite import is_finite
+from ngd_dist.step.finite import are_finite
 from ngd_dist.telemetry import Refresh
 
 __all__ = ["Curvature", "failed_inversions", "schedule_for", "too_many_failed"]
@@ -87,7 +88,7 @@ class Curvature:
         `seconds`: the time that estimating a statistic took here; the time of its inversion is added.
         Folds the means in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
-        folded = {key: self._fold(key, means) for key in due if self._sync.inverts(key.layer)}
+        folded = self._fold_all([key for key in due if self._sync.inverts(key.layer)], means)
         refreshed = by_layer(key for key, report in folded.items() if report.rebuilds)
         fresh = {name: frozenset(statistics) for name, statistics in refreshed.items()}
         for name, statistics in fresh.items():
@@ -155,17 +156,31 @@ class Curvature:
             for statistic in in_basis:
                 self.statistics[Key(name, statistic)].reset()
 
-    def _fold(self, key: Key, means: GlobalMeans) -> RefreshReport:
-        if key not in means.statistics:
-            verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
-            if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
-                verdict = Verdict.UNUSABLE  # its layer may have run, but there is no basis to measure in
-            return RefreshReport(verdict, Ending.OK)
-        count, statistic = means.counts[key.layer], self.statistics[key]
-        factor = count.positions.factor(statistic.spec, self._power)
-        mean = statistic.spec.form.times(means.statistics[key], factor).to(self._layers[key.layer].layer.dtype)
-        if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
-            return RefreshReport(Verdict.UNUSABLE, Ending.NON_FINITE, rows=count.rows)
+    def _fold_all(self, keys: Sequence[Key], means: GlobalMeans) -> dict[Key, RefreshReport]:
+        """Averages in the statistics that are finite, and returns a report on each of the keys. One host read."""
+        new = {key: self._mean(key, means) for key in keys if key in means.statistics}
+        finite = dict(zip(new, are_finite([*new.values()]), strict=True))
+        return {
+            key: self._fold(key, new[key], means.counts[key.layer]) if finite.get(key) else self._unfit(key, means)
+            for key in keys
+        }
+
+    def _mean(self, key: Key, means: GlobalMeans) -> Tensor:
+        spec = self.statistics[key].spec
+        factor = means.counts[key.layer].positions.factor(spec, self._power)
+        return spec.form.times(means.statistics[key], factor).to(self._layers[key.layer].layer.dtype)
+
+    def _unfit(self, key: Key, means: GlobalMeans) -> RefreshReport:
+        """Returns the report on a statistic without a value, or with one that must not enter the average."""
+        if key in means.statistics:
+            return RefreshReport(Verdict.UNUSABLE, Ending.NON_FINITE, rows=means.counts[key.layer].rows)
+        verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
+        if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
+            verdict = Verdict.UNUSABLE  # its layer may have run, but there is no basis to measure in
+        return RefreshReport(verdict, Ending.OK)
+
+    def _fold(self, key: Key, mean: Tensor, count: CaptureCount) -> RefreshReport:
+        statistic = self.statistics[key]
         spread = statistic.spread
         change = statistic.fold(mean)
         error, bound = self._error(key), error_threshold(self._staleness)

@@ -139,6 +139,7 @@ class Capture:
     def to_send(self) -> dict[Key, Tensor]:
         """Returns the same as `take`, but as ranks add them up: see `Positions`."""
         self._close_micro_batches()
+        self.measurement.make()
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
@@ -281,25 +282,21 @@ class Capture:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
         is_due = layer.name in self.measurement.due
         is_noted = is_due or self.measurement.keeps_rows
-        if not (is_noted or self.needs_fisher_pass):
+        if not (is_noted or self.needs_fisher_pass) or self._is_blind:
             return
-        if self._is_blind or not (torch.is_grad_enabled() and output.requires_grad):
+        if not (torch.is_grad_enabled() and output.requires_grad):
             return
         self._has_run = True
-        if not is_noted:
-            return
         trained = [p for p in layer.parameters if p.requires_grad]
-        if not trained or layer.replaced():
+        if not (is_noted and trained) or layer.replaced():
             return
         expected, size = layer.expected_input(x), x.shape[layer.batch_dim] if x.ndim > layer.batch_dim else 0
         if expected is not None:
-            raise self.measurement.error(
-                f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}"
-            )
+            message = f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}"
+            raise self.measurement.error(message)
         if size == 0:
-            raise self.measurement.error(
-                f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks"
-            )
+            message = f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks"
+            raise self.measurement.error(message)
         within = backward_task()
         batch = self.batches.current(is_recomputed=within != OUTSIDE_BACKWARD)
         try:

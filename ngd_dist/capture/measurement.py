@@ -160,8 +160,14 @@ class Measurement:
         """Offers the due statistics of a layer to the sink: no more passes are expected."""
         if self._sink is not None and self._comm.world_size > 1:
             self._handed_over.add(name)
+            self.make()
             for key, value in self.estimates.of(name).items():
                 self._sink.offer(key, value)
+
+    def make(self) -> None:
+        """Makes the statistics of passes that wait for others to be stacked with: no more will come."""
+        with self._stopwatch.phase("capture"):
+            self.estimates.make()
 
     def scale(self, samples: int) -> float:
         """Returns the factor that turns the gradient of the loss into that of one sample's own loss."""
@@ -197,8 +203,7 @@ class Measurement:
 
     def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
         batch = self._layer_batch(name, runs, origin)
-        # If backward runs under autocast, the products would be formed in 16 bits.
-        with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
+        with self._stopwatch.phase("capture"):
             self.estimates.add(name, batch, self.due[name], is_first=origin.is_first, weight=origin.weight)
 
     def _replicate(self, name: str) -> Replicate:
@@ -206,7 +211,3 @@ class Measurement:
         loss_parts = self._config.loss_parts
         index = self._comm.rank * loss_parts + self.estimates.passes.get(name, 0) % loss_parts
         return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
-
-
-def _device_type(runs: Sequence[NotedRun]) -> str:
-    return next((run.g.device.type for run in runs if run.g is not None), "cpu")

@@ -31,6 +31,7 @@ __all__ = ["solve"]
 # The entries of one batch: 256 MiB in float32. A factor is never divided.
 MAX_ENTRIES = 2**26
 AUTOMATIC = AutomaticInversion()
+NOTHING, UNKNOWN = Policy(direct=()), Conditioning()
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -40,19 +41,15 @@ class _Task:
     """One factor to invert. `next_try`: None once nothing is left to try. `inverse`: the result of the last try."""
 
     problem: ToInvert
-    policy: Policy
-    conditioning: Conditioning
-    next_try: Try | None
+    kind: tuple[Hashable, ...]  # in common if one call can take the tasks
+    policy: Policy = NOTHING
+    conditioning: Conditioning = UNKNOWN
+    next_try: Try | None = None
     inverse: Inverse | None = None
 
     @property
     def factor(self) -> Tensor:
         return self.problem.factor
-
-    @property
-    def kind(self) -> tuple[Hashable, ...]:
-        """The key that tasks have in common if one call can take them."""
-        return self.problem.direct, *_kind(self.factor)
 
 
 def solve(problems: Mapping[Name, Problem], choice: InversionChoice = AUTOMATIC) -> dict[Name, Solution]:
@@ -80,17 +77,19 @@ def _invert_all(problems: Mapping[Name, ToInvert], choice: InversionChoice) -> d
 
 def _tasks(problems: Sequence[ToInvert], choice: InversionChoice) -> list[_Task]:
     """Returns a task for each factor with its first try, after a look at those that Newton-Schulz may be tried on."""
-    tasks = [
-        _Task(problem, Policy(direct=()), Conditioning(), Try(problem.direct.method) if problem.direct else None)
-        for problem in problems
-    ]
-    dense = [task for task in tasks if task.next_try is None]
-    blocks: dict[Hashable, int] = defaultdict(int)
-    for task in dense:
-        blocks[task.kind] += len(task.factor)
-    for task in dense:
-        factor = task.factor
-        task.policy = policy_for(choice, factor.shape[-1], blocks[task.kind], factor.dtype, factor.device)
+    tasks = [_Task(problem, (problem.direct, *_kind(problem.factor))) for problem in problems]
+    alike: dict[Hashable, list[_Task]] = defaultdict(list)
+    for task in tasks:
+        if task.problem.direct is None:
+            alike[task.kind].append(task)
+        else:
+            task.next_try = Try(task.problem.direct.method)
+    for of_kind in alike.values():
+        factor, blocks = of_kind[0].factor, sum(task.factor.shape[0] for task in of_kind)
+        policy = policy_for(choice, factor.shape[-1], blocks, factor.dtype, factor.device)
+        for task in of_kind:
+            task.policy = policy
+    dense = [task for of_kind in alike.values() for task in of_kind]
     looked = [(task, _look(task)) for task in dense if task.policy.max_iterations > 0]
     for task, (kappa, rho) in looked:
         task.conditioning = Conditioning(float(kappa), float(rho))

@@ -292,6 +292,17 @@ class LayerBatch:
         shape = self._layer.shape
         return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of its rows."""
+        return next(run.g.device for run in self._runs if run.g is not None)
+
+    @property
+    def numbers(self) -> int:
+        """The numbers in its rows."""
+        shape = self._layer.shape
+        return self.count * shape.blocks * (shape.inputs + shape.outputs)
+
     def halves(self) -> "tuple[LayerBatch, LayerBatch]":
         """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
         middle = self.samples // 2

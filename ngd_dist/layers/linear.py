@@ -1,6 +1,7 @@
 """nn.Linear, and transformers' Conv1D: positions are every dimension between the first and the last."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class Linear(Layer):
     def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim >= 2 + self.batch_dim else "[samples, ..., inputs]"
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         outputs, inputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs)
@@ -37,7 +38,7 @@ class Linear(Layer):
 class TransposedLinear(Linear):
     """A linear layer with a weight [I, O], and always a bias."""
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         inputs, outputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + 1, outputs)

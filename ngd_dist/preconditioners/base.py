@@ -43,8 +43,8 @@ class Preconditioner(ABC):
     therefore gets; they follow from the statistics that are not `in_basis`. `flops_by_statistic`: if each statistic
     alone decides a part of the cache, the operations of making that part; empty if the cache is made as a whole.
     `reads_slopes`: whether `estimate` reads `LayerBatch.slopes_BNPO`, for which activation modules are watched.
-    `is_blockwise`: whether `problems` and `apply` treat blocks apart, and every statistic and entry has them in its
-    first dimension, so that the blocks of several layers of one shape can be given at once.
+    `is_blockwise`: whether `estimate`, `problems` and `apply` treat blocks apart, and every statistic and entry has
+    them in its first dimension, so that the blocks of several layers of one shape can be given at once.
     """
 
     statistics: tuple[StatisticSpec, ...]

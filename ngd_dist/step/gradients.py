@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import NonFiniteError
-from ngd_dist.step.finite import all_finite, is_finite
+from ngd_dist.step.finite import all_finite, are_finite
 
 __all__ = ["Gradients"]
 
@@ -59,7 +59,8 @@ class Gradients:
     def error(self, step: int) -> NonFiniteError:
         """Collective. Returns the same error on every rank: it names the first bad parameter of the first bad rank."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        bad = next((name for name, grad in gradients.items() if not is_finite(grad)), None)
+        finite = zip(gradients, are_finite([*gradients.values()]), strict=True)
+        bad = next((name for name, is_finite in finite if not is_finite), None)
         names = self._comm.all_gather_object("non-finite gradients", bad)
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
         return NonFiniteError(

@@ -1,12 +1,16 @@
 """Layers that are alike are handled by one call; the result is that of one call for each."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig, covered
-from ngd_dist.config import EKFAC, KFAC, LNGD, FixedInterval, PreconditionerConfig
+from ngd_dist.capture import estimates
+from ngd_dist.config import EKFAC, KFAC, LNGD, AdaptiveInterval, FixedInterval, PreconditionerConfig
+from ngd_dist.layers import LayerBatch
 from ngd_dist.statistics.statistic import Key
 
 
@@ -75,3 +79,46 @@ def test_an_inversion_that_fails_leaves_the_others_of_its_stack_alone() -> None:
     assert endings["1.A"] == "NOT_POSITIVE_DEFINITE"
     assert {ending for name, ending in endings.items() if not name.startswith("1.")} == {"OK"}
     assert [optimizer._curvature.caches.has(name) for name in "012"] == [True, False, True]
+
+
+@pytest.mark.parametrize("staleness", [FixedInterval(), AdaptiveInterval()], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("rows", [None, 4])
+def test_stacked_micro_batches_give_each_layer_its_own_statistics(
+    staleness: FixedInterval | AdaptiveInterval, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken() -> tuple[dict[Key, Tensor], Tensor]:
+        torch.manual_seed(0)
+        linears = [nn.Linear(8, 8, bias=b) for b in (True, True, False, True, False)]
+        model = nn.Sequential(*(m for linear in linears for m in (linear, nn.Tanh()))).double()
+        config = NGDConfig(staleness=staleness, preconditioner=KFAC(rows=rows), micro_batches=2)
+        optimizer = NGD(model, config)
+        for part in torch.randn(2, 10, 3, 8, dtype=torch.float64):
+            (F.cross_entropy(model(part).flatten(0, 1), torch.zeros(30, dtype=torch.long)) / 2).backward()
+        capture = optimizer._capture
+        return capture.take(), capture.estimates.counts(optimizer._due, [], torch.device("cpu"))
+
+    stacked = taken()
+    monkeypatch.setattr(estimates, "MAX_STACKED_ROWS", 0)
+    alone = taken()
+
+    assert len(stacked[0]) == 10
+    torch.testing.assert_close(stacked, alone, rtol=1e-12, atol=1e-14)
+
+
+def test_the_wait_for_layers_that_are_alike_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Counted(estimates.StackedBatch):
+        def __init__(self, batches: Sequence[LayerBatch]) -> None:
+            made.append(len(batches))
+            super().__init__(batches)
+
+    monkeypatch.setattr(estimates, "MAX_WAITING", 3 * 8 * 7)  # rows of 3 + 1 and 3 numbers
+    monkeypatch.setattr(estimates, "StackedBatch", Counted)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(10)))
+    optimizer = NGD(model, NGDConfig(staleness=FixedInterval()))
+
+    F.cross_entropy(model(torch.randn(8, 3)), torch.randint(3, (8,))).backward()
+    optimizer.step()
+
+    assert made == [4, 4, 2]
