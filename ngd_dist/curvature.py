@@ -29,8 +29,6 @@ __all__ = ["Curvature", "failed_inversions", "schedule_for", "too_many_failed"]
 # If a layer's damping has moved by more than this share, its cache is built again from the present statistics. One
 # adaptation of Levenberg-Marquardt moves it further, to 0.95 ** 5 = 0.77 of it.
 DAMPING_DRIFT = 0.1
-# The fields that telemetry takes from a report as they are.
-MEASURED = ("change", "change_to_before", "noise", "threshold", "error", "residual", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +106,23 @@ class Curvature:
         self, reports: Mapping[Key, RefreshReport], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
     ) -> list[Refresh]:
         """Returns the telemetry of each due statistic, from its report and from its track before and after."""
-        refreshes = []
-        for key, report in reports.items():
-            measured = {name: getattr(report, name) for name in MEASURED}
-            refreshes.append(
-                Refresh(
-                    str(key),
-                    **measured,
-                    ending=report.ending.name,
-                    age=step - before[key].refreshed,
-                    interval=after[key].interval,
-                    bytes_sent=self._sync.statistic_bytes(key),
-                )
+        return [
+            Refresh(
+                str(key),
+                change=report.change,
+                change_to_before=report.change_to_before,
+                noise=report.noise,
+                threshold=report.threshold,
+                error=report.error,
+                residual=report.residual,
+                seconds=report.seconds,
+                ending=report.ending.name,
+                age=step - before[key].refreshed,
+                interval=after[key].interval,
+                bytes_sent=self._sync.statistic_bytes(key),
             )
-        return refreshes
+            for key, report in reports.items()
+        ]
 
     def note_refreshes(self, reports: Mapping[Key, RefreshReport]) -> None:
         """Notes the layers that were refreshed on any rank, from the reports that every rank has."""
@@ -288,8 +289,8 @@ def _with_ending(
     seconds: the time that estimating took here; that of the inversion is added.
     """
     endings, solution = rebuilt.endings.get(key.layer, {}), rebuilt.solutions.get(key)
-    not_due = endings.keys() - due
-    ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | not_due)])
+    of_others = (ending for statistic, ending in endings.items() if statistic not in due)
+    ending = max(report.ending, endings.get(key.statistic, Ending.OK), *of_others)
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
     residual = solution.residual if isinstance(solution, Inverse) else report.residual
     spent = seconds + rebuilt.seconds.get(key, 0.0)

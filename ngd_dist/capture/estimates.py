@@ -96,7 +96,9 @@ class Estimates:
 
     def __init__(self, layers: CoveredLayers, config: NGDConfig, caches: Caches, *, is_alone: bool) -> None:
         self._layers = layers
-        self._kinds = {name: kind_of(covered) for name, covered in layers.items()}
+        kinds = {name: kind_of(covered) for name, covered in layers.items()}
+        numbered = {kind: number for number, kind in enumerate(dict.fromkeys(kinds.values())) if kind is not None}
+        self._kinds = {name: numbered.get(kind) for name, kind in kinds.items()}  # None: it is not stacked
         self._loss_parts = config.loss_parts
         self._counts_parts = config.micro_batches == "any"
         self._caches = caches
@@ -133,18 +135,20 @@ class Estimates:
         specs = tuple(spec for spec in specs if spec.name in due and (is_first or spec.reads_gradients))
         if name in self._waiting_layers:
             self.make()
+        count = batch.count
         if is_first:
             self._complete(name)
             self.passes[name] += 1
-            self._rows[name] += batch.count
+            self._rows[name] += count
         added = _Added(name, batch, specs, is_first, weight)
-        kind, key = self._kinds[name], stacking_key(batch)
-        if kind is None or key is None or batch.numbers > MAX_STACKED_ROWS:
+        kind, numbers = self._kinds[name], count * self._layers[name].layer.shape.row_numbers
+        key = None if kind is None or numbers > MAX_STACKED_ROWS else stacking_key(batch)
+        if key is None:
             self._make([added])
             return
-        self._waiting[kind, key, specs, is_first, weight].append(added)
+        self._waiting[kind, key, due, is_first, weight].append(added)
         self._waiting_layers.add(name)
-        self._waiting_numbers += batch.numbers
+        self._waiting_numbers += numbers
         if self._waiting_numbers > MAX_WAITING:
             self.make()
 

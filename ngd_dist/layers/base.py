@@ -297,12 +297,6 @@ class LayerBatch:
         """The device of its rows."""
         return next(run.g.device for run in self._runs if run.g is not None)
 
-    @property
-    def numbers(self) -> int:
-        """The numbers in its rows."""
-        shape = self._layer.shape
-        return self.count * shape.blocks * (shape.inputs + shape.outputs)
-
     def halves(self) -> "tuple[LayerBatch, LayerBatch]":
         """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
         middle = self.samples // 2
@@ -313,7 +307,8 @@ class LayerBatch:
         """Sum over samples and positions of a a^T."""
         if "a_BNPI" in vars(self) or self._ignores:
             return second_moment(self.a_BNPI, 1.0)
-        return torch.stack([self._layer.input_moment(run.kept) for run in self._runs]).sum(0)
+        moments = [self._layer.input_moment(run.kept) for run in self._runs]
+        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
 
     @cached_property
     def _gradients(self) -> list[Tensor]:
@@ -370,7 +365,8 @@ class _Slice(LayerBatch):
         kept = [self._layer.some_samples(run.kept, first, last, self._whole.samples) for run in self._runs]
         if "a_BNPI" in vars(self._whole) or self._whole._ignores or any(part is None for part in kept):
             return second_moment(self.a_BNPI, 1.0)
-        return torch.stack([self._layer.input_moment(part) for part in kept]).sum(0)
+        moments = [self._layer.input_moment(part) for part in kept]
+        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
 
 
 def _slope(run: Run) -> Tensor:

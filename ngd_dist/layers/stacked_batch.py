@@ -24,7 +24,7 @@ def stacking_key(batch: LayerBatch) -> Hashable | None:
     if run.slope is not None or run.samples == 1:
         return None
     shapes = run.kept.shape, run.kept.dtype, run.g.shape, run.g.dtype
-    return shapes, run.weight, batch._scale, batch.samples, batch.sharers, batch.read, batch.replicate
+    return shapes, run.weight, batch._scale, batch.samples, batch.sharers, batch.read, batch.replicate.index
 
 
 class StackedBatch(LayerBatch):
