@@ -163,11 +163,8 @@ class NGD(Assembly):
         self._look_up_groups()
         due, phase = self._due, self._stopwatch.phase
         with torch.autocast(self._device.type, enabled=False):
-            check_held(layer for layer in self.layers if any(p.grad is None for p in layer.parameters))
-            with phase("capture"):
-                captured = self._capture.to_send()
             with phase("reduce"):
-                means = self._collect(due, captured)
+                means = self._collect(due)
             if not means.is_finite:
                 self._skip()
                 return loss
@@ -258,12 +255,10 @@ class NGD(Assembly):
                 "optimizer.fisher_backward(output) after each forward pass, before loss.backward()"
             )
 
-    def _collect(self, due: list[Key], captured: Mapping[Key, Tensor]) -> GlobalMeans:
-        """Returns the global means: due statistics and gradients of the layers held here, and plain gradients.
-
-        captured: the statistics of this rank.
-        """
-        wrong = self._capture.miscounted()
+    def _collect(self, due: list[Key]) -> GlobalMeans:
+        """Returns the global means: due statistics and gradients of the layers held here, and plain gradients."""
+        check_held(layer for layer in self.layers if any(p.grad is None for p in layer.parameters))
+        captured, wrong = self._capture.to_send(), self._capture.miscounted()
         for key, value in captured.items():
             self._sync.offer(key, value)
         counts = self._capture.estimates.counts(due, wrong, self._device, self._capture.measurement.spoiled)

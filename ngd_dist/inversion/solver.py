@@ -28,8 +28,9 @@ from ngd_dist.inversion.problem import (
 
 __all__ = ["solve"]
 
-# The entries of one batch: 256 MiB in float32. A factor is never divided.
-MAX_ENTRIES = 2**26
+# The entries of one batch: 256 MiB in float32 on a GPU, 1 MiB on a CPU, where a batch that no cache holds takes longer
+# than its factors by themselves. A factor is never divided.
+MAX_ENTRIES, MAX_ENTRIES_CPU = 2**26, 2**18
 AUTOMATIC = AutomaticInversion()
 NOTHING, UNKNOWN = Policy(direct=()), Conditioning()
 
@@ -115,10 +116,10 @@ def _batches(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
         alike[(*task.kind, task.next_try.method)].append(task)
     for group in alike.values():
         batch: list[_Task] = []
-        entries = 0
+        entries, limit = 0, MAX_ENTRIES_CPU if group[0].factor.device.type == "cpu" else MAX_ENTRIES
         for task in group:
             entries += task.factor.numel()
-            if batch and entries > MAX_ENTRIES:
+            if batch and entries > limit:
                 yield batch
                 batch, entries = [], task.factor.numel()
             batch.append(task)
