@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.assembly import Assembly
-from ngd_dist.capture.coverage import check_held, check_owned
+from ngd_dist.capture.coverage import check_held
 from ngd_dist.curvature import failed_inversions, too_many_failed
 from ngd_dist.distributed import GlobalMeans, LocalContribution, RefreshReport, StepResult
 from ngd_dist.errors import CaptureError, ConfigError
@@ -161,9 +161,8 @@ class NGD(Assembly):
             with torch.enable_grad():
                 loss = closure()
         self._check_call(objective)
-        check_owned(self.param_groups, self._names)
         self._look_up_groups()
-        due, phase = self._schedule.due(self.stats.step + 1), self._stopwatch.phase
+        due, phase = self._due, self._stopwatch.phase
         with torch.autocast(self._device.type, enabled=False):
             with phase("reduce"):
                 means = self._collect(due)
@@ -173,7 +172,7 @@ class NGD(Assembly):
             with phase("refresh"):
                 reports = self._curvature.refresh(due, means, self._capture.estimates.seconds)
             with phase("apply"):
-                directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
+                directions = self._curvature.apply(means.gradients)
             with phase("publish"):
                 result = self._sync.publish(self._local_result(directions, means, reports), due)
             self._curvature.note_refreshes(result.reports)
@@ -270,10 +269,9 @@ class NGD(Assembly):
         for key, value in captured.items():
             self._sync.offer(key, value)
         counts = self._capture.estimates.counts(due, wrong, self._device, self._capture.measurement.spoiled)
-        gradients = {
-            layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
-        }
-        plain = [self._gradients.of(self, p) for p in self._plain]
+        read = partial(self._gradients.of, self)
+        gradients = {name: grad_BOI for stack in self._curvature.stacks for name, grad_BOI in stack.join(read)}
+        plain = read(self._plain)
         flags = self._gradients.flags(self, self._device)
         return self._sync.collect(LocalContribution(flags, counts, gradients, plain))
 

@@ -141,6 +141,7 @@ class Capture:
     def to_send(self) -> dict[Key, Tensor]:
         """Returns the same as `take`, but as ranks add them up: see `Positions`."""
         self._close_micro_batches()
+        self.measurement.make()
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
@@ -287,15 +288,16 @@ class Capture:
 
     def _on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
+        is_due = layer.name in self.measurement.due
+        is_noted = is_due or self.measurement.keeps_rows
         is_again = self._is_in_fisher_pass  # activation checkpointing
-        if self._is_blind or is_again or not (torch.is_grad_enabled() and output.requires_grad):
+        if self._is_blind or is_again or not (is_noted or self.needs_fisher_pass):
+            return
+        if not (torch.is_grad_enabled() and output.requires_grad):
             return
         self._has_run = True
-        is_due = layer.name in self.measurement.due
-        if not (self.measurement.keeps_rows or is_due):
-            return
         trained = [p for p in layer.parameters if p.requires_grad]
-        if not trained or layer.replaced():
+        if not (is_noted and trained) or layer.replaced():
             return
         within = backward_task()
         batch = self.batches.current(is_recomputed=within != OUTSIDE_BACKWARD)

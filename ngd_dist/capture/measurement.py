@@ -20,7 +20,7 @@ from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import LayerBatch, Replicate
 from ngd_dist.preconditioners import check_rows
-from ngd_dist.statistics.statistic import Key
+from ngd_dist.statistics.statistic import Key, by_layer
 from ngd_dist.telemetry import Stopwatch
 
 __all__ = ["Measurement", "Pass", "Sink", "Source"]
@@ -96,7 +96,7 @@ class Measurement:
         self.layer_batches: dict[str, list[LayerBatch]] = {}
         self.spoiled: set[str] = set()
         self._handed_over: set[str] = set()
-        self.due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
+        self.due = {layer: frozenset(names) for layer, names in by_layer(due).items()}
         reads = any(
             spec.reads_gradients
             for layer, names in self.due.items()
@@ -160,8 +160,14 @@ class Measurement:
         """Offers the due statistics of a layer to the sink: no more passes are expected."""
         if self._sink is not None and self._comm.world_size > 1:
             self._handed_over.add(name)
+            self.make()
             for key, value in self.estimates.of(name).items():
                 self._sink.offer(key, value)
+
+    def make(self) -> None:
+        """Makes the statistics of passes that wait for others to be stacked with: no more will come."""
+        with self._stopwatch.phase("capture"):
+            self.estimates.make()
 
     def scale(self, samples: int) -> float:
         """Returns the factor that turns the gradient of the loss into that of one sample's own loss."""
@@ -207,8 +213,7 @@ class Measurement:
     def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass, part: range | None = None) -> None:
         batch = self._layer_batch(name, runs, origin)
         batch = batch if part is None else batch.of(part)
-        # If backward runs under autocast, the products would be formed in 16 bits.
-        with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
+        with self._stopwatch.phase("capture"):
             self.estimates.add(name, batch, self.due[name], is_first=origin.is_first, weight=origin.weight)
 
     def _replicate(self, name: str) -> Replicate:
@@ -216,7 +221,3 @@ class Measurement:
         loss_parts = self._config.loss_parts
         index = self._comm.rank * loss_parts + self.estimates.passes.get(name, 0) % loss_parts
         return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
-
-
-def _device_type(runs: Sequence[NotedRun]) -> str:
-    return next((run.g.device.type for run in runs if run.g is not None), "cpu")

@@ -21,7 +21,9 @@ __all__ = [
 def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     """Returns scale * sum over n and p of r r^T, [B, D, D], in the dtype of the rows. scale: a number, or [B]."""
     rows = rows_BNPD.flatten(1, 2)
-    return rows.mT @ rows * _per_block(scale, rows, 2)
+    moment: Tensor = rows.mT @ rows
+    is_one = isinstance(scale, float) and scale == 1.0
+    return moment if is_one else moment.mul_(_per_block(scale, rows, 2))
 
 
 def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """nn.MultiheadAttention as two layers: the projections of query, key and value, and that of the output."""
 
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class InProjection(Projection):
 
     _made = (0, BLOCKS)
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         outputs, inputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs // BLOCKS, blocks=BLOCKS)
@@ -114,7 +115,7 @@ class InProjection(Projection):
 class OutProjection(Projection):
     """Maps the outputs of the heads, side by side, to the module's output."""
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         outputs, inputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs)

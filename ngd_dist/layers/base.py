@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ class Layer(ABC):
     """One covered part of a module: it has the parameters and the shape, and turns the tensors into rows.
 
     `batch_dim` is the dimension of the input and the output that counts samples: 0, or 1 if a sequence comes first.
+    `is_stackable`: whether `join` and `split` also take tensors of several layers that are alike, stacked in front.
     """
+
+    is_stackable: ClassVar[bool] = False
 
     def __init__(self, name: str, module: nn.Module, *, batch_dim: int = 0) -> None:
         self.name = name
@@ -136,15 +139,17 @@ class Layer(ABC):
 
         Weights are flattened to [O, -1], the bias comes last; blocks are equal parts of O.
         """
-        rows = gradients[0].shape[0]
-        joined = torch.cat([gradient.reshape(rows, -1) for gradient in gradients], dim=1).to(self.dtype)
-        return joined.view(self.shape.gradient)
+        layers = gradients[0].shape[: gradients[0].ndim - self.parameters[0].ndim]
+        rows = gradients[0].shape[len(layers)]
+        joined = torch.cat([gradient.reshape(*layers, rows, -1) for gradient in gradients], dim=-1).to(self.dtype)
+        return joined.view(*layers, *self.shape.gradient)
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
         """Returns one tensor per parameter, in its shape and dtype: the inverse of `join`."""
         widths = [p.numel() // p.shape[0] for p in self.parameters]
-        columns = direction_BOI.reshape(-1, direction_BOI.shape[-1]).split(widths, dim=1)
-        return [c.reshape(p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
+        layers = direction_BOI.shape[:-3]
+        columns = direction_BOI.reshape(*layers, -1, direction_BOI.shape[-1]).split(widths, dim=-1)
+        return [c.reshape(*layers, *p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
 
     def _own_parameters(self) -> list[nn.Parameter]:
         return [p for p in (self._weight, self._bias) if p is not None]
@@ -271,6 +276,11 @@ class LayerBatch:
         shape = self._layer.shape
         return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of its rows."""
+        return next(run.g.device for run in self._runs if run.g is not None)
+
     def halves(self) -> "tuple[LayerBatch, LayerBatch]":
         """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
         middle, of = self.samples // 2, self.replicate
@@ -295,7 +305,8 @@ class LayerBatch:
         """Sum over samples and positions of a a^T."""
         if "a_BNPI" in vars(self) or self._ignores:
             return second_moment(self.a_BNPI, 1.0)
-        return torch.stack([self._layer.input_moment(run.kept) for run in self._runs]).sum(0)
+        moments = [self._layer.input_moment(run.kept) for run in self._runs]
+        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
 
     @cached_property
     def _gradients(self) -> list[Tensor]:
@@ -368,7 +379,8 @@ class _Slice(LayerBatch):
         ]
         if "a_BNPI" in vars(self._whole) or self._whole._ignores or any(part is None for part in kept):
             return second_moment(self.a_BNPI, 1.0)
-        return torch.stack([self._layer.input_moment(part) for part in kept]).sum(0)
+        moments = [self._layer.input_moment(part) for part in kept]
+        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
 
 
 class _Part(_Slice):

@@ -1,5 +1,6 @@
 """nn.Conv1d, 2d and 3d: positions are the output's pixels, inputs the flattened patch of each pixel."""
 
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Conv(Layer):
     """
 
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    is_stackable = True
 
     @classmethod
     def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
@@ -40,7 +42,7 @@ class Conv(Layer):
         dims = len(self.module.kernel_size)
         return None if x.ndim == dims + 2 else f"[samples, channels, {AXES[dims]}]"
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         weight, groups = self._weight, self.module.groups
         inputs = weight[0].numel() + (self._bias is not None)

@@ -1,6 +1,7 @@
 """nn.Embedding: a linear layer without bias whose input rows are one-hot, and never made."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class Embedding(Layer):
     def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim > self.batch_dim else "[samples, ...]"
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         inputs, outputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs, outputs, has_one_hot_inputs=True)

@@ -1,6 +1,7 @@
 """nn.Linear, and transformers' Conv1D: positions are every dimension between the first and the last."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from torch import Tensor
 
@@ -14,10 +15,12 @@ __all__ = ["Linear", "TransposedLinear"]
 class Linear(Layer):
     """x [N, ..., I] -> y [N, ..., O]. Positions are shared weights in the sense of [E23]."""
 
+    is_stackable = True
+
     def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim >= 2 + self.batch_dim else "[samples, ..., inputs]"
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         outputs, inputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs)
@@ -39,7 +42,7 @@ class Linear(Layer):
 class TransposedLinear(Linear):
     """A linear layer with a weight [I, O], and always a bias."""
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         inputs, outputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + 1, outputs)
@@ -49,5 +52,5 @@ class TransposedLinear(Linear):
         return super().join([weight.mT, bias])
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
-        direction_OI = direction_BOI[0].to(self._weight.dtype)
-        return [direction_OI[:, :-1].mT.contiguous(), direction_OI[:, -1].contiguous()]
+        direction_OI = direction_BOI.squeeze(-3).to(self._weight.dtype)
+        return [direction_OI[..., :-1].mT.contiguous(), direction_OI[..., -1].contiguous()]

@@ -7,6 +7,7 @@ Source: [OT20], unit-wise.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ __all__ = ["ChannelNorm", "Norm"]
 class Norm(Layer):
     """Rows a_BNPI are [1, N, P, O], one normalised number per unit; the gradient matrix is [1, O, 1 or 2]."""
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         return LayerShape(self.name, "unit_wise", len(self.parameters), self._weight.numel())
 

@@ -26,6 +26,8 @@ class KFAC(Preconditioner):
     be lambda times their ratio, which falls without bound while G vanishes and A stays.
     """
 
+    is_blockwise = True
+
     def __init__(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> None:
         super().__init__(shape)
         self._factors = Factors(shape, config.sharing, self.forms(shape, config, max_dense))

@@ -21,11 +21,11 @@ from ngd_dist.step.quadratic import Objective, curvature_products, evaluate, pre
 from ngd_dist.step.weights import MomentumMode
 from ngd_dist.telemetry import Adapted
 
-__all__ = ["Adaptation", "GradientOf", "Objective", "Trial"]
+__all__ = ["Adaptation", "GradientsOf", "Objective", "Trial"]
 
 Groups = list[dict[str, Any]]
 Steps = Mapping[nn.Parameter, Tensor]
-GradientOf = Callable[[nn.Parameter], Tensor]
+GradientsOf = Callable[[Sequence[nn.Parameter]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,11 @@ class Adaptation:
         directions: Steps,
         state: Mapping[Any, MutableMapping[str, Any]],
         objective: Objective | None,
-        gradient_of: GradientOf,
+        gradients_of: GradientsOf,
     ) -> Trial | None:
         """Collective if the settings need an objective. Sets lr and momentum if the quadratic model chooses them.
 
-        gradient_of: this rank's gradient of a parameter; the mean over ranks is that of the global batch.
+        gradients_of: this rank's gradients of parameters; the mean over ranks is that of the global batch.
         Returns None, on all ranks, for a step to be skipped: its quadratic model has NaN or infinity.
         Raises: NonFiniteError, on all ranks, for the same unless such steps are to be skipped.
         """
@@ -89,7 +89,7 @@ class Adaptation:
         before = {p: p.detach().clone() for p in directions} if is_judged else {}
         if not self._chooses:
             return Trial(is_judged, before)
-        model = self._choose(groups, directions, state, objective, gradient_of)
+        model = self._choose(groups, directions, state, objective, gradients_of)
         if model is not None:
             return Trial(is_judged, before, model)
         if self._skips:
@@ -117,7 +117,7 @@ class Adaptation:
         directions: Steps,
         state: Mapping[Any, MutableMapping[str, Any]],
         objective: Objective,
-        gradient_of: GradientOf,
+        gradients_of: GradientsOf,
     ) -> tuple[float, float] | None:
         """Sets every group's lr and momentum; returns the objective's loss and the change that the model predicts.
 
@@ -128,7 +128,8 @@ class Adaptation:
         down = {p: -direction for p, direction in directions.items()}
         last = {p: -state[p]["momentum_buffer"] for p in directions if "momentum_buffer" in state[p]}
         tangents = [down, last] if last else [down]
-        gradient = {p: gradient_of(p) for p in directions}
+        parameters = list(directions)
+        gradient = dict(zip(parameters, gradients_of(parameters), strict=True))
         loss, DFD, Dg, slopes = self._products(objective, tangents, [_dot(tangent, gradient) for tangent in tangents])
         DD = self._damped_products(groups, tangents)
         lengths = solve_lengths(DFD, DD, slopes, damping=1.0)
