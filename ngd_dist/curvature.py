@@ -169,7 +169,9 @@ class Curvature:
     def _mean(self, key: Key, means: GlobalMeans) -> Tensor:
         spec = self.statistics[key].spec
         factor = means.counts[key.layer].positions.factor(spec, self._power)
-        return spec.form.times(means.statistics[key], factor).to(self._layers[key.layer].layer.dtype)
+        mean = means.statistics[key]
+        is_one = isinstance(factor, float) and factor == 1.0  # then no copy
+        return (mean if is_one else spec.form.times(mean, factor)).to(self._layers[key.layer].layer.dtype)
 
     def _unfit(self, key: Key, means: GlobalMeans) -> RefreshReport:
         """Returns the report on a statistic without a value, or with one that must not enter the average."""

@@ -180,7 +180,7 @@ class Estimates:
                 estimates = [method.estimate(part, alone, shared) for part in replicates]
             values = [estimate[spec.name] for estimate in estimates if estimate]  # else there is no basis yet
             scaled = values if scale == 1.0 else [value * scale for value in values]
-            of_layers = zip(*(value.chunk(count) for value in scaled), strict=True) if scaled else [()] * count
+            of_layers = zip(*(_parts(value, count) for value in scaled), strict=True) if scaled else [()] * count
             for added, of_layer in zip(alike, of_layers, strict=True):
                 mean = self._means[added.name].get(spec.name)
                 if mean is None:
@@ -256,6 +256,11 @@ def _mean(positions_B: Tensor) -> float | Tensor:
     """Returns the mean over blocks, which differ alike in all micro-batches: [] on a device, a number on the CPU."""
     mean = positions_B.mean()
     return float(mean) if mean.device.type == "cpu" else mean
+
+
+def _parts(value: Tensor, count: int) -> Sequence[Tensor]:
+    """Returns equal parts of the value. A view would keep all of it alive for as long as one part is in use."""
+    return [value] if count == 1 else [part.clone() for part in value.chunk(count)]
 
 
 def _in_full_precision(device: torch.device) -> AbstractContextManager[None]:
