@@ -80,8 +80,7 @@ def statistics_of(make: Any, config: NGDConfig, batches: list[tuple[Tensor, Tens
         found = captured(optimizer)
         if step < steps - 1:
             optimizer.step()
-    keys = list(optimizer._capture.estimates._means)
-    return found, optimizer._capture.estimates.counts(keys, (), torch.device("cpu"))
+    return found, optimizer._capture.estimates.counts(optimizer._due, (), torch.device("cpu"))
 
 
 def test_a_part_is_evenly_spaced_and_never_empty() -> None:
