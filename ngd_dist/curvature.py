@@ -19,6 +19,7 @@ from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
 from ngd_dist.preconditioners import Cache
 from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
 from ngd_dist.statistics.statistic import Key, Statistic
+from ngd_dist.step.agreement import shares_of
 from ngd_dist.step.finite import is_finite
 from ngd_dist.telemetry import Refresh
 
@@ -55,6 +56,12 @@ class Curvature:
             config.inverse_dtype,
             {name: method.shared for name, method in methods.items()},
         )
+        # Whether a step's rows may stand for a dense factor; and the layers whose directions are cheaper from rows.
+        self.keeps_rows = config.may_keep_rows and sync.comm.world_size == 1
+        self.with_rows: set[str] = set()
+        self._takes_rows = sync.comm.world_size == 1
+        self._reads_loss = config.fisher.kind == "empirical"
+        self._fresh: dict[str, frozenset[str]] = {}
         # By layer that has been refreshed; the same on every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
         adapts = config.staleness.kind == "adaptive"  # a fixed interval does not depend on changes
@@ -70,13 +77,47 @@ class Curvature:
             self.caches[name] = old.caches[name]
         self.caches.elsewhere = {name: cache for name, cache in old.caches.elsewhere.items() if name in self.caches}
         self.damped_with = {name: used for name, used in old.damped_with.items() if name in self.caches}
+        self.with_rows = {name for name in old.with_rows if name in self.caches}
         self.statistics |= {key: value for key, value in old.statistics.items() if key in self.statistics}
 
-    def apply(self, name: str, grad_BOI: Tensor) -> Tensor:
-        """Returns the direction, [B, O, I]; if the layer has no cache yet, the gradient itself."""
-        cache, covered = self.caches[name], self._layers[name]
-        grad_BOI = grad_BOI.to(covered.layer.dtype)
-        return grad_BOI if cache is None else covered.method.apply(cache, grad_BOI)
+    def directions(
+        self, gradients: Mapping[str, Tensor], captured: Callable[[str], tuple[Tensor, Tensor] | None]
+    ) -> dict[str, Tensor]:
+        """Returns the directions of the layers that this rank holds, [B, O, I]; without a cache, the gradient itself.
+
+        captured: returns the rows of a layer's gradient that were kept in this step. If they, or those behind a new
+        statistic, make a direction cheaper and the gradient is made of them, it is taken from the rows.
+        """
+        gradients = {name: gradient.to(self._layers[name].layer.dtype) for name, gradient in gradients.items()}
+        caches = {name: cache for name in gradients if (cache := self.caches[name]) is not None}
+        products = {
+            name: (gradients[name], *rows)
+            for name, cache in caches.items()
+            if (rows := self._rows(name, cache, captured)) is not None
+        }
+        shares = shares_of(products)
+        directions = {}
+        for name, gradient in gradients.items():
+            method = self._layers[name].method
+            if name in shares:
+                directions[name] = method.apply_rows(caches[name], *products[name][1:], shares[name])
+            else:
+                directions[name] = method.apply(caches[name], gradient) if name in caches else gradient
+        return directions
+
+    def note_rows(self, name: str, rows: int) -> None:
+        """Decides whether the layer's directions are cheaper from the rows of a gradient, given their number."""
+        cache = self.caches[name] if self._takes_rows and rows else None
+        pays = cache is not None and self._layers[name].method.rows_pay(cache, rows)
+        (self.with_rows.add if pays else self.with_rows.discard)(name)
+
+    def _rows(
+        self, name: str, cache: Cache, captured: Callable[[str], tuple[Tensor, Tensor] | None]
+    ) -> tuple[Tensor, Tensor] | None:
+        fresh = self._fresh.get(name, frozenset())
+        if not (self._takes_rows and (fresh or name in self.with_rows)):
+            return None
+        return self._layers[name].method.gradient_rows(cache, fresh, lambda: captured(name))
 
     def refresh(
         self, due: Sequence[Key], means: GlobalMeans, seconds: Callable[[Key], float]
@@ -99,6 +140,9 @@ class Curvature:
         here = [name for name in drifted if self._sync.inverts(name)]
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._layers[name].damping for name in drifted}
+        self._fresh = {name: self._of_the_loss(name, statistics) for name, statistics in fresh.items()}
+        for name in fresh:
+            self.note_rows(name, means.counts[name].rows)
         self._share(due, drifted)
         ended = {key: _with_ending(key, report, folded, rebuilt) for key, report in folded.items()}
         return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
@@ -136,6 +180,11 @@ class Curvature:
             self.caches[name] = None if entries is None else (self.caches[name] or {}) | entries
         elif entries is None or entries.keys() >= set(self._layers[name].method.shared):
             self.caches.elsewhere[name] = entries
+
+    def _of_the_loss(self, name: str, statistics: frozenset[str]) -> frozenset[str]:
+        """Returns those of a layer's statistics that are made from gradients of the loss, or from none."""
+        specs = self._layers[name].method.statistics
+        return statistics & {spec.name for spec in specs if self._reads_loss or not spec.reads_gradients}
 
     def _share(self, due: Sequence[Key], drifted: Collection[str]) -> None:
         """Sends around the entries that may have changed; shared ones change only with a new basis."""

@@ -171,7 +171,7 @@ class NGD(Assembly):
             with phase("refresh"):
                 reports = self._curvature.refresh(due, means, self._capture.estimates.seconds)
             with phase("apply"):
-                directions = {name: self._curvature.apply(name, gradient) for name, gradient in means.gradients.items()}
+                directions = self._curvature.directions(means.gradients, self._capture.gradient_rows.of)
             with phase("publish"):
                 result = self._sync.publish(self._local_result(directions, means, reports), due)
             self._curvature.note_refreshes(result.reports)

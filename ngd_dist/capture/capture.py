@@ -13,7 +13,7 @@ belong together, and count as positions. Backward passes are told apart by autog
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from ngd_dist.capture.activations import Activations
 from ngd_dist.capture.batches import Batches
 from ngd_dist.capture.estimates import Estimates
+from ngd_dist.capture.gradient_rows import GradientRows
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.measurement import Measurement, Pass, Sink, Source
 from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun, miscount
@@ -85,6 +86,7 @@ class Capture:
         on_forward: Callable[[tuple[Any, ...], Mapping[str, Any]], bool | None] | None = None,
     ) -> None:
         self.batches = Batches(config)
+        self.gradient_rows = GradientRows()
         self.measurement = Measurement(
             layers,
             config,
@@ -104,9 +106,6 @@ class Capture:
         self._edges: deque[list[GradientEdge]] = deque(maxlen=max(MAX_PENDING, config.loss_parts))
         self._passes: dict[str, LayerPasses] = {}
         self._arrived: dict[str, Arrivals] = {}
-        self._has_run = False
-        self._fisher_passes = 0
-        self._is_stale = False
         # Layers that had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
         self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
@@ -120,9 +119,10 @@ class Capture:
         handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
 
-    def begin_step(self, due: Sequence[Key], step: int) -> None:
-        """Starts a new step in which these statistics, and no others, are captured."""
+    def begin_step(self, due: Sequence[Key], step: int, with_rows: Collection[str] = ()) -> None:
+        """Starts a new step in which these statistics, and no others, are captured, and the rows of some layers."""
         self.measurement.begin(due, step)
+        self.gradient_rows.begin(with_rows)
         self._clear()
         if not self.measurement.keeps_rows:
             for name in self._accumulation.keys() - self.measurement.due.keys():
@@ -247,12 +247,12 @@ class Capture:
         self, outputs: Sequence[Tensor], edges: Sequence[GradientEdge], gradients: Sequence[Tensor]
     ) -> dict[str, Arrivals]:
         """Returns the runs of each due layer that these gradients of the outputs reach, with their own."""
-        self._is_in_fisher_pass = True
+        self._is_in_fisher_pass = self.gradient_rows.rests = True
         try:
             torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
             return self._arrived
         finally:
-            self._is_in_fisher_pass, self._arrived = False, {}
+            self._arrived, self._is_in_fisher_pass, self.gradient_rows.rests = {}, False, False
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the number of samples in the model's inputs, before its forward pass."""
@@ -282,6 +282,7 @@ class Capture:
         if self._is_blind or not (torch.is_grad_enabled() and output.requires_grad):
             return
         self._has_run = True
+        self.gradient_rows.watch(layer, x, output)
         is_due = layer.name in self.measurement.due
         if not (self.measurement.keeps_rows or is_due):
             return

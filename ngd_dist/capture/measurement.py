@@ -205,7 +205,8 @@ class Measurement:
         """Returns the next micro-batch's part of the global batch; too many are an error of the step."""
         loss_parts = self._config.loss_parts
         index = self._comm.rank * loss_parts + self.estimates.passes.get(name, 0) % loss_parts
-        return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
+        seed = self._step * self._replicates + index
+        return Replicate(index, self._replicates, seed, is_all=self._replicates == 1 and self._config.may_keep_rows)
 
 
 def _device_type(runs: Sequence[NotedRun]) -> str:

@@ -21,11 +21,15 @@ __all__ = ["Entrywise", "FactorForm", "Form", "InputRows", "Replicate"]
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """One of the equal parts of a global batch: a rank's micro-batch. `seed` decides the rows that are drawn."""
+    """One of the equal parts of a global batch: a rank's micro-batch. `seed` decides the rows that are drawn.
+
+    `is_all`: whether the batch has no other part than the `count` of its kind, on this rank, and the statistic no past.
+    """
 
     index: int = 0
     count: int = 1
     seed: int = 0
+    is_all: bool = False
 
 
 class InputRows(Protocol):
@@ -34,6 +38,10 @@ class InputRows(Protocol):
     @property
     def samples(self) -> int:
         """The number of samples."""
+
+    @property
+    def count(self) -> int:
+        """The number of rows of the micro-batch, padding included; a part of it has that of the whole."""
 
     @property
     def replicate(self) -> Replicate:
@@ -60,7 +68,7 @@ class Form:
         return prod(self.shape)
 
     def flatten(self, value: Tensor) -> Tensor:
-        """Returns the value as it is summed over ranks and saved: [numbers]."""
+        """Returns the value as it is summed over ranks: [numbers]."""
         return value.flatten()
 
     def expand(self, flat: Tensor) -> Tensor:
@@ -83,6 +91,30 @@ class Form:
     def times(self, value: Tensor, factor: float | Tensor) -> Tensor:
         """Returns `factor` times the value, as of the matrix that it stands for. factor: a number, or []."""
         return value * factor
+
+    def plus(self, value: Tensor, other: Tensor) -> Tensor:
+        """Returns the sum of both, as of the matrices that they stand for."""
+        return value + other
+
+    def weighted(self, value: Tensor, share: float) -> Tensor:
+        """Returns the value as this share of a sum, of which `mean` is taken."""
+        return value * share
+
+    def averaged(self, last: Tensor, new: Tensor, weight: float) -> Tensor:
+        """Returns last + weight * (new - last), as of the matrices that they stand for."""
+        return torch.lerp(last, new, weight)
+
+    def remembered(self, value: Tensor) -> Tensor:
+        """Returns the value as it is kept for later, and saved: [numbers]."""
+        return self.flatten(value)
+
+    def recalled(self, flat: Tensor) -> Tensor:
+        """Returns the value that was remembered."""
+        return self.expand(flat)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """Returns the value in the shape of this form, if a form has values of other shapes."""
+        return value
 
     def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
         """Returns `power` times the mean over `passes` micro-batches, from the sum of their values.

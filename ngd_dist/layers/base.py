@@ -318,7 +318,8 @@ class _Slice(LayerBatch):
 
     def __init__(self, whole: LayerBatch, samples: slice, half: int) -> None:
         of = whole.replicate
-        super().__init__(whole._layer, whole._runs, whole._scale, Replicate(2 * of.index + half, 2 * of.count, of.seed))
+        part = Replicate(2 * of.index + half, 2 * of.count, of.seed, of.is_all)
+        super().__init__(whole._layer, whole._runs, whole._scale, part)
         self._whole, self._slice = whole, samples
         self.samples = samples.stop - samples.start
 
