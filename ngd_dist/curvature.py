@@ -17,7 +17,16 @@ from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
 from ngd_dist.preconditioners import Cache
-from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
+from ngd_dist.statistics.staleness import (
+    REFRESHED,
+    Schedule,
+    Track,
+    Verdict,
+    error_threshold,
+    judge,
+    judge_error,
+    threshold_for,
+)
 from ngd_dist.statistics.statistic import Key, Statistic
 from ngd_dist.step.agreement import shares_of
 from ngd_dist.step.finite import is_finite
@@ -120,14 +129,24 @@ class Curvature:
         return self._layers[name].method.gradient_rows(cache, fresh, lambda: captured(name))
 
     def refresh(
-        self, due: Sequence[Key], means: GlobalMeans, seconds: Callable[[Key], float]
+        self,
+        due: Sequence[Key],
+        means: GlobalMeans,
+        seconds: Callable[[Key], float],
+        averaged: Collection[Key] = frozenset(),
     ) -> dict[Key, RefreshReport]:
         """Collective. Returns a report on each due statistic of the layers that this rank inverts.
 
-        `seconds`: the time that estimating a statistic took here; the time of its inversion is added.
+        `seconds`: the time that estimating a statistic took here; the time of its inversion is added. `averaged`: the
+        due statistics that make no new inverse in this step.
         Folds the means in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
         folded = {key: self._fold(key, means) for key in due if self._sync.inverts(key.layer)}
+        folded |= {
+            key: replace(folded[key], verdict=Verdict.AVERAGED)
+            for key in averaged
+            if key in folded and folded[key].verdict in REFRESHED
+        }
         refreshed = [key for key, report in folded.items() if report.rebuilds]
         fresh = {
             name: frozenset(key.statistic for key in refreshed if key.layer == name)
@@ -143,7 +162,7 @@ class Curvature:
         self._fresh = {name: self._of_the_loss(name, statistics) for name, statistics in fresh.items()}
         for name in fresh:
             self.note_rows(name, means.counts[name].rows)
-        self._share(due, drifted)
+        self._share([key for key in due if key not in averaged], drifted)
         ended = {key: _with_ending(key, report, folded, rebuilt) for key, report in folded.items()}
         return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
 

@@ -100,12 +100,12 @@ class Capture:
         self._reads_slopes = {name for name, covered in layers.items() if covered.method.reads_slopes}
         self._micro_batches = config.micro_batches
         self._on_forward = on_forward
-        self._is_paused = False
-        self._has_warned = False
+        self._is_paused = self._has_warned = False
         # By forward pass. Those that were never differentiated must not pile up, since an edge keeps its graph alive.
         self._edges: deque[list[GradientEdge]] = deque(maxlen=max(MAX_PENDING, config.loss_parts))
         self._passes: dict[str, LayerPasses] = {}
         self._arrived: dict[str, Arrivals] = {}
+        self._has_run = self._is_stale = False
         # Layers that had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
         self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
