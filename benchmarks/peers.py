@@ -49,7 +49,7 @@ def ngd(refreshes: tuple[Refresh, ...] = ("1/10", *NGD_REFRESHES), **choices: An
     return Peer(build, "ngd_dist", refreshes)
 
 
-# Factors at least twice as wide as the rows are kept as rows: 256 are all samples of a batch of 256. Rows have no average.
+# Factors at least twice as wide as the rows are kept as rows, without an average: 256 are all of a batch of 256.
 PEERS: dict[str, Peer] = {
     "sgd": RIVALS["sgd"],
     "ngd": ngd(),

@@ -4,7 +4,7 @@ Whether the `grad` of a step is made of these rows is checked when they are used
 here tells passes apart: the rows of a probe, of a penalty, or of a gradient that was cleared or clipped, do no harm.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -48,9 +48,14 @@ class GradientRows:
         if not runs:
             return None
         a, g = zip(*((layer.inputs(kept), layer.output_gradients(kept, g)) for layer, kept, g in runs), strict=True)
-        a_BRI, g_BRO = (torch.cat([rows.flatten(1, 2) for rows in each], dim=1) for each in (a, g))
+        a_BRI, g_BRO = map(_side_by_side, (a, g))
         return (a_BRI, g_BRO) if a_BRI.shape[1] == g_BRO.shape[1] <= max(a_BRI.shape[2], g_BRO.shape[2]) else None
 
     def _on_gradient(self, layer: Layer, kept: Tensor, g: Tensor) -> None:
         if layer.name in self.names and not self.rests:
             self._runs.setdefault(layer.name, []).append((layer, kept, g.detach()))
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    flat = [of_run.flatten(1, 2) for of_run in rows]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)

@@ -53,7 +53,7 @@ class InputRows(Protocol):
 
     @property
     def input_moment_BII(self) -> Tensor:
-        """Sum over samples and positions of a a^T; some layers compute it without the rows."""
+        """Sum over samples and positions of a a^T, a new tensor; some layers compute it without the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Form:
 
     def times(self, value: Tensor, factor: float | Tensor) -> Tensor:
         """Returns `factor` times the value, as of the matrix that it stands for. factor: a number, or []."""
-        return value * factor
+        return value if is_one(factor) else value * factor
 
     def plus(self, value: Tensor, other: Tensor) -> Tensor:
         """Returns the sum of both, as of the matrices that they stand for."""
@@ -100,8 +100,11 @@ class Form:
         """Returns the value as this share of a sum, of which `mean` is taken."""
         return value * share
 
-    def averaged(self, last: Tensor, new: Tensor, weight: float) -> Tensor:
-        """Returns last + weight * (new - last), as of the matrices that they stand for."""
+    def averaged(self, last: Tensor, new: Tensor, weight: float, *, reuses: bool) -> Tensor:
+        """Returns last + weight * (new - last), as of the matrices that they stand for.
+
+        reuses: whether nothing but a copy that `remembered` made needs `last` any more.
+        """
         return torch.lerp(last, new, weight)
 
     def remembered(self, value: Tensor) -> Tensor:
@@ -149,6 +152,11 @@ class Form:
     def keep(self, entry: Tensor, dtype: torch.dtype) -> Tensor | Stored:
         """Returns an entry of a cache as it is stored, if inverses are kept in this dtype of 16 bits."""
         return entry
+
+
+def is_one(factor: float | Tensor) -> bool:
+    """Returns whether the factor is the number 1; a tensor is not read."""
+    return not isinstance(factor, Tensor) and factor == 1
 
 
 class Entrywise(Form):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ngd_dist.factors.dense import Dense
-from ngd_dist.factors.form import InputRows, Replicate
+from ngd_dist.factors.form import InputRows, Replicate, is_one
 from ngd_dist.factors.triangle import packed_size
 from ngd_dist.inversion import ToInvert
 
@@ -85,8 +85,8 @@ class Gram(Dense):
     def whole(self, value: Tensor) -> Tensor:
         return self.dense(value)
 
-    def averaged(self, last: Tensor, new: Tensor, weight: float) -> Tensor:
-        return super().averaged(self.dense(last), self.dense(new), weight)
+    def averaged(self, last: Tensor, new: Tensor, weight: float, *, reuses: bool) -> Tensor:
+        return super().averaged(self.dense(last), self.dense(new), weight, reuses=reuses)
 
     def plus(self, value: Tensor, other: Tensor) -> Tensor:
         both_rows = self.is_rows(value) and self.is_rows(other)
@@ -95,9 +95,8 @@ class Gram(Dense):
         return self.dense(value) + self.dense(other)
 
     def times(self, value: Tensor, factor: float | Tensor) -> Tensor:
-        if isinstance(factor, float | int) and factor == 1:
-            return value  # with its Gram matrix
-        return value * factor**0.5 if self.is_rows(value) else value * factor
+        is_whole = is_one(factor) or not self.is_rows(value)
+        return super().times(value, factor) if is_whole else value * factor**0.5
 
     def weighted(self, value: Tensor, share: float) -> Tensor:
         return self.times(value, share)

@@ -21,7 +21,11 @@ __all__ = [
 def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     """Returns scale * sum over n and p of r r^T, [B, D, D], in the dtype of the rows. scale: a number, or [B]."""
     rows = rows_BNPD.flatten(1, 2)
-    return rows.mT @ rows * _per_block(scale, rows, 2)
+    if isinstance(scale, torch.Tensor) and (scale.numel() > 1 or scale.device.type != "cpu"):
+        return rows.mT @ rows * _per_block(scale, rows, 2)
+    # One pass over the result instead of two.
+    moment = rows.new_empty(len(rows), rows.shape[-1], rows.shape[-1])
+    return torch.baddbmm(moment, rows.mT, rows, beta=0, alpha=float(scale), out=moment)
 
 
 def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:

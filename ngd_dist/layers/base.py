@@ -292,12 +292,12 @@ class LayerBatch:
         middle = self.samples // 2
         return _Slice(self, slice(0, middle), 0), _Slice(self, slice(middle, self.samples), 1)
 
-    @cached_property
+    @property
     def input_moment_BII(self) -> Tensor:
-        """Sum over samples and positions of a a^T."""
+        """Sum over samples and positions of a a^T, a new tensor."""
         if "a_BNPI" in vars(self) or self._ignores:
             return second_moment(self.a_BNPI, 1.0)
-        return torch.stack([self._layer.input_moment(run.kept) for run in self._runs]).sum(0)
+        return _sum([self._layer.input_moment(run.kept) for run in self._runs])
 
     @cached_property
     def _gradients(self) -> list[Tensor]:
@@ -349,13 +349,18 @@ class _Slice(LayerBatch):
     def mean_positions_B(self) -> Tensor:
         return self._whole.mean_positions_B
 
-    @cached_property
+    @property
     def input_moment_BII(self) -> Tensor:
         first, last = self._slice.start, self._slice.stop
         kept = [self._layer.some_samples(run.kept, first, last, self._whole.samples) for run in self._runs]
         if "a_BNPI" in vars(self._whole) or self._whole._ignores or any(part is None for part in kept):
             return second_moment(self.a_BNPI, 1.0)
-        return torch.stack([self._layer.input_moment(part) for part in kept]).sum(0)
+        return _sum([self._layer.input_moment(part) for part in kept])
+
+
+def _sum(moments: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of new tensors, the only one itself: a copy of n x n numbers takes as long as many products."""
+    return moments[0] if len(moments) == 1 else torch.stack(list(moments)).sum(0)
 
 
 def _slope(run: Run) -> Tensor:

@@ -94,7 +94,10 @@ class Statistic:
         """
         past = self.ema_decay * self.weight
         last, self.weight = self.value, past + 1.0
-        self.value = new if last is None or past == 0.0 else self.spec.form.averaged(last, new, 1 / self.weight)
+        if last is None or past == 0.0:
+            self.value = new
+        else:
+            self.value = self.spec.form.averaged(last, new, 1 / self.weight, reuses=not self.remembers)
         if not self.remembers:
             return Change(float("inf"), float("inf"))
         before = None if self._before is None else self.spec.form.recalled(self._before)
