@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.form import InputRows, Replicate, is_one
+from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.factors.triangle import packed_size
 from ngd_dist.inversion import ToInvert
 
@@ -150,7 +151,7 @@ class Gram(Dense):
 
 def gram(rows: Tensor) -> Tensor:
     """Returns X X^T, [B, R, R]: computed once, and kept as long as the rows are. It must not be written to."""
-    return _once(_GRAMS, rows, lambda: rows @ rows.mT)
+    return _once(_GRAMS, rows, lambda: second_moment(rows.mT.unsqueeze(2), 1.0))
 
 
 # By tensor, by its identity.
