@@ -24,6 +24,7 @@ NGD_KINDS = {
     "statistics": "statistics",
     "._means": "statistics",  # of this step's passes
     ".layer_batches": "kept rows",
+    "gradient_rows": "kept rows",
     "_sync": "buffers",
     "_comm": "buffers",
 }

@@ -136,7 +136,7 @@ class _Split:
 
         fresh: the factors that are made of these very rows.
         """
-        if self._factors.sums_positions:
+        if self._factors.sums_positions or not all(isinstance(form, Dense) for form in self._factors.forms.values()):
             return False
         (blocks, outputs, inputs), (A, G) = self._factors.gradient, self.inverses(cache)
         of_a, of_g = (2 * rows if n in fresh else f.product_flops for n, f in (("A", A), ("G", G)))
@@ -146,7 +146,7 @@ class _Split:
 
     def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
         kept = {name: rows for name, rows in kept_rows(cache).items() if name in fresh}
-        others = None if len(kept) == 2 or self._factors.sums_positions else captured()
+        others = None if len(kept) == 2 else captured()
         a_BRI, g_BRO = (kept.get(name, other) for name, other in zip(("A", "G"), others or (None, None), strict=True))
         if a_BRI is None or g_BRO is None or a_BRI.shape[1] != g_BRO.shape[1]:
             return None

@@ -258,6 +258,29 @@ def test_runs_and_positions_are_rows(steps: int, monkeypatch: pytest.MonkeyPatch
     assert_same(by_rows, whole)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_embedding_of_few_tokens_takes_the_steps_of_whole_matrices(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(method: type[KFAC]) -> NGD:
+        monkeypatch.setattr(KFACConfig, "method", f"{method.__module__}:{method.__name__}")
+        monkeypatch.setattr("ngd_dist.preconditioners.kfac.CHECK", 0)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(60, 24), nn.Flatten(), nn.Linear(48, 3)).double()
+        optimizer = NGD(model, NGDConfig(lr=0.05, damping=0.01, staleness={"kind": "fixed", "steps": steps}))
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randint(60, (4, 2), generator=generator)), torch.arange(4) % 3).backward()
+            optimizer.step()
+        return optimizer
+
+    by_rows, whole = trained(KFAC), trained(Whole)
+
+    assert count_of_rows(by_rows, "0", "G") == 8
+    assert_same(by_rows, whole)
+
+
 # --- saved states -----------------------------------------------------------------------------------------------------
 
 
