@@ -55,8 +55,24 @@ class RowInverse:
         return self.damping.view(-1, 1, 1)
 
     def _solved(self) -> Tensor:
-        """Returns (X X^T + d I)^-1 X, made once for all steps that apply it."""
-        return _once(_SOLVED, self.inverse, lambda: self.inverse @ self.rows)
+        """Returns (X X^T + d I)^-1 X, made once for all steps that apply it.
+
+        The inverse alone leaves an error that Woodbury's difference makes up to seven times that of a whole inverse.
+        One step of iterative refinement brings it to the same.
+        """
+
+        def refined() -> Tensor:
+            solved = self.inverse @ self.rows
+            rest = self.rows - gram(self.rows) @ solved - self._divisor * solved
+            return torch.baddbmm(solved, self.inverse, rest)
+
+        return _once(_SOLVED, self.inverse, refined)
+
+    @property
+    def solving_flops(self) -> int:
+        """The operations before the first product."""
+        blocks, rows, width = self.rows.shape
+        return 6 * blocks * rows**2 * width
 
 
 class Gram(Dense):

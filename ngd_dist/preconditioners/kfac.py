@@ -71,7 +71,9 @@ class KFAC(Preconditioner):
         return self._mode.apply(cache, grad_BOI)
 
     def rows_pay(self, cache: Cache, rows: int) -> bool:
-        return self._mode.rows_pay(cache, rows)
+        # Of a step that refreshes the layer, the cache may have the rows of one factor and need those of the other.
+        kept = frozenset(kept_rows(cache))
+        return self._mode.rows_pay(cache, rows) or (len(kept) == 1 and self._mode.rows_pay(cache, rows, kept))
 
     def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
         return self._mode.gradient_rows(cache, fresh, captured)
@@ -142,6 +144,7 @@ class _Split:
         of_a, of_g = (2 * rows if n in fresh else f.product_flops for n, f in (("A", A), ("G", G)))
         by_rows = rows * blocks * (inputs * of_a + outputs * of_g + 2 * outputs * inputs)
         by_gradient = blocks * outputs * inputs * (A.product_flops + G.product_flops)
+        by_gradient += sum(f.parts.solving_flops for n, f in (("A", A), ("G", G)) if n in fresh and f.parts)
         return by_rows + CHECK < by_gradient
 
     def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
@@ -215,7 +218,7 @@ class _Exact:
         A, G = cache.get("A"), cache.get("G")
         return from_basis(A, G, to_basis(A, G, grad_BOI) * cache["inverse"])
 
-    def rows_pay(self, cache: Cache, rows: int) -> bool:
+    def rows_pay(self, cache: Cache, rows: int, fresh: frozenset[str] = frozenset()) -> bool:
         return False
 
     def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
