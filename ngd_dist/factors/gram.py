@@ -37,13 +37,16 @@ class RowInverse:
 
     def right(self, matrix_BOn: Tensor) -> Tensor:
         """Returns M (X^T X + d I)^-1, [B, O, n], a new tensor."""
-        product = torch.baddbmm(matrix_BOn, matrix_BOn @ self.rows.mT, self._solved(), alpha=-1)
-        return product.div_(self._divisor)
+        return self.undivided(matrix_BOn).div_(self.divisor)
+
+    def undivided(self, matrix_BOn: Tensor) -> Tensor:
+        """Returns `divisor` times `right`, a new tensor."""
+        return torch.baddbmm(matrix_BOn, matrix_BOn @ self.rows.mT, self._solved(), alpha=-1)
 
     def left(self, matrix_BnI: Tensor) -> Tensor:
         """Returns (X^T X + d I)^-1 M, [B, n, I], a new tensor."""
         product = torch.baddbmm(matrix_BnI, self.rows.mT, self._solved() @ matrix_BnI, alpha=-1)
-        return product.div_(self._divisor)
+        return product.div_(self.divisor)
 
     def dense(self) -> Tensor:
         """Returns the whole inverse, [B, n, n]."""
@@ -51,7 +54,8 @@ class RowInverse:
         return self.right(identity.expand(len(self.rows), -1, -1))
 
     @property
-    def _divisor(self) -> Tensor:
+    def divisor(self) -> Tensor:
+        """The damping, [B, 1, 1]."""
         return self.damping.view(-1, 1, 1)
 
     def _solved(self) -> Tensor:
@@ -63,7 +67,7 @@ class RowInverse:
 
         def refined() -> Tensor:
             solved = self.inverse @ self.rows
-            rest = self.rows - gram(self.rows) @ solved - self._divisor * solved
+            rest = self.rows - gram(self.rows) @ solved - self.divisor * solved
             return torch.baddbmm(solved, self.inverse, rest)
 
         return _once(_SOLVED, self.inverse, refined)

@@ -45,6 +45,14 @@ class FactorInverse:
         """Returns M inverse, [B, O, n], a new tensor."""
         return self.form.right(matrix_BOn, self.entry) if self.parts is None else self.parts.right(matrix_BOn)
 
+    def of_rows(self, rows_BRn: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Returns a new tensor [B, R, n] and its divisor: rows inverse as their quotient."""
+        if (mixing := self.mixing(rows_BRn)) is not None:
+            return mixing @ rows_BRn, 1.0
+        if self.parts is not None:
+            return self.parts.undivided(rows_BRn), self.parts.divisor
+        return self.form.right(rows_BRn, self.entry), 1.0
+
     def mixing(self, rows_BRn: Tensor) -> Tensor | None:
         """Returns the [B, R, R] with which rows inverse = [B, R, R] rows; None unless it is made of these rows."""
         return None if self.parts is None or rows_BRn is not self.parts.rows else self.parts.inverse
@@ -63,9 +71,8 @@ def from_rows(A: FactorInverse, G: FactorInverse, a_BRI: Tensor, g_BRO: Tensor, 
         if g_BRO.shape[-1] < a_BRI.shape[-1]:
             return (g_BRO.mT @ mixing) @ a_BRI
         return g_BRO.mT @ (mixing @ a_BRI)
-    a_BRI = A.right(a_BRI) if of_a is None else of_a @ a_BRI
-    g_BRO = G.right(g_BRO) if of_g is None else of_g @ g_BRO
-    return g_BRO.mul_(share).mT @ a_BRI
+    (a_BRI, divisor_a), (g_BRO, divisor_g) = A.of_rows(a_BRI), G.of_rows(g_BRO)
+    return g_BRO.mul_(share / (divisor_a * divisor_g)).mT @ a_BRI
 
 
 def kept_rows(cache: Cache) -> dict[str, Tensor]:
