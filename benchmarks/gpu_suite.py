@@ -27,6 +27,7 @@ from ngd_dist.config import AllReduce, FixedInterval
 
 ROOT = Path(__file__).parent.parent
 BUDGET_S = 570.0
+DATA_DIR = os.environ.get("NGD_DATA_DIR", "data")
 ORACLES = ["pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "-k", "cuda", "tests/ngd_dist/test_cuda.py"]
 
 
@@ -38,6 +39,7 @@ def parts(hardware: str) -> dict[str, list[str]]:
         "one NCCL rank": ["benchmarks.gpu_suite", "--nccl"],
         "step overhead": ["benchmarks.step_overhead", *on_gpu, "--hardware", hardware],
         "crossover of inversions": ["benchmarks.crossover", *on_gpu],
+        "Imagenette": ["benchmarks.imagenette", *on_gpu, "--data-dir", DATA_DIR, "--hardware", hardware],
         "rungs of inversion": ["benchmarks.inversion", *on_gpu, "--hardware", hardware],
     }
 

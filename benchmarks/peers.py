@@ -25,6 +25,7 @@ NGD_KINDS = {
     "._means": "statistics",  # of this step's passes
     ".layer_batches": "kept rows",
     "gradient_rows": "kept rows",
+    "._waiting": "kept rows",
     "_sync": "buffers",
     "_comm": "buffers",
 }

@@ -4,7 +4,9 @@ python -m benchmarks.report
 """
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 from benchmarks.record import RESULTS
 from benchmarks.step_overhead import targets_table
+from benchmarks.steps_to_target import median_of
+from benchmarks.target_tasks import TASKS
 
 __all__ = ["Result", "newest", "page", "plots"]
 
@@ -32,6 +36,16 @@ INTRODUCTION = """# Performance
 Made by `python -m benchmarks.report` from `benchmarks/results/`; each question's command measures its baseline in the
 same run. Losing rows are shown. `make bench` measures again.
 """
+OVERVIEW = """How long until a model is as good as it should be? NGD beside the best of SGD, AdamW, LAMB, Muon, SOAP and
+Shampoo: CPU seconds in one thread and optimizer steps, medians of three seeds. Every method had {trials} trials on each
+task, by the same search; the setting with the fewest seconds counts. [Every trial](#{anchor}) is below.
+"""
+REFRESHES = {
+    "1/1": "all new at every step",
+    "1/10": "statistics at every step, inverses at each tenth",
+    "10/10": "all new at each tenth step",
+    "adaptive": "new when they have changed",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ def newest(root: Path = RESULTS) -> list[Result]:
 
 def page(results: list[Result]) -> str:
     """Returns docs/performance.md. A question without a result is named at the end."""
-    sections = [INTRODUCTION]
+    sections = [INTRODUCTION, *(overview(result) for result in results if _has_overview(result))]
     for result in results:
         body = "\n".join(TABLES.get(result.question, readme)(result))
         figure = [f"![{QUESTIONS[result.question]}]({result.plot})"] if _has_plot(result) else []
@@ -80,6 +94,40 @@ def page(results: list[Result]) -> str:
     if missing:
         sections.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(sections)
+
+
+def _has_overview(result: Result) -> bool:
+    return result.question == "steps-to-target" and any("task" in row for row in result.document.get("rows", []))
+
+
+def overview(result: Result) -> str:
+    """Returns the table for a person who reads nothing else, and its plot."""
+    rows = result.document["rows"]
+    trials = Counter((row["task"], row["method"]) for row in rows if row["part"] == "tuned")
+    heading = f"{QUESTIONS[result.question]} ({result.hardware})"
+    anchor = re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+    lines = [OVERVIEW.format(trials=", ".join(map(str, sorted(set(trials.values())))), anchor=anchor)]
+    lines += ["| task | NGD, seconds | best rival, seconds | NGD, steps | rival with the fewest steps |"]
+    lines += ["|---|---|---|---|---|"]
+    for (name,), of_task in _groups([row for row in rows if row["part"] == "repeated"], "task"):
+        seconds, steps = (_medians(of_task, what) for what in ("target_seconds", "target_step"))
+        cells = [TASKS[name].title, _of_ours(seconds, 1), _of_rivals(seconds, 1), _of_ours(steps), _of_rivals(steps)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"![CPU seconds to each target](performance/overview_{result.hardware}.svg)", ""])
+
+
+def _medians(rows: list[dict[str, Any]], what: str) -> dict[str, float]:
+    return {method: median_of(of_method, what) for (method,), of_method in _groups(rows, "method")}
+
+
+def _of_ours(medians: dict[str, float], digits: int = 0) -> str:
+    ours = medians.get("ngd", math.inf)
+    return f"{ours:.{digits}f}" if math.isfinite(ours) else "not reached"
+
+
+def _of_rivals(medians: dict[str, float], digits: int = 0) -> str:
+    best, method = min(((value, name) for name, value in medians.items() if name != "ngd"), default=(math.inf, ""))
+    return f"{best:.{digits}f} ({method})" if math.isfinite(best) else "none reached it"
 
 
 def _facts(result: Result) -> str:
@@ -104,7 +152,8 @@ def step_overhead(result: Result) -> list[str]:
         refreshes = [r for r in ("1/1", "1/10", "10/10", "adaptive") if any(row["refresh"] == r for row in rows)]
         lines += [f"### {model}, batch {batch}, {ranks} rank{'s' * (ranks > 1)}, times SGD", ""]
         lines += [f"SGD's step takes {rows[0]['sgd_ms']:.1f} ms. In brackets: least and most of the blocks.", ""]
-        lines += [f"| optimizer | {' | '.join(refreshes)} |", "|---" * (len(refreshes) + 1) + "|"]
+        lines += [f"| optimizer | {' | '.join(REFRESHES[r] for r in refreshes)} |"]
+        lines += ["|---" * (len(refreshes) + 1) + "|"]
         for (name,), of_optimizer in _groups(rows, "optimizer"):
             cells = {row["refresh"]: _ratio(row) for row in of_optimizer}
             lines.append(f"| {name} | {' | '.join(cells.get(r, '') for r in refreshes)} |")
@@ -148,6 +197,10 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         drawn.append(path)
+    for result in filter(_has_overview, results):
+        path = folder / f"performance/overview_{result.hardware}.svg"
+        plot_overview(result).savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        drawn.append(path)
     return drawn
 
 
@@ -161,6 +214,21 @@ def _figure(columns: int, height: float) -> Any:
 
     figure = Figure(figsize=(4.2 * columns + 1.5, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def plot_overview(result: Result) -> Any:
+    """Returns bars of the CPU seconds to each target, ours in another colour; a method without a bar missed it."""
+    rows = [row for row in result.document["rows"] if row["part"] == "repeated"]
+    groups = list(_groups(rows, "task"))
+    figure, axes = _figure(len(groups), 2.6)
+    for axis, ((name,), of_task) in zip(axes, groups, strict=True):
+        seconds = sorted(_medians(of_task, "target_seconds").items(), key=lambda item: -item[1])
+        lengths = [value if math.isfinite(value) else 0.0 for _, value in seconds]
+        colours = ["#3949ab" if method == "ngd" else "#b0bec5" for method, _ in seconds]
+        bars = axis.barh([method for method, _ in seconds], lengths, color=colours)
+        axis.bar_label(bars, [f"{value:.1f}" if math.isfinite(value) else "missed" for _, value in seconds], padding=2)
+        axis.set(title=TASKS[name].title, xlabel="CPU seconds to the target", xlim=(0, 1.2 * max(lengths, default=1)))
+    return figure
 
 
 def plot_overhead(result: Result) -> Any:
@@ -197,18 +265,21 @@ def plot_memory(result: Result) -> Any:
 
 
 def plot_curves(result: Result) -> Any:
-    """Returns test accuracy by step of each method's best setting, one line per seed."""
+    """Returns the score by CPU seconds of each method's best setting, one line per seed, and the target."""
     runs = json.loads((result.folder / "curves.json").read_text())
-    groups = list(_groups(runs, "batch"))
+    groups = list(_groups(runs, "task"))
     figure, axes = _figure(len(groups), 3.2)
     methods = list(dict.fromkeys(run["method"] for run in runs))
-    for axis, ((batch,), of_batch) in zip(axes, groups, strict=True):
-        for (method,), of_method in _groups(of_batch, "method"):
+    for axis, ((name,), of_task) in zip(axes, groups, strict=True):
+        task = TASKS[name]
+        for (method,), of_method in _groups(of_task, "method"):
             for number, run in enumerate(of_method):
-                points = [(point["step"], point["accuracy"]) for point in run["curve"]]
+                points = [(point["seconds"], point["score"]) for point in run["curve"]]
                 label = None if number else method
                 axis.plot(*zip(*points, strict=True), color=f"C{methods.index(method)}", lw=0.8, label=label)
-        axis.set(title=f"batch {batch}", xlabel="steps", ylabel="test accuracy", ylim=(0.7, None))
+        axis.axhline(task.target, color="black", lw=0.5)
+        axis.set(title=name, xlabel="CPU seconds, without evaluations", ylabel=task.measure, xscale="log")
+        axis.set_yscale("linear" if task.measure == "test accuracy" else "log")
     axes[0].legend(fontsize=7)
     return figure
 

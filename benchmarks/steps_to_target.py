@@ -1,10 +1,11 @@
-"""How many optimizer steps, and seconds, does a target take: NGD beside first-order methods, Muon, SOAP and SINGD?
+"""How many CPU seconds, and steps, does a target take: NGD beside SGD, AdamW, LAMB, Muon, SOAP and Shampoo?
 
-Each method gets up to six settings per batch size on one seed; the one with the fewest steps to the test accuracy (at a
-tie, seconds) is repeated on three other seeds. If a method has an lr, it rises over a warm-up and falls linearly to 0
-over a stated length; a run that misses the target within that length counts as not reached. One run is one process with
-one thread, and its seconds are its CPU time without the evaluations. If a run's outcome is on disk, it is not repeated,
-so that the command can be resumed. Settings marked "explored" were tried beside the six, on the same seed.
+Every method gets the same number of trials on one seed. The first ones are drawn evenly from its ranges, which are the
+same for all tasks; the rest from a third of each range around the best of the first, so that a best at the edge of a
+range has room beyond it. One of a method's numbers is the length of its schedule: if it has an lr, that rises over the
+first tenth of the steps and falls linearly to 0 at the last. The setting that reached the target in the fewest seconds
+is repeated on three other seeds, the methods in turn. One run is one process with one thread, and its seconds are its
+CPU time without the evaluations. If a run's outcome is on disk, it is not repeated, so that the command can be resumed.
 
     python -m benchmarks.steps_to_target --data-dir DIR --work DIR
 """
@@ -13,56 +14,63 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.record import folder_for, write
-from benchmarks.target_methods import FIRST_ORDER
+from benchmarks.target_methods import METHODS
 from benchmarks.target_run import Run, outcome_of
-from benchmarks.target_settings import EXPLORED, SETTINGS
-from benchmarks.target_tasks import TASKS, Task
+from benchmarks.target_search import Point, around, draw, is_outside
+from benchmarks.target_tasks import TASKS, Data, Task
+
+__all__ = ["best_of", "measure", "median_of", "table"]
 
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
+FIRST_SHARE = 5 / 8  # of the trials, drawn from the whole ranges
 Row = dict[str, Any]
 
 
-def steps_of(row: Row) -> float:
-    return float(row["accuracy_step"] or math.inf)
+def seconds_of(row: Row) -> float:
+    return float(math.inf if row["target_seconds"] is None else row["target_seconds"])
 
 
-def best_of(rows: list[Row]) -> Row:
-    """Returns the row with the fewest steps, and at a tie seconds; if none reached the target, the most accurate."""
-    return min(rows, key=lambda row: (steps_of(row), row["accuracy_seconds"] or math.inf, -last(row, "accuracy")))
+def best_of(rows: list[Row], task: Task) -> int:
+    """Returns the index of the row with the fewest seconds; if none reached the target, of the closest one."""
+    sign = -1 if task.measure == "test accuracy" else 1
+
+    def rank(index: int) -> tuple[float, float]:
+        scores = [sign * point["score"] for point in rows[index]["curve"]]
+        return seconds_of(rows[index]), min(scores, default=math.inf)
+
+    return min(range(len(rows)), key=rank)
 
 
-def last(row: Row, what: str) -> float:
-    return float(row["curve"][-1][what]) if row["curve"] else math.nan
-
-
-def measure(name: str, batches: list[int], methods: list[str], data_dir: Path, work: Path) -> list[Row]:
-    """Returns one row per run: every setting on one seed, then the best of each method on three more."""
-    task = TASKS[name]
-    data = task.load(data_dir)
-    work.mkdir(parents=True, exist_ok=True)
+def measure(name: str, methods: list[str], trials: int, data: Data, work: Path) -> list[Row]:
+    """Returns one row per run: every trial, then the best setting of each method on three more seeds."""
+    task, rows, best = TASKS[name], list[Row](), dict[str, Point]()
 
     def row_of(run: Run, part: str) -> Row:
         row = outcome_of(run, task, data, work) | {"part": part}
-        print(f"{run.batch} {run.method}, seed {run.seed}: {run.setting}: {row['accuracy_step']} steps", flush=True)
+        print(f"{name} {run.method}, seed {run.seed}: {run}: {_seconds(row)} s, {row['target_step']} steps", flush=True)
         return row
 
-    rows: list[Row] = []
-    for batch in batches:
+    for method in methods:
+        space = {**METHODS[method].space, "steps": task.steps}
+        first = round(FIRST_SHARE * trials)
+        points = draw(space, first, TUNING_SEED)
+        tried = [row_of(Run(name, method, point, TUNING_SEED, stops=True), "tuned") for point in points]
+        points += draw(around(space, points[best_of(tried, task)]), trials - first, TUNING_SEED + 1)
+        tried += [row_of(Run(name, method, point, TUNING_SEED, stops=True), "tuned") for point in points[first:]]
+        best[method] = points[best_of(tried, task)]
+        rows += tried
+    for seed in SEEDS:
         for method in methods:
-            runs = [Run(name, batch, method, s, TUNING_SEED, stops=True) for s in SETTINGS[batch][method]]
-            tuned = [row_of(run, "tuned") for run in runs]
-            best = runs[tuned.index(best_of(tuned))]
-            rows += tuned
-            rows += [row_of(replace(best, seed=seed, stops=False), "repeated") for seed in SEEDS]
-            explored = EXPLORED.get(batch, {}).get(method, [])
-            rows += [row_of(Run(name, batch, method, s, TUNING_SEED, stops=True), "explored") for s in explored]
+            row = row_of(Run(name, method, best[method], seed, stops=False), "repeated")
+            space = {**METHODS[method].space, "steps": task.steps}
+            rows.append(row | {"outside": is_outside(space, best[method])})
     return rows
 
 
@@ -77,77 +85,88 @@ def shown(values: list[float | None], digits: int = 0) -> str:
     return f"{'-' if middle == math.inf else f'{middle:.{digits}f}'} ({each})"
 
 
-def summary(rows: list[Row], batch: int) -> list[str]:
-    """Returns the table of repeated runs, with each method's steps over the best first-order method's."""
-    repeats = [row for row in rows if row["batch"] == batch and row["part"] == "repeated"]
+def _seconds(row: Row) -> str:
+    return "-" if row["target_seconds"] is None else f"{row['target_seconds']:.1f}"
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Returns the table of repeated runs of one task, with NGD's figures over the best rival's."""
+    repeats = [row for row in rows if row["part"] == "repeated"]
     by_method = {m: [row for row in repeats if row["method"] == m] for m in dict.fromkeys(r["method"] for r in repeats)}
-    rivals = [median_of(by_method[m], "accuracy_step") for m in FIRST_ORDER if m in by_method]
-    bar = min(rivals, default=math.nan)
-    lines = ["| method | best setting | steps to accuracy | of first-order | CPU s | steps to loss | ms per step |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for method, runs in sorted(by_method.items(), key=lambda item: median_of(item[1], "accuracy_step")):
-        ratio = median_of(runs, "accuracy_step") / bar
+    lines = ["| method | CPU seconds | steps | ms per step | setting | beyond its first range |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for method, runs in sorted(by_method.items(), key=lambda item: median_of(item[1], "target_seconds")):
         cells = [
             method,
-            runs[0]["setting"],
-            shown([row["accuracy_step"] for row in runs]),
-            f"{ratio:.2f}" if math.isfinite(ratio) else "-",
-            shown([row["accuracy_seconds"] for row in runs], digits=1),
-            shown([row["loss_step"] for row in runs]),
+            shown([row["target_seconds"] for row in runs], digits=2),
+            shown([row["target_step"] for row in runs]),
             f"{statistics.median(row['ms_per_step'] for row in runs):.0f}",
+            runs[0]["setting"],
+            ", ".join(runs[0]["outside"]) or "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    ratios = [_ratio(by_method, what) for what in ("target_seconds", "target_step")]
+    return [*lines, "", f"NGD's over the best rival's: seconds {ratios[0]}, steps {ratios[1]}."]
 
 
-def every_setting(rows: list[Row], batch: int) -> list[str]:
-    lines = ["| method | setting | steps to accuracy | CPU s | steps to loss | accuracy at the end | after |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for row in (row for row in rows if row["batch"] == batch and row["part"] != "repeated"):
-        seconds = f"{row['accuracy_seconds']:.1f}" if row["accuracy_seconds"] else "-"
-        note = " (explored)" if row["part"] == "explored" else ""
-        ending = "diverged" if row["ending"] == "diverged" else f"{last(row, 'accuracy'):.4f}"
+def _ratio(by_method: dict[str, list[Row]], what: str) -> str:
+    rivals = [median_of(runs, what) for method, runs in by_method.items() if method != "ngd"]
+    best = min(rivals, default=math.inf)
+    ours = median_of(by_method["ngd"], what) if "ngd" in by_method else math.inf
+    return f"{ours / best:.2f}" if math.isfinite(ours) and math.isfinite(best) else "-"
+
+
+def every_trial(rows: list[Row]) -> list[str]:
+    lines = ["| method | setting | CPU seconds | steps | score at the end | ending |", "|---|---|---|---|---|---|"]
+    for row in (row for row in rows if row["part"] == "tuned"):
+        score = f"{row['curve'][-1]['score']:.4g}" if row["curve"] else "-"
         lines.append(
-            f"| {row['method']}{note} | {row['setting']} | {row['accuracy_step'] or '-'} | {seconds} | "
-            f"{row['loss_step'] or '-'} | {ending} | {row['steps']} steps |"
+            f"| {row['method']} | {row['setting']} | {_seconds(row)} | {row['target_step'] or '-'} | {score} | "
+            f"{row['ending']} after {row['steps']} |"
         )
     return lines
 
 
-def table(rows: list[Row], name: str, task: Task) -> str:
+def table(rows: list[Row]) -> str:
     """Returns the whole result in Markdown, losing settings included."""
     explanation = (__doc__ or "").split("\n\n    ")[0]
-    lines = [f"# Steps to target, {name}", "", explanation, ""]
-    lines += [f"Targets: test accuracy {task.accuracy:g}; mean loss of the training batches since the last evaluation,"]
-    lines += [f"at most {task.loss:g}. The three seeds' runs go on to their whole length: `curves.json` has them.", ""]
-    for batch in dict.fromkeys(row["batch"] for row in rows):
-        resolution = task.evaluate_every[batch]
-        lines += [f"## Batch {batch:,}: the best setting on three seeds", "", f"Counts are exact to {resolution}.", ""]
-        lines += [*summary(rows, batch), "", f"## Batch {batch:,}: every setting, seed {TUNING_SEED}", ""]
-        lines += [*every_setting(rows, batch), ""]
-    lines += ["Not run, for want of a GPU: ResNets on CIFAR-10 and Imagenette, and with them LARS and Shampoo.", ""]
+    tuned = Counter((row["task"], row["method"]) for row in rows if row["part"] == "tuned")
+    lines = ["# Seconds and steps to target", "", explanation, ""]
+    lines += [f"Trials of each method on each task: {', '.join(map(str, sorted(set(tuned.values()))))}.", ""]
+    for name in dict.fromkeys(row["task"] for row in rows):
+        task, of_task = TASKS[name], [row for row in rows if row["task"] == name]
+        lines += [f"## {name}", ""]
+        lines += [f"{task.title}: {task.measure} {task.target:g}. Medians of three seeds, each in brackets."]
+        lines += [f"Counts are exact to {task.every} steps.", ""]
+        lines += [*summary(of_task), ""]
+    for name in dict.fromkeys(row["task"] for row in rows):
+        lines += [f"## {name}: every trial, seed {TUNING_SEED}", ""]
+        lines += [*every_trial([row for row in rows if row["task"] == name]), ""]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="the folder that holds fashion-mnist/")
+    parser.add_argument("--data-dir", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the outcomes, from which a later call goes on"
     )
-    parser.add_argument("--task", choices=list(TASKS), default="fashion-mnist")
-    parser.add_argument("--batches", type=int, nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--only", nargs="+", choices=list(SETTINGS[4096]), default=list(SETTINGS[4096]))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="methods")
+    parser.add_argument("--trials", type=int, default=16, help="of each method on each task")
     parser.add_argument("--hardware", default="cpu", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(arguments.task, arguments.batches, arguments.only, arguments.data_dir, arguments.work)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = list[Row]()
+    for name in arguments.tasks:
+        data = TASKS[name].load(arguments.data_dir)
+        rows += measure(name, arguments.only, arguments.trials, data, arguments.work)
     folder = folder_for("steps-to-target", arguments.hardware)
     curves = [row for row in rows if row["part"] == "repeated"]
     (folder / "curves.json").write_text(json.dumps(curves) + "\n")
-    result = {"rows": [{key: value for key, value in row.items() if key != "curve"} for row in rows]}
-    text = table(rows, arguments.task, TASKS[arguments.task])
-    write(folder, result, text)
+    text = table(rows)
+    write(folder, {"rows": [{key: value for key, value in row.items() if key != "curve"} for row in rows]}, text)
     print(text)
 
 

@@ -1,46 +1,56 @@
-"""The optimizers of `steps_to_target`, by name, and the settings that each gets."""
+"""The optimizers of `steps_to_target`, by name: how each is built, and the ranges that its settings are drawn from.
+
+The ranges are a factor of ten or more around the values that each method's authors or documentation name. They are the
+same for all tasks.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.target_search import OneOf, Range, Space
 from ngd_dist import NGD, NGDConfig
 
-__all__ = ["BUILDERS", "FIRST_ORDER", "Setting", "build"]
+__all__ = ["METHODS", "Method", "chooses_lr"]
 
 Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """A method's options, and the length of its run: lr rises over `warmup` steps and falls linearly to 0 at `steps`.
+class Method:
+    """An optimizer of all of a model's parameters; `build` raises ImportError if a rival is not installed."""
 
-    If the options have no lr, the method chooses it at each step, and only the length counts.
-    """
-
-    steps: int
-    warmup: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def lr_factor(self, step: int) -> float:
-        """Returns the factor on lr at `step`, which counts from 1."""
-        return min(1.0, step / self.warmup if self.warmup else 1.0) * (1 - (step - 1) / self.steps)
-
-    def __str__(self) -> str:
-        shown = [f"{name} {_shown(value)}" for name, value in self.options.items()]
-        return ", ".join([*shown, f"{self.steps} steps", f"{self.warmup} warm-up"])
+    build: Callable[[nn.Module, Options], torch.optim.Optimizer]
+    space: Space
 
 
-def build(method: str, model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """Returns the optimizer of all of the model's parameters. Raises: ImportError if the rival is not installed."""
-    return BUILDERS[method](model, options)
+def chooses_lr(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether the optimizer sets its lr at each step by itself, so that no schedule does."""
+    return isinstance(optimizer, NGD) and optimizer.config.length.kind == "quadratic_model"
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+# Both recipes of docs/guides/settings.md; the search has damping, lr under a given length, the choice of recipe, and
+# the fraction of a batch from which statistics and the quadratic model are made.
+SHARED: dict[str, Any] = {"fisher": {"kind": "monte_carlo"}, "ema_decay": 0.9}
+RECIPES: dict[str, dict[str, Any]] = {
+    "given": {"clip": {"kind": "kl", "max_kl": 0.01}},
+    "adaptive": {"step_length": {"kind": "quadratic_model"}, "damping_rule": {"kind": "levenberg_marquardt"}},
+}
 
 
 def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    return NGD(model, NGDConfig.model_validate(options))
+    recipe = RECIPES[options["recipe"]]
+    lr = {"lr": options["lr"]} if "step_length" not in recipe else {}
+    searched = {"damping": options["damping"], "statistics_fraction": min(1.0, options["fraction"])}
+    return NGD(model, NGDConfig.model_validate(SHARED | recipe | lr | searched))
+
+
+# --- rivals -----------------------------------------------------------------------------------------------------------
 
 
 def _sgd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
@@ -48,7 +58,7 @@ def _sgd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
 
 
 def _adamw(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), **{"weight_decay": 0.0} | dict(options))
+    return torch.optim.AdamW(model.parameters(), weight_decay=0.0, **options)
 
 
 def _lamb(model: nn.Module, options: Options) -> torch.optim.Optimizer:
@@ -60,7 +70,15 @@ def _lamb(model: nn.Module, options: Options) -> torch.optim.Optimizer:
 def _soap(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     from pytorch_optimizer import SOAP
 
-    return SOAP(model.parameters(), **{"weight_decay": 0.0} | dict(options))
+    return SOAP(model.parameters(), weight_decay=0.0, **options)
+
+
+def _shampoo(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    from pytorch_optimizer import ScalableShampoo
+
+    return ScalableShampoo(
+        model.parameters(), start_preconditioning_step=1, preconditioning_compute_steps=10, **options
+    )
 
 
 def _muon(model: nn.Module, options: Options) -> torch.optim.Optimizer:
@@ -79,26 +97,20 @@ def _muon(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     )
 
 
-def _singd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    from singd.optim.optimizer import SINGD
-
-    return SINGD(model, **options)
-
-
-BUILDERS: dict[str, Callable[[nn.Module, Options], torch.optim.Optimizer]] = {
-    "ngd": _ngd,
-    "sgd": _sgd,
-    "adamw": _adamw,
-    "lamb": _lamb,
-    "muon": _muon,
-    "soap": _soap,
-    "singd": _singd,
+METHODS: dict[str, Method] = {
+    "ngd": Method(
+        _ngd,
+        {
+            "recipe": OneOf(("given", "adaptive")),
+            "lr": Range(0.03, 1.0),
+            "damping": Range(0.003, 0.3),
+            "fraction": Range(1 / 32, 1.0),
+        },
+    ),
+    "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}),
+    "soap": Method(_soap, {"lr": Range(0.001, 0.05)}),
+    "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}),
+    "lamb": Method(_lamb, {"lr": Range(0.003, 0.2)}),
+    "adamw": Method(_adamw, {"lr": Range(0.0005, 0.03)}),
+    "sgd": Method(_sgd, {"lr": Range(0.01, 1.0)}),
 }
-FIRST_ORDER = ("sgd", "adamw", "lamb")
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, dict):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-    rest = ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items() if name != "kind")
-    return str(value.get("kind", "")) + (f" ({rest})" if rest else "")

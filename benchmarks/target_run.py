@@ -12,36 +12,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.target_methods import Setting, build
-from benchmarks.target_tasks import Data, Task
-from ngd_dist import NGD
+from benchmarks.target_methods import METHODS, chooses_lr
+from benchmarks.target_search import Point
+from benchmarks.target_tasks import Data, Task, loss_of
+from ngd_dist import NGD, part_of
 from ngd_dist.errors import NgdError
 
-__all__ = ["Run", "outcome_of"]
+__all__ = ["WARMUP", "Run", "outcome_of"]
 
-EVALUATION_BATCH = 2500
+WARMUP = 0.1  # of a run's steps, for every method whose lr is given
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that decides an outcome. `stops`: whether the run ends at its targets, or goes on to complete its curve."""
+    """All that decides an outcome. point: the method's options and `steps`, the length of its schedule.
+
+    If a method has an lr, it rises over the first tenth of the steps and falls linearly to 0 at the last. `stops`:
+    whether the run ends at its target, or goes on to complete its curve.
+    """
 
     task: str
-    batch: int
     method: str
-    setting: Setting
+    point: Point
     seed: int
     stops: bool
 
     @property
     def name(self) -> str:
         """Returns a file name: another setting is another name."""
-        digest = hashlib.sha256(json.dumps(asdict(self.setting), sort_keys=True).encode()).hexdigest()[:10]
-        ending = "" if self.stops else "-whole"
-        return f"{self.task}-{self.batch}-{self.method}-{digest}-seed{self.seed}{ending}"
+        digest = hashlib.sha256(json.dumps(asdict(self)["point"], sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.task}-{self.method}-{digest}-seed{self.seed}{'' if self.stops else '-whole'}"
+
+    @property
+    def steps(self) -> int:
+        return round(self.point["steps"])
+
+    def lr_factor(self, step: int) -> float:
+        """Returns the factor on lr at `step`, which counts from 1."""
+        warmup = WARMUP * self.steps
+        return min(1.0, step / warmup) * (1 - (step - 1) / self.steps)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                         for name, value in (self.point | {"steps": self.steps}).items())  # fmt: skip
 
 
 def outcome_of(run: Run, task: Task, data: Data, work: Path) -> dict[str, Any]:
@@ -56,7 +71,7 @@ def outcome_of(run: Run, task: Task, data: Data, work: Path) -> dict[str, Any]:
         process.start()
         process.join()
     if not path.exists():
-        raise RuntimeError(f"{run.name} ({run.method}: {run.setting}) left no outcome, exit code {process.exitcode}")
+        raise RuntimeError(f"{run.name} ({run.method}: {run}) left no outcome, exit code {process.exitcode}")
     outcome: dict[str, Any] = json.loads(path.read_text())
     return outcome
 
@@ -73,46 +88,40 @@ def _train_and_write(run: Run, task: Task, data: Data, path: Path) -> None:
 def _train(run: Run, task: Task, data: Data) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = task.model()
-    optimizer = build(run.method, model, run.setting.options)
+    options = {name: value for name, value in run.point.items() if name != "steps"}
+    optimizer = METHODS[run.method].build(model, options)
     first_lr = [float(group["lr"]) for group in optimizer.param_groups]
-    chooses_lr = isinstance(optimizer, NGD) and optimizer.config.length.kind == "quadratic_model"
     curve: list[dict[str, float]] = []
-    losses: list[float] = []
-    outcome: dict[str, Any] = {"method": run.method, "setting": str(run.setting), "batch": run.batch, "seed": run.seed}
-    outcome |= {
-        "accuracy_step": None,
-        "accuracy_seconds": None,
-        "loss_step": None,
-        "loss_seconds": None,
-        "ending": "ran out",
-    }
+    outcome: dict[str, Any] = {"task": run.task, "method": run.method, "setting": str(run), "seed": run.seed}
+    outcome |= {"target_step": None, "target_seconds": None, "ending": "ran out"}
     seconds = 0.0
-    batches = _batches(data, run.batch, run.seed)
-    for step in range(1, run.setting.steps + 1):
-        if not chooses_lr:
+    batches = _batches(data, task.batch, run.seed)
+    for step in range(1, run.steps + 1):
+        if not chooses_lr(optimizer):
             for group, lr in zip(optimizer.param_groups, first_lr, strict=True):
-                group["lr"] = lr * run.setting.lr_factor(step)
+                group["lr"] = lr * run.lr_factor(step)
         x, y = next(batches)
         start = time.process_time()
         try:
-            losses.append(_step(model, optimizer, x, y))
+            loss = _step(model, optimizer, x, y)
         except (NgdError, torch.linalg.LinAlgError) as error:
-            losses.append(math.nan)
+            loss = math.nan
             outcome["message"] = str(error)[:200]
         seconds += time.process_time() - start
-        if not math.isfinite(losses[-1]):
+        if not math.isfinite(loss):
             outcome["ending"] = "diverged"
             break
-        if step % task.evaluate_every[run.batch] and step < run.setting.steps:
+        if step % task.every and step < run.steps:
             continue
-        loss, losses = sum(losses) / len(losses), []
-        accuracy = _accuracy(model, data)
-        curve.append({"step": step, "seconds": round(seconds, 3), "loss": round(loss, 5), "accuracy": accuracy})
-        for target, is_reached in (("accuracy", accuracy >= task.accuracy), ("loss", loss <= task.loss)):
-            if is_reached and outcome[f"{target}_step"] is None:
-                outcome[f"{target}_step"], outcome[f"{target}_seconds"] = step, seconds
-        if run.stops and outcome["accuracy_step"] and outcome["loss_step"]:
+        score = task.score(model, data)
+        curve.append({"step": step, "seconds": round(seconds, 3), "loss": round(loss, 5), "score": score})
+        if task.is_reached(score) and outcome["target_step"] is None:
+            outcome |= {"target_step": step, "target_seconds": seconds}
+        if run.stops and outcome["target_step"]:
             outcome["ending"] = "reached"
+            break
+        if seconds > task.seconds:
+            outcome["ending"] = "took too long"
             break
     return outcome | {"steps": step, "ms_per_step": 1000 * seconds / step, "curve": curve}
 
@@ -120,7 +129,7 @@ def _train(run: Run, task: Task, data: Data) -> dict[str, Any]:
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
     optimizer.zero_grad()
     output = model(x)
-    loss = F.cross_entropy(output, y)
+    loss = loss_of(output, y)
     if not isinstance(optimizer, NGD):
         loss.backward()
         optimizer.step()
@@ -129,10 +138,11 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
         optimizer.fisher_backward(output)
     loss.backward()
     if optimizer.config.needs_objective:
+        part_x, part_y = part_of((x, y), optimizer.config.statistics_fraction)
 
         def objective() -> tuple[Tensor, Tensor]:
-            output = model(x)
-            return F.cross_entropy(output, y), output
+            output = model(part_x)
+            return loss_of(output, part_y), output
 
         optimizer.step(objective=objective)
     else:
@@ -147,12 +157,3 @@ def _batches(data: Data, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]
         for rows in torch.randperm(len(data.train_y), generator=generator).split(size):
             if len(rows) == size:
                 yield data.train_x[rows], data.train_y[rows]
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, data: Data) -> float:
-    model.eval()
-    batches = zip(data.test_x.split(EVALUATION_BATCH), data.test_y.split(EVALUATION_BATCH), strict=True)
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
-    model.train()
-    return right / len(data.test_y)

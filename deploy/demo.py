@@ -37,6 +37,9 @@ def main() -> int:
         console.print(f"dashboard: {client.base_url} (while this runs)")
         jobs = {method: _run(client, recipe, console) for method, recipe in RECIPES.items()}
     console.print(_table(jobs))
+    ours, other = jobs.values()
+    steps, seconds = (_target_step(ours), _target_step(other)), (_seconds(ours), _seconds(other))
+    console.print(in_words(steps, seconds), soft_wrap=True)
     console.print("To see these runs in a dashboard that stays: NGD_HOME=.ngd/demo make serve")
     failures = [job.status.message or job.status.phase for job in jobs.values() if job.status.phase != "SUCCEEDED"]
     if not failures and _target_step(jobs["SP-NGD"]) is None:
@@ -126,6 +129,25 @@ def _table(jobs: dict[str, Job]) -> Table:
         reached = "not reached" if _target_step(job) is None else str(_target_step(job))
         table.add_row(method, value, str(job.status.progress.step), reached, seconds)
     return table
+
+
+def in_words(steps: tuple[int | None, int | None], seconds: tuple[float | None, float | None]) -> str:
+    """Returns what the figures say, and why: steps to the target and seconds of training, SP-NGD's first."""
+    (ours, other), (spent, other_spent) = steps, seconds
+    if ours is None or other is None or not spent or not other_spent:
+        return "One of them missed its target or has no figure, so there is nothing to compare."
+    ratio = spent / other_spent
+    told = f"SP-NGD took {ours} steps where SGD took {other}, and {ratio:.1f} times SGD's seconds of training"
+    if ratio <= 1:
+        return f"{told}."
+    return (
+        f"{told}: a step of SP-NGD measures the curvature of the loss too, and with a model this small that is more "
+        "work than the gradient. docs/performance.md shows where it pays."
+    )
+
+
+def _seconds(job: Job) -> float | None:
+    return None if job.status.result is None else job.status.result.seconds
 
 
 if __name__ == "__main__":

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 from ngd_dist.config import NGDConfig
 
 if TYPE_CHECKING:
+    from ngd_dist.capture.part import part_of
     from ngd_dist.optimizer import NGD
     from ngd_dist.sharded_state import ShardedState
 
-__all__ = ["NGD", "NGDConfig", "ShardedState", "__version__"]
+__all__ = ["NGD", "NGDConfig", "ShardedState", "__version__", "part_of"]
 
 __version__ = "0.1.0"
 
 
-_HOMES = {"NGD": "ngd_dist.optimizer", "ShardedState": "ngd_dist.sharded_state"}
+_HOMES = {
+    "NGD": "ngd_dist.optimizer",
+    "ShardedState": "ngd_dist.sharded_state",
+    "part_of": "ngd_dist.capture.part",
+}
 
 
 def __getattr__(name: str) -> Any:

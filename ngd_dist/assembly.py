@@ -5,7 +5,8 @@ layer is kept.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ngd_dist.capture.capture import Capture
-from ngd_dist.capture.coverage import check_sparse, cover
+from ngd_dist.capture.coverage import check_owned, check_sparse, cover
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.output_fisher import OutputFisher
 from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
@@ -28,6 +29,7 @@ from ngd_dist.layers import Layer
 from ngd_dist.layers.hooks import weakly
 from ngd_dist.preconditioners import preconditioner_for
 from ngd_dist.statistics.staleness import Schedule
+from ngd_dist.statistics.statistic import Key
 from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
 from ngd_dist.step.param_groups import Uncopied, check_group, take_in
@@ -50,6 +52,7 @@ class Assembly(torch.optim.Optimizer):
     _schedule: Schedule
     _curvature: Curvature
     _capture: Capture
+    _due: list[Key]
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class Assembly(torch.optim.Optimizer):
         self._stopwatch = Stopwatch()
         self._unseen: set[str] = set()
         self.stats = StepStats()
+        self._groups_seen: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
         self._trained: set[nn.Parameter] = set()
         self._waiting: list[nn.Parameter] = []
         self._is_built = False
@@ -157,7 +161,15 @@ class Assembly(torch.optim.Optimizer):
         self._capture = self._build_capture()
         self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
         self._update = Update(
-            self._covered, self._plain, self._gradients, self._fallback, self._bare, config, self._comm, self._capture
+            self._covered,
+            self._curvature.stacks,
+            self._plain,
+            self._gradients,
+            self._fallback,
+            self._bare,
+            config,
+            self._comm,
+            self._capture,
         )
         self.saved_state = SavedState(
             self._covered,
@@ -170,11 +182,19 @@ class Assembly(torch.optim.Optimizer):
             momentum_mode=self._update.momentum_mode,
             device=self._device,
         )
-        self._is_built = True
+        self._is_built, self._groups_seen = True, []
         self._begin_step(self.stats.step + 1)
 
     def _look_up_groups(self) -> None:
-        """Gives each covered layer its param group of today: whoever replaces the groups need not tell."""
+        """Gives each covered layer its param group of today: whoever replaces the groups need not tell.
+
+        Raises: ConfigError for parameters that NGD was not built with.
+        """
+        today = [(group, [*group["params"]]) for group in self.param_groups]
+        if _are_the_same(today, self._groups_seen):
+            return
+        check_owned(self.param_groups, self._names)
+        self._groups_seen = today
         group_of = self._group_of_parameters()
         for covered in self._covered.values():
             covered.group = group_of.get(covered.layer.parameters[0], covered.group)
@@ -270,7 +290,18 @@ class Assembly(torch.optim.Optimizer):
             logger.warning("fallback %s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
 
     def _begin_step(self, step: int) -> None:
-        due = self._schedule.due(step)
+        self._due = due = self._schedule.due(step)
         self._loss_scale.begin()
         self._capture.begin_step(due, step, self._curvature.with_rows)
         self._sync.begin(due)
+
+
+def _are_the_same(
+    groups: Sequence[tuple[dict[str, Any], Sequence[nn.Parameter]]],
+    others: Sequence[tuple[dict[str, Any], Sequence[nn.Parameter]]],
+) -> bool:
+    """Returns whether these are the same objects: to compare tensors would compare their entries."""
+    return len(groups) == len(others) and all(
+        group is other and len(parameters) == len(of_other) and all(map(is_, parameters, of_other))
+        for (group, parameters), (other, of_other) in zip(groups, others, strict=True)
+    )

@@ -188,7 +188,7 @@ class SavedState:
         # Present entries must not outlive the restore: the state may have been saved before there was a cache.
         curvature.take(name, None)
         if entries is not None and layer_format.holds:
-            entries = self._methods[name].loaded(entries, keeps_rows=curvature.keeps_rows)
+            entries = self._methods[name].loaded(entries, keeps_rows=name in curvature.with_few_rows)
         curvature.take(name, entries)
         if not layer_format.inverts:
             return
@@ -196,7 +196,7 @@ class SavedState:
             values = state["statistics"][statistic]
             moved = {key: None if values[key] is None else here(values[key]) for key in ("value", "before")}
             curvature.statistics[Key(name, statistic)].load(
-                moved | {"weight": values["weight"]}, self._device, keeps_rows=curvature.keeps_rows
+                moved | {"weight": values["weight"]}, self._device, keeps_rows=name in curvature.with_few_rows
             )
 
     def _check_layer(self, name: str, state: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Statistics are always current; a cache is rebuilt from them when one of its stat
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
@@ -11,8 +12,9 @@ from math import isclose
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.covered import CoveredLayers
+from ngd_dist.covered import CoveredLayers, layers_with_few_rows, stacks_of
 from ngd_dist.distributed import GlobalMeans, RefreshReport, Sync
+from ngd_dist.distributed.base import CaptureCount
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
@@ -27,9 +29,9 @@ from ngd_dist.statistics.staleness import (
     judge_error,
     threshold_for,
 )
-from ngd_dist.statistics.statistic import Key, Statistic
+from ngd_dist.statistics.statistic import Key, Statistic, by_layer
 from ngd_dist.step.agreement import shares_of
-from ngd_dist.step.finite import is_finite
+from ngd_dist.step.finite import are_finite
 from ngd_dist.telemetry import Refresh
 
 __all__ = ["Curvature", "failed_inversions", "schedule_for", "too_many_failed"]
@@ -37,8 +39,6 @@ __all__ = ["Curvature", "failed_inversions", "schedule_for", "too_many_failed"]
 # If a layer's damping has moved by more than this share, its cache is built again from the present statistics. One
 # adaptation of Levenberg-Marquardt moves it further, to 0.95 ** 5 = 0.77 of it.
 DAMPING_DRIFT = 0.1
-# The fields that telemetry takes from a report as they are.
-MEASURED = ("change", "change_to_before", "noise", "threshold", "error", "residual", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +59,18 @@ class Curvature:
         self._staleness, self._thresholds = config.staleness, config.preconditioner.thresholds
         self._inversion = config.inversion
         self._power = config.power_of_positions
+        self.stacks = stacks_of(layers, sync.placement.roles)
         methods = {name: covered.method for name, covered in layers.items()}
         self.caches = Caches(
             {name: method.entries for name, method in methods.items()},
             config.inverse_dtype,
             {name: method.shared for name, method in methods.items()},
         )
-        # Whether a step's rows may stand for a dense factor; and the layers whose directions are cheaper from rows.
-        self.keeps_rows = config.may_keep_rows and sync.comm.world_size == 1
+        # The layers of which a step's rows may stand for a dense factor; and those whose directions they make cheaper.
+        self.with_few_rows = layers_with_few_rows(layers, config, sync.comm.world_size)
         self.with_rows: set[str] = set()
         self._takes_rows = sync.comm.world_size == 1
-        self._reads_loss = config.fisher.kind == "empirical"
+        self._reads_loss, self._part = config.fisher.kind == "empirical", config.statistics_fraction
         self._fresh: dict[str, frozenset[str]] = {}
         # By layer that has been refreshed; the same on every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
@@ -97,36 +98,31 @@ class Curvature:
         captured: returns the rows of a layer's gradient that were kept in this step. If they, or those behind a new
         statistic, make a direction cheaper and the gradient is made of them, it is taken from the rows.
         """
-        gradients = {name: gradient.to(self._layers[name].layer.dtype) for name, gradient in gradients.items()}
-        caches = {name: cache for name in gradients if (cache := self.caches[name]) is not None}
-        products = {
-            name: (gradients[name], *rows)
-            for name, cache in caches.items()
-            if (rows := self._rows(name, cache, captured)) is not None
-        }
-        shares = shares_of(products)
+        rows = {name: of_layer for name in gradients if (of_layer := self._rows(name, captured)) is not None}
+        shares = shares_of({n: (gradients[n].to(self._layers[n].layer.dtype), *rows[n]) for n in rows})
         directions = {}
-        for name, gradient in gradients.items():
-            method = self._layers[name].method
-            if name in shares:
-                directions[name] = method.apply_rows(caches[name], *products[name][1:], shares[name])
-            else:
-                directions[name] = method.apply(caches[name], gradient) if name in caches else gradient
+        for name, share in shares.items():
+            cache = self.caches[name]
+            assert cache is not None
+            directions[name] = self._layers[name].method.apply_rows(cache, *rows[name], share)
+        others = {name: gradient for name, gradient in gradients.items() if name not in shares}
+        for stack in self.stacks:
+            directions |= stack.apply(self.caches, others)
         return directions
 
     def note_rows(self, name: str, rows: int) -> None:
-        """Decides whether the layer's directions are cheaper from the rows of a gradient, given their number."""
+        """Decides whether the layer's directions are cheaper from the rows of a gradient.
+
+        rows: the number behind the layer's statistics, which may be those of a part of the batch.
+        """
         cache = self.caches[name] if self._takes_rows and rows else None
-        pays = cache is not None and self._layers[name].method.rows_pay(cache, rows)
+        pays = cache is not None and self._layers[name].method.rows_pay(cache, round(rows / self._part))
         (self.with_rows.add if pays else self.with_rows.discard)(name)
 
-    def _rows(
-        self, name: str, cache: Cache, captured: Callable[[str], tuple[Tensor, Tensor] | None]
-    ) -> tuple[Tensor, Tensor] | None:
+    def _rows(self, name: str, captured: Callable[[str], tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
         fresh = self._fresh.get(name, frozenset())
-        if not (self._takes_rows and (fresh or name in self.with_rows)):
-            return None
-        return self._layers[name].method.gradient_rows(cache, fresh, lambda: captured(name))
+        cache = self.caches[name] if self._takes_rows and (fresh or name in self.with_rows) else None
+        return None if cache is None else self._layers[name].method.gradient_rows(cache, fresh, lambda: captured(name))
 
     def refresh(
         self,
@@ -141,17 +137,12 @@ class Curvature:
         due statistics that make no new inverse in this step.
         Folds the means in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
-        folded = {key: self._fold(key, means) for key in due if self._sync.inverts(key.layer)}
-        folded |= {
-            key: replace(folded[key], verdict=Verdict.AVERAGED)
-            for key in averaged
-            if key in folded and folded[key].verdict in REFRESHED
-        }
-        refreshed = [key for key, report in folded.items() if report.rebuilds]
-        fresh = {
-            name: frozenset(key.statistic for key in refreshed if key.layer == name)
-            for name in dict.fromkeys(key.layer for key in refreshed)
-        }
+        folded = self._fold_all([key for key in due if self._sync.inverts(key.layer)], means)
+        for key in averaged:
+            if key in folded and folded[key].verdict in REFRESHED:
+                folded[key] = replace(folded[key], verdict=Verdict.AVERAGED)
+        refreshed = by_layer(key for key, report in folded.items() if report.rebuilds)
+        fresh = {name: frozenset(statistics) for name, statistics in refreshed.items()}
         for name, statistics in fresh.items():
             self._reset_in_basis(name, statistics)
         # If only the damping moved and an inversion fails, the old inverse stays until the next refresh.
@@ -163,34 +154,38 @@ class Curvature:
         for name in fresh:
             self.note_rows(name, means.counts[name].rows)
         self._share([key for key in due if key not in averaged], drifted)
-        ended = {key: _with_ending(key, report, folded, rebuilt) for key, report in folded.items()}
-        return {key: replace(report, seconds=report.seconds + seconds(key)) for key, report in ended.items()}
+        due_of = by_layer(folded)
+        return {
+            key: _with_ending(key, report, due_of[key.layer], rebuilt, seconds(key)) for key, report in folded.items()
+        }
 
     def telemetry_of(
         self, reports: Mapping[Key, RefreshReport], before: Mapping[Key, Track], after: Mapping[Key, Track], step: int
     ) -> list[Refresh]:
         """Returns the telemetry of each due statistic, from its report and from its track before and after."""
-        refreshes = []
-        for key, report in reports.items():
-            measured = {name: getattr(report, name) for name in MEASURED}
-            refreshes.append(
-                Refresh(
-                    str(key),
-                    **measured,
-                    ending=report.ending.name,
-                    age=step - before[key].refreshed,
-                    interval=after[key].interval,
-                    bytes_sent=self._sync.statistic_bytes(key),
-                )
+        return [
+            Refresh(
+                str(key),
+                change=report.change,
+                change_to_before=report.change_to_before,
+                noise=report.noise,
+                threshold=report.threshold,
+                error=report.error,
+                residual=report.residual,
+                seconds=report.seconds,
+                ending=report.ending.name,
+                age=step - before[key].refreshed,
+                interval=after[key].interval,
+                bytes_sent=self._sync.statistic_bytes(key),
             )
-        return refreshes
+            for key, report in reports.items()
+        ]
 
     def note_refreshes(self, reports: Mapping[Key, RefreshReport]) -> None:
         """Notes the layers that were refreshed on any rank, from the reports that every rank has."""
-        refreshed = [key for key, report in reports.items() if report.rebuilds]
-        for name in {key.layer for key in refreshed}:
-            statistics = {key.statistic for key in refreshed if key.layer == name}
-            if name not in self.damped_with or statistics.issuperset(self._layers[name].method.flops_by_statistic):
+        refreshed = by_layer(key for key, report in reports.items() if report.rebuilds)
+        for name, statistics in refreshed.items():
+            if name not in self.damped_with or self._layers[name].method.flops_by_statistic.keys() <= set(statistics):
                 self.damped_with[name] = self._layers[name].damping
 
     def take(self, name: str, entries: Cache | None) -> None:
@@ -201,7 +196,9 @@ class Curvature:
             self.caches.elsewhere[name] = entries
 
     def _of_the_loss(self, name: str, statistics: frozenset[str]) -> frozenset[str]:
-        """Returns those of a layer's statistics that are made from gradients of the loss, or from none."""
+        """Returns those of a layer's statistics that are made of all rows of the loss, or of all inputs."""
+        if self._part < 1:
+            return frozenset()
         specs = self._layers[name].method.statistics
         return statistics & {spec.name for spec in specs if self._reads_loss or not spec.reads_gradients}
 
@@ -224,17 +221,33 @@ class Curvature:
             for statistic in in_basis:
                 self.statistics[Key(name, statistic)].reset()
 
-    def _fold(self, key: Key, means: GlobalMeans) -> RefreshReport:
-        if key not in means.statistics:
-            verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
-            if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
-                verdict = Verdict.UNUSABLE  # its layer may have run, but there is no basis to measure in
-            return RefreshReport(verdict, Ending.OK)
-        count, statistic = means.counts[key.layer], self.statistics[key]
-        factor = count.positions.factor(statistic.spec, self._power)
-        mean = statistic.spec.form.times(means.statistics[key], factor).to(self._layers[key.layer].layer.dtype)
-        if not is_finite(mean):  # one host read per refresh; a bad value must not enter the average
-            return RefreshReport(Verdict.UNUSABLE, Ending.NON_FINITE, rows=count.rows)
+    def _fold_all(self, keys: Sequence[Key], means: GlobalMeans) -> dict[Key, RefreshReport]:
+        """Averages in the statistics that are finite, and returns a report on each of the keys. One host read."""
+        new = {key: self._mean(key, means) for key in keys if key in means.statistics}
+        finite = dict(zip(new, are_finite([*new.values()]), strict=True))
+        return {
+            key: self._fold(key, new[key], means.counts[key.layer]) if finite.get(key) else self._unfit(key, means)
+            for key in keys
+        }
+
+    def _mean(self, key: Key, means: GlobalMeans) -> Tensor:
+        spec = self.statistics[key].spec
+        factor = means.counts[key.layer].positions.factor(spec, self._power)
+        mean = means.statistics[key]
+        is_one = isinstance(factor, float) and factor == 1.0  # then no copy
+        return (mean if is_one else spec.form.times(mean, factor)).to(self._layers[key.layer].layer.dtype)
+
+    def _unfit(self, key: Key, means: GlobalMeans) -> RefreshReport:
+        """Returns the report on a statistic without a value, or with one that must not enter the average."""
+        if key in means.statistics:
+            return RefreshReport(Verdict.UNUSABLE, Ending.NON_FINITE, rows=means.counts[key.layer].rows)
+        verdict = Verdict.MISCOUNTED if key.layer in means.miscounted else Verdict.UNSEEN
+        if verdict is Verdict.UNSEEN and self.statistics[key].spec.in_basis and not self.caches.has(key.layer):
+            verdict = Verdict.UNUSABLE  # its layer may have run, but there is no basis to measure in
+        return RefreshReport(verdict, Ending.OK)
+
+    def _fold(self, key: Key, mean: Tensor, count: CaptureCount) -> RefreshReport:
+        statistic = self.statistics[key]
         spread = statistic.spread
         change = statistic.fold(mean)
         error, bound = self._error(key), error_threshold(self._staleness)
@@ -267,20 +280,18 @@ class Curvature:
             for name, new in fresh.items()
             if (values := self._ready(name)) is not None and (new or self.caches.has(name))
         }
-        problems = {
-            Key(name, statistic): problem
-            for name, inputs in arguments.items()
-            for statistic, problem in self._layers[name].method.problems(*inputs).items()
-        }
+        problems = dict(pair for stack in self.stacks for pair in stack.problems(arguments))
         # Problems that all ranks solve are batched apart: batched alike, they have the same bits on each rank.
         replicated = {key: problem for key, problem in problems.items() if self._sync.is_replicated(key.layer)}
         alone = {key: problem for key, problem in problems.items() if key not in replicated}
         start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
         rebuilt = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
+        of_layer: dict[str, dict[str, Solution]] = defaultdict(dict)
+        for key, solution in solutions.items():
+            of_layer[key.layer][key.statistic] = solution
         for name, inputs in arguments.items():
-            of_layer = {key.statistic: solution for key, solution in solutions.items() if key.layer == name}
-            refreshed = self._layers[name].method.refresh(*inputs, of_layer)
+            refreshed = self._layers[name].method.refresh(*inputs, of_layer[name])
             self.caches[name] = refreshed.cache
             rebuilt.endings[name] = refreshed.endings
         return rebuilt
@@ -337,15 +348,19 @@ def too_many_failed(bound: int | None, before: int, reports: Mapping[Key, Refres
 
 
 def _with_ending(
-    key: Key, report: RefreshReport, reports: Mapping[Key, RefreshReport], rebuilt: _Rebuilt
+    key: Key, report: RefreshReport, due: Collection[str], rebuilt: _Rebuilt, seconds: float
 ) -> RefreshReport:
-    """Returns the report with the ending of its inversion, or of one for a statistic of its layer that was not due."""
+    """Returns the report with the ending of its inversion, or of one for a statistic of its layer that was not `due`.
+
+    seconds: the time that estimating took here; that of the inversion is added.
+    """
     endings, solution = rebuilt.endings.get(key.layer, {}), rebuilt.solutions.get(key)
-    not_due = endings.keys() - {other.statistic for other in reports if other.layer == key.layer}
-    ending = max([report.ending, *(endings.get(s, Ending.OK) for s in {key.statistic} | not_due)])
+    of_others = (ending for statistic, ending in endings.items() if statistic not in due)
+    ending = max(report.ending, endings.get(key.statistic, Ending.OK), *of_others)
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
     residual = solution.residual if isinstance(solution, Inverse) else report.residual
-    return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=rebuilt.seconds.get(key, 0.0))
+    spent = seconds + rebuilt.seconds.get(key, 0.0)
+    return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=spent)
 
 
 def _shares(seconds: float, problems: Mapping[Key, Problem]) -> dict[Key, float]:

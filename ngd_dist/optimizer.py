@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ngd_dist.assembly import Assembly
-from ngd_dist.capture.coverage import check_held, check_owned
+from ngd_dist.capture.coverage import check_held
 from ngd_dist.curvature import failed_inversions, too_many_failed
 from ngd_dist.distributed import GlobalMeans, LocalContribution, RefreshReport, StepResult
 from ngd_dist.errors import CaptureError, ConfigError
@@ -66,7 +67,8 @@ class NGD(Assembly):
         """Gives the statistics the gradients of the model's own predictions, unless `config.fisher` is empirical.
 
         output: the model's result: a tensor [N, ..., C], or several in a tuple, a dict or a ModelOutput. If keys name
-            logits, the logits alone count. The likelihood of `config.fisher` reads all of them.
+            logits, the logits alone count. The likelihood of `config.fisher` reads all of them. With
+            `statistics_fraction` it must be what the model returned, and no tensor made of that.
         ignored: bool, in the shape of the output without C; true where the loss reads no prediction (label -100). Given
             under the empirical Fisher too, it says that inputs may be padded where the output shows no padding.
 
@@ -137,8 +139,8 @@ class NGD(Assembly):
     def step(self, closure: Callable[[], float] | None = None, *, objective: Objective | None = None) -> float | None:
         """Collective. Updates the parameters from their gradients; returns the closure's loss, if one is given.
 
-        objective: returns (loss, output) of the batch, or a part of it, without differentiating. Settings that adapt to
-            the loss evaluate it again (`config.needs_objective`).
+        objective: returns (loss, output) of the batch, or of a part of it (`part_of`), without differentiating.
+            Settings that adapt to the loss evaluate it again (`config.needs_objective`).
 
         If the `grad` of a parameter is None on every rank, the parameter is left alone, as by torch's optimizers; on
         some ranks, it counts as zero. Raises, on every rank: CaptureError if a layer had more micro-batches than the
@@ -159,9 +161,8 @@ class NGD(Assembly):
             with torch.enable_grad():
                 loss = closure()
         self._check_call(objective)
-        check_owned(self.param_groups, self._names)
         self._look_up_groups()
-        due, phase = self._schedule.due(self.stats.step + 1), self._stopwatch.phase
+        due, phase = self._due, self._stopwatch.phase
         with torch.autocast(self._device.type, enabled=False):
             with phase("reduce"):
                 means = self._collect(due)
@@ -179,7 +180,13 @@ class NGD(Assembly):
             self._check(result.reports)
             with phase("update"):
                 adapted = self._update.move(
-                    self.stats.step + 1, self.param_groups, self.state, means, result, objective
+                    self.stats.step + 1,
+                    self.param_groups,
+                    self.state,
+                    means,
+                    result,
+                    objective,
+                    partial(self._gradients.of, self),
                 )
         self._finish(due, result, adapted)
         self._take_in()
@@ -263,10 +270,9 @@ class NGD(Assembly):
         for key, value in captured.items():
             self._sync.offer(key, value)
         counts = self._capture.estimates.counts(due, wrong, self._device, self._capture.measurement.spoiled)
-        gradients = {
-            layer.name: layer.join([self._gradients.of(self, p) for p in layer.parameters]) for layer in self.layers
-        }
-        plain = [self._gradients.of(self, p) for p in self._plain]
+        read = partial(self._gradients.of, self)
+        gradients = {name: grad_BOI for stack in self._curvature.stacks for name, grad_BOI in stack.join(read)}
+        plain = read(self._plain)
         flags = self._gradients.flags(self, self._device)
         return self._sync.collect(LocalContribution(flags, counts, gradients, plain))
 

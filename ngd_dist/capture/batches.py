@@ -156,12 +156,28 @@ class Batches:
         if not counts:
             self._calls.append(None)
             return
-        inputs = list(tensors_in((args, kwargs)))
-        sizes = {x.shape[self._dim] for x in inputs if x.ndim > self._dim}
-        sizes |= {len(value) for value in (*args, *kwargs.values()) if isinstance(value, list)}  # of images, say
-        batch = Batch(self._dim, frozenset(sizes), self._stated)
+        batch = Batch(self._dim, frozenset(self._sizes(args, kwargs)), self._stated)
         self._calls.append(batch)
         self._latest, self._outside = batch, None
+
+    def samples_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Returns the number of samples in a call's inputs, before it begins. Raises: CaptureError."""
+        sizes = self._sizes(args, kwargs) if self._stated is None else {self._stated}
+        if len(sizes) != 1:
+            raise CaptureError(
+                f"statistics_fraction needs the number of samples before the forward pass, and the model's inputs have "
+                f"{sorted(sizes)} in dimension {self._dim}; {STATE_IT}"
+            )
+        return sizes.pop()
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call of the model is under way."""
+        return bool(self._calls)
+
+    def _sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:
+        sizes = {x.shape[self._dim] for x in tensors_in((args, kwargs)) if x.ndim > self._dim}
+        return sizes | {len(value) for value in (*args, *kwargs.values()) if isinstance(value, list)}  # of images, say
 
     def end(self, output: Any, *, is_watched: bool) -> None:
         """Ends the innermost call of the model. output: None after an error."""

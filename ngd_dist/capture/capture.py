@@ -30,7 +30,8 @@ from ngd_dist.capture.estimates import Estimates
 from ngd_dist.capture.gradient_rows import GradientRows
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.measurement import Measurement, Pass, Sink, Source
-from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun, miscount
+from ngd_dist.capture.part import PartPass
+from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun, miscount, size_of
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
@@ -96,16 +97,16 @@ class Capture:
             sink=sink,
             stopwatch=stopwatch or Stopwatch(),
         )
+        self.part = PartPass(model, config)
         self._layers = {name: covered.layer for name, covered in layers.items()}
         self._reads_slopes = {name for name, covered in layers.items() if covered.method.reads_slopes}
         self._micro_batches = config.micro_batches
         self._on_forward = on_forward
-        self._is_paused = self._has_warned = False
+        self._is_paused = self._has_warned = self._has_run = self._is_stale = False
         # By forward pass. Those that were never differentiated must not pile up, since an edge keeps its graph alive.
         self._edges: deque[list[GradientEdge]] = deque(maxlen=max(MAX_PENDING, config.loss_parts))
         self._passes: dict[str, LayerPasses] = {}
         self._arrived: dict[str, Arrivals] = {}
-        self._has_run = self._is_stale = False
         # Layers that had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
         self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
@@ -139,6 +140,7 @@ class Capture:
     def to_send(self) -> dict[Key, Tensor]:
         """Returns the same as `take`, but as ranks add them up: see `Positions`."""
         self._close_micro_batches()
+        self.measurement.make()
         left_out = self.miscounted().keys() | self.measurement.spoiled
         return {key: value for key, value in self.estimates.values().items() if key.layer not in left_out}
 
@@ -255,9 +257,13 @@ class Capture:
             self._arrived, self._is_in_fisher_pass, self.gradient_rows.rests = {}, False, False
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Notes the number of samples in the model's inputs, before its forward pass."""
+        """Notes the number of samples in the model's inputs, before its forward pass; runs it on their part first."""
+        if self.needs_fisher_pass:
+            with self.measurement.told():
+                self.part.run(args, kwargs, self.batches)
         self.batches.begin(args, kwargs, counts=True)
-        self._edges.append([])
+        if self.part.has_fisher_passes:
+            self._edges.append([])
 
     def clear(self) -> bool:
         """Returns whether the step had gradients. A Fisher pass that no loss has followed may be given up."""
@@ -276,40 +282,34 @@ class Capture:
         """Notes the outputs of the model."""
         measured = self.measurement
         self.batches.end(output, is_watched=measured.measures_loss and (measured.keeps_rows or bool(measured.due)))
+        if not self.batches.is_in_call:
+            self.part.pair(output)
 
     def _on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
-        if self._is_blind or not (torch.is_grad_enabled() and output.requires_grad):
+        is_due = layer.name in self.measurement.due
+        is_noted = is_due or self.measurement.keeps_rows
+        is_of_use = is_noted or self.needs_fisher_pass or layer.name in self.gradient_rows.names
+        if self._is_blind or not is_of_use or self._is_in_fisher_pass:  # the last under activation checkpointing
+            return
+        if not (torch.is_grad_enabled() and output.requires_grad):
             return
         self._has_run = True
         self.gradient_rows.watch(layer, x, output)
-        is_due = layer.name in self.measurement.due
-        if not (self.measurement.keeps_rows or is_due):
-            return
         trained = [p for p in layer.parameters if p.requires_grad]
-        if not trained or layer.replaced():
+        if not (is_noted and trained) or layer.replaced():
             return
-        expected, size = layer.expected_input(x), x.shape[layer.batch_dim] if x.ndim > layer.batch_dim else 0
-        if expected is not None:
-            raise self.measurement.error(
-                f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}"
-            )
-        if size == 0:
-            raise self.measurement.error(
-                f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks"
-            )
         within = backward_task()
         batch = self.batches.current(is_recomputed=within != OUTSIDE_BACKWARD)
-        try:
+        with self.measurement.told():
+            size = size_of(layer, x)
             batch.check(layer.name, size)
-        except CaptureError as error:
-            raise self.measurement.error(str(error)) from None
         with torch.no_grad():
             kept = layer.keep(x.detach(), output.detach())
         run = NotedRun(kept, size=size, batch=batch, within=within)
         if self._activations is not None and is_due and layer.name in self._reads_slopes:
             self._activations.expect(layer.name, output, run)
-        if is_due and self.needs_fisher_pass and not run.is_recomputed:
+        if is_due and self.needs_fisher_pass and self.part.has_fisher_passes and not run.is_recomputed:
             if not self._edges:
                 self._edges.append([])
             self._edges[-1].append(get_gradient_edge(output))

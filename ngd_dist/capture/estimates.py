@@ -7,19 +7,36 @@ halves of its samples. Statistics are linear in rows, so that halves cost no mor
 import math
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.covered import CoveredLayers
+from ngd_dist.covered import CoveredLayers, kind_of
 from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import LayerBatch
-from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec
+from ngd_dist.layers.stacked_batch import StackedBatch, stacking_key
+from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec, by_layer
 
 __all__ = ["Estimates"]
+
+# The most numbers in the rows of one layer that is stacked with others, and in the rows that wait for that. Rows that
+# are made of more than a cache holds take longer than those of each layer alone.
+MAX_STACKED_ROWS, MAX_WAITING = 2**15, 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """One backward pass of a layer, with the statistics to make of it; see `Estimates.add`."""
+
+    name: str
+    batch: LayerBatch
+    specs: tuple[StatisticSpec, ...]
+    is_first: bool
+    weight: float
 
 
 @dataclass(slots=True)
@@ -79,6 +96,9 @@ class Estimates:
 
     def __init__(self, layers: CoveredLayers, config: NGDConfig, caches: Caches, *, is_alone: bool) -> None:
         self._layers = layers
+        kinds = {name: kind_of(covered) for name, covered in layers.items()}
+        numbered = {kind: number for number, kind in enumerate(dict.fromkeys(kinds.values())) if kind is not None}
+        self._kinds = {name: numbered.get(kind) for name, kind in kinds.items()}  # None: it is not stacked
         self._loss_parts = config.loss_parts
         self._counts_parts = config.micro_batches == "any"
         self._caches = caches
@@ -89,15 +109,18 @@ class Estimates:
 
     def forget(self, layer: str) -> None:
         """Forgets the passes of one layer."""
-        for key in [key for key in self._means if key.layer == layer]:
-            del self._means[key]
+        self.make()
+        self._means.pop(layer, None)
         self.passes.pop(layer, None)
         self._rows.pop(layer, None)
         self._positions.pop(layer, None)
 
     def clear(self) -> None:
         """Forgets the last step."""
-        self._means: dict[Key, _Mean] = {}
+        self._waiting: dict[Hashable, list[_Added]] = defaultdict(list)
+        self._waiting_layers: set[str] = set()
+        self._waiting_numbers = 0
+        self._means: dict[str, dict[str, _Mean]] = defaultdict(dict)  # by layer and statistic
         self.passes: dict[str, int] = defaultdict(int)
         self._rows: dict[str, int] = defaultdict(int)
         self._positions: dict[str, list[Positions]] = defaultdict(list)  # of each micro-batch
@@ -108,31 +131,68 @@ class Estimates:
         The first pass of a micro-batch counts it, and adds the statistics that read no gradient. A statistic that reads
         gradients is a sum over the passes of a micro-batch, times `weight`.
         """
-        preconditioner = self._layers[name].method
-        specs = [spec for spec in preconditioner.statistics if spec.name in due and (is_first or spec.reads_gradients)]
+        specs = self._layers[name].method.statistics
+        specs = tuple(spec for spec in specs if spec.name in due and (is_first or spec.reads_gradients))
+        if name in self._waiting_layers:
+            self.make()
+        count = batch.count
         if is_first:
             self._complete(name)
             self.passes[name] += 1
-            self._rows[name] += batch.count
-            is_mean = any(spec.per_position for spec in specs)
-            self._positions[name].append(Positions(batch.read, _mean(batch.mean_positions_B) if is_mean else 1.0))
+            self._rows[name] += count
+        added = _Added(name, batch, specs, is_first, weight)
+        kind, numbers = self._kinds[name], count * self._layers[name].layer.shape.row_numbers
+        key = None if kind is None or numbers > MAX_STACKED_ROWS else stacking_key(batch)
+        if key is None:
+            self._make([added])
+            return
+        self._waiting[kind, key, due, is_first, weight].append(added)
+        self._waiting_layers.add(name)
+        self._waiting_numbers += numbers
+        if self._waiting_numbers > MAX_WAITING:
+            self.make()
+
+    def make(self) -> None:
+        """Makes the statistics of the passes that have been added and wait for others to be stacked with."""
+        waiting, self._waiting, self._waiting_numbers = self._waiting, defaultdict(list), 0
+        self._waiting_layers.clear()
+        for alike in waiting.values():
+            self._make(alike)
+
+    def _make(self, alike: Sequence[_Added]) -> None:
+        """Makes the statistics of layers that are alike, by one call for each statistic."""
+        first, count = alike[0], len(alike)
+        method, batch = self._layers[first.name].method, first.batch
+        if count > 1:
+            batch = StackedBatch([added.batch for added in alike])
+        if first.is_first:
+            is_mean = any(spec.per_position for spec in first.specs)
+            positions = Positions(batch.read, _mean(batch.mean_positions_B) if is_mean else 1.0)
+            for added in alike:
+                self._positions[added.name].append(positions)
         replicates = batch.halves() if self._halves and batch.samples > 1 else (batch,)
         shares = [replicate.samples / batch.samples for replicate in replicates]
-        for spec in specs:
+        shared = self._caches.shared_of(first.name)
+        for spec in first.specs:
             start = time.perf_counter()
-            alone, scale = frozenset({spec.name}), weight if spec.reads_gradients else 1.0
-            estimates = [preconditioner.estimate(part, alone, self._caches.shared_of(name)) for part in replicates]
-            values = [estimate[spec.name] for estimate in estimates if estimate]
-            mean = self._means.setdefault(Key(name, spec.name), _Mean(spec, replicates[0].replicate.count))
-            mean.factor = self._positions[name][-1].factor(spec, self._power)
-            if values:  # else there is no basis yet to measure it in
-                scaled = values if scale == 1.0 else [spec.form.weighted(value, scale) for value in values]
-                mean.add(list(zip(shares, scaled, strict=True)))
-            mean.seconds += time.perf_counter() - start
+            alone, scale = frozenset({spec.name}), first.weight if spec.reads_gradients else 1.0
+            with _in_full_precision(batch.device):
+                estimates = [method.estimate(part, alone, shared) for part in replicates]
+            values = [estimate[spec.name] for estimate in estimates if estimate]  # else there is no basis yet
+            scaled = values if scale == 1.0 else [spec.form.weighted(value, scale) for value in values]
+            of_layers = zip(*(_parts(value, count) for value in scaled), strict=True) if scaled else [()] * count
+            for added, of_layer in zip(alike, of_layers, strict=True):
+                mean = self._means[added.name].get(spec.name)
+                if mean is None:
+                    mean = self._means[added.name][spec.name] = _Mean(spec, replicates[0].replicate.count)
+                mean.factor = self._positions[added.name][-1].factor(spec, self._power)
+                if of_layer:
+                    mean.add(list(zip(shares, of_layer, strict=True)))
+                mean.seconds += (time.perf_counter() - start) / count
 
     def per_position(self, key: Key, value: Tensor) -> Tensor:
         """Returns a statistic of `values`, whole, with the part that positions have in it."""
-        spec = self._means[key].spec
+        spec = self._means[key.layer][key.statistic].spec
         factor = self._mean_positions(key.layer).factor(spec, self._power)
         return spec.form.whole(value if _is_one(factor) else spec.form.times(value, factor))
 
@@ -142,37 +202,41 @@ class Estimates:
 
     def of(self, layer: str) -> dict[Key, Tensor]:
         """Returns those of one layer, over the samples seen so far."""
+        self.make()
         self._complete(layer)
-        means = ((key, self._scaled(mean, layer)[0]) for key, mean in self._means.items() if key.layer == layer)
+        means = ((Key(layer, name), self._scaled(mean, layer)[0]) for name, mean in self._means[layer].items())
         return {key: total for key, total in means if total is not None}
 
     def seconds(self, key: Key) -> float:
         """Returns the host seconds that estimating the statistic took."""
-        return self._means[key].seconds if key in self._means else 0.0
+        mean = self._means.get(key.layer, {}).get(key.statistic)
+        return 0.0 if mean is None else mean.seconds
 
     def counts(
         self, due: Sequence[Key], wrong: Collection[str], device: torch.device, spoiled: Collection[str] = ()
-    ) -> dict[str, Tensor]:
-        """Returns the numbers of a `CaptureCount` for each due layer, which travel beside its statistics.
+    ) -> Tensor:
+        """Returns the numbers of a `CaptureCount` of each due layer, one after the other, as they travel.
 
         The first is 0 for a layer that was not captured, NaN for the layers in `wrong`, captured too often, and
         infinity for those in `spoiled`.
         """
-        counts: dict[str, Tensor] = {}
-        for layer in dict.fromkeys(key.layer for key in due):
-            means = [self._means.get(key) for key in due if key.layer == layer]
+        known: list[float] = []
+        unread: dict[int, Tensor] = {}  # by place: not read back here
+        for layer, names in by_layer(due).items():
+            means = [self._means.get(layer, {}).get(name) for name in names]
             captured = [mean for mean in means if mean is not None and mean.total is not None]
             first = math.nan if layer in wrong else math.inf if layer in spoiled else float(bool(captured))
             count = max((mean.count for mean in captured), default=0)
             positions = self._mean_positions(layer) if captured else (0.0, 0.0)
-            known = [first, self._rows.get(layer, 0), count, *(0.0 if isinstance(p, Tensor) else p for p in positions)]
-            numbers = torch.tensor(known, dtype=torch.float64, device=device)
-            if isinstance(positions[-1], Tensor):  # of a ragged batch: not read back here
-                numbers[-1] = positions[-1]
-            measured = [None if mean is None else self._scaled(mean, layer)[1] for mean in means]
-            squares = [numbers.new_zeros(()) if square is None else square.to(numbers) for square in measured]
-            counts[layer] = torch.cat([numbers, torch.stack(squares)]) if self._measures else numbers
-        return counts
+            squares = [None if mean is None else self._scaled(mean, layer)[1] for mean in means if self._measures]
+            for number in (first, self._rows.get(layer, 0), count, *positions, *squares):
+                if isinstance(number, Tensor):  # a square, or the positions of a ragged batch
+                    unread[len(known)] = number
+                known.append(0.0 if number is None or isinstance(number, Tensor) else number)
+        numbers = torch.tensor(known, dtype=torch.float64, device=device)
+        if unread:
+            numbers[torch.tensor([*unread], device=device)] = torch.stack([*unread.values()]).to(numbers)
+        return numbers
 
     def _scaled(self, mean: _Mean, layer: str) -> tuple[Tensor | None, Tensor | None]:
         passes = self.passes[layer]
@@ -184,15 +248,25 @@ class Estimates:
         return Positions(sum(p.read for p in each) / len(each), sum(p.layer for p in each) / len(each))
 
     def _complete(self, layer: str) -> None:
-        for key, mean in self._means.items():
-            if key.layer == layer:
-                mean.complete(measures=self._measures)
+        for mean in self._means[layer].values():
+            mean.complete(measures=self._measures)
 
 
 def _mean(positions_B: Tensor) -> float | Tensor:
     """Returns the mean over blocks, which differ alike in all micro-batches: [] on a device, a number on the CPU."""
     mean = positions_B.mean()
     return float(mean) if mean.device.type == "cpu" else mean
+
+
+def _parts(value: Tensor, count: int) -> Sequence[Tensor]:
+    """Returns equal parts of the value. A view would keep all of it alive for as long as one part is in use."""
+    return [value] if count == 1 else [part.clone() for part in value.chunk(count)]
+
+
+def _in_full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Returns a context for products: if backward runs under autocast, they would be formed in 16 bits."""
+    is_lowered = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_lowered else nullcontext()
 
 
 def _is_one(factor: float | Tensor) -> bool:

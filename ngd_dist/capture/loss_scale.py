@@ -46,10 +46,10 @@ class LossScale:
             raise ConfigError("NGD was given a grad_scaler: call scaler.step(optimizer) in place of optimizer.step()")
         return flag
 
-    def unscaled(self, optimizer: Any, gradient: Tensor) -> Tensor:
-        """Returns the gradient without the factor; `scaler.unscale_` may have taken it out already."""
+    def unscaled(self, optimizer: Any, gradients: list[Tensor]) -> list[Tensor]:
+        """Returns the gradients without the factor; `scaler.unscale_` may have taken it out already."""
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        return gradient if scale is None else gradient / scale.to(gradient.device)
+        return gradients if scale is None else [gradient / scale.to(gradient.device) for gradient in gradients]
 
     def report_overflow(self, optimizer: Any) -> None:
         """Tells the scaler that some rank overflowed, so that the factors stay the same on all ranks.

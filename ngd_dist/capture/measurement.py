@@ -1,6 +1,7 @@
 """Turns the runs of a layer, once their gradients have come, into statistics and kept rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from ngd_dist.capture.estimates import Estimates
 from ngd_dist.capture.loss_scale import LossScale
+from ngd_dist.capture.part import samples_in_part
 from ngd_dist.capture.passes import Arrivals, NotedRun
 from ngd_dist.config import LayerWise, NGDConfig
-from ngd_dist.covered import CoveredLayers
+from ngd_dist.covered import CoveredLayers, layers_with_few_rows
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import LayerBatch, Replicate
 from ngd_dist.preconditioners import check_rows
-from ngd_dist.statistics.statistic import Key
+from ngd_dist.statistics.statistic import Key, by_layer
 from ngd_dist.telemetry import Stopwatch
 
 __all__ = ["Measurement", "Pass", "Sink", "Source"]
@@ -79,6 +81,7 @@ class Measurement:
         self._config = config
         self._comm = comm
         self._replicates = comm.world_size * config.loss_parts
+        self._with_few_rows = layers_with_few_rows(layers, config, comm.world_size)
         check_rows(config, self._replicates)
         # g of a mean over P positions times sqrt(P): the mean over positions of g g^T is then that of their own losses.
         self._averages = config.averages_positions
@@ -94,7 +97,7 @@ class Measurement:
         self.layer_batches: dict[str, list[LayerBatch]] = {}
         self.spoiled: set[str] = set()
         self._handed_over: set[str] = set()
-        self.due = {layer: frozenset(k.statistic for k in due if k.layer == layer) for layer, _ in due}
+        self.due = {layer: frozenset(names) for layer, names in by_layer(due).items()}
         reads = any(
             spec.reads_gradients
             for layer, names in self.due.items()
@@ -111,11 +114,8 @@ class Measurement:
 
     def check(self, name: str, run: NotedRun) -> None:
         """Returns if the samples of a run can be told. Raises: CaptureError."""
-        try:
+        with self.told():
             run.batch.of_run(name, run.size)
-        except CaptureError as error:
-            self._comm.post_error(str(error))
-            raise
 
     @torch.no_grad()
     def close(self, name: str, arrivals: Arrivals) -> None:
@@ -132,7 +132,8 @@ class Measurement:
             batch = self._layer_batch(name, kept, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read))
             self.layer_batches.setdefault(name, []).append(batch)
         if self.source is Source.LOSS and name in self.due:
-            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read))
+            part = samples_in_part(runs[0].samples, self._config.statistics_fraction)
+            self._estimate(name, runs, Pass(Source.LOSS, scale=scale, ignores=ignores, read=read), part)
             if self.estimates.passes[name] == self._config.micro_batches:
                 self.hand_over(name)
 
@@ -160,14 +161,29 @@ class Measurement:
         """Offers the due statistics of a layer to the sink: no more passes are expected."""
         if self._sink is not None and self._comm.world_size > 1:
             self._handed_over.add(name)
+            self.make()
             for key, value in self.estimates.of(name).items():
                 self._sink.offer(key, value)
+
+    def make(self) -> None:
+        """Makes the statistics of passes that wait for others to be stacked with: no more will come."""
+        with self._stopwatch.phase("capture"):
+            self.estimates.make()
 
     def scale(self, samples: int) -> float:
         """Returns the factor that turns the gradient of the loss into that of one sample's own loss."""
         # A mean over N samples, divided by the number of micro-batches, makes each g that much smaller.
         mean = samples * self._config.loss_parts if self._config.loss_reduction == "mean" else 1
         return mean / self._loss_scale.factor()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tells the other ranks of a CaptureError inside the block."""
+        try:
+            yield
+        except CaptureError as error:
+            self._comm.post_error(str(error))
+            raise
 
     def error(self, message: str) -> CaptureError:
         """Returns the error, and tells the other ranks."""
@@ -195,10 +211,10 @@ class Measurement:
         counted = origin.counted.get(name)
         return LayerBatch(layer, runs, scale, part, ignores=origin.ignores, counted=counted, read=origin.read)
 
-    def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass) -> None:
+    def _estimate(self, name: str, runs: Sequence[NotedRun], origin: Pass, part: range | None = None) -> None:
         batch = self._layer_batch(name, runs, origin)
-        # If backward runs under autocast, the products would be formed in 16 bits.
-        with self._stopwatch.phase("capture"), torch.autocast(_device_type(runs), enabled=False):
+        batch = batch if part is None else batch.of(part)
+        with self._stopwatch.phase("capture"):
             self.estimates.add(name, batch, self.due[name], is_first=origin.is_first, weight=origin.weight)
 
     def _replicate(self, name: str) -> Replicate:
@@ -206,8 +222,4 @@ class Measurement:
         loss_parts = self._config.loss_parts
         index = self._comm.rank * loss_parts + self.estimates.passes.get(name, 0) % loss_parts
         seed = self._step * self._replicates + index
-        return Replicate(index, self._replicates, seed, is_all=self._replicates == 1 and self._config.may_keep_rows)
-
-
-def _device_type(runs: Sequence[NotedRun]) -> str:
-    return next((run.g.device.type for run in runs if run.g is not None), "cpu")
+        return Replicate(index, self._replicates, seed, is_all=name in self._with_few_rows)

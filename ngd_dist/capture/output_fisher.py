@@ -34,7 +34,8 @@ class OutputFisher:
         if isinstance(choice, Empirical) or not self._capture.needs_fisher_pass:
             return
         self._capture.begin_fisher()
-        outputs = _differentiable(output)
+        with self._capture.measurement.told():
+            outputs, ignored = self._capture.part.outputs(_differentiable(output), ignored)
         read = None if ignored is None else ~ignored
         per_sample = max(positions_read(choice.likelihood, out, read) for out in outputs)
         origin = Pass(Source.FISHER, ignores=ignored is not None, read=per_sample)

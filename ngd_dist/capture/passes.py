@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ngd_dist.capture.batches import Batch
 from ngd_dist.errors import CaptureError
-from ngd_dist.layers import Run
+from ngd_dist.layers import Layer, Run
 from ngd_dist.layers.hooks import OUTSIDE_BACKWARD
 
-__all__ = ["Arrivals", "LayerPasses", "MicroBatch", "NotedRun", "miscount"]
+__all__ = ["Arrivals", "LayerPasses", "MicroBatch", "NotedRun", "miscount", "size_of"]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -153,6 +153,17 @@ class LayerPasses:
         within = {run.within for run, _ in arrivals if run.is_recomputed}
         self.micro_batches.append(MicroBatch(within=within))
         return self.micro_batches[-1]
+
+
+def size_of(layer: Layer, x: Tensor) -> int:
+    """Returns the length of the batch dimension of a layer's input. Raises: CaptureError for an unfit or empty one."""
+    expected = layer.expected_input(x)
+    if expected is not None:
+        raise CaptureError(f"layer {layer.name!r} needs an input of shape {expected}, got {list(x.shape)}")
+    size = x.shape[layer.batch_dim] if x.ndim > layer.batch_dim else 0
+    if size == 0:
+        raise CaptureError(f"layer {layer.name!r} is given no samples; leave an empty batch out on all ranks")
+    return size
 
 
 def _version_of(parameter: nn.Parameter) -> int:

@@ -34,6 +34,14 @@ class NGDConfig(Settings):
         default=KFAC(), description="The approximation of a layer's Fisher block."
     )
     fisher: FisherChoice = Field(default=Empirical(), description="The source of the gradients in the statistics.")
+    statistics_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the samples of each micro-batch that statistics are made of, evenly spaced and at least "
+        "one; gradients are of all samples. The other samples cost nothing here: a sampled or exact Fisher runs the "
+        "model on the part first, whenever its statistics are due.",
+    )
     staleness: StalenessChoice = Field(default=AdaptiveInterval(), description="When a statistic is refreshed.")
     strategy: StrategyChoice | None = Field(
         default=None, description="None: `single` in one process, `owner_sharded` in several."

@@ -10,7 +10,7 @@ from torch import Tensor
 from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending
 from ngd_dist.statistics.staleness import REFRESHED, Verdict
-from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec
+from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec, by_layer
 
 __all__ = [
     "REPORT_NUMBERS",
@@ -119,14 +119,14 @@ class LocalContribution:
     """One rank's part of a step, beside the statistics that it has offered.
 
     `flags`, [2]: 1 if this rank's gradients have NaN or infinity, and the number of parameters without one. `counts`:
-    by due layer, this rank's part of the sums in a `CaptureCount`: 1 or 0 for whether it was captured, NaN if in too
-    many micro-batches, infinity if its values are useless after they were sent; then rows, replicates, the two numbers
-    of `Positions`, and the mean square of each due statistic. `gradients`: grad_BOI of every layer. `plain`: the other
-    gradients.
+    due layer by due layer, this rank's part of the sums in a `CaptureCount`: 1 or 0 for whether it was captured, NaN if
+    in too many micro-batches, infinity if its values are useless after they were sent; then rows, replicates, the two
+    numbers of `Positions` and, if noise is measured, the mean square of each due statistic. `gradients`: grad_BOI of
+    every layer. `plain`: the other gradients.
     """
 
     flags: Tensor
-    counts: Mapping[str, Tensor]
+    counts: Tensor
     gradients: Mapping[str, Tensor]
     plain: list[Tensor]
 
@@ -178,22 +178,25 @@ def split_like(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def read_counts(
-    flags: Tensor, counts: Mapping[str, Tensor], due: Sequence[Key]
+    flags: Tensor, counts: Tensor, due: Sequence[Key]
 ) -> tuple[bool, int, frozenset[str], dict[str, CaptureCount]]:
     """Returns if all is finite, the missing gradients, the miscounted layers, and the counts of others that ran.
 
     Reads two numbers, and a few per due layer, back to the host in one go: the captured layers decide the refreshes,
     and a step with a non-finite gradient must not begin. It is the one host read of a step without a refresh.
     """
-    bad, missing, *numbers = torch.cat([flags, *counts.values()]).tolist()
+    bad, missing, *numbers = torch.cat([flags, counts]).tolist()
     captured: dict[str, CaptureCount] = {}
     miscounted: set[str] = set()
-    for layer, count in counts.items():
-        (ranks, rows, replicates, read, positions, *squares), numbers = numbers[: len(count)], numbers[len(count) :]
+    layers, begin = by_layer(due), 0
+    has_squares = len(numbers) > 5 * len(layers)
+    for layer, names in layers.items():
+        end = begin + 5 + len(names) * has_squares
+        ranks, rows, replicates, read, positions, *squares = numbers[begin:end]
+        begin = end
         if math.isnan(ranks):
             miscounted.add(layer)
         elif 0 < ranks < math.inf:
-            names = [key.statistic for key in due if key.layer == layer]
             means = {name: square / ranks for name, square in zip(names, squares, strict=False)}
             per_sample = Positions(read / ranks, positions / ranks)
             captured[layer] = CaptureCount(int(ranks), int(rows), int(replicates), means, per_sample)

@@ -138,12 +138,12 @@ class Sync:
         wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if is_sent else {}
         # Gradients that an engine has averaged are finite on all ranks or on none.
         others = [local.flags, *wide.values(), *local.plain] if is_sent else []
-        pending = self._begin_sum([*small.values()], [*local.counts.values(), *others])
+        pending = self._begin_sum([*small.values()], [*([local.counts] if self._due else []), *others])
         to_owners = self._begin_reduce(local.gradients) if is_sent else None
         sums = self._spread(self._buckets.finish())
         statistics, others = pending.wait()
         sums |= zip(small, statistics, strict=True)
-        counts, others = dict(zip(local.counts, others, strict=False)), others[len(local.counts) :]
+        counts, others = (others[0], others[1:]) if self._due else (local.counts, others)
         flags, gradients, plain = local.flags, local.gradients, local.plain
         if to_owners is not None:
             flags, *averaged = [others[0], *map(self._averaged, others[1:])]

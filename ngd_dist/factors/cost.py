@@ -26,3 +26,8 @@ class LayerShape:
     def gradient(self) -> tuple[int, int, int]:
         """The shape of grad_BOI."""
         return self.blocks, self.outputs, self.inputs
+
+    @property
+    def row_numbers(self) -> int:
+        """The numbers in a row of inputs and a row of output gradients."""
+        return self.blocks * (self.inputs + self.outputs)

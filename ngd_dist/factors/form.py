@@ -23,7 +23,8 @@ __all__ = ["Entrywise", "FactorForm", "Form", "InputRows", "Replicate"]
 class Replicate:
     """One of the equal parts of a global batch: a rank's micro-batch. `seed` decides the rows that are drawn.
 
-    `is_all`: whether the batch has no other part than the `count` of its kind, on this rank, and the statistic no past.
+    `is_all`: whether the batch has no other part than the `count` of its kind, on this rank, the statistic no past, and
+    the layer its own calls: its rows may be kept.
     """
 
     index: int = 0
@@ -41,7 +42,7 @@ class InputRows(Protocol):
 
     @property
     def count(self) -> int:
-        """The number of rows of the micro-batch, padding included; a part of it has that of the whole."""
+        """The number of rows of each block, padding included."""
 
     @property
     def replicate(self) -> Replicate:

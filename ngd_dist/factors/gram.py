@@ -96,7 +96,7 @@ class Gram(Dense):
         return rows_BNPD.flatten(1, 2) * root
 
     def input_moment(self, rows: InputRows) -> Tensor:
-        if rows.replicate.is_all and self._fits(rows.count):
+        if rows.replicate.is_all and self._fits(rows.count * rows.replicate.count):
             return self.moment(rows.a_BNPI, 1 / rows.samples, rows.replicate)
         return super().input_moment(rows)
 

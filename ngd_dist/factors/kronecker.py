@@ -26,10 +26,12 @@ TRIANGLE = 128
 def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     """Returns scale * sum over n and p of r r^T, [B, D, D], in the dtype of the rows. scale: a number, or [B]."""
     rows = rows_BNPD.flatten(1, 2)
-    if isinstance(scale, torch.Tensor) and (scale.numel() > 1 or scale.device.type != "cpu"):
-        return rows.mT @ rows * _per_block(scale, rows, 2)
-    # One pass over the result instead of two, and on a CPU hardly more than half of the products.
     n = rows.shape[-1]
+    if n <= TRIANGLE or (isinstance(scale, torch.Tensor) and (scale.numel() > 1 or scale.device.type != "cpu")):
+        moment: Tensor = rows.mT @ rows
+        is_one = isinstance(scale, float) and scale == 1.0
+        return moment if is_one else moment.mul_(_per_block(scale, rows, 2))
+    # One pass over the result instead of two, and on a CPU hardly more than half of the products.
     moment, width = rows.new_empty(len(rows), n, n), n if rows.is_cuda else TRIANGLE
     for first in range(0, n, width):
         part = moment[:, first : first + width, : first + width]

@@ -53,7 +53,7 @@ class Root(FactorForm):
         share = self.shape[1] // replicate.count
         root = scale**0.5 if isinstance(scale, float) else scale.sqrt()
         rows_BRD = sampled(rows_BNPD.flatten(1, 2), share, replicate.seed)
-        placed = rows_BRD.new_zeros(self.shape)
+        placed = rows_BRD.new_zeros(len(rows_BRD), *self.shape[1:])
         first = replicate.index * share
         if isinstance(root, torch.Tensor):
             root = root.to(rows_BRD).view(-1, 1, 1)

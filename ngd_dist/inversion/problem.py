@@ -110,12 +110,22 @@ class ToInvert:
     old: Tensor | None = None
     direct: Direct | None = None
 
+    def parts(self, count: int) -> "list[Problem]":
+        """Returns the problems of `count` equal parts of the blocks, as views."""
+        olds = [None] * count if self.old is None else self.old.chunk(count)
+        parts = zip(self.factor.chunk(count), self.damping.chunk(count), olds, strict=True)
+        return [ToInvert(factor, damping, old, self.direct) for factor, damping, old in parts]
+
 
 @dataclass(frozen=True, slots=True)
 class ToDecompose:
     """A symmetric factor [B, n, n] is to be decomposed into eigenvalues and eigenvectors."""
 
     factor: Tensor
+
+    def parts(self, count: int) -> "list[Problem]":
+        """Returns the problems of `count` equal parts of the blocks, as views."""
+        return [ToDecompose(factor) for factor in self.factor.chunk(count)]
 
 
 Problem = ToInvert | ToDecompose

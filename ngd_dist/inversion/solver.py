@@ -28,9 +28,11 @@ from ngd_dist.inversion.problem import (
 
 __all__ = ["solve"]
 
-# The entries of one batch: 256 MiB in float32. A factor is never divided.
-MAX_ENTRIES = 2**26
+# The entries of one batch: 256 MiB in float32 on a GPU, 1 MiB on a CPU, where a batch that no cache holds takes longer
+# than its factors by themselves. A factor is never divided.
+MAX_ENTRIES, MAX_ENTRIES_CPU = 2**26, 2**18
 AUTOMATIC = AutomaticInversion()
+NOTHING, UNKNOWN = Policy(direct=()), Conditioning()
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -40,19 +42,15 @@ class _Task:
     """One factor to invert. `next_try`: None once nothing is left to try. `inverse`: the result of the last try."""
 
     problem: ToInvert
-    policy: Policy
-    conditioning: Conditioning
-    next_try: Try | None
+    kind: tuple[Hashable, ...]  # in common if one call can take the tasks
+    policy: Policy = NOTHING
+    conditioning: Conditioning = UNKNOWN
+    next_try: Try | None = None
     inverse: Inverse | None = None
 
     @property
     def factor(self) -> Tensor:
         return self.problem.factor
-
-    @property
-    def kind(self) -> tuple[Hashable, ...]:
-        """The key that tasks have in common if one call can take them."""
-        return self.problem.direct, *_kind(self.factor)
 
 
 def solve(problems: Mapping[Name, Problem], choice: InversionChoice = AUTOMATIC) -> dict[Name, Solution]:
@@ -80,17 +78,19 @@ def _invert_all(problems: Mapping[Name, ToInvert], choice: InversionChoice) -> d
 
 def _tasks(problems: Sequence[ToInvert], choice: InversionChoice) -> list[_Task]:
     """Returns a task for each factor with its first try, after a look at those that Newton-Schulz may be tried on."""
-    tasks = [
-        _Task(problem, Policy(direct=()), Conditioning(), Try(problem.direct.method) if problem.direct else None)
-        for problem in problems
-    ]
-    dense = [task for task in tasks if task.next_try is None]
-    blocks: dict[Hashable, int] = defaultdict(int)
-    for task in dense:
-        blocks[task.kind] += len(task.factor)
-    for task in dense:
-        factor = task.factor
-        task.policy = policy_for(choice, factor.shape[-1], blocks[task.kind], factor.dtype, factor.device)
+    tasks = [_Task(problem, (problem.direct, *_kind(problem.factor))) for problem in problems]
+    alike: dict[Hashable, list[_Task]] = defaultdict(list)
+    for task in tasks:
+        if task.problem.direct is None:
+            alike[task.kind].append(task)
+        else:
+            task.next_try = Try(task.problem.direct.method)
+    for of_kind in alike.values():
+        factor, blocks = of_kind[0].factor, sum(task.factor.shape[0] for task in of_kind)
+        policy = policy_for(choice, factor.shape[-1], blocks, factor.dtype, factor.device)
+        for task in of_kind:
+            task.policy = policy
+    dense = [task for of_kind in alike.values() for task in of_kind]
     looked = [(task, _look(task)) for task in dense if task.policy.max_iterations > 0]
     for task, (kappa, rho) in looked:
         task.conditioning = Conditioning(float(kappa), float(rho))
@@ -116,10 +116,12 @@ def _batches(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
         alike[(*task.kind, task.next_try.method)].append(task)
     for group in alike.values():
         batch: list[_Task] = []
+        entries, limit = 0, MAX_ENTRIES_CPU if group[0].factor.device.type == "cpu" else MAX_ENTRIES
         for task in group:
-            if batch and sum(other.factor.numel() for other in [*batch, task]) > MAX_ENTRIES:
+            entries += task.factor.numel()
+            if batch and entries > limit:
                 yield batch
-                batch = []
+                batch, entries = [], task.factor.numel()
             batch.append(task)
         yield batch
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers.attention import InProjection
-from ngd_dist.layers.base import Layer, LayerBatch, OnRun, Replicate, Run
+from ngd_dist.layers.base import Layer, LayerBatch, OnRun, Replicate
 from ngd_dist.layers.batchnorm import BatchNorm, SyncBatchNorm
 from ngd_dist.layers.conv import Conv
 from ngd_dist.layers.embedding import Embedding
@@ -18,6 +18,7 @@ from ngd_dist.layers.groupnorm import GroupNorm
 from ngd_dist.layers.layernorm import LayerNorm, RMSNorm
 from ngd_dist.layers.linear import Linear
 from ngd_dist.layers.other_libraries import LAYERS_BY_NAME
+from ngd_dist.layers.run import Run
 
 __all__ = [
     "LAYERS",

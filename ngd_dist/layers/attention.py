@@ -1,5 +1,6 @@
 """nn.MultiheadAttention as two layers: the projections of query, key and value, and that of the output."""
 
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer, OnRun
 from ngd_dist.layers.linear_calls import LinearCalls
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["InProjection", "OutProjection"]
 
@@ -60,7 +62,7 @@ class InProjection(Projection):
 
     _made = (0, BLOCKS)
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         outputs, inputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs // BLOCKS, blocks=BLOCKS)
@@ -80,6 +82,9 @@ class InProjection(Projection):
 
     def keep(self, x: Tensor, output: Tensor) -> _InRun:
         return _InRun(x, *self._made)
+
+    def some_samples(self, kept: _InRun, part: range, samples: int) -> _InRun:
+        return kept._replace(x=of_samples(kept.x, part, samples, self.batch_dim))
 
     def inputs(self, kept: _InRun) -> Tensor:
         return self._placed(self._rows(kept.x).expand(kept.end - kept.first, -1, -1, -1), kept)
@@ -110,7 +115,7 @@ class InProjection(Projection):
 class OutProjection(Projection):
     """Maps the outputs of the heads, side by side, to the module's output."""
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         outputs, inputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs)
@@ -122,6 +127,12 @@ class OutProjection(Projection):
                 on_run(x if samples is None else x.unflatten(0, (-1, samples)), output)
 
         return self._calls.watch(on_linear)
+
+    def some_samples(self, kept: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(kept, part, samples, self.batch_dim)
+
+    def some_gradients(self, kept: Tensor, g: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(g.view(*kept.shape[:2], -1), part, samples, self.batch_dim)
 
     def inputs(self, kept: Tensor) -> Tensor:
         return self._rows(kept)

@@ -5,9 +5,9 @@ Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias)
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +17,30 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Replicate
 from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.layers.hooks import ModuleHook
+from ngd_dist.layers.run import Run, of_samples
 
-__all__ = ["Layer", "LayerBatch", "OnRun", "Replicate", "Run", "statistics_dtype"]
+__all__ = ["Layer", "LayerBatch", "OnRun", "Replicate"]
 
 # Called in forward, for every run of the layer, with its input and its output.
 OnRun = Callable[[Tensor, Tensor], None]
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which statistics and directions are computed: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Layer(ABC):
     """One covered part of a module: it has the parameters and the shape, and turns the tensors into rows.
 
     `batch_dim` is the dimension of the input and the output that counts samples: 0, or 1 if a sequence comes first.
+    `is_stackable`: whether `join` and `split` also take tensors of several layers that are alike, stacked in front.
     """
+
+    is_stackable: ClassVar[bool] = False
 
     def __init__(self, name: str, module: nn.Module, *, batch_dim: int = 0) -> None:
         self.name = name
         self.module = module
         self.batch_dim = batch_dim
         self.parameters: list[nn.Parameter] = self._own_parameters()
-        self.dtype = statistics_dtype(self.parameters[0].dtype)
+        # That in which statistics and directions are computed.
+        self.dtype = torch.float64 if self.parameters[0].dtype == torch.float64 else torch.float32
         self._homes = [
             (owner, name, p)
             for owner in module.modules()
@@ -119,9 +119,13 @@ class Layer(ABC):
         """Returns the sum over n and p of a a^T, [B, I, I]."""
         return second_moment(self.inputs(kept), 1.0)
 
-    def some_samples(self, kept: Any, first: int, last: int, samples: int) -> Any | None:
-        """Returns the kept tensors of samples `first` up to but without `last`; None if only rows can be split."""
+    def some_samples(self, kept: Any, part: range, samples: int) -> Any | None:
+        """Returns the kept tensors of a part of the `samples` samples; None if only rows can be split."""
         return None
+
+    def some_gradients(self, kept: Any, g: Tensor, part: range, samples: int) -> Tensor:
+        """Returns the rows of a part of the samples in g, or in another tensor of the shape of `on_run`'s output."""
+        return of_samples(g, part, samples, self.batch_dim)
 
     def along(self, a_BNPI: Tensor, g_BNPO: Tensor, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, sum over p of g a^T> of each sample, [N]."""
@@ -135,15 +139,17 @@ class Layer(ABC):
 
         Weights are flattened to [O, -1], the bias comes last; blocks are equal parts of O.
         """
-        rows = gradients[0].shape[0]
-        joined = torch.cat([gradient.reshape(rows, -1) for gradient in gradients], dim=1).to(self.dtype)
-        return joined.view(self.shape.gradient)
+        layers = gradients[0].shape[: gradients[0].ndim - self.parameters[0].ndim]
+        rows = gradients[0].shape[len(layers)]
+        joined = torch.cat([gradient.reshape(*layers, rows, -1) for gradient in gradients], dim=-1).to(self.dtype)
+        return joined.view(*layers, *self.shape.gradient)
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
         """Returns one tensor per parameter, in its shape and dtype: the inverse of `join`."""
         widths = [p.numel() // p.shape[0] for p in self.parameters]
-        columns = direction_BOI.reshape(-1, direction_BOI.shape[-1]).split(widths, dim=1)
-        return [c.reshape(p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
+        layers = direction_BOI.shape[:-3]
+        columns = direction_BOI.reshape(*layers, -1, direction_BOI.shape[-1]).split(widths, dim=-1)
+        return [c.reshape(*layers, *p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
 
     def _own_parameters(self) -> list[nn.Parameter]:
         return [p for p in (self._weight, self._bias) if p is not None]
@@ -165,23 +171,6 @@ class Layer(ABC):
         if self._bias is None:
             return a_BNPI
         return torch.cat([a_BNPI, a_BNPI.new_ones(*a_BNPI.shape[:-1], 1)], dim=-1)
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """One run of a layer: the tensors kept of it, and its gradient once that has come.
-
-    `samples` is N of the model's batch; if one run serves all samples (position embeddings), it is 1 and `sharers` is
-    N. `weight` is a factor on the gradient. `slope` is the derivative of the activation that read the output, at that
-    output; None if no activation module did.
-    """
-
-    kept: Any
-    samples: int = 1
-    sharers: int = 1
-    weight: float = 1.0
-    g: Tensor | None = None
-    slope: Tensor | None = None
 
 
 class LayerBatch:
@@ -260,7 +249,7 @@ class LayerBatch:
         """
         if self.counted_BNP is None:
             return self.positions_B
-        return self.counted_BNP.sum((1, 2)).clamp(min=1).double() / self.samples
+        return self.counted_BNP.sum((1, 2)).clamp(min=1).double() / self.counted_BNP.shape[1]
 
     def along(self, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, gradient of the sample's own loss>, [N].
@@ -287,10 +276,29 @@ class LayerBatch:
         shape = self._layer.shape
         return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of its rows."""
+        return next(run.g.device for run in self._runs if run.g is not None)
+
     def halves(self) -> "tuple[LayerBatch, LayerBatch]":
         """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
-        middle = self.samples // 2
-        return _Slice(self, slice(0, middle), 0), _Slice(self, slice(middle, self.samples), 1)
+        middle, of = self.samples // 2, self.replicate
+        first, second = (Replicate(2 * of.index + half, 2 * of.count, of.seed, of.is_all) for half in (0, 1))
+        return _Half(self, range(middle), first), _Half(self, range(middle, self.samples), second)
+
+    def of(self, part: range) -> "LayerBatch":
+        """Returns the batch of these samples alone. Work on the others is left out, unless the layer couples samples.
+
+        A run that all samples share stays whole.
+        """
+        if self.samples == 1 or len(part) == self.samples:
+            return self
+        runs = [self._of_run(run, part) for run in self._runs]
+        parts = [run for run in runs if run is not None]
+        if self._counted is not None or len(parts) < len(runs):
+            return _Slice(self, part, self.replicate)
+        return LayerBatch(self._layer, parts, self._scale, self.replicate, ignores=self._ignores, read=self.read)
 
     @property
     def input_moment_BII(self) -> Tensor:
@@ -308,20 +316,32 @@ class LayerBatch:
         g_BNPO = self._layer.output_gradients(run.kept, run.g)
         return g_BNPO if run.weight == 1.0 else g_BNPO * run.weight
 
+    def _of_run(self, run: Run, part: range) -> Run | None:
+        """Returns a run's part; None if only rows can be split."""
+        layer, samples = self._layer, self.samples
+        kept = layer.some_samples(run.kept, part, samples)
+        if kept is None:
+            return None
+        g, slope = (None if x is None else layer.some_gradients(run.kept, x, part, samples) for x in (run.g, run.slope))
+        return replace(run, kept=kept, g=g, slope=slope, samples=len(part))
+
     def _cat(self, per_run: list[Tensor]) -> Tensor:
         grouped = [rows.reshape(rows.shape[0], self.samples, -1, rows.shape[-1]) for rows in per_run]
         return grouped[0] if len(grouped) == 1 else torch.cat(grouped, dim=2)
 
 
 class _Slice(LayerBatch):
-    """Some of the samples of a batch. Tensors that depend on the whole batch, such as its normalisation, stay."""
+    """Some of the samples of a batch, as views of its rows."""
 
-    def __init__(self, whole: LayerBatch, samples: slice, half: int) -> None:
-        of = whole.replicate
-        part = Replicate(2 * of.index + half, 2 * of.count, of.seed, of.is_all)
-        super().__init__(whole._layer, whole._runs, whole._scale, part)
-        self._whole, self._slice = whole, samples
-        self.samples = samples.stop - samples.start
+    def __init__(self, whole: LayerBatch, part: range, replicate: Replicate) -> None:
+        super().__init__(whole._layer, whole._runs, whole._scale, replicate, ignores=whole._ignores, read=whole.read)
+        self._whole, self._range = whole, part
+        self._slice = slice(part.start, part.stop, part.step)
+        self.samples = len(part)
+
+    @property
+    def count(self) -> int:
+        return self._whole.count * self.samples // self._whole.samples
 
     @cached_property
     def a_BNPI(self) -> Tensor:
@@ -345,17 +365,24 @@ class _Slice(LayerBatch):
         whole = self._whole.positions_B
         return whole if whole.ndim == 1 else whole[:, self._slice]
 
-    @cached_property
-    def mean_positions_B(self) -> Tensor:
-        return self._whole.mean_positions_B
-
     @property
     def input_moment_BII(self) -> Tensor:
-        first, last = self._slice.start, self._slice.stop
-        kept = [self._layer.some_samples(run.kept, first, last, self._whole.samples) for run in self._runs]
+        # A slice of a slice, or one of a run that all samples share, has no such part.
+        kept = [
+            self._layer.some_samples(run.kept, self._range, run.samples) if run.samples == self._whole.samples else None
+            for run in self._runs
+        ]
         if "a_BNPI" in vars(self._whole) or self._whole._ignores or any(part is None for part in kept):
             return second_moment(self.a_BNPI, 1.0)
         return _sum([self._layer.input_moment(part) for part in kept])
+
+
+class _Half(_Slice):
+    """Half of the samples of a batch, normalised as the whole."""
+
+    @cached_property
+    def mean_positions_B(self) -> Tensor:
+        return self._whole.mean_positions_B
 
 
 def _sum(moments: Sequence[Tensor]) -> Tensor:

@@ -26,9 +26,14 @@ class BatchNorm(ChannelNorm):
     def _normalised(self, kept: tuple[Tensor, bool]) -> Tensor:
         x, uses_batch = kept
         norm = self.module
-        mean, variance = (None, None) if uses_batch else (norm.running_mean, norm.running_var)
-        # If the batch's statistics are used, no running ones are passed: this second pass must not update them.
-        return F.batch_norm(x.to(self.dtype), mean, variance, training=uses_batch, eps=norm.eps)
+        if not uses_batch:
+            return F.batch_norm(x.to(self.dtype), norm.running_mean, norm.running_var, eps=norm.eps)
+        # On a CPU a third of the time of F.batch_norm, and of torch.var_mean. Running averages don't move.
+        x = x.to(self.dtype)
+        x = x - x.mean([d for d in range(x.ndim) if d != 1], keepdim=True)
+        of_samples = torch.linalg.vector_norm(x.flatten(2), dim=-1) if x.ndim > 2 else x
+        variance = of_samples.square().sum(0) * (x.shape[1] / x.numel())
+        return x.mul_((variance + norm.eps).rsqrt().view(-1, *[1] * (x.ndim - 2)))
 
 
 class Normalisation(NamedTuple):

@@ -1,5 +1,6 @@
 """nn.Conv1d, 2d and 3d: positions are the output's pixels, inputs the flattened patch of each pixel."""
 
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.autocorrelation import Window, is_worthwhile, patch_moment
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["Conv"]
 
@@ -30,6 +32,7 @@ class Conv(Layer):
     """
 
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    is_stackable = True
 
     @classmethod
     def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
@@ -39,7 +42,7 @@ class Conv(Layer):
         dims = len(self.module.kernel_size)
         return None if x.ndim == dims + 2 else f"[samples, channels, {AXES[dims]}]"
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         weight, groups = self._weight, self.module.groups
         inputs = weight[0].numel() + (self._bias is not None)
@@ -74,9 +77,8 @@ class Conv(Layer):
         moment = patch_moment(read.x, read.windows, groups)
         return moment if self._bias is None else self._with_sums(moment, kept.to(self.dtype))
 
-    def some_samples(self, kept: Tensor, first: int, last: int, samples: int) -> Tensor:
-        windows = kept.shape[0] // samples  # of a sample: the model may fold windows into dimension 0
-        return kept[first * windows : last * windows]
+    def some_samples(self, kept: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(kept, part, samples)
 
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         g_NBOP: Tensor = g.flatten(2).unflatten(1, (self.module.groups, -1))

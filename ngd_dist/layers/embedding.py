@@ -1,6 +1,7 @@
 """nn.Embedding: a linear layer without bias whose input rows are one-hot, and never made."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["Embedding"]
 
@@ -33,7 +35,7 @@ class Embedding(Layer):
     def expected_input(self, x: Tensor) -> str | None:
         return None if x.ndim > self.batch_dim else "[samples, ...]"
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         inputs, outputs = self._weight.shape
         return LayerShape(self.name, "kronecker", inputs, outputs, has_one_hot_inputs=True)
@@ -41,6 +43,9 @@ class Embedding(Layer):
     def inputs(self, kept: Tensor) -> Tensor:
         kept = kept.movedim(self.batch_dim, 0)
         return kept.reshape(1, kept.shape[0], -1, 1).long()
+
+    def some_samples(self, kept: Tensor, part: range, samples: int) -> Tensor:
+        return of_samples(kept, part, samples, self.batch_dim)
 
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         g = g.movedim(self.batch_dim, 0)

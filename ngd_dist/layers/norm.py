@@ -7,6 +7,7 @@ Source: [OT20], unit-wise.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.run import of_samples
 
 __all__ = ["ChannelNorm", "Norm"]
 
@@ -21,12 +23,16 @@ __all__ = ["ChannelNorm", "Norm"]
 class Norm(Layer):
     """Rows a_BNPI are [1, N, P, O], one normalised number per unit; the gradient matrix is [1, O, 1 or 2]."""
 
-    @property
+    @cached_property
     def shape(self) -> LayerShape:
         return LayerShape(self.name, "unit_wise", len(self.parameters), self._weight.numel())
 
     def inputs(self, kept: Any) -> Tensor:
         return self._rows(self._normalised(kept))
+
+    def some_samples(self, kept: Any, part: range, samples: int) -> Tensor | None:
+        # Those that keep more are normalised by all samples together.
+        return of_samples(kept, part, samples, self.batch_dim) if isinstance(kept, Tensor) else None
 
     def output_gradients(self, kept: Any, g: Tensor) -> Tensor:
         return self._rows(g.to(self.dtype))

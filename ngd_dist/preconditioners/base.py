@@ -18,7 +18,8 @@ from ngd_dist.statistics.statistic import StatisticSpec
 __all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]
 
 # Costs that `Preconditioner.work` counts beside products, fitted to the times of ResNet-20's and an MLP's layers in one
-# thread: operations per number of a row for passes over memory, and operations per statistic for calls.
+# thread: operations per number of a row for passes over memory, and operations for the calls of each statistic and of
+# each refresh. Two statistics of a small layer then share the step of its refresh.
 PASSES = 256
 CALLS = 2**25
 
@@ -45,6 +46,8 @@ class Preconditioner(ABC):
     therefore gets; they follow from the statistics that are not `in_basis`. `flops_by_statistic`: if each statistic
     alone decides a part of the cache, the operations of making that part; empty if the cache is made as a whole.
     `reads_slopes`: whether `estimate` reads `LayerBatch.slopes_BNPO`, for which activation modules are watched.
+    `is_blockwise`: whether `estimate`, `problems` and `apply` treat blocks apart, and every statistic and entry has
+    them in its first dimension, so that the blocks of several layers of one shape can be given at once.
     """
 
     statistics: tuple[StatisticSpec, ...]
@@ -52,6 +55,7 @@ class Preconditioner(ABC):
     shared: tuple[str, ...] = ()
     flops_by_statistic: Mapping[str, int] = MappingProxyType({})
     reads_slopes: bool = False
+    is_blockwise: bool = False
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
@@ -141,7 +145,7 @@ class Preconditioner(ABC):
         estimates = sum(CALLS + rows[spec.name] * _row_flops(spec) for spec in due)
         if self.flops_by_statistic:
             return estimates + sum(self.flops_by_statistic[spec.name] for spec in due)
-        return estimates + (0 if all(spec.in_basis for spec in due) else self.refresh_flops())
+        return estimates + (0 if all(spec.in_basis for spec in due) else 2 * CALLS + self.refresh_flops())
 
     @abstractmethod
     def apply_flops(self) -> int:

@@ -8,7 +8,7 @@ The direction of a gradient sum_r g_r a_r^T, with rows g [B, R, O] and a [B, R, 
 If A and G are made of these very rows, the second is g^T (Kg + dg)^-1 (Ka + da)^-1 a with both Gram matrices K.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -80,23 +80,29 @@ def kept_rows(cache: Cache) -> dict[str, Tensor]:
     return {entry.removesuffix(ROWS): rows for entry, rows in cache.items() if entry.endswith(ROWS)}
 
 
+def is_rows(form: FactorForm, value: Tensor) -> bool:
+    """Returns whether the value of a factor is rows that stand for the matrix."""
+    return isinstance(form, Gram) and form.is_rows(value)
+
+
 def with_rows(
     cache: Cache,
     fresh: Collection[str],
     forms: Mapping[str, FactorForm],
     statistics: Mapping[str, Tensor],
-    split: Mapping[str, Tensor],
+    split: Callable[[], Mapping[str, Tensor]],
 ) -> Cache:
     """Returns the cache with the rows of the factors beside their inverses, if those are `fresh`.
 
-    split: the damping of each factor, [B].
+    split: returns the damping of each factor, [B].
     """
     beside = {name + part for name in fresh for part in (ROWS, DAMPING)}
     cache = {entry: value for entry, value in cache.items() if entry not in beside}
-    for name in fresh:
-        form, value = forms[name], statistics[name]
-        if isinstance(form, Gram) and form.is_rows(value):
-            cache |= {name + ROWS: value, name + DAMPING: split[name]}
+    rows = {name: value for name in fresh if is_rows(forms[name], value := statistics[name])}
+    if rows:
+        damping = split()
+        for name, value in rows.items():
+            cache |= {name + ROWS: value, name + DAMPING: damping[name]}
     return cache
 
 

@@ -1,7 +1,6 @@
 """K-FAC: the Fisher block of a layer as the Kronecker product of A (inputs) and G (output gradients)."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +31,8 @@ class KFAC(Preconditioner):
     Both are inverted when either is new: pi ties them. With pis of different moments the damping of the product would
     be lambda times their ratio, which falls without bound while G vanishes and A stays.
     """
+
+    is_blockwise = True
 
     def __init__(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> None:
         super().__init__(shape)
@@ -100,6 +101,7 @@ class _Split:
 
     def __init__(self, factors: Factors) -> None:
         self._factors = factors
+        self._by_gradient = factors.product_flops()  # at most
         self.entries = {name: form.inverse for name, form in factors.forms.items()}
 
     def problems(self, statistics: Statistics, damping: float, old: Cache) -> dict[str, Problem]:
@@ -121,8 +123,14 @@ class _Split:
         if refreshed.cache is None:
             return refreshed
         fresh = [name for name in solutions if refreshed.endings[name] is Ending.OK]
-        split = self._factors.damping(statistics, damping)
-        return replace(refreshed, cache=with_rows(refreshed.cache, fresh, self._factors.forms, statistics, split))
+        cache = with_rows(
+            refreshed.cache,
+            fresh,
+            self._factors.forms,
+            statistics,
+            lambda: self._factors.damping(statistics, damping),
+        )
+        return Refreshed(cache, refreshed.endings)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         A, G = self.inverses(cache)
@@ -138,6 +146,8 @@ class _Split:
 
         fresh: the factors that are made of these very rows.
         """
+        if not fresh and self._by_gradient <= CHECK:
+            return False
         if self._factors.sums_positions or not all(isinstance(form, Dense) for form in self._factors.forms.values()):
             return False
         (blocks, outputs, inputs), (A, G) = self._factors.gradient, self.inverses(cache)

@@ -5,7 +5,7 @@ verdicts, so that the due sets, which shape the next collectives, can't differ b
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -180,14 +180,13 @@ class Schedule:
         return key in self._in_basis or step >= self.tracks[key].inverse_due
 
     def advance(self, step: int, verdicts: Mapping[Key, Verdict], rows: Mapping[Key, int] | None = None) -> None:
-        """Plans the next refresh of every statistic that was due in this step. rows: the number behind each."""
-        due = self.due(step)
-        plan = _Plan(self._work)
-        for key, track in self.tracks.items():
-            if step < track.due < NEVER:
-                plan.add(track.due, key, track.rows)
-        for key in due:
-            verdict = verdicts[key]
+        """Plans the next refresh of each statistic that was `due` in this step, from its verdict, in the same order.
+
+        rows: the number behind each.
+        """
+        planned_before = ((t.due, key, t.rows) for key, t in self.tracks.items() if step < t.due < NEVER)
+        plan = _Plan(self._work, planned_before if verdicts else ())
+        for key, verdict in verdicts.items():
             track = self.tracks[key]
             if verdict is Verdict.UNSEEN:
                 self.tracks[key] = replace(track, due=step + 1)
@@ -199,7 +198,7 @@ class Schedule:
             self.tracks[key] = Track(planned, refreshed, interval, track.interval, seen, track.inverse_due)
             plan.add(planned, key, seen)
         rebuilding = (Verdict.CHANGED,) if error_threshold(self._policy) else REFRESHED
-        rebuilt = {key.layer for key in due if key not in self._in_basis and verdicts[key] in rebuilding}
+        rebuilt = {key.layer for key in verdicts if key not in self._in_basis and verdicts[key] in rebuilding}
         self._plan_inverses(rebuilt, step)
         self._restart({key.layer for key in self._in_basis} & rebuilt, step)
 
@@ -241,6 +240,8 @@ class Schedule:
     def _fitting(self, waiting: Sequence[Key]) -> int:
         """Returns the number of these, in this order, that one step has room for."""
         room = self._room() if len(waiting) > 1 else inf
+        if room == inf or _Plan(self._work, ((0, key, self.tracks[key].rows) for key in waiting)).total(0) <= room:
+            return len(waiting)
         plan = _Plan(self._work)
         for count, key in enumerate(waiting):
             rows = self.tracks[key].rows
@@ -259,7 +260,11 @@ class Schedule:
             if key not in self._in_basis and (self._cap is not None or track.refreshed > 0):
                 by_layer[key.layer].append((1 if self._cap is not None else track.interval, key))
         mean, plan = 0.0, _Plan(self._work)
-        for of_layer in by_layer.values():
+        for layer, of_layer in by_layer.items():
+            if len({interval for interval, _ in of_layer}) == 1:
+                rows = {key.statistic: self.tracks[key].rows for _, key in of_layer}
+                mean += self._work(layer, rows) / of_layer[0][0]
+                continue
             # A rarer refresh meets the more frequent ones of its layer, and adds only the work that they don't do.
             for interval, key in sorted(of_layer, key=lambda pair: pair[0]):
                 mean += plan.added(0, key, self.tracks[key].rows) / interval
@@ -273,6 +278,8 @@ class Schedule:
         all its statistics at once, the step of another one saves work. Ties go to the latest step.
         """
         earliest, latest = step + max(1, ceil(interval * (1 - self._stagger))), step + interval
+        if earliest == latest:
+            return latest
 
         def work(candidate: int) -> tuple[int, int, int]:
             saved = plan.saved(candidate, key, rows)
@@ -293,12 +300,16 @@ def _remembered(work: Work) -> Work:
 
 
 class _Plan:
-    """The statistics to refresh by step, and their work."""
+    """The statistics to refresh by step, and their work. planned: step, statistic and rows of those to begin with."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, planned: Iterable[tuple[int, Key, int]] = ()) -> None:
         self._work = work
-        self._rows: dict[tuple[int, str], dict[str, int]] = {}
-        self._totals: dict[int, int] = {}
+        self._rows: dict[tuple[int, str], dict[str, int]] = defaultdict(dict)
+        self._totals: dict[int, int] = defaultdict(int)
+        for step, (layer, statistic), rows in planned:
+            self._rows[step, layer][statistic] = rows
+        for (step, layer), of_layer in self._rows.items():
+            self._totals[step] += work(layer, of_layer)
 
     @property
     def steps(self) -> Collection[int]:
@@ -320,5 +331,5 @@ class _Plan:
         return self._work(key.layer, {key.statistic: rows}) - self.added(step, key, rows)
 
     def add(self, step: int, key: Key, rows: int) -> None:
-        self._totals[step] = self.total(step) + self.added(step, key, rows)
-        self._rows.setdefault((step, key.layer), {})[key.statistic] = rows
+        self._totals[step] += self.added(step, key, rows)
+        self._rows[step, key.layer][key.statistic] = rows

@@ -1,6 +1,7 @@
 """Statistic: one named tensor that is averaged over time and measures its own change."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ngd_dist.factors.form import Form
 
-__all__ = ["Change", "Key", "Positions", "Statistic", "StatisticSpec"]
+__all__ = ["Change", "Key", "Positions", "Statistic", "StatisticSpec", "by_layer"]
 
 
 class Key(NamedTuple):
@@ -20,6 +21,14 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.statistic}"
+
+
+def by_layer(keys: Iterable[Key]) -> dict[str, list[str]]:
+    """Returns the names of each layer's statistics, both in the order of the keys."""
+    names: dict[str, list[str]] = {}
+    for layer, statistic in keys:
+        names.setdefault(layer, []).append(statistic)
+    return names
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ Source: [MG15] sections 6.5 and 7.
 """
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from ngd_dist.step.quadratic import Objective, curvature_products, evaluate, pre
 from ngd_dist.step.weights import MomentumMode
 from ngd_dist.telemetry import Adapted
 
-__all__ = ["Adaptation", "Objective", "Trial"]
+__all__ = ["Adaptation", "GradientsOf", "Objective", "Trial"]
 
 Groups = list[dict[str, Any]]
 Steps = Mapping[nn.Parameter, Tensor]
+GradientsOf = Callable[[Sequence[nn.Parameter]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,11 @@ class Adaptation:
         directions: Steps,
         state: Mapping[Any, MutableMapping[str, Any]],
         objective: Objective | None,
+        gradients_of: GradientsOf,
     ) -> Trial | None:
         """Collective if the settings need an objective. Sets lr and momentum if the quadratic model chooses them.
 
+        gradients_of: this rank's gradients of parameters; the mean over ranks is that of the global batch.
         Returns None, on all ranks, for a step to be skipped: its quadratic model has NaN or infinity.
         Raises: NonFiniteError, on all ranks, for the same unless such steps are to be skipped.
         """
@@ -85,7 +89,7 @@ class Adaptation:
         before = {p: p.detach().clone() for p in directions} if is_judged else {}
         if not self._chooses:
             return Trial(is_judged, before)
-        model = self._choose(groups, directions, state, objective)
+        model = self._choose(groups, directions, state, objective, gradients_of)
         if model is not None:
             return Trial(is_judged, before, model)
         if self._skips:
@@ -108,18 +112,27 @@ class Adaptation:
         return Adapted(reduction_ratio=rho)
 
     def _choose(
-        self, groups: Groups, directions: Steps, state: Mapping[Any, MutableMapping[str, Any]], objective: Objective
+        self,
+        groups: Groups,
+        directions: Steps,
+        state: Mapping[Any, MutableMapping[str, Any]],
+        objective: Objective,
+        gradients_of: GradientsOf,
     ) -> tuple[float, float] | None:
-        """Sets every group's lr and momentum; returns the loss and the change that the model predicts.
+        """Sets every group's lr and momentum; returns the objective's loss and the change that the model predicts.
 
-        None, on all ranks, if the model has NaN or infinity.
+        The model's slope is that of the whole batch, which is there anyway, and only its curvature that of the
+        objective ([MG15] 8). The prediction has the objective's own slope, since the change of its loss is compared
+        with it. None, on all ranks, if the model has NaN or infinity.
         """
         down = {p: -direction for p, direction in directions.items()}
         last = {p: -state[p]["momentum_buffer"] for p in directions if "momentum_buffer" in state[p]}
         tangents = [down, last] if last else [down]
-        loss, DFD, Dg = self._products(objective, tangents)
+        parameters = list(directions)
+        gradient = dict(zip(parameters, gradients_of(parameters), strict=True))
+        loss, DFD, Dg, slopes = self._products(objective, tangents, [_dot(tangent, gradient) for tangent in tangents])
         DD = self._damped_products(groups, tangents)
-        lengths = solve_lengths(DFD, DD, Dg, damping=1.0)
+        lengths = solve_lengths(DFD, DD, slopes, damping=1.0)
         if not all(map(math.isfinite, lengths)):
             return None
         for group in groups:
@@ -132,20 +145,22 @@ class Adaptation:
         tangents = [{p: after[p] - old for p, old in before.items()}]
         _write(before)
         try:
-            loss, DFD, Dg = self._products(objective, tangents)
+            loss, DFD, Dg, _ = self._products(objective, tangents)
         finally:
             _write(after)
         return loss, predicted_change([1.0], DFD, self._damped_products(groups, tangents), Dg, damping=1.0)
 
-    def _products(self, objective: Objective, tangents: Sequence[Steps]) -> tuple[float, Tensor, Tensor]:
-        """Collective. Returns the loss, D^T F D and D^T grad as means over ranks."""
+    def _products(
+        self, objective: Objective, tangents: Sequence[Steps], others: Sequence[Tensor] = ()
+    ) -> tuple[float, Tensor, Tensor, Tensor]:
+        """Collective. Returns, as means over ranks, the objective's loss, D^T F D and D^T grad, and other numbers."""
         with self._capture.paused():
             loss, DFD, Dg = curvature_products(self._model, objective, tangents)
-        k = len(tangents)
-        numbers = torch.cat([loss.view(1), DFD.flatten(), Dg])
+        numbers = torch.cat([loss.view(1), DFD.flatten(), Dg, *(number.to(Dg).view(1) for number in others)])
         self._comm.all_reduce("quadratic model", numbers, kind="adaptation")
-        numbers = (numbers / self._shares).cpu()
-        return float(numbers[0]), numbers[1 : 1 + k * k].view(k, k), numbers[1 + k * k :]
+        k = len(tangents)
+        means = (numbers / self._shares).cpu().split([1, k * k, k, len(others)])
+        return float(means[0]), means[1].view(k, k), means[2], means[3]
 
     def _evaluate(self, objective: Objective) -> float:
         with self._capture.paused():
@@ -154,15 +169,22 @@ class Adaptation:
         return float(loss) / self._shares
 
     def _damped_products(self, groups: Groups, tangents: Sequence[Steps]) -> Tensor:
-        """Returns the sum over groups of damping D^T D, [k, k]."""
+        """Returns D^T D, [k, k], with each parameter's part times the damping of its group."""
+        damping = {p: group["damping"] for group in groups for p in group["params"]}
+        pairs = list(combinations_with_replacement(range(len(tangents)), 2))
+        inner = torch.stack([_dot(tangents[i], tangents[j], damping) for i, j in pairs]).tolist()
         total = torch.zeros(len(tangents), len(tangents), dtype=torch.float64)
-        for group in groups:
-            for i, x in enumerate(tangents):
-                for j, y in enumerate(tangents):
-                    both = [(x[p], y[p]) for p in group["params"] if p in x and p in y]
-                    inner = [torch.sum(a * b, dtype=torch.float64) for a, b in both]
-                    total[i, j] += group["damping"] * float(sum(inner))
+        for (i, j), product in zip(pairs, inner, strict=True):
+            total[i, j] = total[j, i] = product
         return total
+
+
+def _dot(x: Steps, y: Steps, weights: Mapping[nn.Parameter, float] | None = None) -> Tensor:
+    """Returns the inner product over the parameters that both have, times their weights, 0-d float64."""
+    products = [
+        torch.sum(x[p] * y[p], dtype=torch.float64) * (1.0 if weights is None else weights[p]) for p in x if p in y
+    ]
+    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
 
 
 def _write(values: Steps) -> None:

@@ -8,19 +8,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "is_finite"]
+__all__ = ["all_finite", "are_finite"]
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Returns whether all numbers are finite: one host read."""
-    return bool(torch.isfinite(torch.linalg.vector_norm(tensor)))
+def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Returns of each tensor whether all its numbers are finite: one host read."""
+    norms = _norms(tensors)
+    return torch.isfinite(torch.stack(norms)).tolist() if norms else []
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Returns whether all numbers of all tensors, at least one, are finite, as [] bool, without reading it."""
-    norms: list[Tensor] = []
-    for is_half in (True, False):
-        if group := [t for t in tensors if (t.dtype == torch.float16) is is_half]:
-            # The norm of float16 numbers easily leaves the range of float16.
-            norms += torch._foreach_norm(group, 2, torch.float32) if is_half else torch._foreach_norm(group, 2)
-    return torch.stack([torch.isfinite(norm) for norm in norms]).all()
+    return torch.isfinite(torch.stack(_norms(tensors))).all()
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # The norm of float16 numbers easily leaves the range of float16.
+    widened = [t for t in tensors if t.dtype == torch.float16]
+    if not widened:
+        return list(torch._foreach_norm([*tensors], 2)) if tensors else []
+    others = iter(_norms([t for t in tensors if t.dtype != torch.float16]))
+    of_widened = iter(torch._foreach_norm(widened, 2, torch.float32))
+    return [next(of_widened if t.dtype == torch.float16 else others) for t in tensors]

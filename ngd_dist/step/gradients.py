@@ -1,6 +1,6 @@
 """This rank's gradients, without a GradScaler's factor, and the check that all are finite."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import NonFiniteError
-from ngd_dist.step.finite import all_finite, is_finite
+from ngd_dist.step.finite import all_finite, are_finite
 
 __all__ = ["Gradients"]
 
@@ -29,11 +29,10 @@ class Gradients:
         self._comm = comm
         self._is_averaged = is_averaged
 
-    def of(self, optimizer: Any, parameter: nn.Parameter) -> Tensor:
-        """Returns the gradient of the loss; zeros if there is none."""
-        if parameter.grad is None:
-            return torch.zeros_like(parameter)
-        return self._loss_scale.unscaled(optimizer, parameter.grad)
+    def of(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Returns the gradients of the loss; zeros for a parameter that has none."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return self._loss_scale.unscaled(optimizer, gradients)
 
     def flags(self, optimizer: Any, device: torch.device) -> Tensor:
         """Returns, without reading it, [2]: 1 if a gradient has NaN or infinity; the number of missing ones."""
@@ -60,7 +59,8 @@ class Gradients:
     def error(self, step: int) -> NonFiniteError:
         """Collective. Returns the same error on every rank: it names the first bad parameter of the first bad rank."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        bad = next((name for name, grad in gradients.items() if not is_finite(grad)), None)
+        finite = zip(gradients, are_finite([*gradients.values()]), strict=True)
+        bad = next((name for name, is_finite in finite if not is_finite), None)
         names = self._comm.all_gather_object("non-finite gradients", bad)
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
         return NonFiniteError(

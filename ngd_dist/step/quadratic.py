@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import combinations_with_replacement
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ngd_dist.engines import all_at_rest
+from ngd_dist.engines.evaluation import random_state_kept, standing_in
 from ngd_dist.errors import ConfigError
 
 __all__ = ["Objective", "curvature_products", "evaluate", "predicted_change", "solve_lengths"]
@@ -286,37 +286,12 @@ def _evaluated(objective: Objective) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _undisturbed(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Evaluates with these tensors in the parameters' places; afterwards everything is as before."""
-    devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
-    kinds = {device.type for device in devices}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([]))
-        for kind in kinds:
-            indices = [device.index for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
+        stack.enter_context(random_state_kept(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(all_at_rest())
-        stack.enter_context(_substituted(model, replaced))
+        stack.enter_context(standing_in(model, replaced))
         torch.clear_autocast_cache()  # an autocast around the training loop keeps copies of the weights as they were
         yield
-
-
-@contextmanager
-def _substituted(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Puts these tensors in place of the parameters, and copies in place of the buffers, in all their modules."""
-    standing_in: dict[Tensor, Tensor] = {buffer: buffer.clone() for buffer in model.buffers()}
-    standing_in.update(replaced.items())
-    modules = list(model.modules())
-    registries = [cast(dict[str, Tensor | None], r) for m in modules for r in (m._parameters, m._buffers)]
-    originals = [dict(registry) for registry in registries]
-    try:
-        for registry, original in zip(registries, originals, strict=True):
-            registry.update(
-                {name: standing_in[x] for name, x in original.items() if x is not None and x in standing_in}
-            )
-        yield
-    finally:
-        for registry, original in zip(registries, originals, strict=True):
-            registry.clear()
-            registry.update(original)

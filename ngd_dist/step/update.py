@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ngd_dist.capture.capture import Capture
 from ngd_dist.config import NGDConfig
-from ngd_dist.covered import CoveredLayers
+from ngd_dist.covered import CoveredLayers, Stack
 from ngd_dist.distributed import GlobalMeans, StepResult
 from ngd_dist.distributed.comm import Communicator
-from ngd_dist.step.adaptation import Adaptation, Objective
+from ngd_dist.step.adaptation import Adaptation, GradientsOf, Objective
 from ngd_dist.step.damping import damping_after
 from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
@@ -36,6 +36,7 @@ class Update:
     def __init__(
         self,
         layers: CoveredLayers,
+        stacks: Sequence[Stack],
         plain: Sequence[nn.Parameter],
         gradients: Gradients,
         fallback: Fallback | None,
@@ -45,14 +46,15 @@ class Update:
         capture: Capture,
     ) -> None:
         self.length = StepLength(config, layers, comm, capture)
-        self._layers = [covered.layer for covered in layers.values()]
+        self._stacks = stacks
         self._plain = plain
         self._gradients = gradients
         self._fallback = fallback
         self._config = config
         self._adaptation = Adaptation(config, model, comm, capture)
+        of_layers = [covered.layer for covered in layers.values()]
         matrices = [
-            layer for layer in self._layers if layer.shape.fisher == "kronecker" and not layer.shape.has_one_hot_inputs
+            layer for layer in of_layers if layer.shape.fisher == "kronecker" and not layer.shape.has_one_hot_inputs
         ]
         self._rescaled = {layer.parameters[0]: layer.shape.blocks * layer.shape.outputs for layer in matrices}
 
@@ -69,9 +71,11 @@ class Update:
         means: GlobalMeans,
         result: StepResult,
         objective: Objective | None,
+        gradients_of: GradientsOf,
     ) -> Adapted:
         """Collective. Moves the parameters that have a gradient on any rank, unless the step is of the burn-in.
 
+        gradients_of: this rank's gradients of parameters, unscaled.
         Sets the groups' damping for this step and, if the config chooses them, their lr and momentum.
         Raises: NonFiniteError, on all ranks, with no weight changed.
         """
@@ -80,7 +84,7 @@ class Update:
         if step <= self._config.burn_in:
             return Adapted()
         steps = self._steps(groups, means, result)
-        trial = self._adaptation.begin(step, groups, steps, state, objective)
+        trial = self._adaptation.begin(step, groups, steps, state, objective, gradients_of)
         if trial is None:
             return Adapted(reduction_ratio=math.nan)
         apply_(
@@ -99,12 +103,10 @@ class Update:
         """Returns the step of each parameter; the fallback has moved its parameters by then."""
         differentiated = self._gradients.differentiated(everywhere=means.missing == 0)
         directions = self.length.scale(result.directions, result.inner)
-        steps: dict[nn.Parameter, Tensor] = {}
-        for layer in self._layers:
-            steps |= zip(layer.parameters, layer.split(directions[layer.name]), strict=True)
+        steps = {p: step for stack in self._stacks for p, step in stack.split(directions)}
         gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in differentiated}
         if self._fallback is None:
-            steps |= gradients
+            steps |= ((p, gradient.to(p.dtype)) for p, gradient in gradients.items())
         else:
             self._fallback.step(groups, gradients)
-        return {p: step.to(p.dtype) for p, step in steps.items() if p in differentiated}
+        return steps if means.missing == 0 else {p: step for p, step in steps.items() if p in differentiated}

@@ -35,7 +35,7 @@ def apply_(
     Reads no number back from the device.
     """
     for group in groups:
-        steps = {p: directions[p] for p in group["params"] if p in directions}
+        steps = [(p, step) for p in group["params"] if (step := directions.get(p)) is not None]
         if steps:
             _move_(steps, group, state, momentum_mode)
     moved = {weight: d_out for weight, d_out in (rescaled or {}).items() if weight in directions}
@@ -44,13 +44,13 @@ def apply_(
 
 
 def _move_(
-    steps_by_parameter: Mapping[nn.Parameter, Tensor],
+    steps_of_parameters: Sequence[tuple[nn.Parameter, Tensor]],
     group: dict[str, Any],
     state: Mapping[Any, MutableMapping[str, Any]],
     mode: MomentumMode,
 ) -> None:
-    parameters: list[Tensor] = list(steps_by_parameter)
-    steps = list(steps_by_parameter.values())
+    parameters: list[Tensor] = [p for p, _ in steps_of_parameters]
+    steps = [step for _, step in steps_of_parameters]
     lr, momentum = group["lr"], group["momentum"]
     if group["weight_decay"] > 0:
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

@@ -96,6 +96,7 @@ def _assemble(settings: Settings) -> Container:
         cluster=settings.dispatcher_class.ray,
         function_modules=settings.function_modules,
         secrets_dir=settings.secrets_dir,
+        takes_images=settings.dispatcher_class.takes_images,
     )
     dispatcher = settings.dispatcher_class.of(
         settings, files, command=settings.resolved_driver_command, failpoint=failpoint

@@ -13,7 +13,7 @@ from ngd_workers.contract import spec_problems
 from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, cut, rule, shown
 
-__all__ = ["explain_parameter", "parse_spec", "refuse_secrets", "refuse_unlisted"]
+__all__ = ["explain_parameter", "parse_spec", "refuse_image", "refuse_secrets", "refuse_unlisted"]
 
 
 LISTED = "the operator of the service lists modules with NGD_FUNCTION_MODULES"
@@ -31,12 +31,12 @@ def parse_spec(value: object) -> AnySpec:
 def refuse_unlisted(spec: AnySpec, modules: Collection[str] | None) -> None:
     """Lets a spec pass whose functions are in these modules, or below them; None: any.
 
-    Code and variables of the user's own are refused then: a list would mean nothing beside them.
+    Code, an image and variables of the user's own are refused then: a list would mean nothing beside them.
     Raises: InvalidSpecError that lists each function that is not.
     """
     if modules is None:
         return
-    if given := [name for name in ("code", "env") if getattr(spec, name)]:
+    if given := [name for name in ("code", "image", "env") if getattr(spec, name)]:
         detail = (
             f"{' and '.join(given)} must be left out: this service runs functions of the modules "
             f"{', '.join(modules) or '(none)'} alone"
@@ -63,6 +63,14 @@ def refuse_secrets(spec: AnySpec, folder: Path | None) -> None:
         detail = f"secrets must be left out: this service has none, got {', '.join(sorted(set(spec.secrets.values())))}"
         hint = "the operator of the service gives it a folder of secrets with NGD_SECRETS_DIR"
         raise InvalidSpecError(detail, [ProblemItem(pointer="/secrets", code="no_secrets", detail=detail, hint=hint)])
+
+
+def refuse_image(spec: AnySpec, *, is_taken: bool) -> None:
+    """Lets a spec pass that names no image, or if attempts are given theirs. Raises: InvalidSpecError."""
+    if spec.image is not None and not is_taken:
+        detail = f"image must be left out: the workers of this service run where they are installed, got {spec.image}"
+        hint = "list packages in code.requirements; a service with NGD_DISPATCHER=kuberay takes images"
+        raise InvalidSpecError(detail, [ProblemItem(pointer="/image", code="no_images", detail=detail, hint=hint)])
 
 
 def _functions(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -1,6 +1,8 @@
-"""Runs stop at their targets and are kept; tables tell who got there, and who did not."""
+"""Methods are searched alike; runs stop at their targets and are kept; tables tell who got there and who did not."""
 
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import torch
 from torch import nn
 
 from benchmarks import steps_to_target
-from benchmarks.target_methods import FIRST_ORDER, Setting
+from benchmarks.steps_to_target import best_of, measure, table
+from benchmarks.target_methods import METHODS, Method
 from benchmarks.target_run import Run, outcome_of
-from benchmarks.target_settings import EXPLORED, SETTINGS, adaptive
-from benchmarks.target_tasks import Data, Task
-from ngd_dist import NGDConfig
+from benchmarks.target_search import OneOf, Range, around, draw, is_outside
+from benchmarks.target_tasks import TASKS, Data, Task
 
-BATCH, EVERY = 32, 2
+EVERY = 2
+TRIALS = 4
+CHECK = {"recipe": "given", "lr": 0.5, "damping": 0.1, "fraction": 0.5, "steps": 60.0}
 
 
 def two_clusters() -> Data:
@@ -24,75 +28,132 @@ def two_clusters() -> Data:
     return Data(x, y, x, y)
 
 
-def task(accuracy: float = 1.0, loss: float = 0.1) -> Task:
-    return Task(lambda _: two_clusters(), lambda: nn.Linear(4, 2), accuracy, loss, {BATCH: EVERY})
+TASK = Task(
+    "two clusters", lambda _: two_clusters(), lambda: nn.Linear(4, 2), 32, "training loss", 0.1, EVERY, Range(5, 40), 10
+)
 
 
-def row(method: str, part: str, step: int | None, seconds: float = 1.0, accuracy: float = 0.9) -> dict[str, Any]:
+def row(method: str, part: str, step: int | None, seconds: float = 1.0, score: float = 0.9) -> dict[str, Any]:
     return {
-        "method": method, "setting": f"of {method}", "batch": BATCH, "seed": 0, "part": part, "ending": "ran out",
-        "accuracy_step": step, "accuracy_seconds": step and seconds, "loss_step": step, "loss_seconds": None,
-        "steps": 99, "ms_per_step": 1.0, "curve": [{"step": 99, "accuracy": accuracy}],
+        "task": "digits-mlp", "method": method, "setting": f"of {method}", "seed": 0, "part": part, "outside": [],
+        "target_step": step, "target_seconds": step and seconds, "ending": "ran out",
+        "steps": 99, "ms_per_step": 1.0, "curve": [{"step": 99, "score": score}],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.5}, adaptive(0.1, 0.9)], ids=["given", "adaptive"])
-def test_a_run_stops_at_its_targets_and_is_kept(options: dict[str, Any], tmp_path: Path) -> None:
-    run = Run("clusters", BATCH, "ngd", Setting(60, 0, options), 0, stops=True)
+def test_points_are_spread_over_a_space_and_then_around_the_best() -> None:
+    space = {"lr": Range(0.01, 1.0), "recipe": OneOf(("given", "adaptive"))}
 
-    outcome = outcome_of(run, task(), two_clusters(), tmp_path)
+    points = draw(space, 16, seed=0)
+    rates = sorted(math.log10(point["lr"]) for point in points)
+
+    assert sum(point["recipe"] == "given" for point in points) == 8
+    assert all(-2 + index / 8 <= rate <= -2 + (index + 1) / 8 for index, rate in enumerate(rates))  # one in each part
+    assert draw(space, 16, seed=0) == points
+    near = around(space, {"lr": 0.01, "recipe": "adaptive"})
+    assert near["recipe"] == OneOf(("adaptive",))
+    assert near["lr"].at(0.0) == pytest.approx(0.01 * 100 ** (-1 / 6))  # beyond the range that was first drawn from
+    assert (is_outside(space, {"lr": 0.009}), is_outside(space, {"lr": 0.01})) == (["lr"], [])
+
+
+@pytest.mark.parametrize("recipe", ["given", "adaptive"])
+def test_a_run_stops_at_its_target_and_is_kept(recipe: str, tmp_path: Path) -> None:
+    run = Run("clusters", "ngd", CHECK | {"recipe": recipe}, 0, stops=True)
+
+    outcome = outcome_of(run, TASK, two_clusters(), tmp_path)
     (kept,) = tmp_path.glob("*.json")
     kept.write_text(kept.read_text().replace('"reached"', '"read from disk"'))
 
     assert outcome["ending"] == "reached"
-    assert outcome["steps"] == max(outcome["accuracy_step"], outcome["loss_step"]) < 60
+    assert outcome["steps"] == outcome["target_step"] < 60
     assert [point["step"] for point in outcome["curve"]] == list(range(EVERY, outcome["steps"] + 1, EVERY))
-    assert outcome_of(run, task(), two_clusters(), tmp_path)["ending"] == "read from disk"
+    assert outcome_of(run, TASK, two_clusters(), tmp_path)["ending"] == "read from disk"
 
 
 @pytest.mark.parametrize(
-    ("setting", "ending", "steps"),
-    [(Setting(5, 0, {"lr": 1e-9}), "ran out", 5), (Setting(9, 0, {"lr": math.inf}), "diverged", 3)],
+    ("lr", "seconds", "ending", "steps"),
+    [(1e-9, 10, "ran out", 5), (math.inf, 10, "diverged", 3), (1e-9, 0, "took too long", EVERY)],
 )
-def test_a_run_that_never_gets_there_says_so(setting: Setting, ending: str, steps: int, tmp_path: Path) -> None:
-    outcome = outcome_of(Run("clusters", BATCH, "sgd", setting, 0, True), task(loss=0.0), two_clusters(), tmp_path)
+def test_a_run_that_never_gets_there_says_so(
+    lr: float, seconds: float, ending: str, steps: int, tmp_path: Path
+) -> None:
+    run = Run("clusters", "sgd", {"lr": lr, "steps": 5.0}, 0, stops=True)
 
-    assert (outcome["ending"], outcome["loss_step"]) == (ending, None)
+    outcome = outcome_of(run, replace(TASK, seconds=seconds), two_clusters(), tmp_path)
+
+    assert (outcome["ending"], outcome["target_step"]) == (ending, None)
     assert outcome["steps"] <= steps
 
 
-def test_the_rate_rises_over_the_warm_up_and_would_be_zero_after_the_last_step() -> None:
-    setting = Setting(steps=10, warmup=2)
+def test_the_rate_rises_over_a_tenth_of_the_steps_and_would_be_zero_after_the_last() -> None:
+    run = Run("clusters", "sgd", {"lr": 1.0, "steps": 20.0}, 0, stops=True)
 
-    assert [setting.lr_factor(step) for step in (1, 2, 6, 11)] == pytest.approx([0.5, 0.9, 0.5, 0.0])
-
-
-def test_fewest_steps_win_then_seconds_then_accuracy() -> None:
-    quick, slow = row("ngd", "tuned", 4, seconds=1.0), row("ngd", "tuned", 4, seconds=2.0, accuracy=0.99)
-    never, nearly = row("ngd", "tuned", None, accuracy=0.5), row("ngd", "tuned", None, accuracy=0.8)
-
-    assert steps_to_target.best_of([never, slow, quick]) is quick
-    assert steps_to_target.best_of([never, nearly]) is nearly
+    assert [run.lr_factor(step) for step in (1, 2, 11, 21)] == pytest.approx([0.5, 0.95, 0.5, 0.0])
 
 
-def test_the_table_compares_medians_with_the_best_first_order_method_and_keeps_losers() -> None:
-    rows = [row("ngd", "repeated", step) for step in (20, 30, 40)]
-    rows += [row("lamb", "repeated", step) for step in (50, 60, None)]
-    rows += [row("sgd", "repeated", None), row("sgd", "tuned", None), row("soap", "explored", 48)]
+def test_fewest_seconds_win_and_then_the_closest_score() -> None:
+    slow, quick = row("ngd", "tuned", 4, seconds=2.0), row("ngd", "tuned", 8, seconds=1.0)
+    never, nearly = row("ngd", "tuned", None, score=0.5), row("ngd", "tuned", None, score=0.2)
 
-    text = steps_to_target.table(rows, "clusters", task())
-
-    assert "| ngd | of ngd | 30 (20, 30, 40) | 0.50 |" in text
-    assert "| lamb | of lamb | 60 (50, 60, -) | 1.00 |" in text
-    assert "| sgd | of sgd | - (-) | - |" in text
-    assert "| sgd | of sgd | - | - | - | 0.9000 | 99 steps |" in text
-    assert "| soap (explored) | of soap | 48 |" in text
+    assert best_of([never, slow, quick], TASK) == 2
+    assert best_of([never, nearly], TASK) == 1
+    assert best_of([never, nearly], replace(TASK, measure="test accuracy")) == 0
 
 
-@pytest.mark.parametrize("batch", SETTINGS)
-def test_no_method_gets_more_than_six_settings_and_ours_are_valid(batch: int) -> None:
-    assert {*FIRST_ORDER, "ngd", "muon", "soap", "singd"} == SETTINGS[batch].keys()
-    assert max(map(len, SETTINGS[batch].values())) == 6
-    for setting in [*SETTINGS[batch]["ngd"], *EXPLORED[batch]["ngd"]]:
-        NGDConfig.model_validate(setting.options)
-        assert math.isfinite(setting.lr_factor(setting.steps))
+def test_each_method_gets_as_many_trials_and_its_best_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TASKS, "clusters", TASK)
+    small = Method(METHODS["sgd"].build, {"lr": Range(0.001, 1.0)})
+    monkeypatch.setitem(METHODS, "sgd", small)
+
+    rows = measure("clusters", ["sgd", "adamw"], TRIALS, two_clusters(), tmp_path)
+
+    for method in ("sgd", "adamw"):
+        tuned = [row for row in rows if (row["method"], row["part"]) == (method, "tuned")]
+        repeated = [row for row in rows if (row["method"], row["part"]) == (method, "repeated")]
+        assert len(tuned) == TRIALS
+        assert {row["setting"] for row in repeated} == {tuned[best_of(tuned, TASK)]["setting"]}
+        assert [row["seed"] for row in repeated] == list(steps_to_target.SEEDS)
+
+
+def test_the_table_compares_medians_with_the_best_rival_and_keeps_losers() -> None:
+    rows = [row("ngd", "repeated", step, seconds=float(step)) for step in (20, 30, 40)]
+    rows += [row("lamb", "repeated", step, seconds=15.0) for step in (50, 60, None)]
+    rows += [row("sgd", "repeated", None), row("sgd", "tuned", None), row("soap", "tuned", 48)]
+
+    text = table(rows)
+
+    assert "| ngd | 30.00 (20.00, 30.00, 40.00) | 30 (20, 30, 40) |" in text
+    assert "| lamb | 15.00 (15.00, 15.00, -) | 60 (50, 60, -) |" in text
+    assert "| sgd | - (-) | - (-) |" in text
+    assert "NGD's over the best rival's: seconds 2.00, steps 0.50." in text
+    assert "| sgd | of sgd | - | - | 0.9 | ran out after 99 |" in text
+    assert "| soap | of soap | 1.0 | 48 |" in text
+    assert "Trials of each method on each task: 1." in text
+
+
+def test_our_settings_are_valid_over_the_whole_space() -> None:
+    for point in draw(METHODS["ngd"].space, 16, seed=0):
+        METHODS["ngd"].build(nn.Linear(4, 2), point)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "resnet20" else ()) for name in TASKS]
+)
+def test_the_model_of_a_task_begins_where_chance_does(name: str) -> None:
+    task = TASKS[name]
+    given = os.environ.get("NGD_DATA_DIR")
+    if given is None and name != "digits-mlp":
+        pytest.skip("the data sets are looked for in NGD_DATA_DIR, which is not set")
+    data = task.load(Path(given or "."))
+    some_train, some_test = (slice(None, None, max(1, len(x) // 500)) for x in (data.train_x, data.test_x))
+    few = Data(data.train_x[some_train], data.train_y[some_train], data.test_x[some_test], data.test_y[some_test])
+    classes = int(data.train_y.max()) + 1
+    torch.manual_seed(0)
+
+    score = task.score(task.model(), few)
+
+    chance = 1 / classes if task.measure == "test accuracy" else math.log(classes)
+    assert score == pytest.approx(chance, rel=1.0 if task.measure == "test accuracy" else 0.1)
+    assert not task.is_reached(score)

@@ -64,6 +64,25 @@ def test_status_is_0_only_if_both_jobs_succeeded_and_reached_the_target(
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds", "words"),
+    [
+        (
+            (44, 77),
+            (8.8, 4.4),
+            "SP-NGD took 44 steps where SGD took 77, and 2.0 times SGD's seconds of training: a step",
+        ),
+        ((44, 77), (2.2, 4.4), "SP-NGD took 44 steps where SGD took 77, and 0.5 times SGD's seconds of training."),
+        ((None, 77), (8.8, 4.4), "One of them missed its target"),
+        ((44, 77), (8.8, None), "nothing to compare"),
+    ],
+)
+def test_result_is_told_in_a_sentence(
+    steps: tuple[int | None, int | None], seconds: tuple[float | None, float | None], words: str
+) -> None:
+    assert words in demo.in_words(steps, seconds)
+
+
 def the_service() -> psutil.Process:
     """Returns the demo's own: other tests may keep one in this process too."""
     return next(child for child in psutil.Process().children() if str(demo.HOME) in child.cmdline())

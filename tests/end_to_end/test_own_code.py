@@ -11,7 +11,7 @@ import pytest
 from ngd_service.client.client import Client
 from tests.service.test_crash import drivers
 from tests.support.deadline import wait_until
-from tests.support.own_code import users_folder, write
+from tests.support.own_code import STRANGER, users_folder, write
 from tests.support.service_process import NGD, ServiceProcess
 
 SECRET = "c0rrect-horse"
@@ -127,14 +127,3 @@ def test_weights_come_out_and_training_goes_on_from_there(start: Callable[..., S
         [sys.executable, "-P", "-c", STRANGER], cwd=client / "out", capture_output=True, text=True, check=True
     )
     assert outputs.stdout == "True\n"
-
-
-# The model as the user's folder has it, in a process that sees none of ours and none of the user's.
-STRANGER = """
-import torch
-from safetensors.torch import load_file
-
-weights, x = load_file("weights.safetensors"), torch.randn(7, 4)
-expected = torch.tanh(x @ weights["0.weight"].T + weights["0.bias"]) @ weights["2.weight"].T + weights["2.bias"]
-print(torch.allclose(torch.jit.load("model.ts")(x), expected, rtol=1e-4, atol=1e-5))
-"""

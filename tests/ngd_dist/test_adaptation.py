@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ngd_dist import NGD, NGDConfig
+from ngd_dist import NGD, NGDConfig, part_of
 from ngd_dist.config import (
     Exact,
     ExponentialDamping,
@@ -90,6 +90,31 @@ def test_the_chosen_step_minimises_the_damped_model_over_both_directions() -> No
     other = taken - optimizer.param_groups[0]["momentum"] * last
     assert abs(float(slope @ last)) < 1e-9 * float(slope.norm() * last.norm())
     assert abs(float(slope @ other)) < 1e-9 * float(slope.norm() * other.norm())
+
+
+def test_an_objective_of_a_part_gives_the_curvature_and_the_batch_the_slope() -> None:
+    rule = LevenbergMarquardt(every=1)
+    settings = {"step_length": QuadraticModel(), "damping_rule": rule, "damping": 1e-9}
+    model, optimizer, _, x, y = regression(NGDConfig.model_validate({**NEWTON, **settings}))
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    part_x, part_y = part_of((x, y), 1 / 8)
+
+    def objective() -> tuple[Tensor, Tensor]:
+        output = model(part_x)
+        return half_squares(output, part_y), output
+
+    output = model(x)
+    optimizer.fisher_backward(output)
+    half_squares(output, y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    optimizer.step(objective=objective)
+
+    # Along d the model is flat at the step taken: grad d + d F d, the gradient of all samples, F of the part's.
+    d = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    change = part_x @ d[:8].view(2, 4).T + d[8:]
+    assert float(gradient @ d) == pytest.approx(-float(change.square().sum(1).mean()), rel=1e-6)
+    # A linear regression is its own quadratic model, so the part's loss changes as the part's model says.
+    assert optimizer.stats.adapted.reduction_ratio == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("length", [{"kind": "given"}, {"kind": "quadratic_model"}])

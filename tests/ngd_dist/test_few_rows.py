@@ -25,6 +25,12 @@ WIDTH, SAMPLES = 24, 8
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
+@pytest.fixture(autouse=True)
+def _no_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers as small as these would be stacked, with whole matrices."""
+    monkeypatch.setattr("ngd_dist.covered.MAX_STACKED", 0)
+
+
 class Whole(KFAC):
     """K-FAC by whole matrices alone."""
 

@@ -157,7 +157,7 @@ def test_passes_of_the_fisher_over_one_batch_are_no_replicates_of_their_own() ->
     estimates = optimizer._capture.estimates
     optimizer._capture.take()
 
-    assert estimates.counts([Key("0", "A"), Key("0", "G")], [], torch.device("cpu"))["0"][:3].tolist() == [1, 8, 2]
+    assert estimates.counts([Key("0", "A"), Key("0", "G")], [], torch.device("cpu"))[:3].tolist() == [1, 8, 2]
 
 
 @pytest.mark.parametrize("staleness", [FixedInterval(), AdaptiveInterval(noise_margin=0)])

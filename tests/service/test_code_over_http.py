@@ -16,6 +16,7 @@ from ngd_service.api import problems
 from ngd_service.client.client import AsyncClient, Client, InvalidRequestError
 from ngd_service.dispatchers.base import AttemptRef, DispatchError, Launch
 from ngd_service.dispatchers.files import AttemptFiles
+from ngd_service.dispatchers.kuberay import KubeRayDispatcher
 from ngd_workers.contract.rundir import AttemptDir
 from tests.support.attempts import small_spec
 from tests.support.own_code import write
@@ -125,13 +126,34 @@ def test_secrets_need_a_folder_of_them(http: TestClient) -> None:
     assert "NGD_SECRETS_DIR" in item["hint"]
 
 
+def test_image_needs_a_dispatcher_that_takes_one(http: TestClient, tmp_path: Path) -> None:
+    spec = small_spec(image="mine:2").model_dump(mode="json")
+
+    refused = http.post("/api/v1/jobs", json=spec)
+
+    (item,) = refused.json()["errors"]
+    words = "image must be left out: the workers of this service run where they are installed, got mine:2"
+    assert (refused.status_code, item["pointer"], item["detail"]) == (422, "/image", words)
+    assert "NGD_DISPATCHER=kuberay" in item["hint"]
+    launch = Launch(AttemptRef("job_x", 1), spec, "token")
+    runs = tmp_path / "runs"
+    with pytest.raises(DispatchError, match=words):
+        AttemptFiles(runs_dir=runs, data_dir=None, worker_url="", cluster="own").prepare(launch)
+    takes = KubeRayDispatcher.takes_images
+    AttemptFiles(runs_dir=runs, data_dir=None, worker_url="", cluster="given", takes_images=takes).prepare(launch)
+
+
 def test_listed_modules_leave_no_room_for_code(start_service: Callable[..., ServiceProcess], tmp_path: Path) -> None:
     service = start_service(function_modules="mine")
     files = AttemptFiles(
         runs_dir=tmp_path / "runs", data_dir=None, worker_url="", cluster="own", function_modules=("mine",)
     )
 
-    for changes, names in [({"code": {}}, "code"), ({"code": {}, "env": {"A": "1"}}, "code and env")]:
+    for changes, names in [
+        ({"code": {}}, "code"),
+        ({"image": "mine:2"}, "image"),
+        ({"code": {}, "env": {"A": "1"}}, "code and env"),
+    ]:
         spec = small_spec(**changes).model_dump(mode="json")
         words = rf"{names} must be left out: this service runs functions of the modules mine alone"
         with pytest.raises(InvalidRequestError, match=words):

@@ -67,6 +67,21 @@ def test_retries_are_the_services_and_the_cluster_ends_with_the_attempt() -> Non
     assert "activeDeadlineSeconds" not in spec
 
 
+def test_job_chooses_the_image_of_its_pods() -> None:
+    template = copy.deepcopy(TEMPLATE)
+    sidecar = {"name": "shipper", "image": "shipper:1"}
+    template["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"].append(sidecar)
+    spec = small_spec(image="registry.example:5000/ml/mine:2").model_dump(mode="json")
+
+    cluster = rayjob(template, Launch(REF, spec, "token"), "true")["spec"]["rayClusterSpec"]
+
+    head, workers = (
+        [container["image"] for container in group["template"]["spec"]["containers"]]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    )
+    assert (head, workers) == (["registry.example:5000/ml/mine:2", "shipper:1"], ["registry.example:5000/ml/mine:2"])
+
+
 def test_what_the_template_says_is_kept() -> None:
     template = copy.deepcopy(TEMPLATE)
     template["spec"] |= {"suspend": True, "ttlSecondsAfterFinished": 60, "runtimeEnvYAML": "env_vars: {A: b}"}

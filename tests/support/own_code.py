@@ -46,6 +46,15 @@ def step(model, batch):
     x, y = batch
     return torch.nn.functional.cross_entropy(model(x), y)
 """
+# MINE's model as it was trained, in a process that sees none of ours and none of the user's.
+STRANGER = """
+import torch
+from safetensors.torch import load_file
+
+weights, x = load_file("weights.safetensors"), torch.randn(7, 4)
+expected = torch.tanh(x @ weights["0.weight"].T + weights["0.bias"]) @ weights["2.weight"].T + weights["2.bias"]
+print(torch.allclose(torch.jit.load("model.ts")(x), expected, rtol=1e-4, atol=1e-5))
+"""
 UTILS = "def scale(x):\n    return 2 * x\n"
 JOB = """\
 name: mine

@@ -87,6 +87,11 @@ class RayHead:
         self._nodes.append(node)  # one after the other: two that start at once wait for each other
         wait_until(lambda: self._num_nodes() > len(self._nodes), "the node has joined", timeout_s=START_S)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Returns the variables by which a driver finds this cluster, as Ray sets them where it runs drivers."""
+        return self._settings | {"RAY_ADDRESS": f"127.0.0.1:{self._gcs}"}
+
     def close(self) -> None:
         """Ends the head, the nodes, and all that they have started, at once."""
         started = [psutil.Process(process.pid) for process in (self._process, *self._nodes)]

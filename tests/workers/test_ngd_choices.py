@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
 from torch.autograd.graph import saved_tensors_hooks
 
 from ngd_dist.distributed.comm import Communicator
@@ -26,6 +28,7 @@ CHOICES = {
     "exact": GIVEN | {"fisher": {"kind": "exact"}},
     "adaptive": ADAPTIVE,
     "adaptive monte_carlo": ADAPTIVE | MONTE_CARLO,
+    "adaptive on parts": ADAPTIVE | MONTE_CARLO | {"statistics_fraction": 0.25, "objective_fraction": 0.25},
     "ekfac": GIVEN | {"preconditioner": {"kind": "ekfac"}},
     "lngd": {"kind": "ngd", "lr": 0.06, "momentum": 0.5, "preconditioner": {"kind": "lngd"}},
     "exact damping": GIVEN | {"preconditioner": {"kind": "kfac", "damping_form": "exact"}},
@@ -169,10 +172,11 @@ def test_the_schedule_leaves_an_lr_alone_that_steps_choose():
     assert [one.optimizer.param_groups[0]["lr"] for one in (chosen, given)] == [0.1, 0.25]
 
 
-def test_steps_do_not_depend_on_how_the_batch_is_cut():
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_steps_do_not_depend_on_how_the_batch_is_cut(fraction):
     weights = []
     for micro_size in (64, 16):
-        cut = learner(micro_size)
+        cut = learner(micro_size, statistics_fraction=fraction, objective_fraction=fraction)
         for _ in range(3):
             cut.backward(samples(micro_size))
             cut.update(samples(micro_size), lr=0.0)
@@ -180,6 +184,37 @@ def test_steps_do_not_depend_on_how_the_batch_is_cut():
 
     # float32 sums in another order, through an inversion and a 2x2 solve
     assert torch.allclose(*weights, rtol=1e-3, atol=1e-5)
+
+
+def test_the_objective_is_of_a_part_of_each_micro_batch():
+    cut = learner(16, objective_fraction=0.25)
+    given = []
+    cut.optimizer.step = lambda objective: given.append(objective())
+
+    cut.backward(samples(16))
+    cut.update(samples(16), lr=0.0)
+
+    x, y = whole()
+    ((loss, logits),) = given
+    assert loss.item() == pytest.approx(F.cross_entropy(cut.model(x[::4]), y[::4]).item(), rel=1e-6)
+    assert logits.numel() == 16 * 10
+
+
+def test_parts_weigh_as_much_as_their_own_terms():
+    cut = learner(16, objective_fraction=0.25)
+    cut.task.counts_vary = True
+    cut.task.count = lambda batch: batch[1].sum()
+
+    parts, weights = cut._objective_parts(samples(16))
+
+    terms = whole()[1][::4].view(4, 4).sum(1)
+    assert [len(part.content[1]) for part in parts] == [4] * 4
+    assert torch.stack(weights).tolist() == pytest.approx((terms / terms.sum()).tolist())
+
+
+def test_a_part_for_an_objective_that_nothing_evaluates_is_refused():
+    with pytest.raises(ValidationError, match=r"objective_fraction 0\.25 is read by step_length quadratic_model"):
+        small_spec(optimizer=GIVEN | {"objective_fraction": 0.25})
 
 
 def held_by_the_objective(micro_size: int) -> int:

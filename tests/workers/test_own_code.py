@@ -241,6 +241,8 @@ def test_error_that_quotes_a_secret_passes_without_it(tmp_path: Path, secrets_di
         ({"env": {"A": "x"}, "secrets": {"A": "y"}}, "env and secrets both set A, and one can count"),
         ({"code": {"requirements": "../r.txt"}}, "code.requirements: must be the path of a file inside"),
         ({"code": {"sha256": "abc"}}, "code.sha256 must match"),
+        ({"image": "My Image"}, "image must match"),
+        ({"image": "mine:"}, "image must match"),
         ({"code": {"exlude": []}}, "code has no field 'exlude'"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from ngd_service.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaError
-from ngd_service.validation import parse_spec, refuse_secrets, refuse_unlisted
+from ngd_service.validation import parse_spec, refuse_image, refuse_secrets, refuse_unlisted
 from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_file import MAX_YAML_BYTES, parse_json, parse_yaml
 from ngd_workers.contract.spec_problems import SHOWN_CHARACTERS
@@ -58,6 +58,7 @@ async def _read_spec(request: Request) -> AnySpec:
     settings = request.app.state.container.settings
     refuse_unlisted(spec, settings.function_modules)
     refuse_secrets(spec, settings.secrets_dir)
+    refuse_image(spec, is_taken=settings.dispatcher_class.takes_images)
     return spec
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -67,8 +68,10 @@ def fetched(
 ) -> dict[str, Path]:
     """Returns the paths of the files that are now here: the weights and their card, or all files of the checkpoint.
 
-    folder: None for <job>-step-<step>. Raises: DownloadError, ServiceError.
+    folder: None for <job>-step-<step>. Raises: DownloadError, ServiceError; typer.BadParameter for a step and the best.
     """
+    if step is not None and best:
+        raise typer.BadParameter("--step and --best name two checkpoints; give one")
     job = client.get(job_id)
     checkpoint = chosen(job, client.checkpoints(job_id), step=step, best=best)
     if not everything and WEIGHTS not in checkpoint.files:

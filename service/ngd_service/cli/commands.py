@@ -241,8 +241,6 @@ def download(
     key_file: KeyFile = None,
 ) -> None:
     """Get the weights of a job, and a card that tells of their origin. A transfer that broke off goes on."""
-    if step is not None and is_best:
-        raise typer.BadParameter("--step and --best name two checkpoints; give one")
     with _client(url, key_file) as client:
         paths = fetched(client, job_id, err, step=step, best=is_best, folder=output, everything=should_take_all)
     for path in paths.values():
@@ -260,8 +258,6 @@ def export(
     key_file: KeyFile = None,
 ) -> None:
     """Write a job's model for programs that know nothing of this one. All but safetensors need torch here."""
-    if step is not None and is_best:
-        raise typer.BadParameter("--step and --best name two checkpoints; give one")
     with _client(url, key_file) as client:
         paths = fetched(client, job_id, err, step=step, best=is_best, folder=output, everything=False)
         path = paths[WEIGHTS]

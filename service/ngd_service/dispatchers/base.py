@@ -125,6 +125,9 @@ class Dispatcher(ABC, Generic[OwnSettings]):
     ray: ClassVar[Literal["own", "given"]] = "given"
     """Whether a driver starts a Ray of its own or finds one where it runs."""
 
+    takes_images: ClassVar[bool] = False
+    """Whether an attempt runs in the image that its spec names, if it names one."""
+
     @classmethod
     def check(cls, settings: OwnSettings) -> None:
         """Raises: ValueError with one sentence if a setting that this dispatcher needs is missing."""

@@ -19,7 +19,7 @@ from ngd_service.dispatchers.archives import Archives
 from ngd_service.dispatchers.base import AttemptRef, BackendRefusedError, DispatchError, Launch
 from ngd_service.dispatchers.log_file import LogFile
 from ngd_service.errors import InvalidSpecError
-from ngd_service.validation import refuse_secrets, refuse_unlisted
+from ngd_service.validation import refuse_image, refuse_secrets, refuse_unlisted
 from ngd_workers.contract.events import Numbered, numbered
 from ngd_workers.contract.rundir import AttemptDir, Facts, Outcome, read_json, write_json
 from ngd_workers.contract.spec import AnySpec
@@ -50,6 +50,7 @@ class AttemptFiles:
         cluster: Literal["own", "given"],
         function_modules: Collection[str] | None = None,
         secrets_dir: Path | None = None,
+        takes_images: bool = False,
     ) -> None:
         self.archives = Archives(runs_dir)
         self._runs_dir = runs_dir
@@ -58,6 +59,7 @@ class AttemptFiles:
         self._cluster = cluster
         self._function_modules = function_modules
         self._secrets_dir = secrets_dir
+        self._takes_images = takes_images
 
     def folder(self, ref: AttemptRef) -> AttemptDir:
         return AttemptDir.of(self._runs_dir / ref.job_id, ref.number)
@@ -76,6 +78,7 @@ class AttemptFiles:
         try:
             refuse_unlisted(spec, self._function_modules)  # the list may be younger than the job
             refuse_secrets(spec, self._secrets_dir)
+            refuse_image(spec, is_taken=self._takes_images)
         except InvalidSpecError as error:
             raise DispatchError(error.detail) from error
         try:

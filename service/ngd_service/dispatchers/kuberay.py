@@ -117,6 +117,7 @@ class KubeRayDispatcher(Dispatcher[KubeRaySettings]):
     """Has KubeRay run `command ATTEMPT_DIR`."""
 
     settings_class = KubeRaySettings
+    takes_images = True
 
     def __init__(
         self,

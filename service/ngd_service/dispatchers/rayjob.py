@@ -123,9 +123,12 @@ def rayjob(template: Mapping[str, Any], launch: Launch, entrypoint: str) -> Json
         if group["groupName"] == chosen.name:
             group |= {"replicas": replicas, "minReplicas": replicas, "maxReplicas": replicas}
         group.setdefault("maxReplicas", 0)
+    image = launch.spec.get("image")
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):  # so that labels lead to a job's pods
         pod = group["template"].setdefault("metadata", {})
         pod["labels"] = (pod.get("labels") or {}) | labels
+        if image is not None:
+            group["template"]["spec"]["containers"][0]["image"] = image  # Ray runs in the first
     return body
 
 

@@ -108,6 +108,8 @@ def _run_command(spec_file: Path, run_dir: Path, **folders: Path | None) -> Outc
         device_of(spec.resources)  # before the first collective: NCCL takes the current device
         dist.init_process_group("nccl" if spec.resources.gpus_per_worker else "gloo")
     comm = Communicator()
+    if comm.rank == 0 and spec.image is not None:
+        logging.info("the image %s is not looked at: these processes run where they were started", spec.image)
     attempt_dir = _next_attempt(_for_world(spec, comm.world_size), run_dir, comm, folders)
     outcome = run_rank(attempt_dir)
     if comm.rank == 0:
@@ -119,9 +121,10 @@ def _run_command(spec_file: Path, run_dir: Path, **folders: Path | None) -> Outc
 
 
 def _for_world(spec: AnySpec, world_size: int) -> AnySpec:
-    """Returns the spec with as many workers as there are processes; the global batch stays."""
+    """Returns the spec with as many workers as there are processes, in the image that they are in."""
     content = spec.model_dump()
     content["resources"]["workers"] = world_size
+    content["image"] = None
     try:
         return type(spec).model_validate(content)
     except ValueError as error:

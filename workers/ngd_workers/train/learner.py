@@ -5,6 +5,7 @@ Under NGD the optimizer averages gradients over ranks, else DistributedDataParal
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from ngd_dist import NGD
+from ngd_dist import NGD, part_of
 from ngd_dist.distributed.comm import Communicator
 from ngd_workers.contract.checkpoint_files import ModelFacts, Score, TensorForm
 from ngd_workers.contract.errors import IncompatibleCheckpointError, UserCodeError, WorkerError
@@ -65,6 +66,7 @@ class Learner:
         self.share_weights()
         self.optimizer = build_optimizer(model, spec, task)
         self._weights: list[Tensor | float] = []
+        self._objective_fraction = getattr(spec.optimizer, "objective_fraction", 1.0)
         self._averages_gradients = spec.optimizer.kind == "ngd" or comm.world_size == 1
         self._forward: nn.Module = model
         if not self._averages_gradients:
@@ -105,16 +107,18 @@ class Learner:
                 group["lr"] = lr
         with job_errors():
             if isinstance(self.optimizer, NGD) and self.optimizer.config.needs_objective:
-                batches = [self._placed(micro_batch) for micro_batch in micro_batches]
-                self.optimizer.step(objective=lambda: self.objective(batches, self._weights))
+                parts, weights = self._objective_parts(micro_batches)
+                batches = [self._placed(part) for part in parts]
+                self.optimizer.step(objective=lambda: self.objective(batches, weights))
             else:
                 self.optimizer.step()
         self.optimizer.zero_grad()
 
     def objective(self, batches: Sequence[Batch], weights: Sequence[Tensor | float]) -> tuple[Tensor, Tensor]:
-        """Returns the loss that `backward` differentiates, and the output that it is made of, differentiable.
+        """Returns the loss of these batches, and the output that it is made of, differentiable.
 
-        The loss covers all micro-batches: with one of them alone the step would depend on the division of the batch.
+        They are all micro-batches, or a part of each: with one of them alone the step would depend on the division of
+        the batch.
         The division is that of `backward`, since batch norm depends on it. Memory stays that of one micro-batch: if
         the caller differentiates through the model, the activations are computed again.
         """
@@ -198,6 +202,20 @@ class Learner:
             raise IncompatibleCheckpointError(
                 f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
             ) from error
+
+    def _objective_parts(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> tuple[Sequence[MicroBatch], Sequence[Tensor | float]]:
+        """Returns the samples that the objective is of, and their weights. Collective as `backward` is."""
+        if self._objective_fraction == 1:
+            return micro_batches, self._weights
+        parts = []
+        for micro_batch in micro_batches:
+            # The numbers of the samples are cut with them, and counted.
+            whole, samples = (micro_batch.content, torch.arange(micro_batch.samples)), micro_batch.samples
+            content, numbers = part_of(whole, self._objective_fraction, samples=samples)
+            parts.append(replace(micro_batch, content=content, samples=len(numbers)))
+        return parts, self._weights_of(parts)
 
     def _weights_of(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor | float]:
         """Returns the weight of each mean loss in this rank's: the mean over ranks is that of the global batch."""

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, field_validator
 
 from ngd_workers.contract.spec.base import SpecModel
 
-__all__ = ["MAX_ARCHIVE_BYTES", "MAX_UNPACKED_BYTES", "SHA256_PATTERN", "Code", "Environment", "Secrets"]
+__all__ = ["MAX_ARCHIVE_BYTES", "MAX_UNPACKED_BYTES", "SHA256_PATTERN", "Code", "Environment", "Image", "Secrets"]
 
 MAX_ARCHIVE_BYTES = 100 << 20  # code, not data: data lie below NGD_DATA_DIR, or in a bucket
 MAX_UNPACKED_BYTES = 5 * MAX_ARCHIVE_BYTES
@@ -17,6 +17,11 @@ MAX_PATTERNS = 1000
 MAX_VARIABLES = 200
 MAX_VARIABLE_BYTES = 32 << 10  # the kernel takes 128 KiB, the name included
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+# registry:port/path:tag@digest, as Docker's reference grammar has it; the registry, tag and digest may be absent.
+IMAGE_PATTERN = (
+    r"^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?"
+    r"(@sha256:[0-9a-f]{64})?$"
+)
 SECRET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")  # a file's name, as the keys of a Kubernetes secret are
 # Of the service, Ray, torch and Python: processes have read them before the job's are set.
 TAKEN_PREFIXES = ("NGD_", "RAY_", "LD_", "PYTHON", "TORCHELASTIC_")
@@ -83,6 +88,16 @@ Secrets = Annotated[
         max_length=MAX_VARIABLES,
         description="Environment variables whose values are secrets: the name of each one's file in the operator's "
         "NGD_SECRETS_DIR, read where the workers run.",
+    ),
+]
+
+Image = Annotated[
+    str,
+    Field(
+        max_length=512,
+        pattern=IMAGE_PATTERN,
+        description="The image of the job's pods, made from the worker's image of the service's version. For the "
+        "dispatcher kuberay; None: the worker's image.",
     ),
 ]
 

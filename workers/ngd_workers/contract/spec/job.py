@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ngd_dist.config import QuadraticModel, Single
 from ngd_workers.contract.names import MetricName
 from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, Options, SpecModel
-from ngd_workers.contract.spec.code import Code, Environment, Secrets
+from ngd_workers.contract.spec.code import Code, Environment, Image, Secrets
 from ngd_workers.contract.spec.models import InitChoice, InitFromCheckpoint, ModelChoice
 from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
@@ -48,6 +48,7 @@ class Job(SpecModel):
         default=0, ge=0, lt=2**31, description="Seed of the first weights, of the order of samples and of dropout."
     )
     code: Code | None = Field(default=None, description="A folder of your own that travels with the job; None: none.")
+    image: Image | None = None
     env: Environment = Field(default={})
     secrets: Secrets = Field(default={})
 

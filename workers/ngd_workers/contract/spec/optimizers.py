@@ -14,6 +14,13 @@ class NGDOptimizer(NGDConfig):
     """SP-NGD, by `ngd_dist.NGD`. `micro_batches`, `loss_reduction` and `batch_dim` follow from the job."""
 
     kind: Literal["ngd"] = "ngd"
+    objective_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the samples of each micro-batch on which step_length quadratic_model and damping_rule "
+        "levenberg_marquardt evaluate the loss again, evenly spaced and at least one; the gradient is of all samples.",
+    )
 
     @field_validator("exclude", mode="before")
     @classmethod
@@ -31,6 +38,15 @@ class NGDOptimizer(NGDConfig):
             raise ValueError(
                 f"batch_dim must be 0 in a job, whose samples are counted by dimension 0, got {self.batch_dim}; leave "
                 "it out of optimizer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_is_evaluated(self) -> Self:
+        if self.objective_fraction < 1 and not self.needs_objective:
+            raise ValueError(
+                f"objective_fraction {self.objective_fraction:g} is read by step_length quadratic_model and by "
+                "damping_rule levenberg_marquardt alone: take one of them, or leave it out"
             )
         return self
 

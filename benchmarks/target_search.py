@@ -1,0 +1,70 @@
+"""The same search for every method: numbers drawn evenly over ranges, and then around the best of them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["OneOf", "Point", "Range", "Space", "around", "draw", "is_outside"]
+
+ZOOM = 1 / 3  # of the width of a range, in logarithms
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers between `low` and `high`, both positive, evenly in their logarithms."""
+
+    low: float
+    high: float
+
+    def at(self, share: float) -> float:
+        """Returns the number at a share, [0, 1], of the way from low to high."""
+        return self.low * (self.high / self.low) ** share
+
+    def around(self, value: float) -> "Range":
+        """Returns a narrower range with the value in its middle, which may lie beyond this one."""
+        half = (self.high / self.low) ** (ZOOM / 2)
+        return Range(value / half, value * half)
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+    def at(self, share: float) -> Any:
+        return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+
+    def around(self, value: Any) -> "OneOf":
+        return OneOf((value,))
+
+
+Space = Mapping[str, Range | OneOf]
+Point = dict[str, Any]
+
+
+def draw(space: Space, count: int, seed: int) -> list[Point]:
+    """Returns points of a scrambled Sobol sequence: as even over all ranges together as so few points can be."""
+    shares = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    return [
+        {name: axis.at(share) for (name, axis), share in zip(space.items(), row, strict=True)}
+        for row in shares.tolist()
+    ]
+
+
+def around(space: Space, best: Point) -> Space:
+    """Returns the space of a third of the width around a point: the best of the edge of a range has room beyond it."""
+    return {name: axis.around(best[name]) for name, axis in space.items()}
+
+
+def is_outside(space: Space, point: Point) -> list[str]:
+    """Returns the names of the numbers that lie beyond their first range, to tell that it was too narrow."""
+    ranges = {name: axis for name, axis in space.items() if isinstance(axis, Range)}
+    return [name for name, axis in ranges.items() if not _between(axis, point[name])]
+
+
+def _between(axis: Range, value: float) -> bool:
+    return math.log(axis.low) <= math.log(value) <= math.log(axis.high)
