@@ -98,7 +98,8 @@ class Curvature:
         captured: returns the rows of a layer's gradient that were kept in this step. If they, or those behind a new
         statistic, make a direction cheaper and the gradient is made of them, it is taken from the rows.
         """
-        rows = {name: of_layer for name in gradients if (of_layer := self._rows(name, captured)) is not None}
+        with_rows = (name for name in gradients if name in self._fresh or name in self.with_rows)
+        rows = {name: of_layer for name in with_rows if (of_layer := self._rows(name, captured)) is not None}
         shares = shares_of({n: (gradients[n].to(self._layers[n].layer.dtype), *rows[n]) for n in rows})
         directions = {}
         for name, share in shares.items():
@@ -120,8 +121,7 @@ class Curvature:
         (self.with_rows.add if pays else self.with_rows.discard)(name)
 
     def _rows(self, name: str, captured: Callable[[str], tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
-        fresh = self._fresh.get(name, frozenset())
-        cache = self.caches[name] if self._takes_rows and (fresh or name in self.with_rows) else None
+        cache, fresh = self.caches[name], self._fresh.get(name, frozenset())
         return None if cache is None else self._layers[name].method.gradient_rows(cache, fresh, lambda: captured(name))
 
     def refresh(
@@ -150,7 +150,8 @@ class Curvature:
         here = [name for name in drifted if self._sync.inverts(name)]
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._layers[name].damping for name in drifted}
-        self._fresh = {name: self._of_the_loss(name, statistics) for name, statistics in fresh.items()}
+        kept = ((name, statistics) for name, statistics in fresh.items() if name in self.with_few_rows)
+        self._fresh = {name: self._of_the_loss(name, statistics) for name, statistics in kept}
         for name in fresh:
             self.note_rows(name, means.counts[name].rows)
         self._share([key for key in due if key not in averaged], drifted)
