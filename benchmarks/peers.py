@@ -24,6 +24,7 @@ NGD_KINDS = {
     "statistics": "statistics",
     "._means": "statistics",  # of this step's passes
     ".layer_batches": "kept rows",
+    "gradient_rows": "kept rows",
     "._waiting": "kept rows",
     "_sync": "buffers",
     "_comm": "buffers",
@@ -31,26 +32,32 @@ NGD_KINDS = {
 
 
 NGD_REFRESHES: tuple[Refresh, ...] = ("1/1", "10/10", "adaptive")
+EMA_DECAY = 0.95  # of statistics that are estimated more often than they are inverted, as in the rivals
 
 
-def ngd(**choices: Any) -> Peer:
+def ngd(refreshes: tuple[Refresh, ...] = ("1/10", *NGD_REFRESHES), **choices: Any) -> Peer:
     def build(model: nn.Module, setting: Setting) -> Training:
-        adaptive = setting.refresh == "adaptive"
-        staleness = AdaptiveInterval() if adaptive else FixedInterval(steps=setting.inverses_every)
-        settings: dict[str, Any] = {"lr": setting.lr, "damping": DAMPING, "staleness": staleness} | choices
+        settings: dict[str, Any] = {"lr": setting.lr, "damping": DAMPING} | choices
+        if setting.refresh == "adaptive":
+            settings["staleness"] = AdaptiveInterval()
+        elif setting.statistics_every < setting.inverses_every:
+            every, settings["ema_decay"] = setting.statistics_every, EMA_DECAY
+            settings["staleness"] = FixedInterval(steps=setting.inverses_every, statistics_steps=every)
+        else:
+            settings["staleness"] = FixedInterval(steps=setting.inverses_every)
         optimizer = NGD(model, NGDConfig(**settings))
         return Training("", model, lambda x, y: optimizer.step(), optimizer, NGD_KINDS)
 
-    return Peer(build, "ngd_dist", NGD_REFRESHES)
+    return Peer(build, "ngd_dist", refreshes)
 
 
-# Factors at least twice as wide as the rows are kept as rows: 256 are all samples of a batch of 256.
+# Factors at least twice as wide as the rows are kept as rows, without an average: 256 are all of a batch of 256.
 PEERS: dict[str, Peer] = {
     "sgd": RIVALS["sgd"],
     "ngd": ngd(),
-    "ngd rows 256": ngd(preconditioner=KFAC(rows=256)),
-    "ngd rows 128": ngd(preconditioner=KFAC(rows=128)),
-    "ngd rows 64": ngd(preconditioner=KFAC(rows=64)),
+    "ngd rows 256": ngd(NGD_REFRESHES, preconditioner=KFAC(rows=256)),
+    "ngd rows 128": ngd(NGD_REFRESHES, preconditioner=KFAC(rows=128)),
+    "ngd rows 64": ngd(NGD_REFRESHES, preconditioner=KFAC(rows=64)),
     "ngd ekfac": ngd(preconditioner=EKFAC()),
 } | RIVALS
 

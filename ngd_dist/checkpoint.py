@@ -78,6 +78,7 @@ class SavedState:
         self.parameters = parameters
         self.plain = plain if fallback is not None else []
         self.formats = {name: _format(covered, sync) for name, covered in layers.items()}
+        self._methods = {name: covered.method for name, covered in layers.items()}
         self._curvature = curvature
         self._schedule = schedule
         self._fallback = fallback
@@ -144,6 +145,8 @@ class SavedState:
         self._curvature.damped_with = dict(saved["damped_with"])
         for name, layer_format in self.formats.items():
             self._restore_layer(name, layer_format, saved["layers"][name])
+            tracks = (track for key, track in self._schedule.tracks.items() if key.layer == name)
+            self._curvature.note_rows(name, max(tracks, key=lambda track: track.refreshed).rows)
         return StepStats(
             step=saved["step"], failed_inversions=saved["failed_inversions"], skipped_steps=saved["skipped_steps"]
         )
@@ -169,7 +172,7 @@ class SavedState:
     def _layer(self, name: str) -> State:
         curvature, layer_format = self._curvature, self.formats[name]
         cache = curvature.caches[name] if layer_format.holds else curvature.caches.elsewhere.get(name)
-        state: State = {"cache": None if cache is None else dict(cache)}
+        state: State = {"cache": None if cache is None else dict(self._methods[name].saved(cache))}
         if layer_format.inverts:
             state["statistics"] = {
                 statistic: curvature.statistics[Key(name, statistic)].state() for statistic in layer_format.statistics
@@ -184,13 +187,17 @@ class SavedState:
         entries = None if cache is None else {entry: here(cache[entry]) for entry in layer_format.local_cache}
         # Present entries must not outlive the restore: the state may have been saved before there was a cache.
         curvature.take(name, None)
+        if entries is not None and layer_format.holds:
+            entries = self._methods[name].loaded(entries, keeps_rows=name in curvature.with_few_rows)
         curvature.take(name, entries)
         if not layer_format.inverts:
             return
         for statistic in layer_format.statistics:
             values = state["statistics"][statistic]
             moved = {key: None if values[key] is None else here(values[key]) for key in ("value", "before")}
-            curvature.statistics[Key(name, statistic)].load(moved | {"weight": values["weight"]}, self._device)
+            curvature.statistics[Key(name, statistic)].load(
+                moved | {"weight": values["weight"]}, self._device, keeps_rows=name in curvature.with_few_rows
+            )
 
     def _check_layer(self, name: str, state: Mapping[str, Any]) -> None:
         layer_format = self.formats[name]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ngd_dist.config import NGDConfig
 from ngd_dist.distributed import LayerLayout
 from ngd_dist.distributed.placement import Roles
 from ngd_dist.inversion import Problem
@@ -18,7 +19,7 @@ from ngd_dist.layers import Layer
 from ngd_dist.preconditioners import Cache, Preconditioner
 from ngd_dist.statistics.statistic import Key
 
-__all__ = ["CoveredLayer", "CoveredLayers", "Stack", "kind_of", "stacks_of"]
+__all__ = ["CoveredLayer", "CoveredLayers", "Stack", "kind_of", "layers_with_few_rows", "stacks_of"]
 
 # The arguments of `Preconditioner.problems`: statistics, the names of those that are new, the damping, the old cache.
 RefreshInputs = tuple[dict[str, Tensor], frozenset[str], float, Cache | None]
@@ -103,10 +104,13 @@ class Stack:
     def apply(
         self, caches: Mapping[str, Cache | None], gradients: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yields each layer's name and direction, [B, O, I]; if the layer has no cache yet, the gradient itself."""
+        """Yields the name and direction, [B, O, I], of each of its layers that has a gradient here.
+
+        If the layer has no cache yet, that is the gradient itself.
+        """
         waiting: dict[str, Cache] = {}
         dtype = self.first.layer.dtype
-        for name in self._names:
+        for name in filter(gradients.__contains__, self._names):
             cache = caches[name]
             if cache is None:
                 yield name, gradients[name].to(dtype)
@@ -156,6 +160,16 @@ def kind_of(covered: CoveredLayer) -> Hashable | None:
         return None
     tensors = tuple((p.shape, p.dtype, p.device) for p in layer.parameters)
     return type(layer), type(method), layer.batch_dim, replace(layer.shape, name=""), tensors
+
+
+def layers_with_few_rows(layers: CoveredLayers, config: NGDConfig, world_size: int) -> frozenset[str]:
+    """Returns the layers of which the few rows of a step may stand for a dense factor.
+
+    They are not among those that may be stacked: so small a factor is whole, since the rows of one layer could not be
+    put beside the matrix of another.
+    """
+    may_keep = config.may_keep_rows and world_size == 1
+    return frozenset(name for name, covered in layers.items() if may_keep and kind_of(covered) is None)
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,15 +12,25 @@ from math import isclose
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.covered import CoveredLayers, stacks_of
+from ngd_dist.covered import CoveredLayers, layers_with_few_rows, stacks_of
 from ngd_dist.distributed import GlobalMeans, RefreshReport, Sync
 from ngd_dist.distributed.base import CaptureCount
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
 from ngd_dist.preconditioners import Cache
-from ngd_dist.statistics.staleness import Schedule, Track, Verdict, error_threshold, judge, judge_error, threshold_for
+from ngd_dist.statistics.staleness import (
+    REFRESHED,
+    Schedule,
+    Track,
+    Verdict,
+    error_threshold,
+    judge,
+    judge_error,
+    threshold_for,
+)
 from ngd_dist.statistics.statistic import Key, Statistic, by_layer
+from ngd_dist.step.agreement import shares_of
 from ngd_dist.step.finite import are_finite
 from ngd_dist.telemetry import Refresh
 
@@ -56,6 +66,12 @@ class Curvature:
             config.inverse_dtype,
             {name: method.shared for name, method in methods.items()},
         )
+        # The layers of which a step's rows may stand for a dense factor; and those whose directions they make cheaper.
+        self.with_few_rows = layers_with_few_rows(layers, config, sync.comm.world_size)
+        self.with_rows: set[str] = set()
+        self._takes_rows = sync.comm.world_size == 1
+        self._reads_loss, self._part = config.fisher.kind == "empirical", config.statistics_fraction
+        self._fresh: dict[str, frozenset[str]] = {}
         # By layer that has been refreshed; the same on every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
         adapts = config.staleness.kind == "adaptive"  # a fixed interval does not depend on changes
@@ -71,22 +87,60 @@ class Curvature:
             self.caches[name] = old.caches[name]
         self.caches.elsewhere = {name: cache for name, cache in old.caches.elsewhere.items() if name in self.caches}
         self.damped_with = {name: used for name, used in old.damped_with.items() if name in self.caches}
+        self.with_rows = {name for name in old.with_rows if name in self.caches}
         self.statistics |= {key: value for key, value in old.statistics.items() if key in self.statistics}
 
-    def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the directions of the layers held here, each [B, O, I]; where there is no cache yet, the gradient."""
-        held = (stack for stack in self.stacks if stack.first.name in gradients)
-        return {name: direction for stack in held for name, direction in stack.apply(self.caches, gradients)}
+    def directions(
+        self, gradients: Mapping[str, Tensor], captured: Callable[[str], tuple[Tensor, Tensor] | None]
+    ) -> dict[str, Tensor]:
+        """Returns the directions of the layers that this rank holds, [B, O, I]; without a cache, the gradient itself.
+
+        captured: returns the rows of a layer's gradient that were kept in this step. If they, or those behind a new
+        statistic, make a direction cheaper and the gradient is made of them, it is taken from the rows.
+        """
+        with_rows = (name for name in gradients if name in self._fresh or name in self.with_rows)
+        rows = {name: of_layer for name in with_rows if (of_layer := self._rows(name, captured)) is not None}
+        shares = shares_of({n: (gradients[n].to(self._layers[n].layer.dtype), *rows[n]) for n in rows})
+        directions = {}
+        for name, share in shares.items():
+            cache = self.caches[name]
+            assert cache is not None
+            directions[name] = self._layers[name].method.apply_rows(cache, *rows[name], share)
+        others = {name: gradient for name, gradient in gradients.items() if name not in shares}
+        for stack in self.stacks:
+            directions |= stack.apply(self.caches, others)
+        return directions
+
+    def note_rows(self, name: str, rows: int) -> None:
+        """Decides whether the layer's directions are cheaper from the rows of a gradient.
+
+        rows: the number behind the layer's statistics, which may be those of a part of the batch.
+        """
+        cache = self.caches[name] if self._takes_rows and rows else None
+        pays = cache is not None and self._layers[name].method.rows_pay(cache, round(rows / self._part))
+        (self.with_rows.add if pays else self.with_rows.discard)(name)
+
+    def _rows(self, name: str, captured: Callable[[str], tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+        cache, fresh = self.caches[name], self._fresh.get(name, frozenset())
+        return None if cache is None else self._layers[name].method.gradient_rows(cache, fresh, lambda: captured(name))
 
     def refresh(
-        self, due: Sequence[Key], means: GlobalMeans, seconds: Callable[[Key], float]
+        self,
+        due: Sequence[Key],
+        means: GlobalMeans,
+        seconds: Callable[[Key], float],
+        averaged: Collection[Key] = frozenset(),
     ) -> dict[Key, RefreshReport]:
         """Collective. Returns a report on each due statistic of the layers that this rank inverts.
 
-        `seconds`: the time that estimating a statistic took here; the time of its inversion is added.
+        `seconds`: the time that estimating a statistic took here; the time of its inversion is added. `averaged`: the
+        due statistics that make no new inverse in this step.
         Folds the means in, inverts, and gives the new caches to all ranks that hold the layers or need a part of them.
         """
         folded = self._fold_all([key for key in due if self._sync.inverts(key.layer)], means)
+        for key in averaged:
+            if key in folded and folded[key].verdict in REFRESHED:
+                folded[key] = replace(folded[key], verdict=Verdict.AVERAGED)
         refreshed = by_layer(key for key, report in folded.items() if report.rebuilds)
         fresh = {name: frozenset(statistics) for name, statistics in refreshed.items()}
         for name, statistics in fresh.items():
@@ -96,7 +150,11 @@ class Curvature:
         here = [name for name in drifted if self._sync.inverts(name)]
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._layers[name].damping for name in drifted}
-        self._share(due, drifted)
+        kept = ((name, statistics) for name, statistics in fresh.items() if name in self.with_few_rows)
+        self._fresh = {name: self._of_the_loss(name, statistics) for name, statistics in kept}
+        for name in fresh:
+            self.note_rows(name, means.counts[name].rows)
+        self._share([key for key in due if key not in averaged], drifted)
         due_of = by_layer(folded)
         return {
             key: _with_ending(key, report, due_of[key.layer], rebuilt, seconds(key)) for key, report in folded.items()
@@ -137,6 +195,13 @@ class Curvature:
             self.caches[name] = None if entries is None else (self.caches[name] or {}) | entries
         elif entries is None or entries.keys() >= set(self._layers[name].method.shared):
             self.caches.elsewhere[name] = entries
+
+    def _of_the_loss(self, name: str, statistics: frozenset[str]) -> frozenset[str]:
+        """Returns those of a layer's statistics that are made of all rows of the loss, or of all inputs."""
+        if self._part < 1:
+            return frozenset()
+        specs = self._layers[name].method.statistics
+        return statistics & {spec.name for spec in specs if self._reads_loss or not spec.reads_gradients}
 
     def _share(self, due: Sequence[Key], drifted: Collection[str]) -> None:
         """Sends around the entries that may have changed; shared ones change only with a new basis."""

@@ -170,9 +170,10 @@ class NGD(Assembly):
                 self._skip()
                 return loss
             with phase("refresh"):
-                reports = self._curvature.refresh(due, means, self._capture.estimates.seconds)
+                averaged = {key for key in due if not self._schedule.inverts(self.stats.step + 1, key)}
+                reports = self._curvature.refresh(due, means, self._capture.estimates.seconds, averaged)
             with phase("apply"):
-                directions = self._curvature.apply(means.gradients)
+                directions = self._curvature.directions(means.gradients, self._capture.gradient_rows.of)
             with phase("publish"):
                 result = self._sync.publish(self._local_result(directions, means, reports), due)
             self._curvature.note_refreshes(result.reports)

@@ -13,7 +13,7 @@ belong together, and count as positions. Backward passes are told apart by autog
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from ngd_dist.capture.activations import Activations
 from ngd_dist.capture.batches import Batches
 from ngd_dist.capture.estimates import Estimates
+from ngd_dist.capture.gradient_rows import GradientRows
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.measurement import Measurement, Pass, Sink, Source
 from ngd_dist.capture.part import PartPass
@@ -86,6 +87,7 @@ class Capture:
         on_forward: Callable[[tuple[Any, ...], Mapping[str, Any]], bool | None] | None = None,
     ) -> None:
         self.batches = Batches(config)
+        self.gradient_rows = GradientRows()
         self.measurement = Measurement(
             layers,
             config,
@@ -100,15 +102,11 @@ class Capture:
         self._reads_slopes = {name for name, covered in layers.items() if covered.method.reads_slopes}
         self._micro_batches = config.micro_batches
         self._on_forward = on_forward
-        self._is_paused = False
-        self._has_warned = False
+        self._is_paused = self._has_warned = self._has_run = self._is_stale = False
         # By forward pass. Those that were never differentiated must not pile up, since an edge keeps its graph alive.
         self._edges: deque[list[GradientEdge]] = deque(maxlen=max(MAX_PENDING, config.loss_parts))
         self._passes: dict[str, LayerPasses] = {}
         self._arrived: dict[str, Arrivals] = {}
-        self._has_run = False
-        self._fisher_passes = 0
-        self._is_stale = False
         # Layers that had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
         self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
@@ -122,9 +120,10 @@ class Capture:
         handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
 
-    def begin_step(self, due: Sequence[Key], step: int) -> None:
-        """Starts a new step in which these statistics, and no others, are captured."""
+    def begin_step(self, due: Sequence[Key], step: int, with_rows: Collection[str] = ()) -> None:
+        """Starts a new step in which these statistics, and no others, are captured, and the rows of some layers."""
         self.measurement.begin(due, step)
+        self.gradient_rows.begin(with_rows)
         self._clear()
         if not self.measurement.keeps_rows:
             for name in self._accumulation.keys() - self.measurement.due.keys():
@@ -250,12 +249,12 @@ class Capture:
         self, outputs: Sequence[Tensor], edges: Sequence[GradientEdge], gradients: Sequence[Tensor]
     ) -> dict[str, Arrivals]:
         """Returns the runs of each due layer that these gradients of the outputs reach, with their own."""
-        self._is_in_fisher_pass = True
+        self._is_in_fisher_pass = self.gradient_rows.rests = True
         try:
             torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
             return self._arrived
         finally:
-            self._is_in_fisher_pass, self._arrived = False, {}
+            self._arrived, self._is_in_fisher_pass, self.gradient_rows.rests = {}, False, False
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the number of samples in the model's inputs, before its forward pass; runs it on their part first."""
@@ -290,12 +289,13 @@ class Capture:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
         is_due = layer.name in self.measurement.due
         is_noted = is_due or self.measurement.keeps_rows
-        is_again = self._is_in_fisher_pass  # activation checkpointing
-        if self._is_blind or is_again or not (is_noted or self.needs_fisher_pass):
+        is_of_use = is_noted or self.needs_fisher_pass or layer.name in self.gradient_rows.names
+        if self._is_blind or not is_of_use or self._is_in_fisher_pass:  # the last under activation checkpointing
             return
         if not (torch.is_grad_enabled() and output.requires_grad):
             return
         self._has_run = True
+        self.gradient_rows.watch(layer, x, output)
         trained = [p for p in layer.parameters if p.requires_grad]
         if not (is_noted and trained) or layer.replaced():
             return

@@ -63,15 +63,15 @@ class _Mean:
             self.replicates = list(values)
             return
         pairs = zip(self.replicates, values, strict=True)
-        self.replicates = [(share, total + value) for (share, total), (_, value) in pairs]
+        self.replicates = [(share, self.spec.form.plus(total, value)) for (share, total), (_, value) in pairs]
 
     def complete(self, *, measures: bool) -> None:
         """Takes the replicates that are under way into the mean and, if noise is measured, into the mean square."""
         for share, value in self.replicates:
-            weighted = value if share == 1.0 else value * share
+            weighted = value if share == 1.0 else self.spec.form.weighted(value, share)
             if not _is_one(self.factor):
                 weighted = self.spec.form.times(weighted, 1 / self.factor)
-            self.total = weighted if self.total is None else self.total + weighted
+            self.total = weighted if self.total is None else self.spec.form.plus(self.total, weighted)
             if measures:
                 square = self.spec.form.norm(value, self.num_replicates).square() * share
                 self.square = square if self.square is None else self.square + square
@@ -179,7 +179,7 @@ class Estimates:
             with _in_full_precision(batch.device):
                 estimates = [method.estimate(part, alone, shared) for part in replicates]
             values = [estimate[spec.name] for estimate in estimates if estimate]  # else there is no basis yet
-            scaled = values if scale == 1.0 else [value * scale for value in values]
+            scaled = values if scale == 1.0 else [spec.form.weighted(value, scale) for value in values]
             of_layers = zip(*(_parts(value, count) for value in scaled), strict=True) if scaled else [()] * count
             for added, of_layer in zip(alike, of_layers, strict=True):
                 mean = self._means[added.name].get(spec.name)
@@ -191,10 +191,10 @@ class Estimates:
                 mean.seconds += (time.perf_counter() - start) / count
 
     def per_position(self, key: Key, value: Tensor) -> Tensor:
-        """Returns a statistic of `values` with the part that positions have in it."""
+        """Returns a statistic of `values`, whole, with the part that positions have in it."""
         spec = self._means[key.layer][key.statistic].spec
         factor = self._mean_positions(key.layer).factor(spec, self._power)
-        return value if _is_one(factor) else spec.form.times(value, factor)
+        return spec.form.whole(value if _is_one(factor) else spec.form.times(value, factor))
 
     def values(self) -> dict[Key, Tensor]:
         """Returns the mean of each statistic over this rank's samples, without the part that positions have in it."""

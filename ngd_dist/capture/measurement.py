@@ -14,7 +14,7 @@ from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.part import samples_in_part
 from ngd_dist.capture.passes import Arrivals, NotedRun
 from ngd_dist.config import LayerWise, NGDConfig
-from ngd_dist.covered import CoveredLayers
+from ngd_dist.covered import CoveredLayers, layers_with_few_rows
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
@@ -81,6 +81,7 @@ class Measurement:
         self._config = config
         self._comm = comm
         self._replicates = comm.world_size * config.loss_parts
+        self._with_few_rows = layers_with_few_rows(layers, config, comm.world_size)
         check_rows(config, self._replicates)
         # g of a mean over P positions times sqrt(P): the mean over positions of g g^T is then that of their own losses.
         self._averages = config.averages_positions
@@ -220,4 +221,5 @@ class Measurement:
         """Returns the next micro-batch's part of the global batch; too many are an error of the step."""
         loss_parts = self._config.loss_parts
         index = self._comm.rank * loss_parts + self.estimates.passes.get(name, 0) % loss_parts
-        return Replicate(index, self._replicates, seed=self._step * self._replicates + index)
+        seed = self._step * self._replicates + index
+        return Replicate(index, self._replicates, seed, is_all=name in self._with_few_rows)

@@ -181,6 +181,13 @@ class NGDConfig(Settings):
         return self.fisher.positions == "mean" and self.loss_reduction == "mean"
 
     @property
+    def may_keep_rows(self) -> bool:
+        """Whether a step's few rows may stand for a dense factor: it is of one batch, its inverse not rounded."""
+        adapts_by_error = self.staleness.kind == "adaptive" and self.staleness.criterion == "error"
+        is_whole = self.micro_batches == 1 and self.ema_decay == 0
+        return is_whole and self.inverse_dtype == "float32" and not adapts_by_error
+
+    @property
     def power_of_positions(self) -> int:
         """The power of a sample's number of positions that second moments of gradients have as a factor.
 

@@ -89,6 +89,27 @@ class FixedInterval(Choice):
 
     kind: Literal["fixed"] = "fixed"
     steps: int = Field(default=1, ge=1, description="Optimizer steps between two refreshes of one statistic.")
+    statistics_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps between two estimates of one statistic; `steps` is then the interval of its "
+        "inverse alone, and ema_decay averages the estimates between. 1 with steps 10 is the usual setting of other "
+        "libraries. None: a statistic is estimated when it is inverted.",
+    )
+
+    @model_validator(mode="after")
+    def _statistics_come_first(self) -> Self:
+        if self.statistics_steps is not None and self.statistics_steps > self.steps:
+            raise ValueError(
+                f"an inverse is made of new statistics: statistics_steps must be <= steps, got {self.statistics_steps} "
+                f"and {self.steps}"
+            )
+        return self
+
+    @property
+    def estimate_steps(self) -> int:
+        """Optimizer steps between two estimates of one statistic."""
+        return self.steps if self.statistics_steps is None else self.statistics_steps
 
     @property
     def measures_noise(self) -> bool:
@@ -96,11 +117,16 @@ class FixedInterval(Choice):
         return False
 
     def refuses(self, config: "NGDConfig") -> str | None:
-        cap = config.refresh_cap
-        if cap is not None and cap * self.steps < 1:
+        cap, every = config.refresh_cap, self.estimate_steps
+        if cap is not None and cap * every < 1:
             return (
-                f"staleness fixed with steps {self.steps} refreshes 1/{self.steps} of all statistics in a step: "
+                f"staleness fixed with steps {every} refreshes 1/{every} of all statistics in a step: "
                 f"refresh_cap must be at least that, got {cap}"
+            )
+        if every < self.steps and config.ema_decay == 0:
+            return (
+                f"statistics between two inversions count in a moving average alone: set ema_decay above 0, or leave "
+                f"out statistics_steps {every}"
             )
         return None
 

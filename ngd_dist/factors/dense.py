@@ -49,7 +49,11 @@ class Dense(FactorForm):
         return second_moment(rows_BNPD, scale)
 
     def input_moment(self, rows: InputRows) -> Tensor:
-        return rows.input_moment_BII / rows.samples
+        return rows.input_moment_BII.div_(rows.samples)
+
+    def averaged(self, last: Tensor, new: Tensor, weight: float, *, reuses: bool) -> Tensor:
+        # In place: a new tensor of this size takes longer to allocate than to fill.
+        return last.lerp_(new, weight) if reuses else torch.lerp(last, new, weight)
 
     def mean_eigenvalue(self, value: Tensor) -> Tensor:
         return value.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -21,11 +21,16 @@ __all__ = ["Entrywise", "FactorForm", "Form", "InputRows", "Replicate"]
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """One of the equal parts of a global batch: a rank's micro-batch. `seed` decides the rows that are drawn."""
+    """One of the equal parts of a global batch: a rank's micro-batch. `seed` decides the rows that are drawn.
+
+    `is_all`: whether the batch has no other part than the `count` of its kind, on this rank, the statistic no past, and
+    the layer its own calls: its rows may be kept.
+    """
 
     index: int = 0
     count: int = 1
     seed: int = 0
+    is_all: bool = False
 
 
 class InputRows(Protocol):
@@ -34,6 +39,10 @@ class InputRows(Protocol):
     @property
     def samples(self) -> int:
         """The number of samples."""
+
+    @property
+    def count(self) -> int:
+        """The number of rows of each block, padding included."""
 
     @property
     def replicate(self) -> Replicate:
@@ -45,7 +54,7 @@ class InputRows(Protocol):
 
     @property
     def input_moment_BII(self) -> Tensor:
-        """Sum over samples and positions of a a^T; some layers compute it without the rows."""
+        """Sum over samples and positions of a a^T, a new tensor; some layers compute it without the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class Form:
         return prod(self.shape)
 
     def flatten(self, value: Tensor) -> Tensor:
-        """Returns the value as it is summed over ranks and saved: [numbers]."""
+        """Returns the value as it is summed over ranks: [numbers]."""
         return value.flatten()
 
     def expand(self, flat: Tensor) -> Tensor:
@@ -82,7 +91,34 @@ class Form:
 
     def times(self, value: Tensor, factor: float | Tensor) -> Tensor:
         """Returns `factor` times the value, as of the matrix that it stands for. factor: a number, or []."""
-        return value * factor
+        return value if is_one(factor) else value * factor
+
+    def plus(self, value: Tensor, other: Tensor) -> Tensor:
+        """Returns the sum of both, as of the matrices that they stand for."""
+        return value + other
+
+    def weighted(self, value: Tensor, share: float) -> Tensor:
+        """Returns the value as this share of a sum, of which `mean` is taken."""
+        return value * share
+
+    def averaged(self, last: Tensor, new: Tensor, weight: float, *, reuses: bool) -> Tensor:
+        """Returns last + weight * (new - last), as of the matrices that they stand for.
+
+        reuses: whether nothing but a copy that `remembered` made needs `last` any more.
+        """
+        return torch.lerp(last, new, weight)
+
+    def remembered(self, value: Tensor) -> Tensor:
+        """Returns the value as it is kept for later, and saved: [numbers]."""
+        return self.flatten(value)
+
+    def recalled(self, flat: Tensor) -> Tensor:
+        """Returns the value that was remembered."""
+        return self.expand(flat)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """Returns the value in the shape of this form, if a form has values of other shapes."""
+        return value
 
     def mean(self, total: Tensor, passes: int, shares: int, power: float) -> Tensor:
         """Returns `power` times the mean over `passes` micro-batches, from the sum of their values.
@@ -117,6 +153,11 @@ class Form:
     def keep(self, entry: Tensor, dtype: torch.dtype) -> Tensor | Stored:
         """Returns an entry of a cache as it is stored, if inverses are kept in this dtype of 16 bits."""
         return entry
+
+
+def is_one(factor: float | Tensor) -> bool:
+    """Returns whether the factor is the number 1; a tensor is not read."""
+    return not isinstance(factor, Tensor) and factor == 1
 
 
 class Entrywise(Form):

@@ -18,12 +18,27 @@ __all__ = [
 ]
 
 
+# Width of the blocks in which the lower half of a second moment is multiplied on a CPU. In one thread that takes 0.6 to
+# 0.8 of the time of the whole at 500 to 2,000 columns, and as long at 256.
+TRIANGLE = 128
+
+
 def second_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     """Returns scale * sum over n and p of r r^T, [B, D, D], in the dtype of the rows. scale: a number, or [B]."""
     rows = rows_BNPD.flatten(1, 2)
-    moment: Tensor = rows.mT @ rows
-    is_one = isinstance(scale, float) and scale == 1.0
-    return moment if is_one else moment.mul_(_per_block(scale, rows, 2))
+    n = rows.shape[-1]
+    if n <= TRIANGLE or (isinstance(scale, torch.Tensor) and (scale.numel() > 1 or scale.device.type != "cpu")):
+        moment: Tensor = rows.mT @ rows
+        is_one = isinstance(scale, float) and scale == 1.0
+        return moment if is_one else moment.mul_(_per_block(scale, rows, 2))
+    # One pass over the result instead of two, and on a CPU hardly more than half of the products.
+    moment, width = rows.new_empty(len(rows), n, n), n if rows.is_cuda else TRIANGLE
+    for first in range(0, n, width):
+        part = moment[:, first : first + width, : first + width]
+        left, right = rows[:, :, first : first + width].mT, rows[:, :, : first + width]
+        torch.baddbmm(part, left, right, beta=0, alpha=float(scale), out=part)
+        moment[:, :first, first : first + width] = part[:, :, :first].mT
+    return moment
 
 
 def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:

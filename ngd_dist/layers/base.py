@@ -249,7 +249,7 @@ class LayerBatch:
         """
         if self.counted_BNP is None:
             return self.positions_B
-        return _mean_count(self.counted_BNP)
+        return self.counted_BNP.sum((1, 2)).clamp(min=1).double() / self.counted_BNP.shape[1]
 
     def along(self, direction_BOI: Tensor) -> Tensor:
         """Returns <direction, gradient of the sample's own loss>, [N].
@@ -284,8 +284,8 @@ class LayerBatch:
     def halves(self) -> "tuple[LayerBatch, LayerBatch]":
         """Returns the first half of the samples and the rest, as views of these rows, with the positions of all."""
         middle, of = self.samples // 2, self.replicate
-        first, second = (Replicate(2 * of.index + half, 2 * of.count, of.seed) for half in (0, 1))
-        return _Slice(self, range(middle), first), _Slice(self, range(middle, self.samples), second)
+        first, second = (Replicate(2 * of.index + half, 2 * of.count, of.seed, of.is_all) for half in (0, 1))
+        return _Half(self, range(middle), first), _Half(self, range(middle, self.samples), second)
 
     def of(self, part: range) -> "LayerBatch":
         """Returns the batch of these samples alone. Work on the others is left out, unless the layer couples samples.
@@ -297,16 +297,15 @@ class LayerBatch:
         runs = [self._of_run(run, part) for run in self._runs]
         parts = [run for run in runs if run is not None]
         if self._counted is not None or len(parts) < len(runs):
-            return _Part(self, part, self.replicate)
+            return _Slice(self, part, self.replicate)
         return LayerBatch(self._layer, parts, self._scale, self.replicate, ignores=self._ignores, read=self.read)
 
-    @cached_property
+    @property
     def input_moment_BII(self) -> Tensor:
-        """Sum over samples and positions of a a^T."""
+        """Sum over samples and positions of a a^T, a new tensor."""
         if "a_BNPI" in vars(self) or self._ignores:
             return second_moment(self.a_BNPI, 1.0)
-        moments = [self._layer.input_moment(run.kept) for run in self._runs]
-        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
+        return _sum([self._layer.input_moment(run.kept) for run in self._runs])
 
     @cached_property
     def _gradients(self) -> list[Tensor]:
@@ -332,7 +331,7 @@ class LayerBatch:
 
 
 class _Slice(LayerBatch):
-    """Some of the samples of a batch. Tensors that depend on the whole batch, such as its normalisation, stay."""
+    """Some of the samples of a batch, as views of its rows."""
 
     def __init__(self, whole: LayerBatch, part: range, replicate: Replicate) -> None:
         super().__init__(whole._layer, whole._runs, whole._scale, replicate, ignores=whole._ignores, read=whole.read)
@@ -366,11 +365,7 @@ class _Slice(LayerBatch):
         whole = self._whole.positions_B
         return whole if whole.ndim == 1 else whole[:, self._slice]
 
-    @cached_property
-    def mean_positions_B(self) -> Tensor:
-        return self._whole.mean_positions_B
-
-    @cached_property
+    @property
     def input_moment_BII(self) -> Tensor:
         # A slice of a slice, or one of a run that all samples share, has no such part.
         kept = [
@@ -379,22 +374,20 @@ class _Slice(LayerBatch):
         ]
         if "a_BNPI" in vars(self._whole) or self._whole._ignores or any(part is None for part in kept):
             return second_moment(self.a_BNPI, 1.0)
-        moments = [self._layer.input_moment(part) for part in kept]
-        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
+        return _sum([self._layer.input_moment(part) for part in kept])
 
 
-class _Part(_Slice):
-    """The samples of a batch that its statistics are made of; the others count for nothing."""
+class _Half(_Slice):
+    """Half of the samples of a batch, normalised as the whole."""
 
     @cached_property
     def mean_positions_B(self) -> Tensor:
-        if self.counted_BNP is None:
-            return self.positions_B
-        return _mean_count(self.counted_BNP)
+        return self._whole.mean_positions_B
 
 
-def _mean_count(counted_BNP: Tensor) -> Tensor:
-    return counted_BNP.sum((1, 2)).clamp(min=1).double() / counted_BNP.shape[1]
+def _sum(moments: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of new tensors, the only one itself: a copy of n x n numbers takes as long as many products."""
+    return moments[0] if len(moments) == 1 else torch.stack(list(moments)).sum(0)
 
 
 def _slope(run: Run) -> Tensor:

@@ -49,7 +49,7 @@ class StackedBatch(LayerBatch):
         of_one = super().positions_B
         return of_one if len(of_one) == 1 else of_one.repeat(len(self._of_layers))
 
-    @cached_property
+    @property
     def input_moment_BII(self) -> Tensor:
         return second_moment(self.a_BNPI, 1.0)
 

@@ -1,7 +1,7 @@
 """The contract of all methods. Statistics are always current; the cache is rebuilt from them now and then."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -22,6 +22,9 @@ __all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]
 # each refresh. Two statistics of a small layer then share the step of its refresh.
 PASSES = 256
 CALLS = 2**25
+
+# Returns the rows of a layer's gradient, a [B, R, I] and g [B, R, O], if there are any.
+Rows = Callable[[], tuple[Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,30 @@ class Preconditioner(ABC):
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         """Returns the direction (F + damping I)^-1 grad, [B, O, I]. O(n^2), every step; called on the owners."""
 
+    def rows_pay(self, cache: Cache, rows: int) -> bool:
+        """Returns whether `apply_rows` is cheaper than `apply` while this cache ages, for gradients of so many rows."""
+        return False
+
+    def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
+        """Returns a_BRI and g_BRO from which `apply_rows` is cheaper than `apply`; None if no rows are.
+
+        fresh: the statistics that were made in this step from the gradients of the loss, or from no gradients.
+        captured: returns the rows of the loss, if they were kept.
+        """
+        return None
+
+    def apply_rows(self, cache: Cache, a_BRI: Tensor, g_BRO: Tensor, share: float) -> Tensor:
+        """Returns the direction, [B, O, I], of the gradient share * sum_r g_r a_r^T, for rows of `gradient_rows`."""
+        raise NotImplementedError
+
+    def saved(self, cache: Cache) -> Cache:
+        """Returns the cache as it is saved: tensors of the shapes of `entries`."""
+        return cache
+
+    def loaded(self, entries: Cache, *, keeps_rows: bool) -> Cache:
+        """Returns the cache that was `saved`. keeps_rows: whether it may have rows in place of statistics."""
+        return entries
+
     @abstractmethod
     def refresh_flops(self) -> int:
         """Returns the floating-point operations of one refresh, for placement and for staggering."""
@@ -133,7 +160,7 @@ def with_inverses(old: Cache | None, solutions: Mapping[str, Solution], entries:
         if solution.value is not None:
             cache[name] = solution.value
     endings = {name: solution.ending for name, solution in solutions.items()}
-    return Refreshed(cache if cache.keys() == set(entries) else None, endings)
+    return Refreshed(cache if cache.keys() >= set(entries) else None, endings)
 
 
 def _row_flops(spec: StatisticSpec) -> int:

@@ -46,6 +46,16 @@ class Factors:
         )
 
     @property
+    def gradient(self) -> tuple[int, int, int]:
+        """The shape of grad_BOI."""
+        return self._shape.gradient
+
+    @property
+    def sums_positions(self) -> bool:
+        """Whether rows are summed over positions before their moments are taken."""
+        return self._reduces
+
+    @property
     def bases(self) -> dict[str, Form]:
         """The forms of the bases, by factor; a factor whose basis is the standard one has none."""
         return {name: Form(form.basis) for name, form in self.forms.items() if form.basis}
@@ -129,19 +139,23 @@ class Factors:
         return self.forms["A"].input_moment(batch)
 
 
-def factor_form(blocks: int, width: int, max_dense: int, rows: int | None = None) -> FactorForm:
+def factor_form(
+    blocks: int, width: int, max_dense: int, rows: int | None = None, whole: type[Dense] = Dense
+) -> FactorForm:
     """Returns the form of a factor of this width: dense, or its diagonal if it is wider than `max_dense`.
 
     With `rows` a factor at least twice as wide is kept as that many of its rows X, for X^T X. If there are more, they
-    are drawn without replacement, so that the mean of X^T X is the factor.
+    are drawn without replacement, so that the mean of X^T X is the factor. whole: the form of a dense one.
     """
     if rows is not None and width >= 2 * rows:  # then a product with two thin matrices is cheaper
         return Root((blocks, rows, width))
-    return Diagonal((blocks, width)) if width > max_dense else Dense((blocks, width, width))
+    return Diagonal((blocks, width)) if width > max_dense else whole((blocks, width, width))
 
 
-def factor_forms(shape: LayerShape, max_dense: int, rows: int | None = None) -> dict[str, FactorForm]:
+def factor_forms(
+    shape: LayerShape, max_dense: int, rows: int | None = None, whole: type[Dense] = Dense
+) -> dict[str, FactorForm]:
     """Returns the forms of A and G. The A of one-hot inputs is exactly diagonal: its basis is the standard one."""
     B, I, O = shape.blocks, shape.inputs, shape.outputs  # noqa: E741
-    A = Diagonal((B, I)) if shape.has_one_hot_inputs else factor_form(B, I, max_dense, rows)
-    return {"A": A, "G": factor_form(B, O, max_dense, rows)}
+    A = Diagonal((B, I)) if shape.has_one_hot_inputs else factor_form(B, I, max_dense, rows, whole)
+    return {"A": A, "G": factor_form(B, O, max_dense, rows, whole)}

@@ -7,16 +7,22 @@ from torch import Tensor
 
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.form import FactorForm, Form
+from ngd_dist.factors.gram import Gram
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
 from ngd_dist.layers.base import LayerBatch
-from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
+from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, Rows, with_inverses
 from ngd_dist.preconditioners.factors import Factors, factor_forms
+from ngd_dist.preconditioners.few_rows import FactorInverse, from_rows, kept_rows, loaded, saved, with_rows
 
 __all__ = ["KFAC"]
 
 Statistics = Mapping[str, Tensor]
+
+# Operations that take as long as a check that a gradient is made of its rows, and as keeping these: some 0.1 ms.
+CHECK = 2**23
 
 
 class KFAC(Preconditioner):
@@ -37,7 +43,8 @@ class KFAC(Preconditioner):
 
     def forms(self, shape: LayerShape, config: KFACConfig, max_dense: int) -> Mapping[str, FactorForm]:
         """Returns the forms of A and G. A subclass may choose others."""
-        return factor_forms(shape, max_dense, config.rows)
+        takes_few = config.rows is None and config.damping_form == "pi"
+        return factor_forms(shape, max_dense, config.rows, Gram if takes_few else Dense)
 
     def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         return self._factors.estimate(batch, due)
@@ -64,6 +71,24 @@ class KFAC(Preconditioner):
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         return self._mode.apply(cache, grad_BOI)
 
+    def rows_pay(self, cache: Cache, rows: int) -> bool:
+        # Of a step that refreshes the layer, the cache may have the rows of one factor and need those of the other.
+        kept = frozenset(kept_rows(cache))
+        return self._mode.rows_pay(cache, rows) or (len(kept) == 1 and self._mode.rows_pay(cache, rows, kept))
+
+    def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
+        return self._mode.gradient_rows(cache, fresh, captured)
+
+    def apply_rows(self, cache: Cache, a_BRI: Tensor, g_BRO: Tensor, share: float) -> Tensor:
+        assert isinstance(self._mode, _Split)
+        return from_rows(*self._mode.inverses(cache), a_BRI, g_BRO, share)
+
+    def saved(self, cache: Cache) -> Cache:
+        return saved(cache, self._factors.forms)
+
+    def loaded(self, entries: Cache, *, keeps_rows: bool) -> Cache:
+        return loaded(entries, self._factors.forms, keeps_rows=keeps_rows)
+
     def refresh_flops(self) -> int:
         return self._mode.refresh_flops()
 
@@ -76,12 +101,14 @@ class _Split:
 
     def __init__(self, factors: Factors) -> None:
         self._factors = factors
+        self._by_gradient = factors.product_flops()  # at most
         self.entries = {name: form.inverse for name, form in factors.forms.items()}
 
     def problems(self, statistics: Statistics, damping: float, old: Cache) -> dict[str, Problem]:
         split = self._factors.damping(statistics, damping)
+        whole = {name: inverse for name, inverse in old.items() if name not in kept_rows(old)}
         return {
-            name: form.problem(statistics[name], split[name], old.get(name))
+            name: form.problem(statistics[name], split[name], whole.get(name))
             for name, form in self._factors.forms.items()
         }
 
@@ -92,10 +119,51 @@ class _Split:
     def refresh(
         self, statistics: Statistics, damping: float, old: Cache | None, solutions: Mapping[str, Solution]
     ) -> Refreshed:
-        return with_inverses(old, solutions, self.entries)
+        refreshed = with_inverses(old, solutions, self.entries)
+        if refreshed.cache is None:
+            return refreshed
+        fresh = [name for name in solutions if refreshed.endings[name] is Ending.OK]
+        cache = with_rows(
+            refreshed.cache,
+            fresh,
+            self._factors.forms,
+            statistics,
+            lambda: self._factors.damping(statistics, damping),
+        )
+        return Refreshed(cache, refreshed.endings)
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
-        return self._factors.precondition(cache, grad_BOI)
+        A, G = self.inverses(cache)
+        return G.left(A.right(grad_BOI))
+
+    def inverses(self, cache: Cache) -> tuple[FactorInverse, FactorInverse]:
+        """Returns those of A and of G."""
+        A, G = (FactorInverse.of(name, self._factors.forms[name], cache) for name in ("A", "G"))
+        return A, G
+
+    def rows_pay(self, cache: Cache, rows: int, fresh: frozenset[str] = frozenset()) -> bool:
+        """Returns whether the row form of a direction takes fewer operations: see `few_rows`.
+
+        fresh: the factors that are made of these very rows.
+        """
+        if not fresh and self._by_gradient <= CHECK:
+            return False
+        if self._factors.sums_positions or not all(isinstance(form, Dense) for form in self._factors.forms.values()):
+            return False
+        (blocks, outputs, inputs), (A, G) = self._factors.gradient, self.inverses(cache)
+        of_a, of_g = (2 * rows if n in fresh else f.product_flops for n, f in (("A", A), ("G", G)))
+        by_rows = rows * blocks * (inputs * of_a + outputs * of_g + 2 * outputs * inputs)
+        by_gradient = blocks * outputs * inputs * (A.product_flops + G.product_flops)
+        by_gradient += sum(f.parts.solving_flops for n, f in (("A", A), ("G", G)) if n in fresh and f.parts)
+        return by_rows + CHECK < by_gradient
+
+    def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
+        kept = {name: rows for name, rows in kept_rows(cache).items() if name in fresh}
+        others = None if len(kept) == 2 else captured()
+        a_BRI, g_BRO = (kept.get(name, other) for name, other in zip(("A", "G"), others or (None, None), strict=True))
+        if a_BRI is None or g_BRO is None or a_BRI.shape[1] != g_BRO.shape[1]:
+            return None
+        return (a_BRI, g_BRO) if self.rows_pay(cache, a_BRI.shape[1], frozenset(kept)) else None
 
     def refresh_flops(self) -> int:
         return self._factors.inverse_flops()
@@ -127,6 +195,9 @@ class _ScaledSplit(_Split):
         scale = torch.stack(lacking).prod(0).reciprocal().view(-1, 1, 1)
         return with_inverses({**(old or {}), "scale": scale}, solutions, self.entries)
 
+    def rows_pay(self, cache: Cache, rows: int, fresh: frozenset[str] = frozenset()) -> bool:
+        return False
+
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         return self._factors.precondition(cache, grad_BOI).mul_(cache["scale"])
 
@@ -156,6 +227,12 @@ class _Exact:
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         A, G = cache.get("A"), cache.get("G")
         return from_basis(A, G, to_basis(A, G, grad_BOI) * cache["inverse"])
+
+    def rows_pay(self, cache: Cache, rows: int, fresh: frozenset[str] = frozenset()) -> bool:
+        return False
+
+    def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
+        return None
 
     def refresh_flops(self) -> int:
         return self._factors.eigen_flops()

@@ -4,7 +4,7 @@ A statistic's owner measures its change and sends a verdict. Every rank then app
 verdicts, so that the due sets, which shape the next collectives, can't differ between ranks.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -37,6 +37,7 @@ class Verdict(IntEnum):
     UNSEEN = 3  # no rank captured it: its layer did not run
     UNUSABLE = 4  # not finite, or not invertible: the old inverse stays in use
     MISCOUNTED = 5  # some rank captured it more often than there are micro-batches
+    AVERAGED = 6  # it is in the average, from which no inverse is made yet
 
 
 def judge(change: Change, threshold: float) -> Verdict:
@@ -114,7 +115,8 @@ class Track:
     `due` is at most `interval` after the last refresh: staggering may make it less, and a new basis one step more.
     A statistic that is due may have to wait for its turn. `refreshed` is the step of the value in use: 0 until
     there is one, and unchanged by a refresh that gave nothing usable. `rows`: the number from which all ranks estimated
-    it when it was last seen.
+    it when it was last seen. `inverse_due`: the step from which on a new value makes a new inverse, the same for all
+    statistics of a layer. It is later than `due` if a `FixedInterval` has `statistics_steps`.
     """
 
     due: int = 1
@@ -122,6 +124,7 @@ class Track:
     interval: int = 1
     interval_before: int = 1
     rows: int = 0
+    inverse_due: int = 1
 
 
 # The operations of refreshing some of a layer's statistics, each estimated from this number of rows.
@@ -166,11 +169,15 @@ class Schedule:
         """
         due = [key for key, track in self.tracks.items() if track.due <= step]
         # A measurement in the basis that this step replaces would be thrown away.
-        replaced = {key.layer for key in due if key not in self._in_basis}
+        replaced = {key.layer for key in due if key not in self._in_basis and self.inverts(step, key)}
         due = [key for key in due if key not in self._in_basis or key.layer not in replaced]
         waiting = sorted((key for key in due if self.tracks[key].refreshed > 0), key=lambda key: self.tracks[key].due)
         late = set(waiting[self._fitting(waiting) :])
         return [key for key in due if key not in late]
+
+    def inverts(self, step: int, key: Key) -> bool:
+        """Returns whether a value of this step makes a new inverse or, in a basis, a new part of the cache."""
+        return key in self._in_basis or step >= self.tracks[key].inverse_due
 
     def advance(self, step: int, verdicts: Mapping[Key, Verdict], rows: Mapping[Key, int] | None = None) -> None:
         """Plans the next refresh of each statistic that was `due` in this step, from its verdict, in the same order.
@@ -187,11 +194,12 @@ class Schedule:
             interval = self._interval(verdict, track)
             seen = (rows or {}).get(key, 0) or track.rows
             planned = self._quietest(plan, key, seen, step, interval)
-            refreshed = track.refreshed if verdict is Verdict.UNUSABLE else step
-            self.tracks[key] = Track(planned, refreshed, interval, track.interval, seen)
+            refreshed = step if verdict in REFRESHED else track.refreshed
+            self.tracks[key] = Track(planned, refreshed, interval, track.interval, seen, track.inverse_due)
             plan.add(planned, key, seen)
         rebuilding = (Verdict.CHANGED,) if error_threshold(self._policy) else REFRESHED
         rebuilt = {key.layer for key in verdicts if key not in self._in_basis and verdicts[key] in rebuilding}
+        self._plan_inverses(rebuilt, step)
         self._restart({key.layer for key in self._in_basis} & rebuilt, step)
 
     def inherit(self, old: "Schedule") -> None:
@@ -207,12 +215,25 @@ class Schedule:
         for key, track in self.tracks.items():
             if key.layer in layers:
                 is_first = key in self._in_basis
-                first = Track(due=step + 1, rows=track.rows)
-                self.tracks[key] = first if is_first else replace(track, due=max(track.due, step + 2))
+                first = Track(due=step + 1, rows=track.rows, inverse_due=track.inverse_due)
+                earliest = step + 2 if self.inverts(step + 1, key) else step + 1
+                self.tracks[key] = first if is_first else replace(track, due=max(track.due, earliest))
+
+    def _plan_inverses(self, layers: Collection[str], step: int) -> None:
+        """Plans the next inverses of these layers, each on a step of as few others as stagger allows."""
+        if not isinstance(self._policy, FixedInterval) or self._policy.statistics_steps is None:
+            return
+        last, due_of = step + self._policy.steps, {key.layer: track.inverse_due for key, track in self.tracks.items()}
+        planned = Counter(due for layer, due in due_of.items() if layer not in layers)
+        candidates = range(last, step + max(1, ceil(self._policy.steps * (1 - self._stagger))) - 1, -1)
+        for layer in (name for name in due_of if name in layers):  # in the same order on every rank
+            due_of[layer] = min(candidates, key=lambda candidate: planned[candidate])
+            planned[due_of[layer]] += 1
+        self.tracks |= {key: replace(track, inverse_due=due_of[key.layer]) for key, track in self.tracks.items()}
 
     def _interval(self, verdict: Verdict, track: Track) -> int:
         if isinstance(self._policy, FixedInterval):
-            return self._policy.steps
+            return self._policy.estimate_steps
         grown = adaptive_interval(verdict, track.interval, track.interval_before)
         return min(grown, self._policy.max_interval)
 

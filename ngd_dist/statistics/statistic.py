@@ -103,11 +103,14 @@ class Statistic:
         """
         past = self.ema_decay * self.weight
         last, self.weight = self.value, past + 1.0
-        self.value = new if last is None or past == 0.0 else torch.lerp(last, new, 1.0 / self.weight)
+        if last is None or past == 0.0:
+            self.value = new
+        else:
+            self.value = self.spec.form.averaged(last, new, 1 / self.weight, reuses=not self.remembers)
         if not self.remembers:
             return Change(float("inf"), float("inf"))
-        before = None if self._before is None else self.spec.form.expand(self._before)
-        self._before = None if last is None else self.spec.form.flatten(last)
+        before = None if self._before is None else self.spec.form.recalled(self._before)
+        self._before = None if last is None else self.spec.form.remembered(last)
         return _change(self.spec.form, new, last, before)
 
     @property
@@ -128,15 +131,21 @@ class Statistic:
 
     def state(self) -> dict[str, Any]:
         """Returns the state for a checkpoint: flat tensors and the weight."""
-        value = None if self.value is None else self.spec.form.flatten(self.value)
+        value = None if self.value is None else self.spec.form.remembered(self.value)
         return {"value": value, "before": self._before, "weight": self.weight}
 
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Takes over a saved state."""
+    def load(self, state: dict[str, Any], device: torch.device, *, keeps_rows: bool = True) -> None:
+        """Takes over a saved state. keeps_rows: whether a value may be rows that stand for a matrix."""
+        form = self.spec.form
+
+        def recalled(flat: Tensor) -> Tensor:
+            value = form.recalled(flat.to(device))
+            return value if keeps_rows else form.whole(value)
+
         value, before = state["value"], state["before"]
         self.weight = state["weight"]
-        self.value = None if value is None else self.spec.form.expand(value.to(device))
-        self._before = before.to(device) if self.remembers and before is not None else None
+        self.value = None if value is None else recalled(value)
+        self._before = form.remembered(recalled(before)) if self.remembers and before is not None else None
 
 
 def _change(form: Form, value: Tensor, last: Tensor | None, before: Tensor | None) -> Change:
