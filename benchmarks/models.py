@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "batches", "count_parameters", "model_of"]
+__all__ = ["MODELS", "batches", "count_parameters", "digits", "mlp", "model_of", "resnet20"]
 
 CLASSES = 10
 WRONG_LABELS = 0.1  # keeps the loss, and with it the gradients, from vanishing while the clock runs
@@ -45,9 +45,9 @@ class Residual(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet20() -> nn.Module:
-    """Returns ResNet-20 for one channel: 3 stages of 3 blocks with 16, 32 and 64 channels, BatchNorm; 0.27 M."""
-    stem = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+def resnet20(channels: int = 1) -> nn.Module:
+    """Returns ResNet-20: 3 stages of 3 blocks with 16, 32 and 64 channels, BatchNorm; 0.27 M."""
+    stem = [nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
     blocks = [Residual(o if k else i, o, 1 if k else s) for i, o, s in stages for k in range(3)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))

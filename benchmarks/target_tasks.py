@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import Residual, digits
+from benchmarks.models import digits, mlp, resnet20
 from benchmarks.target_search import Range
 from ngd_workers.contract.spec import IDX
 from ngd_workers.data import load_dataset
@@ -135,20 +136,6 @@ def strided_cnn() -> nn.Module:
     )  # fmt: skip
 
 
-def wide_mlp() -> nn.Module:
-    """Returns 784-512-512-512-10 with bias and ReLU: 0.93 M parameters."""
-    hidden = [m for i, o in pairwise((784, 512, 512, 512)) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(512, 10))
-
-
-def resnet20() -> nn.Module:
-    """Returns ResNet-20 with BatchNorm for three channels: 0.27 M parameters."""
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
-    blocks = [Residual(o if k else i, o, 1 if k else s) for i, o, s in stages for k in range(3)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
 class GPT(nn.Module):
     """Two blocks of width 64 with four heads, learned positions, for 65 characters: 0.11 M parameters."""
 
@@ -213,7 +200,7 @@ TASKS = {
     "digits-mlp": Task(
         "wide MLP, digits, batch 256",
         scaled_digits,
-        wide_mlp,
+        mlp,
         256,
         "training loss",
         0.001,
@@ -235,7 +222,7 @@ TASKS = {
     "resnet20": Task(
         "ResNet-20, CIFAR-10 (JPEG q75 copy), batch 128",
         cifar10,
-        resnet20,
+        partial(resnet20, channels=3),
         128,
         "test accuracy",
         0.5,
