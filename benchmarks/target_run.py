@@ -78,6 +78,7 @@ def outcome_of(run: Run, task: Task, data: Data, work: Path) -> dict[str, Any]:
 
 def _train_and_write(run: Run, task: Task, data: Data, path: Path) -> None:
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # a setting that makes a model too sure of itself is not made slow as well
     warnings.simplefilter("ignore")  # rivals' warnings about deprecated calls
     outcome = _train(run, task, data)
     unfinished = path.with_suffix(".part")

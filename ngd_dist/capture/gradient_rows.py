@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ngd_dist.factors.gram import without_underflow
 from ngd_dist.layers import Layer
 from ngd_dist.layers.hooks import weakly
 
@@ -48,7 +49,7 @@ class GradientRows:
         if not runs:
             return None
         a, g = zip(*((layer.inputs(kept), layer.output_gradients(kept, g)) for layer, kept, g in runs), strict=True)
-        a_BRI, g_BRO = map(_side_by_side, (a, g))
+        a_BRI, g_BRO = _side_by_side(a), without_underflow(_side_by_side(g))
         return (a_BRI, g_BRO) if a_BRI.shape[1] == g_BRO.shape[1] <= max(a_BRI.shape[2], g_BRO.shape[2]) else None
 
     def _on_gradient(self, layer: Layer, kept: Tensor, g: Tensor) -> None:
