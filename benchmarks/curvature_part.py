@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.record import folder_for, write
 from benchmarks.steps_to_target import median_of, shown
+from benchmarks.target_methods import METHODS
 from benchmarks.target_run import Run, outcome_of
 from benchmarks.target_search import Point
 from benchmarks.target_tasks import TASKS
@@ -31,7 +32,7 @@ RIVALS: dict[str, Point] = {
 
 
 def ours(fraction: float) -> Point:
-    return {"recipe": "adaptive", "damping": 0.03, "fraction": fraction, "steps": 60.0}
+    return {"damping": 0.03, "fraction": fraction, "interval": 1.0, "steps": 60.0}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -46,11 +47,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {shown(seconds, digits=2)} | {shown(steps)} | {each:.0f} |")
     best = min(
         median_of([row for row in rows if row["name"] == name], "target_seconds")
-        for name in {row["name"] for row in rows if row["method"] != "ngd"}
+        for name in {row["name"] for row in rows if not METHODS[row["method"]].is_ours}
     )
     ratios = [
         f"{name} {median_of([row for row in rows if row['name'] == name], 'target_seconds') / best:.2f}"
-        for name in dict.fromkeys(row["name"] for row in rows if row["method"] == "ngd")
+        for name in dict.fromkeys(row["name"] for row in rows if METHODS[row["method"]].is_ours)
     ]
     return "\n".join([*lines, "", f"Seconds over those of the best rival: {', '.join(ratios)}."])
 
@@ -67,7 +68,7 @@ def main() -> None:
     task = TASKS[TASK]
     data = task.load(arguments.data_dir)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    settings = [(f"ngd, on {round(task.batch * fraction):,}", "ngd", ours(fraction)) for fraction in FRACTIONS]
+    settings = [(f"ngd, on {round(task.batch * fraction):,}", "ngd-adaptive", ours(fraction)) for fraction in FRACTIONS]
     settings += [(method, method, point) for method, point in RIVALS.items()]
     rows = []
     for seed in SEEDS:

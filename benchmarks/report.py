@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.record import RESULTS
 from benchmarks.step_overhead import targets_table
 from benchmarks.steps_to_target import median_of
+from benchmarks.target_methods import METHODS
 from benchmarks.target_tasks import TASKS
 
 __all__ = ["Result", "newest", "page", "plots"]
@@ -38,7 +39,8 @@ same run. Losing rows are shown. `make bench` measures again.
 """
 OVERVIEW = """How long until a model is as good as it should be? NGD beside the best of SGD, AdamW, LAMB, Muon, SOAP and
 Shampoo: CPU seconds in one thread and optimizer steps, medians of three seeds. Every method had {trials} trials on each
-task, by the same search; the setting with the fewest seconds counts. [Every trial](#{anchor}) is below.
+task, by the same search, and NGD's two recipes are two methods; the setting with the fewest seconds counts. [Every
+trial](#{anchor}) is below.
 """
 REFRESHES = {
     "1/1": "all new at every step",
@@ -111,7 +113,7 @@ def overview(result: Result) -> str:
     lines += ["|---|---|---|---|---|"]
     for (name,), of_task in _groups([row for row in rows if row["part"] == "repeated"], "task"):
         seconds, steps = (_medians(of_task, what) for what in ("target_seconds", "target_step"))
-        cells = [TASKS[name].title, _of_ours(seconds, 1), _of_rivals(seconds, 1), _of_ours(steps), _of_rivals(steps)]
+        cells = [TASKS[name].title, *_best_ones(seconds, 1), *_best_ones(steps)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"![CPU seconds to each target](performance/overview_{result.hardware}.svg)", ""])
 
@@ -120,14 +122,13 @@ def _medians(rows: list[dict[str, Any]], what: str) -> dict[str, float]:
     return {method: median_of(of_method, what) for (method,), of_method in _groups(rows, "method")}
 
 
-def _of_ours(medians: dict[str, float], digits: int = 0) -> str:
-    ours = medians.get("ngd", math.inf)
-    return f"{ours:.{digits}f}" if math.isfinite(ours) else "not reached"
-
-
-def _of_rivals(medians: dict[str, float], digits: int = 0) -> str:
-    best, method = min(((value, name) for name, value in medians.items() if name != "ngd"), default=(math.inf, ""))
-    return f"{best:.{digits}f} ({method})" if math.isfinite(best) else "none reached it"
+def _best_ones(medians: dict[str, float], digits: int = 0) -> Iterator[str]:
+    """Yields the least figure of ours, and the rivals', each with its method."""
+    for is_ours in (True, False):
+        methods = [method for method in medians if METHODS[method].is_ours is is_ours]
+        best = min(methods, key=medians.__getitem__, default="")
+        is_reached = math.isfinite(medians.get(best, math.inf))
+        yield f"{medians[best]:.{digits}f} ({best})" if is_reached else "not reached"
 
 
 def _facts(result: Result) -> str:
@@ -224,7 +225,7 @@ def plot_overview(result: Result) -> Any:
     for axis, ((name,), of_task) in zip(axes, groups, strict=True):
         seconds = sorted(_medians(of_task, "target_seconds").items(), key=lambda item: -item[1])
         lengths = [value if math.isfinite(value) else 0.0 for _, value in seconds]
-        colours = ["#3949ab" if method == "ngd" else "#b0bec5" for method, _ in seconds]
+        colours = ["#3949ab" if METHODS[method].is_ours else "#b0bec5" for method, _ in seconds]
         bars = axis.barh([method for method, _ in seconds], lengths, color=colours)
         axis.bar_label(bars, [f"{value:.1f}" if math.isfinite(value) else "missed" for _, value in seconds], padding=2)
         axis.set(title=TASKS[name].title, xlabel="CPU seconds to the target", xlim=(0, 1.2 * max(lengths, default=1)))

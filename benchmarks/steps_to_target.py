@@ -1,11 +1,12 @@
 """How many CPU seconds, and steps, does a target take: NGD beside SGD, AdamW, LAMB, Muon, SOAP and Shampoo?
 
-Every method gets the same number of trials on one seed. The first ones are drawn evenly from its ranges, which are the
-same for all tasks; the rest from a third of each range around the best of the first, so that a best at the edge of a
-range has room beyond it. One of a method's numbers is the length of its schedule: if it has an lr, that rises over the
-first tenth of the steps and falls linearly to 0 at the last. The setting that reached the target in the fewest seconds
-is repeated on three other seeds, the methods in turn. One run is one process with one thread, and its seconds are its
-CPU time without the evaluations. If a run's outcome is on disk, it is not repeated, so that the command can be resumed.
+Every method gets the same number of trials on one seed; NGD's two recipes are two methods. The first ones are drawn
+evenly from its ranges, which are the same for all tasks; the rest from a third of each range around the best of the
+first, so that a best at the edge of a range has room beyond it. One of a method's numbers is the length of its
+schedule: if it has an lr, that rises over the first tenth of the steps and falls linearly to 0 at the last. The setting
+that reached the target in the fewest seconds is repeated on three other seeds, the methods in turn. One run is one
+process with one thread, and its seconds are its CPU time without the evaluations. If a run's outcome is on disk, it is
+not repeated, so that the command can be resumed.
 
     python -m benchmarks.steps_to_target --data-dir DIR --work DIR
 """
@@ -106,13 +107,15 @@ def summary(rows: list[Row]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     ratios = [_ratio(by_method, what) for what in ("target_seconds", "target_step")]
-    return [*lines, "", f"NGD's over the best rival's: seconds {ratios[0]}, steps {ratios[1]}."]
+    return [*lines, "", f"The better of NGD's two rows over the best rival's: seconds {ratios[0]}, steps {ratios[1]}."]
 
 
 def _ratio(by_method: dict[str, list[Row]], what: str) -> str:
-    rivals = [median_of(runs, what) for method, runs in by_method.items() if method != "ngd"]
-    best = min(rivals, default=math.inf)
-    ours = median_of(by_method["ngd"], what) if "ngd" in by_method else math.inf
+    medians = {method: median_of(runs, what) for method, runs in by_method.items()}
+    ours, best = (
+        min((value for method, value in medians.items() if METHODS[method].is_ours is is_ours), default=math.inf)
+        for is_ours in (True, False)
+    )
     return f"{ours / best:.2f}" if math.isfinite(ours) and math.isfinite(best) else "-"
 
 

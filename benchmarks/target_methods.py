@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.target_search import OneOf, Range, Space
+from benchmarks.target_search import Range, Space
 from ngd_dist import NGD, NGDConfig
+from ngd_dist.config import FixedInterval, KLClip, LevenbergMarquardt, MonteCarlo, QuadraticModel
 
 __all__ = ["METHODS", "Method", "chooses_lr"]
 
@@ -25,6 +26,7 @@ class Method:
 
     build: Callable[[nn.Module, Options], torch.optim.Optimizer]
     space: Space
+    is_ours: bool = False
 
 
 def chooses_lr(optimizer: torch.optim.Optimizer) -> bool:
@@ -34,20 +36,30 @@ def chooses_lr(optimizer: torch.optim.Optimizer) -> bool:
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
-# Both recipes of docs/guides/settings.md; the search has damping, lr under a given length, the choice of recipe, and
-# the fraction of a batch from which statistics and the quadratic model are made.
-SHARED: dict[str, Any] = {"fisher": {"kind": "monte_carlo"}, "ema_decay": 0.9}
-RECIPES: dict[str, dict[str, Any]] = {
-    "given": {"clip": {"kind": "kl", "max_kl": 0.01}},
-    "adaptive": {"step_length": {"kind": "quadratic_model"}, "damping_rule": {"kind": "levenberg_marquardt"}},
-}
+# The two recipes of docs/guides/settings.md, each a method of its own. What their searches share: damping, the fraction
+# of a batch that statistics and the quadratic model are made from, and the steps between two refreshes.
+SHARED: Space = {"damping": Range(0.003, 0.3), "fraction": Range(1 / 32, 1.0), "interval": Range(0.7, 10.0)}
 
 
 def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    recipe = RECIPES[options["recipe"]]
-    lr = {"lr": options["lr"]} if "step_length" not in recipe else {}
-    searched = {"damping": options["damping"], "statistics_fraction": min(1.0, options["fraction"])}
-    return NGD(model, NGDConfig.model_validate(SHARED | recipe | lr | searched))
+    """An lr from the schedule, clipped, and averaged statistics."""
+    return _ngd_of(model, options, lr=options["lr"], ema_decay=0.9, clip=KLClip(max_kl=0.01))
+
+
+def _ngd_adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """Lr and momentum by the quadratic model, damping by Levenberg-Marquardt, statistics of the newest batch alone."""
+    return _ngd_of(model, options, step_length=QuadraticModel(), damping_rule=LevenbergMarquardt())
+
+
+def _ngd_of(model: nn.Module, options: Options, **recipe: Any) -> torch.optim.Optimizer:
+    config = NGDConfig(
+        fisher=MonteCarlo(),
+        damping=options["damping"],
+        statistics_fraction=min(1.0, options["fraction"]),
+        staleness=FixedInterval(steps=max(1, round(options["interval"]))),
+        **recipe,
+    )
+    return NGD(model, config)
 
 
 # --- rivals -----------------------------------------------------------------------------------------------------------
@@ -98,15 +110,8 @@ def _muon(model: nn.Module, options: Options) -> torch.optim.Optimizer:
 
 
 METHODS: dict[str, Method] = {
-    "ngd": Method(
-        _ngd,
-        {
-            "recipe": OneOf(("given", "adaptive")),
-            "lr": Range(0.03, 1.0),
-            "damping": Range(0.003, 0.3),
-            "fraction": Range(1 / 32, 1.0),
-        },
-    ),
+    "ngd": Method(_ngd, {"lr": Range(0.01, 1.0), **SHARED}, is_ours=True),
+    "ngd-adaptive": Method(_ngd_adaptive, SHARED, is_ours=True),
     "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}),
     "soap": Method(_soap, {"lr": Range(0.001, 0.05)}),
     "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}),

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-__all__ = ["OneOf", "Point", "Range", "Space", "around", "draw", "is_outside"]
+__all__ = ["Point", "Range", "Space", "around", "draw", "is_outside"]
 
 ZOOM = 1 / 3  # of the width of a range, in logarithms
 
@@ -29,21 +28,8 @@ class Range:
         return Range(value / half, value * half)
 
 
-@dataclass(frozen=True, slots=True)
-class OneOf:
-    """One of some values."""
-
-    values: tuple[Any, ...]
-
-    def at(self, share: float) -> Any:
-        return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
-
-    def around(self, value: Any) -> "OneOf":
-        return OneOf((value,))
-
-
-Space = Mapping[str, Range | OneOf]
-Point = dict[str, Any]
+Space = Mapping[str, Range]
+Point = dict[str, float]
 
 
 def draw(space: Space, count: int, seed: int) -> list[Point]:
@@ -62,8 +48,7 @@ def around(space: Space, best: Point) -> Space:
 
 def is_outside(space: Space, point: Point) -> list[str]:
     """Returns the names of the numbers that lie beyond their first range, to tell that it was too narrow."""
-    ranges = {name: axis for name, axis in space.items() if isinstance(axis, Range)}
-    return [name for name, axis in ranges.items() if not _between(axis, point[name])]
+    return [name for name, axis in space.items() if not _between(axis, point[name])]
 
 
 def _between(axis: Range, value: float) -> bool:

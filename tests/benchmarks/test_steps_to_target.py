@@ -14,12 +14,13 @@ from benchmarks import steps_to_target
 from benchmarks.steps_to_target import best_of, measure, table
 from benchmarks.target_methods import METHODS, Method
 from benchmarks.target_run import Run, outcome_of
-from benchmarks.target_search import OneOf, Range, around, draw, is_outside
+from benchmarks.target_search import Range, around, draw, is_outside
 from benchmarks.target_tasks import TASKS, Data, Task
 
 EVERY = 2
 TRIALS = 4
-CHECK = {"recipe": "given", "lr": 0.5, "damping": 0.1, "fraction": 0.5, "steps": 60.0}
+OURS = ("ngd", "ngd-adaptive")
+CHECK = {"lr": 0.5, "damping": 0.1, "fraction": 0.5, "interval": 2.0, "steps": 60.0}
 
 
 def two_clusters() -> Data:
@@ -42,23 +43,22 @@ def row(method: str, part: str, step: int | None, seconds: float = 1.0, score: f
 
 
 def test_points_are_spread_over_a_space_and_then_around_the_best() -> None:
-    space = {"lr": Range(0.01, 1.0), "recipe": OneOf(("given", "adaptive"))}
+    space = {"lr": Range(0.01, 1.0), "damping": Range(0.1, 1.0)}
 
     points = draw(space, 16, seed=0)
     rates = sorted(math.log10(point["lr"]) for point in points)
 
-    assert sum(point["recipe"] == "given" for point in points) == 8
     assert all(-2 + index / 8 <= rate <= -2 + (index + 1) / 8 for index, rate in enumerate(rates))  # one in each part
     assert draw(space, 16, seed=0) == points
-    near = around(space, {"lr": 0.01, "recipe": "adaptive"})
-    assert near["recipe"] == OneOf(("adaptive",))
+    near = around(space, {"lr": 0.01, "damping": 0.2})
     assert near["lr"].at(0.0) == pytest.approx(0.01 * 100 ** (-1 / 6))  # beyond the range that was first drawn from
-    assert (is_outside(space, {"lr": 0.009}), is_outside(space, {"lr": 0.01})) == (["lr"], [])
+    beyond, within = ({"lr": lr, "damping": 0.2} for lr in (0.009, 0.01))
+    assert (is_outside(space, beyond), is_outside(space, within)) == (["lr"], [])
 
 
-@pytest.mark.parametrize("recipe", ["given", "adaptive"])
-def test_a_run_stops_at_its_target_and_is_kept(recipe: str, tmp_path: Path) -> None:
-    run = Run("clusters", "ngd", CHECK | {"recipe": recipe}, 0, stops=True)
+@pytest.mark.parametrize("method", OURS)
+def test_a_run_stops_at_its_target_and_is_kept(method: str, tmp_path: Path) -> None:
+    run = Run("clusters", method, CHECK, 0, stops=True)
 
     outcome = outcome_of(run, TASK, two_clusters(), tmp_path)
     (kept,) = tmp_path.glob("*.json")
@@ -127,15 +127,16 @@ def test_the_table_compares_medians_with_the_best_rival_and_keeps_losers() -> No
     assert "| ngd | 30.00 (20.00, 30.00, 40.00) | 30 (20, 30, 40) |" in text
     assert "| lamb | 15.00 (15.00, 15.00, -) | 60 (50, 60, -) |" in text
     assert "| sgd | - (-) | - (-) |" in text
-    assert "NGD's over the best rival's: seconds 2.00, steps 0.50." in text
+    assert "The better of NGD's two rows over the best rival's: seconds 2.00, steps 0.50." in text
     assert "| sgd | of sgd | - | - | 0.9 | ran out after 99 |" in text
     assert "| soap | of soap | 1.0 | 48 |" in text
     assert "Trials of each method on each task: 1." in text
 
 
-def test_our_settings_are_valid_over_the_whole_space() -> None:
-    for point in draw(METHODS["ngd"].space, 16, seed=0):
-        METHODS["ngd"].build(nn.Linear(4, 2), point)
+@pytest.mark.parametrize("method", OURS)
+def test_our_settings_are_valid_over_the_whole_space(method: str) -> None:
+    for point in draw(METHODS[method].space, 16, seed=0):
+        METHODS[method].build(nn.Linear(4, 2), point)
 
 
 @pytest.mark.parametrize(
