@@ -24,7 +24,7 @@ import torch
 from benchmarks.record import folder_for, write
 from benchmarks.target_methods import METHODS
 from benchmarks.target_run import Run, outcome_of
-from benchmarks.target_search import Point, around, draw, is_outside
+from benchmarks.target_search import Point, Range, Space, around, draw, is_outside
 from benchmarks.target_tasks import TASKS, Data, Task
 
 __all__ = ["best_of", "measure", "median_of", "table"]
@@ -59,8 +59,7 @@ def measure(name: str, methods: list[str], trials: int, data: Data, work: Path) 
         return row
 
     for method in methods:
-        space = {**METHODS[method].space, "steps": task.steps}
-        first = round(FIRST_SHARE * trials)
+        space, first = space_of(method, task), round(FIRST_SHARE * trials)
         points = draw(space, first, TUNING_SEED)
         tried = [row_of(Run(name, method, point, TUNING_SEED, stops=True), "tuned") for point in points]
         points += draw(around(space, points[best_of(tried, task)]), trials - first, TUNING_SEED + 1)
@@ -70,9 +69,15 @@ def measure(name: str, methods: list[str], trials: int, data: Data, work: Path) 
     for seed in SEEDS:
         for method in methods:
             row = row_of(Run(name, method, best[method], seed, stops=False), "repeated")
-            space = {**METHODS[method].space, "steps": task.steps}
-            rows.append(row | {"outside": is_outside(space, best[method])})
+            rows.append(row | {"outside": is_outside(space_of(method, task), best[method])})
     return rows
+
+
+def space_of(method: str, task: Task) -> Space:
+    """Returns the ranges of a method's numbers on a task; a method without an lr has no schedule to choose."""
+    space = METHODS[method].space
+    longest = Range(task.steps.high, task.steps.high)
+    return {**space, "steps": task.steps if "lr" in space else longest}
 
 
 def median_of(rows: list[Row], what: str) -> float:
