@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.record import folder_for, write
-from benchmarks.target_methods import METHODS
+from benchmarks.target_methods import METHODS, SEARCHED
 from benchmarks.target_run import Run, outcome_of
 from benchmarks.target_search import Point, Range, Space, around, draw, is_outside
 from benchmarks.target_tasks import TASKS, Data, Task
 
-__all__ = ["best_of", "measure", "median_of", "table"]
+__all__ = ["SEEDS", "best_of", "measure", "median_of", "row_of", "search", "space_of", "table"]
 
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 FIRST_SHARE = 5 / 8  # of the trials, drawn from the whole ranges
@@ -52,32 +52,41 @@ def best_of(rows: list[Row], task: Task) -> int:
 def measure(name: str, methods: list[str], trials: int, data: Data, work: Path) -> list[Row]:
     """Returns one row per run: every trial, then the best setting of each method on three more seeds."""
     task, rows, best = TASKS[name], list[Row](), dict[str, Point]()
-
-    def row_of(run: Run, part: str) -> Row:
-        row = outcome_of(run, task, data, work) | {"part": part}
-        print(f"{name} {run.method}, seed {run.seed}: {run}: {_seconds(row)} s, {row['target_step']} steps", flush=True)
-        return row
-
     for method in methods:
-        space, first = space_of(method, task), round(FIRST_SHARE * trials)
-        points = draw(space, first, TUNING_SEED)
-        tried = [row_of(Run(name, method, point, TUNING_SEED, stops=True), "tuned") for point in points]
-        points += draw(around(space, points[best_of(tried, task)]), trials - first, TUNING_SEED + 1)
-        tried += [row_of(Run(name, method, point, TUNING_SEED, stops=True), "tuned") for point in points[first:]]
-        best[method] = points[best_of(tried, task)]
+        tried, best[method] = search(name, method, trials, data, work)
         rows += tried
     for seed in SEEDS:
         for method in methods:
-            row = row_of(Run(name, method, best[method], seed, stops=False), "repeated")
+            row = row_of(Run(name, method, best[method], seed, stops=False), "repeated", data, work)
             rows.append(row | {"outside": is_outside(space_of(method, task), best[method])})
     return rows
 
 
+def search(name: str, method: str, trials: int, data: Data, work: Path) -> tuple[list[Row], Point]:
+    """Returns one row per trial of a method on a task, and the point of the best."""
+    task, space, first = TASKS[name], space_of(method, TASKS[name]), round(FIRST_SHARE * trials)
+
+    def attempt(points: list[Point]) -> list[Row]:
+        return [row_of(Run(name, method, point, TUNING_SEED, stops=True), "tuned", data, work) for point in points]
+
+    points = draw(space, first, TUNING_SEED)
+    tried = attempt(points)
+    later = draw(around(space, points[best_of(tried, task)]), trials - first, TUNING_SEED + 1)
+    tried, points = tried + attempt(later), points + later
+    return tried, points[best_of(tried, task)]
+
+
+def row_of(run: Run, part: str, data: Data, work: Path) -> Row:
+    """Returns the outcome of a run, after it has said so."""
+    row = outcome_of(run, TASKS[run.task], data, work) | {"part": part}
+    print(f"{run.task} {run.method}, seed {run.seed}: {run}: {_seconds(row)} s, {row['target_step']} steps", flush=True)
+    return row
+
+
 def space_of(method: str, task: Task) -> Space:
-    """Returns the ranges of a method's numbers on a task; a method without an lr has no schedule to choose."""
-    space = METHODS[method].space
+    """Returns the ranges of a method's numbers on a task; a method without a schedule has no length to choose."""
     longest = Range(task.steps.high, task.steps.high)
-    return {**space, "steps": task.steps if "lr" in space else longest}
+    return {**METHODS[method].space, "steps": task.steps if METHODS[method].has_schedule else longest}
 
 
 def median_of(rows: list[Row], what: str) -> float:
@@ -160,7 +169,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder of the outcomes, from which a later call goes on"
     )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="methods")
+    parser.add_argument("--only", nargs="+", choices=SEARCHED, default=SEARCHED, help="methods")
     parser.add_argument("--trials", type=int, default=16, help="of each method on each task")
     parser.add_argument("--hardware", default="cpu", help="last word in the name of the result's folder")
     arguments = parser.parse_args()

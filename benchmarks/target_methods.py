@@ -13,51 +13,50 @@ from torch import nn
 
 from benchmarks.target_search import Range, Space
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import FixedInterval, KLClip, LevenbergMarquardt, MonteCarlo, QuadraticModel
+from ngd_dist.config import RECIPES, FixedInterval, KLClip, LevenbergMarquardt, MonteCarlo, QuadraticModel
 
-__all__ = ["METHODS", "Method", "chooses_lr"]
+__all__ = ["DEFAULTS", "METHODS", "SEARCHED", "Method", "recipe_of"]
 
 Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """An optimizer of all of a model's parameters; `build` raises ImportError if a rival is not installed."""
+    """An optimizer of all of a model's parameters; `build` raises ImportError if a rival is not installed.
+
+    space: the ranges that options are drawn from; empty for settings that are not searched.
+    """
 
     build: Callable[[nn.Module, Options], torch.optim.Optimizer]
     space: Space
     is_ours: bool = False
 
-
-def chooses_lr(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether the optimizer sets its lr at each step by itself, so that no schedule does."""
-    return isinstance(optimizer, NGD) and optimizer.config.length.kind == "quadratic_model"
+    @property
+    def has_schedule(self) -> bool:
+        """Whether lr rises and falls over a run's steps; it doesn't where the optimizer chooses it or keeps its own."""
+        return "lr" in self.space
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
-# The two recipes of docs/guides/settings.md, each a method of its own. What their searches share: damping, the fraction
-# of a batch that statistics and the quadratic model are made from, and the steps between two refreshes.
-SHARED: Space = {"damping": Range(0.003, 0.3), "fraction": Range(1 / 32, 1.0), "interval": Range(0.7, 10.0)}
+# Two recipes, each a method of its own.
+OF_DAMPING = Range(0.003, 0.3)
 
 
 def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """An lr from the schedule, clipped, and averaged statistics."""
-    return _ngd_of(model, options, lr=options["lr"], ema_decay=0.9, clip=KLClip(max_kl=0.01))
+    """The defaults and a clip, with an lr from the schedule."""
+    return NGD(model, NGDConfig(lr=options["lr"], damping=options["damping"], clip=KLClip(max_kl=0.01)))
 
 
 def _ngd_adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """Lr and momentum by the quadratic model, damping by Levenberg-Marquardt, statistics of the newest batch alone."""
-    return _ngd_of(model, options, step_length=QuadraticModel(), damping_rule=LevenbergMarquardt())
-
-
-def _ngd_of(model: nn.Module, options: Options, **recipe: Any) -> torch.optim.Optimizer:
+    """Lr and momentum by the quadratic model, damping by Levenberg-Marquardt, a sampled Fisher of a part of the batch."""
     config = NGDConfig(
+        step_length=QuadraticModel(),
+        damping_rule=LevenbergMarquardt(),
         fisher=MonteCarlo(),
         damping=options["damping"],
         statistics_fraction=min(1.0, options["fraction"]),
         staleness=FixedInterval(steps=max(1, round(options["interval"]))),
-        **recipe,
     )
     return NGD(model, config)
 
@@ -109,13 +108,33 @@ def _muon(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     )
 
 
+# Settings that nobody searched for: those of `NGDConfig()`, and the recipe of each family of models.
+DEFAULTS = "ngd-defaults"
+
+
+def recipe_of(family: str) -> str:
+    """Returns the name of the method that has the recipe of a family."""
+    return f"ngd-{family}"
+
+
+def _settled(config: NGDConfig) -> Method:
+    return Method(lambda model, options: NGD(model, config), {}, is_ours=True)
+
+
 METHODS: dict[str, Method] = {
-    "ngd": Method(_ngd, {"lr": Range(0.01, 1.0), **SHARED}, is_ours=True),
-    "ngd-adaptive": Method(_ngd_adaptive, SHARED, is_ours=True),
+    "ngd": Method(_ngd, {"lr": Range(0.01, 1.0), "damping": OF_DAMPING}, is_ours=True),
+    "ngd-adaptive": Method(
+        _ngd_adaptive,
+        {"damping": OF_DAMPING, "fraction": Range(1 / 32, 1.0), "interval": Range(0.7, 10.0)},
+        is_ours=True,
+    ),
     "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}),
     "soap": Method(_soap, {"lr": Range(0.001, 0.05)}),
     "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}),
     "lamb": Method(_lamb, {"lr": Range(0.003, 0.2)}),
     "adamw": Method(_adamw, {"lr": Range(0.0005, 0.03)}),
     "sgd": Method(_sgd, {"lr": Range(0.01, 1.0)}),
+    DEFAULTS: _settled(NGDConfig()),
+    **{recipe_of(family): _settled(config) for family, config in RECIPES.items()},
 }
+SEARCHED = [name for name, method in METHODS.items() if method.space]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.target_methods import METHODS, chooses_lr
+from benchmarks.target_methods import METHODS
 from benchmarks.target_search import Point
 from benchmarks.target_tasks import Data, Task, loss_of
 from ngd_dist import NGD, part_of
@@ -98,7 +98,7 @@ def _train(run: Run, task: Task, data: Data) -> dict[str, Any]:
     seconds = 0.0
     batches = _batches(data, task.batch, run.seed)
     for step in range(1, run.steps + 1):
-        if not chooses_lr(optimizer):
+        if METHODS[run.method].has_schedule:
             for group, lr in zip(optimizer.param_groups, first_lr, strict=True):
                 group["lr"] = lr * run.lr_factor(step)
         x, y = next(batches)

@@ -36,6 +36,7 @@ from ngd_dist.config.methods import (
     Sharing,
 )
 from ngd_dist.config.ngd import NGDConfig
+from ngd_dist.config.recipes import RECIPES, Family
 from ngd_dist.config.staleness import AdaptiveInterval, FixedInterval, StalenessChoice, Thresholds
 from ngd_dist.config.step import (
     AdamWFallback,
@@ -56,6 +57,7 @@ __all__ = [
     "KFAC",
     "LNGD",
     "PRECONDITIONERS",
+    "RECIPES",
     "AdamWFallback",
     "AdaptiveInterval",
     "AllReduce",
@@ -71,6 +73,7 @@ __all__ = [
     "Exact",
     "ExponentialDamping",
     "FallbackChoice",
+    "Family",
     "FisherChoice",
     "FixedInterval",
     "Gaussian",
