@@ -49,7 +49,7 @@ def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
 
 
 def _ngd_adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """Lr and momentum by the quadratic model, damping by Levenberg-Marquardt, a sampled Fisher of a part of the batch."""
+    """Lr and momentum by the quadratic model, damping by Levenberg-Marquardt, statistics of a part of the batch."""
     config = NGDConfig(
         step_length=QuadraticModel(),
         damping_rule=LevenbergMarquardt(),
