@@ -44,8 +44,9 @@ OF_DAMPING = Range(0.003, 0.3)
 
 
 def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """The defaults and a clip, with an lr from the schedule."""
-    return NGD(model, NGDConfig(lr=options["lr"], damping=options["damping"], clip=KLClip(max_kl=0.01)))
+    """The defaults, a clip and a refresh in every step, with an lr from the schedule."""
+    given = {"lr": options["lr"], "damping": options["damping"]}
+    return NGD(model, NGDConfig(clip=KLClip(max_kl=0.01), staleness=FixedInterval(steps=1), **given))
 
 
 def _ngd_adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:

@@ -93,12 +93,11 @@ class Gram(Dense):
     def moment(self, rows_BNPD: Tensor, scale: float | Tensor, replicate: Replicate) -> Tensor:
         if not (replicate.is_all and self._fits(rows_BNPD.shape[1] * rows_BNPD.shape[2] * replicate.count)):
             return super().moment(rows_BNPD, scale, replicate)
-        root = scale**0.5 if isinstance(scale, float) else scale.sqrt().to(rows_BNPD).view(-1, 1, 1)
-        return without_underflow(rows_BNPD.flatten(1, 2) * root)
+        return without_underflow(_scaled(rows_BNPD, scale))
 
     def input_moment(self, rows: InputRows) -> Tensor:
         if rows.replicate.is_all and self._fits(rows.count * rows.replicate.count):
-            return self.moment(rows.a_BNPI, 1 / rows.samples, rows.replicate)
+            return _scaled(rows.a_BNPI, 1 / rows.samples)
         return super().input_moment(rows)
 
     def dense(self, value: Tensor) -> Tensor:
@@ -168,6 +167,11 @@ class Gram(Dense):
 
     def _fits(self, rows: int) -> bool:
         return MIN_WIDTH <= self.shape[-1] >= 2 * rows
+
+
+def _scaled(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
+    root = scale**0.5 if isinstance(scale, float) else scale.sqrt().to(rows_BNPD).view(-1, 1, 1)
+    return rows_BNPD.flatten(1, 2) * root
 
 
 def without_underflow(rows: Tensor) -> Tensor:

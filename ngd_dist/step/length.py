@@ -33,7 +33,7 @@ class StepLength:
         if not (self.needs_rows or isinstance(self.config.clip, KLClip)):
             return like.new_empty(0, len(self.layers))
         products = [
-            torch.sum(directions[name] * gradients[name]) if name in directions else like.new_zeros(())
+            torch.dot(directions[name].flatten(), gradients[name].flatten()) if name in directions else like.new_zeros(())
             for name in self.layers
         ]
         return torch.stack([product.to(like) for product in products]).unsqueeze(0)
