@@ -33,10 +33,12 @@ class StepLength:
         if not (self.needs_rows or isinstance(self.config.clip, KLClip)):
             return like.new_empty(0, len(self.layers))
         products = [
-            torch.dot(directions[name].flatten(), gradients[name].flatten()) if name in directions else like.new_zeros(())
+            torch.dot(directions[name].flatten(), gradients[name].flatten()).to(like)
+            if name in directions
+            else like.new_zeros(())
             for name in self.layers
         ]
-        return torch.stack([product.to(like) for product in products]).unsqueeze(0)
+        return torch.stack(products).unsqueeze(0)
 
     def scale(self, directions: Mapping[str, Tensor], inner: Tensor) -> dict[str, Tensor]:
         """Collective under `layer_wise`. Returns the directions of all layers, each times its factor."""
