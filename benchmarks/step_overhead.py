@@ -70,7 +70,7 @@ PLANS = (
     Plan("mlp", 2048, blocks=3, steps=1, settle=25, names=FEW),
     Plan("resnet20", 2048, blocks=2, steps=1, settle=10, names=FEW[:5]),
 )
-RANKS_NAMES = ("sgd", "ngd", "ngd rows 64", "kfac-pytorch eigen", "kfac-pytorch inverse")
+RANKS_NAMES = ("sgd", "ngd", "ngd rows 64", "kfac-pytorch eigen", "kfac-pytorch inverse", "dp-kfac inverse")
 
 
 class Case:
