@@ -73,7 +73,7 @@ def main() -> None:
     rows = []
     for seed in SEEDS:
         for name, method, point in settings:
-            row = outcome_of(Run(TASK, method, point, seed, stops=True), task, data, arguments.work)
+            row = outcome_of(Run(TASK, method, point, seed), task, data, arguments.work)
             print(f"{name}, seed {seed}: {row['target_seconds']} s, {row['target_step']} steps", flush=True)
             rows.append(row | {"name": name})
     text = table(rows)

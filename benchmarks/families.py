@@ -25,15 +25,15 @@ __all__ = ["FAMILIES", "measure", "table"]
 FAMILIES = {"mlp": "digits-mlp", "cnn": "fashion-mnist-4096", "vit": "vit", "gpt": "gpt", "lstm": "lstm"}
 
 
-def measure(family: str, trials: int, data: Data, work: Path) -> list[Row]:
+def measure(family: str, data: Data, work: Path) -> list[Row]:
     """Returns one row per run: the trials of the search, then defaults and recipe on three seeds."""
     name = FAMILIES[family]
     ours = [method for method in SEARCHED if METHODS[method].is_ours]
-    rows = [row for method in ours for row in search(name, method, trials, data, work)[0]]
+    rows = [row for method in ours for row in search(name, method, data, work)[0]]
     point = {"steps": TASKS[name].steps.high}
     for seed in SEEDS:
         for method in (DEFAULTS, recipe_of(family)):
-            rows.append(row_of(Run(name, method, point, seed, stops=True), "untuned", data, work))
+            rows.append(row_of(Run(name, method, point, seed), "untuned", data, work))
     return [row | {"family": family} for row in rows]
 
 
@@ -60,7 +60,6 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="the folder of the search's outcomes")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--trials", type=int, default=16, help="of each of NGD's recipes in the search")
     parser.add_argument("--hardware", default="cpu", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,7 +67,7 @@ def main() -> None:
     rows = list[Row]()
     for family in arguments.families:
         data = TASKS[FAMILIES[family]].load(arguments.data_dir)
-        rows += measure(family, arguments.trials, data, arguments.work)
+        rows += measure(family, data, arguments.work)
     text = table(rows)
     write(folder_for("families", arguments.hardware), {"rows": rows}, text)
     print(text)

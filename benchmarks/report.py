@@ -38,9 +38,9 @@ Made by `python -m benchmarks.report` from `benchmarks/results/`; each question'
 same run. Losing rows are shown. `make bench` measures again.
 """
 OVERVIEW = """How long until a model is as good as it should be? NGD beside the best of SGD, AdamW, LAMB, Muon, SOAP and
-Shampoo: CPU seconds in one thread and optimizer steps, medians of three seeds. Every method had {trials} trials on each
-task, by the same search, and NGD's two recipes are two methods; the setting with the fewest seconds counts. [Every
-trial](#{anchor}) is below.
+Shampoo: CPU seconds in one thread and optimizer steps, medians of three seeds. On each task every method had the same
+number of trials ({trials}) of the same search, and NGD's two recipes are two methods; the setting with the fewest
+seconds counts. [Every trial](#{anchor}) is below.
 """
 REFRESHES = {
     "1/1": "all new at every step",

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import statistics
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +48,29 @@ def best_of(rows: list[Row], task: Task) -> int:
     return min(range(len(rows)), key=rank)
 
 
-def measure(name: str, methods: list[str], trials: int, data: Data, work: Path) -> list[Row]:
+def measure(name: str, methods: list[str], data: Data, work: Path) -> list[Row]:
     """Returns one row per run: every trial, then the best setting of each method on three more seeds."""
     task, rows, best = TASKS[name], list[Row](), dict[str, Point]()
     for method in methods:
-        tried, best[method] = search(name, method, trials, data, work)
+        tried, best[method] = search(name, method, data, work)
         rows += tried
     for seed in SEEDS:
         for method in methods:
-            row = row_of(Run(name, method, best[method], seed, stops=False), "repeated", data, work)
+            row = row_of(Run(name, method, best[method], seed), "repeated", data, work)
             rows.append(row | {"outside": is_outside(space_of(method, task), best[method])})
     return rows
 
 
-def search(name: str, method: str, trials: int, data: Data, work: Path) -> tuple[list[Row], Point]:
+def search(name: str, method: str, data: Data, work: Path) -> tuple[list[Row], Point]:
     """Returns one row per trial of a method on a task, and the point of the best."""
-    task, space, first = TASKS[name], space_of(method, TASKS[name]), round(FIRST_SHARE * trials)
+    task, space, first = TASKS[name], space_of(method, TASKS[name]), round(FIRST_SHARE * TASKS[name].trials)
 
     def attempt(points: list[Point]) -> list[Row]:
-        return [row_of(Run(name, method, point, TUNING_SEED, stops=True), "tuned", data, work) for point in points]
+        return [row_of(Run(name, method, point, TUNING_SEED), "tuned", data, work) for point in points]
 
     points = draw(space, first, TUNING_SEED)
     tried = attempt(points)
-    later = draw(around(space, points[best_of(tried, task)]), trials - first, TUNING_SEED + 1)
+    later = draw(around(space, points[best_of(tried, task)]), task.trials - first, TUNING_SEED + 1)
     tried, points = tried + attempt(later), points + later
     return tried, points[best_of(tried, task)]
 
@@ -147,14 +146,14 @@ def every_trial(rows: list[Row]) -> list[str]:
 def table(rows: list[Row]) -> str:
     """Returns the whole result in Markdown, losing settings included."""
     explanation = (__doc__ or "").split("\n\n    ")[0]
-    tuned = Counter((row["task"], row["method"]) for row in rows if row["part"] == "tuned")
     lines = ["# Seconds and steps to target", "", explanation, ""]
-    lines += [f"Trials of each method on each task: {', '.join(map(str, sorted(set(tuned.values()))))}.", ""]
     for name in dict.fromkeys(row["task"] for row in rows):
         task, of_task = TASKS[name], [row for row in rows if row["task"] == name]
         lines += [f"## {name}", ""]
-        lines += [f"{task.title}: {task.measure} {task.target:g}. Medians of three seeds, each in brackets."]
-        lines += [f"Counts are exact to {task.every} steps.", ""]
+        lines += [
+            f"{task.title}: {task.measure} {task.target:g}. {task.trials} trials of each method. Medians of three"
+        ]
+        lines += [f"seeds, each in brackets. Counts are exact to {task.every} steps.", ""]
         lines += [*summary(of_task), ""]
     for name in dict.fromkeys(row["task"] for row in rows):
         lines += [f"## {name}: every trial, seed {TUNING_SEED}", ""]
@@ -170,7 +169,6 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--only", nargs="+", choices=SEARCHED, default=SEARCHED, help="methods")
-    parser.add_argument("--trials", type=int, default=16, help="of each method on each task")
     parser.add_argument("--hardware", default="cpu", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -178,7 +176,7 @@ def main() -> None:
     rows = list[Row]()
     for name in arguments.tasks:
         data = TASKS[name].load(arguments.data_dir)
-        rows += measure(name, arguments.only, arguments.trials, data, arguments.work)
+        rows += measure(name, arguments.only, data, arguments.work)
     folder = folder_for("steps-to-target", arguments.hardware)
     curves = [row for row in rows if row["part"] == "repeated"]
     (folder / "curves.json").write_text(json.dumps(curves) + "\n")

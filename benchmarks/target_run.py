@@ -29,21 +29,20 @@ WARMUP = 0.1  # of a run's steps, for every method whose lr is given
 class Run:
     """All that decides an outcome. point: the method's options and `steps`, the length of its schedule.
 
-    If a method has an lr, it rises over the first tenth of the steps and falls linearly to 0 at the last. `stops`:
-    whether the run ends at its target, or goes on to complete its curve.
+    If a method has an lr, it rises over the first tenth of the steps and falls linearly to 0 at the last. The run ends
+    at its target.
     """
 
     task: str
     method: str
     point: Point
     seed: int
-    stops: bool
 
     @property
     def name(self) -> str:
         """Returns a file name: another setting is another name."""
         digest = hashlib.sha256(json.dumps(asdict(self)["point"], sort_keys=True).encode()).hexdigest()[:10]
-        return f"{self.task}-{self.method}-{digest}-seed{self.seed}{'' if self.stops else '-whole'}"
+        return f"{self.task}-{self.method}-{digest}-seed{self.seed}"
 
     @property
     def steps(self) -> int:
@@ -116,10 +115,8 @@ def _train(run: Run, task: Task, data: Data) -> dict[str, Any]:
             continue
         score = task.score(model, data)
         curve.append({"step": step, "seconds": round(seconds, 3), "loss": round(loss, 5), "score": score})
-        if task.is_reached(score) and outcome["target_step"] is None:
-            outcome |= {"target_step": step, "target_seconds": seconds}
-        if run.stops and outcome["target_step"]:
-            outcome["ending"] = "reached"
+        if task.is_reached(score):
+            outcome |= {"target_step": step, "target_seconds": seconds, "ending": "reached"}
             break
         if seconds > task.seconds:
             outcome["ending"] = "took too long"

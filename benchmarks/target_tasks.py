@@ -37,7 +37,7 @@ class Task:
 
     measure: accuracy or loss on the test part, or loss on the training part. every: steps between two evaluations, the
     resolution of every count. steps: the range of the lengths that schedules are drawn from. seconds: CPU time after
-    which a run has missed the target.
+    which a run has missed the target. trials: of each method; fewer where a run takes a minute.
     """
 
     title: str
@@ -49,6 +49,7 @@ class Task:
     every: int
     steps: Range
     seconds: float
+    trials: int = 16
 
     def is_reached(self, score: float) -> bool:
         """Returns whether the score is as good as the target."""
@@ -257,6 +258,7 @@ TASKS = {
         every=20,
         steps=Range(100, 800),
         seconds=60,
+        trials=8,
     ),
     "vit": Task(
         "small ViT, Fashion-MNIST, batch 256",
@@ -268,6 +270,7 @@ TASKS = {
         every=10,
         steps=Range(50, 500),
         seconds=60,
+        trials=8,
     ),
     "lstm": Task(
         "LSTM, tinyshakespeare, batch 64 x 64",
@@ -279,6 +282,7 @@ TASKS = {
         every=20,
         steps=Range(100, 800),
         seconds=60,
+        trials=8,
     ),
     "resnet20": Task(
         "ResNet-20, CIFAR-10 (JPEG q75 copy), batch 128",
@@ -290,5 +294,6 @@ TASKS = {
         every=20,
         steps=Range(40, 160),
         seconds=100,
+        trials=6,
     ),
 }

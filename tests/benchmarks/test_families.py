@@ -1,5 +1,6 @@
 """Untuned settings are compared with the fewest steps of NGD's trials, family by family."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def test_every_family_has_a_recipe_and_a_task() -> None:
 
 
 def test_recipes_and_defaults_train_without_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(TASKS, "clusters", TASK)
+    monkeypatch.setitem(TASKS, "clusters", replace(TASK, trials=2))
     monkeypatch.setitem(families.FAMILIES, "cnn", "clusters")
 
-    rows = measure("cnn", 2, two_clusters(), tmp_path)
+    rows = measure("cnn", two_clusters(), tmp_path)
 
     untuned = [row for row in rows if row["part"] == "untuned"]
     assert sorted((row["method"], row["seed"]) for row in untuned) == sorted(

@@ -73,6 +73,6 @@ def test_page_begins_with_seconds_and_steps_to_each_target(tmp_path: Path) -> No
 
     text = page([Result(folder)])
 
-    assert "Every method had 3 trials" in text
+    assert "same\nnumber of trials (3)" in text
     assert "| small GPT, tinyshakespeare, batch 64 x 64 | 3.0 (ngd) | 2.5 (muon) | 24 (ngd) | 48 (muon) |" in text
     assert text.index("small GPT") < text.index("## Steps and seconds to a target (cpu2)")

@@ -58,7 +58,7 @@ def test_points_are_spread_over_a_space_and_then_around_the_best() -> None:
 
 @pytest.mark.parametrize("method", OURS)
 def test_a_run_stops_at_its_target_and_is_kept(method: str, tmp_path: Path) -> None:
-    run = Run("clusters", method, CHECK, 0, stops=True)
+    run = Run("clusters", method, CHECK, 0)
 
     outcome = outcome_of(run, TASK, two_clusters(), tmp_path)
     (kept,) = tmp_path.glob("*.json")
@@ -77,7 +77,7 @@ def test_a_run_stops_at_its_target_and_is_kept(method: str, tmp_path: Path) -> N
 def test_a_run_that_never_gets_there_says_so(
     lr: float, seconds: float, ending: str, steps: int, tmp_path: Path
 ) -> None:
-    run = Run("clusters", "sgd", {"lr": lr, "steps": 5.0}, 0, stops=True)
+    run = Run("clusters", "sgd", {"lr": lr, "steps": 5.0}, 0)
 
     outcome = outcome_of(run, replace(TASK, seconds=seconds), two_clusters(), tmp_path)
 
@@ -86,7 +86,7 @@ def test_a_run_that_never_gets_there_says_so(
 
 
 def test_the_rate_rises_over_a_tenth_of_the_steps_and_would_be_zero_after_the_last() -> None:
-    run = Run("clusters", "sgd", {"lr": 1.0, "steps": 20.0}, 0, stops=True)
+    run = Run("clusters", "sgd", {"lr": 1.0, "steps": 20.0}, 0)
 
     assert [run.lr_factor(step) for step in (1, 2, 11, 21)] == pytest.approx([0.5, 0.95, 0.5, 0.0])
 
@@ -103,11 +103,11 @@ def test_fewest_seconds_win_and_then_the_closest_score() -> None:
 def test_each_method_gets_as_many_trials_and_its_best_is_repeated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(TASKS, "clusters", TASK)
+    monkeypatch.setitem(TASKS, "clusters", replace(TASK, trials=TRIALS))
     small = Method(METHODS["sgd"].build, {"lr": Range(0.001, 1.0)})
     monkeypatch.setitem(METHODS, "sgd", small)
 
-    rows = measure("clusters", ["sgd", "adamw"], TRIALS, two_clusters(), tmp_path)
+    rows = measure("clusters", ["sgd", "adamw"], two_clusters(), tmp_path)
 
     for method in ("sgd", "adamw"):
         tuned = [row for row in rows if (row["method"], row["part"]) == (method, "tuned")]
@@ -130,7 +130,7 @@ def test_the_table_compares_medians_with_the_best_rival_and_keeps_losers() -> No
     assert "The better of NGD's two rows over the best rival's: seconds 2.00, steps 0.50." in text
     assert "| sgd | of sgd | - | - | 0.9 | ran out after 99 |" in text
     assert "| soap | of soap | 1.0 | 48 |" in text
-    assert "Trials of each method on each task: 1." in text
+    assert "training loss 0.001. 16 trials of each method." in text
 
 
 @pytest.mark.parametrize("method", OURS)
