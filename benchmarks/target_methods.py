@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.target_search import Range, Space
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import RECIPES, FixedInterval, KLClip, LevenbergMarquardt, MonteCarlo, QuadraticModel
+from ngd_dist.config import RECIPES, Empirical, FixedInterval, KLClip, LevenbergMarquardt, MonteCarlo, QuadraticModel
 
 __all__ = ["DEFAULTS", "METHODS", "SEARCHED", "Method", "recipe_of"]
 
@@ -44,9 +44,18 @@ OF_DAMPING = Range(0.003, 0.3)
 
 
 def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """The defaults, a clip and a refresh in every step, with an lr from the schedule."""
-    given = {"lr": options["lr"], "damping": options["damping"]}
-    return NGD(model, NGDConfig(clip=KLClip(max_kl=0.01), staleness=FixedInterval(steps=1), **given))
+    """The defaults, a clip and a refresh in every step, with an lr from the schedule.
+
+    Damping means the same for a loss that is a mean over positions.
+    """
+    config = NGDConfig(
+        fisher=Empirical(positions="mean"),
+        clip=KLClip(max_kl=0.01),
+        staleness=FixedInterval(steps=1),
+        lr=options["lr"],
+        damping=options["damping"],
+    )
+    return NGD(model, config)
 
 
 def _ngd_adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
