@@ -13,7 +13,16 @@ from torch import nn
 
 from benchmarks.target_search import Range, Space
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import RECIPES, Empirical, FixedInterval, KLClip, LevenbergMarquardt, MonteCarlo, QuadraticModel
+from ngd_dist.config import (
+    RECIPES,
+    AdamWFallback,
+    Empirical,
+    FixedInterval,
+    KLClip,
+    LevenbergMarquardt,
+    MonteCarlo,
+    QuadraticModel,
+)
 
 __all__ = ["DEFAULTS", "METHODS", "SEARCHED", "Method", "recipe_of"]
 
@@ -46,11 +55,13 @@ OF_DAMPING = Range(0.003, 0.3)
 def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """The defaults, a clip and a refresh in every step, with an lr from the schedule.
 
-    Damping means the same for a loss that is a mean over positions.
+    Damping means the same for a loss that is a mean over positions. Parameters that no layer covers, as positions of a
+    transformer, go by AdamW.
     """
     config = NGDConfig(
         fisher=Empirical(positions="mean"),
         clip=KLClip(max_kl=0.01),
+        fallback=AdamWFallback(lr=0.02),
         staleness=FixedInterval(steps=1),
         lr=options["lr"],
         damping=options["damping"],
