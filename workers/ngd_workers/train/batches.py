@@ -19,7 +19,7 @@ from torch import Tensor
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.data import Shards
 
-__all__ = ["Batches", "mix", "seed_everything", "seed_step", "set_up_arithmetic"]
+__all__ = ["Batches", "mix", "seed_everything", "seed_step"]
 
 
 @dataclass(slots=True)
@@ -94,15 +94,6 @@ class Batches:
             windows = samples[cuts[lane] : cuts[lane + 1]].split(window)
             lanes.append(torch.cat([part[torch.randperm(len(part), generator=generator)] for part in windows]))
         return lanes
-
-
-def set_up_arithmetic(threads: int) -> None:
-    """Sets torch's threads, and lets a CPU take subnormal numbers for 0.
-
-    A product of them takes a hundred times as long, and the gradients of samples that a model is sure of are such.
-    """
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
 
 
 def seed_everything(seed: int) -> None:

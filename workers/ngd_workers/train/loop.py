@@ -24,7 +24,7 @@ from ngd_workers.data import Dataset, load_dataset
 from ngd_workers.models import build_model
 from ngd_workers.tasks import build_task
 from ngd_workers.tasks.base import Task
-from ngd_workers.train.batches import Batches, seed_everything, seed_step, set_up_arithmetic
+from ngd_workers.train.batches import Batches, seed_everything, seed_step
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
 from ngd_workers.train.continuing import keep_new_settings, origin_of
 from ngd_workers.train.first_weights import load_first_weights
@@ -79,7 +79,7 @@ class Run:
 
     def __init__(self, spec: JobSpec, context: TrainContext) -> None:
         self.spec, self.context = spec, context
-        set_up_arithmetic(spec.resources.threads_per_worker)
+        torch.set_num_threads(spec.resources.threads_per_worker)
         self.dataset, self.task, self.batches, model, self._facts = _prepare(spec, context)
         self.learner = Learner(model, self.task, self.dataset, spec, context.comm, context.device)
         self.total_steps = total_steps(spec.schedule, self.batches.steps_per_epoch)

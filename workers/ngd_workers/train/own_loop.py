@@ -25,7 +25,7 @@ from ngd_workers.contract.events import Evaluation, Metric, Started, StepRecord,
 from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import InitFromCheckpoint, LoopSpec
 from ngd_workers.functions import load_function
-from ngd_workers.train.batches import seed_everything, set_up_arithmetic
+from ngd_workers.train.batches import seed_everything
 from ngd_workers.train.checkpoints import Snapshot
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
 from ngd_workers.train.continuing import checkpoint_of
@@ -253,7 +253,7 @@ class LoopContext:
 
 def train_own_loop(spec: LoopSpec, context: TrainContext) -> Outcome:
     """Collective. Returns the outcome of the user's loop. Raises: WorkerError; the error of a peer's death as it is."""
-    set_up_arithmetic(spec.resources.threads_per_worker)
+    torch.set_num_threads(spec.resources.threads_per_worker)
     seed_everything(spec.seed)
     function = load_function(spec.train.function)
     own = LoopContext(spec, context)
