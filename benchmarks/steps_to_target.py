@@ -156,10 +156,9 @@ def table(rows: list[Row]) -> str:
     for name in dict.fromkeys(row["task"] for row in rows):
         task, of_task = TASKS[name], [row for row in rows if row["task"] == name]
         lines += [f"## {name}", ""]
-        lines += [
-            f"{task.title}: {task.measure} {task.target:g}. {task.trials} trials of each method. Medians of three"
-        ]
-        lines += [f"seeds, each in brackets. Counts are exact to {task.every} steps.", ""]
+        trials = f"{task.trials} trials of each method, and {FINALISTS}\nagain on another seed."
+        lines += [f"{task.title}: {task.measure} {task.target:g}. {trials} Medians of three seeds, each in brackets."]
+        lines += [f"Counts are exact to {task.every} steps.", ""]
         lines += [*summary(of_task), ""]
     for name in dict.fromkeys(row["task"] for row in rows):
         lines += [f"## {name}: every trial, on seeds {TUNING_SEED} and {SECOND_SEED}", ""]

@@ -1,4 +1,4 @@
-"""Settings for five families of models, as `benchmarks/families.py` measures them: nothing in them is tuned further.
+"""Settings for five families of models, for `benchmarks/families.py` to measure as they stand.
 
 Those with a quadratic model need `step(objective=...)`, and those with a sampled Fisher `fisher_backward(output)`.
 
@@ -22,7 +22,7 @@ __all__ = ["RECIPES", "Family"]
 Family = Literal["mlp", "cnn", "vit", "gpt", "lstm"]
 
 
-# Parameters that no layer covers, as positions that start at 0 or torch's fused LSTM, hardly move under SGD.
+# AdamW for parameters that no layer covers: positions that start at 0 hardly move under SGD.
 _OF_SEQUENCES = NGDConfig(
     fisher=MonteCarlo(),
     statistics_fraction=1 / 4,

@@ -5,27 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from benchmarks import families
 from benchmarks.families import FAMILIES, measure, table
 from benchmarks.steps_to_target import SEEDS
 from benchmarks.target_methods import DEFAULTS, METHODS, recipe_of
-from benchmarks.target_search import Range
-from benchmarks.target_tasks import TASKS, Data, Task
+from benchmarks.target_tasks import TASKS
 from ngd_dist.config import RECIPES
-
-
-def two_clusters() -> Data:
-    y = torch.arange(64) % 2
-    x = nn.functional.one_hot(y, 4).float()
-    return Data(x, y, x, y)
-
-
-TASK = Task(
-    "two clusters", lambda _: two_clusters(), lambda: nn.Linear(4, 2), 32, "training loss", 0.1, 5, Range(20, 40), 10
-)
+from tests.support.clusters import CLUSTERS, two_clusters
 
 
 def row(family: str, method: str, part: str, step: int | None) -> dict[str, Any]:
@@ -38,7 +25,7 @@ def test_every_family_has_a_recipe_and_a_task() -> None:
 
 
 def test_recipes_and_defaults_train_without_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(TASKS, "clusters", replace(TASK, trials=2))
+    monkeypatch.setitem(TASKS, "clusters", replace(CLUSTERS, trials=2))
     monkeypatch.setitem(families.FAMILIES, "cnn", "clusters")
 
     rows = measure("cnn", two_clusters(), tmp_path)

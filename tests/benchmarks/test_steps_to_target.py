@@ -15,23 +15,12 @@ from benchmarks.steps_to_target import FINALISTS, measure, order, rank, table
 from benchmarks.target_methods import METHODS, Method
 from benchmarks.target_run import Run, outcome_of
 from benchmarks.target_search import Range, around, draw, is_outside
-from benchmarks.target_tasks import TASKS, Data, Task
+from benchmarks.target_tasks import TASKS, Data
+from tests.support.clusters import CLUSTERS, two_clusters
 
-EVERY = 2
 TRIALS = 4
 OURS = ("ngd", "ngd-adaptive")
 CHECK = {"lr": 0.5, "damping": 0.1, "fraction": 0.5, "interval": 2.0, "steps": 60.0}
-
-
-def two_clusters() -> Data:
-    y = torch.arange(64) % 2
-    x = torch.nn.functional.one_hot(y, 4).float()
-    return Data(x, y, x, y)
-
-
-TASK = Task(
-    "two clusters", lambda _: two_clusters(), lambda: nn.Linear(4, 2), 32, "training loss", 0.1, EVERY, Range(5, 40), 10
-)
 
 
 def row(method: str, part: str, step: int | None, seconds: float = 1.0, score: float = 0.9) -> dict[str, Any]:
@@ -60,26 +49,28 @@ def test_points_are_spread_over_a_space_and_then_around_the_best() -> None:
 def test_a_run_stops_at_its_target_and_is_kept(method: str, tmp_path: Path) -> None:
     run = Run("clusters", method, CHECK, 0)
 
-    outcome = outcome_of(run, TASK, two_clusters(), tmp_path)
+    outcome = outcome_of(run, CLUSTERS, two_clusters(), tmp_path)
     (kept,) = tmp_path.glob("*.json")
     kept.write_text(kept.read_text().replace('"reached"', '"read from disk"'))
 
     assert outcome["ending"] == "reached"
     assert outcome["steps"] == outcome["target_step"] < 60
-    assert [point["step"] for point in outcome["curve"]] == list(range(EVERY, outcome["steps"] + 1, EVERY))
-    assert outcome_of(run, TASK, two_clusters(), tmp_path)["ending"] == "read from disk"
+    assert [point["step"] for point in outcome["curve"]] == list(
+        range(CLUSTERS.every, outcome["steps"] + 1, CLUSTERS.every)
+    )
+    assert outcome_of(run, CLUSTERS, two_clusters(), tmp_path)["ending"] == "read from disk"
 
 
 @pytest.mark.parametrize(
     ("lr", "seconds", "ending", "steps"),
-    [(1e-9, 10, "ran out", 5), (math.inf, 10, "diverged", 3), (1e-9, 0, "took too long", EVERY)],
+    [(1e-9, 10, "ran out", 5), (math.inf, 10, "diverged", 3), (1e-9, 0, "took too long", CLUSTERS.every)],
 )
 def test_a_run_that_never_gets_there_says_so(
     lr: float, seconds: float, ending: str, steps: int, tmp_path: Path
 ) -> None:
     run = Run("clusters", "sgd", {"lr": lr, "steps": 5.0}, 0)
 
-    outcome = outcome_of(run, replace(TASK, seconds=seconds), two_clusters(), tmp_path)
+    outcome = outcome_of(run, replace(CLUSTERS, seconds=seconds), two_clusters(), tmp_path)
 
     assert (outcome["ending"], outcome["target_step"]) == (ending, None)
     assert outcome["steps"] <= steps
@@ -95,15 +86,15 @@ def test_fewest_seconds_win_and_then_the_closest_score() -> None:
     slow, quick = row("ngd", "tuned", 4, seconds=2.0), row("ngd", "tuned", 8, seconds=1.0)
     never, nearly = row("ngd", "tuned", None, score=0.5), row("ngd", "tuned", None, score=0.2)
 
-    assert order([never, slow, quick], TASK) == [2, 1, 0]
-    assert order([never, nearly], TASK) == [1, 0]
-    assert order([never, nearly], replace(TASK, measure="test accuracy")) == [0, 1]
+    assert order([never, slow, quick], CLUSTERS) == [2, 1, 0]
+    assert order([never, nearly], CLUSTERS) == [1, 0]
+    assert order([never, nearly], replace(CLUSTERS, measure="test accuracy")) == [0, 1]
 
 
 def test_each_method_gets_as_many_trials_and_its_best_is_repeated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(TASKS, "clusters", replace(TASK, trials=TRIALS))
+    monkeypatch.setitem(TASKS, "clusters", replace(CLUSTERS, trials=TRIALS))
     small = Method(METHODS["sgd"].build, {"lr": Range(0.001, 1.0)})
     monkeypatch.setitem(METHODS, "sgd", small)
 
@@ -115,7 +106,7 @@ def test_each_method_gets_as_many_trials_and_its_best_is_repeated(
         assert [row["seed"] for row in tuned] == TRIALS * [0] + FINALISTS * [4]
         worse = {
             row["setting"]: max(
-                rank(row, TASK), *(rank(r, TASK) for r in tuned[:TRIALS] if r["setting"] == row["setting"])
+                rank(row, CLUSTERS), *(rank(r, CLUSTERS) for r in tuned[:TRIALS] if r["setting"] == row["setting"])
             )
             for row in tuned[TRIALS:]
         }
@@ -136,7 +127,7 @@ def test_the_table_compares_medians_with_the_best_rival_and_keeps_losers() -> No
     assert "The better of NGD's two rows over the best rival's: seconds 2.00, steps 0.50." in text
     assert "| sgd | 0 | of sgd | - | - | 0.9 | ran out after 99 |" in text
     assert "| soap | 0 | of soap | 1.0 | 48 |" in text
-    assert "training loss 0.001. 16 trials of each method." in text
+    assert "training loss 0.001. 16 trials of each method, and 3\nagain on another seed." in text
 
 
 @pytest.mark.parametrize("method", OURS)
