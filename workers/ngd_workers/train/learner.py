@@ -1,6 +1,6 @@
 """The model and its optimizer on one rank: gradients of a global batch, one update, one pass over the test data.
 
-Under NGD the optimizer averages gradients over ranks, else DistributedDataParallel does; never both.
+The job's engine drives both; it or the optimizer averages gradients over ranks, never both.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, part_of
@@ -21,6 +20,7 @@ from ngd_workers.contract.spec import JobSpec
 from ngd_workers.data import Dataset
 from ngd_workers.tasks.base import Batch, Result, Task
 from ngd_workers.train.checkpoints import Snapshot
+from ngd_workers.train.engines import engine_of
 from ngd_workers.train.loading import MicroBatch, placed
 from ngd_workers.train.optimizers import build_optimizer, chooses_lr, job_errors
 from ngd_workers.train.saves import in_host_memory
@@ -60,22 +60,14 @@ class Learner:
     def __init__(
         self, model: nn.Module, task: Task, dataset: Dataset, spec: JobSpec, comm: Communicator, device: torch.device
     ) -> None:
-        self.model = model.to(device)
         self.task, self.device = task, device
         self._dataset, self._comm = dataset, comm
-        self.share_weights()
-        self.optimizer = build_optimizer(model, spec, task)
+        share_weights(model.to(device), comm)
+        self._engine = engine_of(spec)(model, spec, comm, device)
+        self._engine.wrap(lambda driven, **keywords: build_optimizer(driven, spec, task, **keywords))
+        self.model, self.optimizer = self._engine.model, self._engine.optimizer
         self._weights: list[Tensor | float] = []
         self._objective_fraction = getattr(spec.optimizer, "objective_fraction", 1.0)
-        self._averages_gradients = spec.optimizer.kind == "ngd" or comm.world_size == 1
-        self._forward: nn.Module = model
-        if not self._averages_gradients:
-            self._forward = DistributedDataParallel(model)
-
-    def share_weights(self) -> None:
-        """Collective. Gives all ranks the weights of rank 0."""
-        for name, tensor in self.model.state_dict().items():
-            self._comm.broadcast(f"initial {name}", tensor)
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> Totals:
         """Returns the totals of this rank's samples; leaves the gradient of the mean over the global batch.
@@ -85,14 +77,13 @@ class Learner:
         totals = Totals(self.device)
         self._weights = self._weights_of(micro_batches)
         for index, (micro_batch, weight) in enumerate(zip(micro_batches, self._weights, strict=True)):
-            is_last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if is_last else self._no_averaging():
+            with self._engine.accumulating(is_last=index == len(micro_batches) - 1):
                 with self._counted(micro_batch.samples):
-                    result = self._result(self._forward, self._placed(micro_batch))
+                    result = self._result(self._engine.forward, self._placed(micro_batch))
                 if isinstance(self.optimizer, NGD) and result.output is not None:
                     with job_errors():
                         self.optimizer.fisher_backward(result.output, ignored=result.ignored)
-                (result.loss * weight).backward()
+                self._engine.backward(result.loss * weight)
             totals.add(result, micro_batch)
         return totals
 
@@ -102,17 +93,13 @@ class Learner:
         lr: the schedule's; not used if the optimizer chooses its own.
         Raises: UserCodeError, SpecError, NonFiniteLossError.
         """
-        if not chooses_lr(self.optimizer):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        arguments: dict[str, Any] = {}
         with job_errors():
             if isinstance(self.optimizer, NGD) and self.optimizer.config.needs_objective:
                 parts, weights = self._objective_parts(micro_batches)
                 batches = [self._placed(part) for part in parts]
-                self.optimizer.step(objective=lambda: self.objective(batches, weights))
-            else:
-                self.optimizer.step()
-        self.optimizer.zero_grad()
+                arguments["objective"] = lambda: self.objective(batches, weights)
+            self._engine.update(None if chooses_lr(self.optimizer) else lr, **arguments)
 
     def objective(self, batches: Sequence[Batch], weights: Sequence[Tensor | float]) -> tuple[Tensor, Tensor]:
         """Returns the loss of these batches, and the output that it is made of, differentiable.
@@ -123,9 +110,9 @@ class Learner:
         the caller differentiates through the model, the activations are computed again.
         """
         if len(batches) == 1:
-            result = self._result(self._forward, batches[0])
+            result = self._result(self._engine.forward, batches[0])
             return result.loss * weights[0], _output_of(result)
-        recomputed = _Recomputed(self._forward)
+        recomputed = _Recomputed(self._engine.forward)
         outputs = [_output_of(self._result(recomputed, batch)) for batch in batches]
         joined = torch.cat([output.flatten() for output in outputs])  # their lengths may differ
         pieces = joined.split([output.numel() for output in outputs])
@@ -136,11 +123,8 @@ class Learner:
         return torch.stack(losses).sum(), joined
 
     def gradient_bytes(self) -> dict[str, int]:
-        """Returns the bytes that this rank sends per step to average gradients outside the optimizer, in a ring."""
-        if self._averages_gradients:
-            return {}
-        size = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
-        return {"gradients": 2 * size * (self._comm.world_size - 1) // self._comm.world_size}
+        """Returns the bytes that this rank sends per step outside the optimizer, by kind."""
+        return self._engine.gradient_bytes
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Totals:
         """Collective. Returns the totals of the test data over all ranks; each rank gives its own batches of them."""
@@ -171,15 +155,12 @@ class Learner:
         self.average_buffers()
         is_first, is_ngd = self._comm.rank == 0, isinstance(self.optimizer, NGD)
         num_ranks = self._comm.world_size if is_ngd else 1
-        if not is_first and not is_ngd:
-            return Snapshot(None, None, num_ranks)
-        part = self.optimizer.state_dict_part() if isinstance(self.optimizer, NGD) else self.optimizer.state_dict()
+        part, model = self._engine.optimizer_state(), self._engine.weights()
         if not is_first:
-            return Snapshot(None, in_host_memory({"layers": part["ngd"]["layers"]}), num_ranks)
-        model = self.model.state_dict()
+            return Snapshot(None, in_host_memory({"layers": part["ngd"]["layers"]}) if is_ngd else None, num_ranks)
         weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in model.items() if name not in weights}
-        state = {"optimizer": part, "progress": progress, "model_extra": others}
+        state = {"optimizer": part, "progress": progress, "model_extra": others, "loss_scale": self._engine.loss_scale}
         return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks, score, facts)
 
     def load(self, weights: dict[str, Tensor] | None, states: list[Any]) -> dict[str, Any]:
@@ -194,8 +175,9 @@ class Learner:
             if others:
                 parts = [{"ngd": other} for other in others]
                 optimizer = NGD.joined([optimizer, *parts])
-            self.model.load_state_dict(model)
-            self.optimizer.load_state_dict(optimizer)
+            self._engine.load_weights(model)
+            self._engine.load_optimizer_state(optimizer)
+            self._engine.load_loss_scale(state.get("loss_scale", {}))
             progress: dict[str, Any] = state["progress"]
             return progress
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -239,27 +221,26 @@ class Learner:
 
     def _result(self, model: nn.Module, batch: Batch) -> Result:
         try:
-            return self.task.train_batch(model, batch)
+            with self._engine.precise():
+                return self.task.train_batch(model, batch)
         except WorkerError:
             raise
         except Exception as error:
-            # DDP's forward talks to other ranks: its error may be a peer's death, and a restart mends that.
-            if isinstance(self._forward, DistributedDataParallel) or isinstance(error, torch.OutOfMemoryError):
+            # If a forward pass talks to other ranks, its error may be a peer's death, and a restart mends that.
+            if self._engine.talks_in_forward or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserCodeError(f"the model failed in training with {type(error).__name__}: {error}") from error
 
     def _tested(self, batch: Batch) -> Result:
         try:
-            return self.task.test_batch(self.model, batch)
+            with self._engine.precise():
+                return self.task.test_batch(self.model, batch)
         except (WorkerError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if self._engine.talks_in_forward and self.model is self._engine.forward:
+                raise
             raise UserCodeError(f"the model failed in testing with {type(error).__name__}: {error}") from error
-
-    def _no_averaging(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._forward, DistributedDataParallel):
-            return self._forward.no_sync()
-        return contextlib.nullcontext()
 
 
 class _Recomputed(nn.Module):
@@ -282,6 +263,12 @@ class _Returns(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._output
+
+
+def share_weights(model: nn.Module, comm: Communicator) -> None:
+    """Collective. Gives all ranks the weights of rank 0."""
+    for name, tensor in model.state_dict().items():
+        comm.broadcast(f"initial {name}", tensor)
 
 
 def trainable(model: nn.Module) -> int:

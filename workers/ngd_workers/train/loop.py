@@ -19,7 +19,7 @@ from ngd_workers.contract.events import (
     metric_words,
 )
 from ngd_workers.contract.rundir import Outcome
-from ngd_workers.contract.spec import InitChoice, InitFromCheckpoint, JobSpec, Loading, NGDOptimizer
+from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec, Loading, NGDOptimizer
 from ngd_workers.data import Dataset, load_dataset
 from ngd_workers.models import build_model
 from ngd_workers.tasks import build_task
@@ -81,10 +81,13 @@ class Run:
         self.spec, self.context = spec, context
         torch.set_num_threads(spec.resources.threads_per_worker)
         self.dataset, self.task, self.batches, model, self._facts = _prepare(spec, context)
+        self.saves = Saves(context, spec.checkpoint.keep)
+        self._saved = self.saves.newest()
+        if self._saved is None:
+            take_first_weights(model, spec, context)
         self.learner = Learner(model, self.task, self.dataset, spec, context.comm, context.device)
         self.total_steps = total_steps(spec.schedule, self.batches.steps_per_epoch)
         self.reader = Reader(spec, self.dataset, self.batches, self.total_steps, context)
-        self.saves = Saves(context, spec.checkpoint.keep)
         self.progress = Progress()
         self.tested: dict[str, float] = {}
         self._tested_step = 0
@@ -111,17 +114,15 @@ class Run:
         return self.progress.step / self.batches.steps_per_epoch
 
     def resume(self) -> None:
-        """Collective. Restores the newest whole checkpoint, or takes the first weights of the spec.
+        """Collective. Restores the newest whole checkpoint, or the state of another job that the spec names.
 
-        Rank 0 chooses and reads for all ranks. A job that has a checkpoint needs its first weights no more.
+        Rank 0 chooses for all ranks. A job that has a checkpoint needs its first weights no more.
         """
-        saved, init_from = self.saves.newest(), self.spec.init_from
+        saved, self._saved, init_from = self._saved, None, self.spec.init_from
         if saved is not None:
             self.progress = Progress(**self.learner.load(*saved))
         elif isinstance(init_from, InitFromCheckpoint) and init_from.takes == "everything":
             self._go_on_from(init_from)
-        elif init_from is not None:
-            self._take_first_weights(init_from)
 
     def _go_on_from(self, choice: InitFromCheckpoint) -> None:
         """Takes weights, optimizer and step of another job; its seconds and its target stay that job's own."""
@@ -152,18 +153,6 @@ class Run:
         self.progress = Progress(step=origin.step)
         if comm.rank == 0:
             log.info("goes on from %s", origin)
-
-    def _take_first_weights(self, choice: InitChoice) -> None:
-        comm, failure = self.context.comm, None
-        if comm.rank == 0:
-            try:
-                load_first_weights(self.learner.model, choice, self.context.run_dir, self.context.data_dir)
-            except WorkerError as error:
-                failure = error
-        failure = comm.all_gather_object("first weights", failure)[0]
-        if failure is not None:
-            raise failure
-        self.learner.share_weights()
 
     def close(self) -> None:
         """Ends the processes that read samples, and the thread that writes a checkpoint."""
@@ -315,6 +304,21 @@ class Run:
         if self.context.comm.rank == 0:
             place = f"step {self.progress.step}/{self.total_steps}  epoch {self.epoch:.2f}"
             log.info("%s", "  ".join([place, *metric_words(which, metrics), *more]))
+
+
+def take_first_weights(model: torch.nn.Module, spec: JobSpec, context: TrainContext) -> None:
+    """Collective. Gives rank 0's model the first weights of the spec, if it names some. Raises: WorkerError."""
+    choice, failure = spec.init_from, None
+    if choice is None or (isinstance(choice, InitFromCheckpoint) and choice.takes == "everything"):
+        return
+    if context.comm.rank == 0:
+        try:
+            load_first_weights(model, choice, context.run_dir, context.data_dir)
+        except WorkerError as error:
+            failure = error
+    failure = context.comm.all_gather_object("first weights", failure)[0]
+    if failure is not None:
+        raise failure
 
 
 Prepared = tuple[Dataset, Task, Batches, torch.nn.Module, ModelFacts | None]

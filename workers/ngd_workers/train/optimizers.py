@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn, optim
 
@@ -16,9 +17,12 @@ from ngd_workers.tasks.base import Task
 __all__ = ["build_optimizer", "chooses_lr", "job_errors", "step_stats"]
 
 
-def build_optimizer(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
-    """Collective for NGD. Returns the optimizer of a bare model on its device. Raises: SpecError."""
-    return BUILDERS[spec.optimizer.kind](model, spec, task)
+def build_optimizer(model: nn.Module, spec: JobSpec, task: Task, **keywords: Any) -> optim.Optimizer:
+    """Collective for NGD. Returns the optimizer of a model on its device, in its engine's wrapper.
+
+    keywords: of `NGD`, for that alone. Raises: SpecError.
+    """
+    return BUILDERS[spec.optimizer.kind](model, spec, task, **keywords)
 
 
 def step_stats(optimizer: optim.Optimizer) -> StepStats:
@@ -44,7 +48,7 @@ def job_errors() -> Iterator[None]:
         raise NonFiniteLossError(f"training diverged: {error}") from error
 
 
-def _ngd(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
+def _ngd(model: nn.Module, spec: JobSpec, task: Task, **keywords: Any) -> optim.Optimizer:
     assert isinstance(spec.optimizer, NGDOptimizer)
     likelihood = task.likelihood
     if likelihood is None and not isinstance(spec.optimizer.fisher, Empirical):
@@ -54,7 +58,7 @@ def _ngd(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
         )
     config = spec.optimizer.config(micro_batches=spec.micro_batches, likelihood=likelihood or Categorical())
     try:
-        return NGD(model, config)
+        return NGD(model, config, **keywords)
     except NgdError as error:
         raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
 
@@ -76,4 +80,4 @@ def _adamw(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
     )
 
 
-BUILDERS: dict[str, Callable[[nn.Module, JobSpec, Task], optim.Optimizer]] = {"ngd": _ngd, "sgd": _sgd, "adamw": _adamw}
+BUILDERS: dict[str, Callable[..., optim.Optimizer]] = {"ngd": _ngd, "sgd": _sgd, "adamw": _adamw}

@@ -5,6 +5,7 @@ the course of the job.
 """
 
 from ngd_workers.contract.spec.code import Code
+from ngd_workers.contract.spec.engines import DDP, FSDP, Bare, EngineChoice
 from ngd_workers.contract.spec.images import Augment, ImageSettings, NoAugment, OnBadSample, PadCrop, RandomResizedCrop
 from ngd_workers.contract.spec.job import (
     AnySpec,
@@ -78,6 +79,8 @@ from ngd_workers.contract.spec.tokenizers import (
 )
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "GPT",
     "IDX",
     "MLP",
@@ -86,6 +89,7 @@ __all__ = [
     "AnySpec",
     "Augment",
     "BPETokenizer",
+    "Bare",
     "Batch",
     "ByteTokenizer",
     "CharacterTokenizer",
@@ -95,6 +99,7 @@ __all__ = [
     "DataChoice",
     "Digits",
     "EncoderDecoder",
+    "EngineChoice",
     "Erasing",
     "Failure",
     "HuggingFace",

@@ -9,6 +9,7 @@ from ngd_dist.config import QuadraticModel, Single
 from ngd_workers.contract.names import MetricName
 from ngd_workers.contract.spec.base import MAX_STEPS, NAME_PATTERN, Function, Options, SpecModel
 from ngd_workers.contract.spec.code import Code, Environment, Image, Secrets
+from ngd_workers.contract.spec.engines import DDP, Bare, EngineChoice, Precision
 from ngd_workers.contract.spec.models import InitChoice, InitFromCheckpoint, ModelChoice
 from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice
 from ngd_workers.contract.spec.run import (
@@ -67,6 +68,16 @@ class JobSpec(Job):
     data: DataChoice
     task: TaskChoice = ImageClassification()
     optimizer: OptimizerChoice
+    engine: EngineChoice | None = Field(
+        default=None,
+        description="The part that averages gradients over workers, and may shard the model. None: bare under "
+        "optimizer ngd, ddp under the others. One worker alone has the bare model.",
+    )
+    precision: Precision = Field(
+        default="fp32",
+        description="Of the products in forward and backward passes, by torch.autocast; weights, gradients, statistics "
+        "and the optimizer's state stay in float32. fp16 brings a loss scale.",
+    )
     schedule: Schedule
     batch: Batch
     loading: Loading = Loading()
@@ -106,6 +117,18 @@ class JobSpec(Job):
         return self
 
     @model_validator(mode="after")
+    def _engine_averages(self) -> Self:
+        engine, workers = self.engine, self.resources.workers
+        if isinstance(engine, Bare) and workers > 1 and self.optimizer.kind != "ngd":
+            raise ValueError(
+                f"engine bare averages no gradients, and optimizer {self.optimizer.kind} has {workers} workers "
+                "(resources.workers): take ddp or fsdp, or leave engine out"
+            )
+        if self.precision == "fp16" and self.effective_engine.kind not in ("bare", "ddp"):
+            raise ValueError(f"precision fp16 is not for engine {self.effective_engine.kind}: take bf16, or engine ddp")
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         share, rest = divmod(self.batch.global_size, self.resources.workers)
         if rest or share == 0:
@@ -121,6 +144,14 @@ class JobSpec(Job):
                 f"got {self.batch.micro_size}"
             )
         return self
+
+    @property
+    def effective_engine(self) -> EngineChoice:
+        """The engine that drives the model: the chosen one, or the default of optimizer and workers."""
+        if self.resources.workers == 1:
+            return Bare()
+        default = Bare() if self.optimizer.kind == "ngd" else DDP()
+        return self.engine or default
 
     @property
     def worker_batch(self) -> int:
