@@ -1,6 +1,8 @@
 """A job gives the same model under every engine, and goes on under another one."""
 
 import math
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,29 @@ from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
-STEPS = 6
+STEPS = 4
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"kind": "sgd", "lr": 0.1},
-    "adamw": {"kind": "adamw", "lr": 0.01},
+    "sgd": {"kind": "sgd", "lr": 0.1, "weight_decay": 0.01},
+    "adamw": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "ngd": {"kind": "ngd", "lr": 0.05, "damping": 0.1, "staleness": {"kind": "fixed", "steps": 2}},
 }
-ENGINES: dict[str, dict[str, Any]] = {"bare": {"kind": "bare"}, "ddp": {"kind": "ddp"}, "fsdp": {"kind": "fsdp"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "bare": {"kind": "bare"},
+    "ddp": {"kind": "ddp"},
+    "fsdp": {"kind": "fsdp"},
+} | {f"zero {stage}": {"kind": "deepspeed", "stage": stage} for stage in range(4)}
 CASES = [
     (optimizer, engine) for optimizer in OPTIMIZERS for engine in ENGINES if optimizer == "ngd" or engine != "bare"
 ]
+# Each goes on under the next one: every engine's checkpoint is read by another.
+RING = {
+    "sgd": ("ddp", "zero 3", "fsdp"),
+    "adamw": ("ddp", "zero 1", "fsdp", "zero 3"),
+    "ngd": ("bare", "zero 2", "fsdp", "zero 3", "ddp"),
+}
+MOVES = [(optimizer, *pair) for optimizer, ring in RING.items() for pair in pairwise([*ring, ring[0]])]
+PRECISIONS = {"bf16": ("bare", "ddp", "fsdp", "zero 2"), "fp16": ("bare", "ddp")}
+Trained = tuple[list[float], list[float]]  # the loss of each step, and the weights at the end
 
 
 def spec_of(optimizer: str, engine: str | None, workers: int, **changes: Any) -> JobSpec:
@@ -37,12 +52,12 @@ def spec_of(optimizer: str, engine: str | None, workers: int, **changes: Any) ->
         engine=None if engine is None else ENGINES[engine],
         resources={"workers": workers},
         schedule={"steps": STEPS},
-        **{"batch": {"global_size": 64, "micro_size": 16}, "checkpoint": {"every_steps": 3}} | changes,
+        **{"batch": {"global_size": 64, "micro_size": 16}, "checkpoint": {"every_steps": 2}} | changes,
     )
 
 
-def train(spec: JobSpec, folder: Path, steps: int = STEPS, attempt: int = 1) -> tuple[list[float], list[float]]:
-    """Collective. Returns the loss of each step that ran, and the weights after the last, in one list."""
+def train(spec: JobSpec, folder: Path, steps: int = STEPS, attempt: int = 1) -> Trained:
+    """Collective. Returns the loss of each step that ran, and the weights after the last."""
     context = TrainContext(
         comm=Communicator(),
         device=torch.device("cpu"),
@@ -66,70 +81,65 @@ def train(spec: JobSpec, folder: Path, steps: int = STEPS, attempt: int = 1) -> 
     return [metrics["loss"] for metrics in losses], torch.cat(weights).tolist()
 
 
-def all_cases(rank: int, world_size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
-    return {
-        case: train(spec_of(*case, workers=world_size), folder / "-".join(case))  # type: ignore[misc]
-        for case in CASES
-    }
+def everything(rank: int, world_size: int, folder: Path) -> dict[str, Trained]:
+    """Trains under each engine, goes on under others, and trains in 16 bits; all in one group of processes."""
+    found: dict[str, Trained] = {}
+    for optimizer, engine in CASES:
+        found[f"{optimizer} {engine}"] = train(spec_of(optimizer, engine, world_size), folder / optimizer / engine)
+    for optimizer, first, second in MOVES:
+        place = folder / "moves" / optimizer / first
+        train(spec_of(optimizer, first, world_size), place, STEPS // 2)
+        if rank == 0:
+            shutil.copytree(place, folder / "alone" / optimizer / first)
+        found[f"{optimizer} {first} {second}"] = train(spec_of(optimizer, second, world_size), place, attempt=2)
+    for precision, engines in PRECISIONS.items():
+        for engine in engines:
+            spec = spec_of("ngd", engine, world_size, precision=precision)
+            found[f"{precision} {engine}"] = train(spec, folder / precision / engine)
+    return found
 
 
 @pytest.fixture(scope="module")
-def by_engine(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
-    return dict(run_ranks(2, all_cases, tmp_path_factory.mktemp("engines"))[0])
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Trained], Path]:
+    folder = tmp_path_factory.mktemp("engines")
+    return run_ranks(2, everything, folder)[0], folder
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    folder = tmp_path_factory.mktemp("one")
+    return {optimizer: train(spec_of(optimizer, None, 1), folder / optimizer) for optimizer in OPTIMIZERS}
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_two_workers_train_as_one_does(by_engine, tmp_path, case):
-    losses, weights = train(spec_of(case[0], None, workers=1), tmp_path)
+def test_two_workers_train_as_one_does(two_workers, one_worker, case):
+    losses, weights = two_workers[0]["{} {}".format(*case)]
 
-    assert by_engine[case][0] == pytest.approx(losses, rel=1e-4)
-    assert by_engine[case][1] == pytest.approx(weights, rel=1e-3, abs=1e-4)
-
-
-def moved(rank: int, world_size: int, folder: Path, optimizer: str) -> list[list[float]]:
-    """Trains half of the steps under each engine, and goes on under the next one; returns the weights at the end."""
-    names = [engine for name, engine in CASES if name == optimizer]
-    ends = []
-    for first, second in zip(names, [*names[1:], names[0]], strict=True):
-        train(spec_of(optimizer, first, world_size), folder / first, STEPS // 2)
-        ends.append(train(spec_of(optimizer, second, world_size), folder / first, attempt=2)[1])
-    return ends
+    assert losses == pytest.approx(one_worker[case[0]][0], rel=1e-4)
+    assert weights == pytest.approx(one_worker[case[0]][1], rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_job_goes_on_under_another_engine(by_engine, tmp_path, optimizer):
-    ends = run_ranks(2, moved, tmp_path, optimizer)[0]
+@pytest.mark.parametrize("move", MOVES, ids="-".join)
+def test_a_job_goes_on_under_another_engine(two_workers, one_worker, move):
+    losses, weights = two_workers[0]["{} {} {}".format(*move)]
 
-    for weights in ends:
-        assert weights == pytest.approx(by_engine[optimizer, "ddp"][1], rel=1e-3, abs=1e-4)
-
-
-def test_a_checkpoint_of_two_sharded_workers_goes_on_in_one_process(by_engine, tmp_path):
-    run_ranks(2, half, tmp_path)
-
-    _, weights = train(spec_of("adamw", None, workers=1), tmp_path, attempt=2)
-
-    assert weights == pytest.approx(by_engine["adamw", "ddp"][1], rel=1e-3, abs=1e-4)
+    assert losses == pytest.approx(one_worker[move[0]][0][STEPS // 2 :], rel=1e-4)
+    assert weights == pytest.approx(one_worker[move[0]][1], rel=1e-3, abs=1e-4)
 
 
-def half(rank: int, world_size: int, folder: Path) -> None:
-    train(spec_of("adamw", "fsdp", world_size), folder, STEPS // 2)
+@pytest.mark.parametrize(("optimizer", "engine"), [move[:2] for move in MOVES], ids=str)
+def test_a_job_of_two_workers_goes_on_in_one_process(two_workers, one_worker, optimizer, engine):
+    _, weights = train(spec_of(optimizer, None, 1), two_workers[1] / "alone" / optimizer / engine, attempt=2)
 
-
-def in_precision(rank: int, world_size: int, folder: Path, precision: str) -> dict[str, list[float]]:
-    engines = ["ddp", "bare"] if precision == "fp16" else ["ddp", "bare", "fsdp"]
-    return {
-        engine: train(spec_of("ngd", engine, world_size, precision=precision), folder / engine)[0] for engine in engines
-    }
+    assert weights == pytest.approx(one_worker[optimizer][1], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "rel"), [("bf16", 0.05), ("fp16", 0.02)])
-def test_products_in_16_bits_train_almost_as_well(by_engine, tmp_path, precision, rel):
-    found = run_ranks(2, in_precision, tmp_path, precision)[0]
-
-    for losses in found.values():
-        assert losses == pytest.approx(by_engine["ngd", "ddp"][0], rel=rel)
-        assert losses != by_engine["ngd", "ddp"][0]
+def test_products_in_16_bits_train_almost_as_well(two_workers, one_worker, precision, rel):
+    for engine in PRECISIONS[precision]:
+        losses, _ = two_workers[0][f"{precision} {engine}"]
+        assert losses == pytest.approx(one_worker["ngd"][0], rel=rel), engine
+        assert losses != pytest.approx(one_worker["ngd"][0], rel=1e-5), engine
 
 
 def test_gradients_of_several_workers_need_somebody_who_averages():
@@ -145,3 +155,17 @@ def test_fp16_needs_whole_gradients():
 def test_one_worker_has_the_bare_model():
     assert spec_of("sgd", "fsdp", 1).effective_engine.kind == "bare"
     assert math.isfinite(spec_of("sgd", None, 1).optimizer.lr)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"gradient_clipping": 1.0}, "gradient_clipping must be left out, got 1.0"),
+        ({"train_batch_size": 64}, "batch.global_size of the job decides it"),
+        ({"zero_optimization": {"stage": 1}}, "engine.stage decides it"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload is not supported"),
+    ],
+)
+def test_keys_of_deepspeed_that_the_job_decides_are_refused(config, problem):
+    with pytest.raises(ValidationError, match=problem):
+        small_spec(engine={"kind": "deepspeed", "config": config}, resources={"workers": 2})

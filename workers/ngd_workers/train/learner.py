@@ -4,7 +4,7 @@ The job's engine drives both; it or the optimizer averages gradients over ranks,
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from ngd_workers.train.optimizers import build_optimizer, chooses_lr, job_errors
 from ngd_workers.train.saves import in_host_memory
 from ngd_workers.train.totals import Totals
 
-__all__ = ["Learner", "check_fit", "trainable"]
+__all__ = ["Learner", "check_fit", "load_weights", "trainable"]
 
 
 def check_fit(model: nn.Module, task: Task, batch: Batch) -> list[TensorForm] | None:
@@ -157,33 +157,28 @@ class Learner:
         num_ranks = self._comm.world_size if is_ngd else 1
         part, model = self._engine.optimizer_state(), self._engine.weights()
         if not is_first:
-            return Snapshot(None, in_host_memory({"layers": part["ngd"]["layers"]}) if is_ngd else None, num_ranks)
+            own = {} if not is_ngd else {"optimizer": part} if "ranges" in part["ngd"] else part["ngd"]
+            kept = {name: own[name] for name in ("optimizer", "layers") if name in own}
+            return Snapshot(None, in_host_memory(kept), num_ranks)
         weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in model.items() if name not in weights}
         state = {"optimizer": part, "progress": progress, "model_extra": others, "loss_scale": self._engine.loss_scale}
         return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks, score, facts)
 
-    def load(self, weights: dict[str, Tensor] | None, states: list[Any]) -> dict[str, Any]:
-        """Restores the snapshots of all ranks, of any number of them. Returns the progress.
+    def load(self, states: list[Any]) -> dict[str, Any]:
+        """Restores the optimizer from the snapshots of all ranks, of any number of them. Returns the progress.
 
         Raises: IncompatibleCheckpointError.
         """
-        try:
+        with _misfits():
             state, *others = states
-            model = state["model"] if weights is None else weights | state["model_extra"]
             optimizer = state["optimizer"]
             if others:
-                parts = [{"ngd": other} for other in others]
-                optimizer = NGD.joined([optimizer, *parts])
-            self._engine.load_weights(model)
+                optimizer = NGD.joined([optimizer, *(other.get("optimizer", {"ngd": other}) for other in others)])
             self._engine.load_optimizer_state(optimizer)
             self._engine.load_loss_scale(state.get("loss_scale", {}))
             progress: dict[str, Any] = state["progress"]
             return progress
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise IncompatibleCheckpointError(
-                f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
-            ) from error
 
     def _objective_parts(
         self, micro_batches: Sequence[MicroBatch]
@@ -263,6 +258,22 @@ class _Returns(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._output
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor] | None, states: list[Any]) -> None:
+    """Gives a model the weights of a snapshot, before an engine drives it. Raises: IncompatibleCheckpointError."""
+    with _misfits():
+        model.load_state_dict(states[0]["model"] if weights is None else weights | states[0]["model_extra"])
+
+
+@contextlib.contextmanager
+def _misfits() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise IncompatibleCheckpointError(
+            f"the checkpoint doesn't fit the job's model and optimizer: {error}; use another run directory"
+        ) from error
 
 
 def share_weights(model: nn.Module, comm: Communicator) -> None:

@@ -3,8 +3,10 @@
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,9 +28,9 @@ from ngd_workers.tasks import build_task
 from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
-from ngd_workers.train.continuing import keep_new_settings, origin_of
+from ngd_workers.train.continuing import Origin, keep_new_settings, origin_of
 from ngd_workers.train.first_weights import load_first_weights
-from ngd_workers.train.learner import Learner, check_fit, trainable
+from ngd_workers.train.learner import Learner, check_fit, load_weights, trainable
 from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
 from ngd_workers.train.optimizers import chooses_lr, step_stats
 from ngd_workers.train.reader import Reader
@@ -41,6 +43,8 @@ from ngd_workers.train.totals import Totals
 __all__ = ["train"]
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 PROGRESS_S = 5.0
 TRIAL_SAMPLES = 8
@@ -82,11 +86,10 @@ class Run:
         torch.set_num_threads(spec.resources.threads_per_worker)
         self.dataset, self.task, self.batches, model, self._facts = _prepare(spec, context)
         self.saves = Saves(context, spec.checkpoint.keep)
-        self._saved = self.saves.newest()
-        if self._saved is None:
-            take_first_weights(model, spec, context)
-        self.learner = Learner(model, self.task, self.dataset, spec, context.comm, context.device)
         self.total_steps = total_steps(spec.schedule, self.batches.steps_per_epoch)
+        self._origin: Origin | None = None
+        self._states = self._load_weights(model)
+        self.learner = Learner(model, self.task, self.dataset, spec, context.comm, context.device)
         self.reader = Reader(spec, self.dataset, self.batches, self.total_steps, context)
         self.progress = Progress()
         self.tested: dict[str, float] = {}
@@ -114,45 +117,67 @@ class Run:
         return self.progress.step / self.batches.steps_per_epoch
 
     def resume(self) -> None:
-        """Collective. Restores the newest whole checkpoint, or the state of another job that the spec names.
+        """Collective. Restores optimizer and progress from the state that the first weights came with, if it did."""
+        states, self._states = self._states, None
+        if states is None:
+            return
+        if self._origin is None:
+            self.progress = Progress(**self.learner.load(states))
+            return
+        optimizer = self.learner.optimizer
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        with going_on_from(self._origin):
+            self.learner.load(states)
+        keep_new_settings(optimizer, fresh, self._origin.changed)
+        self.progress = Progress(step=self._origin.step)  # seconds and target stay the other job's own
+        if self.context.comm.rank == 0:
+            log.info("goes on from %s", self._origin)
+
+    def _load_weights(self, model: torch.nn.Module) -> list[Any] | None:
+        """Collective. Gives a model that no engine drives yet its first weights: those of the newest whole checkpoint,
+        of another job, of a file, or random ones. Returns the states that belong to a checkpoint's weights.
 
         Rank 0 chooses for all ranks. A job that has a checkpoint needs its first weights no more.
         """
-        saved, self._saved, init_from = self._saved, None, self.spec.init_from
+        saved, init_from = self.saves.newest(), self.spec.init_from
         if saved is not None:
-            self.progress = Progress(**self.learner.load(*saved))
-        elif isinstance(init_from, InitFromCheckpoint) and init_from.takes == "everything":
-            self._go_on_from(init_from)
+            load_weights(model, *saved)
+            return saved[1]
+        if isinstance(init_from, InitFromCheckpoint) and init_from.takes == "everything":
+            self._origin = self._chosen_origin(init_from)
+            weights, states = self._origin.load(self.context.device)
+            with going_on_from(self._origin):
+                load_weights(model, weights, states)
+            return states
+        if init_from is not None:
+            self._on_rank_0(lambda: load_first_weights(model, init_from, self.context.run_dir, self.context.data_dir))
+        return None
 
-    def _go_on_from(self, choice: InitFromCheckpoint) -> None:
-        """Takes weights, optimizer and step of another job; its seconds and its target stay that job's own."""
-        comm, origin, failure = self.context.comm, None, None
-        if comm.rank == 0:
+    def _chosen_origin(self, choice: InitFromCheckpoint) -> Origin:
+        def choose() -> Origin:
+            origin = origin_of(choice, self.spec, self.context.run_dir)
+            if origin.step >= self.total_steps:
+                raise SpecError(
+                    f"the checkpoint is of step {origin.step}, and this job ends at step {self.total_steps}; raise "
+                    "schedule.epochs or schedule.steps, or name an earlier step in init_from.step"
+                )
+            return origin
+
+        return self._on_rank_0(choose)
+
+    def _on_rank_0(self, fn: Callable[[], Value]) -> Value:
+        """Collective. Returns fn() of rank 0, or raises its WorkerError, on every rank."""
+        value: Value | None = None
+        failure: WorkerError | None = None
+        if self.context.comm.rank == 0:
             try:
-                origin = origin_of(choice, self.spec, self.context.run_dir)
-                if origin.step >= self.total_steps:
-                    raise SpecError(
-                        f"the checkpoint is of step {origin.step}, and this job ends at step {self.total_steps}; raise "
-                        "schedule.epochs or schedule.steps, or name an earlier step in init_from.step"
-                    )
+                value = fn()
             except WorkerError as error:
                 failure = error
-        origin, failure = comm.all_gather_object("origin", (origin, failure))[0]
+        value, failure = self.context.comm.all_gather_object("first weights", (value, failure))[0]
         if failure is not None:
             raise failure
-        assert origin is not None
-        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.learner.optimizer.param_groups]
-        try:
-            self.learner.load(*origin.load(self.context.device))
-        except IncompatibleCheckpointError as error:
-            raise IncompatibleCheckpointError(
-                f"this job can't go on with the state of {origin}: {error.__cause__}; keep that job's settings, or "
-                "take its weights alone (init_from.takes: weights)"
-            ) from error
-        keep_new_settings(self.learner.optimizer, fresh, origin.changed)
-        self.progress = Progress(step=origin.step)
-        if comm.rank == 0:
-            log.info("goes on from %s", origin)
+        return value  # type: ignore[return-value]
 
     def close(self) -> None:
         """Ends the processes that read samples, and the thread that writes a checkpoint."""
@@ -306,19 +331,16 @@ class Run:
             log.info("%s", "  ".join([place, *metric_words(which, metrics), *more]))
 
 
-def take_first_weights(model: torch.nn.Module, spec: JobSpec, context: TrainContext) -> None:
-    """Collective. Gives rank 0's model the first weights of the spec, if it names some. Raises: WorkerError."""
-    choice, failure = spec.init_from, None
-    if choice is None or (isinstance(choice, InitFromCheckpoint) and choice.takes == "everything"):
-        return
-    if context.comm.rank == 0:
-        try:
-            load_first_weights(model, choice, context.run_dir, context.data_dir)
-        except WorkerError as error:
-            failure = error
-    failure = context.comm.all_gather_object("first weights", failure)[0]
-    if failure is not None:
-        raise failure
+@contextmanager
+def going_on_from(origin: Origin) -> Iterator[None]:
+    """Says of a state that doesn't fit that it is another job's."""
+    try:
+        yield
+    except IncompatibleCheckpointError as error:
+        raise IncompatibleCheckpointError(
+            f"this job can't go on with the state of {origin}: {error.__cause__}; keep that job's settings, or "
+            "take its weights alone (init_from.takes: weights)"
+        ) from error
 
 
 Prepared = tuple[Dataset, Task, Batches, torch.nn.Module, ModelFacts | None]

@@ -5,7 +5,7 @@ the course of the job.
 """
 
 from ngd_workers.contract.spec.code import Code
-from ngd_workers.contract.spec.engines import DDP, FSDP, Bare, EngineChoice
+from ngd_workers.contract.spec.engines import DDP, FSDP, Bare, DeepSpeed, EngineChoice
 from ngd_workers.contract.spec.images import Augment, ImageSettings, NoAugment, OnBadSample, PadCrop, RandomResizedCrop
 from ngd_workers.contract.spec.job import (
     AnySpec,
@@ -97,6 +97,7 @@ __all__ = [
     "Code",
     "ConstantLR",
     "DataChoice",
+    "DeepSpeed",
     "Digits",
     "EncoderDecoder",
     "EngineChoice",

@@ -1,12 +1,13 @@
 """The engines that may drive a job's model: they average gradients, and may shard weights and optimizer state."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ngd_workers.contract.spec.base import SpecModel
+from ngd_dist.config.deepspeed import check_deepspeed
+from ngd_workers.contract.spec.base import Options, SpecModel
 
-__all__ = ["DDP", "FSDP", "Bare", "EngineChoice", "Precision"]
+__all__ = ["DDP", "FSDP", "Bare", "DeepSpeed", "EngineChoice", "Precision"]
 
 
 class Bare(SpecModel):
@@ -32,5 +33,39 @@ class FSDP(SpecModel):
     )
 
 
-EngineChoice = Annotated[Bare | DDP | FSDP, Field(discriminator="kind")]
+class DeepSpeed(SpecModel):
+    """DeepSpeed's ZeRO, in float32: a worker holds a part of the optimizer's state, gradients and weights."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    stage: Literal[0, 1, 2, 3] = Field(
+        default=2,
+        description="What is divided among the workers. 1: the optimizer's state; 2: gradients too; 3: weights too; "
+        "0: nothing.",
+    )
+    config: Options = Field(
+        default={},
+        description="More of DeepSpeed's JSON configuration; keys that other parts of the job decide are refused.",
+    )
+
+    @model_validator(mode="after")
+    def _keys_are_its_own(self) -> Self:
+        problems = check_deepspeed(self.config)
+        if "stage" in dict(self.config.get("zero_optimization") or {}):
+            problems.append("zero_optimization.stage must be left out: engine.stage decides it")
+        if problems:
+            raise ValueError("config: " + "; ".join(problems))
+        return self
+
+    def settings(self, *, global_size: int, micro_size: int, micro_batches: int) -> dict[str, Any]:
+        """Returns DeepSpeed's configuration of a job. global_size, micro_size: samples."""
+        zero = {**(self.config.get("zero_optimization") or {}), "stage": self.stage}
+        sizes = {
+            "train_batch_size": global_size,
+            "train_micro_batch_size_per_gpu": micro_size,
+            "gradient_accumulation_steps": micro_batches,
+        }
+        return {**self.config, **sizes, "zero_optimization": zero}
+
+
+EngineChoice = Annotated[Bare | DDP | FSDP | DeepSpeed, Field(discriminator="kind")]
 Precision = Literal["fp32", "bf16", "fp16"]

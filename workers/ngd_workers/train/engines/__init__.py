@@ -7,11 +7,17 @@ from ngd_workers.contract.spec import JobSpec
 from ngd_workers.train.engines.bare import BareEngine
 from ngd_workers.train.engines.base import Engine
 from ngd_workers.train.engines.ddp import DDPEngine
+from ngd_workers.train.engines.deepspeed import DeepSpeedEngine
 from ngd_workers.train.engines.fsdp import FSDPEngine
 
 __all__ = ["ENGINES", "Engine", "engine_of"]
 
-ENGINES: dict[str, type[Engine]] = {"bare": BareEngine, "ddp": DDPEngine, "fsdp": FSDPEngine}
+ENGINES: dict[str, type[Engine]] = {
+    "bare": BareEngine,
+    "ddp": DDPEngine,
+    "fsdp": FSDPEngine,
+    "deepspeed": DeepSpeedEngine,
+}
 
 
 def engine_of(spec: JobSpec) -> type[Engine]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,7 @@ class Engine(ABC):
 
     def __init__(self, model: nn.Module, spec: JobSpec, comm: Communicator, device: torch.device) -> None:
         self.model, self._spec, self._comm, self._device = model, spec, comm, device
+        self._size = sum(p.nbytes for p in model.parameters() if p.requires_grad)  # before an engine cuts them
         # Without fp16 it does nothing.
         self._scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
 
@@ -73,12 +74,8 @@ class Engine(ABC):
         """Collective. Returns the model's whole state dict; it may be empty on ranks other than 0."""
         return self.model.state_dict()
 
-    def load_weights(self, weights: Mapping[str, Any]) -> None:
-        """Takes over a whole state dict, the same on every rank. Raises: RuntimeError if it doesn't fit."""
-        self.model.load_state_dict(weights)
-
     def optimizer_state(self) -> dict[str, Any]:
-        """Collective. Returns the optimizer's state: whole on rank 0; of NGD's layers those that this rank owns."""
+        """Collective. Returns the optimizer's state: whole on rank 0; under NGD this rank's part, for `NGD.joined`."""
         return self.optimizer.state_dict_part() if isinstance(self.optimizer, NGD) else self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -97,8 +94,7 @@ class Engine(ABC):
 
     def _in_ring(self) -> int:
         """Returns the bytes that a rank sends to reduce-scatter all gradients, or to gather all weights, in a ring."""
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        return size * (self._comm.world_size - 1) // self._comm.world_size
+        return self._size * (self._comm.world_size - 1) // self._comm.world_size
 
     def _build(self, build: Build, model: nn.Module) -> optim.Optimizer:
         """Returns the optimizer of the model, which hears of the loss scale."""

@@ -41,10 +41,6 @@ class FSDPEngine(Engine):
     def weights(self) -> dict[str, Any]:
         return _each(self.model.state_dict(), _whole)
 
-    def load_weights(self, weights: Mapping[str, Any]) -> None:
-        now = self.model.state_dict()
-        self.model.load_state_dict({name: _like(value, now.get(name)) for name, value in weights.items()})
-
     def optimizer_state(self) -> dict[str, Any]:
         state = super().optimizer_state()
         return state if isinstance(self.optimizer, NGD) else state | {"state": _each(state["state"], _whole)}
