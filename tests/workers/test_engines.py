@@ -1,6 +1,7 @@
 """A job gives the same model under every engine, and goes on under another one."""
 
 import math
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -83,6 +84,7 @@ def train(spec: JobSpec, folder: Path, steps: int = STEPS, attempt: int = 1) -> 
 
 def everything(rank: int, world_size: int, folder: Path) -> dict[str, Trained]:
     """Trains under each engine, goes on under others, and trains in 16 bits; all in one group of processes."""
+    os.environ["LOCAL_RANK"] = str(rank)  # as Ray and torchrun do
     found: dict[str, Trained] = {}
     for optimizer, engine in CASES:
         found[f"{optimizer} {engine}"] = train(spec_of(optimizer, engine, world_size), folder / optimizer / engine)

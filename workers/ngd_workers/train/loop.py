@@ -177,7 +177,7 @@ class Run:
         value, failure = self.context.comm.all_gather_object("first weights", (value, failure))[0]
         if failure is not None:
             raise failure
-        return value  # type: ignore[return-value]
+        return value
 
     def close(self) -> None:
         """Ends the processes that read samples, and the thread that writes a checkpoint."""

@@ -1,15 +1,17 @@
 """DeepSpeed's ZeRO: each rank holds a part of the optimizer's state, and of gradients and weights at higher stages."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from ngd_dist import NGD
-from ngd_dist.engines import Inner, initialize
+from ngd_dist.engines.deepspeed import DeepSpeed as DeepSpeedPieces
+from ngd_dist.engines.deepspeed import Inner, initialize
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import DeepSpeed
 from ngd_workers.train.engines.base import Build, Engine
@@ -31,9 +33,11 @@ class DeepSpeedEngine(Engine):
             micro_size=self._spec.micro_size,
             micro_batches=self._spec.micro_batches,
         )
+        self._shapes = [p.shape for p in self.model.parameters() if p.requires_grad]
         inner = Inner(self.model.parameters()) if is_ngd else self._build(build, self.model)
         try:
-            self.forward = self._engine = initialize(self.model, settings, inner)
+            with _without_effect(inner):
+                self.forward = self._engine = initialize(self.model, settings, inner)
         except ModuleNotFoundError as error:
             raise SpecError(
                 f"engine deepspeed needs a package that the workers don't have: {error}; install ngd-workers[deepspeed]"
@@ -65,42 +69,68 @@ class DeepSpeedEngine(Engine):
             return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
 
     def optimizer_state(self) -> dict[str, Any]:
-        if isinstance(self.optimizer, NGD):
-            return self.optimizer.state_dict_part()
-        fragments = import_module("deepspeed.utils")
-        state = self.optimizer.state_dict()
-        (group,) = state["param_groups"]
-        parameters = list(self.model.parameters())
+        if isinstance(self.optimizer, NGD) or self._stage == 0:
+            return super().optimizer_state()
+        state = self.optimizer.state.get(self._flat, {})
         whole: dict[int, dict[str, Any]] = {}
-        if self._stage == 0:
-            return state
-        names = {name: value for of_one in self.optimizer.state.values() for name, value in of_one.items()}
-        for index, parameter in enumerate(p for p in parameters if p.requires_grad):
-            whole[index] = {
-                name: value if value.ndim == 0 else fragments.safe_get_full_optimizer_state(parameter, name)
-                for name, value in names.items()
-                if isinstance(value, Tensor)
-            }
-        return {"state": whole, "param_groups": [group | {"params": list(whole)}]}
+        for name, value in state.items():
+            parts = self._comm.all_gather_object(f"optimizer state {name}", value.cpu())
+            for index, shape in enumerate(self._shapes):
+                of_one = whole.setdefault(index, {})
+                of_one[name] = value.clone() if value.ndim == 0 else self._joined(parts, index, shape)
+        (group,) = self.optimizer.param_groups
+        settings = {name: value for name, value in group.items() if name != "params"}
+        return {"state": whole, "param_groups": [settings | {"params": list(range(len(self._shapes)))}]}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         if isinstance(self.optimizer, NGD) or self._stage == 0:
-            self.optimizer.load_state_dict(state)
+            super().load_optimizer_state(state)
             return
-        fragments = import_module("deepspeed.utils")
         (group,), (saved,) = self.optimizer.param_groups, state["param_groups"]
         group.update({name: value for name, value in saved.items() if name != "params"})
         if not state["state"]:
             return
-        like = state["state"][0]
-        for flat in group["params"]:  # DeepSpeed sets values of a state that is there
-            self.optimizer.state[flat] = {
-                name: torch.zeros_like(flat) if value.ndim else value.clone() for name, value in like.items()
-            }
-        for index, parameter in enumerate(p for p in self.model.parameters() if p.requires_grad):
+        flat = self._flat
+        of_flat = {
+            name: torch.zeros_like(flat) if value.ndim else value.clone() for name, value in state["state"][0].items()
+        }
+        for index, (start, at, length) in self._ranges[self._comm.rank].items():
             for name, value in state["state"][index].items():
                 if value.ndim:
-                    fragments.safe_set_full_optimizer_state(parameter, value, name)
+                    of_flat[name].narrow(0, at, length).copy_(value.flatten().narrow(0, start, length))
+        self.optimizer.state[flat] = of_flat
+
+    @property
+    def _flat(self) -> Tensor:
+        """This rank's range of all parameters in float32, of which the optimizer has its state."""
+        zero = self._engine.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        (flat,) = flats
+        return flat  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _ranges(self) -> list[dict[int, tuple[int, int, int]]]:
+        """Of each rank, by parameter: where its piece begins in the parameter, where in the flat tensor, its length.
+
+        Collective when it is first read.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        pieces = DeepSpeedPieces(self._engine).pieces(parameters)
+        begin = self._flat.storage_offset()
+        own = {
+            index: (pieces[p].start, pieces[p].weight.storage_offset() - begin, len(pieces[p].weight))
+            for index, p in enumerate(parameters)
+            if p in pieces
+        }
+        return self._comm.all_gather_object("ranges of the parameters", own)
+
+    def _joined(self, parts: list[Tensor], index: int, shape: torch.Size) -> Tensor:
+        whole = torch.zeros(shape.numel())
+        for part, ranges in zip(parts, self._ranges, strict=True):
+            if index in ranges:
+                start, at, length = ranges[index]
+                whole[start : start + length] = part[at : at + length]
+        return whole.view(shape)
 
     def _whole(self) -> contextlib.AbstractContextManager[object]:
         """Returns a context in which every rank has all weights."""
@@ -111,3 +141,18 @@ class DeepSpeedEngine(Engine):
             parameters
         )
         return gathered
+
+
+@contextlib.contextmanager
+def _without_effect(optimizer: optim.Optimizer) -> Iterator[None]:
+    """Undoes the step with zero gradients by which ZeRO 3 has an optimizer make its state: no decay, no count."""
+    off = {"lr": 0.0, "weight_decay": 0.0}
+    before = [{name: group[name] for name in off if name in group} for group in optimizer.param_groups]
+    for group, kept in zip(optimizer.param_groups, before, strict=True):
+        group.update({name: off[name] for name in kept})
+    yield
+    for group, kept in zip(optimizer.param_groups, before, strict=True):
+        group.update(kept)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
