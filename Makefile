@@ -23,7 +23,7 @@ $(BIN)/uv:
 	$(BIN)/pip install --quiet "uv>=0.9"
 
 $(STAMP): $(BIN)/uv pyproject.toml workers/pyproject.toml service/pyproject.toml uv.lock
-	$(BIN)/uv sync --frozen --quiet
+	DS_BUILD_OPS=0 $(BIN)/uv sync --frozen --quiet
 	@touch $@
 
 demo: $(STAMP) ## run the main job: a service, a training job on two workers, its result beside SGD's
@@ -57,7 +57,7 @@ gpu: $(STAMP) ## run what needs one GPU, in under ten minutes; says so where the
 	$(BIN)/python -m benchmarks.gpu_suite
 
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/uv sync --frozen --quiet --group bench
+	DS_BUILD_OPS=0 $(BIN)/uv sync --frozen --quiet --group bench
 	@touch $@
 
 bench: $(BENCH_STAMP) ## measure on this CPU, for two hours or more; writes benchmarks/results/; needs NGD_DATA_DIR

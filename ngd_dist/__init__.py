@@ -11,15 +11,17 @@ from ngd_dist.config import NGDConfig
 if TYPE_CHECKING:
     from ngd_dist.capture.part import part_of
     from ngd_dist.optimizer import NGD
+    from ngd_dist.preconditioner import Preconditioner
     from ngd_dist.sharded_state import ShardedState
 
-__all__ = ["NGD", "NGDConfig", "ShardedState", "__version__", "part_of"]
+__all__ = ["NGD", "NGDConfig", "Preconditioner", "ShardedState", "__version__", "part_of"]
 
 __version__ = "0.1.0"
 
 
 _HOMES = {
     "NGD": "ngd_dist.optimizer",
+    "Preconditioner": "ngd_dist.preconditioner",
     "ShardedState": "ngd_dist.sharded_state",
     "part_of": "ngd_dist.capture.part",
 }

@@ -21,9 +21,9 @@ from ngd_dist.checkpoint import SavedState, from_bytes, to_bytes
 from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.covered import CoveredLayer
 from ngd_dist.curvature import Curvature, schedule_for
-from ngd_dist.distributed import Sync, build_sync
+from ngd_dist.distributed import LayerParts, Sync, build_sync
 from ngd_dist.distributed.comm import Communicator
-from ngd_dist.engines import check_whole, unwrap
+from ngd_dist.engines import unwrap
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers import Layer
 from ngd_dist.layers.hooks import weakly
@@ -42,8 +42,12 @@ logger = logging.getLogger(__name__)
 
 
 class Assembly(torch.optim.Optimizer):
-    """An optimizer without its step. Its arguments are those of `NGD`."""
+    """An optimizer without its step. Its arguments are those of `NGD`.
 
+    updates_weights: whether its step moves the weights, and does not leave that to another optimizer.
+    """
+
+    updates_weights = True
     layers: list[Layer]
     plain_parameters: dict[str, str]
     saved_state: SavedState
@@ -63,18 +67,26 @@ class Assembly(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.config = config = NGDConfig.model_validate(config or {})
         self._model = model
         self._engine, self._bare = unwrap(model)
-        check_whole(self._bare)
+        self.config = config = self._engine.fitted(NGDConfig.model_validate(config or {}))
         trainable = [p for p in self._bare.parameters() if p.requires_grad]
         if not trainable:
             raise ConfigError("the model has no trainable parameter; NGD needs at least one")
         self._takes_all = param_groups is None
         self._comm = Communicator(process_group)
+        self._engine.check_ranks(self._bare, self._comm.rank, self._comm.world_size)
+        if (
+            grad_scaler is not None
+            and grad_scaler.is_enabled()
+            and (self._engine.is_sharded or self._engine.steps_itself)
+        ):
+            raise ConfigError(
+                f"grad_scaler must be None under {self._engine.averager}: take bfloat16, or its own scale"
+            )
         self._group, self._scaler = process_group, grad_scaler
         self._device = trainable[0].device
-        self._loss_scale = LossScale(grad_scaler)
+        self._loss_scale = LossScale(grad_scaler, self._engine, is_divided_out=not self.updates_weights)
         self._stopwatch = Stopwatch()
         self._unseen: set[str] = set()
         self.stats = StepStats()
@@ -85,6 +97,11 @@ class Assembly(torch.optim.Optimizer):
         defaults = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay", "damping")}
         super().__init__(trainable if param_groups is None else param_groups, defaults)
         self._assemble()
+        self._engine.attach(self._stepped, is_update=self.updates_weights)
+
+    def _stepped(self) -> None:
+        """Takes the step for an engine, by the method that a scheduler of torch's may have wrapped by then."""
+        self.step()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises: ConfigError, with the value and the bound of a bad setting.
@@ -111,6 +128,10 @@ class Assembly(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the arguments and the state of a copy: the model is copied, captures of this step are not."""
+        if self._engine.is_sharded or self._engine.steps_itself:
+            raise ConfigError(
+                f"a model of {self._engine.averager} can't be copied with its optimizer: save state_dict()"
+            )
         return {
             "model": self._model,
             "config": self.config,
@@ -144,20 +165,22 @@ class Assembly(torch.optim.Optimizer):
         self._names = {p: name_in_model.get(p, f"param_groups parameter {i}") for i, p in enumerate(in_groups)}
         self._trained |= {p for p in in_groups if p.requires_grad}
         self._waiting = self._untrained()
-        self.layers, self.plain_parameters = cover(self._bare, self._trained, config)
         group_of = self._group_of_parameters()
-        self._covered = {
-            layer.name: CoveredLayer(layer, preconditioner_for(layer.shape, config), group_of[layer.parameters[0]])
-            for layer in self.layers
-        }
+        with self._engine.whole_shapes(self._bare):
+            self.layers, self.plain_parameters = cover(self._bare, self._trained, config)
+            self._covered = {
+                layer.name: CoveredLayer(layer, preconditioner_for(layer.shape, config), group_of[layer.parameters[0]])
+                for layer in self.layers
+            }
+            self._shapes = {self._names[p]: p.shape for p in in_groups} if self._engine.is_sharded else {}
         in_layers = {p for layer in self.layers for p in layer.parameters}
         self._plain = [p for p in in_groups if p in self._trained and p not in in_layers]
         check_sparse(self._bare, self._plain, config)
-        self._sync = self._build_sync()
         self._report_plain()
-        self._build_state()
         trained = {self._names[p]: p for p in in_groups if p in self._trained}
-        self._gradients = Gradients(trained, self._loss_scale, self._comm, is_averaged=self._engine.averages_gradients)
+        self._gradients = Gradients(trained, self._loss_scale, self._comm, self._engine)
+        self._sync = self._build_sync()
+        self._build_state()
         self._capture = self._build_capture()
         self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
         self._update = Update(
@@ -168,7 +191,7 @@ class Assembly(torch.optim.Optimizer):
             self._fallback,
             self._bare,
             config,
-            self._comm,
+            self._sync,
             self._capture,
         )
         self.saved_state = SavedState(
@@ -177,6 +200,7 @@ class Assembly(torch.optim.Optimizer):
             self._schedule,
             self._sync,
             parameters={name: p for p, name in self._names.items()},
+            shapes=self._shapes,
             plain=[self._names[p] for p in self._plain],
             fallback=self._fallback,
             momentum_mode=self._update.momentum_mode,
@@ -207,7 +231,8 @@ class Assembly(torch.optim.Optimizer):
         config, old = self.config, (self._curvature, self._schedule, self._fallback) if self._is_built else None
         names = {p: self._names[p] for p in self._plain}
         adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
-        self._fallback = None if adamw is None else Fallback(self.param_groups, names, adamw)
+        pieces = {p: piece.weight for p, piece in self._gradients.pieces.items()} if self._engine.is_sharded else None
+        self._fallback = None if adamw is None else Fallback(self.param_groups, names, adamw, pieces)
         self._schedule = schedule_for(self._covered, config)
         self._curvature = Curvature(self._covered, self._sync, config)
         if old is not None:
@@ -229,6 +254,7 @@ class Assembly(torch.optim.Optimizer):
             loss_scale=self._loss_scale,
             sink=self._sync,
             stopwatch=self._stopwatch,
+            engine=self._engine,
             on_forward=weakly(self._on_forward),
         )
 
@@ -267,6 +293,16 @@ class Assembly(torch.optim.Optimizer):
 
     def _build_sync(self) -> Sync:
         dtypes = [layer.dtype for layer in self.layers] + [p.dtype for p in self._plain]
+        parts, ranges = None, []
+        if self._engine.is_sharded:
+            parts = {
+                layer.name: LayerParts(
+                    [self._names[p] for p in layer.parameters], layer.shapes, layer.join, layer.split
+                )
+                for layer in self.layers
+            }
+            here = {self._names[p]: (x.start, x.weight.numel()) for p, x in self._gradients.pieces.items()}
+            ranges = self._comm.all_gather_object("ranges of pieces", here)
         return build_sync(
             self.config,
             self._comm,
@@ -276,6 +312,8 @@ class Assembly(torch.optim.Optimizer):
             device=self._device,
             engine=self._engine,
             fixed=self._sync.placement.roles if self._is_built else {},
+            parts=parts,
+            ranges=ranges,
         )
 
     def _report_plain(self) -> None:
@@ -286,8 +324,8 @@ class Assembly(torch.optim.Optimizer):
             self.plain_parameters[f"{count} in param_groups"] = "not a parameter of the model"
         if self.plain_parameters:
             reasons = "; ".join(f"{name} ({reason})" for name, reason in self.plain_parameters.items())
-            kind = self.config.fallback.kind
-            logger.warning("fallback %s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
+            kind = f"fallback {self.config.fallback.kind}" if self.updates_weights else "no direction"
+            logger.warning("%s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
 
     def _begin_step(self, step: int) -> None:
         self._due = due = self._schedule.due(step)

@@ -58,7 +58,9 @@ class LayerFormat:
 class SavedState:
     """Reads the state of one optimizer, checks a saved one, and takes it over.
 
-    parameters: those that the optimizer updates, by name, in the order of its param groups.
+    parameters: those that the optimizer updates, by name, in the order of its param groups. shapes: their whole ones,
+    if an engine
+        shards them.
     plain: the names of those that the fallback updates.
     """
 
@@ -70,12 +72,14 @@ class SavedState:
         sync: Sync,
         *,
         parameters: Mapping[str, nn.Parameter],
+        shapes: Mapping[str, torch.Size],
         plain: Sequence[str],
         fallback: Fallback | None,
         momentum_mode: MomentumMode,
         device: torch.device,
     ) -> None:
         self.parameters = parameters
+        self.shapes = shapes
         self.plain = plain if fallback is not None else []
         self.formats = {name: _format(covered, sync) for name, covered in layers.items()}
         self._methods = {name: covered.method for name, covered in layers.items()}
@@ -233,10 +237,11 @@ class SavedState:
             if "momentum_buffer" in state_dict["state"].get(i, {})
         }
         for name, buffer in buffers.items():
-            if buffer.shape != self.parameters[name].shape:
+            shape = self.shapes.get(name, self.parameters[name].shape)
+            if buffer.shape != shape:
                 raise CheckpointError(
                     f"the state is of another model: the momentum of {name!r} must be of shape "
-                    f"{tuple(self.parameters[name].shape)}, got {tuple(buffer.shape)}"
+                    f"{tuple(shape)}, got {tuple(buffer.shape)}"
                 )
         if buffers and _sums_steps(mode) != _sums_steps(self._momentum_mode):
             raise CheckpointError(

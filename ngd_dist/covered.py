@@ -94,11 +94,14 @@ class Stack:
         return zip(self._names, joined_LBOI.unbind(), strict=True)
 
     def split(self, directions: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yields each parameter and its part of the directions [B, O, I] by layer."""
+        """Yields each parameter and its part of the directions [B, O, I] by layer, in the parameter's dtype."""
         if len(self.layers) == 1:
-            return zip(self.first.layer.parameters, self.first.layer.split(directions[self.first.name]), strict=True)
+            of_one = self.first.layer.split(directions[self.first.name])
+            return ((p, part.to(p.dtype)) for p, part in zip(self.first.layer.parameters, of_one, strict=True))
         parts = self.first.layer.split(torch.stack([directions[name] for name in self._names]))
-        alike = zip(self.parameters, parts, strict=True)
+        alike = (
+            (parameters, part.to(parameters[0].dtype)) for parameters, part in zip(self.parameters, parts, strict=True)
+        )
         return (pair for parameters, part in alike for pair in zip(parameters, part.unbind(), strict=True))
 
     def apply(
@@ -158,7 +161,7 @@ def kind_of(covered: CoveredLayer) -> Hashable | None:
         return None
     if sum(form.numbers for form in method.entries.values()) > MAX_STACKED:
         return None
-    tensors = tuple((p.shape, p.dtype, p.device) for p in layer.parameters)
+    tensors = tuple((s, p.dtype, p.device) for s, p in zip(layer.shapes, layer.parameters, strict=True))
     return type(layer), type(method), layer.batch_dim, replace(layer.shape, name=""), tensors
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.distributed import Sync
-from ngd_dist.engines import Engine
+from ngd_dist.engines import Engine, class_of
 from ngd_dist.step.fallback import lr_ratio
 
 __all__ = ["explain"]
@@ -25,6 +25,8 @@ def explain(
     activations: Mapping[str, str | None],
     groups: Sequence[Mapping[str, Any]],
     frozen: Mapping[str, str],
+    *,
+    updates_weights: bool = True,
 ) -> str:
     """Returns a table with a line per layer, the sums, and the reason why each other parameter is not among them.
 
@@ -40,7 +42,10 @@ def explain(
     sums = ("all", "", "", "", "", *(_scaled(sum(column)) for column in zip(*flops, strict=True)), _scaled(total, 1024))
     lines = [_head(config, engine, sync), "", *_table([HEADER, *rows, sums] if rows else [HEADER])]
     for head, reasons in (
-        (f"left to the fallback, {_fallback(config, groups)}:", plain_parameters),
+        (
+            f"left to the fallback, {_fallback(config, groups)}:" if updates_weights else "not preconditioned:",
+            plain_parameters,
+        ),
         ("not updated:", frozen),
     ):
         if reasons:
@@ -69,7 +74,7 @@ def _row(covered: CoveredLayer, sync: Sync, activations: Mapping[str, str | None
     statistics = ", ".join(f"{spec.name} {_size(spec.shape)}" for spec in preconditioner.statistics)
     return (
         layer.name or "(model)",
-        f"{type(layer.module).__name__}, {type(preconditioner).__name__}{read_by}",
+        f"{class_of(layer.module).__name__}, {type(preconditioner).__name__}{read_by}",
         _size((blocks, outputs, inputs)),
         statistics,
         _ranks(layer.name, sync),

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ngd_dist.checkpoint import LayerFormat, SavedState, check_format
+from ngd_dist.errors import ConfigError
 from ngd_dist.optimizer import NGD
+from ngd_dist.preconditioner import Preconditioner
 
 __all__ = ["ShardedState"]
 
@@ -44,7 +46,13 @@ class ShardedState:
     `set_optimizer_state_dict`.
     """
 
-    def __init__(self, optimizer: NGD) -> None:
+    def __init__(self, optimizer: NGD | Preconditioner) -> None:
+        engine = optimizer._engine
+        if engine.is_sharded:
+            raise ConfigError(
+                f"ShardedState can't hold the pieces of {engine.averager}: save state_dict(), or the state_dict_part() "
+                "of each rank"
+            )
         self._optimizer = optimizer
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ngd_dist.engines import class_of
 from ngd_dist.layers import Run
 from ngd_dist.layers.hooks import ModuleHook, is_transformed
 
@@ -39,7 +40,8 @@ TRANSPARENT: frozenset[type[nn.Module]] = frozenset(
 
 def is_activation(module: nn.Module) -> bool:
     """Returns whether slopes can be taken of this module."""
-    return type(module) in ELEMENTWISE or type(module).__module__ in ELEMENTWISE_FILES
+    kind = class_of(module)
+    return kind in ELEMENTWISE or kind.__module__ in ELEMENTWISE_FILES
 
 
 class Activations:
@@ -58,7 +60,7 @@ class Activations:
             if is_activation(module):
                 # Before it runs: it may write its output where its input was.
                 handles.append(module.register_forward_pre_hook(ModuleHook(_note_input(reference)), with_kwargs=True))
-            elif type(module) in TRANSPARENT:
+            elif class_of(module) in TRANSPARENT:
                 handles.append(module.register_forward_hook(ModuleHook(_note_output(reference)), with_kwargs=True))
         for handle in handles:
             weakref.finalize(self, handle.remove)
@@ -72,7 +74,7 @@ class Activations:
         """Sets the slope of the run that returned x, if there is one."""
         if x in self._unread:
             layer, run = self._unread.pop(x)
-            self.by_layer[layer] = type(module).__name__
+            self.by_layer[layer] = class_of(module).__name__
             run.slope = _slope(module, x)
 
     def on_transparent(self, x: Tensor, output: Tensor) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from ngd_dist.capture.accumulation import Accumulation
 from ngd_dist.capture.activations import Activations
 from ngd_dist.capture.batches import Batches
 from ngd_dist.capture.estimates import Estimates
@@ -35,6 +36,7 @@ from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun, miscount, s
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
+from ngd_dist.engines import Engine
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.layers import Layer, LayerBatch
@@ -62,8 +64,8 @@ class Capture:
     """Collects the due statistics of one optimizer step over its micro-batches, as means over this rank's samples.
 
     caches: those of the curvature; some statistics are measured in their bases. sink: if there are other ranks, it is
-    offered each statistic once that is complete. on_forward: is called before each forward pass of the model that is
-    watched, and returns whether it has begun the pass itself, maybe with another capture in this one's place.
+    offered each statistic once that is complete. engine: drives the model. on_forward: is called before each watched
+    forward pass of it, and returns whether it has begun the pass itself, maybe with another capture in its place.
 
     By itself, without an optimizer:
 
@@ -84,6 +86,7 @@ class Capture:
         loss_scale: LossScale | None = None,
         sink: Sink | None = None,
         stopwatch: Stopwatch | None = None,
+        engine: Engine | None = None,
         on_forward: Callable[[tuple[Any, ...], Mapping[str, Any]], bool | None] | None = None,
     ) -> None:
         self.batches = Batches(config)
@@ -98,6 +101,7 @@ class Capture:
             stopwatch=stopwatch or Stopwatch(),
         )
         self.part = PartPass(model, config)
+        self._engine = engine or Engine()
         self._layers = {name: covered.layer for name, covered in layers.items()}
         self._reads_slopes = {name for name, covered in layers.items() if covered.method.reads_slopes}
         self._micro_batches = config.micro_batches
@@ -109,9 +113,9 @@ class Capture:
         self._arrived: dict[str, Arrivals] = {}
         # Layers that had a step in which no pass came after one that ended: their rows need not wait for the step.
         self._single: set[str] = set()
-        self._accumulation: dict[str, dict[nn.Parameter, RemovableHandle]] = {}
         self._clear()
-        self._gradient_hook, self._accumulation_hook = weakly(self._on_gradient), weakly(self._on_accumulated)
+        self._gradient_hook, accumulated = weakly(self._on_gradient), weakly(self._on_accumulated)
+        self._accumulation = Accumulation(accumulated)
         self._activations = Activations(model) if self._reads_slopes else None
         handles = [model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True)]
         on_run = weakly(self._on_run)
@@ -126,8 +130,7 @@ class Capture:
         self.gradient_rows.begin(with_rows)
         self._clear()
         if not self.measurement.keeps_rows:
-            for name in self._accumulation.keys() - self.measurement.due.keys():
-                remove(self._accumulation.pop(name).values())
+            self._accumulation.keep(self.measurement.due)
 
     def close(self) -> None:
         """Takes all hooks away."""
@@ -239,8 +242,7 @@ class Capture:
             for name, arrivals in self._fisher_arrivals(outputs, edges, small).items():
                 self.measurement.add_fisher(name, arrivals, one)
         self._edges.clear()
-        self._has_run = False
-        self._fisher_passes += 1
+        self._has_run, self._fisher_passes = False, self._fisher_passes + 1
         if self.needs_fisher_pass and self._fisher_passes == self._micro_batches:
             for name in self.estimates.passes:
                 self.measurement.hand_over(name)
@@ -280,8 +282,8 @@ class Capture:
 
     def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Notes the outputs of the model."""
-        measured = self.measurement
-        self.batches.end(output, is_watched=measured.measures_loss and (measured.keeps_rows or bool(measured.due)))
+        due = self.measurement.keeps_rows or bool(self.measurement.due)
+        self.batches.end(output, is_watched=self.measurement.measures_loss and due)
         if not self.batches.is_in_call:
             self.part.pair(output)
 
@@ -296,8 +298,8 @@ class Capture:
             return
         self._has_run = True
         self.gradient_rows.watch(layer, x, output)
-        trained = [p for p in layer.parameters if p.requires_grad]
-        if not (is_noted and trained) or layer.replaced():
+        is_trained = any(p.requires_grad for p in layer.parameters)
+        if not (is_noted and is_trained) or (layer.replaced() and not self._engine.swaps_parameters):
             return
         within = backward_task()
         batch = self.batches.current(is_recomputed=within != OUTSIDE_BACKWARD)
@@ -313,10 +315,8 @@ class Capture:
             if not self._edges:
                 self._edges.append([])
             self._edges[-1].append(get_gradient_edge(output))
-        handles = self._accumulation.setdefault(layer.name, {})
-        for p in trained:
-            if p not in handles:
-                handles[p] = p.register_post_accumulate_grad_hook(partial(self._accumulation_hook, layer.name))
+        if not self._engine.swaps_parameters:
+            self._accumulation.watch(layer.name, layer.parameters)
         output.register_hook(partial(self._gradient_hook, layer.name, run))
 
     def _on_gradient(self, name: str, run: NotedRun, g: Tensor) -> None:
@@ -331,16 +331,18 @@ class Capture:
         if not (self.measurement.keeps_rows or is_due):
             return
         parameters = self._layers[name].parameters
+        if self._engine.swaps_parameters:  # by now the module holds those that autograd knows
+            self._accumulation.watch(name, parameters := self._layers[name].held())
         adds = next((answer for p in parameters if (answer := accumulates(p)) is not False), False)
         if adds is False or (adds is None and g.requires_grad):  # create_graph: a part of a loss that follows
             return
         passes = self._passes.setdefault(name, LayerPasses(self._micro_batches == 1))
-        if passes.is_cleared(parameters):
+        if self._engine.keeps_gradients and passes.is_cleared(parameters):
             passes.forget()
             self.measurement.forget(name)
         self.measurement.check(name, run)
-        is_measured = self.measurement.measures_loss
-        passes.arrive(backward_task(), run, g.detach() if is_measured else None, is_returned=adds is None)
+        measured = g.detach() if self.measurement.measures_loss else None
+        passes.arrive(backward_task(), run, measured, is_returned=adds is None)
         self.batches.differentiated(run.batch)
 
     def _on_accumulated(self, name: str, parameter: nn.Parameter) -> None:
@@ -386,15 +388,13 @@ class Capture:
         self.batches.forget()
         self._passes, self._arrived, self._is_in_fisher_pass = {}, {}, False
         self._edges.clear()
-        self._has_run = self._is_stale = False
-        self._fisher_passes = 0
+        self._has_run, self._is_stale, self._fisher_passes = False, False, 0
 
     @property
     def _is_blind(self) -> bool:
         return self._is_paused or is_transformed()
 
 
-def _let_go(handles: Iterable[RemovableHandle], of_parameters: Mapping[str, Mapping[Any, RemovableHandle]]) -> None:
+def _let_go(handles: Iterable[RemovableHandle], accumulation: Accumulation) -> None:
     remove(handles)
-    for by_parameter in of_parameters.values():
-        remove(by_parameter.values())
+    accumulation.keep(())

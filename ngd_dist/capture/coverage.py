@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ngd_dist.config import AdamWFallback, NGDConfig
+from ngd_dist.engines import class_of
 from ngd_dist.errors import ConfigError
 from ngd_dist.layers import Layer, kind_of
 
@@ -19,7 +20,7 @@ def check_held(layers: Iterable[Layer]) -> None:
     for layer in layers:
         for name in layer.replaced():
             raise ConfigError(
-                f"{type(layer.module).__name__} {layer.name!r} no longer holds the {name} that NGD was built with: "
+                f"{class_of(layer.module).__name__} {layer.name!r} no longer holds the {name} that NGD was built with: "
                 "weight_norm, pruning, fully_shard or an assignment has put another in its place; do that before you "
                 "build NGD"
             )
@@ -29,9 +30,9 @@ def check_owned(groups: Sequence[Mapping[str, Any]], known: Collection[nn.Parame
     """Returns if the param groups hold only parameters that NGD was built with. Raises: ConfigError."""
     if any(p not in known for group in groups for p in group["params"]):
         raise ConfigError(
-            "param_groups hold parameters that NGD was not built with. If DeepSpeed has put its own in their place, "
-            "NGD does not support ZeRO; use stage 0, the bare model or DistributedDataParallel. If you have changed "
-            "them: parameters come in by add_param_group"
+            "param_groups hold parameters that NGD was not built with. If an engine that was given this "
+            "optimizer has put its own in their place: build the engine first, and NGD on it. If you have "
+            "changed them: parameters come in by add_param_group"
         )
 
 
@@ -41,7 +42,7 @@ def check_sparse(model: nn.Module, plain: Collection[nn.Parameter], config: NGDC
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True and any(p in adamw for p in module.parameters(recurse=False)):
             raise ConfigError(
-                f"{type(module).__name__} {name!r} has sparse=True, and fallback adamw needs dense gradients: set "
+                f"{class_of(module).__name__} {name!r} has sparse=True, and fallback adamw needs dense gradients: set "
                 "sparse=False, or take fallback sgd"
             )
 
@@ -72,12 +73,12 @@ def cover(model: nn.Module, updated: set[nn.Parameter], config: NGDConfig) -> tu
             if any(_is_excluded(layer.name, config.exclude) for layer in of_module):
                 reason = "excluded"
             elif any(p not in updated for p in held):
-                reason = f"{type(module).__name__} is partly frozen, or partly outside param_groups"
+                reason = f"{class_of(module).__name__} is partly frozen, or partly outside param_groups"
             elif any(uses[id(p)] > 1 for p in held):
-                reason = f"{type(module).__name__} shares a parameter with another module"
+                reason = f"{class_of(module).__name__} shares a parameter with another module"
             elif not set(uncovered.values()) <= set(held):
                 extra = sorted(key for key, p in uncovered.items() if p not in set(held))
-                reason = f"{type(module).__name__} has parameters of its own: {', '.join(extra)}"
+                reason = f"{class_of(module).__name__} has parameters of its own: {', '.join(extra)}"
         if reason:
             reasons |= {f"{name}.{key}" if name else key: reason for key in trained}
         else:
@@ -110,13 +111,13 @@ def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
 def _uncovered(module: nn.Module) -> str:
     kind = kind_of(module)
     if kind is None and any(True for _ in module.children()):
-        return f"a parameter of {type(module).__name__} itself, outside its layers"
+        return f"a parameter of {class_of(module).__name__} itself, outside its layers"
     if kind is None:
-        return f"no layer kind covers {type(module).__name__}"
+        return f"no layer kind covers {class_of(module).__name__}"
     if not isinstance(getattr(module, "weight", nn.Parameter()), nn.Parameter | None):
-        return f"{type(module).__name__} computes its weight from other parameters"
+        return f"{class_of(module).__name__} computes its weight from other parameters"
     if not isinstance(getattr(module, "bias", None), nn.Parameter | bool | None):
-        return f"{type(module).__name__} computes its bias from other parameters"
+        return f"{class_of(module).__name__} computes its bias from other parameters"
     return kind.uncovered(module) or ""
 
 

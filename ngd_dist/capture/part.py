@@ -124,7 +124,7 @@ class PartPass:
                 raise CaptureError(
                     "with statistics_fraction fisher_backward needs the result of the model itself, once for each "
                     f"forward pass, got another tensor, of shape {list(of_whole.shape)}: give it what the model "
-                    f"returned (DDP with find_unused_parameters or static_graph returns copies), {WAY_OUT}"
+                    f"returned (wrappers with find_unused_parameters or static_graph return copies), {WAY_OUT}"
                 )
             output, (_, part, samples) = pair
             if len(output) * samples != len(of_whole) * len(part) or output.shape[1:] != of_whole.shape[1:]:

@@ -185,5 +185,5 @@ def miscount(layer: str, count: int | None, allowed: int | str, *, is_fisher: bo
         f"time, but micro_batches is {allowed}. If the loss of each is divided by their number, set micro_batches "
         "to it, or to 'any'; add up losses on the same samples, and differentiate the sum; put passes that are not "
         "the step's own into `with optimizer.paused():`; a module that runs in several checkpointed blocks needs "
-        "use_reentrant=False"
+        "use_reentrant=False; if an engine has skipped steps, call optimizer.skip() after each"
     )

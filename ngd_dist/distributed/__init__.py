@@ -3,19 +3,29 @@
 `NGDConfig.strategy` chooses the roles of the ranks (`placement`); the movement is the same code for all strategies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
 from ngd_dist.distributed.base import GlobalMeans, LayerLayout, LocalContribution, RefreshReport, StepResult
 from ngd_dist.distributed.comm import Communicator
+from ngd_dist.distributed.pieces import LayerParts, Pieces, Range, shares_of_layers
 from ngd_dist.distributed.placement import Roles, place
 from ngd_dist.distributed.sync import Sync
 from ngd_dist.engines import Engine
 from ngd_dist.errors import ConfigError
 
-__all__ = ["GlobalMeans", "LayerLayout", "LocalContribution", "RefreshReport", "StepResult", "Sync", "build_sync"]
+__all__ = [
+    "GlobalMeans",
+    "LayerLayout",
+    "LayerParts",
+    "LocalContribution",
+    "RefreshReport",
+    "StepResult",
+    "Sync",
+    "build_sync",
+]
 
 MB = 2**20
 
@@ -30,10 +40,13 @@ def build_sync(
     device: torch.device,
     engine: Engine,
     fixed: Mapping[str, Roles],
+    parts: Mapping[str, LayerParts] | None = None,
+    ranges: Sequence[Mapping[str, Range]] = (),
 ) -> Sync:
     """Collective. Returns the movement of the configured strategy, or of the default one. Raises: ConfigError.
 
-    costs: the operations of refreshing each layer. fixed: the roles of the layers that keep them.
+    costs: the operations of refreshing each layer. fixed: the roles of the layers that keep them. parts, ranges: the
+    parameters of each layer and, by rank, the ranges of its pieces, for an engine that is sharded.
     """
     sums = config.loss_reduction == "sum"
     engine.check_reduction(config.loss_reduction)
@@ -50,6 +63,7 @@ def build_sync(
         replicate_below=choice.replicate_below if isinstance(choice, OwnerSharded) else 0,
         everyone_inverts=isinstance(choice, AllReduce),
         fixed=fixed,
+        shares={} if parts is None else shares_of_layers(parts, ranges),
     )
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return Sync(
@@ -64,4 +78,5 @@ def build_sync(
         device=device,
         gradient_scale=None if engine.averages_gradients else 1.0 if sums else 1 / comm.world_size,
         bucket_bytes=config.bucket_mb * MB,
+        pieces=None if parts is None else Pieces(comm, placement, parts, ranges, dtype=dtype, device=device),
     )

@@ -1,6 +1,6 @@
 """The ranks that reduce, invert and apply each layer: a pure function of costs and world size."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -48,12 +48,14 @@ def place(
     replicate_below: int = 0,
     everyone_inverts: bool = False,
     fixed: Mapping[str, Roles] | None = None,
+    shares: Mapping[str, Sequence[int]] | None = None,
 ) -> Placement:
     """Returns the roles: the most expensive layer goes first, to the rank that has least to do.
 
     A share of the ranks holds a layer, `fraction` of them and one at least. All ranks refresh and hold a layer that
     costs less than `replicate_below`, and every layer if `everyone_inverts`. Roles that are `fixed` stay.
-    Ties are broken by name and by rank, so that every rank computes the same answer. Source: [G69].
+    Ties are broken by name, by the share of a layer's weights that a rank has, and by rank, so that every rank computes
+    the same answer. Source: [G69].
     """
     load = [0] * world_size
     all_ranks = tuple(range(world_size))
@@ -62,7 +64,8 @@ def place(
     for layer, role in roles.items():
         load[role.owner] += costs[layer]
     for layer in sorted(costs.keys() - roles.keys(), key=lambda name: (-costs[name], name)):
-        owner = min(all_ranks, key=lambda r: (load[r], r))
+        held = (shares or {}).get(layer, load)
+        owner = min(all_ranks, key=lambda r: (load[r], -held[r], r))
         load[owner] += costs[layer]
         holders = tuple((owner + i) % world_size for i in range(held_by))
         is_small = costs[layer] < replicate_below

@@ -23,6 +23,7 @@ from ngd_dist.distributed.base import (
 from ngd_dist.distributed.buckets import Buckets
 from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.distributed.exchange import Route, begin_exchange
+from ngd_dist.distributed.pieces import Pieces
 from ngd_dist.distributed.placement import Placement
 from ngd_dist.distributed.wire import Wire
 from ngd_dist.factors.codec import Field
@@ -44,6 +45,8 @@ class Sync:
     gradient_scale: the factor on sums of gradients over ranks; None if an engine has averaged them already.
     bucket_bytes: the size of the buckets in which statistics leave while the backward pass is running. They take links
     of their own, since the model or the training loop may send then too. 0: all statistics leave in `collect`.
+    pieces: the routes of pieces if an engine shards. Then `collect` leaves gradients alone, and directions come back
+    as pieces.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class Sync:
         device: torch.device,
         gradient_scale: float | None,
         bucket_bytes: float,
+        pieces: Pieces | None = None,
     ) -> None:
+        self.pieces = pieces
         self.comm = comm
         self.placement = placement
         self.kind = kind
@@ -136,15 +141,15 @@ class Sync:
         self._buckets.launch()
         small = {key: self._small_value(key) for key in self._due if self._is_summed_everywhere(key.layer)}
         wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if is_sent else {}
-        # Gradients that an engine has averaged are finite on all ranks or on none.
-        others = [local.flags, *wide.values(), *local.plain] if is_sent else []
+        # Whole gradients that an engine has averaged are finite on all ranks or on none; pieces are not.
+        others = [local.flags, *wide.values(), *local.plain] if is_sent else [local.flags] if self.pieces else []
         pending = self._begin_sum([*small.values()], [*([local.counts] if self._due else []), *others])
         to_owners = self._begin_reduce(local.gradients) if is_sent else None
         sums = self._spread(self._buckets.finish())
         statistics, others = pending.wait()
         sums |= zip(small, statistics, strict=True)
         counts, others = (others[0], others[1:]) if self._due else (local.counts, others)
-        flags, gradients, plain = local.flags, local.gradients, local.plain
+        flags, gradients, plain = others[0] if self.pieces else local.flags, local.gradients, local.plain
         if to_owners is not None:
             flags, *averaged = [others[0], *map(self._averaged, others[1:])]
             gradients = {name: self._averaged(total) for name, total in self._added(to_owners.wait()).items()}
@@ -185,17 +190,19 @@ class Sync:
     def publish(self, result: StepResult, due: Sequence[Key]) -> StepResult:
         """Collective. Returns the directions of all ranks and, for each statistic, its owner's report."""
         is_sharded = len(self._everywhere) < len(self._layouts)
-        if not (is_sharded or due) or self.comm.world_size == 1:
+        if self.pieces is None and (not (is_sharded or due) or self.comm.world_size == 1):
             return result
         rows = [result.reports[key].numbers() for key in due if self.reports(key.layer)]
         sent = {(name, "direction"): direction for name, direction in result.directions.items()}
+        if self.pieces is not None:
+            sent = self.pieces.outgoing(result.directions)
         sent[REPORTS] = torch.tensor(rows, dtype=self.dtype, device=self._device).view(-1, REPORT_NUMBERS)
         is_counted = [float(self.reports(name)) for name in self._layouts]
         sent[INNER] = result.inner * result.inner.new_tensor(is_counted)  # only the owner's
         kind = "directions" if is_sharded else "reports"
         route = self._result_route(due, result.inner)
         from_ranks = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
-        directions = dict(result.directions)
+        directions = dict(result.directions) if self.pieces is None else self.pieces.incoming(from_ranks)
         for from_rank in from_ranks:
             directions |= {name: tensor for (name, kind), tensor in from_rank.items() if kind == "direction"}
         reports: dict[Key, RefreshReport] = {}
@@ -302,6 +309,8 @@ class Sync:
                 for name, layout in self._layouts.items()
                 if target not in roles[name].holders and self.placement.supplier(name, target) == source
             }
+            if self.pieces is not None:
+                fields = self.pieces.fields(source, target)
             reported = sum(roles[key.layer].owner == source for key in due)
             fields[REPORTS] = Field((reported, REPORT_NUMBERS), self.dtype)
             fields[INNER] = Field(tuple(inner.shape), self.dtype)

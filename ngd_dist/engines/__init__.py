@@ -1,4 +1,4 @@
-"""The engines that may wrap a model: they may average gradients, and must rest while the loss is evaluated again.
+"""The engines that may drive a model: they may average gradients, and own pieces of parameters.
 
 An engine is one file with a subclass of `Engine`, and one entry of `ENGINES`.
 """
@@ -9,19 +9,21 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from ngd_dist.engines.ddp import DDP
-from ngd_dist.engines.engine import Engine
-from ngd_dist.engines.unsupported import check_whole
+from ngd_dist.engines.deepspeed import DeepSpeed, Inner
+from ngd_dist.engines.engine import Engine, Piece
+from ngd_dist.engines.fsdp import FSDP2
+from ngd_dist.engines.unsupported import check_owners
 from ngd_dist.errors import ConfigError
 
-__all__ = ["ENGINES", "Engine", "all_at_rest", "check_whole", "unwrap"]
+__all__ = ["ENGINES", "Engine", "Inner", "Piece", "all_at_rest", "class_of", "unwrap"]
 
-ENGINES: list[Engine] = [DDP()]
+ENGINES: list[Engine] = [DDP(), FSDP2(), DeepSpeed()]
 
 
 def unwrap(model: nn.Module) -> tuple[Engine, nn.Module]:
     """Returns the engine that drives the model, and the model inside all wrappers, torch.compile's among them.
 
-    Raises: ConfigError for nn.DataParallel.
+    Raises: ConfigError for nn.DataParallel, for two engines, and for an engine of which the model does not tell.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -37,10 +39,23 @@ def unwrap(model: nn.Module) -> tuple[Engine, nn.Module]:
         for candidate in ENGINES:
             wrapped = candidate.inside(model)
             if wrapped is not None:
-                engine, inner = candidate, wrapped
+                engine, inner = candidate.bound(model), wrapped
         if not isinstance(inner, nn.Module):
-            return engine, model
+            break
         model = inner
+    for candidate in ENGINES:
+        if candidate.drives(model):
+            if engine.averages_gradients:
+                raise ConfigError(f"one engine drives a model, got {engine.averager} around {candidate.averager}")
+            engine = candidate.bound(model)
+    check_owners(model, engine, ENGINES)
+    return engine, model
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that the module had before an engine gave it another."""
+    given = (kind for engine in ENGINES if (kind := engine.class_of(module)) is not None)
+    return next(given, type(module))
 
 
 @contextmanager

@@ -1,26 +1,24 @@
-"""The engines that NGD does not support yet: they shard parameters, and a layer needs whole ones."""
+"""Refuses models that an engine drives of which the optimizer was not told, or one that is not supported."""
+
+from collections.abc import Sequence
 
 from torch import nn
 
+from ngd_dist.engines.engine import Engine
 from ngd_dist.errors import ConfigError
 
-__all__ = ["check_whole"]
+__all__ = ["check_owners"]
+
+UNSUPPORTED = {"FullyShardedDataParallel": "take fully_shard, which is its successor"}
 
 
-def check_whole(model: nn.Module) -> None:
-    """Returns if no engine shards the model's parameters. Raises: ConfigError that names it."""
+def check_owners(model: nn.Module, driving: Engine, engines: Sequence[Engine]) -> None:
+    """Returns if no engine but the one that is `driving` owns the model or its parameters. Raises: ConfigError."""
     for module in model.modules():
-        if type(module).__module__.startswith("deepspeed.") or type(module).__name__ == "FullyShardedDataParallel":
-            raise _unsupported(type(module).__name__)
+        if (way_out := UNSUPPORTED.get(type(module).__name__)) is not None:
+            raise ConfigError(f"NGD does not support {type(module).__name__}: {way_out}")
+    others = [engine for engine in engines if type(engine) is not type(driving)]
     for name, p in model.named_parameters():
-        # By name, since an import of either takes seconds.
-        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
-            raise _unsupported(f"a DTensor ({name}; FSDP2 and tensor parallelism make them)")
-        if hasattr(p, "ds_id"):
-            raise _unsupported(f"a parameter that DeepSpeed ZeRO 3 has partitioned ({name})")
-
-
-def _unsupported(name: str) -> ConfigError:
-    return ConfigError(
-        f"NGD does not support {name}: it needs whole parameters; use the bare model or DistributedDataParallel"
-    )
+        for engine in others:
+            if (way_out := engine.owned(p)) is not None:
+                raise ConfigError(f"NGD can't update {name!r} by itself: {way_out}")

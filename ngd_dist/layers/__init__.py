@@ -8,9 +8,12 @@ from inspect import isabstract
 
 from torch import nn
 
+from ngd_dist.engines import class_of
 from ngd_dist.errors import ConfigError
+from ngd_dist.factors.form import Replicate
 from ngd_dist.layers.attention import InProjection
-from ngd_dist.layers.base import Layer, LayerBatch, OnRun, Replicate
+from ngd_dist.layers.base import Layer, OnRun
+from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.layers.batchnorm import BatchNorm, SyncBatchNorm
 from ngd_dist.layers.conv import Conv
 from ngd_dist.layers.embedding import Embedding
@@ -85,7 +88,7 @@ def register_layer(module_type: type[nn.Module], kind: type[Layer]) -> None:
 
 def kind_of(module: nn.Module) -> type[Layer] | None:
     """Returns the kind that covers modules of this very type, or None."""
-    return _kind_of_type(type(module))
+    return _kind_of_type(class_of(module))
 
 
 def _kind_of_type(module_type: type[nn.Module]) -> type[Layer] | None:

@@ -64,7 +64,7 @@ class InProjection(Projection):
 
     @cached_property
     def shape(self) -> LayerShape:
-        outputs, inputs = self._weight.shape
+        outputs, inputs = self.shapes[0]
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs // BLOCKS, blocks=BLOCKS)
 
     def watch(self, on_run: OnRun) -> list[RemovableHandle]:
@@ -117,7 +117,7 @@ class OutProjection(Projection):
 
     @cached_property
     def shape(self) -> LayerShape:
-        outputs, inputs = self._weight.shape
+        outputs, inputs = self.shapes[0]
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs)
 
     def watch(self, on_run: OnRun) -> list[RemovableHandle]:

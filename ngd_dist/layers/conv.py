@@ -44,9 +44,9 @@ class Conv(Layer):
 
     @cached_property
     def shape(self) -> LayerShape:
-        weight, groups = self._weight, self.module.groups
-        inputs = weight[0].numel() + (self._bias is not None)
-        return LayerShape(self.name, "kronecker", inputs, weight.shape[0] // groups, blocks=groups)
+        (outputs, *patch), groups = self.shapes[0], self.module.groups
+        inputs = prod(patch) + (self._bias is not None)
+        return LayerShape(self.name, "kronecker", inputs, outputs // groups, blocks=groups)
 
     def inputs(self, kept: Tensor) -> Tensor:
         """Returns rows that lie in memory as [B, I, N, P].
@@ -58,9 +58,9 @@ class Conv(Layer):
         windows = self._windows(self._padded(kept.to(self.dtype)))
         dims = len(conv.kernel_size)
         samples, space = windows.shape[0], windows.shape[2 : 2 + dims]
-        B, I = conv.groups, self._weight[0].numel()  # noqa: E741
+        B, I = conv.groups, self.shapes[0][1:].numel()  # noqa: E741
         rows_BINP = windows.new_ones(B, I + (self._bias is not None), samples, prod(space))
-        patch = (self._weight.shape[1], *conv.kernel_size)
+        patch = (self.shapes[0][1], *conv.kernel_size)
         target = rows_BINP[:, :I].unflatten(1, patch).unflatten(-1, space)
         # [N, C, *space, *kernel] -> [B, C of the group, *kernel, N, *space]
         grouped = windows.unflatten(1, (B, patch[0]))

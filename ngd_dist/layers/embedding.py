@@ -37,7 +37,7 @@ class Embedding(Layer):
 
     @cached_property
     def shape(self) -> LayerShape:
-        inputs, outputs = self._weight.shape
+        inputs, outputs = self.shapes[0]
         return LayerShape(self.name, "kronecker", inputs, outputs, has_one_hot_inputs=True)
 
     def inputs(self, kept: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Embedding(Layer):
 
     def input_squares(self, a_BNPI: Tensor, counted_BNP: Tensor | None) -> Tensor:
         """Returns the count of each index, [1, I]."""
-        counts = torch.zeros(self._weight.shape[0], dtype=self.dtype, device=a_BNPI.device)
+        counts = torch.zeros(self.shapes[0][0], dtype=self.dtype, device=a_BNPI.device)
         indices = a_BNPI.flatten()
         ones = counts.new_ones(()).expand(indices.shape[0])
         counts.index_add_(0, indices, ones if counted_BNP is None else counted_BNP.flatten().to(counts))
@@ -78,4 +78,4 @@ class Embedding(Layer):
         return gradients[0].mT.unsqueeze(0).to(self.dtype)
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
-        return [direction_BOI[0].mT.contiguous().to(self._weight.dtype)]
+        return [direction_BOI[0].mT.contiguous()]

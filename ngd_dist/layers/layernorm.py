@@ -12,15 +12,15 @@ class LayerNorm(Norm):
     """x [N, ..., *units] is normalised over its last dimensions; units are their elements."""
 
     def expected_input(self, x: Tensor) -> str | None:
-        units = self._weight.ndim
+        units = len(self.shapes[0])
         return None if x.ndim > units + self.batch_dim else f"[samples, ..., {', '.join(['units'] * units)}]"
 
     def _normalised(self, kept: Tensor) -> Tensor:
-        return F.layer_norm(kept.to(self.dtype), self._weight.shape, eps=self._eps)
+        return F.layer_norm(kept.to(self.dtype), self.shapes[0], eps=self._eps)
 
     def _rows(self, x: Tensor) -> Tensor:
         x = x.movedim(self.batch_dim, 0)
-        return x.reshape(1, x.shape[0], -1, self._weight.numel())
+        return x.reshape(1, x.shape[0], -1, self.shapes[0].numel())
 
     @property
     def _eps(self) -> float:
@@ -38,7 +38,7 @@ class RMSNorm(LayerNorm):
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
         # None: that of the input's dtype, but float32 for 16 bits, which is the dtype that the input has here.
         assert eps is None or isinstance(eps, int | float)
-        return F.rms_norm(kept.to(self.dtype), self._weight.shape, eps=eps)
+        return F.rms_norm(kept.to(self.dtype), self.shapes[0], eps=eps)
 
 
 class ChannelLayerNorm(ChannelNorm):
@@ -47,7 +47,7 @@ class ChannelLayerNorm(ChannelNorm):
     def _normalised(self, kept: Tensor) -> Tensor:
         eps = self.module.eps
         assert isinstance(eps, int | float)
-        return F.layer_norm(kept.to(self.dtype).movedim(1, -1), self._weight.shape, eps=eps).movedim(-1, 1)
+        return F.layer_norm(kept.to(self.dtype).movedim(1, -1), self.shapes[0], eps=eps).movedim(-1, 1)
 
 
 class ChannelRMSNorm(ChannelNorm):
@@ -56,4 +56,4 @@ class ChannelRMSNorm(ChannelNorm):
     def _normalised(self, kept: Tensor) -> Tensor:
         eps = self.module.eps
         assert isinstance(eps, int | float)
-        return F.rms_norm(kept.to(self.dtype).movedim(1, -1), self._weight.shape, eps=eps).movedim(-1, 1)
+        return F.rms_norm(kept.to(self.dtype).movedim(1, -1), self.shapes[0], eps=eps).movedim(-1, 1)

@@ -22,7 +22,7 @@ class Linear(Layer):
 
     @cached_property
     def shape(self) -> LayerShape:
-        outputs, inputs = self._weight.shape
+        outputs, inputs = self.shapes[0]
         return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs)
 
     def inputs(self, kept: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class TransposedLinear(Linear):
 
     @cached_property
     def shape(self) -> LayerShape:
-        inputs, outputs = self._weight.shape
+        inputs, outputs = self.shapes[0]
         return LayerShape(self.name, "kronecker", inputs + 1, outputs)
 
     def join(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -52,5 +52,5 @@ class TransposedLinear(Linear):
         return super().join([weight.mT, bias])
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
-        direction_OI = direction_BOI.squeeze(-3).to(self._weight.dtype)
+        direction_OI = direction_BOI.squeeze(-3)
         return [direction_OI[..., :-1].mT.contiguous(), direction_OI[..., -1].contiguous()]

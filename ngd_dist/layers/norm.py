@@ -25,7 +25,7 @@ class Norm(Layer):
 
     @cached_property
     def shape(self) -> LayerShape:
-        return LayerShape(self.name, "unit_wise", len(self.parameters), self._weight.numel())
+        return LayerShape(self.name, "unit_wise", len(self.parameters), self.shapes[0].numel())
 
     def inputs(self, kept: Any) -> Tensor:
         return self._rows(self._normalised(kept))
@@ -47,7 +47,7 @@ class Norm(Layer):
 
     def split(self, direction_BOI: Tensor) -> list[Tensor]:
         columns = direction_BOI[0].unbind(-1)
-        return [c.reshape(p.shape).to(p.dtype) for c, p in zip(columns, self.parameters, strict=True)]
+        return [c.reshape(shape) for c, shape in zip(columns, self.shapes, strict=True)]
 
     @abstractmethod
     def _normalised(self, kept: Any) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ngd_dist.factors.kronecker import second_moment
-from ngd_dist.layers.base import Layer, LayerBatch
+from ngd_dist.layers.base import Layer
+from ngd_dist.layers.batch import LayerBatch
 
 __all__ = ["StackedBatch", "stacking_key"]
 

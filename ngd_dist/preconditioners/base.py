@@ -12,7 +12,7 @@ from ngd_dist.factors.caches import Cache
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution
-from ngd_dist.layers.base import LayerBatch
+from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["Cache", "Preconditioner", "Refreshed", "with_inverses"]

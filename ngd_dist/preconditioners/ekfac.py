@@ -10,7 +10,7 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Entrywise, Form
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import LayerBatch
+from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.preconditioners.factors import Factors, factor_forms
 from ngd_dist.statistics.statistic import StatisticSpec

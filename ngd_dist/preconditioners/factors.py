@@ -13,7 +13,7 @@ from ngd_dist.factors.form import FactorForm, Form
 from ngd_dist.factors.kronecker import pi_split
 from ngd_dist.factors.root import Root
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import LayerBatch
+from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.preconditioners.base import Cache
 from ngd_dist.statistics.statistic import StatisticSpec
 

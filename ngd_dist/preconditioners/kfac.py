@@ -12,7 +12,7 @@ from ngd_dist.factors.form import FactorForm, Form
 from ngd_dist.factors.gram import Gram
 from ngd_dist.factors.kronecker import from_basis, outer, to_basis
 from ngd_dist.inversion import Ending, Problem, Solution
-from ngd_dist.layers.base import LayerBatch
+from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, Rows, with_inverses
 from ngd_dist.preconditioners.factors import Factors, factor_forms
 from ngd_dist.preconditioners.few_rows import FactorInverse, from_rows, kept_rows, loaded, saved, with_rows

@@ -9,7 +9,7 @@ from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.diagonal import Diagonal
 from ngd_dist.factors.form import FactorForm
 from ngd_dist.inversion import Problem, Solution
-from ngd_dist.layers.base import LayerBatch
+from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed, with_inverses
 from ngd_dist.preconditioners.factors import factor_form
 from ngd_dist.statistics.statistic import StatisticSpec

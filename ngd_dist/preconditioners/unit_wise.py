@@ -8,7 +8,7 @@ from torch import Tensor
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.form import Form
 from ngd_dist.inversion import Ending, Solution
-from ngd_dist.layers.base import LayerBatch
+from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.preconditioners.base import Cache, Preconditioner, Refreshed
 from ngd_dist.statistics.statistic import StatisticSpec
 

@@ -1,6 +1,6 @@
 """Updates the parameters that no preconditioned layer covers, if the config names an optimizer for them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,33 +17,49 @@ class Fallback:
 
     groups: NGD's param groups.
     names: the plain parameters, each with a unique name, under which its state is saved. May be empty.
+    pieces: this rank's piece of each of them that it has one of, [length], if an engine shards; AdamW then moves those.
     """
 
     def __init__(
-        self, groups: Sequence[Mapping[str, Any]], names: Mapping[nn.Parameter, str], config: AdamWFallback
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        names: Mapping[nn.Parameter, str],
+        config: AdamWFallback,
+        pieces: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
-        self._names = dict(names)
+        moved = {p: p for p in names} if pieces is None else {p: nn.Parameter(pieces[p]) for p in names if p in pieces}
+        self._moved = moved
+        self._names = {moved[p]: name for p, name in names.items() if p in moved}
+        self._has_pieces = pieces is not None
         self._lr = config.lr
         self._adamw = torch.optim.AdamW(
-            [{"params": [p for p in group["params"] if p in names]} for group in groups],
+            [{"params": [moved[p] for p in group["params"] if p in moved]} for group in groups],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
 
-    def step(self, groups: Sequence[Mapping[str, Any]], gradients: Mapping[nn.Parameter, Tensor]) -> None:
+    def step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        gradients: Mapping[nn.Parameter, Tensor],
+        weight: Callable[[nn.Parameter], Tensor] | None = None,
+    ) -> None:
         """Moves these parameters by AdamW's rule, at config.lr * lr / first_lr; leaves each `grad` as it was.
 
         groups: NGD's present param groups, since an optimizer's `load_state_dict` replaces them.
-        gradients: the mean over all ranks, of every plain parameter that has one.
+        gradients: the mean over all ranks, of every plain parameter that has one. weight: returns this step's piece of
+            a parameter, if there are pieces.
         """
         for ours, group in zip(self._adamw.param_groups, groups, strict=True):
             ours["lr"] = self._lr * lr_ratio(group)
         before = {p: p.grad for p in self._names}
         try:
-            for p in self._names:
-                p.grad = gradients[p].to(p) if p in gradients else None
+            for p, moved in self._moved.items():
+                if self._has_pieces and weight is not None:
+                    moved.data = weight(p)
+                moved.grad = gradients[p].to(moved) if p in gradients else None
             self._adamw.step()
         finally:
             for p, gradient in before.items():

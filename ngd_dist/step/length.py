@@ -16,12 +16,16 @@ __all__ = ["StepLength", "kl_factor", "norm_factor"]
 
 @dataclass(frozen=True, slots=True)
 class StepLength:
-    """Factors on the directions of the covered layers. `capture` has the rows that some configs need for them."""
+    """Factors on the directions of the covered layers. `capture` has the rows that some configs need for them.
+
+    has_pieces: whether a rank has pieces of the directions, of which the norm is over all ranks.
+    """
 
     config: NGDConfig
     layers: CoveredLayers
     comm: Communicator
     capture: Capture
+    has_pieces: bool = False
 
     @property
     def needs_rows(self) -> bool:
@@ -41,7 +45,8 @@ class StepLength:
         return torch.stack(products).unsqueeze(0)
 
     def scale(self, directions: Mapping[str, Tensor], inner: Tensor) -> dict[str, Tensor]:
-        """Collective under `layer_wise`. Returns the directions of all layers, each times its factor."""
+        """Collective under `layer_wise`, and for a norm of pieces. Returns the directions of all layers, each times its
+        factor."""
         scaled = dict(directions)
         if self.needs_rows and self.layers:
             factors = self._layer_wise(directions, inner[0])
@@ -95,7 +100,7 @@ class StepLength:
         if not self.layers or clip is None:
             return None
         if isinstance(clip, NormClip):
-            return norm_factor(directions.values(), clip.max_norm)
+            return norm_factor(directions.values(), clip.max_norm, self.comm if self.has_pieces else None)
         rates = inner.new_tensor([covered.lr**2 for covered in self.layers.values()])
         return kl_factor((rates * inner).sum(), clip.max_kl)
 
@@ -112,14 +117,20 @@ def kl_factor(inner: Tensor, max_kl: float) -> Tensor:
     return (max_kl / inner.abs()).sqrt().clamp(max=1)
 
 
-def norm_factor(directions: Iterable[Tensor], max_norm: float) -> Tensor:
+def norm_factor(directions: Iterable[Tensor], max_norm: float, comm: Communicator | None = None) -> Tensor:
     """Returns min(1, max_norm / ||directions||) as a 0-d tensor: the norm is that of all of them as one vector.
 
-    directions: at least one, on one device, the same on every rank that will multiply with the factor.
+    directions: at least one, on one device, the same on every rank that will multiply with the factor. With `comm`,
+    which
+        makes it collective, they are pieces, and the norm is that of all ranks' pieces.
     """
     tensors = list(directions)
     # Half precision overflows at 65504, and the factor would be 0.
     dtype = torch.float64 if any(d.dtype == torch.float64 for d in tensors) else torch.float32
     norm = torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(tensors, 2, dtype))))
+    if comm is not None:
+        square = norm.square().view(1)
+        comm.all_reduce("norm of directions", square, kind="step length")
+        norm = square.sqrt()[0]
     factor: Tensor = (max_norm / norm).clamp(max=1)
     return factor

@@ -4,7 +4,7 @@ Given the same directions, every rank computes bit-identical weights.
 """
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ngd_dist.capture.capture import Capture
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers, Stack
-from ngd_dist.distributed import GlobalMeans, StepResult
-from ngd_dist.distributed.comm import Communicator
+from ngd_dist.distributed import GlobalMeans, StepResult, Sync
 from ngd_dist.step.adaptation import Adaptation, GradientsOf, Objective
 from ngd_dist.step.damping import damping_after
 from ngd_dist.step.fallback import Fallback
@@ -29,8 +28,8 @@ class Update:
     """Moves the weights of the covered layers along their directions, and the plain parameters by the fallback.
 
     plain: the parameters that no covered layer has. fallback: the optimizer that updates them; None: they take a plain
-    gradient step. capture: keeps the rows that a layer-wise length reads, and is paused while the loss is evaluated
-    again.
+    gradient step. sync: has cut the directions into pieces, if an engine shards. capture: keeps the rows that a
+    layer-wise length reads, and is paused while the loss is evaluated again.
     """
 
     def __init__(
@@ -42,16 +41,18 @@ class Update:
         fallback: Fallback | None,
         model: nn.Module,
         config: NGDConfig,
-        comm: Communicator,
+        sync: Sync,
         capture: Capture,
     ) -> None:
-        self.length = StepLength(config, layers, comm, capture)
+        self.length = StepLength(config, layers, sync.comm, capture, has_pieces=sync.pieces is not None)
         self._stacks = stacks
+        self._layers = layers
+        self._sync = sync
         self._plain = plain
         self._gradients = gradients
         self._fallback = fallback
         self._config = config
-        self._adaptation = Adaptation(config, model, comm, capture)
+        self._adaptation = Adaptation(config, model, sync.comm, capture)
         of_layers = [covered.layer for covered in layers.values()]
         matrices = [
             layer for layer in of_layers if layer.shape.fisher == "kronecker" and not layer.shape.has_one_hot_inputs
@@ -79,11 +80,14 @@ class Update:
         Sets the groups' damping for this step and, if the config chooses them, their lr and momentum.
         Raises: NonFiniteError, on all ranks, with no weight changed.
         """
-        for group in groups:
-            group["damping"] = damping_after(self._config.damping_rule, group, step)
+        self.set_damping(step, groups)
         if step <= self._config.burn_in:
             return Adapted()
-        steps = self._steps(groups, means, result)
+        steps, plain, moved = self.directions(means, result)
+        if self._fallback is None:
+            steps |= {p: gradient.to(self._gradients.weight(p).dtype) for p, gradient in plain.items()}
+        else:
+            self._fallback.step(groups, plain, self._gradients.weight)
         trial = self._adaptation.begin(step, groups, steps, state, objective, gradients_of)
         if trial is None:
             return Adapted(reduction_ratio=math.nan)
@@ -92,21 +96,44 @@ class Update:
             steps,
             state,
             momentum_mode=self.momentum_mode,
-            rescaled=self._rescaled,
+            rescaled={p: outputs for p, outputs in self._rescaled.items() if p in moved},
             rescaling=self._config.weight_rescaling,
+            weight=self._gradients.weight,
+            summed=None if self._sync.pieces is None else self._sum,
         )
         return self._adaptation.end(trial, groups, objective)
 
-    def _steps(
-        self, groups: Sequence[Mapping[str, Any]], means: GlobalMeans, result: StepResult
-    ) -> dict[nn.Parameter, Tensor]:
-        """Returns the step of each parameter; the fallback has moved its parameters by then."""
-        differentiated = self._gradients.differentiated(everywhere=means.missing == 0)
-        directions = self.length.scale(result.directions, result.inner)
-        steps = {p: step for stack in self._stacks for p, step in stack.split(directions)}
-        gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in differentiated}
-        if self._fallback is None:
-            steps |= ((p, gradient.to(p.dtype)) for p, gradient in gradients.items())
+    def set_damping(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Sets the groups' damping for this step."""
+        for group in groups:
+            group["damping"] = damping_after(self._config.damping_rule, group, step)
+
+    def directions(
+        self, means: GlobalMeans, result: StepResult
+    ) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor], Collection[nn.Parameter]]:
+        """Collective. Returns the step of each parameter of a covered layer, and the gradient of each other one.
+
+        If an engine shards, they are this rank's pieces, [length]. They are of those parameters alone that have a
+        gradient on any rank, which come third.
+        """
+        moved = self._gradients.differentiated(everywhere=means.missing == 0)
+        scaled = self.length.scale(result.directions, result.inner)
+        if self._sync.pieces is None:
+            steps = dict(pair for stack in self._stacks for pair in stack.split(scaled))
         else:
-            self._fallback.step(groups, gradients)
-        return steps if means.missing == 0 else {p: step for p, step in steps.items() if p in differentiated}
+            steps = dict(pair for name in self._layers for pair in self._split_pieces(name, scaled[name]))
+        gradients = {p: g for p, g in zip(self._plain, means.plain, strict=True) if p in moved and g.numel()}
+        steps = steps if means.missing == 0 else {p: step for p, step in steps.items() if p in moved}
+        return steps, gradients, moved
+
+    def _split_pieces(self, name: str, pieces: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        assert self._sync.pieces is not None
+        parts = pieces.split(self._sync.pieces.lengths(name))
+        for p, step in zip(self._layers[name].layer.parameters, parts, strict=True):
+            if step.numel():
+                yield p, step.to(self._gradients.weight(p).dtype)
+
+    def _sum(self, squares: Tensor) -> Tensor:
+        squares = squares.to(self._sync.comm.device)
+        self._sync.comm.all_reduce("norms of weights", squares, kind="step length")
+        return squares

@@ -59,7 +59,7 @@ def test_every_pitfall_has_its_test() -> None:
     rows = [
         line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| pitfall", "| loop"))
     ]
-    named = [re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row.rsplit("|", 2)[1]) for row in rows]
+    named = [re.findall(r"`((?:engines/)?test_\w+\.py)(?:::(\w+))?`", row.rsplit("|", 2)[1]) for row in rows]
 
     assert len(rows) > 50
     assert all(named)

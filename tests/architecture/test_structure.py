@@ -103,7 +103,7 @@ def test_public_names_change_only_on_purpose() -> None:
     import ngd_dist
     from ngd_dist import config
 
-    assert set(ngd_dist.__all__) == {"NGD", "NGDConfig", "ShardedState", "__version__", "part_of"}
+    assert set(ngd_dist.__all__) == {"NGD", "NGDConfig", "Preconditioner", "ShardedState", "__version__", "part_of"}
     assert set(config.NGDConfig.model_fields) == {
         "preconditioner", "fisher", "staleness", "strategy", "lr", "momentum", "momentum_mode", "weight_decay",
         "weight_rescaling", "damping", "damping_rule", "step_length", "clip", "burn_in", "fallback", "ema_decay",

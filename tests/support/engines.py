@@ -1,0 +1,195 @@
+"""One small net, trained for some steps under any engine: in one process on the global batch, or on ranks."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ngd_dist import NGD, NGDConfig, Preconditioner
+from ngd_dist.config import FixedInterval, OwnerSharded
+
+SAMPLES, STEPS, LENGTH, WORDS, CLASSES = 16, 6, 4, 11, 3
+FLOAT64 = ("bare", "ddp", "fsdp2")
+ZERO = ("zero0", "zero1", "zero2", "zero3")
+# Each layer has one owner: the default would have layers as small as these on all ranks.
+BASE: dict[str, Any] = {
+    "lr": 0.1,
+    "damping": 0.01,
+    "staleness": FixedInterval(steps=2),
+    "strategy": OwnerSharded(replicate_below=0),
+}
+Loss = Callable[[Tensor, Tensor], Tensor]
+Weights = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    """An embedding, linear layers, a norm, a parameter that no layer covers, and a bias of fewer rows than ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 6)
+        self.hidden = nn.Linear(6, 7)
+        self.norm = nn.LayerNorm(7)
+        self.gate = nn.Linear(7, 1)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 7))
+        self.head = nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(torch.tanh(self.hidden(self.embedding(x))))
+        pooled = (h * torch.sigmoid(self.gate(h)) * self.scale).mean(1)
+        logits: Tensor = self.head(pooled)
+        return logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of NGD or, with `inner`, of a Preconditioner before that optimizer; passes: of a step on each rank.
+
+    factor: of the loss. lrs: of each step, set in the optimizer's param groups; none: it stays. deepspeed: keys beside
+    those of every case.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    passes: int = 1
+    factor: float = 1.0
+    inner: Callable[[Any], torch.optim.Optimizer] | None = None
+    has_fisher_passes: bool = False
+    lrs: tuple[float, ...] = ()
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+def batch_of(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator)
+    return tokens, torch.randint(CLASSES, (SAMPLES,), generator=generator)
+
+
+def new_net(dtype: torch.dtype, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def shares(step: int, rank: int, world_size: int, passes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    x, y = batch_of(step)
+    of_rank = slice(rank * SAMPLES // world_size, (rank + 1) * SAMPLES // world_size)
+    yield from zip(x[of_rank].chunk(passes), y[of_rank].chunk(passes), strict=True)
+
+
+class Run:
+    """A model in training under one engine, on this rank."""
+
+    def __init__(self, engine: str, case: Case, *, state: Any = None, weights: Weights | None = None) -> None:
+        self.kind, self.case = engine, case
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.dtype = torch.float64 if engine in FLOAT64 else torch.float32
+        self.net = new_net(self.dtype)
+        if weights is not None:
+            self.net.load_state_dict({name: weight.to(self.dtype) for name, weight in weights.items()})
+        base = {key: value for key, value in BASE.items() if key != "lr" or case.inner is None}
+        config = NGDConfig(**base | {"micro_batches": case.passes} | case.settings)
+        self.inner: torch.optim.Optimizer | None = None
+        self.model = self._wrapped()
+        self.optimizer: Any = (NGD if case.inner is None else Preconditioner)(self.model, config)
+        if state is not None:
+            self.optimizer.load_state_dict(state)
+
+    def _wrapped(self) -> Any:
+        net, case = self.net, self.case
+        if self.kind in ZERO:
+            from ngd_dist.engines.deepspeed import Inner, initialize
+
+            quiet_deepspeed()
+            settings = {
+                "train_micro_batch_size_per_gpu": SAMPLES // self.world_size // case.passes,
+                "gradient_accumulation_steps": case.passes,
+                "zero_optimization": {"stage": int(self.kind[-1])},
+                **case.deepspeed,
+            }
+            inner = Inner if case.inner is None else case.inner(net.parameters())
+            return initialize(net, settings, inner)
+        model: nn.Module = net
+        if self.kind == "ddp":
+            model = DistributedDataParallel(net)
+        if self.kind == "fsdp2":
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in (net.hidden, net.gate, net.embedding):
+                fully_shard(layer)
+            fully_shard(net)
+        if case.inner is not None:
+            self.inner = case.inner(net.parameters())
+        return model
+
+    def step(self, number: int) -> None:
+        """One step on this rank's part of the global batch."""
+        for group in self.optimizer.param_groups if self.case.lrs else []:
+            group["lr"] = self.case.lrs[number]
+        passes = list(shares(number, self.rank, self.world_size, self.case.passes))
+        for x, y in passes:
+            output = self.model(x)
+            if self.case.has_fisher_passes:
+                self.optimizer.fisher_backward(output)
+            loss = F.cross_entropy(output.float() if output.dtype == torch.half else output, y) * self.case.factor
+            if self.kind in ZERO:
+                self.model.backward(loss)
+                self.model.step()
+            else:
+                (loss / len(passes)).backward()
+        if self.kind in ZERO:
+            if not self.model.was_step_applied():
+                self.optimizer.skip()
+            return
+        if self.inner is None:
+            self.optimizer.step()
+        elif self.optimizer.step():
+            self.inner.step()
+        self.optimizer.zero_grad()
+
+    def weights(self) -> Weights:
+        """Collective. Returns the whole weights, in float64."""
+        if self.kind == "zero3":
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.net.parameters())):
+                return {name: p.detach().double().clone() for name, p in self.net.named_parameters()}
+        whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in self.net.named_parameters()}
+        return {name: p.detach().double().clone() for name, p in whole.items()}
+
+    def close(self) -> None:
+        if self.kind in ZERO:
+            self.model.destroy()
+
+
+def train(engine: str, case: Case, *, then: str | None = None, steps: int = STEPS) -> Weights:
+    """Returns the weights after some steps; `then`: the engine of their second half, on a new model and optimizer."""
+    run = Run(engine, case)
+    for number in range(steps):
+        if number == steps // 2 and then is not None:
+            weights, state = run.weights(), run.optimizer.state_dict()
+            run.close()
+            run = Run(then, case, state=state, weights=weights)
+        run.step(number)
+    weights = run.weights()
+    run.close()
+    return weights
+
+
+def quiet_deepspeed() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+@contextmanager
+def launched(rank: int, world_size: int) -> Iterator[None]:
+    """Sets the variables that DeepSpeed reads, and hides compilers from it."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu", PATH="/nonexistent"
+    )
+    yield
