@@ -106,5 +106,5 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _is_on(value: object) -> bool:
     if isinstance(value, Mapping):
-        return value.get("enabled", value.get("device", "on") not in ("none", None)) not in OFF and value != {}
-    return value not in OFF
+        return bool(value.get("enabled", value.get("device", "on") not in ("none", None))) and bool(value)
+    return value is True or value not in OFF  # 1 is off, as the size of a group, and equals True
