@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Outcome, write_json
+from ngd_workers.launch.attempt import run_rank
 from ngd_workers.train.checkpoints import Checkpoints
 from tests.support import ROOT
 from tests.support.attempts import make_attempt, records, small_spec, spooled
@@ -63,6 +64,22 @@ def step_of(attempt_dir: AttemptDir) -> int:
         return 0
     steps = [record.step for record in records(spooled(attempt_dir))]
     return steps[-1] if steps else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bare", "ddp", "fsdp", "deepspeed"])
+def test_two_workers_of_ray_train_under_every_engine(tmp_path, kind):
+    job = {"optimizer": {"kind": "ngd", "lr": 0.05, "damping": 0.1, "staleness": {"kind": "fixed", "steps": 2}}}
+    alone = make_attempt(tmp_path / "alone", small_spec(**job))
+    run_rank(alone)
+    attempt = make_attempt(tmp_path / "two", small_spec(engine={"kind": kind}, resources={"workers": 2}, **job))
+
+    with driver(attempt) as process:
+        outcome = wait_for_end(process, attempt)
+
+    assert (outcome.result, outcome.step) == ("succeeded", 8), attempt.log.read_text()
+    curves = [[record.metrics["loss"] for record in records(spooled(a))] for a in (attempt, alone)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 @pytest.mark.slow
