@@ -13,6 +13,7 @@ TOOLS=/opt/tools TARGET=/opt/ngd MATERIALS=/opt/sbom.cdx.json
 SETTINGS=/run/secrets/package-index CERTIFICATES=/run/secrets/ca-certificates
 
 export UV_NO_CACHE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1
+export DS_BUILD_OPS=0 # DeepSpeed is built without its CUDA kernels
 export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export SOURCE_DATE_EPOCH=315532800 # 1980-01-01, the first date that a zip file, so a wheel, can hold
 

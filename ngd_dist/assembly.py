@@ -182,7 +182,7 @@ class Assembly(torch.optim.Optimizer):
         self._sync = self._build_sync()
         self._build_state()
         self._capture = self._build_capture()
-        self._output_fisher = OutputFisher(config, self._capture, self._comm.rank)
+        self._output_fisher = OutputFisher(config, self._capture, self._engine, self._comm.rank)
         self._update = Update(
             self._covered,
             self._curvature.stacks,

@@ -12,8 +12,10 @@ from ngd_dist.capture.batches import predictions
 from ngd_dist.capture.capture import Capture
 from ngd_dist.capture.likelihood import anywhere, exact_gradients, outputs_per_sample, positions_read, sampled_gradients
 from ngd_dist.capture.measurement import Pass, Source
-from ngd_dist.config import Empirical, Exact, NGDConfig
+from ngd_dist.config import Empirical, Exact, MonteCarlo, NGDConfig
+from ngd_dist.engines import Engine
 from ngd_dist.errors import ConfigError
+from ngd_dist.layers.hooks import tensors_in
 
 __all__ = ["OutputFisher"]
 
@@ -21,9 +23,10 @@ __all__ = ["OutputFisher"]
 class OutputFisher:
     """Feeds `capture` with gradients of the model's own predictions."""
 
-    def __init__(self, config: NGDConfig, capture: Capture, rank: int) -> None:
+    def __init__(self, config: NGDConfig, capture: Capture, engine: Engine, rank: int) -> None:
         self._choice = config.fisher
         self._capture = capture
+        self._engine = engine
         self._rank = rank
 
     def backward(self, output: Any, step: int, ignored: Tensor | None) -> None:
@@ -33,6 +36,10 @@ class OutputFisher:
             self._capture.batches.note_padding()
         if isinstance(choice, Empirical) or not self._capture.needs_fisher_pass:
             return
+        with self._engine.beside(tensors_in(output)):
+            self._run(choice, output, step, ignored)
+
+    def _run(self, choice: Exact | MonteCarlo, output: Any, step: int, ignored: Tensor | None) -> None:
         self._capture.begin_fisher()
         with self._capture.measurement.told():
             outputs, ignored = self._capture.part.outputs(_differentiable(output), ignored)

@@ -53,7 +53,7 @@ UNSUPPORTED_OF_ZERO = {
     "sub_group_size": "the inner optimizer must be called once a step: leave the key out",
 }
 # Values by which an unsupported part is off.
-OFF: tuple[object, ...] = (None, False, 0, 1, {}, "none", "auto")
+OFF: tuple[object, ...] = (None, False, "none", "auto")
 # The inner optimizer is called once for each group of so many parameters: more than any model has.
 MIN_SUB_GROUP_SIZE = 10**9
 
@@ -106,5 +106,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _is_on(value: object) -> bool:
     if isinstance(value, Mapping):
-        return bool(value.get("enabled", value.get("device", "on") not in ("none", None))) and bool(value)
-    return value is True or value not in OFF  # 1 is off, as the size of a group, and equals True
+        return bool(value.get("enabled", value and value.get("device") != "none"))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value > 1  # of a size: 1 is one rank
+    return value not in OFF

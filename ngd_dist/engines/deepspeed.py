@@ -123,10 +123,10 @@ class DeepSpeed(Engine):
             check_settings_of_pieces(config, self.averager)
         elif config.needs_objective:
             raise ConfigError("settings that evaluate the loss again can't run inside DeepSpeed's step: take others")
-        if config.fisher.kind != "empirical":
+        if self._stage == 3 and config.fisher.kind != "empirical":
             raise ConfigError(
-                f"fisher {config.fisher.kind} has backward passes of its own, which DeepSpeed would count as training: "
-                "take fisher empirical, or fully_shard, which has no such limit"
+                f"fisher {config.fisher.kind} has backward passes of its own, for which ZeRO 3 gathers no weights: "
+                "take fisher empirical, a lower stage, or fully_shard"
             )
         passes = int(self._engine.gradient_accumulation_steps())
         if "micro_batches" not in config.model_fields_set:
@@ -169,6 +169,12 @@ class DeepSpeed(Engine):
 
     def loss_scale(self) -> float:
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    def beside(self, outputs: Iterable[Tensor]) -> AbstractContextManager[object]:
+        managers = [manager for x in outputs for manager in getattr(x, "_backward_hook_managers", ())]
+        if not managers:
+            raise ConfigError("give fisher_backward what DeepSpeed's engine returned, and no tensor made of that")
+        return _resting(managers)
 
     def attach(self, step: Callable[[], None], *, is_update: bool) -> None:
         def stepping(*_: Any) -> None:
@@ -234,6 +240,19 @@ def _check(config: Settings) -> None:
     refusals = check_deepspeed(config, of_job=False)
     if refusals:
         raise ConfigError(f"DeepSpeed's configuration: {'; '.join(refusals)}")
+
+
+@contextmanager
+def _resting(managers: Iterable[Any]) -> Iterator[None]:
+    """Keeps the hooks on a model's outputs from beginning a backward pass of training, and from scaling it."""
+    before = [(manager, manager.preprocess_done, manager.preprocess_per_tensor_fn) for manager in managers]
+    try:
+        for manager, _, _ in before:
+            manager.preprocess_done, manager.preprocess_per_tensor_fn = True, None
+        yield
+    finally:
+        for manager, is_done, scaled in before:
+            manager.preprocess_done, manager.preprocess_per_tensor_fn = is_done, scaled
 
 
 @contextmanager

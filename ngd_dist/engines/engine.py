@@ -93,6 +93,13 @@ class Engine:
         """Returns the factor that the engine puts on the next loss."""
         return 1.0
 
+    def beside(self, outputs: Iterable[Tensor]) -> AbstractContextManager[object]:
+        """Returns a context in which backward passes from the tensors that the model returned are none of training.
+
+        Raises: ConfigError if the engine can't tell them from those of training.
+        """
+        return nullcontext()
+
     def attach(self, step: Callable[[], None], *, is_update: bool) -> None:
         """Has an engine that steps itself call `step`: before its own optimizer's or, if `is_update`, in its place."""
 

@@ -10,13 +10,21 @@ import torch
 from torch import nn
 
 import ngd_dist
-from ngd_dist import NGD, NGDConfig, ShardedState
+from ngd_dist import NGD, NGDConfig, Preconditioner, ShardedState
+from ngd_dist.config.deepspeed import check_deepspeed
 from ngd_dist.distributed.comm import end_collectives
+from ngd_dist.engines import Inner
+from ngd_dist.natural_gradient import NaturalGradient
 
 MODULES = ["ngd_dist", *(module.name for module in pkgutil.walk_packages(ngd_dist.__path__, "ngd_dist."))]
 # Each class and function that a user calls.
-CALLED = [NGD, NGDConfig, ShardedState, end_collectives]
-CALLED += [value for name, value in vars(NGD).items() if inspect.isfunction(value) and not name.startswith("_")]
+CALLED = [NGD, NGDConfig, Preconditioner, ShardedState, Inner, check_deepspeed, end_collectives]
+CALLED += [
+    value
+    for kind in (NGD, NaturalGradient, Preconditioner)
+    for name, value in vars(kind).items()
+    if inspect.isfunction(value) and not name.startswith("_")
+]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process stands for several
@@ -26,7 +34,7 @@ def test_examples_run(name: str) -> None:
 
     result = doctest.testmod(
         importlib.import_module(name),
-        extraglobs={"torch": torch, "nn": nn},
+        extraglobs={"torch": torch, "nn": nn, "NGD": NGD, "NGDConfig": NGDConfig},
         optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
     )
 

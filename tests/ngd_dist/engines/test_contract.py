@@ -63,12 +63,10 @@ PAIRS = {
 }
 # Sums over ranks round in another order than those of one process; float32 has 6e-8, and 6 steps amplify it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-# Eigenvectors of close eigenvalues are apart from those of float64 by some 1e-7 over the gap.
-WIDER = {"ekfac": 2e-4}
 
 
 def fits(engine: str, name: str) -> bool:
-    return engine not in ZERO or not CASES[name].has_fisher_passes
+    return engine != "zero3" or not CASES[name].has_fisher_passes
 
 
 def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes) -> dict[Any, Any]:
@@ -130,7 +128,7 @@ def alone(name: str) -> Weights:
 
 def check(engine: str, world_size: int, outcome: Any, name: str) -> None:
     expected, initial = alone(name), dict(new_net(torch.float64).named_parameters())
-    tolerance = TOLERANCE[torch.float64] if engine in FLOAT64 else WIDER.get(name, TOLERANCE[torch.float32])
+    tolerance = TOLERANCE[torch.float64 if engine in FLOAT64 else torch.float32]
     assert max((expected[key] - initial[key]).abs().max() for key in expected) > 0.05
     for of_rank in outcomes(GROUPS[engine], world_size):
         for key, weight in of_rank[outcome].items():
@@ -231,7 +229,7 @@ OF_DEEPSPEED = {
     "quadratic_model": "evaluate",
     "levenberg_marquardt": "evaluate",
     "loss_reduction": "loss_reduction 'sum' needs the bare model",
-    "fisher": "fisher monte_carlo has backward passes of its own",
+    "fisher": "fisher monte_carlo has backward passes of its own, for which ZeRO 3",
     "micro_batches": "micro_batches must be 1, DeepSpeed's gradient_accumulation_steps, got 3",
     "not told": "DeepSpeed owns it; build the optimizer on the engine",
     "step": "call engine.step(), and that alone",
@@ -249,7 +247,8 @@ OF_DEEPSPEED = {
 def test_deepspeed_is_refused_in_words(engine: str, case: str) -> None:
     for of_rank in outcomes(ZERO, 2):
         message = of_rank["refusals", engine].get(case)
-        is_fine = engine == "zero0" and case in ("not told", "layer_wise")  # whole gradients, and nothing to tell by
+        # ZeRO 0 has whole gradients, and nothing to tell by.
+        is_fine = (engine == "zero0" and case in ("not told", "layer_wise")) or (engine != "zero3" and case == "fisher")
         assert is_fine or OF_DEEPSPEED[case] in message
 
 
