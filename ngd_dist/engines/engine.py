@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ngd_dist.config import NGDConfig
+from ngd_dist.config.pieces import refusal_of_pieces
 from ngd_dist.errors import ConfigError
 
 __all__ = ["Engine", "Piece"]
@@ -117,25 +118,5 @@ class Engine:
 
 def check_settings_of_pieces(config: NGDConfig, averager: str) -> None:
     """Returns if a rank that has pieces of directions can act on the settings. Raises: ConfigError."""
-    if config.length.kind != "given":
-        way = (
-            "reads whole directions on each rank" if config.length.kind == "layer_wise" else "evaluates the loss again"
-        )
-        raise ConfigError(
-            f"step_length {config.length.kind} {way}, and under {averager} a rank has pieces of them and of the "
-            "weights: take step_length given, with a clip if steps are too long"
-        )
-    if config.needs_objective:
-        raise ConfigError(
-            f"damping_rule {config.damping_rule.kind} evaluates the loss again at other weights, and under {averager} "
-            "a rank has pieces of them: take damping_rule constant, exponential or polynomial"
-        )
-    if config.statistics_fraction < 1 and config.fisher.kind != "empirical":
-        raise ConfigError(
-            f"statistics_fraction with fisher {config.fisher.kind} runs the model a second time in each pass, which "
-            f"{averager} would count as one of training: take fisher empirical, or statistics_fraction 1"
-        )
-    if config.loss_reduction == "sum":
-        raise ConfigError(
-            f"loss_reduction 'sum' needs the bare model: {averager} divides the sum by the number of ranks"
-        )
+    if (problem := refusal_of_pieces(config, averager)) is not None:
+        raise ConfigError(problem)

@@ -171,3 +171,17 @@ def test_one_worker_has_the_bare_model():
 def test_keys_of_deepspeed_that_the_job_decides_are_refused(config, problem):
     with pytest.raises(ValidationError, match=problem):
         small_spec(engine={"kind": "deepspeed", "config": config}, resources={"workers": 2})
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "problem"),
+    [
+        ("fsdp", {"step_length": {"kind": "layer_wise"}}, "step_length layer_wise reads whole directions"),
+        ("zero 2", {"damping_rule": {"kind": "levenberg_marquardt"}}, "damping_rule levenberg_marquardt evaluates"),
+        ("zero 3", {"fisher": {"kind": "monte_carlo"}}, "for which ZeRO 3 gathers no weights"),
+        ("zero 0", {"damping_rule": {"kind": "levenberg_marquardt"}}, "engine deepspeed steps the optimizer itself"),
+    ],
+)
+def test_settings_that_an_engine_cannot_act_on_are_refused_when_the_job_is_posted(engine, settings, problem):
+    with pytest.raises(ValidationError, match=problem):
+        small_spec(optimizer={"kind": "ngd"} | settings, engine=ENGINES[engine], resources={"workers": 2})

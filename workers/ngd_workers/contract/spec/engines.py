@@ -4,7 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ngd_dist.config import NGDConfig
 from ngd_dist.config.deepspeed import check_deepspeed
+from ngd_dist.config.pieces import refusal_of_pieces
 from ngd_workers.contract.spec.base import Options, SpecModel
 
 __all__ = ["DDP", "FSDP", "Bare", "DeepSpeed", "EngineChoice", "Precision"]
@@ -15,11 +17,19 @@ class Bare(SpecModel):
 
     kind: Literal["bare"] = "bare"
 
+    def refuses(self, config: NGDConfig) -> str | None:
+        """Returns the reason why the natural gradient can't work with its settings here; None: it can."""
+        return None
+
 
 class DDP(SpecModel):
     """torch's DistributedDataParallel, which averages gradients while backward runs."""
 
     kind: Literal["ddp"] = "ddp"
+
+    def refuses(self, config: NGDConfig) -> str | None:
+        """As `Bare.refuses`."""
+        return None
 
 
 class FSDP(SpecModel):
@@ -31,6 +41,10 @@ class FSDP(SpecModel):
         description="Whether a block's whole weights are given up after its forward pass and gathered again for its "
         "backward pass; false keeps them: more memory, fewer bytes.",
     )
+
+    def refuses(self, config: NGDConfig) -> str | None:
+        """As `Bare.refuses`."""
+        return refusal_of_pieces(config, "engine fsdp")
 
 
 class DeepSpeed(SpecModel):
@@ -55,6 +69,17 @@ class DeepSpeed(SpecModel):
         if problems:
             raise ValueError("config: " + "; ".join(problems))
         return self
+
+    def refuses(self, config: NGDConfig) -> str | None:
+        """As `Bare.refuses`."""
+        if self.stage == 3 and config.fisher.kind != "empirical":
+            return (
+                f"fisher {config.fisher.kind} has backward passes of its own, for which ZeRO 3 gathers no weights: "
+                "take fisher empirical, engine.stage 2, or engine fsdp"
+            )
+        if self.stage == 0 and config.needs_objective:
+            return "engine deepspeed steps the optimizer itself, and these settings evaluate the loss again: take ddp"
+        return refusal_of_pieces(config, "engine deepspeed") if self.stage else None
 
     def settings(self, *, global_size: int, micro_size: int, micro_batches: int) -> dict[str, Any]:
         """Returns DeepSpeed's configuration of a job. global_size, micro_size: samples."""
