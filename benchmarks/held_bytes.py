@@ -44,7 +44,10 @@ def tensors_of(root: object) -> Iterator[tuple[str, Tensor]]:
         seen.add(id(item))
         kept.append(item)
         if isinstance(item, Tensor):
-            if item.layout is torch.strided:
+            local = getattr(item, "_local_tensor", None)  # of a DTensor, which has no storage of its own
+            if local is not None:
+                pending.append((path, local))
+            elif item.layout is torch.strided:
                 yield path, item
             continue
         pending.extend((f"{path}.{name}", part) for name, part in _parts(item))
