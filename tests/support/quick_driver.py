@@ -3,7 +3,7 @@
 from ngd_workers.launch import driver, groups
 
 groups.LOOK_S = 1.0
-groups.STEADY_S = 3.0
+groups.STEADY_S = 5.0
 
 if __name__ == "__main__":
     driver.main()

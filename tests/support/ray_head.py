@@ -71,6 +71,7 @@ class RayHead:
 
     def add_node(self, folder: Path, num_cpus: int = 1) -> str:
         """Adds a node on this machine that was started in the folder. Returns Ray's id of it."""
+        wait_until(self.nodes, "the head has joined", timeout_s=START_S)
         known = self.nodes()
         listen, agent_grpc, runtime_env, metrics, manager = free_ports(5)
         command = [
