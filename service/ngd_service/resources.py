@@ -172,7 +172,8 @@ class Event(Resource):
     seq: int | None = Field(description="Place in the attempt's own stream; None: from the controller.")
     kind: str = Field(
         description="phase, or a worker's started, steps, evaluation, checkpoint, checkpoint_failed, steps_lost, "
-        "target_reached, waiting, workers_restarted, failed, cancelled, done; steps_lost also from the controller."
+        "target_reached, waiting, workers_restarted, workers_resized, failed, cancelled, done; steps_lost also from "
+        "the controller."
     )
     time: Time
     data: dict[str, Any] = Field(

@@ -24,11 +24,16 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 class RayHead:
     """The head of a Ray cluster of num_cpus, and its only node unless others are added."""
 
-    def __init__(self, num_cpus: int = 2) -> None:
+    def __init__(self, num_cpus: int = 2, *, in_place_of: "RayHead | None" = None) -> None:
+        """in_place_of: a head that has ended, whose address and token this one takes over."""
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path may have 107 bytes
         self.token_file = self._folder / "auth_token"
-        self.token_file.write_text(secrets.token_hex(32))
+        self.token = secrets.token_hex(32) if in_place_of is None else in_place_of.token
+        self.token_file.write_text(self.token)
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
+        if in_place_of is not None:
+            dashboard = in_place_of.dashboard
+        self.dashboard = dashboard
         self.address = f"http://127.0.0.1:{dashboard}"
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
@@ -42,6 +47,7 @@ class RayHead:
         ]
         self._gcs = gcs
         self._nodes: list[subprocess.Popen[bytes]] = []
+        self._by_id: dict[str, subprocess.Popen[bytes]] = {}
         self._settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
@@ -63,8 +69,10 @@ class RayHead:
             raise
         assert self._process.poll() is None, self._output.read_text()
 
-    def add_node(self, folder: Path, num_cpus: int = 1) -> None:
-        """Adds a node on this machine that was started in the folder."""
+    def add_node(self, folder: Path, num_cpus: int = 1) -> str:
+        """Adds a node on this machine that was started in the folder. Returns Ray's id of it."""
+        wait_until(self.nodes, "the head has joined", timeout_s=START_S)
+        known = self.nodes()
         listen, agent_grpc, runtime_env, metrics, manager = free_ports(5)
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{self._gcs}", "--block"),
@@ -85,7 +93,37 @@ class RayHead:
                 start_new_session=True,
             )
         self._nodes.append(node)  # one after the other: two that start at once wait for each other
-        wait_until(lambda: self._num_nodes() > len(self._nodes), "the node has joined", timeout_s=START_S)
+        wait_until(lambda: self.nodes() - known, "the node has joined", timeout_s=START_S)
+        (added,) = self.nodes() - known
+        self._by_id[added] = node
+        return added
+
+    def kill_node(self, node_id: str) -> None:
+        """Kills a node with all that runs on it, as the loss of its machine does."""
+        _kill(self._by_id[node_id])
+
+    def kill(self) -> None:
+        """Kills the head with all that runs on it; the nodes stay, for as long as they wait for another head."""
+        _kill(self._process)
+
+    def drain_node(self, node_id: str, within_s: int = 600) -> None:
+        """Says that the node is to be taken away."""
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address=127.0.0.1:{self._gcs}"),
+                *(f"--node-id={node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test"),
+                f"--deadline-remaining-seconds={within_s}",
+            ],
+            env=_environment() | self._settings,
+            check=True,
+            capture_output=True,
+            timeout=START_S,
+        )
+
+    def nodes(self) -> set[str]:
+        """Returns Ray's ids of the nodes that are alive, the head's among them."""
+        nodes = self._call("GET", "/api/v0/nodes").json()["data"]["result"]["result"]
+        return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -94,31 +132,34 @@ class RayHead:
 
     def close(self) -> None:
         """Ends the head, the nodes, and all that they have started, at once."""
-        started = [psutil.Process(process.pid) for process in (self._process, *self._nodes)]
-        processes = [one for process in started for one in (*process.children(recursive=True), process)]
-        for process in processes:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        for ended in (self._process, *self._nodes):
-            ended.wait(timeout=30)
-        psutil.wait_procs(processes, timeout=30)
+        for process in (self._process, *self._nodes):
+            _kill(process)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _call(self, method: str, path: str) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
+        headers = {"Authorization": f"Bearer {self.token}"}
         return httpx.request(method, self.address + path, headers=headers, trust_env=False, timeout=30)
-
-    def _num_nodes(self) -> int:
-        nodes = self._call("GET", "/api/v0/nodes").json()["data"]["result"]["result"]
-        return sum(node["state"] == "ALIVE" for node in nodes)
 
     def _answers(self) -> bool:
         try:
             return self._call("GET", "/api/jobs/").is_success
         except httpx.RequestError:
             return False
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills the process and all that it has started. Those of a process that has ended are gone with it."""
+    if process.poll() is not None:
+        return
+    started = psutil.Process(process.pid)
+    processes = [*started.children(recursive=True), started]
+    for one in processes:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(timeout=30)
+    psutil.wait_procs(processes, timeout=30)
 
 
 def _environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ FOREVER = 1_000_000
 def _impatient(monkeypatch):
     monkeypatch.setattr(patience, "AGAIN_S", 0.02)
     monkeypatch.setattr(driver, "_log_to_stderr", lambda: None)  # so does its log
-    monkeypatch.setattr(driver, "_stop_in_order_on_signals", lambda attempt_dir: None)  # pytest's own stay
+    monkeypatch.setattr(driver, "stop_in_order", lambda attempt_dir, numbers: None)  # pytest's own stay
 
 
 def at_the_start(monkeypatch, call) -> None:

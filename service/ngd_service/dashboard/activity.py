@@ -25,6 +25,7 @@ ICONS = {
     "target_reached": "flag",
     "waiting": "hourglass_empty",
     "workers_restarted": "restart_alt",
+    "workers_resized": "unfold_more",
     "failed": "error",
     "cancelled": "block",
     "done": "check_circle",
@@ -133,6 +134,8 @@ def words(event: Event, metrics: Sequence[Metric] = ()) -> str:
             return f"Target reached at step {data['step']:,}: test {listed(metrics, data['metrics'])}"
         case "workers_restarted":
             return f"Workers are started again: {data['message']}"
+        case "workers_resized":
+            return f"Resized from {data['before']:,} to {counted(data['after'], 'worker')}: {data['message']}"
         case "failed":
             return f"{data['reason']}: {data['message']}"
         case "cancelled":

@@ -115,7 +115,7 @@ class Summary:
             fact.show(value, more)
         rate = latest.get("samples_per_s")
         self.rate.show(NOTHING if rate is None else f"{number(round(rate))}/s", _pace(job))
-        self.rate.value.props(f'title="{counted(job.spec["resources"]["workers"], "worker")}"')
+        self.rate.value.props(f'title="{workers_of(job)}"')
 
     def _show_time(self, job: Job) -> None:
         self.time.name.set_text("Took" if job.finished_at else "Time left")
@@ -177,10 +177,16 @@ def recipe(job: Job) -> str:
     spec = job.spec
     parts = [spec[part] for part in ("model", "data", "task", "optimizer", "train") if part in spec]
     kinds = [_kind(part) for part in parts]
-    workers = counted(spec["resources"]["workers"], "worker")
     attempt = [f"attempt {job.status.attempt}"] if job.status.attempt > 1 else []
     by = f" by {job.created_by}" if job.created_by else ""
-    return " · ".join([*kinds, workers, *attempt, f"submitted {ago(job.created_at)}{by}"])
+    return " · ".join([*kinds, workers_of(job), *attempt, f"submitted {ago(job.created_at)}{by}"])
+
+
+def workers_of(job: Job) -> str:
+    """Returns "2 workers", or "1 to 2 workers" of an elastic job."""
+    resources = job.spec["resources"]
+    fewest = resources.get("min_workers")
+    return ("" if fewest is None else f"{fewest:,} to ") + counted(resources["workers"], "worker")
 
 
 def _kind(part: Mapping[str, Any]) -> str:

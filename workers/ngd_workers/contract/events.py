@@ -198,6 +198,15 @@ class WorkersRestarted(Fact):
     message: str
 
 
+class WorkersResized(Fact):
+    """The driver starts the workers again, mostly in another number. They had stopped in order: no step is lost."""
+
+    kind: Literal["workers_resized"] = "workers_resized"
+    before: int = Field(description="Workers until now.")
+    after: int = Field(description="Workers from now on.")
+    message: str = Field(description="The reason: a node that is to be taken away, or room for more workers.")
+
+
 class Failed(Fact):
     """The attempt ended without a result."""
 
@@ -239,6 +248,7 @@ Event = Annotated[
     | TargetReached
     | Waiting
     | WorkersRestarted
+    | WorkersResized
     | Failed
     | Cancelled
     | Done,
@@ -268,3 +278,4 @@ class EventReply(Fact):
 
 
 numbered = TypeAdapter(Numbered)
+event: TypeAdapter[Event] = TypeAdapter(Event)

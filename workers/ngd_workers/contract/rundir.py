@@ -9,6 +9,8 @@
             process.json         pid and start time of the driver, written by the dispatcher
             started              a driver has begun; written on a given cluster, which may start a second driver
             stop                 asks the attempt to end in order; its text names the signal, if a signal asked
+            resize               asks the workers to end in order, to start again in another number; its text says why
+            nodes/<g>/<id>       each node of Ray that holds a worker of the attempt's g-th group of workers
             ended                the fence: the service has ended the attempt, which may commit no more checkpoints
             events.jsonl         the reporter's spool: one Numbered event a line
             fault.json           Outcome of a rank that failed for good: the workers that start again end with it
@@ -64,7 +66,10 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
-    result: Literal["succeeded", "failed", "cancelled"]
+    result: Literal["succeeded", "failed", "cancelled", "resized"] = Field(
+        description="resized: the workers have ended to start again in another number. The driver goes on then, and "
+        "never writes it."
+    )
     reason: str | None = Field(
         default=None, description="CamelCase word for machines, if the attempt failed or a signal stopped it."
     )
@@ -124,6 +129,13 @@ class AttemptDir:
     @property
     def stop(self) -> Path:
         return self.path / "stop"
+
+    @property
+    def resize(self) -> Path:
+        return self.path / "resize"
+
+    def nodes(self, group: int) -> Path:
+        return self.path / "nodes" / str(group)
 
     @property
     def ended(self) -> Path:

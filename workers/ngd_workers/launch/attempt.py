@@ -5,22 +5,26 @@
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from ngd_dist.distributed.comm import Communicator, end_collectives
 from ngd_workers.contract.errors import SpecError, StorageError, WorkerError
-from ngd_workers.contract.events import WorkersRestarted
+from ngd_workers.contract.events import Event, WorkersRestarted
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import EXIT_STATUS, AttemptDir, Facts, Outcome, read_json, write_json
 from ngd_workers.contract.spec import AnySpec, LoopSpec
 from ngd_workers.contract.spec_file import load_spec
+from ngd_workers.contract.spec_problems import explain
 from ngd_workers.launch.ending import conclude, failure, summary
 from ngd_workers.launch.own_code import entered
+from ngd_workers.launch.signals import told_by_signals, with_signal
 from ngd_workers.report.rank_log import kept_in
 from ngd_workers.report.reporter import Reporter, SilentReporter, SpoolingReporter
 from ngd_workers.train.context import TrainContext, device_of
@@ -34,12 +38,18 @@ RESTARTED = WorkersRestarted(message="the workers were started again after some 
 SAME_ON_RESUME = {"model", "data", "task", "optimizer", "schedule", "batch", "train", "seed"}
 
 
-def run_rank(attempt_dir: AttemptDir) -> Outcome:
-    """Collective over the default group, if there is one. Returns the attempt's outcome, the same on every rank."""
+def run_rank(
+    attempt_dir: AttemptDir, *, on_restart: Event = RESTARTED, is_told_to_end: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Collective over the default group, if there is one. Returns the attempt's outcome, the same on every rank.
+
+    on_restart: reported first, if workers of this attempt have run before. is_told_to_end: whether this process is to
+    end; then all ranks stop after the same step, with a checkpoint.
+    """
     spec = insist(attempt_dir.read_spec, f"read {attempt_dir.spec}", patience_s=READ_S)
     facts = insist(attempt_dir.read_facts, f"read {attempt_dir.facts}", patience_s=READ_S)
     comm = Communicator()
-    reporter: Reporter = SpoolingReporter(attempt_dir, on_restart=RESTARTED) if comm.rank == 0 else SilentReporter()
+    reporter: Reporter = SpoolingReporter(attempt_dir, on_restart=on_restart) if comm.rank == 0 else SilentReporter()
     is_broken = True  # until all ranks are known to end here
     try:
         if (fault := _fault(attempt_dir, comm)) is not None:
@@ -52,7 +62,9 @@ def run_rank(attempt_dir: AttemptDir) -> Outcome:
             data_dir=facts.data_dir,
             attempt=facts.attempt,
             reporter=reporter,
+            is_told_to_end=is_told_to_end,
         )
+        spec = _at(spec, comm.world_size)
         with kept_in(attempt_dir.rank_log(comm.rank)), entered(attempt_dir, spec, facts):
             outcome = train_own_loop(spec, context) if isinstance(spec, LoopSpec) else train(spec, context)
         is_broken = False
@@ -110,9 +122,12 @@ def _run_command(spec_file: Path, run_dir: Path, **folders: Path | None) -> Outc
     comm = Communicator()
     if comm.rank == 0 and spec.image is not None:
         logging.info("the image %s is not looked at: these processes run where they were started", spec.image)
-    attempt_dir = _next_attempt(_for_world(spec, comm.world_size), run_dir, comm, folders)
-    outcome = run_rank(attempt_dir)
+    here = _at(spec, comm.world_size).model_copy(update={"image": None})
+    attempt_dir = _next_attempt(here, run_dir, comm, folders)
+    with told_by_signals(attempt_dir, signal.SIGTERM) as is_told_to_end:  # torchrun passes its own on
+        outcome = run_rank(attempt_dir, is_told_to_end=is_told_to_end)
     if comm.rank == 0:
+        outcome = with_signal(attempt_dir, outcome)
         conclude(attempt_dir, outcome)
         logging.info("%s", summary(outcome))
     if dist.is_initialized():
@@ -120,13 +135,13 @@ def _run_command(spec_file: Path, run_dir: Path, **folders: Path | None) -> Outc
     return outcome
 
 
-def _for_world(spec: AnySpec, world_size: int) -> AnySpec:
-    """Returns the spec with as many workers as there are processes, in the image that they are in."""
-    content = spec.model_dump()
-    content["resources"]["workers"] = world_size
-    content["image"] = None
+def _at(spec: AnySpec, world_size: int) -> AnySpec:
+    """Returns the spec with as many workers as there are processes. Raises: SpecError."""
     try:
-        return type(spec).model_validate(content)
+        return spec.at(world_size)
+    except ValidationError as error:
+        problems = "; ".join(problem.detail for problem in explain(error, type(spec)))
+        raise SpecError(f"the spec doesn't fit {world_size} processes: {problems}") from error
     except ValueError as error:
         raise SpecError(f"the spec doesn't fit {world_size} processes: {error}") from error
 

@@ -7,27 +7,28 @@ Torch and Ray take seconds to import. They are imported late, so that a signal i
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ngd_workers.contract.errors import ClusterError, SpecError, StorageError, WorkerError
+from ngd_workers.contract.events import Event, event
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import EXIT_STATUS, NOT_THE_FIRST, AttemptDir, Facts, Outcome, read_json
 from ngd_workers.contract.spec import AnySpec, spec_class
 from ngd_workers.contract.spec_problems import explain
 from ngd_workers.launch.ending import conclude, failure, record, summary
+from ngd_workers.launch.groups import GroupFailedError, NoRoomError, too_many, train_in_groups
 from ngd_workers.launch.own_code import unpack
 from ngd_workers.launch.ray_cluster import RayCluster, bundle
-from ngd_workers.launch.waiting import WaitingReporter
+from ngd_workers.launch.signals import stop_in_order, with_signal
 
 __all__ = ["main", "run_worker"]
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=BaseModel)
 
 READ_S = 30.0  # NFS may show a new file late
-STOP_S = 600.0
+STOPPED_BY = (signal.SIGTERM, signal.SIGINT)
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
         outcome = insist(attempt_dir.read_outcome, f"read {attempt_dir.outcome}", patience_s=READ_S)
         if outcome is None:
             _refuse_to_be_second(attempt_dir)
-            _stop_in_order_on_signals(attempt_dir)
+            stop_in_order(attempt_dir, STOPPED_BY)
             outcome = _run(attempt_dir)
             log.info("%s", summary(outcome))
     except StorageError as error:  # there is no outcome then: the service starts another attempt
@@ -64,17 +65,26 @@ def main() -> None:
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Trains one rank, inside the process group that Ray Train made. Returns the outcome as a JSON object."""
+    import ray
     import torch.distributed as dist
 
     from ngd_workers.launch.attempt import run_rank
 
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
     sys.path.append(config["started_in"])
+    attempt_dir = AttemptDir(Path(config["attempt_dir"]))
+    node = attempt_dir.nodes(config["group"]) / ray.get_runtime_context().get_node_id()
+    insist(lambda: _touch(node), f"write {node}", patience_s=READ_S)
     try:
-        return run_rank(AttemptDir(Path(config["attempt_dir"]))).model_dump(mode="json")
+        return run_rank(attempt_dir, on_restart=event.validate_python(config["on_restart"])).model_dump(mode="json")
     except Exception as error:  # mostly since another rank has died; then all ranks start again
         log.error("this rank stops: %s: %s", type(error).__name__, _last_line(error))
         raise
+
+
+def _touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def _refuse_to_be_second(attempt_dir: AttemptDir) -> None:
@@ -114,8 +124,7 @@ def _run(attempt_dir: AttemptDir) -> Outcome:
     except Exception as error:
         log.exception("the driver failed")
         outcome = failure(ClusterError(f"the driver failed with {type(error).__name__}: {_last_line(error)}"))
-    if outcome.result == "cancelled":
-        outcome = _with_signal(attempt_dir, outcome)
+    outcome = with_signal(attempt_dir, outcome)
     conclude(attempt_dir, outcome)
     return outcome
 
@@ -164,7 +173,7 @@ def _train_here(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outcome
         except Exception as error:
             log.exception("the worker failed; the driver starts it again at most %d times", restarts_left)
             if not restarts_left:
-                raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
+                raise ClusterError(too_many(spec.failure.worker_restarts, _last_line(error))) from error
     raise AssertionError("the last round returns or raises")
 
 
@@ -181,74 +190,56 @@ def _train_on_ray(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outco
     ):
         thread.submit(cluster.start, spec.resources).result()
         _log_to_stderr()  # again: Ray has put its own handler there
-        _stop_in_order_on_signals(attempt_dir)  # again: Ray's C++ part has taken SIGTERM
+        stop_in_order(attempt_dir, STOPPED_BY)  # again: Ray's C++ part has taken SIGTERM
         cluster.check(spec)
-        waiting = WaitingReporter(attempt_dir)
-        try:
-            thread.submit(cluster.wait_for_room, spec, waiting.tell, lambda: _is_stopped(attempt_dir)).result()
-        finally:
-            waiting.close()
-        if _is_stopped(attempt_dir):
-            return Outcome(result="cancelled", step=_saved_step(spec, facts))
-        return thread.submit(_fit, attempt_dir, spec, facts, started_in).result()
-
-
-def _stop_in_order_on_signals(attempt_dir: AttemptDir) -> None:
-    def stop(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        log.info("%s: the workers stop after the current step", name)
-        # In a thread: the main thread must neither wait for the disk nor meet its errors.
-        threading.Thread(target=_ask_to_stop, args=(attempt_dir.stop, name), daemon=True).start()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-
-
-def _ask_to_stop(path: Path, signal_name: str) -> None:
-    try:
-        insist(lambda: path.write_text(signal_name), f"write {path}", patience_s=STOP_S)
-    except StorageError as error:
-        log.error("%s", error)
+        fit = functools.partial(_fit, attempt_dir, spec, facts, started_in)
+        is_stopped = functools.partial(_is_stopped, attempt_dir)
+        outcome = thread.submit(train_in_groups, attempt_dir, spec, cluster, fit, is_stopped).result()
+        return outcome or Outcome(result="cancelled", step=_saved_step(spec, facts))
 
 
 def _is_stopped(attempt_dir: AttemptDir) -> bool:
     return insist(attempt_dir.stop.exists, f"look for {attempt_dir.stop}", patience_s=READ_S)
 
 
-def _with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
-    """Returns the outcome, with the name of the signal if one stopped the attempt."""
-    with contextlib.suppress(OSError):
-        if name := attempt_dir.stop.read_text():
-            return outcome.model_copy(update={"reason": "StoppedFromOutside", "message": f"stopped by {name}"})
-    return outcome
-
-
-def _fit(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts, started_in: Path) -> Outcome:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+def _fit(
+    attempt_dir: AttemptDir, spec: AnySpec, facts: Facts, started_in: Path, group: int, size: int, on_restart: Event
+) -> Outcome:
+    """Trains one group of workers. Raises: GroupFailedError, NoRoomError."""
+    from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     resources = spec.resources
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"attempt_dir": str(attempt_dir.path), "started_in": str(started_in)},
+        train_loop_config={
+            "attempt_dir": str(attempt_dir.path),
+            "started_in": str(started_in),
+            "group": group,
+            "on_restart": on_restart.model_dump(mode="json"),
+        },
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=bundle(resources),
+            num_workers=size, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=bundle(resources)
         ),
         run_config=RunConfig(
-            name=facts.attempt_id,
+            name=f"{facts.attempt_id}-g{group}",
             storage_path=str(_ray_dir(facts)),
-            failure_config=FailureConfig(max_failures=spec.failure.worker_restarts),
+            # Ray would start the workers again in the same number, for which there may be no room any more.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             # Ray would log a traceback of each rank at each restart, and of its clean-up; `error` holds the last ones.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
     try:
         result = trainer.fit()
+    except ControllerError as error:
+        if not type(error.controller_failure).__name__.startswith("WorkerGroupStartup"):
+            raise ClusterError(f"Ray failed: {_last_line(error)}") from error
+        raise NoRoomError(f"Ray did not start {size} workers; it is tried again: {_last_line(error)}") from error
     except TrainingFailedError as error:
-        log.error("%s", error)
-        raise ClusterError(_explain(error, spec.failure.worker_restarts)) from error
+        failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+        is_preempted = any(getattr(failure, "preempted", False) for failure in failures.values())
+        raise GroupFailedError(_causes(error), is_preempted=is_preempted) from error
     return Outcome.model_validate(result.return_value)
 
 
@@ -262,12 +253,10 @@ def _saved_step(spec: AnySpec, facts: Facts) -> int:
     return Checkpoints(facts.run_dir / "checkpoints", facts.attempt, spec.checkpoint.keep).newest_step()
 
 
-def _explain(error: Exception, restarts: int) -> str:
+def _causes(error: Exception) -> str:
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())] or [
-        _last_line(error)
-    ]
-    return f"the workers failed after {restarts} restarts (failure.worker_restarts); " + "; ".join(causes)
+    causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())]
+    return "; ".join(causes or [_last_line(error)])
 
 
 def _last_line(error: Exception) -> str:

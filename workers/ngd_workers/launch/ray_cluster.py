@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,12 +20,14 @@ from unittest import mock
 
 from ngd_workers.contract.errors import RayStartError, SpecError
 from ngd_workers.contract.spec import Job, Resources
+from ngd_workers.launch.groups import Room
 
 __all__ = ["RayCluster", "bundle", "free_ports"]
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
+TRIAL_S = 5.0  # for Ray to place workers that have room
 MESSAGE_CHARACTERS = 500
 FATAL = re.compile(r"^\[[^]]* [CF] [^]]*\] \(\w+\) \S+: +")  # of Ray's C++ code: time, severity, process, file
 OBJECT_STORE_BYTES = 100 * 1024**2  # nothing large goes through Ray; its default is 30 % of the memory
@@ -34,7 +36,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",  # the log is a file
     "RAY_DEDUP_LOGS": "0",  # each rank's lines in full
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no code here acts on a notice: a lost worker costs up to a checkpoint
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `groups` looks for notices itself
 }
 OWN_SETTINGS = {
     "RAY_AUTH_MODE": "token",  # Ray's default; if it is left out, Ray warns in the job's log
@@ -83,33 +85,53 @@ class RayCluster:
         """Raises: SpecError if the job wants more GPUs than this machine has. A given cluster may grow: no check."""
         import ray
 
-        resources, num_gpus = spec.resources, ray.cluster_resources().get("GPU", 0)
-        wanted = resources.workers * resources.gpus_per_worker
+        resources, num_gpus, fewest = spec.resources, ray.cluster_resources().get("GPU", 0), spec.sizes[0]
+        wanted = fewest * resources.gpus_per_worker
         if self._kind == "own" and wanted > num_gpus:
+            setting = "min_workers" if resources.is_elastic else "workers"
             raise SpecError(
-                f"resources ask for {wanted} GPUs (workers {resources.workers} x gpus_per_worker "
+                f"resources ask for {wanted} GPUs ({setting} {fewest} x gpus_per_worker "
                 f"{resources.gpus_per_worker}), this machine has {num_gpus:g}; lower them"
             )
 
-    def wait_for_room(self, spec: Job, tell: Callable[[str | None], None], is_stopped: Callable[[], bool]) -> None:
-        """Returns when a given cluster has room for all workers at once, or when the attempt is stopped.
+    @property
+    def changes(self) -> bool:
+        """Whether nodes may come and go."""
+        return self._kind == "given"
 
-        tell: called with the shortage while it lasts, and with None at the end. Ray Train would wait too, but silently
-        and with a traceback each minute. The request is a placement group: an autoscaler sees it, and it reserves
-        nothing until it can reserve everything.
+    def largest_size(self, job: Job, tell: Callable[[str | None], None], is_stopped: Callable[[], bool]) -> int | None:
+        """Returns the largest of the job's sizes that the cluster has room for now; None if the attempt is stopped.
+
+        Waits for the smallest, and holds its room while it tries the others. tell: called with the shortage while it
+        lasts, and with None at the end. Ray Train would wait too, but silently and with a traceback each minute.
         """
         if self._kind == "own":
-            return
-        from ray.util import placement_group, remove_placement_group
+            return max((size for size in job.sizes if size <= _most(job.resources)), default=job.sizes[0])
+        fewest, *larger = job.sizes
+        with contextlib.closing(_PlacedRoom(job, fewest)) as room:
+            while not room.is_there(LOOK_S):
+                if is_stopped():
+                    return None
+                tell(_what_is_short(job.resources, fewest))
+            tell(None)
+            most = _most(job.resources)
+            for size in sorted((size for size in larger if size <= most), reverse=True):
+                with contextlib.closing(_PlacedRoom(job, size - fewest)) as more:
+                    if more.is_there(TRIAL_S):
+                        return size
+        return fewest
 
-        wanted = bundle(spec.resources)
-        room = placement_group([wanted] * spec.resources.workers, strategy="PACK")
-        try:
-            while not room.wait(LOOK_S) and not is_stopped():
-                tell(_what_is_short(spec.resources))
-        finally:
-            remove_placement_group(room)
-        tell(None)
+    def request(self, job: Job, workers: int) -> Room:
+        """Returns a standing request for room for so many more workers."""
+        return _PlacedRoom(job, workers)
+
+    def draining(self, nodes: Sequence[str]) -> list[str]:
+        """Returns the addresses of those of the nodes that are to be taken away. nodes: Ray's ids."""
+        import ray
+
+        # Ray Train's own watcher asks here. Its public `get_preemption_info` is a barrier of all workers.
+        leaving = set(ray._private.state.state.get_draining_nodes()).intersection(nodes)
+        return [f"node {node['NodeManagerAddress']}" for node in ray.nodes() if node["NodeID"] in leaving]
 
     def _start_own(self, resources: Resources, quiet: dict[str, Any]) -> None:
         import ray
@@ -140,6 +162,23 @@ class RayCluster:
         return f"Ray did not start on this machine: {_fatal_line(self._temporary) or error}"
 
 
+class _PlacedRoom:
+    """A placement group: an autoscaler sees it, and it reserves nothing until it can reserve everything."""
+
+    def __init__(self, job: Job, workers: int) -> None:
+        from ray.util import placement_group
+
+        self._group = placement_group([bundle(job.resources)] * workers, strategy="PACK")
+
+    def is_there(self, timeout_s: float = 0.0) -> bool:
+        return bool(self._group.wait(timeout_s))
+
+    def close(self) -> None:
+        from ray.util import remove_placement_group
+
+        remove_placement_group(self._group)
+
+
 def free_ports(count: int) -> list[int]:
     """Returns `count` free ports, all below the range from which the kernel takes the ports of connections."""
     ports: list[int] = []
@@ -157,16 +196,25 @@ def bundle(resources: Resources) -> dict[str, float]:
     return {"CPU": float(resources.threads_per_worker)} | gpus
 
 
-def _what_is_short(resources: Resources) -> str:
+def _most(resources: Resources) -> int:
+    """Returns how many workers the cluster's nodes hold, if nothing else is on them."""
     import ray
 
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // each) for name, each in bundle(resources).items()) for node in alive)
+
+
+def _what_is_short(resources: Resources, workers: int) -> str:
+    import ray
+
+    setting = "min_workers" if resources.is_elastic else "workers"
     total, free = ray.cluster_resources(), ray.available_resources()
     each = {"CPU": resources.threads_per_worker, "GPU": resources.gpus_per_worker}
-    wanted = {name: resources.workers * count for name, count in each.items() if count}
+    wanted = {name: workers * count for name, count in each.items() if count}
     for name, count in wanted.items():
         if total.get(name, 0) < count:
             return (
-                f"waiting for {count} {name}s (workers {resources.workers} x {each[name]}): the Ray cluster has "
+                f"waiting for {count} {name}s ({setting} {workers} x {each[name]}): the Ray cluster has "
                 f"{total.get(name, 0):g} in all; add nodes, or cancel the job and ask for less"
             )
     for name, count in wanted.items():

@@ -18,7 +18,7 @@ __all__ = ["Delivery", "StopRequest"]
 
 log = logging.getLogger(__name__)
 
-StopRequest = Literal["cancelled", "superseded"]
+StopRequest = Literal["resized", "cancelled", "superseded"]
 
 BATCH_EVENTS = 512
 BATCH_BYTES = 512 * 1024  # half of the service's limit on a body

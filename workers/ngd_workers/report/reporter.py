@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from ngd_workers.contract.events import Event, StepRecord, Steps
@@ -12,7 +13,7 @@ from ngd_workers.report.backlog import Backlog
 from ngd_workers.report.delivery import Delivery, StopRequest
 from ngd_workers.report.spool import Spool
 
-__all__ = ["Reporter", "SilentReporter", "SpoolingReporter"]
+__all__ = ["Reporter", "SilentReporter", "SpoolingReporter", "StopRequest"]
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class SpoolingReporter:
 
     def __init__(self, attempt_dir: AttemptDir, *, on_restart: Event | None = None) -> None:
         """on_restart: the first event, if an earlier reporter of this attempt has reported its workers."""
-        self._stop_file = attempt_dir.stop
+        self._files: dict[Path, StopRequest] = {attempt_dir.stop: "cancelled", attempt_dir.resize: "resized"}
         self._spool = Spool(attempt_dir.spool)
         self._delivery = Delivery(attempt_dir, self._spool)
         self._on_restart = on_restart
@@ -65,15 +66,17 @@ class SpoolingReporter:
         self._failing: set[str] = set()
         self._writing = threading.Lock()
         self._closing = threading.Event()
-        self._stop_file_seen = False
-        self._guarded("look for a request to stop", self._look_for_stop_file)
+        self._seen: set[StopRequest] = set()
+        self._guarded("look for a request to stop", self._look_for_files)
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
     @property
     def stop_request(self) -> StopRequest | None:
-        """The request of the service, or "cancelled" if the file that stops the driver exists."""
-        return self._delivery.stop_request or ("cancelled" if self._stop_file_seen else None)
+        """The request of the service, or that of a file in the attempt's directory; the one that ends more."""
+        if self._delivery.stop_request is not None:
+            return self._delivery.stop_request
+        return next((request for request in self._files.values() if request in self._seen), None)
 
     def report(self, event: Event | StepRecord) -> None:
         """Takes the event; returns at once. Step records are gathered into `Steps` events."""
@@ -92,7 +95,7 @@ class SpoolingReporter:
         while not self._closing.wait(TICK_S):
             self._guarded("write the events", self._write)
             self._guarded("deliver the events", self._delivery.push)
-            self._guarded("look for a request to stop", self._look_for_stop_file)
+            self._guarded("look for a request to stop", self._look_for_files)
         deadline_s = time.monotonic() + FLUSH_S
         while not self._flush() and time.monotonic() < deadline_s:
             time.sleep(TICK_S)
@@ -129,8 +132,8 @@ class SpoolingReporter:
                 log.info("can %s again", action)
                 self._failing.discard(action)
 
-    def _look_for_stop_file(self) -> None:
-        self._stop_file_seen = self._stop_file_seen or self._stop_file.exists()
+    def _look_for_files(self) -> None:
+        self._seen |= {request for path, request in self._files.items() if request not in self._seen and path.exists()}
 
     def _write(self, *, everything: bool = False, to_disk: bool = False) -> None:
         with self._writing:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class TrainContext:
     data_dir: Path | None
     attempt: int
     reporter: Reporter
+    is_told_to_end: Callable[[], bool] = lambda: False  # by a signal to this process
 
 
 def device_of(resources: Resources) -> torch.device:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec, Loading, NGDOptimizer
 from ngd_workers.data import Dataset, load_dataset
 from ngd_workers.models import build_model
+from ngd_workers.report.reporter import StopRequest
 from ngd_workers.tasks import build_task
 from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
@@ -36,7 +37,7 @@ from ngd_workers.train.optimizers import chooses_lr, step_stats
 from ngd_workers.train.reader import Reader
 from ngd_workers.train.saves import Saves
 from ngd_workers.train.schedules import lr_factor, total_steps
-from ngd_workers.train.stopping import is_cancelled, stop_code_of
+from ngd_workers.train.stopping import request_of, stop_code_of
 from ngd_workers.train.target import reaches, target_metric
 from ngd_workers.train.totals import Totals
 
@@ -94,19 +95,23 @@ class Run:
         self.progress = Progress()
         self.tested: dict[str, float] = {}
         self._tested_step = 0
-        self.is_cancelled = False
+        self.request: StopRequest | None = None
         self._stopwatch = Stopwatch()
         self._logged_s = 0.0
 
     @property
-    def is_finished(self) -> bool:
+    def is_complete(self) -> bool:
         reached = self.progress.target_step is not None and self.spec.target is not None and self.spec.target.stop
-        return self.is_cancelled or reached or self.progress.step >= self.total_steps
+        return reached or self.progress.step >= self.total_steps
+
+    @property
+    def is_finished(self) -> bool:
+        return self.request is not None or self.is_complete
 
     @property
     def is_evaluation_due(self) -> bool:
         every = self.spec.schedule.evaluate_every_steps or self.batches.steps_per_epoch
-        return not self.is_cancelled and (self.progress.step % every == 0 or self.is_finished)
+        return self.request != "cancelled" and (self.progress.step % every == 0 or self.is_complete)
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -247,19 +252,25 @@ class Run:
         is_tested = self._tested_step == self.progress.step and math.isfinite(next(iter(self.tested.values())))
         score = Score(metrics=self.tested, better=self.task.metrics[0].better) if is_tested else None
         snapshot = self.learner.snapshot(asdict(self.progress), score, self._facts)
-        self.saves.save(self.progress.step, snapshot, is_result=self.is_finished and not self.is_cancelled)
+        self.saves.save(self.progress.step, snapshot, is_result=self._result == "succeeded" and self.is_complete)
 
     def outcome(self) -> Outcome:
         """Collective. Returns the result; evaluates if this process has not evaluated the last step."""
-        if not self.tested and not self.is_cancelled:
+        if not self.tested and self._result == "succeeded":
             self._test()
         return Outcome(
-            result="cancelled" if self.is_cancelled else "succeeded",
+            result=self._result,
             step=self.progress.step,
             metrics=self.tested,
             target_step=self.progress.target_step,
             seconds=self.progress.seconds,
         )
+
+    @property
+    def _result(self) -> Literal["succeeded", "cancelled", "resized"]:
+        if self.request == "cancelled":
+            return "cancelled"
+        return "succeeded" if self.is_complete or self.request is None else "resized"
 
     def _test(self) -> None:
         self.tested = self.learner.evaluate(self.reader.test()).metrics(self.task)
@@ -276,7 +287,7 @@ class Run:
         metrics = totals.metrics(self.task)
         if not math.isfinite(metrics["loss"]) and not self._skips_non_finite:
             raise NonFiniteLossError(self._divergence(metrics["loss"], "training"))
-        self.is_cancelled = is_cancelled(stop_code, self.context)
+        self.request = request_of(stop_code, self.context)
         return metrics
 
     @property

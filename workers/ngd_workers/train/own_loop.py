@@ -30,7 +30,7 @@ from ngd_workers.train.checkpoints import Snapshot
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
 from ngd_workers.train.continuing import checkpoint_of
 from ngd_workers.train.saves import Saves, in_host_memory
-from ngd_workers.train.stopping import is_cancelled, stop_code_of
+from ngd_workers.train.stopping import request_of, stop_code_of
 from ngd_workers.train.target import is_reached
 
 __all__ = ["LoopContext", "train_own_loop"]
@@ -59,6 +59,7 @@ class LoopContext:
         self.tested: dict[str, float] = {}
         self.target_step: int | None = None
         self.was_cancelled = False
+        self._is_resized = False
         self._spec, self._context = spec, context
         self._saves = Saves(context, spec.checkpoint.keep)
         self._has_announced = False
@@ -154,22 +155,26 @@ class LoopContext:
         return state
 
     def should_stop(self) -> bool:
-        """Collective. Returns whether to save a checkpoint and return: a cancelled job, or a target that stops it.
+        """Collective. Returns whether to save a checkpoint and return: a cancelled job, a target that stops it, or
+        workers that are to start again in another number; then the function is called anew, and `resume` goes on.
 
         Raises: SupersededError.
         """
-        codes = torch.tensor([stop_code_of(self._context), float(self._stops())], device=self._context.comm.device)
+        asked = [stop_code_of(self._context), float(self._stops())]
+        codes = torch.tensor(asked, dtype=torch.float64, device=self._context.comm.device)
         self._context.comm.all_reduce("stop request", codes)
         code, reached = codes.tolist()
-        self.was_cancelled = is_cancelled(code, self._context)
-        return self.was_cancelled or reached > 0
+        request = request_of(code, self._context)
+        self.was_cancelled, self._is_resized = request == "cancelled", request == "resized" and not reached
+        return request is not None or reached > 0
 
     def outcome(self) -> Outcome:
         """Collective. Returns the end of the attempt. Rank 0's counts. Raises: SupersededError."""
         self._saves.finish()
         self._announce()
+        ended = "resized" if self._is_resized else "succeeded"
         return Outcome(
-            result="cancelled" if self.was_cancelled else "succeeded",
+            result="cancelled" if self.was_cancelled else ended,
             step=self.step,
             metrics=self.tested or self._newest,
             target_step=self.target_step,

@@ -1,7 +1,7 @@
 """A whole job: the body of ``POST /api/v1/jobs``, the argument of ``ngd submit`` and ``ngd train``, or a recipe."""
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -52,6 +52,26 @@ class Job(SpecModel):
     image: Image | None = None
     env: Environment = Field(default={})
     secrets: Secrets = Field(default={})
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of workers with which the job may run, in rising order: one alone if it is not elastic."""
+        return tuple(self.resources.sizes)
+
+    def at(self, world_size: int) -> Self:
+        """Returns this job with a fixed number of workers, and the global batch as it was.
+
+        An elastic job keeps its micro-batches too. Raises: ValueError if the job can't run with so many.
+        """
+        if self.resources.is_elastic and world_size not in self.sizes:
+            raise ValueError(f"it runs with {_listed(self.sizes)} workers, got {world_size}; start as many")
+        if not self.resources.is_elastic and world_size == self.resources.workers:
+            return self
+        fixed = {"workers": world_size, "min_workers": None, "max_workers": None}
+        return self._with({"resources": self.resources.model_dump() | fixed})
+
+    def _with(self, changes: dict[str, Any]) -> Self:
+        return type(self).model_validate(self.model_dump() | changes)
 
     @model_validator(mode="after")
     def _variables_have_one_value(self) -> Self:
@@ -132,18 +152,24 @@ class JobSpec(Job):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        share, rest = divmod(self.batch.global_size, self.resources.workers)
+        workers, setting = self.resources.workers, self.resources.words
+        share, rest = divmod(self.batch.global_size, workers)
         if rest or share == 0:
             raise ValueError(
-                f"batch.global_size must be a multiple of resources.workers ({self.resources.workers}), "
-                f"got {self.batch.global_size}; the nearest are {share * self.resources.workers} and "
-                f"{(share + 1) * self.resources.workers}"
+                f"batch.global_size must be a multiple of {setting} ({workers}), got {self.batch.global_size}; the "
+                f"nearest are {share * workers} and {(share + 1) * workers}"
             )
         if self.batch.micro_size is not None and share % self.batch.micro_size:
             raise ValueError(
                 f"batch.micro_size must divide a worker's share, {share} "
-                f"(= batch.global_size {self.batch.global_size} / resources.workers {self.resources.workers}), "
-                f"got {self.batch.micro_size}"
+                f"(= batch.global_size {self.batch.global_size} / {setting} {workers}), got {self.batch.micro_size}"
+            )
+        if self.resources.is_elastic and len(self.sizes) == 1:
+            smaller = max(size for size in range(1, workers) if self._divides(size))
+            raise ValueError(
+                f"resources.min_workers {self.resources.min_workers} and max_workers {workers} leave no number of "
+                f"workers but {workers} by which batch.global_size ({self.batch.global_size}) can be divided into "
+                f"micro-batches of {self.micro_size}; lower min_workers to {smaller}, or give workers alone"
             )
         return self
 
@@ -154,6 +180,20 @@ class JobSpec(Job):
             return Bare()
         default = Bare() if self.optimizer.kind == "ngd" else DDP()
         return self.engine or default
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(size for size in self.resources.sizes if self._divides(size))
+
+    def at(self, world_size: int) -> Self:
+        fixed = super().at(world_size)
+        if not self.resources.is_elastic:
+            return fixed
+        return fixed._with({"batch": self.batch.model_dump() | {"micro_size": self.micro_size}})
+
+    def _divides(self, size: int) -> bool:
+        share, rest = divmod(self.batch.global_size, size)
+        return not rest and share % self.micro_size == 0
 
     @property
     def worker_batch(self) -> int:
@@ -169,6 +209,13 @@ class JobSpec(Job):
     def micro_batches(self) -> int:
         """Forward passes per optimizer step on one worker."""
         return self.worker_batch // self.micro_size
+
+
+def _listed(sizes: tuple[int, ...]) -> str:
+    """Returns "2, 4 or 8", or "2 to 8" if none between is left out."""
+    if len(sizes) == sizes[-1] - sizes[0] + 1 > 2:
+        return f"{sizes[0]} to {sizes[-1]}"
+    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
 
 
 class OwnMetric(SpecModel):

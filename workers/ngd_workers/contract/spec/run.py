@@ -9,6 +9,8 @@ from ngd_workers.contract.spec.base import MAX_SAMPLES, MAX_STEPS, SpecModel
 
 __all__ = ["Batch", "Checkpoint", "ConstantLR", "Failure", "Loading", "PolynomialLR", "Resources", "Schedule", "Target"]
 
+MAX_WORKERS = 4096
+
 
 class ConstantLR(SpecModel):
     """The optimizer's lr at every step."""
@@ -73,20 +75,78 @@ class Batch(SpecModel):
         default=None,
         ge=1,
         le=MAX_SAMPLES,
-        description="Samples per forward pass on one worker; None: the worker's whole share in one pass.",
+        description="Samples per forward pass on one worker; None: the worker's whole share in one pass, and in an "
+        "elastic job that share at max_workers. With fewer workers each makes more passes.",
     )
 
 
 class Resources(SpecModel):
-    """The processes, GPUs and CPUs of the job."""
+    """The processes, GPUs and CPUs of the job.
 
-    workers: int = Field(default=1, ge=1, le=4096, description="Data-parallel processes: the ranks.")
+    A job with min_workers and max_workers is *elastic*: on a Ray cluster it runs with as many workers as have room, and
+    changes their number when nodes come and go. `workers` is then the largest number, and may be left out.
+    """
+
+    workers: int = Field(
+        default=1, ge=1, le=MAX_WORKERS, description="Data-parallel processes: the ranks. Elastic: max_workers."
+    )
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_WORKERS,
+        description="Fewest workers of an elastic job; with less room it waits. None: the number is fixed.",
+    )
+    max_workers: int | None = Field(
+        default=None, ge=1, le=MAX_WORKERS, description="Most workers of an elastic job. None: the number is fixed."
+    )
     gpus_per_worker: int = Field(
         default=0, ge=0, le=1, description="GPUs of each worker. 0: CPU and gloo; 1: CUDA and NCCL."
     )
     threads_per_worker: int = Field(
         default=1, ge=1, le=256, description="Threads of torch in each worker, and CPUs reserved for it."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _workers_follow(cls, given: object) -> object:
+        if not isinstance(given, dict) or "workers" in given:
+            return given
+        most = given.get("max_workers")
+        return given | {"workers": most} if isinstance(most, int) and 1 <= most <= MAX_WORKERS else given
+
+    @model_validator(mode="after")
+    def _range_holds(self) -> Self:
+        least, most = self.min_workers, self.max_workers
+        if least is None and most is None:
+            return self
+        if least is None or most is None:
+            missing, given = ("min_workers", most) if least is None else ("max_workers", least)
+            other = "max_workers" if least is None else "min_workers"
+            raise ValueError(f"{other} is {given} and {missing} is left out; give both, or workers alone")
+        if least >= most:
+            raise ValueError(
+                f"min_workers must be < max_workers ({most}), got {least}; for a number that stays give workers alone"
+            )
+        if self.workers != most:
+            raise ValueError(
+                f"workers must be max_workers ({most}) in an elastic job, got {self.workers}; leave it out"
+            )
+        return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.max_workers is not None
+
+    @property
+    def sizes(self) -> range:
+        """The numbers of workers in the range, whether or not the batch can be divided among so many."""
+        return range(self.min_workers or self.workers, self.workers + 1)
+
+    @property
+    def words(self) -> str:
+        """The setting that says how many workers there are at most, for a message."""
+        return f"resources.{'max_workers' if self.is_elastic else 'workers'}"
 
 
 class Checkpoint(SpecModel):
