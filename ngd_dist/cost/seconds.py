@@ -20,8 +20,11 @@ PASSES = 256  # operations that take as long as the passes over a number of a ro
 OVERLAPPING = ("statistics", "engine")  # kinds that travel while backward goes on
 
 
-def seconds(setup: Setup, cluster: Cluster) -> dict[str, float]:
-    """Returns the seconds of a step by phase, a mean over all steps; communication is that which backward hides not."""
+def seconds(setup: Setup, cluster: Cluster, *, hides: bool = True) -> dict[str, float]:
+    """Returns the seconds of a step by phase, a mean over all steps.
+
+    hides: whether communication is that alone which backward does not hide. Of a processor's own time nothing hides.
+    """
     device = cluster.device
     phases = dict.fromkeys(PHASES, 0.0)
     phases["forward_backward"] = _forward_backward(setup, device)
@@ -34,7 +37,7 @@ def seconds(setup: Setup, cluster: Cluster) -> dict[str, float]:
         phases["refresh"] = refresh / _rate(device, device.inverse_efficiency)
         phases["apply"] = apply / _rate(device, device.apply_efficiency)
     if setup.world_size > 1:
-        hidden = phases["forward_backward"] * BACKWARD / (1 + BACKWARD)
+        hidden = phases["forward_backward"] * BACKWARD / (1 + BACKWARD) * hides
         phases["communication"] = _communication(setup, cluster, hidden)
     return phases
 
