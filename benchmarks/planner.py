@@ -34,10 +34,10 @@ COMMON: dict[str, Any] = {"lr": 1e-3, "damping": 0.1, "ema_decay": 0.5}
 CALIBRATED = {"mlp": (128, 256), "resnet20": (64, 128)}
 # Batch of a rank, and interval.
 CASES = {
-    "mlp": ((128, 1), (128, 4), (256, 10), (512, 1), (512, 4), (512, 10)),
-    "resnet20": ((64, 1), (64, 4), (128, 10), (256, 1), (256, 4), (256, 10)),
+    "mlp": ((128, 1), (128, 5), (256, 10), (512, 1), (512, 5)),
+    "resnet20": ((64, 1), (64, 5), (128, 10), (32, 1), (32, 5)),
 }
-ROUNDS, CYCLE = 5, 20  # of steps: a multiple of all intervals
+ROUNDS, CYCLE = 3, 10  # of steps: a multiple of all intervals
 MESSAGES = (2**10, 2**22)  # bytes
 # Batch, ranks, share of statistics that were refreshed, seconds of a step: [OT20] as docs/guides/planning.md quotes it.
 PUBLISHED = (
@@ -155,7 +155,7 @@ def run(names: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
                         "predicted": predicted, "error": predicted / taken - 1, "parts": parts,
                     }
                 )  # fmt: skip
-        print(f"{name}: done", flush=True)
+            print(f"{name} on {ranks} rank{'s' * (ranks > 1)}: done", flush=True)
     return {"rows": rows, "link": between.model_dump(), "published": published()}
 
 

@@ -76,18 +76,19 @@ def svg(plan: Plan, title: str) -> str:
             parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_short(10.0**exponent)}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 12}" text-anchor="middle">ranks</text>')
     parts.append(f'<text transform="rotate(-90)" x="{-HEIGHT / 2}" y="16" text-anchor="middle">samples a second</text>')
-    for index, (points, (name, colour, dashes, _)) in enumerate(zip(series, SERIES, strict=True)):
+    legend = LEFT
+    for points, (name, colour, dashes, _) in zip(series, SERIES, strict=True):
         if not points:
             continue
         path = " ".join(f"{x(ranks):.1f},{y(rate):.1f}" for ranks, rate in points)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
         )
-        legend = LEFT + index * 175
         parts.append(
             f'<line x1="{legend}" x2="{legend + 24}" y1="36" y2="36" stroke="{colour}" stroke-width="2" '
             f'stroke-dasharray="{dashes}"/><text x="{legend + 30}" y="40">{name}</text>'
         )
+        legend += 60 + 7 * len(name)  # a letter is some 7 wide
     return "\n".join([*parts, "</svg>", ""])
 
 
