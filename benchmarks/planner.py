@@ -66,43 +66,46 @@ class Timed:
         return time.process_time() - start
 
 
-def measure(name: str, card: ModelCard, rounds: int) -> Measured:
-    """Returns a run of one process, as `ngd plan --measure` makes it."""
-    config = NGDConfig.model_validate(COMMON | {"staleness": FixedInterval(steps=2), "stagger": 0.0})
-    timed = {batch: Timed(name, config, batch) for batch in CALIBRATED[name]}
-    taken: dict[tuple[int, bool], list[float]] = {}
-    phases: dict[tuple[int, bool], list[dict[str, float]]] = {}
-    for index in range(2 + rounds):
-        for batch, one in timed.items():
+class Calibration:
+    """A run of one process, as `ngd plan --measure` makes it, in cycles that alternate with what is predicted."""
+
+    def __init__(self, name: str, card: ModelCard) -> None:
+        self.card = card
+        self.config = NGDConfig.model_validate(COMMON | {"staleness": FixedInterval(steps=2), "stagger": 0.0})
+        self.timed = {batch: Timed(name, self.config, batch) for batch in CALIBRATED[name]}
+        self.taken: dict[tuple[int, bool], list[float]] = {}
+        self.phases: dict[tuple[int, bool], list[dict[str, float]]] = {}
+
+    def cycle(self, *, counts: bool) -> None:
+        """Takes a step with and one without a refresh, for each batch."""
+        for batch, one in self.timed.items():
             for refreshes in (True, False):
                 wall = time.perf_counter()
                 cpu = one.step()
-                share = cpu / (time.perf_counter() - wall)
-                if index >= 2:
-                    taken.setdefault((batch, refreshes), []).append(cpu)
-                    parts = {phase: value * min(1.0, share) for phase, value in one.optimizer.stats.seconds.items()}
-                    phases.setdefault((batch, refreshes), []).append(parts)
-    return Measured(
-        device="cpu",
-        card=card,
-        optimizer=config,
-        steps=tuple(
+                share = min(1.0, cpu / (time.perf_counter() - wall))
+                if counts:
+                    self.taken.setdefault((batch, refreshes), []).append(cpu)
+                    phases = {phase: value * share for phase, value in one.optimizer.stats.seconds.items()}
+                    self.phases.setdefault((batch, refreshes), []).append(phases)
+
+    def result(self) -> Measured:
+        steps = [
             StepSeconds(
                 samples=batch,
                 refreshes=refreshes,
                 seconds=statistics.median(of),
-                phases=_median(phases[batch, refreshes]),
+                phases=_median(self.phases[batch, refreshes]),
             )
-            for (batch, refreshes), of in taken.items()
-        ),
-    )
+            for (batch, refreshes), of in self.taken.items()
+        ]
+        return Measured(device="cpu", card=self.card, optimizer=self.config, steps=tuple(steps))
 
 
 def _median(of_steps: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(phases.get(name, 0.0) for phases in of_steps) for name in of_steps[0]}
 
 
-def steps(rank: int, world_size: int, name: str, rounds: int) -> list[float]:
+def steps(rank: int, world_size: int, name: str, rounds: int, calibration: Calibration | None = None) -> list[float]:
     """Returns the CPU seconds of a step of each case, on this rank."""
     timed = [Timed(name, config_of(interval), batch, rank) for batch, interval in CASES[name]]
     means: list[list[float]] = [[] for _ in timed]
@@ -111,6 +114,8 @@ def steps(rank: int, world_size: int, name: str, rounds: int) -> list[float]:
             mean = statistics.mean(one.step() for _ in range(CYCLE))
             if index:
                 of_case.append(mean)
+            if calibration is not None:
+                calibration.cycle(counts=index > 0)
     return [statistics.median(of_case) for of_case in means]
 
 
@@ -142,9 +147,10 @@ def run(names: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name in names:
         card = card_of(model_of(name), [next(batches(name, 2))[0]])
-        device = calibrated(PRESETS["cpu"], measure(name, card, 4 * rounds))
+        calibration = Calibration(name, card)
         for ranks in (1, 2):
-            by_rank = [steps(0, 1, name, rounds)] if ranks == 1 else on_ranks(2, steps, name, rounds)
+            by_rank = [steps(0, 1, name, rounds, calibration)] if ranks == 1 else on_ranks(2, steps, name, rounds)
+            device = calibrated(PRESETS["cpu"], calibration.result())
             cluster = Cluster(devices_per_node=ranks, device=device, inside=between)
             for (batch, interval), taken in zip(CASES[name], map(max, zip(*by_rank, strict=True)), strict=True):
                 parts = seconds(Setup(card, config_of(interval), ranks, batch), cluster, hides=False)

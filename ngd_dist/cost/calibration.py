@@ -1,6 +1,7 @@
 """The rates of a device from a short run: steps with and without a refresh, at two numbers of samples."""
 
 from collections.abc import Mapping
+from statistics import mean
 from typing import Annotated
 
 from pydantic import Field
@@ -50,8 +51,9 @@ class Measured(Settings):
 def calibrated(device: Device, measured: Measured) -> Device:
     """Returns the device with the rates of the run, as shares of its peak. Raises: ConfigError.
 
-    A step takes a + b N seconds for N samples without a refresh, and c + d N more with one: b is forward and backward,
-    d the estimates, c the inversions and calls of a refresh. a has `apply`, the update, and calls of each layer.
+    A step takes a + b N seconds for N samples without a refresh: b is forward and backward, and a has `apply`, the
+    update, and calls of each layer. With a refresh it takes c + d N more: c has inversions, and calls of each layer. d,
+    the estimates, is read from their own phase: as a difference of differences it would drown in noise.
     """
     sizes = sorted({step.samples for step in measured.steps})
     if len(sizes) < 2:
@@ -63,12 +65,10 @@ def calibrated(device: Device, measured: Measured) -> Device:
         [measured.at(samples, refreshes=refreshes) for samples in (few, many)] for refreshes in (False, True)
     )
     each, constant = _line(few, many, *(step.seconds for step in plain))
-    each_more, more = _line(few, many, *(f.seconds - p.seconds for f, p in zip(full, plain, strict=True)))
-    apply_s, update_s, refresh_s = (
-        plain[1].phases.get("apply", 0),
-        plain[1].phases.get("update", 0),
-        _refresh_s(full[1]),
-    )
+    each_more, _ = _line(few, many, *(step.phases.get("capture", 0.0) for step in full))
+    more = mean(f.seconds - p.seconds - each_more * f.samples for f, p in zip(full, plain, strict=True))
+    apply_s, update_s = (mean(step.phases.get(name, 0.0) for step in plain) for name in ("apply", "update"))
+    refresh_s = mean(step.phases.get("refresh", 0.0) for step in full)
     peak, config = device.tflops * 1e12, measured.optimizer
     inversion, apply = owners_work(setup, config)
     statistics = statistic_flops(setup, config) * config.statistics_fraction
@@ -96,7 +96,3 @@ def _line(few: int, many: int, at_few: float, at_many: float) -> tuple[float, fl
     """Returns the slope and the constant of the line through both points."""
     slope = (at_many - at_few) / (many - few)
     return slope, at_few - slope * few
-
-
-def _refresh_s(step: StepSeconds) -> float:
-    return step.phases.get("refresh", 0.0)

@@ -17,6 +17,9 @@ PHASES = ("forward_backward", "statistics", "refresh", "apply", "update", "commu
 BACKWARD = 2  # backward takes twice the operations of forward
 UPDATE_PASSES = 6  # over all weights: gradients and directions joined and split, momentum and weights read and written
 PASSES = 256  # operations that take as long as the passes over a number of a row; as `Preconditioner.work` counts
+# Passes over the numbers of packed statistics: to gather, encode and copy them; to add up those of each other rank; and
+# to unpack the sum. A gather takes as long as five passes to pack, and ten to unpack (512 rows, one CPU thread).
+SENDING, RECEIVING, UNPACKING = 8, 3, 10
 OVERLAPPING = ("statistics", "engine")  # kinds that travel while backward goes on
 
 
@@ -37,6 +40,8 @@ def seconds(setup: Setup, cluster: Cluster, *, hides: bool = True) -> dict[str, 
         phases["refresh"] = refresh / _rate(device, device.inverse_efficiency)
         phases["apply"] = apply / _rate(device, device.apply_efficiency)
     if setup.world_size > 1:
+        if setup.config is not None:
+            phases["statistics"] += _packing(setup, device)
         hidden = phases["forward_backward"] * BACKWARD / (1 + BACKWARD) * hides
         phases["communication"] = _communication(setup, cluster, hidden)
     return phases
@@ -90,6 +95,17 @@ def _statistics(setup: Setup, config: NGDConfig, device: Device) -> float:
     extra = _fisher_passes(setup, config) * setup.card.forward_flops * setup.statistic_samples
     each = flops / _rate(device, device.statistics_efficiency) + calls + extra / _rate(device, device.efficiency)
     return setup.estimates * each
+
+
+def _packing(setup: Setup, device: Device) -> float:
+    """Returns the seconds of packing new statistics, and of adding up and unpacking those of the busiest owner."""
+    owners, owned, packed = setup.owners, [0] * setup.world_size, 0
+    for name, layer in setup.layers.items():
+        packed += layer.remembered_numbers
+        owned[owners.owner[name]] += layer.remembered_numbers
+    received = packed if len(owners.everywhere) == len(setup.layers) else max(owned)
+    numbers = SENDING * packed + (RECEIVING * (setup.world_size - 1) + UNPACKING) * received
+    return setup.estimates * numbers * BYTES / (device.memory_gb_s * 1e9)
 
 
 def statistic_flops(setup: Setup, config: NGDConfig) -> int:

@@ -79,7 +79,8 @@ def test_calibration_gives_back_the_rates_of_the_device_that_was_measured() -> N
         phases = seconds(Setup(CARD, full, 1, samples), Cluster(device=true))
         no_refresh = sum(phases[name] for name in ("forward_backward", "apply", "update"))
         parts = {"apply": phases["apply"], "update": phases["update"]}
-        refresh = parts | {"refresh": phases["refresh"]}
+        capture = phases["statistics"] - len(LAYERS) * true.refresh_us / 1e6
+        refresh = parts | {"refresh": phases["refresh"], "capture": capture}
         steps.append(StepSeconds(samples=samples, refreshes=False, seconds=no_refresh, phases=parts))
         steps.append(StepSeconds(samples=samples, refreshes=True, seconds=sum(phases.values()), phases=refresh))
 

@@ -26,7 +26,7 @@ from ngd_workers.tasks import build_task
 from ngd_workers.train.learner import check_fit
 from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
 
-__all__ = ["card_of_job", "main", "shape_of"]
+__all__ = ["card_of_job", "card_without_data", "main", "shape_of"]
 
 SAMPLES = 2  # of the pass that is counted: batch norm takes no single one
 
@@ -51,7 +51,7 @@ def main() -> None:
         if spec.code is not None:
             sys.path.append(str((arguments.spec.parent / spec.code.directory).resolve()))
         if arguments.shape is not None:
-            card = _card_without_data(spec, shape_of(arguments.shape), arguments.samples)
+            card = card_without_data(spec, shape_of(arguments.shape), arguments.samples)
         else:
             card = card_of_job(spec, load_dataset(spec.data, arguments.data_dir.resolve()))
         answer = measured(spec, card, arguments.data_dir.resolve()) if arguments.measure else card
@@ -95,7 +95,8 @@ SHAPES: dict[str, tuple[Callable[..., Shape], int]] = {
 }
 
 
-def _card_without_data(spec: JobSpec, shape: Shape, samples: int | None) -> ModelCard:
+def card_without_data(spec: JobSpec, shape: Shape, samples: int | None) -> ModelCard:
+    """Returns the card of the job's model for data of this shape. Raises: WorkerError."""
     match shape:
         case Images():
             x = torch.zeros(SAMPLES, shape.channels, shape.height, shape.width)
