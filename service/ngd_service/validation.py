@@ -1,6 +1,7 @@
 """Turns what is wrong with a request into the API's problems."""
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ngd_workers.contract import spec_problems
 from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_problems import SpecProblemsError, cut, rule, shown
 
-__all__ = ["explain_parameter", "parse_spec", "refuse_image", "refuse_secrets", "refuse_unlisted"]
+__all__ = ["explain_parameter", "parse_spec", "refuse_image", "refuse_secrets", "refuse_unlisted", "refused"]
 
 
 LISTED = "the operator of the service lists modules with NGD_FUNCTION_MODULES"
@@ -21,8 +22,15 @@ LISTED = "the operator of the service lists modules with NGD_FUNCTION_MODULES"
 
 def parse_spec(value: object) -> AnySpec:
     """Returns the spec. Raises: InvalidSpecError that lists each thing that is wrong."""
-    try:
+    with refused():
         return spec_problems.parse_spec(value)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Raises the problems of a spec, or of a request around one, as an InvalidSpecError."""
+    try:
+        yield
     except SpecProblemsError as error:
         items = [ProblemItem(**asdict(problem)) for problem in error.problems]
         raise InvalidSpecError(str(error), items) from error

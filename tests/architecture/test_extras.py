@@ -9,7 +9,10 @@ import pytest
 NOT_OF_THE_LIBRARY = {"ngd_workers", "ngd_service", "workers", "service"}
 # What each must make importable, and what it must not bring.
 EXTRAS = {
-    "ngd-dist": ("ngd_dist.config, ngd_dist.factors.cost, ngd_dist.errors", {"torch", "numpy", *NOT_OF_THE_LIBRARY}),
+    "ngd-dist": (
+        "ngd_dist.config, ngd_dist.cost.plan, ngd_dist.factors.cost, ngd_dist.errors",
+        {"torch", "numpy", *NOT_OF_THE_LIBRARY},
+    ),
     "ngd-dist[train]": (
         "ngd_dist.optimizer",
         {"numpy", "ray", "torchvision", "transformers", "timm", "fastapi", *NOT_OF_THE_LIBRARY},

@@ -10,12 +10,25 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
-from ngd_service.api import checkpoints, code, events, health, internal, jobs, logs, metrics, monitoring, problems
+from ngd_service.api import (
+    checkpoints,
+    code,
+    events,
+    health,
+    internal,
+    jobs,
+    logs,
+    metrics,
+    monitoring,
+    planning,
+    problems,
+)
 from ngd_service.api.authentication import AuthenticatedOnly
 from ngd_service.api.container import Container
 from ngd_service.api.query import known_parameters_only
 from ngd_service.api.request_metrics import CountRequests
 from ngd_service.api.same_origin import SameOriginOnly
+from ngd_service.planning import PlanRequest
 from ngd_workers.contract.events import EventBatch
 from ngd_workers.contract.spec import JobSpec, LoopSpec
 
@@ -23,6 +36,7 @@ __all__ = ["api_application"]
 
 ROUTERS = (
     jobs.router,
+    planning.router,
     code.router,
     events.router,
     metrics.router,
@@ -74,7 +88,12 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, bodies = models_json_schema(
-            [(JobSpec, "validation"), (LoopSpec, "validation"), (EventBatch, "validation")],
+            [
+                (JobSpec, "validation"),
+                (LoopSpec, "validation"),
+                (EventBatch, "validation"),
+                (PlanRequest, "validation"),
+            ],
             ref_template="#/components/schemas/{model}",
         )
         schema["components"]["schemas"] |= bodies["$defs"]

@@ -13,7 +13,7 @@ from ngd_workers.contract.spec import AnySpec
 from ngd_workers.contract.spec_file import MAX_YAML_BYTES, parse_json, parse_yaml
 from ngd_workers.contract.spec_problems import SHOWN_CHARACTERS
 
-__all__ = ["SPEC_BODY", "SpecBody", "read_apart"]
+__all__ = ["SPEC_BODY", "SpecBody", "read_apart", "read_value"]
 
 Value = TypeVar("Value")
 
@@ -41,7 +41,8 @@ async def read_apart(parse: Callable[..., Value], *given: Any) -> Value:
     return await asyncio.get_running_loop().run_in_executor(READING, parse, *given)
 
 
-async def _read_spec(request: Request) -> AnySpec:
+async def read_value(request: Request) -> object:
+    """Returns what the body holds, in JSON or in YAML. Raises: ProblemError."""
     # None is refused too: a page of another site can send a body without a type, unasked.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in READERS:
@@ -54,7 +55,11 @@ async def _read_spec(request: Request) -> AnySpec:
         raise BodyTooLargeError(
             f"the body has {len(body):,} bytes, and YAML is read up to {MAX_YAML_BYTES:,}; send it as JSON"
         )
-    spec = await read_apart(_parse, media_type, body)
+    return await read_apart(_parse, media_type, body)
+
+
+async def _read_spec(request: Request) -> AnySpec:
+    spec = await read_apart(parse_spec, await read_value(request))
     settings = request.app.state.container.settings
     refuse_unlisted(spec, settings.function_modules)
     refuse_secrets(spec, settings.secrets_dir)
@@ -62,12 +67,11 @@ async def _read_spec(request: Request) -> AnySpec:
     return spec
 
 
-def _parse(media_type: str, body: bytes) -> AnySpec:
+def _parse(media_type: str, body: bytes) -> object:
     try:
-        value = READERS[media_type](body)
+        return READERS[media_type](body)
     except ValueError as error:
         raise MalformedBodyError(f"the body is {error}; it was read as its Content-Type says, {media_type}") from error
-    return parse_spec(value)
 
 
 SpecBody = Annotated[AnySpec, Depends(_read_spec)]

@@ -15,6 +15,7 @@ from ngd_service.cli.comparing import comparison_table
 from ngd_service.cli.data import data
 from ngd_service.cli.follow import EXIT_CODES, follow
 from ngd_service.cli.listing import job_table
+from ngd_service.cli.planning import plan
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, InvalidKeyError, ServiceError
 from ngd_service.client.comparison import goals, history_of
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
+app.command()(plan)
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 

@@ -2,16 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent
 
+from ngd_dist.cost.plan import Plan
 from ngd_service.client.answers import (
     DEFAULT_URL,
     NotFoundError,
@@ -122,6 +123,10 @@ class AsyncClient:
         """Returns the spec with its defaults; nothing is created."""
         query = params(validate_only="true")
         return await self._send(Endpoint("POST", JOBS, Validated.model_validate_json, query, **spec_body(spec)))
+
+    async def plan(self, request: Mapping[str, Any]) -> Plan:
+        """Returns the cost of a job before it runs. request: as `ngd_service.planning.PlanRequest` reads it."""
+        return await self._send(Endpoint("POST", f"{JOBS}:plan", Plan.model_validate_json, json=dict(request)))
 
     async def ship(self, spec: Spec, folder: Path) -> Shipment:
         """Sends the spec's code to the service unless it has it. Returns the spec to submit, which names the archive.

@@ -167,6 +167,7 @@ class Client:
     submit = _answers(AsyncClient.submit)
     ship = _answers(AsyncClient.ship)
     validate = _answers(AsyncClient.validate)
+    plan = _answers(AsyncClient.plan)
     code = _answers(AsyncClient.code)
     list_jobs = _answers(AsyncClient.list_jobs)
     get = _answers(AsyncClient.get)

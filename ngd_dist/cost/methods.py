@@ -1,0 +1,283 @@
+"""What each method keeps, sends and computes for one layer: the forms and methods of the library as bare numbers.
+
+The numbers are those of `ngd_dist.factors` and `ngd_dist.preconditioners`, which need torch; a test compares them for
+every kind of layer. B blocks, n rows of a factor, R kept rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ngd_dist.config import EKFAC, KFAC, LNGD, NGDConfig
+from ngd_dist.cost.card import LayerCard
+from ngd_dist.errors import ConfigError
+
+__all__ = ["BYTES", "FormCost", "LayerCost", "StatisticCost", "aligned", "layer_cost"]
+
+BYTES = 4  # of a float32
+HALF = 2  # of a number in 16 bits
+ALIGNMENT = 8  # bytes: where each tensor of a message begins
+MAX_STACKED = 2**14  # numbers in the cache of a layer that is stacked with others
+
+Fields = tuple[tuple[int, int], ...]  # numbers, and bytes of each
+
+
+def aligned(nbytes: int) -> int:
+    """Returns the bytes that a tensor takes up in a message."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class FormCost:
+    """A tensor of a form: the numbers that are held, and that are remembered and summed over ranks.
+
+    rounded: its fields on a wire of 16 bits. is_dense: whether it travels as a triangle, and its inverse may be kept
+    in 16 bits. row_numbers: those of a row that it is estimated from; row_flops: the operations for one more row.
+    """
+
+    held: int
+    packed: int
+    rounded: Fields
+    row_numbers: int
+    row_flops: int
+    inverse_flops: int = 0
+    product_flops: int = 0
+    is_dense: bool = False
+    has_basis: bool = False
+    blocks: int = 1
+
+    def on_wire(self, dtype: str) -> int:
+        """Returns the bytes in which a statistic travels, in `NGDConfig.statistics_wire`."""
+        fields = ((self.packed, BYTES),) if dtype == "float32" else self.rounded
+        return sum(aligned(numbers * nbytes) for numbers, nbytes in fields)
+
+    def in_cache(self, dtype: str) -> int:
+        """Returns the bytes in which an entry of a cache travels, if inverses are kept in this dtype."""
+        if not self.is_dense or dtype == "float32":
+            return aligned(self.packed * BYTES)
+        return aligned(self.packed * HALF) + (aligned(self.row_numbers * BYTES) if dtype == "float16" else 0)
+
+    def cached_bytes(self, dtype: str) -> int:
+        """Returns the bytes that an entry of a cache takes up while it is kept."""
+        if not self.is_dense or dtype == "float32":
+            return self.held * BYTES
+        return self.held * HALF + (self.row_numbers * BYTES if dtype == "float16" else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticCost:
+    """A statistic of a layer. in_basis: whether it is measured in a basis that the others make."""
+
+    name: str
+    form: FormCost
+    in_basis: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """A layer under its method. shared: the entries of the cache that every rank needs.
+
+    few_rows: by factor, what stands for it while a step has few rows; none on several ranks.
+    """
+
+    card: LayerCard
+    statistics: tuple[StatisticCost, ...]
+    cache: Mapping[str, FormCost]
+    refresh_flops: int
+    apply_flops: int
+    shared: tuple[str, ...] = ()
+
+    @property
+    def statistic_numbers(self) -> int:
+        """The numbers of its statistics' values."""
+        return sum(statistic.form.held for statistic in self.statistics)
+
+    @property
+    def remembered_numbers(self) -> int:
+        """The numbers of the values before the last, which an adaptive schedule compares with."""
+        return sum(statistic.form.packed for statistic in self.statistics)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is small enough to share its calls with layers that are alike."""
+        return self.card.is_stackable and sum(form.packed for form in self.cache.values()) <= MAX_STACKED
+
+    def cached_bytes(self, dtype: str) -> int:
+        """Returns the bytes of its cache, if dense inverses are kept in this dtype."""
+        return sum(form.cached_bytes(dtype) for form in self.cache.values())
+
+
+def layer_cost(layer: LayerCard, config: NGDConfig) -> LayerCost:
+    """Returns the layer's cost under the configured method. Raises: ConfigError for a method of another package.
+
+    >>> layer = LayerCard(name="0", inputs=9, outputs=4, positions=1)
+    >>> layer_cost(layer, NGDConfig()).refresh_flops
+    1586
+    """
+    if layer.fisher == "unit_wise":
+        return _unit_wise(layer)
+    choice = config.preconditioner
+    if layer.has_one_hot_inputs and not choice.takes_one_hot_inputs:
+        choice = KFAC()
+    match choice:
+        case KFAC():
+            return _kfac(layer, choice, config.max_dense)
+        case EKFAC():
+            return _ekfac(layer, config.max_dense)
+        case LNGD():
+            return _lngd(layer, config.max_dense)
+    raise ConfigError(
+        f"the planner knows the methods kfac, ekfac and lngd, got {choice.kind}: measure a method of another package, "
+        "or plan with one of these"
+    )
+
+
+def with_few_rows(layer: LayerCost, rows: int) -> LayerCost:
+    """Returns the layer while this number of rows stands for each factor that is at least twice as wide.
+
+    The factor is the rows themselves, its inverse [R, R] beside them; what is remembered has the size of a triangle.
+    """
+    short = {s.name: _of_rows(s.form, rows) for s in layer.statistics if s.form.row_numbers >= 2 * rows}
+    if layer.is_stacked or not short or any(not s.form.is_dense for s in layer.statistics):
+        return layer
+    statistics = tuple(replace(s, form=short.get(s.name, s.form)) for s in layer.statistics)
+    inverses = {
+        name: replace(form, held=form.blocks * rows**2, is_dense=False) if name in short else form
+        for name, form in layer.cache.items()
+    }
+    entries = layer.card.parameters
+    return replace(
+        layer,
+        statistics=statistics,
+        cache=inverses,
+        refresh_flops=sum(s.form.inverse_flops for s in statistics),
+        apply_flops=entries * sum(s.form.product_flops for s in statistics),
+    )
+
+
+def dense(blocks: int, n: int) -> FormCost:
+    """Returns the cost of whole matrices, [B, n, n]: two operations for each multiply-add of 2 n^3 / 2."""
+    packed = n * (n + 1) // 2
+    return FormCost(
+        held=blocks * n * n,
+        packed=blocks * packed,
+        rounded=((blocks * n, BYTES), (blocks * (packed - n), HALF)),
+        row_numbers=blocks * n,
+        row_flops=2 * blocks * n * n,
+        inverse_flops=2 * blocks * n**3,
+        product_flops=2 * n,
+        is_dense=True,
+        has_basis=True,
+        blocks=blocks,
+    )
+
+
+def diagonal(blocks: int, n: int) -> FormCost:
+    """Returns the cost of diagonals, [B, n]."""
+    numbers = blocks * n
+    return FormCost(
+        held=numbers,
+        packed=numbers,
+        rounded=((numbers, BYTES),),
+        row_numbers=numbers,
+        row_flops=2 * numbers,
+        inverse_flops=2 * numbers,
+        product_flops=1,
+        blocks=blocks,
+    )
+
+
+def root(blocks: int, rows: int, n: int) -> FormCost:
+    """Returns the cost of R rows, [B, R, n], that stand for a matrix; its inverse is Woodbury's."""
+    numbers = blocks * rows * n
+    return FormCost(
+        held=numbers,
+        packed=numbers,
+        rounded=((1, BYTES), (numbers, HALF)),
+        row_numbers=blocks * n,
+        row_flops=2 * numbers,
+        inverse_flops=4 * blocks * rows**2 * n,
+        product_flops=4 * rows,
+        has_basis=False,
+        blocks=blocks,
+    )
+
+
+def plain(numbers: int, row_numbers: int | None = None, *, is_entrywise: bool = False) -> FormCost:
+    """Returns the cost of a tensor that stands for itself."""
+    rounded: Fields = ((1, BYTES), (numbers, HALF)) if is_entrywise else ((numbers, BYTES),)
+    return FormCost(numbers, numbers, rounded, row_numbers or numbers, 2 * numbers)
+
+
+def _of_rows(form: FormCost, rows: int) -> FormCost:
+    """Returns a dense factor that is kept as the rows of a step: their products with each other, and an inverse."""
+    n = form.row_numbers // form.blocks
+    return replace(
+        form,
+        held=form.blocks * rows * n,
+        row_flops=2 * form.blocks * rows * n,
+        inverse_flops=form.blocks * (2 * rows**3 + 6 * rows**2 * n),
+        product_flops=min(4 * rows, form.product_flops),
+        is_dense=False,
+    )
+
+
+def _factor(blocks: int, n: int, max_dense: int, rows: int | None = None) -> FormCost:
+    if rows is not None and n >= 2 * rows:
+        return root(blocks, rows, n)
+    return diagonal(blocks, n) if n > max_dense else dense(blocks, n)
+
+
+def _factors(layer: LayerCard, max_dense: int, rows: int | None = None) -> dict[str, FormCost]:
+    B, I, O = layer.blocks, layer.inputs, layer.outputs  # noqa: E741
+    A = diagonal(B, I) if layer.has_one_hot_inputs else _factor(B, I, max_dense, rows)
+    return {"A": A, "G": _factor(B, O, max_dense, rows)}
+
+
+def _kfac(layer: LayerCard, choice: KFAC, max_dense: int) -> LayerCost:
+    factors = _factors(layer, max_dense, choice.rows)
+    statistics = tuple(StatisticCost(name, form) for name, form in factors.items())
+    inverse, product = _flops(layer, factors)
+    if choice.damping_form == "exact":
+        cache = _bases(factors) | {"inverse": plain(layer.parameters)}
+        return LayerCost(layer, statistics, cache, 9 * inverse // 2, 2 * product)
+    is_scaled = choice.rows is not None and any(not f.has_basis and f.product_flops > 1 for f in factors.values())
+    scale = {"scale": plain(layer.blocks)} if is_scaled else {}
+    return LayerCost(layer, statistics, factors | scale, inverse, product)
+
+
+def _ekfac(layer: LayerCard, max_dense: int) -> LayerCost:
+    factors = _factors(layer, max_dense)
+    statistics = tuple(StatisticCost(name, form) for name, form in factors.items())
+    entries = plain(layer.parameters, layer.blocks * layer.inputs, is_entrywise=True)
+    inverse, product = _flops(layer, factors)
+    bases = _bases(factors)
+    cache = bases | {"S": plain(layer.parameters), "damping": plain(1)}
+    statistics = (*statistics, StatisticCost("S", entries, in_basis=True))
+    return LayerCost(layer, statistics, cache, 9 * inverse // 2, 2 * product, tuple(bases))
+
+
+def _lngd(layer: LayerCard, max_dense: int) -> LayerCost:
+    forms = {
+        "Phi": _factor(layer.blocks, layer.inputs, max_dense),
+        "Psi": diagonal(layer.blocks, layer.outputs),
+    }
+    statistics = tuple(StatisticCost(name, form) for name, form in forms.items())
+    _, product = _flops(layer, forms)
+    refresh = forms["Phi"].inverse_flops + layer.blocks * layer.outputs
+    return LayerCost(layer, statistics, forms, refresh, product)
+
+
+def _unit_wise(layer: LayerCard) -> LayerCost:
+    form = plain(layer.outputs * (3 if layer.inputs == 2 else 1))
+    return LayerCost(layer, (StatisticCost("F", form),), {"F": form}, 8 * layer.outputs, 6 * layer.outputs)
+
+
+def _bases(factors: Mapping[str, FormCost]) -> dict[str, FormCost]:
+    """Returns the eigenvectors of the factors: square, not symmetric."""
+    return {name: plain(form.held) for name, form in factors.items() if form.has_basis}
+
+
+def _flops(layer: LayerCard, factors: Mapping[str, FormCost]) -> tuple[int, int]:
+    inverse = sum(form.inverse_flops for form in factors.values())
+    product = layer.parameters * sum(form.product_flops for form in factors.values())
+    return inverse, product

@@ -1,0 +1,62 @@
+"""The owner of each layer, as `ngd_dist.distributed.placement` gives it, for the planner, which imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from math import ceil
+
+from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
+
+__all__ = ["Owners", "owners_of", "strategy_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """The owner of each layer, and the number of ranks that hold it, the owner and those that follow it.
+
+    everywhere: the layers that all ranks refresh; small: those of them whose statistics go with the gradients.
+    """
+
+    world_size: int
+    owner: Mapping[str, int]
+    num_holders: Mapping[str, int]
+    everywhere: frozenset[str]
+    small: frozenset[str]
+
+    def holders(self, layer: str) -> Sequence[int]:
+        """Returns the ranks that hold the layer, its owner first."""
+        return [(self.owner[layer] + i) % self.world_size for i in range(self.num_holders[layer])]
+
+    def inverts(self, layer: str, rank: int) -> bool:
+        """Returns whether the rank keeps the layer's statistics and refreshes its cache."""
+        return layer in self.everywhere or self.owner[layer] == rank
+
+    def holds(self, layer: str, rank: int) -> bool:
+        """Returns whether the rank has the layer's cache and applies it."""
+        return (rank - self.owner[layer]) % self.world_size < self.num_holders[layer]
+
+
+def strategy_of(config: NGDConfig, world_size: int) -> Single | AllReduce | OwnerSharded:
+    """Returns the strategy, with the default filled in."""
+    return config.strategy or (Single() if world_size == 1 else OwnerSharded())
+
+
+def owners_of(costs: Mapping[str, int], config: NGDConfig, world_size: int) -> Owners:
+    """Returns the owners: the most expensive layer goes first, to the rank that has least to do. Source: [G69].
+
+    costs: the operations of refreshing each layer.
+    """
+    strategy = strategy_of(config, world_size)
+    fraction, below = (strategy.fraction, strategy.replicate_below) if isinstance(strategy, OwnerSharded) else (0.0, 0)
+    load = [(0, rank) for rank in range(world_size)]
+    heapify(load)
+    owner = {}
+    for layer in sorted(costs, key=lambda name: (-costs[name], name)):
+        done, rank = load[0]
+        owner[layer] = rank
+        heapreplace(load, (done + costs[layer], rank))
+    small = frozenset(layer for layer, cost in costs.items() if cost < below)
+    everywhere = frozenset(costs) if isinstance(strategy, AllReduce) else small
+    shared = max(1, ceil(fraction * world_size))
+    holders = {layer: world_size if layer in everywhere else shared for layer in costs}
+    return Owners(world_size, {layer: owner[layer] for layer in costs}, holders, everywhere, small)

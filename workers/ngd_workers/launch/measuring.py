@@ -1,0 +1,123 @@
+"""A short run of a job in this process, whose times set a device's rates: see `ngd_dist.cost.calibration`."""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ngd_dist import NGD
+from ngd_dist.config import FixedInterval, NGDConfig
+from ngd_dist.cost.calibration import Measured, StepSeconds
+from ngd_dist.cost.card import ModelCard
+from ngd_dist.distributed.comm import Communicator
+from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.spec import JobSpec, NGDOptimizer
+from ngd_workers.data import Dataset, load_dataset
+from ngd_workers.models import build_model
+from ngd_workers.tasks import build_task
+from ngd_workers.train.context import device_name, device_of
+from ngd_workers.train.learner import Learner
+from ngd_workers.train.loading import MicroBatch, Request, Samples
+
+__all__ = ["measured"]
+
+CYCLES, WARM_UP = 8, 2  # of four steps each
+EMA_DECAY = 0.5  # otherwise few rows may stand for a factor, and the sizes would be measured in two ways
+
+
+def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
+    """Returns the times of steps with the job's micro-batch and with half of it, with and without a refresh.
+
+    On CPU they are the process's own time. Raises: WorkerError.
+    """
+    if not isinstance(spec.optimizer, NGDOptimizer):
+        raise SpecError(f"a run is measured with optimizer ngd, got {spec.optimizer.kind}; measure a job of it instead")
+    sizes = sorted({spec.micro_size, max(1, spec.micro_size // 2)}, reverse=True)
+    if len(sizes) < 2:
+        raise SpecError(
+            "a run is measured at a micro-batch and at half of it: batch.micro_size must be 2 at least, got 1"
+        )
+    torch.set_num_threads(spec.resources.threads_per_worker)
+    device = device_of(spec.resources)
+    optimizer = _measured_settings(spec.optimizer)
+    spec = _one_process(spec, optimizer)
+    dataset = load_dataset(spec.data, data_dir)
+    torch.manual_seed(spec.seed)
+    task = build_task(spec.task, dataset.shape)
+    learner = Learner(build_model(spec.model, dataset.shape), task, dataset, spec, Communicator(), device)
+    batches = {size: _batch(dataset, spec, size) for size in sizes}
+    seconds: dict[tuple[int, bool], list[float]] = defaultdict(list)
+    phases: dict[tuple[int, bool], list[dict[str, float]]] = defaultdict(list)
+    for cycle in range(WARM_UP + CYCLES):
+        for size, refreshes in ((size, refreshes) for size in sizes for refreshes in (True, False)):
+            taken, wall, of_phases = _step(learner, batches[size], spec.optimizer.lr, device)
+            if cycle >= WARM_UP:
+                seconds[size, refreshes].append(taken)
+                phases[size, refreshes].append({name: value * taken / wall for name, value in of_phases.items()})
+    return Measured(
+        device=device_name(device),
+        card=card,
+        optimizer=NGDConfig.model_construct(**{name: getattr(optimizer, name) for name in NGDConfig.model_fields}),
+        steps=tuple(
+            StepSeconds(
+                samples=size, refreshes=refreshes, seconds=median(taken), phases=_medians(phases[size, refreshes])
+            )
+            for (size, refreshes), taken in seconds.items()
+        ),
+    )
+
+
+def _measured_settings(optimizer: NGDOptimizer) -> NGDOptimizer:
+    """Returns the settings with all statistics due in every second step."""
+    changes = {
+        "staleness": FixedInterval(steps=2),
+        "stagger": 0.0,
+        "refresh_cap": None,
+        "strategy": None,
+        "ema_decay": max(EMA_DECAY, optimizer.ema_decay),
+    }
+    return optimizer.model_copy(update=changes)
+
+
+def _one_process(spec: JobSpec, optimizer: NGDOptimizer) -> JobSpec:
+    """Returns the job of one worker, whose step is one micro-batch."""
+    return spec.model_copy(
+        update={
+            "optimizer": optimizer,
+            "resources": spec.resources.model_copy(update={"workers": 1}),
+            "batch": spec.batch.model_copy(update={"global_size": spec.micro_size, "micro_size": None}),
+        }
+    )
+
+
+def _batch(dataset: Dataset, spec: JobSpec, size: int) -> MicroBatch:
+    """Returns a micro-batch of training samples, some of them twice if there are too few."""
+    indices = [index % len(dataset.train) for index in range(size)]
+    content, count, skipped, counts, error = Samples(dataset.train, dataset, spec.seed).__getitems__(
+        Request(0, indices)
+    )
+    if error is not None:
+        raise error
+    return MicroBatch(content, count, skipped, counts)
+
+
+def _step(
+    learner: Learner, batch: MicroBatch, lr: float, device: torch.device
+) -> tuple[float, float, dict[str, float]]:
+    """Returns the seconds of a step, those on the wall, and the optimizer's phases, which are on the wall."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start, start_wall = clock(), time.perf_counter()
+    learner.backward([batch])
+    learner.update([batch], lr)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    taken, wall = clock() - start, time.perf_counter() - start_wall
+    assert isinstance(learner.optimizer, NGD)
+    return taken, wall, dict(learner.optimizer.stats.seconds)
+
+
+def _medians(of_steps: list[dict[str, float]]) -> dict[str, float]:
+    names = {name for phases in of_steps for name in phases}
+    return {name: median(phases.get(name, 0.0) for phases in of_steps) for name in sorted(names)}
