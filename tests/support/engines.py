@@ -49,12 +49,28 @@ class Net(nn.Module):
         return logits
 
 
+class Images(nn.Module):
+    """A convolution, a group norm, attention and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 4, 3)
+        self.norm = nn.GroupNorm(2, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.patches(x))).flatten(2).mT
+        logits: Tensor = self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
+        return logits
+
+
 @dataclass(frozen=True)
 class Case:
     """Settings of NGD or, with `inner`, of a Preconditioner before that optimizer; passes: of a step on each rank.
 
     factor: of the loss. lrs: of each step, set in the optimizer's param groups; none: it stays. deepspeed: keys beside
-    those of every case.
+    those of every case. is_bfloat16: whether the model runs in 16 bits under FSDP2.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -64,23 +80,20 @@ class Case:
     has_fisher_passes: bool = False
     lrs: tuple[float, ...] = ()
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    net: type[nn.Module] = Net
+    is_bfloat16: bool = False
 
 
-def batch_of(step: int) -> tuple[Tensor, Tensor]:
+def batch_of(step: int, net: type[nn.Module]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator)
-    return tokens, torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    y = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    return (tokens if net is Net else torch.randn(SAMPLES, 1, 5, 5, generator=generator)), y
 
 
-def new_net(dtype: torch.dtype, seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    return Net().to(dtype)
-
-
-def shares(step: int, rank: int, world_size: int, passes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    x, y = batch_of(step)
-    of_rank = slice(rank * SAMPLES // world_size, (rank + 1) * SAMPLES // world_size)
-    yield from zip(x[of_rank].chunk(passes), y[of_rank].chunk(passes), strict=True)
+def new_net(dtype: torch.dtype, kind: type[nn.Module] = Net) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().to(dtype)
 
 
 class Run:
@@ -90,7 +103,7 @@ class Run:
         self.kind, self.case = engine, case
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dtype = torch.float64 if engine in FLOAT64 else torch.float32
-        self.net = new_net(self.dtype)
+        self.net = new_net(self.dtype, case.net)
         if weights is not None:
             self.net.load_state_dict({name: weight.to(self.dtype) for name, weight in weights.items()})
         base = {key: value for key, value in BASE.items() if key != "lr" or case.inner is None}
@@ -119,11 +132,12 @@ class Run:
         if self.kind == "ddp":
             model = DistributedDataParallel(net)
         if self.kind == "fsdp2":
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-            for layer in (net.hidden, net.gate, net.embedding):
-                fully_shard(layer)
-            fully_shard(net)
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if case.is_bfloat16 else None)
+            for layer in list(net.children())[::2]:  # others are in the root's own group
+                fully_shard(layer, mp_policy=policy)
+            fully_shard(net, mp_policy=policy)
         if case.inner is not None:
             self.inner = case.inner(net.parameters())
         return model
@@ -132,17 +146,19 @@ class Run:
         """One step on this rank's part of the global batch."""
         for group in self.optimizer.param_groups if self.case.lrs else []:
             group["lr"] = self.case.lrs[number]
-        passes = list(shares(number, self.rank, self.world_size, self.case.passes))
-        for x, y in passes:
+        of_rank = slice(self.rank * SAMPLES // self.world_size, (self.rank + 1) * SAMPLES // self.world_size)
+        parts = (whole[of_rank].chunk(self.case.passes) for whole in batch_of(number, self.case.net))
+        for x, y in zip(*parts, strict=True):
+            x = x.to(next(self.net.parameters()).dtype) if x.is_floating_point() else x
             output = self.model(x)
             if self.case.has_fisher_passes:
                 self.optimizer.fisher_backward(output)
-            loss = F.cross_entropy(output.float() if output.dtype == torch.half else output, y) * self.case.factor
+            loss = F.cross_entropy(output.float() if output.itemsize == 2 else output, y) * self.case.factor
             if self.kind in ZERO:
                 self.model.backward(loss)
                 self.model.step()
             else:
-                (loss / len(passes)).backward()
+                (loss / self.case.passes).backward()
         if self.kind in ZERO:
             if not self.model.was_step_applied():
                 self.optimizer.skip()

@@ -15,6 +15,7 @@ import torch
 from ngd_dist.config import (
     EKFAC,
     AdamWFallback,
+    AdaptiveInterval,
     AllReduce,
     Exact,
     ExponentialDamping,
@@ -29,7 +30,7 @@ from tests.support.engine_faults import (
     refused_by_fsdp2,
     with_a_bad_piece,
 )
-from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Run, Weights, launched, new_net, train
+from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Images, Net, Run, Weights, launched, new_net, train
 from tests.support.ranks import run_ranks
 
 GROUPS = {"ddp": ("ddp", "fsdp2"), "fsdp2": ("ddp", "fsdp2"), **dict.fromkeys(ZERO, ZERO)}
@@ -52,9 +53,17 @@ CASES = {
     "all ranks invert": Case({"strategy": AllReduce()}),
     "half of the ranks hold": Case({"strategy": OwnerSharded(fraction=0.5, replicate_below=0)}),
     "small layers everywhere": Case({"strategy": OwnerSharded()}),
+    "images": Case({"lr": 0.05}, net=Images),
     "preconditioner before SGD": Case(inner=SGD),
     "preconditioner before AdamW": Case(inner=ADAMW),
 }
+# The weights that the model runs with have 8 or 11 bits; master weights, statistics and directions have more.
+SIXTEEN_BITS = {
+    "bfloat16": Case({"momentum": 0.0}, deepspeed={"bf16": {"enabled": True}}, is_bfloat16=True),
+    "float16": Case({"momentum": 0.0}, deepspeed={"fp16": {"enabled": True, "loss_scale": 128}}),
+}
+IN_16_BITS = [("bfloat16", "fsdp2"), *product(SIXTEEN_BITS, ZERO[1:])]
+ADAPTIVE = Case({"staleness": AdaptiveInterval()})
 # Saved at half time under one engine, and loaded under another.
 RESUMED = Case({"fallback": AdamWFallback(lr=0.01)})
 PAIRS = {
@@ -78,6 +87,10 @@ def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes
             outcomes[engine, "to one process"] = first_half(engine)
         for before, then in PAIRS[engines]:
             outcomes[before, then] = train(before, RESUMED, then=then)
+        for name, engine in IN_16_BITS:
+            if engine in engines:
+                outcomes["16 bits", name, engine] = train(engine, SIXTEEN_BITS[name])
+        outcomes |= {("adaptive", engine): adaptive(engine) for engine in ("bare", *engines)}
         if engines == ZERO:
             outcomes |= {("overflow", engine): overflowing(engine) for engine in ZERO[1:]}
             outcomes |= {("refusals", engine): refused_by_deepspeed(engine) for engine in ZERO}
@@ -85,6 +98,15 @@ def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes
         elif world_size == 2:
             outcomes["bad piece"], outcomes["refusals", "fsdp2"] = with_a_bad_piece(rank), refused_by_fsdp2()
     return outcomes
+
+
+def adaptive(engine: str) -> tuple[Weights, list[int], list[int]]:
+    run = Run(engine, ADAPTIVE)
+    for number in range(STEPS):
+        run.step(number)
+    outcome = run.weights(), run.optimizer.stats.intervals, run.optimizer.stats.ages
+    run.close()
+    return outcome
 
 
 def first_half(engine: str) -> tuple[Weights, Any]:
@@ -123,11 +145,12 @@ def outcomes(engines: tuple[str, ...], world_size: int) -> list[dict[Any, Any]]:
 
 @cache
 def alone(name: str) -> Weights:
-    return train("bare", CASES.get(name, RESUMED))
+    return train("bare", (CASES | SIXTEEN_BITS).get(name, RESUMED))
 
 
 def check(engine: str, world_size: int, outcome: Any, name: str) -> None:
-    expected, initial = alone(name), dict(new_net(torch.float64).named_parameters())
+    kind = CASES[name].net if name in CASES else Net
+    expected, initial = alone(name), dict(new_net(torch.float64, kind).named_parameters())
     tolerance = TOLERANCE[torch.float64 if engine in FLOAT64 else torch.float32]
     assert max((expected[key] - initial[key]).abs().max() for key in expected) > 0.05
     for of_rank in outcomes(GROUPS[engine], world_size):
@@ -166,6 +189,28 @@ def test_a_state_of_several_loads_in_one_process(engine: str, world_size: int) -
         weights = second_half("bare", *of_rank[engine, "to one process"])
         for key, weight in weights.items():
             torch.testing.assert_close(weight, alone("resumed")[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("name", "engine"), IN_16_BITS)
+def test_16_bits_are_apart_by_their_rounding(name: str, engine: str) -> None:
+    for of_rank in outcomes(GROUPS[engine], 2):
+        for key, weight in of_rank["16 bits", name, engine].items():
+            torch.testing.assert_close(weight, alone(name)[key], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", GROUPS)
+def test_an_adaptive_schedule_is_that_of_a_bare_model_on_all_ranks(engine: str) -> None:
+    of_ranks = outcomes(GROUPS[engine], 2)
+    weights, *schedule = of_ranks[0]["adaptive", "bare"]
+    tolerance = TOLERANCE[torch.float64 if engine in FLOAT64 else torch.float32]
+
+    for of_rank in of_ranks:
+        own, *own_schedule = of_rank["adaptive", engine]
+        assert own_schedule == schedule
+        for key, weight in own.items():
+            torch.testing.assert_close(weight, weights[key], rtol=tolerance, atol=tolerance)
 
 
 def test_a_preconditioner_before_sgd_is_ngd() -> None:
