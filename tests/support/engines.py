@@ -65,12 +65,29 @@ class Images(nn.Module):
         return logits
 
 
+class Tied(Net):
+    """Its last layer has the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = nn.Linear(7, 6)
+        self.words = nn.Linear(6, WORDS, bias=False)
+        self.words.weight = self.embedding.weight
+        self.head = nn.Linear(WORDS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(torch.tanh(self.hidden(self.embedding(x)))).mean(1) * self.scale
+        logits: Tensor = self.head(torch.tanh(self.words(self.back(h)))) * torch.sigmoid(self.gate(h))
+        return logits
+
+
 @dataclass(frozen=True)
 class Case:
     """Settings of NGD or, with `inner`, of a Preconditioner before that optimizer; passes: of a step on each rank.
 
     factor: of the loss. lrs: of each step, set in the optimizer's param groups; none: it stays. deepspeed: keys beside
-    those of every case. is_bfloat16: whether the model runs in 16 bits under FSDP2.
+    those of every case. is_bfloat16: whether the model runs in 16 bits under FSDP2. frozen: the module that is not
+    trained. has_groups: whether the head has a param group of its own.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -82,13 +99,15 @@ class Case:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     net: type[nn.Module] = Net
     is_bfloat16: bool = False
+    frozen: str = ""
+    has_groups: bool = False
 
 
 def batch_of(step: int, net: type[nn.Module]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator)
     y = torch.randint(CLASSES, (SAMPLES,), generator=generator)
-    return (tokens if net is Net else torch.randn(SAMPLES, 1, 5, 5, generator=generator)), y
+    return (tokens if net is not Images else torch.randn(SAMPLES, 1, 5, 5, generator=generator)), y
 
 
 def new_net(dtype: torch.dtype, kind: type[nn.Module] = Net) -> nn.Module:
@@ -104,15 +123,26 @@ class Run:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dtype = torch.float64 if engine in FLOAT64 else torch.float32
         self.net = new_net(self.dtype, case.net)
+        if case.frozen:
+            self.net.get_submodule(case.frozen).requires_grad_(False)
         if weights is not None:
             self.net.load_state_dict({name: weight.to(self.dtype) for name, weight in weights.items()})
         base = {key: value for key, value in BASE.items() if key != "lr" or case.inner is None}
         config = NGDConfig(**base | {"micro_batches": case.passes} | case.settings)
         self.inner: torch.optim.Optimizer | None = None
         self.model = self._wrapped()
-        self.optimizer: Any = (NGD if case.inner is None else Preconditioner)(self.model, config)
+        self.optimizer: Any = (NGD if case.inner is None else Preconditioner)(
+            self.model, config, param_groups=self._groups()
+        )
         if state is not None:
             self.optimizer.load_state_dict(state)
+
+    def _groups(self) -> list[dict[str, Any]] | None:
+        if not self.case.has_groups:
+            return None
+        head = [*self.net.get_submodule("head").parameters()]
+        rest = [p for p in self.net.parameters() if all(p is not other for other in head)]
+        return [{"params": rest}, {"params": head, "lr": 0.03, "momentum": 0.5, "weight_decay": 0.2, "damping": 0.1}]
 
     def _wrapped(self) -> Any:
         net, case = self.net, self.case
@@ -135,7 +165,8 @@ class Run:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if case.is_bfloat16 else None)
-            for layer in list(net.children())[::2]:  # others are in the root's own group
+            # Others are in the root's own group, and so are weights that two modules share.
+            for layer in [] if case.net is Tied else list(net.children())[::2]:
                 fully_shard(layer, mp_policy=policy)
             fully_shard(net, mp_policy=policy)
         if case.inner is not None:

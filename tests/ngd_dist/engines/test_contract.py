@@ -30,7 +30,7 @@ from tests.support.engine_faults import (
     refused_by_fsdp2,
     with_a_bad_piece,
 )
-from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Images, Net, Run, Weights, launched, new_net, train
+from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Images, Net, Run, Tied, Weights, launched, new_net, train
 from tests.support.ranks import run_ranks
 
 GROUPS = {"ddp": ("ddp", "fsdp2"), "fsdp2": ("ddp", "fsdp2"), **dict.fromkeys(ZERO, ZERO)}
@@ -53,6 +53,9 @@ CASES = {
     "all ranks invert": Case({"strategy": AllReduce()}),
     "half of the ranks hold": Case({"strategy": OwnerSharded(fraction=0.5, replicate_below=0)}),
     "small layers everywhere": Case({"strategy": OwnerSharded()}),
+    "a frozen layer": Case(frozen="hidden"),
+    "a group of its own": Case(has_groups=True),
+    "tied weights": Case({"lr": 0.05}, net=Tied),
     "images": Case({"lr": 0.05}, net=Images),
     "preconditioner before SGD": Case(inner=SGD),
     "preconditioner before AdamW": Case(inner=ADAMW),
