@@ -110,7 +110,7 @@ class NaturalGradient(Assembly):
     def skip(self) -> None:
         """Collective. Tells that the engine or the loop has skipped this step: its gradients were not used.
 
-        For a step that DeepSpeed has skipped because 16-bit gradients overflowed, say. What the step has captured is
+        An engine skips a step if 16-bit gradients have overflowed, say. What the step has captured is
         forgotten, and `stats.skipped_steps` counts it; weights, statistics and schedule stay.
 
         >>> model = nn.Linear(8, 4)

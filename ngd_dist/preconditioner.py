@@ -67,7 +67,7 @@ class Preconditioner(NaturalGradient):
         if grad_scaler is not None and self._comm.world_size > 1 and not self._engine.averages_gradients:
             raise ConfigError(
                 "grad_scaler on several ranks needs an engine that averages gradients before the scaler sees them: "
-                "wrap the model in DistributedDataParallel"
+                "take an engine, or bfloat16 without a scaler"
             )
 
     @torch.no_grad()

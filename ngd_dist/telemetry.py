@@ -49,8 +49,8 @@ class StepStats:
     An age counts the steps since the statistic in use was measured; an interval, the steps that it may stay in use.
     Seconds are host time on this rank: on CUDA, where work is queued, they show where the host waits. Bytes are those
     that this rank sends to others, by kind; an all-reduce counts as a ring sends it. `failed_inversions` counts all
-    steps so far over all ranks, `skipped_steps` the steps that were given up because a gradient was not finite. lr,
-    momentum and damping are those of the first param group, after the step.
+    steps so far over all ranks, `skipped_steps` the steps that were given up because a gradient was not finite, or that
+    `skip` told of. lr, momentum and damping are those of the first param group, after the step.
     """
 
     step: int = 0

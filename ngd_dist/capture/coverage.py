@@ -21,7 +21,7 @@ def check_held(layers: Iterable[Layer]) -> None:
         for name in layer.replaced():
             raise ConfigError(
                 f"{class_of(layer.module).__name__} {layer.name!r} no longer holds the {name} that NGD was built with: "
-                "weight_norm, pruning, fully_shard or an assignment has put another in its place; do that before you "
+                "weight_norm, pruning, an engine or an assignment has put another in its place; do that before you "
                 "build NGD"
             )
 

@@ -44,6 +44,10 @@ class FSDP2(Engine):
                     f"{name!r} is placed as {tuple(placements)} on a mesh of {mesh.ndim} dimensions, and NGD supports "
                     "Shard(0) on one: tensor parallel and hybrid sharded models are not supported"
                 )
+            if p.device.type != mesh.device_type:
+                raise ConfigError(
+                    f"{name!r} is on {p.device.type}, and its mesh on {mesh.device_type}: offload is not supported"
+                )
         return self
 
     def owned(self, parameter: nn.Parameter) -> str | None:

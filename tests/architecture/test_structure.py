@@ -1,6 +1,7 @@
 """The structure that the documents promise, held by reading the code."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -80,6 +81,14 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.is_relative_to(ROOT / "ngd_dist")], ids=lambda p: p.stem)
+def test_an_engine_is_named_in_its_own_file_alone(path: Path) -> None:
+    if path.parent.name == "engines" or path.name == "deepspeed.py":  # its settings, without torch
+        return
+
+    assert not re.search(r"DDP|DistributedDataParallel|FSDP|fully_shard|[Dd]eep[Ss]peed|ZeRO|DTensor", path.read_text())
 
 
 def test_the_environment_is_read_in_one_place() -> None:

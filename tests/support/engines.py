@@ -49,12 +49,45 @@ class Net(nn.Module):
         return logits
 
 
+class Images(nn.Module):
+    """A convolution, a group norm, attention and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 4, 3)
+        self.norm = nn.GroupNorm(2, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.patches(x))).flatten(2).mT
+        logits: Tensor = self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
+        return logits
+
+
+class Tied(Net):
+    """Its last layer has the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = nn.Linear(7, 6)
+        self.words = nn.Linear(6, WORDS, bias=False)
+        self.words.weight = self.embedding.weight
+        self.head = nn.Linear(WORDS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(torch.tanh(self.hidden(self.embedding(x)))).mean(1) * self.scale
+        logits: Tensor = self.head(torch.tanh(self.words(self.back(h)))) * torch.sigmoid(self.gate(h))
+        return logits
+
+
 @dataclass(frozen=True)
 class Case:
     """Settings of NGD or, with `inner`, of a Preconditioner before that optimizer; passes: of a step on each rank.
 
     factor: of the loss. lrs: of each step, set in the optimizer's param groups; none: it stays. deepspeed: keys beside
-    those of every case.
+    those of every case. is_bfloat16: whether the model runs in 16 bits under FSDP2. frozen: the module that is not
+    trained. has_groups: whether the head has a param group of its own.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -64,23 +97,22 @@ class Case:
     has_fisher_passes: bool = False
     lrs: tuple[float, ...] = ()
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    net: type[nn.Module] = Net
+    is_bfloat16: bool = False
+    frozen: str = ""
+    has_groups: bool = False
 
 
-def batch_of(step: int) -> tuple[Tensor, Tensor]:
+def batch_of(step: int, net: type[nn.Module]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator)
-    return tokens, torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    y = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    return (tokens if net is not Images else torch.randn(SAMPLES, 1, 5, 5, generator=generator)), y
 
 
-def new_net(dtype: torch.dtype, seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    return Net().to(dtype)
-
-
-def shares(step: int, rank: int, world_size: int, passes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    x, y = batch_of(step)
-    of_rank = slice(rank * SAMPLES // world_size, (rank + 1) * SAMPLES // world_size)
-    yield from zip(x[of_rank].chunk(passes), y[of_rank].chunk(passes), strict=True)
+def new_net(dtype: torch.dtype, kind: type[nn.Module] = Net) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().to(dtype)
 
 
 class Run:
@@ -90,16 +122,27 @@ class Run:
         self.kind, self.case = engine, case
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dtype = torch.float64 if engine in FLOAT64 else torch.float32
-        self.net = new_net(self.dtype)
+        self.net = new_net(self.dtype, case.net)
+        if case.frozen:
+            self.net.get_submodule(case.frozen).requires_grad_(False)
         if weights is not None:
             self.net.load_state_dict({name: weight.to(self.dtype) for name, weight in weights.items()})
         base = {key: value for key, value in BASE.items() if key != "lr" or case.inner is None}
         config = NGDConfig(**base | {"micro_batches": case.passes} | case.settings)
         self.inner: torch.optim.Optimizer | None = None
         self.model = self._wrapped()
-        self.optimizer: Any = (NGD if case.inner is None else Preconditioner)(self.model, config)
+        self.optimizer: Any = (NGD if case.inner is None else Preconditioner)(
+            self.model, config, param_groups=self._groups()
+        )
         if state is not None:
             self.optimizer.load_state_dict(state)
+
+    def _groups(self) -> list[dict[str, Any]] | None:
+        if not self.case.has_groups:
+            return None
+        head = [*self.net.get_submodule("head").parameters()]
+        rest = [p for p in self.net.parameters() if all(p is not other for other in head)]
+        return [{"params": rest}, {"params": head, "lr": 0.03, "momentum": 0.5, "weight_decay": 0.2, "damping": 0.1}]
 
     def _wrapped(self) -> Any:
         net, case = self.net, self.case
@@ -119,11 +162,13 @@ class Run:
         if self.kind == "ddp":
             model = DistributedDataParallel(net)
         if self.kind == "fsdp2":
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-            for layer in (net.hidden, net.gate, net.embedding):
-                fully_shard(layer)
-            fully_shard(net)
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if case.is_bfloat16 else None)
+            # Others are in the root's own group, and so are weights that two modules share.
+            for layer in [] if case.net is Tied else list(net.children())[::2]:
+                fully_shard(layer, mp_policy=policy)
+            fully_shard(net, mp_policy=policy)
         if case.inner is not None:
             self.inner = case.inner(net.parameters())
         return model
@@ -132,17 +177,19 @@ class Run:
         """One step on this rank's part of the global batch."""
         for group in self.optimizer.param_groups if self.case.lrs else []:
             group["lr"] = self.case.lrs[number]
-        passes = list(shares(number, self.rank, self.world_size, self.case.passes))
-        for x, y in passes:
+        of_rank = slice(self.rank * SAMPLES // self.world_size, (self.rank + 1) * SAMPLES // self.world_size)
+        parts = (whole[of_rank].chunk(self.case.passes) for whole in batch_of(number, self.case.net))
+        for x, y in zip(*parts, strict=True):
+            x = x.to(next(self.net.parameters()).dtype) if x.is_floating_point() else x
             output = self.model(x)
             if self.case.has_fisher_passes:
                 self.optimizer.fisher_backward(output)
-            loss = F.cross_entropy(output.float() if output.dtype == torch.half else output, y) * self.case.factor
+            loss = F.cross_entropy(output.float() if output.itemsize == 2 else output, y) * self.case.factor
             if self.kind in ZERO:
                 self.model.backward(loss)
                 self.model.step()
             else:
-                (loss / len(passes)).backward()
+                (loss / self.case.passes).backward()
         if self.kind in ZERO:
             if not self.model.was_step_applied():
                 self.optimizer.skip()

@@ -15,6 +15,7 @@ import torch
 from ngd_dist.config import (
     EKFAC,
     AdamWFallback,
+    AdaptiveInterval,
     AllReduce,
     Exact,
     ExponentialDamping,
@@ -29,7 +30,7 @@ from tests.support.engine_faults import (
     refused_by_fsdp2,
     with_a_bad_piece,
 )
-from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Run, Weights, launched, new_net, train
+from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Images, Net, Run, Tied, Weights, launched, new_net, train
 from tests.support.ranks import run_ranks
 
 GROUPS = {"ddp": ("ddp", "fsdp2"), "fsdp2": ("ddp", "fsdp2"), **dict.fromkeys(ZERO, ZERO)}
@@ -52,9 +53,20 @@ CASES = {
     "all ranks invert": Case({"strategy": AllReduce()}),
     "half of the ranks hold": Case({"strategy": OwnerSharded(fraction=0.5, replicate_below=0)}),
     "small layers everywhere": Case({"strategy": OwnerSharded()}),
+    "a frozen layer": Case(frozen="hidden"),
+    "a group of its own": Case(has_groups=True),
+    "tied weights": Case({"lr": 0.05}, net=Tied),
+    "images": Case({"lr": 0.05}, net=Images),
     "preconditioner before SGD": Case(inner=SGD),
     "preconditioner before AdamW": Case(inner=ADAMW),
 }
+# The weights that the model runs with have 8 or 11 bits; master weights, statistics and directions have more.
+SIXTEEN_BITS = {
+    "bfloat16": Case({"momentum": 0.0}, deepspeed={"bf16": {"enabled": True}}, is_bfloat16=True),
+    "float16": Case({"momentum": 0.0}, deepspeed={"fp16": {"enabled": True, "loss_scale": 128}}),
+}
+IN_16_BITS = [("bfloat16", "fsdp2"), *product(SIXTEEN_BITS, ZERO[1:])]
+ADAPTIVE = Case({"staleness": AdaptiveInterval()})
 # Saved at half time under one engine, and loaded under another.
 RESUMED = Case({"fallback": AdamWFallback(lr=0.01)})
 PAIRS = {
@@ -65,26 +77,53 @@ PAIRS = {
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-def fits(engine: str, name: str) -> bool:
-    return engine != "zero3" or not CASES[name].has_fisher_passes
+# The default run has each case at ZeRO 2, and at the other stages those that go ways of their own there.
+OF_OTHER_STAGES = ("momentum", "accumulation", "kl clip", "norm clip", "adamw fallback", "tied weights", "images")
+OF_OTHER_STAGES += ("exact Fisher", "weights rescaled", "half of the ranks hold", "preconditioner before SGD")
+
+
+def fits(engine: str, name: str, world_size: int) -> bool:
+    if engine == "zero3" and CASES[name].has_fisher_passes:
+        return False
+    return engine not in ("zero0", "zero1", "zero3") or world_size > 2 or name in OF_OTHER_STAGES
 
 
 def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes) -> dict[Any, Any]:
     outcomes: dict[Any, Any] = {}
     with launched(rank, world_size):
         for engine in engines:
-            outcomes |= {(engine, name): train(engine, case) for name, case in CASES.items() if fits(engine, name)}
+            for name, case in CASES.items():
+                if fits(engine, name, world_size):
+                    outcomes[engine, name] = train(engine, case)
             outcomes[engine, "from one process"] = second_half(engine, *pickle.loads(middle))
             outcomes[engine, "to one process"] = first_half(engine)
         for before, then in PAIRS[engines]:
             outcomes[before, then] = train(before, RESUMED, then=then)
-        if engines == ZERO:
-            outcomes |= {("overflow", engine): overflowing(engine) for engine in ZERO[1:]}
-            outcomes |= {("refusals", engine): refused_by_deepspeed(engine) for engine in ZERO}
-            outcomes["clipped"] = clipped("zero2")
-        elif world_size == 2:
-            outcomes["bad piece"], outcomes["refusals", "fsdp2"] = with_a_bad_piece(rank), refused_by_fsdp2()
+        outcomes |= beside(rank, engines) if world_size == 2 else {}
     return outcomes
+
+
+def beside(rank: int, engines: tuple[str, ...]) -> dict[Any, Any]:
+    outcomes: dict[Any, Any] = {("adaptive", engine): adaptive(engine) for engine in ("bare", *engines)}
+    for name, engine in IN_16_BITS:
+        if engine in engines:
+            outcomes["16 bits", name, engine] = train(engine, SIXTEEN_BITS[name])
+    if engines == ZERO:
+        outcomes |= {("overflow", engine): overflowing(engine) for engine in ZERO[1:]}
+        outcomes |= {("refusals", engine): refused_by_deepspeed(engine) for engine in ZERO}
+        outcomes["clipped"] = clipped("zero2")
+    else:
+        outcomes["bad piece"], outcomes["refusals", "fsdp2"] = with_a_bad_piece(rank), refused_by_fsdp2()
+    return outcomes
+
+
+def adaptive(engine: str) -> tuple[Weights, list[int], list[int]]:
+    run = Run(engine, ADAPTIVE)
+    for number in range(STEPS):
+        run.step(number)
+    outcome = run.weights(), run.optimizer.stats.intervals, run.optimizer.stats.ages
+    run.close()
+    return outcome
 
 
 def first_half(engine: str) -> tuple[Weights, Any]:
@@ -123,11 +162,12 @@ def outcomes(engines: tuple[str, ...], world_size: int) -> list[dict[Any, Any]]:
 
 @cache
 def alone(name: str) -> Weights:
-    return train("bare", CASES.get(name, RESUMED))
+    return train("bare", (CASES | SIXTEEN_BITS).get(name, RESUMED))
 
 
 def check(engine: str, world_size: int, outcome: Any, name: str) -> None:
-    expected, initial = alone(name), dict(new_net(torch.float64).named_parameters())
+    kind = CASES[name].net if name in CASES else Net
+    expected, initial = alone(name), dict(new_net(torch.float64, kind).named_parameters())
     tolerance = TOLERANCE[torch.float64 if engine in FLOAT64 else torch.float32]
     assert max((expected[key] - initial[key]).abs().max() for key in expected) > 0.05
     for of_rank in outcomes(GROUPS[engine], world_size):
@@ -135,11 +175,12 @@ def check(engine: str, world_size: int, outcome: Any, name: str) -> None:
             torch.testing.assert_close(weight, expected[key], rtol=tolerance, atol=tolerance)
 
 
-WORLDS = [pytest.param(2, marks=pytest.mark.ranks), pytest.param(4, marks=[pytest.mark.ranks, pytest.mark.slow])]
+MARKS = {2: [pytest.mark.ranks], 4: [pytest.mark.ranks, pytest.mark.slow]}
+WORLDS = [pytest.param(world_size, marks=marks) for world_size, marks in MARKS.items()]
+ALL = [pytest.param(*of_one, marks=MARKS[of_one[2]]) for of_one in product(GROUPS, CASES, MARKS) if fits(*of_one)]
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize(("engine", "name"), [pair for pair in product(GROUPS, CASES) if fits(*pair)])
+@pytest.mark.parametrize(("engine", "name", "world_size"), ALL)
 def test_six_steps_are_those_of_one_process(engine: str, name: str, world_size: int) -> None:
     check(engine, world_size, (engine, name), name)
 
@@ -166,6 +207,28 @@ def test_a_state_of_several_loads_in_one_process(engine: str, world_size: int) -
         weights = second_half("bare", *of_rank[engine, "to one process"])
         for key, weight in weights.items():
             torch.testing.assert_close(weight, alone("resumed")[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("name", "engine"), IN_16_BITS)
+def test_16_bits_are_apart_by_their_rounding(name: str, engine: str) -> None:
+    for of_rank in outcomes(GROUPS[engine], 2):
+        for key, weight in of_rank["16 bits", name, engine].items():
+            torch.testing.assert_close(weight, alone(name)[key], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", GROUPS)
+def test_an_adaptive_schedule_is_that_of_a_bare_model_on_all_ranks(engine: str) -> None:
+    of_ranks = outcomes(GROUPS[engine], 2)
+    weights, *schedule = of_ranks[0]["adaptive", "bare"]
+    tolerance = TOLERANCE[torch.float64 if engine in FLOAT64 else torch.float32]
+
+    for of_rank in of_ranks:
+        own, *own_schedule = of_rank["adaptive", engine]
+        assert own_schedule == schedule
+        for key, weight in own.items():
+            torch.testing.assert_close(weight, weights[key], rtol=tolerance, atol=tolerance)
 
 
 def test_a_preconditioner_before_sgd_is_ngd() -> None:
