@@ -1,6 +1,6 @@
 """What does a change of nodes cost an elastic job?
 
-An MLP trains on two workers, on a Ray cluster of a head and two nodes on this machine; a micro-batch takes 50 ms to read.
+An MLP trains on two workers, on a Ray cluster of a head and two nodes on this machine; a micro-batch takes 50 ms.
 A node is drained, another added; a worker is killed; a node is killed; the head is killed, with the driver, and another
 attempt goes on. Each line has the seconds without progress, from the last step before to the first step that was not
 done before, and the steps that were done again. The driver looks at the cluster each second here, not each ten.
@@ -69,11 +69,10 @@ def measure(folder: Path) -> list[Cost]:
         before, size = groups_of(job.events)[-1], job.starts[-1].world_size
         # The driver ends with the head, as it does on the machine of the head.
     (folder / "next").mkdir()
-    with three_nodes(folder / "next") as (head, _):
-        with ElasticJob(folder / "run", head, attempt=2) as again:
-            start = again.reaches(1, steps=3 * EVERY_STEPS)
-            after = groups_of(again.events)[0]
-            costs.append(cost("the head is killed", before, after, (size, start.world_size)))
+    with three_nodes(folder / "next") as (head, _), ElasticJob(folder / "run", head, attempt=2) as again:
+        start = again.reaches(1, steps=3 * EVERY_STEPS)
+        after = groups_of(again.events)[0]
+        costs.append(cost("the head is killed", before, after, (size, start.world_size)))
     return costs
 
 
