@@ -17,6 +17,10 @@ from benchmarks.record import folder_for, write
 from ngd_workers.contract.events import Event, StepRecord
 from tests.support.three_nodes import EVERY_STEPS, ElasticJob, add_node, three_nodes
 
+AFTER = (
+    3 * EVERY_STEPS + EVERY_STEPS // 2
+)  # steps of a group before the next change, which comes between two checkpoints
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -51,7 +55,7 @@ def change(name: str, job: ElasticJob, act: Callable[[], object]) -> Cost:
     """Makes a change, and waits until the next group has done more than was done before."""
     group = len(job.starts)
     act()
-    job.reaches(group + 1, steps=3 * EVERY_STEPS)
+    job.reaches(group + 1, steps=AFTER)
     before, after = groups_of(job.events)[group - 1 : group + 1]
     return cost(name, before, after, (job.starts[-2].world_size, job.starts[-1].world_size))
 
@@ -70,7 +74,7 @@ def measure(folder: Path) -> list[Cost]:
         # The driver ends with the head, as it does on the machine of the head.
     (folder / "next").mkdir()
     with three_nodes(folder / "next") as (head, _), ElasticJob(folder / "run", head, attempt=2) as again:
-        start = again.reaches(1, steps=3 * EVERY_STEPS)
+        start = again.reaches(1, steps=AFTER)
         after = groups_of(again.events)[0]
         costs.append(cost("the head is killed", before, after, (size, start.world_size)))
     return costs
