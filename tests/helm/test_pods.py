@@ -165,3 +165,14 @@ def test_commands_of_the_guide_touch_one_installation_and_keep_no_line_break() -
             assert "app.kubernetes.io/instance=ngd" in line, line
         if "/dev/stdin" in line:
             assert 'printf %s "' in line, line
+
+
+def test_worker_s_pod_that_is_deleted_drains_its_node_for_as_long_as_it_may_stay() -> None:
+    _, worker = ray_pods(workerDefaults={"terminationGracePeriodSeconds": 90})
+
+    hook = worker["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[:2] == ["/bin/sh", "-c"]
+    assert hook[2] == (
+        "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION "
+        '--reason-message "its pod is deleted" --deadline-remaining-seconds 85; sleep 85'
+    )

@@ -140,6 +140,10 @@ def test_marks_tell_new_attempts_from_restarts_of_the_workers() -> None:
             event("started", world_size=1, device="cpu", resumed_step=0, statistics=[]),
             "Attempt 1: 1 worker on cpu started",
         ),
+        (
+            event("workers_resized", before=2, after=1, message="to be taken away: node 10.0.0.7"),
+            "Resized from 2 to 1 worker: to be taken away: node 10.0.0.7",
+        ),
         (event("checkpoint", step=1500, bytes=2048, path="c"), "Checkpoint of step 1,500 saved (2 KiB)"),
         (event("a_kind_of_a_later_version"), "A kind of a later version"),
     ],

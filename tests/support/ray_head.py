@@ -102,6 +102,11 @@ class RayHead:
         """Kills a node with all that runs on it, as the loss of its machine does."""
         _kill(self._by_id[node_id])
 
+    def kill_worker(self, node_id: str) -> None:
+        """Kills one of the processes that train on the node, as the kernel does when there is no memory left."""
+        below = psutil.Process(self._by_id[node_id].pid).children(recursive=True)
+        next(process for process in below if "RayTrainWorker" in " ".join(process.cmdline())).kill()
+
     def kill(self) -> None:
         """Kills the head with all that runs on it; the nodes stay, for as long as they wait for another head."""
         _kill(self._process)

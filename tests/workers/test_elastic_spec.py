@@ -123,7 +123,7 @@ def test_size_that_is_not_allowed_is_refused_with_those_that_are(job: Job, size:
         ),
         (
             {"min_workers": 1, "max_workers": 4, "workers": 2},
-            "resources: workers must be max_workers (4) in an elastic job, got 2; leave it out",
+            "resources: workers must be max_workers (4) in an elastic job, got 2; leave it out, or give 4",
         ),
         ({"min_workers": 0, "max_workers": 2}, "resources.min_workers must be >= 1, got 0"),
         ({"min_workers": 1, "max_workers": 5000}, "resources.max_workers must be <= 4096, got 5000"),

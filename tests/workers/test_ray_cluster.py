@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ngd_workers.contract.errors import RayStartError
+from ngd_workers.contract.errors import RayStartError, SpecError
 from ngd_workers.contract.spec import Resources
 from ngd_workers.launch import ray_cluster
 from ngd_workers.launch.ray_cluster import RayCluster, bundle
+from tests.support.attempts import small_spec
 
 RAYLET = """\
 [2026-11-28 21:45:58,254 I 6006 6006] (raylet) main.cc:283: Setting cluster ID to: 2a29
@@ -78,3 +79,28 @@ def test_agents_are_given_their_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_worker_reserves_what_the_job_says() -> None:
     assert bundle(Resources(threads_per_worker=2)) == {"CPU": 2.0}
     assert bundle(Resources(gpus_per_worker=1)) == {"CPU": 1.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(("gpus", "size"), [(1, 1), (3, 2), (4, 4), (8, 4)])
+def test_elastic_job_on_this_machine_has_as_many_workers_as_gpus_allow(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, size: int
+) -> None:
+    job = small_spec(resources={"min_workers": 1, "max_workers": 4, "gpus_per_worker": 1})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": float(gpus)}}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": float(gpus)})
+    cluster = RayCluster("own")
+
+    cluster.check(job)
+    assert cluster.largest_size(job, lambda message: None, lambda: False) == size
+    assert not cluster.changes
+
+
+def test_gpus_for_the_fewest_workers_have_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = small_spec(resources={"min_workers": 2, "max_workers": 4, "gpus_per_worker": 1})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
+
+    with pytest.raises(SpecError) as error:
+        RayCluster("own").check(job)
+    assert str(error.value) == (
+        "resources ask for 2 GPUs (min_workers 2 x gpus_per_worker 1), this machine has 1; lower them"
+    )

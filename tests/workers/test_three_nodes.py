@@ -1,97 +1,24 @@
 """An elastic job on a real Ray cluster of a head and two nodes, of which one is drained, one added and one killed."""
 
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from ngd_workers.contract.events import Started
-from ngd_workers.contract.rundir import AttemptDir
-from tests.support import ROOT
-from tests.support.attempts import make_attempt, records, small_spec, spooled
-from tests.support.deadline import wait_until
+from tests.support.attempts import records, spooled
 from tests.support.event_service import EventService
-from tests.support.ray_head import RayHead
 from tests.support.recorded_samples import SAMPLES, steps_of_groups
+from tests.support.three_nodes import CHANGE_S, EPOCH, EVERY_STEPS, ElasticJob, add_node, three_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-CHANGE_S = 300.0  # a busy machine takes a minute to notice a lost node and to start workers
-EVERY_STEPS = 20
-GLOBAL_SIZE = 32
-EPOCH = SAMPLES // GLOBAL_SIZE
-
-
-@contextmanager
-def three_nodes(folder: Path) -> Iterator[tuple[RayHead, list[str]]]:
-    """A head that trains nothing itself, and two nodes of one CPU each. Gives the nodes' ids."""
-    head = RayHead(num_cpus=0)
-    try:
-        yield head, [add_node(head, folder, name) for name in ("one", "two")]
-    finally:
-        head.close()
-
-
-def add_node(head: RayHead, folder: Path, name: str) -> str:
-    (folder / name).mkdir()
-    return head.add_node(folder / name)
-
-
-class Job:
-    """An elastic job of one or two workers, and its driver. Its micro-batches take 50 ms to read."""
-
-    def __init__(self, run_dir: Path, head: RayHead, url: str | None = None) -> None:
-        options = {"attempt_dir": str(AttemptDir.of(run_dir, 1).path), "sleep_s": 0.05}
-        spec = small_spec(
-            model={"kind": "mlp", "hidden": [16]},
-            data={"kind": "function", "function": "tests.support.recorded_samples:data", "options": options},
-            optimizer={"kind": "ngd", "lr": 0.01},
-            schedule={"steps": 100_000, "evaluate_every_steps": 100_000},
-            batch={"global_size": GLOBAL_SIZE},
-            checkpoint={"every_steps": EVERY_STEPS},
-            resources={"min_workers": 1, "max_workers": 2},
-        )
-        self.attempt = make_attempt(run_dir, spec, cluster="given", url=url)
-        command = [sys.executable, "-m", "tests.support.quick_driver", str(self.attempt.path)]
-        with self.attempt.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | head.environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    @property
-    def starts(self) -> list[Started]:
-        return [event for event in self._events if isinstance(event, Started)]
-
-    @property
-    def last_step(self) -> int:
-        return max((record.step for record in records(self._events)), default=0)
-
-    @property
-    def _events(self) -> list:
-        return spooled(self.attempt) if self.attempt.spool.exists() else []
-
-    def reaches(self, group: int, steps: int = 2 * EVERY_STEPS) -> Started:
-        """Waits until the n-th group has done so many steps; returns its start."""
-
-        def has() -> bool:
-            assert self.process.poll() is None, self.attempt.log.read_text()
-            return len(self.starts) >= group and self.last_step >= self.starts[group - 1].resumed_step + steps
-
-        wait_until(has, f"group {group} trains; log: {self.attempt.log}", timeout_s=CHANGE_S)
-        return self.starts[group - 1]
-
-    def nodes(self, group: int) -> set[str]:
-        return {path.name for path in self.attempt.nodes(group).iterdir()}
-
 
 def test_job_goes_on_while_nodes_come_and_go(tmp_path: Path) -> None:
-    with three_nodes(tmp_path) as (head, [one, two]), EventService() as service:
-        job = Job(tmp_path / "run", head, service.url)
+    with (
+        three_nodes(tmp_path) as (head, [one, two]),
+        EventService() as service,
+        ElasticJob(tmp_path / "run", head, service.url) as job,
+    ):
         assert job.reaches(1).world_size == 2
         assert job.nodes(1) == {one, two}
 

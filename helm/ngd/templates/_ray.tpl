@@ -117,6 +117,18 @@ spec:
   containers:
     - name: ray-worker
       {{- include "ngd.rayContainer" (dict "root" $root "part" $group) | nindent 6 }}
+      {{- /* Jobs leave a node that Ray drains, with a checkpoint, and the container ends when none is left on it. */}}
+      {{- $notice := sub (int $group.terminationGracePeriodSeconds) 5 | max 1 }}
+      lifecycle:
+        preStop:
+          exec:
+            command:
+              - /bin/sh
+              - -c
+              - >-
+                ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "its pod is deleted"
+                --deadline-remaining-seconds {{ $notice }};
+                sleep {{ $notice }}
       ports:
         - {name: metrics, containerPort: 8080, protocol: TCP}
       securityContext:

@@ -178,8 +178,8 @@ class _Watch:
                 if reason is not None:
                     self._attempt_dir.resize.write_text(reason)
                     return
-            except Exception:  # the boundary of this thread: the next look may succeed
-                log.exception("can't look at the Ray cluster; it is tried again")
+            except Exception as error:  # noqa: BLE001 - the boundary of this thread: the next look may succeed
+                log.warning("can't look at the Ray cluster; it is tried again: %s: %s", type(error).__name__, error)
 
     def _reason(self) -> str | None:
         folder = self._attempt_dir.nodes(self._group)

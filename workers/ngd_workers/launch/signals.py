@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,13 @@ def stop_in_order(
     attempt_dir: AttemptDir, numbers: Sequence[signal.Signals], also: Callable[[], None] = lambda: None
 ) -> None:
     """Makes these signals ask the attempt to stop after the current step. Main thread only."""
+    process = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a fork, such as one of a user's pool: it ends as if this handler were not there
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         also()
         name = signal.Signals(number).name
         log.info("%s: the workers stop after the current step", name)

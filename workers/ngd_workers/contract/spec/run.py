@@ -129,7 +129,8 @@ class Resources(SpecModel):
             )
         if self.workers != most:
             raise ValueError(
-                f"workers must be max_workers ({most}) in an elastic job, got {self.workers}; leave it out"
+                f"workers must be max_workers ({most}) in an elastic job, got {self.workers}; leave it out, or give "
+                f"{most}"
             )
         return self
 

@@ -1,0 +1,52 @@
+"""Signals as a request to end in order."""
+
+import os
+import signal
+from pathlib import Path
+
+from ngd_workers.contract.rundir import Outcome
+from ngd_workers.launch.signals import told_by_signals, with_signal
+from tests.support.attempts import make_attempt, small_spec
+from tests.support.deadline import wait_until
+
+STOPPED = Outcome(result="cancelled", step=3)
+
+
+def test_signal_is_told_at_once_and_leaves_its_name(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, small_spec())
+    before = signal.getsignal(signal.SIGTERM)
+
+    with told_by_signals(attempt, signal.SIGTERM) as is_told:
+        assert not is_told()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert is_told()
+        wait_until(lambda: attempt.stop.exists() and attempt.stop.read_text(), "the file")
+
+    assert signal.getsignal(signal.SIGTERM) is before
+    ended = with_signal(attempt, STOPPED)
+    assert (ended.result, ended.step) == ("cancelled", 3)
+    assert (ended.reason, ended.message) == ("StoppedFromOutside", "stopped by SIGTERM")
+
+
+def test_outcome_of_an_attempt_that_no_signal_stopped_stays(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, small_spec())
+    attempt.stop.touch()
+
+    assert with_signal(attempt, STOPPED) == STOPPED
+    assert with_signal(attempt, Outcome(result="succeeded")) == Outcome(result="succeeded")
+
+
+def test_forked_process_ends_by_the_signal_and_stops_nothing(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, small_spec())
+
+    with told_by_signals(attempt, signal.SIGTERM) as is_told:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        assert not is_told()
+    assert not attempt.stop.exists()
