@@ -39,7 +39,7 @@ def bytes_held(setup: Setup, rank: int = 0) -> dict[str, int]:
     if setup.config is not None:
         held |= _of_ngd(setup, setup.config, rank)
     if ranks > 1:
-        held["messages"] = _messages(setup)
+        held["messages"] = _messages(setup, rank)
     return held
 
 
@@ -49,8 +49,9 @@ def fullest_rank(setup: Setup) -> int:
         return 0
     totals = [0] * setup.world_size
     for name, layer in setup.layers.items():
+        totals[setup.owners.owner[name]] += layer.remembered_numbers * setup.world_size
         if name not in setup.owners.everywhere:
-            totals[setup.owners.owner[name]] += layer.statistic_numbers + layer.remembered_numbers
+            totals[setup.owners.owner[name]] += layer.statistic_numbers
             for rank in setup.owners.holders(name):
                 totals[rank] += layer.cached_bytes(setup.config.inverse_dtype) // BYTES
     return max(range(setup.world_size), key=lambda rank: totals[rank])
@@ -90,11 +91,18 @@ def _of_ngd(setup: Setup, config: NGDConfig, rank: int) -> dict[str, int]:
     }
 
 
-def _messages(setup: Setup) -> int:
-    """Returns the bytes of the buffers of messages: out and in, of statistics or of gradients."""
-    numbers, statistics = setup.card.parameters, 0
-    if setup.engine.averages:
-        numbers = ceil(numbers / (setup.world_size if setup.engine.is_sharded else 2))
-    if setup.config is not None:
-        statistics = sum(s.form.packed for layer in setup.layers.values() for s in layer.statistics)
-    return 2 * BYTES * max(numbers, statistics)
+def _messages(setup: Setup, rank: int) -> int:
+    """Returns the bytes of the buffers of messages, of statistics or of gradients: those out, and those in.
+
+    An owner receives its layers' from each other rank; all of them are there before they are added up.
+    """
+    engine, ranks, numbers = setup.engine, setup.world_size, setup.card.parameters
+    out = ceil(numbers / ranks) if engine.is_sharded else numbers
+    if setup.config is None or setup.sums_on_the_way:
+        return BYTES * (2 - engine.averages) * out
+    owned = [layer for name, layer in setup.layers.items() if setup.owners.owner[name] == rank]
+    gradients = 0 if engine.averages and not engine.is_sharded else sum(layer.card.parameters for layer in owned)
+    statistics = sum(layer.remembered_numbers for layer in setup.layers.values())
+    of_owned = sum(layer.remembered_numbers for layer in owned)
+    times = 1 if engine.is_sharded else ranks - 1
+    return BYTES * max(out + times * gradients, statistics + (ranks - 1) * of_owned)

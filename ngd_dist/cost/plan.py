@@ -89,6 +89,7 @@ class Plan(Settings):
 def plan(setup: Setup, cluster: Cluster, *, steps: int | None = None, is_calibrated: bool = False) -> Plan:
     """Returns the plan of a training of this many steps. Raises: ConfigError for a method that is not known here.
 
+    >>> from ngd_dist.config import NGDConfig
     >>> from ngd_dist.cost.card import ModelCard
     >>> card = ModelCard(layers=[{"name": "0", "inputs": 785, "outputs": 10, "positions": 1}], forward_flops=15680)
     >>> cluster = Cluster.model_validate({"devices_per_node": 4, "device": "v100"})

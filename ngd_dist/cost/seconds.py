@@ -104,7 +104,8 @@ def _packing(setup: Setup, device: Device) -> float:
         packed += layer.remembered_numbers
         owned[owners.owner[name]] += layer.remembered_numbers
     received = packed if len(owners.everywhere) == len(setup.layers) else max(owned)
-    numbers = SENDING * packed + (RECEIVING * (setup.world_size - 1) + UNPACKING) * received
+    others = 1 if setup.sums_on_the_way else setup.world_size - 1
+    numbers = SENDING * packed + (RECEIVING * others + UNPACKING) * received
     return setup.estimates * numbers * BYTES / (device.memory_gb_s * 1e9)
 
 

@@ -65,35 +65,28 @@ def plan(
 
     A model that has no --card is built here, which needs torch; with --shape the data need not be here.
     """
-    spec = load_spec(file)  # first: its problems are of the file's own lines
+    name = load_spec(file).name  # first: its problems are of the file's own lines
     if measure is not None:
         _write(measure, _described(file, data_dir, "--measure"))
         err.print(f"measured; the times are in {measure}: --calibrate {measure}", soft_wrap=True)
-    if cluster is None and (measure is not None or write_card is not None) and not (is_json or plot):
-        if write_card is not None:
-            _write(write_card, _card(file, card, shape, samples, data_dir))
-        return
-    if cluster is None:
-        raise typer.BadParameter(
-            "--cluster is missing: a YAML file such as {nodes: 2, devices_per_node: 8, device: h100}"
-        )
-    described = _card(file, card, shape, samples, data_dir)
+    if cluster is None and measure is None and write_card is None:
+        raise typer.BadParameter("--cluster is missing: a file such as {nodes: 2, devices_per_node: 8, device: h100}")
+    described = "" if cluster is None and write_card is None else _card(file, card, shape, samples, data_dir)
     if write_card is not None:
         _write(write_card, described)
-    request: dict[str, Any] = {
-        "job": load_mapping(file),
-        "cluster": _mapping(cluster, "cluster"),
-        "card": _json(described, "card"),
-        "engine": engine,
-    }
-    if refresh_share is not None:
-        request["refresh_share"] = refresh_share
-    if calibrate is not None:
-        request["measured"] = _json(calibrate.read_text(), str(calibrate))
-    made = _planned(request)
+    if cluster is None:
+        return
+    made = _planned(_request(file, cluster, described, calibrate, engine=engine, refresh_share=refresh_share))
     if plot is not None:
-        _write(plot, svg(made, f"{spec.name}: predicted scaling"))
-    out.print(made.model_dump_json(indent=2) if is_json else plan_text(made, spec.name), soft_wrap=True)
+        _write(plot, svg(made, f"{name}: predicted scaling"))
+    out.print(made.model_dump_json(indent=2) if is_json else plan_text(made, name), soft_wrap=True)
+
+
+def _request(file: Path, cluster: Path, card: str, calibrate: Path | None, **options: object) -> dict[str, Any]:
+    """Returns the body of a request for a plan; options that are None are left out."""
+    files = {"job": load_mapping(file), "cluster": _mapping(cluster, "cluster"), "card": _json(card, "card")}
+    measured = {} if calibrate is None else {"measured": _json(calibrate.read_text(), str(calibrate))}
+    return files | measured | {name: value for name, value in options.items() if value is not None}
 
 
 def _planned(request: dict[str, Any]) -> Plan:

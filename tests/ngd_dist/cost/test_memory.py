@@ -149,3 +149,15 @@ def test_the_fullest_rank_owns_most() -> None:
     totals = [sum(bytes_held(setup, rank).values()) for rank in range(3)]
 
     assert totals[fullest_rank(setup)] == max(totals)
+
+
+def test_an_owner_has_the_statistics_of_all_ranks_at_once() -> None:
+    card = card_of(net(), [torch.zeros(2, 1, 8, 8)])
+
+    def messages(ranks: int, **changes: bool) -> int:
+        setup = Setup(card, NGDConfig.model_validate(ON_RANKS["owners"]), ranks, 8, **changes)
+        return bytes_held(setup, fullest_rank(setup))["messages"]
+
+    largest = 145 * 146 // 2 + 70 * 71 // 2
+    assert messages(64) - messages(32) == 32 * 4 * largest
+    assert messages(64, sums_on_the_way=True) == 2 * 4 * card.parameters
