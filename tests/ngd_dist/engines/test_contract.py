@@ -31,7 +31,21 @@ from tests.support.engine_faults import (
     refused_by_fsdp2,
     with_a_bad_piece,
 )
-from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Images, Net, Run, Tied, Weights, launched, new_net, train
+from tests.support.engines import (
+    FLOAT64,
+    STEPS,
+    ZERO,
+    Case,
+    Checkpointed,
+    Images,
+    Net,
+    Run,
+    Tied,
+    Weights,
+    launched,
+    new_net,
+    train,
+)
 from tests.support.ranks import run_ranks
 
 GROUPS = {"ddp": ("ddp", "fsdp2"), "fsdp2": ("ddp", "fsdp2"), **dict.fromkeys(ZERO, ZERO)}
@@ -57,6 +71,7 @@ CASES = {
     "a frozen layer": Case(frozen="hidden"),
     "a group of its own": Case(has_groups=True),
     "tied weights": Case({"lr": 0.05}, net=Tied),
+    "layers that run again in backward": Case(net=Checkpointed, passes=2),
     "images": Case({"lr": 0.05}, net=Images),
     "preconditioner before SGD": Case(inner=SGD),
     "preconditioner before AdamW": Case(inner=ADAMW),
