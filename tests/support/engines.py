@@ -50,6 +50,14 @@ class Net(nn.Module):
         return logits
 
 
+class Unused(Net):
+    """Has a layer and a parameter that get no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.extra = nn.Linear(7, 5), nn.Parameter(torch.ones(3))
+
+
 class Checkpointed(Net):
     """Runs its layers again in backward."""
 

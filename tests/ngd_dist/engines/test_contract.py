@@ -41,6 +41,7 @@ from tests.support.engines import (
     Net,
     Run,
     Tied,
+    Unused,
     Weights,
     launched,
     new_net,
@@ -72,6 +73,7 @@ CASES = {
     "a group of its own": Case(has_groups=True),
     "tied weights": Case({"lr": 0.05}, net=Tied),
     "layers that run again in backward": Case(net=Checkpointed, passes=2),
+    "a layer without a gradient": Case({"weight_decay": 0.1, "weight_rescaling": "always"}, net=Unused),
     "images": Case({"lr": 0.05}, net=Images),
     "preconditioner before SGD": Case(inner=SGD),
     "preconditioner before AdamW": Case(inner=ADAMW),
@@ -99,6 +101,8 @@ OF_OTHER_STAGES += ("exact Fisher", "weights rescaled", "half of the ranks hold"
 
 
 def fits(engine: str, name: str, world_size: int) -> bool:
+    if CASES[name].net is Unused:  # others count zeros, or refuse
+        return engine == "fsdp2"
     if engine == "zero3" and CASES[name].has_fisher_passes:
         return False
     return engine not in ("zero0", "zero1", "zero3") or world_size > 2 or name in OF_OTHER_STAGES
