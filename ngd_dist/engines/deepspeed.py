@@ -67,7 +67,7 @@ def initialize(model: nn.Module, config: Settings, optimizer: Any = Inner) -> An
     deepspeed: Any = import_module("deepspeed")
     if next(model.parameters()).device.type == "cpu":
         import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=whole, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=whole)
     return engine
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig, Preconditioner
 from ngd_dist.config import FixedInterval, OwnerSharded
@@ -46,6 +47,24 @@ class Net(nn.Module):
         h = self.norm(torch.tanh(self.hidden(self.embedding(x))))
         pooled = (h * torch.sigmoid(self.gate(h)) * self.scale).mean(1)
         logits: Tensor = self.head(pooled)
+        return logits
+
+
+class Unused(Net):
+    """Has a layer and a parameter that get no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.extra = nn.Linear(7, 5), nn.Parameter(torch.ones(3))
+
+
+class Checkpointed(Net):
+    """Runs its layers again in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(lambda x: self.norm(torch.tanh(self.hidden(x))), self.embedding(x), use_reentrant=False)
+        pooled = (h * torch.sigmoid(self.gate(h)) * self.scale).mean(1)
+        logits: Tensor = checkpoint(self.head, pooled, use_reentrant=False)
         return logits
 
 
@@ -179,7 +198,9 @@ class Run:
             group["lr"] = self.case.lrs[number]
         of_rank = slice(self.rank * SAMPLES // self.world_size, (self.rank + 1) * SAMPLES // self.world_size)
         parts = (whole[of_rank].chunk(self.case.passes) for whole in batch_of(number, self.case.net))
-        for x, y in zip(*parts, strict=True):
+        for number_of_pass, (x, y) in enumerate(zip(*parts, strict=True), start=1):
+            if self.kind == "fsdp2":
+                self.model.set_requires_gradient_sync(number_of_pass == self.case.passes)
             x = x.to(next(self.net.parameters()).dtype) if x.is_floating_point() else x
             output = self.model(x)
             if self.case.has_fisher_passes:

@@ -7,6 +7,7 @@ import pickle
 import re
 from functools import cache, partial
 from itertools import product
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -30,7 +31,22 @@ from tests.support.engine_faults import (
     refused_by_fsdp2,
     with_a_bad_piece,
 )
-from tests.support.engines import FLOAT64, STEPS, ZERO, Case, Images, Net, Run, Tied, Weights, launched, new_net, train
+from tests.support.engines import (
+    FLOAT64,
+    STEPS,
+    ZERO,
+    Case,
+    Checkpointed,
+    Images,
+    Net,
+    Run,
+    Tied,
+    Unused,
+    Weights,
+    launched,
+    new_net,
+    train,
+)
 from tests.support.ranks import run_ranks
 
 GROUPS = {"ddp": ("ddp", "fsdp2"), "fsdp2": ("ddp", "fsdp2"), **dict.fromkeys(ZERO, ZERO)}
@@ -56,6 +72,8 @@ CASES = {
     "a frozen layer": Case(frozen="hidden"),
     "a group of its own": Case(has_groups=True),
     "tied weights": Case({"lr": 0.05}, net=Tied),
+    "layers that run again in backward": Case(net=Checkpointed, passes=2),
+    "a layer without a gradient": Case({"weight_decay": 0.1, "weight_rescaling": "always"}, net=Unused),
     "images": Case({"lr": 0.05}, net=Images),
     "preconditioner before SGD": Case(inner=SGD),
     "preconditioner before AdamW": Case(inner=ADAMW),
@@ -83,12 +101,14 @@ OF_OTHER_STAGES += ("exact Fisher", "weights rescaled", "half of the ranks hold"
 
 
 def fits(engine: str, name: str, world_size: int) -> bool:
+    if CASES[name].net is Unused:  # others count zeros, or refuse
+        return engine == "fsdp2"
     if engine == "zero3" and CASES[name].has_fisher_passes:
         return False
     return engine not in ("zero0", "zero1", "zero3") or world_size > 2 or name in OF_OTHER_STAGES
 
 
-def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes) -> dict[Any, Any]:
+def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes, folder: str) -> dict[Any, Any]:
     outcomes: dict[Any, Any] = {}
     with launched(rank, world_size):
         for engine in engines:
@@ -99,11 +119,11 @@ def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes
             outcomes[engine, "to one process"] = first_half(engine)
         for before, then in PAIRS[engines]:
             outcomes[before, then] = train(before, RESUMED, then=then)
-        outcomes |= beside(rank, engines) if world_size == 2 else {}
+        outcomes |= beside(rank, engines, folder) if world_size == 2 else {}
     return outcomes
 
 
-def beside(rank: int, engines: tuple[str, ...]) -> dict[Any, Any]:
+def beside(rank: int, engines: tuple[str, ...], folder: str) -> dict[Any, Any]:
     outcomes: dict[Any, Any] = {("adaptive", engine): adaptive(engine) for engine in ("bare", *engines)}
     for name, engine in IN_16_BITS:
         if engine in engines:
@@ -111,6 +131,7 @@ def beside(rank: int, engines: tuple[str, ...]) -> dict[Any, Any]:
     if engines == ZERO:
         outcomes |= {("overflow", engine): overflowing(engine) for engine in ZERO[1:]}
         outcomes |= {("refusals", engine): refused_by_deepspeed(engine) for engine in ZERO}
+        outcomes |= {("by DeepSpeed", engine): saved_by_deepspeed(engine, folder) for engine in ZERO[2:]}
         outcomes["clipped"] = clipped("zero2")
     else:
         outcomes["bad piece"], outcomes["refusals", "fsdp2"] = with_a_bad_piece(rank), refused_by_fsdp2()
@@ -124,6 +145,22 @@ def adaptive(engine: str) -> tuple[Weights, list[int], list[int]]:
     outcome = run.weights(), run.optimizer.stats.intervals, run.optimizer.stats.ages
     run.close()
     return outcome
+
+
+def saved_by_deepspeed(engine: str, folder: str) -> Weights:
+    run = Run(engine, RESUMED)
+    for number in range(STEPS // 2):
+        run.step(number)
+    run.model.save_checkpoint(f"{folder}/{engine}", client_state={"ngd": run.optimizer.state_dict()})
+    run.close()
+    run = Run(engine, RESUMED)
+    _, client_state = run.model.load_checkpoint(f"{folder}/{engine}")
+    run.optimizer.load_state_dict(client_state["ngd"])
+    for number in range(STEPS // 2, STEPS):
+        run.step(number)
+    weights = run.weights()
+    run.close()
+    return weights
 
 
 def first_half(engine: str) -> tuple[Weights, Any]:
@@ -148,7 +185,8 @@ def second_half(engine: str, weights: Weights, state: Any) -> Weights:
 def ended(engines: tuple[str, ...], world_size: int) -> list[dict[Any, Any]] | AssertionError:
     # Pickled here: torch would pass tensors in memory that the ranks then share.
     try:
-        return run_ranks(world_size, of_group, engines, pickle.dumps(first_half("bare")))
+        with TemporaryDirectory() as folder:
+            return run_ranks(world_size, of_group, engines, pickle.dumps(first_half("bare")), folder)
     except AssertionError as error:  # for every test of the group: it takes half a minute
         return error
 
@@ -207,6 +245,12 @@ def test_a_state_of_several_loads_in_one_process(engine: str, world_size: int) -
         weights = second_half("bare", *of_rank[engine, "to one process"])
         for key, weight in weights.items():
             torch.testing.assert_close(weight, alone("resumed")[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ZERO[2:])
+def test_a_state_goes_along_with_deepspeeds_own_checkpoint(engine: str) -> None:
+    check(engine, 2, ("by DeepSpeed", engine), "resumed")
 
 
 @pytest.mark.ranks
