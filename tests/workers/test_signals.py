@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from ngd_workers.contract.rundir import Outcome
@@ -40,10 +41,14 @@ def test_forked_process_ends_by_the_signal_and_stops_nothing(tmp_path: Path) -> 
     attempt = make_attempt(tmp_path, small_spec())
 
     with told_by_signals(attempt, signal.SIGTERM) as is_told:
+        reads, writes = os.pipe()
         child = os.fork()
         if child == 0:
-            signal.pause()
+            os.write(writes, b".")  # a signal that comes before the fork is complete would be lost
+            for _ in range(6000):
+                time.sleep(0.01)
             os._exit(0)
+        os.read(reads, 1)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
 

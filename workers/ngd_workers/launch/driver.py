@@ -37,6 +37,11 @@ log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=BaseModel)
 
 READ_S = 30.0  # NFS may show a new file late
+RESTARTS = (
+    "max_failures",
+    "controller_failure_limit",
+    "max_preemption_failures",
+)  # Ray's own; older ones lack the last
 STOPPED_BY = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -225,7 +230,7 @@ def _fit(
             name=f"{facts.attempt_id}-g{group}",
             storage_path=str(_ray_dir(facts)),
             # Ray would start the workers again in the same number, for which there may be no room any more.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            failure_config=FailureConfig(**{name: 0 for name in RESTARTS if hasattr(FailureConfig, name)}),
             # Ray would log a traceback of each rank at each restart, and of its clean-up; `error` holds the last ones.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
