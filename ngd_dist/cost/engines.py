@@ -6,7 +6,7 @@ from typing import Literal
 
 __all__ = ["ENGINES", "EngineCost", "EngineName", "Piece", "pieces"]
 
-EngineName = Literal["bare", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
+EngineName = Literal["bare", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 Piece = tuple[int, int]  # a rank, and the numbers of a tensor that it has
 
 
@@ -41,7 +41,7 @@ _SHARDS_ALL = EngineCost(
 ENGINES: Mapping[EngineName, EngineCost] = {
     "bare": EngineCost(averages=False, sums=0),
     "ddp": EngineCost(),
-    "fsdp2": _SHARDS_ALL,
+    "fsdp": _SHARDS_ALL,
     "zero0": EngineCost(),
     "zero1": EngineCost(shards_state=True, sums=1, gathers=1, cut="joined"),
     "zero2": EngineCost(shards_state=True, shards_gradients=True, sums=1, gathers=1, cut="joined"),

@@ -13,7 +13,7 @@ from ngd_dist.cost.engines import EngineName
 from ngd_dist.cost.plan import Plan, plan
 from ngd_dist.cost.setup import DEFAULT_REFRESH_SHARE, FirstOrder, Setup
 from ngd_dist.errors import ConfigError
-from ngd_workers.contract.spec import SGD, AdamW, JobSpec, NGDOptimizer
+from ngd_workers.contract.spec import SGD, AdamW, DeepSpeed, JobSpec, NGDOptimizer
 from ngd_workers.contract.spec_problems import SpecProblem, SpecProblemsError, explain, parse_spec, shown
 
 __all__ = ["PlanRequest", "plan_of", "read_plan_request", "steps_of"]
@@ -32,7 +32,9 @@ class PlanRequest(Settings):
     card: ModelCard | None = Field(
         default=None, description="The model's card, which `ngd plan --write-card` writes; the service has no torch."
     )
-    engine: EngineName = Field(default="bare", description="The engine that drives the model.")
+    engine: EngineName | None = Field(
+        default=None, description="The engine that drives the model; None: the job's own."
+    )
     refresh_share: float = Field(
         default=DEFAULT_REFRESH_SHARE,
         gt=0,
@@ -71,7 +73,7 @@ def plan_of(request: PlanRequest) -> Plan:
         spec.resources.workers,
         spec.worker_batch,
         spec.micro_batches,
-        request.engine,
+        request.engine or _engine_of(spec),
         request.refresh_share,
     )
     cluster, measured = request.cluster, request.measured
@@ -91,6 +93,14 @@ def steps_of(spec: JobSpec, card: ModelCard) -> int | None:
     if card.samples is None:
         return None
     return spec.schedule.epochs * max(1, card.samples // spec.batch.global_size)
+
+
+def _engine_of(spec: JobSpec) -> EngineName:
+    engine = spec.effective_engine
+    if not isinstance(engine, DeepSpeed):
+        return engine.kind
+    stages: tuple[EngineName, ...] = ("zero0", "zero1", "zero2", "zero3")
+    return stages[engine.stage]
 
 
 def _optimizer_of(spec: JobSpec) -> NGDConfig | FirstOrder:

@@ -73,7 +73,7 @@ def test_a_plan_is_answered_and_nothing_is_created(http: TestClient) -> None:
             "/cluster/device/tflops",
             "is missing",
         ),
-        ({"engine": "fsdp"}, "/engine", "engine must be 'bare', 'ddp', 'fsdp2'"),
+        ({"engine": "fsdp2"}, "/engine", "engine must be 'bare', 'ddp', 'fsdp'"),
         ({"refresh_share": 0}, "/refresh_share", "refresh_share must be > 0, got 0"),
         ({"job": {"batch": {"global_size": 63}}}, "", "batch.global_size must be a multiple"),
         ({"job": {"modle": {}}}, "/modle", "a job has no field 'modle'"),
@@ -119,10 +119,24 @@ def test_more_workers_than_devices_are_warned_of() -> None:
 def test_what_if_covers_engine_placement_and_fraction() -> None:
     changes = [other.change for other in planned().alternatives]
 
-    assert {"engine fsdp2", "engine zero1", "engine zero2", "engine zero3", "strategy all_reduce"} <= set(changes)
+    assert {"engine fsdp", "engine zero1", "engine zero2", "engine zero3", "strategy all_reduce"} <= set(changes)
     assert "statistics of 25% of the samples" in changes
     assert "strategy owner_sharded, held by 50% of the ranks" in changes
     assert "strategy owner_sharded, held by 0% of the ranks" not in changes  # the job's own
+
+
+@pytest.mark.parametrize(
+    ("job", "engine"),
+    [
+        ({}, "bare"),
+        ({"engine": {"kind": "fsdp"}}, "fsdp"),
+        ({"engine": {"kind": "deepspeed", "stage": 1}}, "zero1"),
+        ({"optimizer": {"kind": "sgd"}}, "ddp"),
+    ],
+)
+def test_the_engine_of_the_job_is_planned(job: dict[str, Any], engine: str) -> None:
+    assert planned(job=job).step.engine == engine
+    assert planned(job=job, engine="zero2").step.engine == "zero2"
 
 
 @pytest.mark.parametrize("optimizer", [{"kind": "sgd"}, {"kind": "adamw"}])
@@ -195,7 +209,7 @@ def test_the_command_takes_a_card_and_prints_json(tmp_path: Path) -> None:
     [
         (
             ["--engine", "tpu"],
-            "engine must be 'bare', 'ddp', 'fsdp2', 'zero0', 'zero1', 'zero2' or 'zero3', got \"tpu\"",
+            "engine must be 'bare', 'ddp', 'fsdp', 'zero0', 'zero1', 'zero2' or 'zero3', got \"tpu\"",
         ),
         (["--shape", "images:3x224"], "--shape must be one of images:3x224x224:1000"),
         (["--refresh-share", "2"], "refresh_share must be <= 1, got 2"),

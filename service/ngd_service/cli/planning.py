@@ -36,7 +36,9 @@ def plan(
     cluster: Annotated[
         Path | None, typer.Option(help="The machines in YAML: nodes, devices_per_node, device, inside, between.")
     ] = None,
-    engine: Annotated[str, typer.Option(help=f"The engine: {', '.join(ENGINES)}.")] = "bare",
+    engine: Annotated[
+        str | None, typer.Option(help=f"In place of the job's engine: {', '.join(ENGINES)}.", show_default="the job's")
+    ] = None,
     refresh_share: Annotated[
         float | None,
         typer.Option(help="Share of all statistics that an adaptive schedule refreshes.", show_default="0.2"),

@@ -135,7 +135,7 @@ def test_engines_shard_what_they_say() -> None:
         "zero1": {"momentum"},
         "zero2": {"momentum", "gradients"},
         "zero3": {"momentum", "gradients", "weights"},
-        "fsdp2": {"momentum", "gradients", "weights"},
+        "fsdp": {"momentum", "gradients", "weights"},
     }.items():
         held = bytes_held(Setup(card, FirstOrder("adamw", 2), 4, 8, engine_name=name))  # type: ignore[arg-type]
         for kind in ("weights", "gradients", "momentum"):

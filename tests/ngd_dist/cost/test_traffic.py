@@ -145,8 +145,8 @@ def test_engines_send_what_their_collectives_do() -> None:
 
     assert engine("bare") == engine("ddp") == engine("zero0") == 2 * n * (ranks - 1) // ranks  # SGD needs DDP
     assert engine("zero1") == engine("zero2") == pytest.approx(2 * ring, abs=1)
-    assert engine("fsdp2") == engine("zero3") == pytest.approx(3 * ring, abs=2)
-    assert engine("fsdp2", micro_batches=2) == pytest.approx(5 * ring, abs=4)
+    assert engine("fsdp") == engine("zero3") == pytest.approx(3 * ring, abs=2)
+    assert engine("fsdp", micro_batches=2) == pytest.approx(5 * ring, abs=4)
 
 
 def test_pieces_make_up_each_tensor() -> None:
@@ -160,7 +160,7 @@ def test_pieces_make_up_each_tensor() -> None:
     assert by_rank == [11, 11, 11, 9]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3", "zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", "zero1", "zero2"])
 def test_pieces_go_to_owners_and_come_back_and_vanish_with_the_ranks(engine: Any) -> None:
     config = NGDConfig.model_validate({"strategy": {"kind": "owner_sharded", "replicate_below": 0}})
     numbers = 4 * (card().parameters - 1)
