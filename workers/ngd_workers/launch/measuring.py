@@ -27,7 +27,8 @@ from ngd_workers.train.loading import MicroBatch, Request, Samples
 
 __all__ = ["measured"]
 
-CYCLES, WARM_UP = 8, 2  # of four steps each
+CYCLES, WARM_UP = 6, 1  # of a block for each size
+BLOCK = 4  # steps, of which the first refreshes
 EMA_DECAY = 0.5  # otherwise few rows may stand for a factor, and the sizes would be measured in two ways
 
 
@@ -54,11 +55,11 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
     batches = {size: _batch(dataset, spec, size) for size in sizes}
     seconds: dict[tuple[int, bool], list[float]] = defaultdict(list)
     phases: dict[tuple[int, bool], list[dict[str, float]]] = defaultdict(list)
-    kinds = [(size, refreshes) for size in sizes for refreshes in (True, False)]
     with _clock_of(device):
-        for cycle, kind in product(range(WARM_UP + CYCLES), kinds):
-            taken, of_phases = _step(learner, batches[kind[0]], spec.optimizer.lr, device)
-            if cycle >= WARM_UP:
+        for cycle, size, index in product(range(WARM_UP + CYCLES), sizes, range(BLOCK)):
+            taken, of_phases = _step(learner, batches[size], spec.optimizer.lr, device)
+            kind = (size, index == 0)
+            if cycle >= WARM_UP and index != 1:  # the step after a refresh finds the processor's caches filled with it
                 seconds[kind].append(taken)
                 phases[kind].append(of_phases)
     return Measured(
@@ -75,9 +76,9 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
 
 
 def _measured_settings(optimizer: NGDOptimizer) -> NGDOptimizer:
-    """Returns the settings with all statistics due in every second step."""
+    """Returns the settings with all statistics due in the first step of each block."""
     changes = {
-        "staleness": FixedInterval(steps=2),
+        "staleness": FixedInterval(steps=BLOCK),
         "stagger": 0.0,
         "refresh_cap": None,
         "strategy": None,
