@@ -29,15 +29,17 @@ from ngd_dist.cost.seconds import seconds
 from ngd_dist.cost.setup import Setup
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.model_card import card_of
+from ngd_dist.telemetry import Stopwatch
 
 COMMON: dict[str, Any] = {"lr": 1e-3, "damping": 0.1, "ema_decay": 0.5}
-CALIBRATED = {"mlp": (128, 256), "resnet20": (64, 128)}
+CALIBRATED = {"mlp": (128, 512), "resnet20": (32, 128)}
 # Batch of a rank, and interval.
 CASES = {
     "mlp": ((128, 1), (128, 5), (256, 10), (512, 1), (512, 5)),
     "resnet20": ((64, 1), (64, 5), (128, 10), (32, 1), (32, 5)),
 }
-ROUNDS, CYCLE = 3, 10  # of steps: a multiple of all intervals
+ROUNDS, CYCLE = 2, 10  # of steps: a multiple of all intervals
+BLOCK = 4  # steps of a calibration, of which the first refreshes
 MESSAGES = (2**10, 2**22)  # bytes
 # Batch, ranks, share of statistics that were refreshed, seconds of a step: [OT20] as docs/guides/planning.md quotes it.
 PUBLISHED = (
@@ -71,22 +73,22 @@ class Calibration:
 
     def __init__(self, name: str, card: ModelCard) -> None:
         self.card = card
-        self.config = NGDConfig.model_validate(COMMON | {"staleness": FixedInterval(steps=2), "stagger": 0.0})
-        self.timed = {batch: Timed(name, self.config, batch) for batch in CALIBRATED[name]}
+        self.config = NGDConfig.model_validate(COMMON | {"staleness": FixedInterval(steps=BLOCK), "stagger": 0.0})
+        self.timed = Timed(name, self.config, 1)
+        self.streams = {batch: batches(name, batch) for batch in CALIBRATED[name]}
         self.taken: dict[tuple[int, bool], list[float]] = {}
         self.phases: dict[tuple[int, bool], list[dict[str, float]]] = {}
 
     def cycle(self, *, counts: bool) -> None:
-        """Takes a step with and one without a refresh, for each batch."""
-        for batch, one in self.timed.items():
-            for refreshes in (True, False):
-                wall = time.perf_counter()
-                cpu = one.step()
-                share = min(1.0, cpu / (time.perf_counter() - wall))
-                if counts:
-                    self.taken.setdefault((batch, refreshes), []).append(cpu)
-                    phases = {phase: value * share for phase, value in one.optimizer.stats.seconds.items()}
-                    self.phases.setdefault((batch, refreshes), []).append(phases)
+        """Takes a step with a refresh and some without one, for each batch."""
+        for batch, stream in self.streams.items():
+            self.timed.stream = stream
+            for index in range(BLOCK):
+                cpu = self.timed.step()
+                if counts and index != 1:  # a step after a refresh finds the caches of the processor filled with it
+                    kind = (batch, index == 0)
+                    self.taken.setdefault(kind, []).append(cpu)
+                    self.phases.setdefault(kind, []).append(dict(self.timed.optimizer.stats.seconds))
 
     def result(self) -> Measured:
         steps = [
@@ -143,6 +145,7 @@ def link(by_rank: Sequence[Sequence[float]]) -> Link:
 
 
 def run(names: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
+    Stopwatch.clock = time.process_time
     between = link(on_ranks(2, messages))
     rows: list[dict[str, Any]] = []
     for name in names:

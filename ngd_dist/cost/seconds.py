@@ -20,6 +20,7 @@ PASSES = 256  # operations that take as long as the passes over a number of a ro
 # Passes over the numbers of packed statistics: to gather, encode and copy them; to add up those of each other rank; and
 # to unpack the sum. A gather takes as long as five passes to pack, and ten to unpack (512 rows, one CPU thread).
 SENDING, RECEIVING, UNPACKING = 8, 3, 10
+MOVING = 16  # passes over gradients and over directions: into a message, out of it, added up, joined and split
 OVERLAPPING = ("statistics", "engine")  # kinds that travel while backward goes on
 
 
@@ -98,7 +99,9 @@ def _statistics(setup: Setup, config: NGDConfig, device: Device) -> float:
 
 
 def _packing(setup: Setup, device: Device) -> float:
-    """Returns the seconds of packing new statistics, and of adding up and unpacking those of the busiest owner."""
+    """Returns the seconds of packing new statistics, of adding up and unpacking those of the busiest owner, and of the
+    same with gradients and directions in each step.
+    """
     owners, owned, packed = setup.owners, [0] * setup.world_size, 0
     for name, layer in setup.layers.items():
         packed += layer.remembered_numbers
@@ -106,7 +109,8 @@ def _packing(setup: Setup, device: Device) -> float:
     received = packed if len(owners.everywhere) == len(setup.layers) else max(owned)
     others = 1 if setup.sums_on_the_way else setup.world_size - 1
     numbers = SENDING * packed + (RECEIVING * others + UNPACKING) * received
-    return setup.estimates * numbers * BYTES / (device.memory_gb_s * 1e9)
+    moved = 0 if setup.engine.averages else MOVING * setup.card.parameters
+    return (setup.estimates * numbers + moved) * BYTES / (device.memory_gb_s * 1e9)
 
 
 def statistic_flops(setup: Setup, config: NGDConfig) -> int:

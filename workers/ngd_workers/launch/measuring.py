@@ -2,6 +2,9 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +15,7 @@ from ngd_dist.config import FixedInterval, NGDConfig
 from ngd_dist.cost.calibration import Measured, StepSeconds
 from ngd_dist.cost.card import ModelCard
 from ngd_dist.distributed.comm import Communicator
+from ngd_dist.telemetry import Stopwatch
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import JobSpec, NGDOptimizer
 from ngd_workers.data import Dataset, load_dataset
@@ -23,21 +27,22 @@ from ngd_workers.train.loading import MicroBatch, Request, Samples
 
 __all__ = ["measured"]
 
-CYCLES, WARM_UP = 8, 2  # of four steps each
+CYCLES, WARM_UP = 6, 1  # of a block for each size
+BLOCK = 4  # steps, of which the first refreshes
 EMA_DECAY = 0.5  # otherwise few rows may stand for a factor, and the sizes would be measured in two ways
 
 
 def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
-    """Returns the times of steps with the job's micro-batch and with half of it, with and without a refresh.
+    """Returns the times of steps with the job's micro-batch and with a quarter of it, with and without a refresh.
 
     On CPU they are the process's own time. Raises: WorkerError.
     """
     if not isinstance(spec.optimizer, NGDOptimizer):
         raise SpecError(f"a run is measured with optimizer ngd, got {spec.optimizer.kind}; measure a job of it instead")
-    sizes = sorted({spec.micro_size, max(1, spec.micro_size // 2)}, reverse=True)
+    sizes = sorted({spec.micro_size, max(1, spec.micro_size // 4)}, reverse=True)
     if len(sizes) < 2:
         raise SpecError(
-            "a run is measured at a micro-batch and at half of it: batch.micro_size must be 2 at least, got 1"
+            "a run is measured at a micro-batch and at a quarter of it: batch.micro_size must be 2 at least, got 1"
         )
     torch.set_num_threads(spec.resources.threads_per_worker)
     device = device_of(spec.resources)
@@ -50,12 +55,13 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
     batches = {size: _batch(dataset, spec, size) for size in sizes}
     seconds: dict[tuple[int, bool], list[float]] = defaultdict(list)
     phases: dict[tuple[int, bool], list[dict[str, float]]] = defaultdict(list)
-    for cycle in range(WARM_UP + CYCLES):
-        for size, refreshes in ((size, refreshes) for size in sizes for refreshes in (True, False)):
-            taken, wall, of_phases = _step(learner, batches[size], spec.optimizer.lr, device)
-            if cycle >= WARM_UP:
-                seconds[size, refreshes].append(taken)
-                phases[size, refreshes].append({name: value * taken / wall for name, value in of_phases.items()})
+    with _clock_of(device):
+        for cycle, size, index in product(range(WARM_UP + CYCLES), sizes, range(BLOCK)):
+            taken, of_phases = _step(learner, batches[size], spec.optimizer.lr, device)
+            kind = (size, index == 0)
+            if cycle >= WARM_UP and index != 1:  # the step after a refresh finds the processor's caches filled with it
+                seconds[kind].append(taken)
+                phases[kind].append(of_phases)
     return Measured(
         device=device_name(device),
         card=card,
@@ -70,9 +76,9 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
 
 
 def _measured_settings(optimizer: NGDOptimizer) -> NGDOptimizer:
-    """Returns the settings with all statistics due in every second step."""
+    """Returns the settings with all statistics due in the first step of each block."""
     changes = {
-        "staleness": FixedInterval(steps=2),
+        "staleness": FixedInterval(steps=BLOCK),
         "stagger": 0.0,
         "refresh_cap": None,
         "strategy": None,
@@ -103,19 +109,27 @@ def _batch(dataset: Dataset, spec: JobSpec, size: int) -> MicroBatch:
     return MicroBatch(content, count, skipped, counts)
 
 
-def _step(
-    learner: Learner, batch: MicroBatch, lr: float, device: torch.device
-) -> tuple[float, float, dict[str, float]]:
-    """Returns the seconds of a step, those on the wall, and the optimizer's phases, which are on the wall."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    start, start_wall = clock(), time.perf_counter()
+def _step(learner: Learner, batch: MicroBatch, lr: float, device: torch.device) -> tuple[float, dict[str, float]]:
+    """Returns the seconds of a step, and those of the optimizer's phases."""
+    start = Stopwatch.clock()
     learner.backward([batch])
     learner.update([batch], lr)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    taken, wall = clock() - start, time.perf_counter() - start_wall
+    taken = Stopwatch.clock() - start
     assert isinstance(learner.optimizer, NGD)
-    return taken, wall, dict(learner.optimizer.stats.seconds)
+    return taken, dict(learner.optimizer.stats.seconds)
+
+
+@contextmanager
+def _clock_of(device: torch.device) -> Iterator[None]:
+    """On CPU, counts the process's own time, so that other processes don't count."""
+    before = Stopwatch.clock
+    Stopwatch.clock = time.perf_counter if device.type == "cuda" else time.process_time
+    try:
+        yield
+    finally:
+        Stopwatch.clock = before
 
 
 def _medians(of_steps: list[dict[str, float]]) -> dict[str, float]:
