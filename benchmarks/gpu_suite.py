@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.record import folder_for, write
 from ngd_dist import NGD, NGDConfig
@@ -79,19 +82,28 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def train_on_one_rank(backend: str, device: str, steps: int = 3) -> float:
-    """Returns the loss after training through the collectives of a group of one rank."""
+def train_on_one_rank(backend: str, device: str, steps: int = 3) -> dict[str, float]:
+    """Returns by engine the loss after training through the collectives of a group of one rank; all are equal."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
         try:
-            return _train(device, steps)
+            return {engine: _train(device, steps, wrap) for engine, wrap in ENGINES.items()}
         finally:
             dist.destroy_process_group()
 
 
-def _train(device: str, steps: int) -> float:
+# DeepSpeed is not among the packages of a machine without this project's environment.
+ENGINES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bare": lambda model: model,
+    "DDP": DistributedDataParallel,
+    "FSDP2": fully_shard,
+}
+
+
+def _train(device: str, steps: int, wrap: Callable[[nn.Module], nn.Module]) -> float:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).to(device)
+    bare = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).to(device)
+    model = wrap(bare)
     x, y = torch.randn(32, 3, 8, 8, device=device), torch.randint(4, (32,), device=device)
     optimizer = NGD(model, NGDConfig(strategy=AllReduce(), staleness=FixedInterval(), lr=0.01))
     for _ in range(steps):
@@ -109,7 +121,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("no CUDA device: the GPU's set did not run; run it on a machine with one")
     elif arguments.nccl:
-        print(f"loss {train_on_one_rank('nccl', 'cuda'):.4f} after three steps on one NCCL rank")
+        losses = train_on_one_rank("nccl", "cuda")
+        print(f"losses after three steps on one NCCL rank: {losses}")
+        if max(losses.values()) - min(losses.values()) > 1e-4:
+            raise SystemExit("the engines differ")
     else:
         result = run(arguments.hardware)
         write(folder_for("gpu-suite", arguments.hardware), result, table(result))
