@@ -89,6 +89,8 @@ def _refusals(config: Mapping[str, Any], *, of_job: bool) -> Iterator[str]:
     for key, reason in UNSUPPORTED.items():
         if _is_on(config.get(key)):
             yield f"{key} must be left out, got {config[key]!r}: {reason}"
+    if config.get("managed_gradient_accumulation") is False:
+        yield "managed_gradient_accumulation must be left out, got False: a step must know the divisor of its losses"
     zero = _mapping(config.get("zero_optimization"))
     for key, reason in UNSUPPORTED_OF_ZERO.items():
         value = zero.get(key)

@@ -82,6 +82,8 @@ def test_parts_of_zero(zero: dict[str, Any], is_refused: bool) -> None:
         ("sparse_gradients", False, False),
         ("autotuning", {"enabled": True}, True),
         ("compile", {"deepcompile": True}, True),
+        ("managed_gradient_accumulation", False, True),
+        ("managed_gradient_accumulation", True, False),
     ],
 )
 def test_other_kinds_of_parallelism(key: str, value: object, is_refused: bool) -> None:
