@@ -11,7 +11,7 @@ def refusal_of_pieces(config: NGDConfig, averager: str) -> str | None:
     averager: the name of the engine. None: it can.
 
     >>> from ngd_dist.config import LayerWise
-    >>> refusal_of_pieces(NGDConfig(step_length=LayerWise()), "FSDP2").split(",")[0]
+    >>> refusal_of_pieces(NGDConfig(step_length=LayerWise()), "an engine").split(",")[0]
     'step_length layer_wise reads whole directions on each rank'
     """
     if config.length.kind != "given":

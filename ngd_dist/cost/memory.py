@@ -14,8 +14,8 @@ ADAM_STATE = 2  # numbers for each weight
 def bytes_held(setup: Setup, rank: int = 0) -> dict[str, int]:
     """Returns the bytes of a rank by kind.
 
-    weights, gradients, momentum, statistics, inverses and buffers are exactly those of the tensors that stay, for a
-    bare model and under DDP. Estimates: activations, those that autograd keeps of one micro-batch; new statistics, of
+    weights, gradients, momentum, statistics, inverses and buffers are exactly those of the tensors that stay, unless
+    the engine shards them. Estimates: activations, those that autograd keeps of one micro-batch; new statistics, of
     this rank's samples, of all layers in a step in which all are due; rows, of the layer with most, while its
     statistics are made; messages, the larger of statistics and gradients on their way out and in.
     """

@@ -58,7 +58,7 @@ class Setup:
 
     @property
     def engine(self) -> EngineCost:
-        """The engine; without NGD a bare model on several ranks is averaged by DDP."""
+        """The engine; without NGD another must average for a bare model on several ranks."""
         is_ngd = isinstance(self.optimizer, NGDConfig)
         name = self.engine_name if is_ngd or self.engine_name != "bare" or self.world_size == 1 else "ddp"
         return ENGINES[name]

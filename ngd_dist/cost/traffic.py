@@ -1,8 +1,8 @@
 """The bytes that each rank sends in a step, by kind, as `StepStats.bytes_sent` counts them.
 
 They follow `ngd_dist.distributed.sync`: statistics to owners, gradients to owners or to all, inverses to holders,
-directions to the others, reports. For a bare model and under DDP they are those bytes exactly, if no layer is left out
-of a step and no setting evaluates the loss again. The bytes of an engine's own collectives are under "engine".
+directions to the others, reports. Unless the engine shards, they are those bytes exactly, if no layer is left out of a
+step and no setting evaluates the loss again. The bytes of an engine's own collectives are under "engine".
 """
 
 from collections.abc import Iterable, Mapping, Sequence

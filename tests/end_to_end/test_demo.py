@@ -103,6 +103,15 @@ def test_service_that_dies_ends_the_demo(tmp_path: Path, monkeypatch: pytest.Mon
     killer.join()
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Takes interrupts as a shell's own command does: a process that was started in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_interrupt_cancels_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     recipes(tmp_path, monkeypatch, "waits")
 
