@@ -1,6 +1,5 @@
 """A job gives the same model under every engine, and goes on under another one."""
 
-import math
 import os
 import shutil
 from itertools import pairwise
@@ -13,10 +12,11 @@ from pydantic import ValidationError
 
 from ngd_dist.distributed.comm import Communicator
 from ngd_workers.contract.spec import JobSpec
+from ngd_workers.launch.attempt import run_rank
 from ngd_workers.report.reporter import SilentReporter
 from ngd_workers.train.context import TrainContext
 from ngd_workers.train.loop import Run
-from tests.support.attempts import small_spec
+from tests.support.attempts import make_attempt, small_spec
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -185,9 +185,14 @@ def test_fp16_needs_whole_gradients():
         spec_of("adamw", "fsdp", 2, precision="fp16")
 
 
-def test_one_worker_has_the_bare_model():
-    assert spec_of("sgd", "fsdp", 1).effective_engine.kind == "bare"
-    assert math.isfinite(spec_of("sgd", None, 1).optimizer.lr)
+def test_one_worker_has_the_bare_model_and_says_so(tmp_path, caplog):
+    spec = spec_of("sgd", "fsdp", 1)
+
+    with caplog.at_level("INFO"):
+        run_rank(make_attempt(tmp_path, spec))
+
+    assert spec.effective_engine.kind == "bare"
+    assert "engine fsdp is left out: one process alone trains the bare model" in caplog.text
 
 
 @pytest.mark.parametrize(

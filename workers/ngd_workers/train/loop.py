@@ -213,6 +213,9 @@ class Run:
         )
         if self.progress.step:
             log.info("resumed from the checkpoint of step %d", self.progress.step)
+        chosen = self.spec.engine
+        if chosen is not None and chosen.kind != self.spec.effective_engine.kind:
+            log.info("engine %s is left out: one process alone trains the bare model", chosen.kind)
 
     def step_once(self) -> None:
         """Collective. Takes one optimizer step and reports it. Raises: NonFiniteLossError, SupersededError."""
