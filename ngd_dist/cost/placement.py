@@ -1,13 +1,12 @@
-"""The owner of each layer, as `ngd_dist.distributed.placement` gives it, for the planner, which imports no torch."""
+"""The owner of each layer: the rule, for training and for the planner, which imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
 from math import ceil
 
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
 
-__all__ = ["Owners", "owners_of", "strategy_of"]
+__all__ = ["Owners", "least_loaded", "owners_of", "strategy_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +40,29 @@ def strategy_of(config: NGDConfig, world_size: int) -> Single | AllReduce | Owne
     return config.strategy or (Single() if world_size == 1 else OwnerSharded())
 
 
-def owners_of(costs: Mapping[str, int], config: NGDConfig, world_size: int) -> Owners:
+def least_loaded(
+    costs: Mapping[str, int], load: list[int], shares: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, int]:
     """Returns the owners: the most expensive layer goes first, to the rank that has least to do. Source: [G69].
 
-    costs: the operations of refreshing each layer.
+    costs: the operations of refreshing each layer. load: those that each rank has already; it grows in place. Ties are
+    broken by name, by the share of a layer's weights that a rank has, and by rank, so that every rank computes the same
+    answer.
     """
+    ranks, owner = range(len(load)), {}
+    for layer in sorted(costs, key=lambda name: (-costs[name], name)):
+        held = (shares or {}).get(layer, [0] * len(load))
+        rank = min(ranks, key=lambda r, held=held: (load[r], -held[r]))  # type: ignore[misc]
+        owner[layer] = rank
+        load[rank] += costs[layer]
+    return owner
+
+
+def owners_of(costs: Mapping[str, int], config: NGDConfig, world_size: int) -> Owners:
+    """Returns the owners and the holders of a job. costs: the operations of refreshing each layer."""
     strategy = strategy_of(config, world_size)
     fraction, below = (strategy.fraction, strategy.replicate_below) if isinstance(strategy, OwnerSharded) else (0.0, 0)
-    load = [(0, rank) for rank in range(world_size)]
-    heapify(load)
-    owner = {}
-    for layer in sorted(costs, key=lambda name: (-costs[name], name)):
-        done, rank = load[0]
-        owner[layer] = rank
-        heapreplace(load, (done + costs[layer], rank))
+    owner = least_loaded(costs, [0] * world_size)
     small = frozenset(layer for layer, cost in costs.items() if cost < below)
     everywhere = frozenset(costs) if isinstance(strategy, AllReduce) else small
     shared = max(1, ceil(fraction * world_size))

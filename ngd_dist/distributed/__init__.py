@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
+from ngd_dist.cost.placement import strategy_of
 from ngd_dist.distributed.base import GlobalMeans, LayerLayout, LocalContribution, RefreshReport, StepResult
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.distributed.pieces import LayerParts, Pieces, Range, shares_of_layers
@@ -50,7 +51,7 @@ def build_sync(
     """
     sums = config.loss_reduction == "sum"
     engine.check_reduction(config.loss_reduction)
-    choice = config.strategy or (Single() if comm.world_size == 1 else OwnerSharded())
+    choice = strategy_of(config, comm.world_size)
     if isinstance(choice, Single) and comm.world_size > 1:
         raise ConfigError(
             f"strategy 'single' needs one process, got a group of {comm.world_size}; "

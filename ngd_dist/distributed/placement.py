@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from ngd_dist.cost.placement import least_loaded
+
 __all__ = ["Placement", "Roles", "place"]
 
 
@@ -50,12 +52,10 @@ def place(
     fixed: Mapping[str, Roles] | None = None,
     shares: Mapping[str, Sequence[int]] | None = None,
 ) -> Placement:
-    """Returns the roles: the most expensive layer goes first, to the rank that has least to do.
+    """Returns the roles, with the owners that `least_loaded` gives.
 
     A share of the ranks holds a layer, `fraction` of them and one at least. All ranks refresh and hold a layer that
     costs less than `replicate_below`, and every layer if `everyone_inverts`. Roles that are `fixed` stay.
-    Ties are broken by name, by the share of a layer's weights that a rank has, and by rank, so that every rank computes
-    the same answer. Source: [G69].
     """
     load = [0] * world_size
     all_ranks = tuple(range(world_size))
@@ -63,10 +63,8 @@ def place(
     roles: dict[str, Roles] = {layer: role for layer, role in (fixed or {}).items() if layer in costs}
     for layer, role in roles.items():
         load[role.owner] += costs[layer]
-    for layer in sorted(costs.keys() - roles.keys(), key=lambda name: (-costs[name], name)):
-        held = (shares or {}).get(layer, load)
-        owner = min(all_ranks, key=lambda r: (load[r], -held[r], r))
-        load[owner] += costs[layer]
+    free = {layer: cost for layer, cost in costs.items() if layer not in roles}
+    for layer, owner in least_loaded(free, load, shares).items():
         holders = tuple((owner + i) % world_size for i in range(held_by))
         is_small = costs[layer] < replicate_below
         if is_small or everyone_inverts:
