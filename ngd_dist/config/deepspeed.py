@@ -3,7 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["OWNED", "check_deepspeed"]
+from ngd_dist.config.ngd import NGDConfig
+from ngd_dist.config.pieces import refusal_of_pieces
+
+__all__ = ["OWNED", "check_deepspeed", "refusal_at_stage"]
 
 # By key, the part of a job that decides it.
 OWNED = {
@@ -72,6 +75,25 @@ def check_deepspeed(config: Mapping[str, Any], *, of_job: bool = True) -> list[s
     return list(_refusals(config, of_job=of_job))
 
 
+def refusal_at_stage(config: NGDConfig, stage: int, averager: str) -> str | None:
+    """Returns the reason, with the way out, why settings of the natural gradient don't fit a stage of ZeRO, or None.
+
+    averager: the name of the engine.
+
+    >>> from ngd_dist.config import MonteCarlo
+    >>> refusal_at_stage(NGDConfig(fisher=MonteCarlo()), 2, "ZeRO 2") is None
+    True
+    """
+    if stage == 3 and config.fisher.kind != "empirical":
+        return (
+            f"fisher {config.fisher.kind} has backward passes of its own, for which ZeRO 3 gathers no weights: take "
+            "fisher empirical, stage 2, or FSDP2"
+        )
+    if stage == 0 and config.needs_objective:
+        return f"settings that evaluate the loss again can't run inside {averager}'s step: take DDP, or other settings"
+    return refusal_of_pieces(config, averager) if stage else None
+
+
 def _refusals(config: Mapping[str, Any], *, of_job: bool) -> Iterator[str]:
     if of_job:
         for key, reason in OWNED.items():
@@ -91,6 +113,8 @@ def _refusals(config: Mapping[str, Any], *, of_job: bool) -> Iterator[str]:
             yield f"{key} must be left out, got {config[key]!r}: {reason}"
     if config.get("managed_gradient_accumulation") is False:
         yield "managed_gradient_accumulation must be left out, got False: a step must know the divisor of its losses"
+    if not isinstance(config.get("zero_optimization", {}), Mapping):
+        yield f"zero_optimization must be an object of settings, got {config['zero_optimization']!r}"
     zero = _mapping(config.get("zero_optimization"))
     for key, reason in UNSUPPORTED_OF_ZERO.items():
         value = zero.get(key)

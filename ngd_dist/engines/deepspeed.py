@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.config.deepspeed import check_deepspeed
-from ngd_dist.engines.engine import Engine, Piece, check_settings_of_pieces
+from ngd_dist.config.deepspeed import check_deepspeed, refusal_at_stage
+from ngd_dist.engines.engine import Engine, Piece
 from ngd_dist.errors import ConfigError
 
 __all__ = ["DeepSpeed", "Inner", "initialize"]
@@ -119,15 +119,8 @@ class DeepSpeed(Engine):
         return None
 
     def fitted(self, config: NGDConfig) -> NGDConfig:
-        if self.is_sharded:
-            check_settings_of_pieces(config, self.averager)
-        elif config.needs_objective:
-            raise ConfigError("settings that evaluate the loss again can't run inside DeepSpeed's step: take others")
-        if self._stage == 3 and config.fisher.kind != "empirical":
-            raise ConfigError(
-                f"fisher {config.fisher.kind} has backward passes of its own, for which ZeRO 3 gathers no weights: "
-                "take fisher empirical, a lower stage, or fully_shard"
-            )
+        if (problem := refusal_at_stage(config, self._stage, self.averager)) is not None:
+            raise ConfigError(problem)
         passes = int(self._engine.gradient_accumulation_steps())
         if "micro_batches" not in config.model_fields_set:
             return config.model_copy(update={"micro_batches": passes})

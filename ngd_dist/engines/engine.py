@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.config.pieces import refusal_of_pieces
-from ngd_dist.errors import ConfigError
 
 __all__ = ["Engine", "Piece"]
 
@@ -114,9 +112,3 @@ class Engine:
     def at_rest(self) -> AbstractContextManager[object]:
         """Returns a context in which forward passes through any wrapper of this engine begin no iteration."""
         return nullcontext()
-
-
-def check_settings_of_pieces(config: NGDConfig, averager: str) -> None:
-    """Returns if a rank that has pieces of directions can act on the settings. Raises: ConfigError."""
-    if (problem := refusal_of_pieces(config, averager)) is not None:
-        raise ConfigError(problem)

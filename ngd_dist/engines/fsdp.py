@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.engines.engine import Engine, Piece, check_settings_of_pieces
+from ngd_dist.config.pieces import refusal_of_pieces
+from ngd_dist.engines.engine import Engine, Piece
 from ngd_dist.errors import ConfigError
 
 __all__ = ["FSDP2"]
@@ -63,7 +64,8 @@ class FSDP2(Engine):
         return order[order.index(kind) + 1]
 
     def fitted(self, config: NGDConfig) -> NGDConfig:
-        check_settings_of_pieces(config, self.averager)
+        if (problem := refusal_of_pieces(config, self.averager)) is not None:
+            raise ConfigError(problem)
         return config
 
     def check_ranks(self, model: nn.Module, rank: int, world_size: int) -> None:

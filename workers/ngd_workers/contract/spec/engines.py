@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ngd_dist.config import NGDConfig
-from ngd_dist.config.deepspeed import check_deepspeed
+from ngd_dist.config.deepspeed import check_deepspeed, refusal_at_stage
 from ngd_dist.config.pieces import refusal_of_pieces
 from ngd_workers.contract.spec.base import Options, SpecModel
 
@@ -64,7 +64,8 @@ class DeepSpeed(SpecModel):
     @model_validator(mode="after")
     def _keys_are_its_own(self) -> Self:
         problems = check_deepspeed(self.config)
-        if "stage" in dict(self.config.get("zero_optimization") or {}):
+        zero = self.config.get("zero_optimization")
+        if isinstance(zero, dict) and "stage" in zero:
             problems.append("zero_optimization.stage must be left out: engine.stage decides it")
         if problems:
             raise ValueError("config: " + "; ".join(problems))
@@ -72,14 +73,7 @@ class DeepSpeed(SpecModel):
 
     def refuses(self, config: NGDConfig) -> str | None:
         """As `Bare.refuses`."""
-        if self.stage == 3 and config.fisher.kind != "empirical":
-            return (
-                f"fisher {config.fisher.kind} has backward passes of its own, for which ZeRO 3 gathers no weights: "
-                "take fisher empirical, engine.stage 2, or engine fsdp"
-            )
-        if self.stage == 0 and config.needs_objective:
-            return "engine deepspeed steps the optimizer itself, and these settings evaluate the loss again: take ddp"
-        return refusal_of_pieces(config, "engine deepspeed") if self.stage else None
+        return refusal_at_stage(config, self.stage, "engine deepspeed")
 
     def settings(self, *, global_size: int, micro_size: int, micro_batches: int) -> dict[str, Any]:
         """Returns DeepSpeed's configuration of a job. global_size, micro_size: samples."""
