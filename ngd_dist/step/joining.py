@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ngd_dist.errors import CheckpointError
 
-__all__ = ["cut", "join_pieces"]
+__all__ = ["cut", "join", "join_pieces"]
 
 MOMENTUM, STEP = "momentum_buffer", "step"
 State = dict[str, Any]
@@ -26,7 +26,7 @@ def join_pieces(parts: Sequence[Mapping[str, Any]]) -> State:
     for name, (place, shape, _) in tables[0].items():
         starts = [table[name][2] for table in tables]
         momentum = [part["state"].get(place, {}).get(MOMENTUM) for part in parts]
-        if (whole := _joined(momentum, starts, shape)) is not None:
+        if (whole := join(momentum, starts, shape)) is not None:
             state[place] = {MOMENTUM: whole}
         if fallback is None:
             continue
@@ -36,7 +36,7 @@ def join_pieces(parts: Sequence[Mapping[str, Any]]) -> State:
             fallback[name] = {
                 key: next(of_rank[key] for of_rank in moments if key in of_rank)
                 if key == STEP
-                else _joined([of_rank.get(key) for of_rank in moments], starts, shape)
+                else join([of_rank.get(key) for of_rank in moments], starts, shape)
                 for key in sorted(keys)
             }
     ngd = {key: value for key, value in parts[0]["ngd"].items() if key != "ranges"} | {"fallback": fallback}
@@ -53,7 +53,8 @@ def cut(whole: Tensor, start: int, length: int, name: str, shape: torch.Size) ->
     return whole.flatten()[start : start + length]
 
 
-def _joined(pieces: Sequence[Tensor | None], starts: Sequence[int], shape: Sequence[int]) -> Tensor | None:
+def join(pieces: Sequence[Tensor | None], starts: Sequence[int], shape: Sequence[int]) -> Tensor | None:
+    """Returns the tensor that the pieces of all ranks make up; None if no rank has one."""
     given = [(piece, start) for piece, start in zip(pieces, starts, strict=True) if piece is not None]
     if not given:
         return None

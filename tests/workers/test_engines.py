@@ -52,14 +52,29 @@ Names = list[Any]
 Found = dict[tuple[str, ...], Trained]
 
 
+def half_frozen(shape: Any) -> torch.nn.Module:
+    """Returns a classifier of the digits whose first layer stays as it is."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    model[1].requires_grad_(False)
+    return model
+
+
+HALF_FROZEN = {"kind": "function", "function": "tests.workers.test_engines:half_frozen"}
+FROZEN = ("zero 1", "fsdp")
+
+
 def spec_of(optimizer: str, engine: str | None, workers: int, **changes: Any) -> JobSpec:
     return small_spec(
-        model={"kind": "small_cnn", "channels": 4, "hidden": 16},
         optimizer=OPTIMIZERS[optimizer],
         engine=None if engine is None else ENGINES[engine],
         resources={"workers": workers},
         schedule={"steps": STEPS},
-        **{"batch": {"global_size": 64, "micro_size": 16}, "checkpoint": {"every_steps": 2}} | changes,
+        **{
+            "model": {"kind": "small_cnn", "channels": 4, "hidden": 16},
+            "batch": {"global_size": 64, "micro_size": 16},
+            "checkpoint": {"every_steps": 2},
+        }
+        | changes,
     )
 
 
@@ -100,6 +115,9 @@ def everything(rank: int, world_size: int, folder: Path, cases: Names, moves: Na
         if rank == 0:
             shutil.copytree(place, folder / "alone" / optimizer / first)
         found[optimizer, first, second] = train(spec_of(optimizer, second, world_size), place, attempt=2)
+    for engine in FROZEN:
+        spec = spec_of("adamw", engine, world_size, model=HALF_FROZEN)
+        found["frozen", engine] = train(spec, folder / "frozen" / engine, STEPS // 2)
     for precision, engine in rounded:
         spec = spec_of("ngd", engine, world_size, precision=precision)
         found[precision, engine] = train(spec, folder / precision / engine)
@@ -167,6 +185,19 @@ def test_a_job_of_two_workers_goes_on_in_one_process(trained, one_worker, tmp_pa
     assert weights == pytest.approx(one_worker[move[0]][1], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("engine", FROZEN)
+def test_frozen_parameters_keep_their_places_in_the_state(two_workers, tmp_path, engine):
+    place = tmp_path / "alone"
+    shutil.copytree(two_workers[1] / "frozen" / engine, place)
+    spec = spec_of("adamw", None, 1, model=HALF_FROZEN)
+
+    losses, weights = train(spec, place, attempt=2)
+
+    whole = train(spec, tmp_path / "whole")
+    assert losses == pytest.approx(whole[0][STEPS // 2 :], rel=1e-4)
+    assert weights == pytest.approx(whole[1], rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("case", each(ALL_ROUNDED, ROUNDED))
 def test_products_in_16_bits_train_almost_as_well(trained, one_worker, case):
     losses, _ = trained[0][case]
@@ -202,6 +233,7 @@ def test_one_worker_has_the_bare_model_and_says_so(tmp_path, caplog):
         ({"train_batch_size": 64}, "batch.global_size of the job decides it"),
         ({"zero_optimization": {"stage": 1}}, "engine.stage decides it"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload is not supported"),
+        ({"zero_optimization": 2}, "zero_optimization must be an object of settings, got 2"),
     ],
 )
 def test_keys_of_deepspeed_that_the_job_decides_are_refused(config, problem):
@@ -215,7 +247,7 @@ def test_keys_of_deepspeed_that_the_job_decides_are_refused(config, problem):
         ("fsdp", {"step_length": {"kind": "layer_wise"}}, "step_length layer_wise reads whole directions"),
         ("zero 2", {"damping_rule": {"kind": "levenberg_marquardt"}}, "damping_rule levenberg_marquardt evaluates"),
         ("zero 3", {"fisher": {"kind": "monte_carlo"}}, "for which ZeRO 3 gathers no weights"),
-        ("zero 0", {"damping_rule": {"kind": "levenberg_marquardt"}}, "engine deepspeed steps the optimizer itself"),
+        ("zero 0", {"damping_rule": {"kind": "levenberg_marquardt"}}, "can't run inside engine deepspeed's step"),
     ],
 )
 def test_settings_that_an_engine_cannot_act_on_are_refused_when_the_job_is_posted(engine, settings, problem):

@@ -71,7 +71,7 @@ class Engine(ABC):
         """Bytes that this rank sends in a step outside the optimizer, by kind."""
 
     def weights(self) -> dict[str, Any]:
-        """Collective. Returns the model's whole state dict; it may be empty on ranks other than 0."""
+        """Collective. Returns the model's whole state dict."""
         return self.model.state_dict()
 
     def optimizer_state(self) -> dict[str, Any]:

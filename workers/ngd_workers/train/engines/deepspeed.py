@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 from ngd_dist import NGD
 from ngd_dist.engines.deepspeed import DeepSpeed as DeepSpeedPieces
 from ngd_dist.engines.deepspeed import Inner, initialize
+from ngd_dist.step.joining import join
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import DeepSpeed
 from ngd_workers.train.engines.base import Build, Engine
@@ -33,7 +34,7 @@ class DeepSpeedEngine(Engine):
             micro_size=self._spec.micro_size,
             micro_batches=self._spec.micro_batches,
         )
-        self._shapes = [p.shape for p in self.model.parameters() if p.requires_grad]
+        self._shapes = {i: p.shape for i, p in enumerate(self.model.parameters()) if p.requires_grad}
         inner = Inner(self.model.parameters()) if is_ngd else self._build(build, self.model)
         try:
             with _without_effect(inner):
@@ -54,6 +55,8 @@ class DeepSpeedEngine(Engine):
         self._engine.backward(loss, scale_wrt_gas=False)  # the loss has its weight
 
     def update(self, lr: float | None, **arguments: Any) -> None:
+        assert lr is not None, "settings that choose lr are refused with the job"
+        assert not arguments
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -75,12 +78,13 @@ class DeepSpeedEngine(Engine):
         whole: dict[int, dict[str, Any]] = {}
         for name, value in state.items():
             parts = self._comm.all_gather_object(f"optimizer state {name}", value.cpu())
-            for index, shape in enumerate(self._shapes):
+            for index in self._shapes:
                 of_one = whole.setdefault(index, {})
-                of_one[name] = value.clone() if value.ndim == 0 else self._joined(parts, index, shape)
+                of_one[name] = value.clone() if value.ndim == 0 else self._joined(parts, index)
         (group,) = self.optimizer.param_groups
         settings = {name: value for name, value in group.items() if name != "params"}
-        return {"state": whole, "param_groups": [settings | {"params": list(range(len(self._shapes)))}]}
+        places = list(range(sum(1 for _ in self.model.parameters())))  # frozen ones have theirs too, as in torch's
+        return {"state": whole, "param_groups": [settings | {"params": places}]}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         if isinstance(self.optimizer, NGD) or self._stage == 0:
@@ -90,12 +94,10 @@ class DeepSpeedEngine(Engine):
         group.update({name: value for name, value in saved.items() if name != "params"})
         if not state["state"]:
             return
-        flat = self._flat
-        of_flat = {
-            name: torch.zeros_like(flat) if value.ndim else value.clone() for name, value in state["state"][0].items()
-        }
+        flat, like = self._flat, next(iter(state["state"].values()))
+        of_flat = {name: torch.zeros_like(flat) if value.ndim else value.clone() for name, value in like.items()}
         for index, (start, at, length) in self._ranges[self._comm.rank].items():
-            for name, value in state["state"][index].items():
+            for name, value in state["state"].get(index, {}).items():
                 if value.ndim:
                     of_flat[name].narrow(0, at, length).copy_(value.flatten().narrow(0, start, length))
         self.optimizer.state[flat] = of_flat
@@ -114,8 +116,8 @@ class DeepSpeedEngine(Engine):
 
         Collective when it is first read.
         """
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        pieces = DeepSpeedPieces(self._engine).pieces(parameters)
+        parameters = list(self.model.parameters())
+        pieces = DeepSpeedPieces(self._engine).pieces([parameters[index] for index in self._shapes])
         begin = self._flat.storage_offset()
         own = {
             index: (pieces[p].start, pieces[p].weight.storage_offset() - begin, len(pieces[p].weight))
@@ -124,13 +126,14 @@ class DeepSpeedEngine(Engine):
         }
         return self._comm.all_gather_object("ranges of the parameters", own)
 
-    def _joined(self, parts: list[Tensor], index: int, shape: torch.Size) -> Tensor:
-        whole = torch.zeros(shape.numel())
+    def _joined(self, parts: list[Tensor], index: int) -> Tensor | None:
+        starts, pieces = [], []
         for part, ranges in zip(parts, self._ranges, strict=True):
             if index in ranges:
                 start, at, length = ranges[index]
-                whole[start : start + length] = part[at : at + length]
-        return whole.view(shape)
+                starts.append(start)
+                pieces.append(part[at : at + length])
+        return join(pieces, starts, self._shapes[index])
 
     def _whole(self) -> contextlib.AbstractContextManager[object]:
         """Returns a context in which every rank has all weights."""

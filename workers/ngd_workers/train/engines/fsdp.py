@@ -1,6 +1,7 @@
 """torch's FSDP2: every rank holds a part of each weight, of its gradient and of the optimizer's state."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -29,8 +30,11 @@ class FSDPEngine(Engine):
             fully_shard(module, mesh=mesh, reshard_after_forward=choice.reshard_after_forward)
         self.forward, self.optimizer = self.model, self._build(build, self.model)
 
-    def accumulating(self, is_last: bool) -> "_Accumulating":
-        return _Accumulating(self.model, is_last)
+    @contextlib.contextmanager
+    def accumulating(self, is_last: bool) -> Iterator[None]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(is_last)
+        yield
 
     @property
     def gradient_bytes(self) -> dict[str, int]:
@@ -53,20 +57,6 @@ class FSDPEngine(Engine):
             }
             state = state | {"state": sharded}
         super().load_optimizer_state(state)
-
-
-class _Accumulating:
-    """A context in which gradients of a micro-batch that is not the last stay on their rank."""
-
-    def __init__(self, model: nn.Module, is_last: bool) -> None:
-        assert isinstance(model, FSDPModule)
-        self._model, self._is_last = model, is_last
-
-    def __enter__(self) -> None:
-        self._model.set_requires_gradient_sync(self._is_last)
-
-    def __exit__(self, *error: object) -> None:
-        self._model.set_requires_gradient_sync(True)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
