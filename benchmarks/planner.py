@@ -30,6 +30,7 @@ from ngd_dist.cost.setup import Setup
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.model_card import card_of
 from ngd_dist.telemetry import Stopwatch
+from ngd_workers.launch.measuring import BLOCK, COUNTED
 
 COMMON: dict[str, Any] = {"lr": 1e-3, "damping": 0.1, "ema_decay": 0.5}
 CALIBRATED = {"mlp": (128, 512), "resnet20": (32, 128)}
@@ -39,7 +40,6 @@ CASES = {
     "resnet20": ((64, 1), (64, 5), (128, 10), (32, 1), (32, 5)),
 }
 ROUNDS, CYCLE = 2, 10  # of steps: a multiple of all intervals
-BLOCK = 4  # steps of a calibration, of which the first refreshes
 MESSAGES = (2**10, 2**22)  # bytes
 # Batch, ranks, share of statistics that were refreshed, seconds of a step: [OT20] as docs/guides/planning.md quotes it.
 PUBLISHED = (
@@ -75,20 +75,25 @@ class Calibration:
         self.card = card
         self.config = NGDConfig.model_validate(COMMON | {"staleness": FixedInterval(steps=BLOCK), "stagger": 0.0})
         self.timed = Timed(name, self.config, 1)
+        in_turn = NGDConfig.model_validate(COMMON | {"staleness": FixedInterval(steps=BLOCK)})
+        self.in_turn, self.blocks = Timed(name, in_turn, min(CALIBRATED[name])), list[float]()
         self.streams = {batch: batches(name, batch) for batch in CALIBRATED[name]}
         self.taken: dict[tuple[int, bool], list[float]] = {}
         self.phases: dict[tuple[int, bool], list[dict[str, float]]] = {}
 
     def cycle(self, *, counts: bool) -> None:
-        """Takes a step with a refresh and some without one, for each batch."""
+        """Takes a step with a refresh and some without one, for each batch; see `measuring`."""
         for batch, stream in self.streams.items():
             self.timed.stream = stream
-            for index in range(BLOCK):
+            for index in range(2 * BLOCK):
                 cpu = self.timed.step()
-                if counts and index != 1:  # a step after a refresh finds the caches of the processor filled with it
-                    kind = (batch, index == 0)
+                if counts and index in COUNTED:
+                    kind = (batch, index == BLOCK)
                     self.taken.setdefault(kind, []).append(cpu)
                     self.phases.setdefault(kind, []).append(dict(self.timed.optimizer.stats.seconds))
+        block = statistics.mean(self.in_turn.step() for _ in range(BLOCK))
+        if counts:
+            self.blocks.append(block)
 
     def result(self) -> Measured:
         steps = [
@@ -100,7 +105,8 @@ class Calibration:
             )
             for (batch, refreshes), of in self.taken.items()
         ]
-        return Measured(device="cpu", card=self.card, optimizer=self.config, steps=tuple(steps))
+        in_turn = statistics.median(self.blocks)
+        return Measured(device="cpu", card=self.card, optimizer=self.config, in_turn_s=in_turn, steps=tuple(steps))
 
 
 def _median(of_steps: Sequence[dict[str, float]]) -> dict[str, float]:

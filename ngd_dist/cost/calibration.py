@@ -35,6 +35,9 @@ class Measured(Settings):
     device: str = Field(max_length=200, description="Name of the device that was measured.")
     card: ModelCard
     optimizer: NGDConfig
+    in_turn_s: float | None = Field(
+        default=None, gt=0, le=1e6, description="Seconds of a step, of the fewest samples, if layers refresh in turn."
+    )
     steps: tuple[StepSeconds, ...] = Field(min_length=4, max_length=100)
 
     def at(self, samples: int, *, refreshes: bool) -> StepSeconds:
@@ -51,27 +54,36 @@ class Measured(Settings):
 def calibrated(device: Device, measured: Measured) -> Device:
     """Returns the device with the rates of the run, as shares of its peak. Raises: ConfigError.
 
-    A step takes a + b N seconds for N samples without a refresh: b is forward and backward, and a has `apply`, the
-    update, and calls of each layer. With a refresh it takes c + d N more: c has inversions, and calls of each layer. d,
-    the estimates, is read from their own phase: as a difference of differences it would drown in noise.
+    Without a refresh a step takes a + b N seconds for N samples beside `apply` and the update: b is forward and
+    backward, and a is calls of each layer. With a refresh it takes c + d N more: c has inversions, and calls of each
+    layer. d, the estimates, is read from their own phase: as a difference of differences it would drown in noise.
+    Layers that are alike share calls if they refresh together; an interval with layers in turn shows what that saves.
     """
     sizes = sorted({step.samples for step in measured.steps})
     if len(sizes) < 2:
         raise ConfigError(f"a measured run must have two numbers of samples, got {sizes}: measure again")
     few, many = sizes[0], sizes[-1]
     card, num_layers = measured.card, max(1, len(measured.card.layers))
-    setup = Setup(card, measured.optimizer, 1, many)
+    setups = [Setup(card, measured.optimizer, 1, samples) for samples in (few, many)]
     plain, full = (
         [measured.at(samples, refreshes=refreshes) for samples in (few, many)] for refreshes in (False, True)
     )
-    each, constant = _line(few, many, *(step.seconds for step in plain))
-    each_more, _ = _line(few, many, *(step.phases.get("capture", 0.0) for step in full))
+    each, constant = _line(few, many, *(step.seconds - _seconds_of(step, "apply", "update") for step in plain))
+    each_more, _ = _line(few, many, *(_seconds_of(step, "capture") for step in full))
     more = mean(f.seconds - p.seconds - each_more * f.samples for f, p in zip(full, plain, strict=True))
-    apply_s, update_s = (mean(step.phases.get(name, 0.0) for step in plain) for name in ("apply", "update"))
-    refresh_s = mean(step.phases.get("refresh", 0.0) for step in full)
-    peak, config = device.tflops * 1e12, measured.optimizer
-    inversion, apply = owners_work(setup, config)
-    statistics = statistic_flops(setup, config) * config.statistics_fraction
+    apply_s, update_s = (sum(_seconds_of(step, name) for step in plain) for name in ("apply", "update"))
+    refresh_s = mean(_seconds_of(step, "refresh") for step in full)
+    forward_backward = (1 + BACKWARD) * card.forward_flops / max(each, LEAST)
+    peak, config = max(device.tflops * 1e12, forward_backward), measured.optimizer
+    inversion, _ = owners_work(setups[1], config)
+    apply = sum(owners_work(setup, config)[1] for setup in setups)
+    statistics = statistic_flops(setups[1], config) * config.statistics_fraction
+
+    in_turn = 0.0
+    if measured.in_turn_s is not None:
+        share_due = setups[0].refreshes
+        together = plain[0].seconds + share_due * (full[0].seconds - plain[0].seconds)
+        in_turn = (measured.in_turn_s - together) / (share_due * (1 - share_due) * num_layers)
 
     def share(flops: float, seconds: float) -> float:
         return min(max(flops / max(seconds, LEAST) / peak, LEAST), 20.0)
@@ -80,16 +92,25 @@ def calibrated(device: Device, measured: Measured) -> Device:
         device.model_dump()
         | {
             "name": measured.device[:100],
-            "efficiency": min(1.0, share((1 + BACKWARD) * card.forward_flops, each)),
+            "tflops": peak / 1e12,
+            "efficiency": max(LEAST, forward_backward / peak),
             "statistics_efficiency": share(statistics, each_more),
             "apply_efficiency": share(apply, apply_s),
-            "inverse_efficiency": share(inversion / setup.refreshes, refresh_s),
-            "memory_gb_s": max(LEAST, UPDATE_PASSES * BYTES * card.parameters / max(update_s, LEAST) / 1e9),
+            "inverse_efficiency": share(inversion / setups[1].refreshes, refresh_s),
+            "memory_gb_s": min(
+                max(2 * UPDATE_PASSES * BYTES * card.parameters / max(update_s, LEAST) / 1e9, LEAST), 1e6
+            ),
             "step_us": 0.0,
-            "layer_us": max(0.0, (constant - apply_s - update_s) / num_layers * 1e6),
+            "layer_us": max(0.0, constant / num_layers * 1e6),
             "refresh_us": max(0.0, (more - refresh_s) / num_layers * 1e6),
+            "in_turn_us": max(0.0, in_turn * 1e6),
         }
     )
+
+
+def _seconds_of(step: StepSeconds, *phases: str) -> float:
+    """Returns the seconds of these phases of a step."""
+    return sum(step.phases.get(name, 0.0) for name in phases)
 
 
 def _line(few: int, many: int, at_few: float, at_many: float) -> tuple[float, float]:

@@ -44,6 +44,9 @@ class Device(Settings):
     refresh_us: float = Field(
         default=300.0, ge=0, le=1e7, description="Microseconds of calls for each layer that is refreshed."
     )
+    in_turn_us: float = Field(
+        default=0.0, ge=0, le=1e7, description="Microseconds more for a layer that no other is refreshed with."
+    )
 
 
 # Peaks and memory of the makers' data sheets, float32 without TF32 for V100, TF32 for A100 and H100, all dense; the

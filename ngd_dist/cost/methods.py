@@ -10,8 +10,18 @@ from dataclasses import dataclass, replace
 from ngd_dist.config import EKFAC, KFAC, LNGD, NGDConfig
 from ngd_dist.cost.card import LayerCard
 from ngd_dist.errors import ConfigError
+from ngd_dist.factors.cost import ROWS_CHECK
 
-__all__ = ["BYTES", "FormCost", "LayerCost", "StatisticCost", "aligned", "layer_cost"]
+__all__ = [
+    "BYTES",
+    "FormCost",
+    "LayerCost",
+    "StatisticCost",
+    "aligned",
+    "layer_cost",
+    "with_few_rows",
+    "with_gradient_rows",
+]
 
 BYTES = 4  # of a float32
 HALF = 2  # of a number in 16 bits
@@ -152,6 +162,18 @@ def with_few_rows(layer: LayerCost, rows: int) -> LayerCost:
         refresh_flops=sum(s.form.inverse_flops for s in statistics),
         apply_flops=entries * sum(s.form.product_flops for s in statistics),
     )
+
+
+def with_gradient_rows(layer: LayerCost, rows: int) -> LayerCost:
+    """Returns the layer while its gradient is made of this number of rows, from which a direction may be cheaper.
+
+    The rule is that of `KFAC.rows_pay` for inverses that are whole matrices.
+    """
+    B, I, O = layer.card.blocks, layer.card.inputs, layer.card.outputs  # noqa: E741
+    if rows > max(I, O) or not all(form.is_dense for form in layer.cache.values()):
+        return layer
+    by_rows = 2 * rows * B * (I * I + O * O + O * I) + ROWS_CHECK
+    return replace(layer, apply_flops=min(by_rows, layer.apply_flops))
 
 
 def dense(blocks: int, n: int) -> FormCost:

@@ -38,7 +38,7 @@ def seconds(setup: Setup, cluster: Cluster, *, hides: bool = True) -> dict[str, 
     if setup.config is not None:
         phases["statistics"] = _statistics(setup, setup.config, device)
         refresh, apply = owners_work(setup, setup.config)
-        phases["refresh"] = refresh / _rate(device, device.inverse_efficiency)
+        phases["refresh"] = refresh / _rate(device, device.inverse_efficiency) + _in_turn(setup, setup.config, device)
         phases["apply"] = apply / _rate(device, device.apply_efficiency)
     if setup.world_size > 1:
         if setup.config is not None:
@@ -96,6 +96,14 @@ def _statistics(setup: Setup, config: NGDConfig, device: Device) -> float:
     extra = _fisher_passes(setup, config) * setup.card.forward_flops * setup.statistic_samples
     each = flops / _rate(device, device.statistics_efficiency) + calls + extra / _rate(device, device.efficiency)
     return setup.estimates * each
+
+
+def _in_turn(setup: Setup, config: NGDConfig, device: Device) -> float:
+    """Returns the seconds by which refreshes take longer for layers that are alike but are not due together."""
+    if config.stagger == 0:
+        return 0.0
+    inverted = len(setup.layers) / setup.world_size
+    return setup.refreshes * (1 - setup.refreshes) * inverted * device.in_turn_us / 1e6
 
 
 def _packing(setup: Setup, device: Device) -> float:

@@ -7,7 +7,7 @@ from functools import cached_property
 from ngd_dist.config import KFAC, AdaptiveInterval, FixedInterval, NGDConfig
 from ngd_dist.cost.card import ModelCard
 from ngd_dist.cost.engines import ENGINES, EngineCost, EngineName
-from ngd_dist.cost.methods import LayerCost, layer_cost, with_few_rows
+from ngd_dist.cost.methods import LayerCost, layer_cost, with_few_rows, with_gradient_rows
 from ngd_dist.cost.placement import Owners, owners_of
 
 __all__ = ["DEFAULT_REFRESH_SHARE", "FirstOrder", "Occasion", "Setup"]
@@ -75,12 +75,11 @@ class Setup:
         if config is None:
             return {}
         costs = {layer.name: layer_cost(layer, config) for layer in self.card.layers}
-        if not (self.world_size == 1 and self.micro_batches == 1 and config.may_keep_rows):
+        if self.world_size > 1 or not _may_be_rows(config):
             return costs
-        return {
-            name: with_few_rows(layer, self.statistic_samples * layer.card.positions) if _may_be_rows(config) else layer
-            for name, layer in costs.items()
-        }
+        if self.micro_batches == 1 and config.may_keep_rows:
+            costs = {n: with_few_rows(c, self.statistic_samples * c.card.positions) for n, c in costs.items()}
+        return {n: with_gradient_rows(c, self.samples * c.card.positions) for n, c in costs.items()}
 
     @property
     def statistic_samples(self) -> int:
@@ -126,7 +125,7 @@ class Setup:
 
 
 def _may_be_rows(config: NGDConfig) -> bool:
-    """Returns whether the method keeps few rows in place of a factor, as `KFAC.forms` decides."""
+    """Returns whether the method makes use of few rows, as `KFAC.forms` decides."""
     choice = config.preconditioner
     return isinstance(choice, KFAC) and choice.rows is None and choice.damping_form == "pi"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.config import KFAC as KFACConfig
-from ngd_dist.factors.cost import LayerShape
+from ngd_dist.factors.cost import ROWS_CHECK, LayerShape
 from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.form import FactorForm, Form
 from ngd_dist.factors.gram import Gram
@@ -20,9 +20,6 @@ from ngd_dist.preconditioners.few_rows import FactorInverse, from_rows, kept_row
 __all__ = ["KFAC"]
 
 Statistics = Mapping[str, Tensor]
-
-# Operations that take as long as a check that a gradient is made of its rows, and as keeping these: some 0.1 ms.
-CHECK = 2**23
 
 
 class KFAC(Preconditioner):
@@ -146,7 +143,7 @@ class _Split:
 
         fresh: the factors that are made of these very rows.
         """
-        if not fresh and self._by_gradient <= CHECK:
+        if not fresh and self._by_gradient <= ROWS_CHECK:
             return False
         if self._factors.sums_positions or not all(isinstance(form, Dense) for form in self._factors.forms.values()):
             return False
@@ -155,7 +152,7 @@ class _Split:
         by_rows = rows * blocks * (inputs * of_a + outputs * of_g + 2 * outputs * inputs)
         by_gradient = blocks * outputs * inputs * (A.product_flops + G.product_flops)
         by_gradient += sum(f.parts.solving_flops for n, f in (("A", A), ("G", G)) if n in fresh and f.parts)
-        return by_rows + CHECK < by_gradient
+        return by_rows + ROWS_CHECK < by_gradient
 
     def gradient_rows(self, cache: Cache, fresh: frozenset[str], captured: Rows) -> tuple[Tensor, Tensor] | None:
         kept = {name: rows for name, rows in kept_rows(cache).items() if name in fresh}

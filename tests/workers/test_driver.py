@@ -111,6 +111,42 @@ def test_killed_worker_is_replaced_and_training_goes_on_from_the_checkpoint(tmp_
     assert "frame #" not in log  # of C++
 
 
+@pytest.mark.slow
+def test_sigterm_to_a_worker_of_ray_saves_a_checkpoint_and_starts_another_group(tmp_path):
+    spec = small_spec(
+        resources={"workers": 2}, schedule=LONG, checkpoint={"every_steps": 100_000}, failure={"worker_restarts": 0}
+    )
+    attempt = make_attempt(tmp_path, spec)
+
+    with driver(attempt) as process:
+        wait_until(lambda: step_of(attempt) > 5, "some steps", timeout_s=START_S)
+        training_processes(process)[-1].send_signal(signal.SIGTERM)
+        wait_until(lambda: b"workers_resized" in attempt.spool.read_bytes(), "another group", timeout_s=START_S)
+        process.send_signal(signal.SIGTERM)
+        outcome = wait_for_end(process, attempt)
+
+    events = spooled(attempt)
+    resized = next(event for event in events if event.kind == "workers_resized")
+    started = [event.resumed_step for event in events if event.kind == "started"]
+    steps = [record.step for record in records(events)]
+    assert outcome.result == "cancelled"
+    assert "SIGTERM to a worker on" in resized.message
+    assert started[1] > 5
+    assert steps == list(range(1, len(steps) + 1))  # none is lost, none done again
+
+
+@pytest.mark.slow
+def test_variables_of_a_job_are_there_before_rays_workers_connect(tmp_path):
+    spec = small_spec(resources={"workers": 2}, env={"GLOO_SOCKET_IFNAME": "nosuchlink0"})
+    attempt = make_attempt(tmp_path, spec)
+
+    with driver(attempt) as process:
+        outcome = wait_for_end(process, attempt)
+
+    assert outcome.result == "failed"
+    assert "nosuchlink0" in outcome.message
+
+
 def test_digits_train_on_two_workers_and_the_service_hears_all_of_it(tmp_path):
     spec = small_spec(resources={"workers": 2}, optimizer={"kind": "ngd", "lr": 0.01}, schedule={"epochs": 3})
     with EventService() as service:

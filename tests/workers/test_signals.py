@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ngd_workers.contract.rundir import Outcome
-from ngd_workers.launch.signals import told_by_signals, with_signal
+from ngd_workers.launch.signals import resize_in_order, told_by_signals, with_signal
 from tests.support.attempts import make_attempt, small_spec
 from tests.support.deadline import wait_until
 
@@ -54,4 +54,22 @@ def test_forked_process_ends_by_the_signal_and_stops_nothing(tmp_path: Path) -> 
 
         assert os.WTERMSIG(status) == signal.SIGTERM
         assert not is_told()
+    assert not attempt.stop.exists()
+
+
+def test_signal_asks_once_for_another_group_and_then_acts_as_before(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, small_spec())
+    told: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+    try:
+        resize_in_order(attempt, signal.SIGUSR1, "node 7 goes")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_until(lambda: attempt.resize.exists() and attempt.resize.read_text(), "the file")
+        assert not told
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert attempt.resize.read_text() == "node 7 goes"
+    assert told == [signal.SIGUSR1]
     assert not attempt.stop.exists()

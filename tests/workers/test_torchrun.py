@@ -68,6 +68,21 @@ def test_sigterm_saves_a_checkpoint_and_ends_all_ranks_after_the_same_step(tmp_p
     assert "Traceback" not in log or processes == 2  # torchrun's own, of the signal
 
 
+@pytest.mark.slow
+def test_variables_of_a_job_are_there_before_its_processes_connect(tmp_path: Path) -> None:
+    spec = small_spec(resources={"workers": 2}, env={"GLOO_SOCKET_IFNAME": "nosuchlink0"})
+    write_json(tmp_path / "spec.json", spec)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "ngd_workers", "spec.json", "--run-dir", "run"]
+
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=_environment(), check=False, capture_output=True, text=True, timeout=120
+    )
+
+    assert ended.returncode != 0
+    assert "nosuchlink0" in ended.stderr
+
+
 def test_number_of_processes_that_is_no_size_of_the_job_is_refused_with_those_that_are(tmp_path: Path) -> None:
     write_json(tmp_path / "spec.json", small_spec(resources={"min_workers": 2, "max_workers": 4}))
     command = [sys.executable, "-m", "ngd_workers", "spec.json", "--run-dir", "run"]

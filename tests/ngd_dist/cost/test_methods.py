@@ -6,7 +6,7 @@ from torch import nn
 
 from ngd_dist.config import EKFAC, KFAC, LNGD, NGDConfig, PreconditionerConfig
 from ngd_dist.cost.card import LayerCard
-from ngd_dist.cost.methods import layer_cost
+from ngd_dist.cost.methods import layer_cost, with_gradient_rows
 from ngd_dist.cost.placement import owners_of
 from ngd_dist.distributed.packed_bytes import packed_nbytes
 from ngd_dist.distributed.placement import place
@@ -100,6 +100,21 @@ def test_layers_have_the_owners_that_the_library_gives_them(kind: str, fraction:
         assert {rank for rank in range(ranks) if owners.holds(name, rank)} == set(roles.holders)
         assert {rank for rank in range(ranks) if owners.inverts(name, rank)} == set(roles.inverters)
         assert (name in owners.small) == roles.is_small
+
+
+@pytest.mark.parametrize("rows", [1, 40, 150, 250, 600])
+@pytest.mark.parametrize(("inputs", "outputs"), [(400, 300), (300, 400), (500, 20), (60, 40)])
+def test_directions_come_from_rows_where_the_method_takes_them(inputs: int, outputs: int, rows: int) -> None:
+    layer = LayerCard(name="0", inputs=inputs, outputs=outputs, positions=1)
+    config = NGDConfig(ema_decay=0.5)
+    real = preconditioner_for(layer.shape, config)
+    cache = {name: torch.zeros(shape) for name, shape in real.cache_shapes.items()}
+    dense = layer_cost(layer, config)
+
+    cost = with_gradient_rows(dense, rows)
+
+    are_kept = rows <= max(inputs, outputs)  # as `GradientRows.of` keeps them
+    assert (cost.apply_flops < dense.apply_flops) == (are_kept and real.rows_pay(cache, rows))
 
 
 def test_a_method_of_another_package_is_refused_by_name() -> None:

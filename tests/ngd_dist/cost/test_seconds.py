@@ -72,7 +72,7 @@ def test_a_message_takes_its_latency_and_its_bytes() -> None:
 
 def test_calibration_gives_back_the_rates_of_the_device_that_was_measured() -> None:
     true = device(tflops=1e-3, efficiency=0.4, statistics_efficiency=0.5, apply_efficiency=0.6, inverse_efficiency=0.7,
-                  memory_gb_s=3.0, layer_us=100.0, refresh_us=200.0)  # fmt: skip
+                  memory_gb_s=3.0, layer_us=100.0, refresh_us=200.0, in_turn_us=50.0)  # fmt: skip
     plain, full = config(staleness={"kind": "fixed", "steps": 2}, stagger=0), config(stagger=0)
     steps = []
     for samples in (32, 64):
@@ -84,10 +84,27 @@ def test_calibration_gives_back_the_rates_of_the_device_that_was_measured() -> N
         steps.append(StepSeconds(samples=samples, refreshes=False, seconds=no_refresh, phases=parts))
         steps.append(StepSeconds(samples=samples, refreshes=True, seconds=sum(phases.values()), phases=refresh))
 
-    given = calibrated(device(tflops=1e-3), Measured(device="x", card=CARD, optimizer=plain, steps=tuple(steps)))
+    in_turn = config(staleness={"kind": "fixed", "steps": 2}, stagger=1)
+    in_turn_s = sum(seconds(Setup(CARD, in_turn, 1, 32), Cluster(device=true)).values())
+    run = Measured(device="x", card=CARD, optimizer=plain, in_turn_s=in_turn_s, steps=tuple(steps))
+    given = calibrated(device(tflops=1e-3), run)
 
     expected = true.model_dump() | {"name": "x"}
     assert given.model_dump() == {k: v if isinstance(v, str) else pytest.approx(v) for k, v in expected.items()}
+
+
+def test_a_device_that_is_faster_than_its_given_peak_gets_another_peak() -> None:
+    true = device(tflops=1e-3, efficiency=1.0)
+    steps = []
+    for samples in (32, 64):
+        for refreshes in (False, True):
+            phases = seconds(Setup(CARD, config(), 1, samples), Cluster(device=true))
+            taken = sum(phases.values()) if refreshes else phases["forward_backward"]
+            steps.append(StepSeconds(samples=samples, refreshes=refreshes, seconds=taken))
+
+    given = calibrated(device(tflops=1e-4), Measured(device="x", card=CARD, optimizer=config(), steps=tuple(steps)))
+
+    assert given.tflops * given.efficiency == pytest.approx(1e-3)
 
 
 def test_a_run_that_lacks_a_kind_of_step_is_refused() -> None:

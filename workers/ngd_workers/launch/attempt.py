@@ -23,7 +23,7 @@ from ngd_workers.contract.spec import AnySpec, LoopSpec
 from ngd_workers.contract.spec_file import load_spec
 from ngd_workers.contract.spec_problems import explain
 from ngd_workers.launch.ending import conclude, failure, summary
-from ngd_workers.launch.own_code import entered
+from ngd_workers.launch.own_code import entered, variables
 from ngd_workers.launch.signals import told_by_signals, with_signal
 from ngd_workers.report.rank_log import kept_in
 from ngd_workers.report.reporter import Reporter, SilentReporter, SpoolingReporter
@@ -116,6 +116,11 @@ def main() -> None:
 def _run_command(spec_file: Path, run_dir: Path, **folders: Path | None) -> Outcome:
     spec = load_spec(spec_file)
     folders["code"] = _code_of(spec, spec_file)
+    with variables(spec.env):  # NCCL and gloo read theirs when the group is made
+        return _run_spec(spec, run_dir, folders)
+
+
+def _run_spec(spec: AnySpec, run_dir: Path, folders: Mapping[str, Path | None]) -> Outcome:
     if dist.is_torchelastic_launched():
         device_of(spec.resources)  # before the first collective: NCCL takes the current device
         dist.init_process_group("nccl" if spec.resources.gpus_per_worker else "gloo")

@@ -214,6 +214,8 @@ def _fit(
     from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    from ngd_workers.launch.ray_group import GroupConfig
+
     resources = spec.resources
     trainer = TorchTrainer(
         run_worker,
@@ -223,6 +225,7 @@ def _fit(
             "group": group,
             "on_restart": on_restart.model_dump(mode="json"),
         },
+        torch_config=GroupConfig(attempt_dir=str(attempt_dir.path), variables=spec.env),
         scaling_config=ScalingConfig(
             num_workers=size, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=bundle(resources)
         ),

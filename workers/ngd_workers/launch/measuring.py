@@ -25,10 +25,13 @@ from ngd_workers.train.context import device_name, device_of
 from ngd_workers.train.learner import Learner
 from ngd_workers.train.loading import MicroBatch, Request, Samples
 
-__all__ = ["measured"]
+__all__ = ["BLOCK", "COUNTED", "measured"]
 
-CYCLES, WARM_UP = 6, 1  # of a block for each size
+CYCLES, WARM_UP = 4, 1  # of two blocks for each size
 BLOCK = 4  # steps, of which the first refreshes
+# Of two blocks. The first one of a size still finds what the last size decided; the step after a refresh finds the
+# processor's caches filled by it.
+COUNTED = (BLOCK, *range(BLOCK + 2, 2 * BLOCK))
 EMA_DECAY = 0.5  # otherwise few rows may stand for a factor, and the sizes would be measured in two ways
 
 
@@ -51,21 +54,31 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
     dataset = load_dataset(spec.data, data_dir)
     torch.manual_seed(spec.seed)
     task = build_task(spec.task, dataset.shape)
-    learner = Learner(build_model(spec.model, dataset.shape), task, dataset, spec, Communicator(), device)
+
+    def new_learner(spec: JobSpec) -> Learner:
+        return Learner(build_model(spec.model, dataset.shape), task, dataset, spec, Communicator(), device)
+
+    learner = new_learner(spec)
     batches = {size: _batch(dataset, spec, size) for size in sizes}
     seconds: dict[tuple[int, bool], list[float]] = defaultdict(list)
     phases: dict[tuple[int, bool], list[dict[str, float]]] = defaultdict(list)
     with _clock_of(device):
-        for cycle, size, index in product(range(WARM_UP + CYCLES), sizes, range(BLOCK)):
+        for cycle, size, index in product(range(WARM_UP + CYCLES), sizes, range(2 * BLOCK)):
             taken, of_phases = _step(learner, batches[size], spec.optimizer.lr, device)
-            kind = (size, index == 0)
-            if cycle >= WARM_UP and index != 1:  # the step after a refresh finds the processor's caches filled with it
+            kind = (size, index == BLOCK)
+            if cycle >= WARM_UP and index in COUNTED:
                 seconds[kind].append(taken)
                 phases[kind].append(of_phases)
+        learner = new_learner(_one_process(spec, optimizer.model_copy(update={"stagger": 1.0})))
+        blocks = [
+            sum(_step(learner, batches[sizes[-1]], spec.optimizer.lr, device)[0] for _ in range(BLOCK)) / BLOCK
+            for _ in range(WARM_UP + CYCLES)
+        ]
     return Measured(
         device=device_name(device),
         card=card,
         optimizer=NGDConfig.model_construct(**{name: getattr(optimizer, name) for name in NGDConfig.model_fields}),
+        in_turn_s=median(blocks[WARM_UP:]),
         steps=tuple(
             StepSeconds(
                 samples=size, refreshes=refreshes, seconds=median(taken), phases=_medians(phases[size, refreshes])

@@ -21,7 +21,7 @@ from ngd_workers.contract.spec import AnySpec, Code
 from ngd_workers.contract.spec.code import MAX_UNPACKED_BYTES
 from ngd_workers.launch.requirements import installed
 
-__all__ = ["entered", "unpack"]
+__all__ = ["entered", "unpack", "variables"]
 
 BLOCK_BYTES = 1 << 20
 READ_S = 30.0  # NFS may show a new file late
@@ -63,7 +63,7 @@ def entered(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Iterator[No
     secrets = _secrets(spec.secrets, facts.secrets_dir)
     with contextlib.ExitStack() as until_the_end:
         until_the_end.enter_context(_unquoted(secrets.values()))
-        until_the_end.enter_context(_variables(spec.env | secrets))  # first: they may say where uv finds packages
+        until_the_end.enter_context(variables(spec.env | secrets))  # first: they may say where uv finds packages
         if spec.code is not None:
             folder = _folder(attempt_dir, facts)
             places = [folder]
@@ -155,7 +155,8 @@ def _hide(text: str, secrets: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables until the end."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

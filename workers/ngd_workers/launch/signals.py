@@ -13,7 +13,7 @@ from ngd_workers.contract.errors import StorageError
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import AttemptDir, Outcome
 
-__all__ = ["stop_in_order", "told_by_signals", "with_signal"]
+__all__ = ["resize_in_order", "stop_in_order", "told_by_signals", "with_signal"]
 
 log = logging.getLogger(__name__)
 
@@ -24,21 +24,30 @@ def stop_in_order(
     attempt_dir: AttemptDir, numbers: Sequence[signal.Signals], also: Callable[[], None] = lambda: None
 ) -> None:
     """Makes these signals ask the attempt to stop after the current step. Main thread only."""
-    process = os.getpid()
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:  # a fork, such as one of a user's pool: it ends as if this handler were not there
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
+    def stop(number: int) -> None:
         also()
         name = signal.Signals(number).name
         log.info("%s: the workers stop after the current step", name)
-        # In a thread: the main thread must neither wait for the disk nor meet its errors.
-        threading.Thread(target=_ask_to_stop, args=(attempt_dir.stop, name), daemon=True).start()
+        _ask(attempt_dir.stop, name)
 
     for number in numbers:
-        signal.signal(number, stop)
+        _handle(number, stop)
+
+
+def resize_in_order(attempt_dir: AttemptDir, number: signal.Signals, reason: str) -> None:
+    """Makes this signal ask for another group of workers after the current step; a second one acts as before.
+
+    Main thread only. reason: goes into the event.
+    """
+    before = signal.getsignal(number)
+
+    def ask(_: int) -> None:
+        signal.signal(number, signal.SIG_DFL if before is None else before)
+        log.info("%s: the workers save a checkpoint and make room for others", reason)
+        _ask(attempt_dir.resize, reason)
+
+    _handle(number, ask)
 
 
 @contextlib.contextmanager
@@ -63,8 +72,28 @@ def with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _ask_to_stop(path: Path, signal_name: str) -> None:
-    try:
-        insist(lambda: path.write_text(signal_name), f"write {path}", patience_s=STOP_S)
-    except StorageError as error:
-        log.error("%s", error)
+def _handle(number: signal.Signals, act: Callable[[int], None]) -> None:
+    """Makes this process, and none that is forked from it, handle a signal."""
+    process = os.getpid()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            act(number)
+            return
+        # Of a fork, such as one of a user's pool: it ends as if this handler were not there.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(number, handler)
+
+
+def _ask(path: Path, text: str) -> None:
+    """Writes a request in a thread: the main thread must neither wait for the disk nor meet its errors."""
+
+    def write() -> None:
+        try:
+            insist(lambda: path.write_text(text), f"write {path}", patience_s=STOP_S)
+        except StorageError as error:
+            log.error("%s", error)
+
+    threading.Thread(target=write, daemon=True).start()

@@ -76,8 +76,8 @@ Environment = Annotated[
     AfterValidator(_carried),
     Field(
         max_length=MAX_VARIABLES,
-        description="Environment variables of the workers. Everybody who may see the job sees them: put passwords into "
-        "secrets.",
+        description="Environment variables of the workers, NCCL's and gloo's among them: NCCL_SOCKET_IFNAME, "
+        "NCCL_IB_HCA, NCCL_DEBUG. Everybody who may see the job sees them: put passwords into secrets.",
     ),
 ]
 Secrets = Annotated[
