@@ -18,7 +18,7 @@ __all__ = ["GroupConfig"]
 
 
 @dataclass
-class GroupConfig(TorchConfig):
+class GroupConfig(TorchConfig):  # type: ignore[misc]  # Ray has no types
     """The process group of an attempt. variables: set before NCCL and gloo look for theirs."""
 
     attempt_dir: str = ""
