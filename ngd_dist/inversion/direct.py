@@ -66,7 +66,9 @@ def cholesky(matrix: Tensor, dtype: torch.dtype | None = None) -> RawInverse:
     is_definite = info == 0
     # cholesky_inverse raises on a zero of the diagonal, which a factorisation that failed may leave.
     triangle.diagonal(dim1=-2, dim2=-1).masked_fill_(~is_definite.unsqueeze(-1), 1)
-    value = torch.cholesky_inverse(triangle).to(dtype or matrix.dtype)
+    # LAPACK writes column by column. Other ranks get the inverse row by row, and a product of other strides rounds
+    # otherwise on some processors; it is symmetric to the bit, so that its transpose is itself.
+    value = torch.cholesky_inverse(triangle).mT.to(dtype or matrix.dtype)
     return value, outcome(matrix, value, is_definite)
 
 
@@ -120,7 +122,8 @@ def eigen(factor: Tensor) -> Eigen:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
-            return Eigen(values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype), Ending.OK)
+            # Row by row, as on other ranks: see `cholesky`.
+            return Eigen(values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype).contiguous(), Ending.OK)
     return Eigen(None, None, Ending.NOT_CONVERGED)
 
 
