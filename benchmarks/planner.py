@@ -185,10 +185,9 @@ def published() -> list[dict[str, Any]]:
     rows = []
     for batch, ranks, share, taken in PUBLISHED:
         predictions = [abci_step(card, ranks, batch // ranks, of_statistics) for of_statistics in (share, mean)]
-        own = sum(seconds(abci(card, ranks, batch // ranks, share, direct=True), abci_cluster(ranks)).values())
         rows.append(
             {"batch": batch, "ranks": ranks, "share": share, "published": taken, "predicted": predictions[0],
-             "at_mean_share": predictions[1], "as_the_library_sends": own}
+             "at_mean_share": predictions[1]}
         )  # fmt: skip
     return rows
 
@@ -197,9 +196,9 @@ def abci_step(card: ModelCard, ranks: int, samples: int, share: float) -> float:
     return sum(seconds(abci(card, ranks, samples, share), abci_cluster(ranks)).values())
 
 
-def abci(card: ModelCard, ranks: int, samples: int, share: float, *, direct: bool = False) -> Setup:
+def abci(card: ModelCard, ranks: int, samples: int, share: float) -> Setup:
     config = NGDConfig(statistics_wire="float16")
-    return Setup(card, config, ranks, samples, refresh_share=share, sums_on_the_way=not direct)
+    return Setup(card, config, ranks, samples, refresh_share=share)
 
 
 def abci_cluster(ranks: int) -> Cluster:

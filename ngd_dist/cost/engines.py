@@ -1,8 +1,10 @@
 """The engines that may drive a model, as far as their cost goes: what each shards, sends and gathers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from ngd_dist.cost.relay import cut
 
 __all__ = ["ENGINES", "EngineCost", "EngineName", "Piece", "pieces"]
 
@@ -54,14 +56,9 @@ def pieces(engine: EngineCost, sizes: Sequence[int], world_size: int) -> list[li
 
     sizes: the numbers of each tensor, in the order of the model.
     """
-    return list(_joined(sizes, world_size)) if engine.cut == "joined" else None
-
-
-def _joined(sizes: Sequence[int], world_size: int) -> Iterator[list[Piece]]:
-    length = -(-sum(sizes) // world_size)  # padded at the end
-    begin = 0
-    for size in sizes:
-        end = begin + size
-        ranks = range(begin // length, -(-end // length))
-        yield [(rank, min(end, (rank + 1) * length) - max(begin, rank * length)) for rank in ranks]
-        begin = end
+    if engine.cut != "joined":
+        return None
+    of_tensors: list[list[Piece]] = [[] for _ in sizes]
+    for tensor, rank, begin, end in cut(dict(enumerate(sizes)), world_size):
+        of_tensors[tensor].append((rank, end - begin))
+    return of_tensors

@@ -1,9 +1,11 @@
 """The bytes that each rank holds, by kind, at the fullest moment: between backward and the step."""
 
+from collections.abc import Mapping
 from math import ceil
 
 from ngd_dist.config import AdamWFallback, NGDConfig, QuadraticModel
 from ngd_dist.cost.methods import BYTES
+from ngd_dist.cost.relay import relays
 from ngd_dist.cost.setup import Setup
 
 __all__ = ["bytes_held", "fullest_rank"]
@@ -94,15 +96,21 @@ def _of_ngd(setup: Setup, config: NGDConfig, rank: int) -> dict[str, int]:
 def _messages(setup: Setup, rank: int) -> int:
     """Returns the bytes of the buffers of messages, of statistics or of gradients: those out, and those in.
 
-    An owner receives its layers' from each other rank; all of them are there before they are added up.
+    An owner receives its layers' from each other rank, or each rank its part in two hops; all of them are there before
+    they are added up.
     """
     engine, ranks, numbers = setup.engine, setup.world_size, setup.card.parameters
     out = ceil(numbers / ranks) if engine.is_sharded else numbers
-    if setup.config is None or setup.sums_on_the_way:
+    if setup.config is None:
         return BYTES * (2 - engine.averages) * out
-    owned = [layer for name, layer in setup.layers.items() if setup.owners.owner[name] == rank]
-    gradients = 0 if engine.averages and not engine.is_sharded else sum(layer.card.parameters for layer in owned)
-    statistics = sum(layer.remembered_numbers for layer in setup.layers.values())
-    of_owned = sum(layer.remembered_numbers for layer in owned)
-    times = 1 if engine.is_sharded else ranks - 1
-    return BYTES * max(out + times * gradients, statistics + (ranks - 1) * of_owned)
+    owners = setup.owners
+    is_sent = not engine.averages or engine.is_sharded
+    gradients = {n: layer.card.parameters * is_sent for n, layer in setup.layers.items()}
+    statistics = {n: layer.remembered_numbers for n, layer in setup.layers.items()}
+
+    def arriving(sizes: Mapping[str, int], others: int) -> int:
+        owned = owners.sums(sizes)
+        return owned.total() if relays(owned.values(), ranks) else others * owned[rank]
+
+    of_gradients = arriving(gradients, 1 if engine.is_sharded else ranks - 1)
+    return BYTES * max(out + of_gradients, sum(statistics.values()) + arriving(statistics, ranks - 1))

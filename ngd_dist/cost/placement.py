@@ -1,5 +1,6 @@
 """The owner of each layer: the rule, for training and for the planner, which imports no torch."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -25,6 +26,17 @@ class Owners:
     def holders(self, layer: str) -> Sequence[int]:
         """Returns the ranks that hold the layer, its owner first."""
         return [(self.owner[layer] + i) % self.world_size for i in range(self.num_holders[layer])]
+
+    def sums(self, sizes: Mapping[str, int]) -> Counter[int]:
+        """Returns the sum of the sizes, by layer, of each owner that has any."""
+        of_owner: Counter[int] = Counter()
+        for layer, size in sizes.items():
+            of_owner[self.owner[layer]] += size
+        return of_owner
+
+    def inverters(self, layer: str) -> Sequence[int]:
+        """Returns the ranks that refresh the layer's cache."""
+        return range(self.world_size) if layer in self.everywhere else (self.owner[layer],)
 
     def inverts(self, layer: str, rank: int) -> bool:
         """Returns whether the rank keeps the layer's statistics and refreshes its cache."""

@@ -13,7 +13,7 @@ from ngd_dist.cost.memory import bytes_held, fullest_rank
 from ngd_dist.cost.placement import strategy_of
 from ngd_dist.cost.seconds import Network, seconds
 from ngd_dist.cost.setup import Setup
-from ngd_dist.cost.traffic import COLLECTIVE, busiest_bytes, mean_bytes_sent
+from ngd_dist.cost.traffic import COLLECTIVE, mean_traffic
 
 __all__ = ["Alternative", "Plan", "Prediction", "ScalingPoint", "plan", "predict"]
 
@@ -118,8 +118,9 @@ def plan(setup: Setup, cluster: Cluster, *, steps: int | None = None, is_calibra
 def predict(setup: Setup, cluster: Cluster) -> Prediction:
     """Returns the cost of a step."""
     held = bytes_held(setup, fullest_rank(setup))
-    sent = {kind: sum(by_rank) / setup.world_size for kind, by_rank in mean_bytes_sent(setup).items()}
-    by_ring = sum(sent[kind] for kind in sent if setup.sums_on_the_way or kind in COLLECTIVE)
+    traffic = mean_traffic(setup)
+    sent = traffic.mean_sent
+    by_ring = sum(sent[kind] for kind in sent if kind in COLLECTIVE)
     network = Network(cluster, setup.world_size)
     return Prediction(
         engine=setup.engine_name,
@@ -127,7 +128,7 @@ def predict(setup: Setup, cluster: Cluster) -> Prediction:
         ranks=setup.world_size,
         memory_bytes=held,
         bytes_sent=sent,
-        busiest_bytes=sum(busiest_bytes(setup).values()),
+        busiest_bytes=sum(traffic.busiest.values()),
         bytes_between_nodes=network.bytes_between(by_ring, sum(sent.values()) - by_ring),
         seconds=seconds(setup, cluster),
         fits=sum(held.values()) <= cluster.device.memory_gib * GIB,
@@ -226,8 +227,9 @@ def _warnings(setup: Setup, cluster: Cluster, step: Prediction, alternatives: li
     if step.busiest_bytes > MUCH_TRAFFIC * mean and step.seconds["communication"] > step.step_seconds / 2:
         yield (
             f"the owner with most traffic sends or receives {step.busiest_bytes / 1e9:.2f} GB in a step, "
-            f"{step.busiest_bytes / mean:.0f} times the mean of the ranks, since each rank sends directly to it; take "
-            "fewer workers with more samples each, or longer intervals"
+            f"{step.busiest_bytes / mean:.0f} times the mean of the ranks, since some ranks hold a layer beside its "
+            "owner and others don't; take strategy.fraction 0 or 1, fewer workers with more samples each, or longer "
+            "intervals"
         )
     if setup.config is not None and setup.config.needs_objective:
         yield "the settings evaluate the loss again in each step: that time is not counted"

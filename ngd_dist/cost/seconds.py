@@ -8,8 +8,9 @@ from math import log2
 from ngd_dist.config import Empirical, MonteCarlo, NGDConfig
 from ngd_dist.cost.cluster import Cluster, Device
 from ngd_dist.cost.methods import BYTES, LayerCost
+from ngd_dist.cost.relay import relays
 from ngd_dist.cost.setup import Setup
-from ngd_dist.cost.traffic import COLLECTIVE, busiest_bytes
+from ngd_dist.cost.traffic import COLLECTIVE, mean_traffic
 
 __all__ = ["PHASES", "UPDATE_PASSES", "Network", "owners_work", "seconds", "statistic_flops"]
 
@@ -107,16 +108,15 @@ def _in_turn(setup: Setup, config: NGDConfig, device: Device) -> float:
 
 
 def _packing(setup: Setup, device: Device) -> float:
-    """Returns the seconds of packing new statistics, of adding up and unpacking those of the busiest owner, and of the
+    """Returns the seconds of packing new statistics, of adding up and unpacking those of the busiest rank, and of the
     same with gradients and directions in each step.
     """
-    owners, owned, packed = setup.owners, [0] * setup.world_size, 0
-    for name, layer in setup.layers.items():
-        packed += layer.remembered_numbers
-        owned[owners.owner[name]] += layer.remembered_numbers
-    received = packed if len(owners.everywhere) == len(setup.layers) else max(owned)
-    others = 1 if setup.sums_on_the_way else setup.world_size - 1
-    numbers = SENDING * packed + (RECEIVING * others + UNPACKING) * received
+    owners, others = setup.owners, setup.world_size - 1
+    owned = owners.sums({name: layer.remembered_numbers for name, layer in setup.layers.items()})
+    packed = owned.total()
+    received = packed if len(owners.everywhere) == len(setup.layers) else max(owned.values())
+    added = packed if relays(owned.values(), setup.world_size) else others * received
+    numbers = SENDING * packed + RECEIVING * added + UNPACKING * received
     moved = 0 if setup.engine.averages else MOVING * setup.card.parameters
     return (setup.estimates * numbers + moved) * BYTES / (device.memory_gb_s * 1e9)
 
@@ -179,9 +179,8 @@ def _communication(setup: Setup, cluster: Cluster, hidden: float) -> float:
     """Returns the seconds of all messages of a step, less the seconds of backward behind which some of them hide."""
     network, beside, alone = Network(cluster, setup.world_size), 0.0, 0.0
     layers = max(1, len(setup.layers))
-    for kind, nbytes in busiest_bytes(setup).items():
-        is_ring = setup.sums_on_the_way or kind in COLLECTIVE
-        taken = network.all_reduce(nbytes) if is_ring else network.exchange(nbytes, layers)
+    for kind, nbytes in mean_traffic(setup).busiest.items():
+        taken = network.all_reduce(nbytes) if kind in COLLECTIVE else network.exchange(nbytes, layers)
         if kind in OVERLAPPING and (kind == "engine" or _overlaps(setup)):
             beside += taken
         else:

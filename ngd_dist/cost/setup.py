@@ -42,9 +42,7 @@ class Occasion:
 class Setup:
     """One way to train a model. samples: those of each rank in a step, in `micro_batches` passes.
 
-    refresh_share: that of an adaptive schedule; a fixed one says its own. sums_on_the_way: whether statistics,
-    gradients and directions travel by reduce-scatter and all-gather, as in [OT20], and not directly to and from owners,
-    as the library sends them.
+    refresh_share: that of an adaptive schedule; a fixed one says its own.
     """
 
     card: ModelCard
@@ -54,7 +52,6 @@ class Setup:
     micro_batches: int = 1
     engine_name: EngineName = "bare"
     refresh_share: float = DEFAULT_REFRESH_SHARE
-    sums_on_the_way: bool = False
 
     @property
     def engine(self) -> EngineCost:

@@ -1,74 +1,85 @@
-"""The bytes that each rank sends in a step, by kind, as `StepStats.bytes_sent` counts them.
+"""The bytes that each rank sends and receives in a step, by kind, as `StepStats.bytes_sent` counts those sent.
 
 They follow `ngd_dist.distributed.sync`: statistics to owners, gradients to owners or to all, inverses to holders,
-directions to the others, reports. Unless the engine shards, they are those bytes exactly, if no layer is left out of a
-step and no setting evaluates the loss again. The bytes of an engine's own collectives are under "engine".
+directions to the others, reports; in two hops where `relays` says so. Unless the engine shards, they are those bytes
+exactly, if no layer is left out of a step and no setting evaluates the loss again. The bytes of an engine's own
+collectives are under "engine".
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from ngd_dist.config import AllReduce, KLClip, LayerWise, NGDConfig
+from ngd_dist.config import KLClip, LayerWise, NGDConfig
 from ngd_dist.cost.engines import pieces
-from ngd_dist.cost.methods import BYTES, aligned
-from ngd_dist.cost.placement import strategy_of
+from ngd_dist.cost.methods import BYTES, HALF, aligned
+from ngd_dist.cost.relay import cut, filled, relays
 from ngd_dist.cost.setup import Occasion, Setup
 
-__all__ = ["busiest_bytes", "bytes_sent", "mean_bytes_sent"]
+__all__ = ["COLLECTIVE", "Traffic", "mean_traffic", "traffic"]
 
 FLAGS = 2  # numbers: whether a gradient is not finite, and how many are missing
 COUNTS = 5  # numbers on each due layer, beside a mean square of each statistic if noise is measured
 CURVATURES = 3  # numbers on each layer that a length by layer sums over the ranks
 REPORT = 10  # numbers on each due statistic
+MIB = 2**20
 
 COLLECTIVE = ("engine", "step length")  # kinds that all ranks sum or gather in equal parts
 
-ByRank = dict[str, list[int]]
+Bytes = list[float]  # by rank
+ByRank = dict[str, Bytes]
 Due = Mapping[str, Sequence[str]]
 
 
-def mean_bytes_sent(setup: Setup) -> dict[str, list[float]]:
-    """Returns the bytes that each rank sends in a step by kind, the mean over all kinds of steps."""
-    total: dict[str, list[float]] = {}
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes by kind and rank: those that a rank sends, and those that it receives."""
+
+    sent: ByRank = field(default_factory=dict)
+    received: ByRank = field(default_factory=dict)
+
+    @property
+    def busiest(self) -> dict[str, float]:
+        """The bytes by kind that one rank sends or receives at most."""
+        return {kind: max(*sent, *self.received[kind]) for kind, sent in self.sent.items()}
+
+    @property
+    def mean_sent(self) -> dict[str, float]:
+        """The bytes by kind that a rank sends, the mean over ranks."""
+        return {kind: sum(sent) / len(sent) for kind, sent in self.sent.items()}
+
+    def add(self, kind: str, way: tuple[Sequence[float], Sequence[float]], share: float = 1.0) -> None:
+        """Adds what each rank sends and receives on a way that a share of the steps takes."""
+        for by_rank, more in zip((self.sent, self.received), way, strict=True):
+            known = by_rank.get(kind) or [0.0] * len(more)
+            by_rank[kind] = [nbytes + share * new for nbytes, new in zip(known, more, strict=True)]
+
+
+def mean_traffic(setup: Setup) -> Traffic:
+    """Returns the traffic of a step, the mean over all kinds of steps."""
+    total = Traffic()
     for occasion in setup.occasions:
-        for kind, by_rank in bytes_sent(setup, _due(setup, occasion), is_averaged=occasion.is_averaged).items():
-            sums = total.setdefault(kind, [0.0] * setup.world_size)
-            total[kind] = [mean + occasion.share * sent for mean, sent in zip(sums, by_rank, strict=True)]
+        of_one = traffic(setup, _due(setup, occasion), is_averaged=occasion.is_averaged)
+        for kind, sent in of_one.sent.items():
+            total.add(kind, (sent, of_one.received[kind]), occasion.share)
     return total
 
 
-def busiest_bytes(setup: Setup) -> dict[str, float]:
-    """Returns the bytes by kind that the busiest rank sends or receives in a step, the mean over all kinds of steps.
-
-    A rank sends directly to the owner, so that the owner of a large layer receives its gradient from all others, and
-    sends them its direction. If `sums_on_the_way`, each rank sends and receives the mean of all ranks.
-    """
-    ranks, sent = setup.world_size, mean_bytes_sent(setup)
-    if setup.sums_on_the_way:
-        return {kind: sum(by_rank) / ranks for kind, by_rank in sent.items()}
-    busiest = {kind: max(by_rank) for kind, by_rank in sent.items()}
-    if setup.config is None or isinstance(strategy_of(setup.config, ranks), AllReduce):
-        return busiest
-    by_owners = {"statistics", "gradients"}
-    if setup.engine.is_sharded:  # an owner receives the pieces of a gradient, as many bytes as it sends back
-        busiest["gradients"] = max(busiest.get("gradients", 0.0), busiest.get("directions", 0.0))
-        by_owners = {"statistics"}
-    for kind in by_owners & sent.keys():  # a part that an owner does not send, all others send to it
-        busiest[kind] = max(busiest[kind], (ranks - 1) * (busiest[kind] - min(sent[kind])))
-    return busiest
-
-
-def bytes_sent(setup: Setup, due: Due, *, is_averaged: bool = False) -> ByRank:
-    """Returns the bytes that each rank sends by kind in a step in which these statistics are due, by layer.
+def traffic(setup: Setup, due: Due, *, is_averaged: bool = False) -> Traffic:
+    """Returns the traffic of a step in which these statistics are due, by layer, in the order of the model.
 
     is_averaged: whether they enter the average, and no inverse is made of them yet.
     """
+    total = Traffic()
     if setup.world_size == 1:
-        return {}
-    own = {} if setup.config is None else _of_ngd(setup, due, setup.config, is_averaged=is_averaged)
-    engine = _of_engine(setup)
-    if engine:
-        own["engine"] = [engine] * setup.world_size
-    return {kind: by_rank for kind, by_rank in own.items() if any(by_rank)}
+        return total
+    if setup.config is not None:
+        _add_ngd(total, setup, due, setup.config, is_averaged=is_averaged)
+    if engine := _of_engine(setup):
+        total.add("engine", _equal(setup, engine))
+    for kind in [kind for kind, sent in total.sent.items() if not any(sent)]:
+        del total.sent[kind], total.received[kind]
+    return total
 
 
 def _of_engine(setup: Setup) -> int:
@@ -78,25 +89,83 @@ def _of_engine(setup: Setup) -> int:
     return times * BYTES * setup.card.parameters * (setup.world_size - 1) // setup.world_size
 
 
-def _of_ngd(setup: Setup, due: Due, config: NGDConfig, *, is_averaged: bool) -> ByRank:
-    sent: ByRank = {}
-    _add(sent, "statistics", _statistics(setup, config, due))
+def _add_ngd(total: Traffic, setup: Setup, due: Due, config: NGDConfig, *, is_averaged: bool) -> None:
+    for way in _statistics(setup, config, due):
+        total.add("statistics", way)
     for kind, numbers in _summed(setup, config, due).items():
-        _add(sent, kind, _by_ring(setup, numbers))
-    _add(sent, "gradients", _gradients(setup))
+        total.add(kind, _by_ring(setup, numbers))
+    total.add("gradients", _gradients(setup))
     if due and not is_averaged:
-        _add(sent, "inverses", _inverses(setup, config, due))
+        total.add("inverses", _inverses(setup, config, due))
     is_sharded = any(holders < setup.world_size for holders in setup.owners.num_holders.values())
     if is_sharded or due:
-        _add(sent, "directions" if is_sharded else "reports", _directions(setup, config, due))
+        total.add("directions" if is_sharded else "reports", _directions(setup, config, due))
     if isinstance(config.length, LayerWise):
-        _add(sent, "step length", _by_ring(setup, CURVATURES * len(setup.layers)))
-    return sent
+        total.add("step length", _by_ring(setup, CURVATURES * len(setup.layers)))
 
 
-def _by_ring(setup: Setup, numbers: int) -> list[int]:
-    """Returns the bytes of summing these numbers on all ranks."""
-    return [2 * numbers * BYTES * (setup.world_size - 1) // setup.world_size] * setup.world_size
+# --- ways: what each rank sends, and receives -------------------------------------------------------------------------
+
+Way = tuple[Bytes, Bytes]
+
+
+def _equal(setup: Setup, nbytes: float) -> Way:
+    return [nbytes] * setup.world_size, [nbytes] * setup.world_size
+
+
+def _by_ring(setup: Setup, numbers: int) -> Way:
+    """Of summing these numbers on all ranks."""
+    return _equal(setup, 2 * numbers * BYTES * (setup.world_size - 1) // setup.world_size)
+
+
+def _to_owners(owned: Sequence[float]) -> Way:
+    """Of bytes that each other rank sends to an owner."""
+    total, others = sum(owned), len(owned) - 1
+    return [total - own for own in owned], [others * own for own in owned]
+
+
+def _to_all(messages: Sequence[float]) -> Way:
+    """Of a message of each rank that it sends to every other."""
+    received, sent = _to_owners(messages)
+    return sent, received
+
+
+def _spread(messages: Sequence[int]) -> Way:
+    """As `begin_spread` sends the message of each rank to all others."""
+    ranks = len(messages)
+    if not relays(messages, ranks):
+        return _to_all(messages)
+    first_sent, first_received, parts = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    for source, rank, begin, end in cut(dict(enumerate(messages)), ranks):
+        parts[rank] += end - begin
+        if source != rank:
+            first_sent[source] += end - begin
+            first_received[rank] += end - begin
+    sent, received = _to_all(parts)
+    return _sum(first_sent, sent), _sum(first_received, received)
+
+
+def _in_two_hops(
+    sizes: Mapping[Any, int], needed_by: Callable[[Any], Sequence[int]], ranks: int, *, is_rounded: bool
+) -> Way:
+    """Of sums of tensors of these numbers, as `distributed.relay` makes them."""
+    sent, received, there = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    for name, rank, begin, end in cut(sizes, ranks):
+        numbers = end - begin
+        there[rank] += aligned(BYTES) + aligned(HALF * numbers) if is_rounded else aligned(BYTES * numbers)
+        targets = [target for target in needed_by(name) if target != rank]
+        sent[rank] += aligned(BYTES * numbers) * len(targets)
+        for target in targets:
+            received[target] += aligned(BYTES * numbers)
+    first_sent, first_received = _to_owners(there)
+    return _sum(first_sent, sent), _sum(first_received, received)
+
+
+def _sum(a: Sequence[float], b: Sequence[float]) -> Bytes:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+# --- what goes which way ----------------------------------------------------------------------------------------------
 
 
 def _due(setup: Setup, occasion: Occasion) -> Due:
@@ -109,21 +178,28 @@ def _due(setup: Setup, occasion: Occasion) -> Due:
     return {name: statistics for name, statistics in due.items() if statistics}
 
 
-def _statistics(setup: Setup, config: NGDConfig, due: Due) -> list[int]:
-    """Returns the bytes of sending statistics to their owners, and the sums of those that all ranks need to all."""
-    owners, ranks = setup.owners, setup.world_size
-    owned, total, spread = [0] * ranks, 0, [0] * ranks
-    for name in due:
-        if name in owners.small:
-            continue
-        nbytes = sum(
-            s.form.on_wire(config.statistics_wire) for s in setup.layers[name].statistics if s.name in due[name]
-        )
-        total += nbytes
-        owned[owners.owner[name]] += nbytes
-        if name in owners.everywhere:
-            spread[owners.owner[name]] += nbytes * (ranks - 1)
-    return [total - own + to_all for own, to_all in zip(owned, spread, strict=True)]
+def _statistics(setup: Setup, config: NGDConfig, due: Due) -> Iterable[Way]:
+    """Yields the ways of buckets to the owners, and of the sums of those that all ranks need to all."""
+    owners, ranks, wire = setup.owners, setup.world_size, config.statistics_wire
+    forms = {
+        (name, s.name): s.form
+        for name in due
+        if name not in owners.small
+        for s in setup.layers[name].statistics
+        if s.name in due[name]
+    }
+    sizes = {key: forms[key].on_wire(wire) for key in reversed(forms)}
+    for bucket in filled(sizes, config.bucket_mb * MIB):
+        owned, to_all = [0] * ranks, [0] * ranks
+        for layer, name in bucket:
+            owned[owners.owner[layer]] += sizes[layer, name]
+            to_all[owners.owner[layer]] += sizes[layer, name] * (layer in owners.everywhere)
+        if relays(owned, ranks):
+            numbers = {key: forms[key].packed for key in bucket}
+            yield _in_two_hops(numbers, lambda key: owners.inverters(key[0]), ranks, is_rounded=wire != "float32")
+        else:
+            yield _to_owners(owned)
+            yield _to_all(to_all)
 
 
 def _summed(setup: Setup, config: NGDConfig, due: Due) -> dict[str, int]:
@@ -145,24 +221,31 @@ def _summed(setup: Setup, config: NGDConfig, due: Due) -> dict[str, int]:
     return {"statistics": statistics, "gradients": others}
 
 
-def _gradients(setup: Setup) -> list[int]:
-    """Returns the bytes of sending gradients, or an engine's pieces of them, to the ranks that hold the layers."""
+def _gradients(setup: Setup) -> Way:
+    """Of gradients, or an engine's pieces of them, to the ranks that hold the layers."""
     owners, ranks, engine = setup.owners, setup.world_size, setup.engine
     if engine.averages and not engine.is_sharded:
-        return [0] * ranks
-    sent = [0] * ranks
+        return _equal(setup, 0)
     if not engine.is_sharded:
-        single = [name for name in setup.layers if owners.num_holders[name] == 1]
-        sizes = {name: aligned(BYTES * setup.layers[name].card.parameters) for name in single}
-        sent = [sum(sizes.values())] * ranks
-        for name, size in sizes.items():
-            sent[owners.owner[name]] -= size
-        return sent
+        sizes = {name: c.card.parameters for name, c in setup.layers.items() if owners.num_holders[name] == 1}
+        if relays(_owned(setup, sizes), ranks):
+            return _in_two_hops(sizes, owners.holders, ranks, is_rounded=False)
+        return _to_owners(_owned(setup, {name: aligned(BYTES * size) for name, size in sizes.items()}))
+    sent, received = [0.0] * ranks, [0.0] * ranks
     for name, held in _pieces(setup):
         others = owners.num_holders[name]
         for rank, numbers in held:
             sent[rank] += BYTES * numbers * (others - owners.holds(name, rank))
-    return sent
+        of_all, own = sum(numbers for _, numbers in held), dict(held)
+        for holder in owners.holders(name):
+            received[holder] += BYTES * (of_all - own.get(holder, 0))
+    return sent, received
+
+
+def _owned(setup: Setup, sizes: Mapping[str, int]) -> list[int]:
+    """Returns the sum of sizes by owner."""
+    sums = setup.owners.sums(sizes)
+    return [sums[rank] for rank in range(setup.world_size)]
 
 
 def _pieces(setup: Setup) -> Iterable[tuple[str, list[tuple[int, int]]]]:
@@ -175,56 +258,54 @@ def _pieces(setup: Setup) -> Iterable[tuple[str, list[tuple[int, int]]]]:
     return ((name, [(rank, size // setup.world_size) for rank in everyone]) for name, size in sizes.items())
 
 
-def _inverses(setup: Setup, config: NGDConfig, due: Due) -> list[int]:
-    """Returns the bytes of giving new inverses to the other ranks that hold a layer, and bases to all."""
+def _is_for_all(setup: Setup) -> bool:
+    """Returns whether a rank sends all others the same: none holds a layer beside its owner, or all do."""
+    return not setup.engine.is_sharded and set(setup.owners.num_holders.values()) <= {1, setup.world_size}
+
+
+def _inverses(setup: Setup, config: NGDConfig, due: Due) -> Way:
+    """Of new inverses to the other ranks that hold a layer, and of bases to all."""
     owners, ranks = setup.owners, setup.world_size
-    sent, owned, is_any = [0] * ranks, [0] * ranks, False
+    owned, to_all, sent, received = [0] * ranks, [0] * ranks, [0.0] * ranks, [0.0] * ranks
     for name in due:
-        layer = setup.layers[name]
+        layer, owner, holders = setup.layers[name], owners.owner[name], owners.num_holders[name]
         is_new_basis = any(s.name in due[name] and not s.in_basis for s in layer.statistics)
         changed = [entry for entry in layer.cache if is_new_basis or entry not in layer.shared]
         shared = [entry for entry in changed if entry in layer.shared]
-        if name in owners.everywhere or not (owners.num_holders[name] > 1 or shared):
+        if name in owners.everywhere or not (holders > 1 or shared):
             continue
-        is_any, owner, holders = True, owners.owner[name], owners.num_holders[name]
         owned[owner] += 1
         whole, part = (sum(layer.cache[e].in_cache(config.inverse_dtype) for e in es) for es in (changed, shared))
+        to_all[owner] += part if holders == 1 else whole
         sent[owner] += whole * (holders - 1) + part * (ranks - holders)
-    if not is_any:
-        return sent
-    return [nbytes + (ranks - 1) * aligned(BYTES * layers) for nbytes, layers in zip(sent, owned, strict=True)]
+        for rank in range(ranks):
+            received[rank] += 0 if rank == owner else whole if owners.holds(name, rank) else part
+    if not any(owned):
+        return _equal(setup, 0)
+    told = [aligned(BYTES * layers) for layers in owned]
+    if _is_for_all(setup):
+        return _spread([a + b for a, b in zip(told, to_all, strict=True)])
+    told_sent, told_received = _to_all(told)
+    return _sum(sent, told_sent), _sum(received, told_received)
 
 
-def _directions(setup: Setup, config: NGDConfig, due: Due) -> list[int]:
-    """Returns the bytes of giving directions to the ranks that don't hold a layer, with the owners' reports."""
+def _directions(setup: Setup, config: NGDConfig, due: Due) -> Way:
+    """Of directions to the ranks that don't hold a layer, with the owners' reports."""
     owners, ranks = setup.owners, setup.world_size
-    sent, reported = [0] * ranks, [0] * ranks
+    reported = _owned(setup, {name: len(names) for name, names in due.items()})
     has_inner = isinstance(config.length, LayerWise) or isinstance(config.clip, KLClip)
-    for name, names in due.items():
-        reported[owners.owner[name]] += len(names)
-    pieces_of = dict(_pieces(setup)) if setup.engine.is_sharded else {}
-    for name, layer in setup.layers.items():
-        holders = owners.num_holders[name]
-        if holders == ranks:
-            continue
-        if setup.engine.is_sharded:
-            away = sum(numbers for rank, numbers in pieces_of[name] if not owners.holds(name, rank))
-            sent[owners.owner[name]] += BYTES * away
-            continue
-        nbytes = aligned(BYTES * layer.card.parameters)
-        if holders == 1:
-            sent[owners.owner[name]] += nbytes * (ranks - 1)
-            continue
-        holding = owners.holders(name)
-        for rank in set(range(ranks)) - set(holding):
-            sent[holding[rank % holders]] += nbytes
     inner = aligned(BYTES * len(setup.layers)) if has_inner else 0
-    return [
-        nbytes + (ranks - 1) * (aligned(BYTES * REPORT * reports) + inner)
-        for nbytes, reports in zip(sent, reported, strict=True)
-    ]
-
-
-def _add(sent: ByRank, kind: str, by_rank: list[int]) -> None:
-    known = sent.get(kind)
-    sent[kind] = by_rank if known is None else [a + b for a, b in zip(known, by_rank, strict=True)]
+    told = [aligned(BYTES * REPORT * reports) + inner for reports in reported]
+    sizes = {n: aligned(BYTES * c.card.parameters) for n, c in setup.layers.items() if owners.num_holders[n] < ranks}
+    if _is_for_all(setup):
+        return _spread([a + b for a, b in zip(told, _owned(setup, sizes), strict=True)])
+    sent, received = _to_all(told)
+    pieces_of = dict(_pieces(setup)) if setup.engine.is_sharded else {}
+    for name, nbytes in sizes.items():
+        holding = owners.holders(name)
+        taken = pieces_of.get(name) or [(rank, nbytes // BYTES) for rank in range(ranks)]
+        for rank, numbers in taken:
+            if not owners.holds(name, rank):
+                sent[holding[rank % len(holding)]] += BYTES * numbers
+                received[rank] += BYTES * numbers
+    return sent, received

@@ -6,11 +6,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ngd_dist.cost.relay import cut, relays
 from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.distributed.packed_bytes import pack_bytes, packed_nbytes, unpack_bytes
 from ngd_dist.factors.codec import Field
 
-__all__ = ["Route", "begin_exchange"]
+__all__ = ["Route", "begin_exchange", "begin_spread"]
 
 TensorKey = TypeVar("TensorKey", bound=Hashable)
 # The fields that the first rank sends to the second. A pure function of shared numbers: both sides call it.
@@ -48,6 +49,55 @@ def begin_exchange(
         return [
             kept if r == here else dict(zip(fields, unpack_bytes([*fields.values()], buffer), strict=True))
             for r, (fields, buffer) in enumerate(received)
+        ]
+
+    return Pending(unpack)
+
+
+def begin_spread(
+    comm: Communicator,
+    name: str,
+    fields_of: Callable[[int], Mapping[TensorKey, Field]],
+    tensors: Mapping[TensorKey, Tensor],
+    device: torch.device,
+    *,
+    kind: str,
+) -> Pending[list[dict[TensorKey, Tensor]]]:
+    """Collective. As `begin_exchange`, but each rank sends the same tensors, `fields_of` it, to every other.
+
+    They go in two hops if one rank has much more than the others: it would send all of that to each of them. The second
+    hop begins when the result is waited for.
+    """
+    fields = [fields_of(rank) for rank in range(comm.world_size)]
+    sizes = [packed_nbytes([*of_rank.values()]) for of_rank in fields]
+    if not relays(sizes, comm.world_size):
+        return begin_exchange(comm, name, lambda source, _: fields[source], tensors, device, kind=kind)
+    zero = torch.zeros((), device=device)
+    own = fields[comm.rank]
+    packed = pack_bytes([*own.values()], [tensors.get(key, zero) for key in own], device)
+    parts = cut(dict(enumerate(sizes)), comm.world_size)
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def of(source: int, target: int) -> slice:
+        # A message lies end to end in the parts, so that it has one part at most at each rank.
+        found = (slice(part.begin, part.end) for part in parts if (part.name, part.rank) == (source, target))
+        return next(found, slice(0, 0))
+
+    all_ranks = range(comm.world_size)
+    pending = comm.begin_exchange(
+        f"{name}, first hop",
+        [packed[of(comm.rank, r)] if sizes[comm.rank] else nothing for r in all_ranks],
+        [of(r, comm.rank).stop - of(r, comm.rank).start for r in all_ranks],
+        kind=kind,
+    )
+
+    def unpack() -> list[dict[TensorKey, Tensor]]:
+        part = torch.cat(pending.wait())
+        lengths = [sum(part.size for part in parts if part.rank == r) for r in all_ranks]
+        whole = torch.cat(comm.begin_exchange(f"{name}, second hop", [part] * len(lengths), lengths, kind=kind).wait())
+        return [
+            dict(zip(of_rank, unpack_bytes([*of_rank.values()], message), strict=True))
+            for of_rank, message in zip(fields, whole.split(sizes), strict=True)
         ]
 
     return Pending(unpack)

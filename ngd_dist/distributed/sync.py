@@ -4,11 +4,14 @@ Ranks are data-parallel until the gradients are there and layer-parallel from th
 ([OT20]), with directions gathered instead of weights.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ngd_dist.cost.relay import cut, relays
 from ngd_dist.distributed.base import (
     REPORT_NUMBERS,
     GlobalMeans,
@@ -22,16 +25,18 @@ from ngd_dist.distributed.base import (
 )
 from ngd_dist.distributed.buckets import Buckets
 from ngd_dist.distributed.comm import Communicator, Pending
-from ngd_dist.distributed.exchange import Route, begin_exchange
+from ngd_dist.distributed.exchange import Route, begin_exchange, begin_spread
 from ngd_dist.distributed.pieces import Pieces
 from ngd_dist.distributed.placement import Placement
+from ngd_dist.distributed.relay import begin_sums_of_parts, begin_whole_sums
 from ngd_dist.distributed.wire import Wire
-from ngd_dist.factors.codec import Field
+from ngd_dist.factors.codec import AsItIs, Codec, Field
 from ngd_dist.statistics.statistic import Key
 
 __all__ = ["Sync"]
 
 Cache = dict[str, Tensor]
+TensorKey = TypeVar("TensorKey", bound=Hashable)
 TensorName = tuple[str, str]  # a layer, and an entry of its cache or the name of another tensor
 HAS_CACHE, REPORTS, INNER = (("", "has_cache"), 0), ("", "reports"), ("", "inner")
 
@@ -89,13 +94,16 @@ class Sync:
         self._everywhere = {name for name in layouts if placement.is_everywhere(name)}
         # A gradient with several holders goes by an all-reduce: that sends twice its size, no more than point to point.
         self._reduced = [name for name in layouts if len(roles[name].holders) == 1 < comm.world_size]
+        counts = {len(role.holders) for role in roles.values()}
+        self._is_for_all = pieces is None and counts <= {1, comm.world_size}
         self._due: list[Key] = []
         self._small: dict[Key, Tensor] = {}
-        owners = {name: role.owner for name, role in roles.items()}
+        self._relays_gradients = self._relays({name: roles[name].owner for name in self._reduced})
+        inverters = {name: (role.owner, *set(role.inverters) - {role.owner}) for name, role in roles.items()}
         beside_backward = comm.aside() if bucket_bytes else comm
         sizes = {key: form.numbers for key, form in self._forms.items()}
         self._buckets = Buckets(
-            beside_backward, self._wire, owners, sizes, device, exact=exact, limit_bytes=bucket_bytes
+            beside_backward, self._wire, inverters, sizes, device, exact=exact, rounded=wire, limit_bytes=bucket_bytes
         )
 
     def inverts(self, layer: str) -> bool:
@@ -145,14 +153,14 @@ class Sync:
         others = [local.flags, *wide.values(), *local.plain] if is_sent else [local.flags] if self.pieces else []
         pending = self._begin_sum([*small.values()], [*([local.counts] if self._due else []), *others])
         to_owners = self._begin_reduce(local.gradients) if is_sent else None
-        sums = self._spread(self._buckets.finish())
+        sums = self._given_to_all(self._buckets.finish())
         statistics, others = pending.wait()
         sums |= zip(small, statistics, strict=True)
         counts, others = (others[0], others[1:]) if self._due else (local.counts, others)
         flags, gradients, plain = others[0] if self.pieces else local.flags, local.gradients, local.plain
         if to_owners is not None:
             flags, *averaged = [others[0], *map(self._averaged, others[1:])]
-            gradients = {name: self._averaged(total) for name, total in self._added(to_owners.wait()).items()}
+            gradients = {name: self._averaged(total) for name, total in to_owners.wait().items()}
             gradients |= zip(wide, averaged, strict=False)
             plain = averaged[len(wide) :]
         is_finite, missing, miscounted, captured = read_counts(flags, counts, self._due)
@@ -176,13 +184,12 @@ class Sync:
         made = {(n, entry): cache[entry] for n, cache in owned.items() if cache is not None for entry in travelling[n]}
         sent = self._entries.encode(made)
         sent[HAS_CACHE] = torch.tensor([float(cache is not None) for cache in owned.values()], device=self._device)
-        route = self._cache_route(travelling)
-        from_ranks = begin_exchange(self.comm, "inverses", route, sent, self._device, kind="inverses").wait()
+        from_ranks = self._spread("inverses", self._cache_route(travelling), sent).wait()
         has_cache = torch.cat([from_rank[HAS_CACHE] for from_rank in from_ranks]).tolist()  # one host read
-        shared: dict[str, Cache | None] = {}
+        shared, here = dict[str, Cache | None](), self.comm.rank
         for rank, from_rank in enumerate(from_ranks):
             for name in (name for name in travelling if self.placement.roles[name].owner == rank):
-                arrived = [entry for entry in travelling[name] if ((name, entry), 0) in from_rank]
+                arrived = [entry for entry in travelling[name] if ((name, entry), 0) in from_rank and rank != here]
                 cache = {entry: self._entries.decode((name, entry), from_rank) for entry in arrived}
                 shared[name] = cache if has_cache.pop(0) else None
         return shared
@@ -200,8 +207,7 @@ class Sync:
         is_counted = [float(self.reports(name)) for name in self._layouts]
         sent[INNER] = result.inner * result.inner.new_tensor(is_counted)  # only the owner's
         kind = "directions" if is_sharded else "reports"
-        route = self._result_route(due, result.inner)
-        from_ranks = begin_exchange(self.comm, kind, route, sent, self._device, kind=kind).wait()
+        from_ranks = self._spread(kind, self._result_route(due, result.inner), sent).wait()
         directions = dict(result.directions) if self.pieces is None else self.pieces.incoming(from_ranks)
         for from_rank in from_ranks:
             directions |= {name: tensor for (name, kind), tensor in from_rank.items() if kind == "direction"}
@@ -242,20 +248,72 @@ class Sync:
 
         return Pending(split)
 
-    def _begin_reduce(self, gradients: Mapping[str, Tensor]) -> Pending[list[dict[str, Tensor]]]:
-        """Returns each rank's gradients of the layers that this rank alone holds."""
+    def _relays(self, owners: Mapping[str, int]) -> bool:
+        """Returns whether the gradients of these layers, or their directions, go in two hops."""
+        owned = [0] * self.comm.world_size
+        for name, owner in owners.items():
+            owned[owner] += prod(self._layouts[name].gradient)
+        return relays(owned, self.comm.world_size)
+
+    def _begin_reduce(self, gradients: Mapping[str, Tensor]) -> Pending[dict[str, Tensor]]:
+        """Returns the sums of gradients of the layers that this rank alone holds."""
         if not self._reduced:
-            return Pending(list)
-        fields = {name: Field(self._layouts[name].gradient, self.dtype) for name in self._reduced}
+            return Pending(dict)
+        shapes = {name: self._layouts[name].gradient for name in self._reduced}
+        name = "gradients to owners"
+        if self._relays_gradients:
+            return self._in_two_hops(name, gradients, shapes)
 
         def route(source: int, target: int) -> dict[str, Field]:
-            return {name: field for name, field in fields.items() if self.placement.roles[name].owner == target}
+            roles = self.placement.roles
+            return {n: Field(shape, self.dtype) for n, shape in shapes.items() if roles[n].owner == target}
 
-        return begin_exchange(self.comm, "gradients to owners", route, gradients, self._device, kind="gradients")
+        pending = begin_exchange(self.comm, name, route, gradients, self._device, kind="gradients")
+        return Pending(lambda: self._added(pending.wait()))
+
+    def _in_two_hops(
+        self, name: str, gradients: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Pending[dict[str, Tensor]]:
+        def codec(numbers: int) -> Codec:
+            return AsItIs((numbers,), self.dtype)
+
+        def needed_by(layer: str) -> Sequence[int]:
+            return self.placement.roles[layer].holders
+
+        parts = cut({layer: prod(shape) for layer, shape in shapes.items()}, self.comm.world_size)
+        flat = {layer: gradients[layer].flatten() for layer in shapes}
+        device, dtype = self._device, self.dtype
+        sums = begin_sums_of_parts(self.comm, name, parts, flat, codec, dtype=dtype, device=device, kind="gradients")
+
+        def second_hop() -> dict[str, Tensor]:
+            whole = begin_whole_sums(
+                self.comm,
+                f"{name}, second hop",
+                parts,
+                sums.wait(),
+                needed_by,
+                dtype=dtype,
+                device=device,
+                kind="gradients",
+            ).wait()
+            return {layer: total.view(shapes[layer]) for layer, total in whole.items()}
+
+        return Pending(second_hop)
+
+    def _spread(
+        self, name: str, route: Route[TensorKey], tensors: Mapping[TensorKey, Tensor]
+    ) -> Pending[list[dict[TensorKey, Tensor]]]:
+        """Sends along a route of which a rank has the same for all others, unless some but not all hold a layer."""
+        if not self._is_for_all:
+            return begin_exchange(self.comm, name, route, tensors, self._device, kind=name)
+        ranks = self.comm.world_size
+        return begin_spread(
+            self.comm, name, lambda rank: route(rank, (rank + 1) % ranks), tensors, self._device, kind=name
+        )
 
     def _added(self, from_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the sums in rank order."""
-        sums = {name: gradient.to(self.dtype) for name, gradient in from_ranks[0].items()} if from_ranks else {}
+        sums = {name: gradient.to(self.dtype) for name, gradient in from_ranks[0].items()}
         for from_rank in from_ranks[1:]:
             sums = {name: total + from_rank[name] for name, total in sums.items()}
         return sums
@@ -263,10 +321,11 @@ class Sync:
     def _averaged(self, total: Tensor) -> Tensor:
         return total if self.gradient_scale in (None, 1.0) else total.mul_(self.gradient_scale)
 
-    def _spread(self, sums: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    def _given_to_all(self, sums: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """Returns the sums; layers that all ranks invert have theirs on all ranks, rounded again on the way."""
         roles = self.placement.roles
         keys = [k for k in self._due if self.is_replicated(k.layer) and not self._is_summed_everywhere(k.layer)]
+        keys = [key for key in keys if key not in self._buckets.relayed]
         if not keys:
             return sums
 

@@ -131,6 +131,7 @@ def test_an_owner_with_too_much_traffic_is_warned_of() -> None:
         {"layers": [{"name": "a", "inputs": 4096, "outputs": 4096, "positions": 1}], "forward_flops": 3e7}
     )
 
-    warnings = plan(Setup(wide, NGDConfig(), 1024, 8), cluster).warnings
+    half = NGDConfig.model_validate({"strategy": {"kind": "owner_sharded", "fraction": 0.5}})
 
-    assert "each rank sends directly to it" in warnings[0]
+    assert "take strategy.fraction 0 or 1" in plan(Setup(wide, half, 1024, 8), cluster).warnings[0]
+    assert plan(Setup(wide, NGDConfig(), 1024, 8), cluster).warnings == []
