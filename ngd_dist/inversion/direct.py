@@ -62,13 +62,15 @@ def damped(factor: Tensor, damping: Tensor) -> Tensor:
 
 def cholesky(matrix: Tensor, dtype: torch.dtype | None = None) -> RawInverse:
     """Returns the inverses of positive definite matrices [B, n, n], rounded to a dtype before they are judged."""
-    triangle, info = torch.linalg.cholesky_ex(matrix)
+    # The upper triangle decides, here and where statistics travel or are saved: a product X^T X is not symmetric to the
+    # bit on every processor.
+    triangle, info = torch.linalg.cholesky_ex(matrix, upper=True)
     is_definite = info == 0
     # cholesky_inverse raises on a zero of the diagonal, which a factorisation that failed may leave.
     triangle.diagonal(dim1=-2, dim2=-1).masked_fill_(~is_definite.unsqueeze(-1), 1)
     # LAPACK writes column by column. Other ranks get the inverse row by row, and a product of other strides rounds
     # otherwise on some processors; it is symmetric to the bit, so that its transpose is itself.
-    value = torch.cholesky_inverse(triangle).mT.to(dtype or matrix.dtype)
+    value = torch.cholesky_inverse(triangle, upper=True).mT.to(dtype or matrix.dtype)
     return value, outcome(matrix, value, is_definite)
 
 
@@ -118,7 +120,7 @@ def eigen(factor: Tensor) -> Eigen:
         return Eigen(None, None, Ending.NON_FINITE)
     for dtype in dict.fromkeys((factor.dtype, torch.float64)):
         try:
-            values, vectors = torch.linalg.eigh(factor.to(dtype))
+            values, vectors = torch.linalg.eigh(factor.to(dtype), UPLO="U")
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):

@@ -17,7 +17,7 @@ SHIPPED = sorted(
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # Which file alone may import a module: everything else goes through it.
 ONLY_HERE = {
-    "ray": ("workers/ngd_workers/launch/driver.py", "workers/ngd_workers/launch/ray_cluster.py"),
+    "ray": tuple(f"workers/ngd_workers/launch/{name}.py" for name in ("driver", "ray_cluster", "ray_group")),
     "sqlalchemy": ("service/ngd_service/store/",),
     "alembic": ("service/ngd_service/store/",),
     "kubernetes": ("service/ngd_service/dispatchers/rayjob_api.py",),
@@ -100,6 +100,7 @@ def test_the_environment_is_read_in_one_place() -> None:
         "service/ngd_service/dispatchers/local.py",
         "workers/ngd_workers/launch/own_code.py",
         "workers/ngd_workers/launch/ray_cluster.py",
+        "workers/ngd_workers/launch/ray_group.py",
     }
 
 

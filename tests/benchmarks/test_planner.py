@@ -5,23 +5,15 @@ import pytest
 from benchmarks import planner
 
 
-def test_published_steps_are_predicted_within_15_per_cent_at_their_mean_share() -> None:
+def test_published_steps_are_predicted_within_15_per_cent() -> None:
     pytest.importorskip("torchvision")
     rows = planner.published()
 
     for row in rows:
         assert row["at_mean_share"] == pytest.approx(row["published"], rel=0.15), row
-    # With each batch's own share two of four are: the published times are flat although the shares differ by 4.
+    # With each batch's own share three of four are: the published times are flat although the shares differ by 4.
     within = [abs(row["predicted"] / row["published"] - 1) < 0.15 for row in rows]
-    assert within == [True, True, False, False]
-
-
-def test_direct_messages_to_owners_take_longer_with_each_rank() -> None:
-    pytest.importorskip("torchvision")
-    direct = [row["as_the_library_sends"] for row in planner.published()]
-
-    assert direct == sorted(direct)
-    assert direct[-1] > 10 * planner.published()[-1]["predicted"]
+    assert within == [False, True, True, True]
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def train(
 ) -> NGD:
     """Returns the optimizer after these steps; `model` of the result has its weights."""
     patch.setattr(KFACConfig, "method", f"{method.__module__}:{method.__name__}")
-    patch.setattr("ngd_dist.preconditioners.kfac.CHECK", 0)  # the layers here are too small for a check to pay
+    patch.setattr("ngd_dist.preconditioners.kfac.ROWS_CHECK", 0)  # the layers here are too small for a check to pay
     model = build_model()
     settings = {"lr": 0.05, "damping": 0.01, "staleness": {"kind": "fixed"}} | more
     optimizer = NGD(model, NGDConfig.model_validate(settings))
@@ -247,7 +247,7 @@ class Shared(nn.Module):
 def test_runs_and_positions_are_rows(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(method: type[KFAC]) -> NGD:
         monkeypatch.setattr(KFACConfig, "method", f"{method.__module__}:{method.__name__}")
-        monkeypatch.setattr("ngd_dist.preconditioners.kfac.CHECK", 0)
+        monkeypatch.setattr("ngd_dist.preconditioners.kfac.ROWS_CHECK", 0)
         torch.manual_seed(0)
         model = Shared().double()
         optimizer = NGD(model, NGDConfig(lr=0.05, damping=0.01, staleness={"kind": "fixed", "steps": steps}))
@@ -270,7 +270,7 @@ def test_an_embedding_of_few_tokens_takes_the_steps_of_whole_matrices(
 ) -> None:
     def trained(method: type[KFAC]) -> NGD:
         monkeypatch.setattr(KFACConfig, "method", f"{method.__module__}:{method.__name__}")
-        monkeypatch.setattr("ngd_dist.preconditioners.kfac.CHECK", 0)
+        monkeypatch.setattr("ngd_dist.preconditioners.kfac.ROWS_CHECK", 0)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(60, 24), nn.Flatten(), nn.Linear(48, 3)).double()
         optimizer = NGD(model, NGDConfig(lr=0.05, damping=0.01, staleness={"kind": "fixed", "steps": steps}))

@@ -20,7 +20,7 @@ from ngd_dist.step.agreement import Products
 from tests.support.tensors import F64, weights
 
 SAMPLES = 3
-CHECK, LIMIT = "ngd_dist.preconditioners.kfac.CHECK", "ngd_dist.covered.MAX_STACKED"
+CHECK, LIMIT = "ngd_dist.preconditioners.kfac.ROWS_CHECK", "ngd_dist.covered.MAX_STACKED"
 WIDE, SMALL = ("0", "2", "4"), ("6", "8", "10")
 
 

@@ -76,10 +76,10 @@ def test_an_inverse_that_rounding_spoiled_is_not_used() -> None:
 def test_eigh_is_tried_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = torch.linalg.eigh
 
-    def fails_in_float32(matrix: Tensor) -> Any:
+    def fails_in_float32(matrix: Tensor, **options: Any) -> Any:
         if matrix.dtype == torch.float32:
             raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return exact(matrix)
+        return exact(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
     matrix = with_condition(1e2).unsqueeze(0)
@@ -94,7 +94,7 @@ def test_eigh_is_tried_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_eigendecomposition_that_never_converges_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(matrix: Tensor) -> Any:
+    def fails(matrix: Tensor, **options: Any) -> Any:
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)

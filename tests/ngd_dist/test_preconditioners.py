@@ -116,8 +116,11 @@ def test_statistics_have_the_shapes_of_their_specs(case: str) -> None:
     for spec in method.statistics:
         value = statistics[spec.name]
         assert value.dtype == torch.float64
-        assert not isinstance(spec.form, Dense) or torch.equal(value, value.mT)
-        torch.testing.assert_close(spec.form.expand(spec.form.flatten(value)), value, rtol=0, atol=0)
+        # Not to the bit on every processor: the upper triangle counts.
+        torch.testing.assert_close(spec.form.expand(spec.form.flatten(value)), value, rtol=1e-13, atol=1e-13)
+        if isinstance(spec.form, Dense):
+            torch.testing.assert_close(value, value.mT, rtol=1e-13, atol=1e-13)
+            assert torch.equal(spec.form.expand(spec.form.flatten(value)).triu(), value.triu())
 
 
 @every_case

@@ -24,6 +24,7 @@ from ngd_dist.config import (
     NormClip,
     OwnerSharded,
 )
+from ngd_dist.model_card import card_of
 from tests.support.engine_faults import (
     clipped,
     overflowing,
@@ -33,6 +34,7 @@ from tests.support.engine_faults import (
 )
 from tests.support.engines import (
     FLOAT64,
+    LENGTH,
     STEPS,
     ZERO,
     Case,
@@ -91,6 +93,7 @@ PAIRS = {
     ("ddp", "fsdp2"): [("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "bare")],
     ZERO: [("zero1", "zero3"), ("zero3", "zero2"), ("zero2", "zero2"), ("zero3", "bare")],
 }
+LAYERS = 5  # of Net that are covered
 # Sums over ranks round in another order than those of one process; float32 has 6e-8, and 6 steps amplify it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -117,6 +120,7 @@ def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes
                     outcomes[engine, name] = train(engine, case)
             outcomes[engine, "from one process"] = second_half(engine, *pickle.loads(middle))
             outcomes[engine, "to one process"] = first_half(engine)
+            outcomes[engine, "sent"] = sent(engine)
         for before, then in PAIRS[engines]:
             outcomes[before, then] = train(before, RESUMED, then=then)
         outcomes |= beside(rank, engines, folder) if world_size == 2 else {}
@@ -179,6 +183,16 @@ def second_half(engine: str, weights: Weights, state: Any) -> Weights:
     weights = run.weights()
     run.close()
     return weights
+
+
+def sent(engine: str) -> dict[str, float]:
+    """Returns the numbers that the optimizer of this rank sends by kind in a step that refreshes nothing."""
+    run = Run(engine, Case({"stagger": 0.0}))
+    for number in range(2):
+        run.step(number)
+    stats, size = run.optimizer.stats, run.dtype.itemsize
+    run.close()
+    return {kind: nbytes / size for kind, nbytes in stats.bytes_sent.items()} | {"refreshes": len(stats.refreshes)}
 
 
 @cache
@@ -245,6 +259,33 @@ def test_a_state_of_several_loads_in_one_process(engine: str, world_size: int) -
         weights = second_half("bare", *of_rank[engine, "to one process"])
         for key, weight in weights.items():
             torch.testing.assert_close(weight, alone("resumed")[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("engine", GROUPS)
+def test_pieces_alone_travel_to_owners_and_back(engine: str, world_size: int) -> None:
+    """n weights, P ranks, numbers over all ranks: whole directions are n (P - 1), equal pieces n (P - 1) / P at most.
+
+    Of a flat range that is cut, as ZeRO 1 and 2 cut it, each number travels once at most.
+    """
+    of_ranks = [of_rank[engine, "sent"] for of_rank in outcomes(GROUPS[engine], world_size)]
+    weights = sum(layer.parameters for layer in card_of(Net(), [torch.zeros(2, LENGTH, dtype=torch.int64)]).layers)
+    others = world_size - 1
+    pieces = weights * others / world_size
+    padding = 2 * LAYERS * world_size * others  # a tensor in a message begins at a multiple of 8 bytes
+
+    gradients, directions = (sum(of_rank.get(kind, 0) for of_rank in of_ranks) for kind in ("gradients", "directions"))
+
+    assert all(of_rank["refreshes"] == 0 for of_rank in of_ranks)
+    if engine in ("ddp", "zero0"):
+        assert gradients <= padding
+        assert weights * others <= directions <= weights * others + padding
+    elif engine in ("fsdp2", "zero3"):
+        assert pieces / 2 <= gradients <= pieces + padding
+        assert pieces / 2 <= directions <= pieces + padding
+    else:
+        assert gradients <= weights + padding
+        assert directions <= weights + padding
 
 
 @pytest.mark.ranks
