@@ -3,9 +3,9 @@
 Two gloo ranks with one thread each train the MLP 784-512-512-512-10 at batch 256, refreshing every tenth step, layers
 in turn. Blocks of ten steps of NGD alternate with blocks of SGD with momentum under the same engine; the clock is a
 rank's CPU time, without the drawing of batches, and the busier rank counts. "KB" are those that leave a rank in a step:
-what the optimizer counts itself, and what an engine sends by its formula in a ring. "MB held" are all tensors that a
-rank can reach from its engine and optimizer between two steps: weights, gradients, buckets, momentum, statistics,
-inverses. ZeRO 3 keeps a bucket of 2 GB, DeepSpeed's default, whatever the model.
+what the optimizer counts itself, and what an engine sends by its formula in a ring. The second table has all tensors
+that a rank can reach from its engine and optimizer between two steps, by kind; "engine" are buffers and gradients that
+an engine keeps. ZeRO 3 has a bucket of 2 GB, DeepSpeed's default, whatever the model.
 
     python -m benchmarks.engines  # some five minutes
 """
@@ -31,6 +31,14 @@ from ngd_dist.distributed.comm import Communicator
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.train.engines import Engine, engine_of
 
+# Part of a tensor's path: its kind; the first one that fits.
+KINDS = {
+    "param_coordinat": "engine",
+    "momentum_buffer": "momentum",
+    "_curvature.statistics": "statistics",
+    "_curvature.caches": "inverses",
+    "param": "weights",
+}
 CYCLE, BATCH = 10, 256  # steps; samples of all ranks
 ENGINES: dict[str, dict[str, Any]] = {
     "bare": {"kind": "bare"},
@@ -112,8 +120,8 @@ def rank_rows(rank: int, world_size: int, blocks: int) -> list[dict[str, Any]]:
                 "sgd_ms": 1e3 * statistics.median(s for _, s in seconds),
                 "optimizer_bytes": {kind: count // CYCLE for kind, count in sent.items()},
                 "engine_bytes": ours.gradient_bytes,
-                "held": sum(held_bytes([ours], {}).values()),
-                "sgd_held": sum(held_bytes([theirs], {}).values()),
+                "held": held_bytes([ours], KINDS),
+                "sgd_held": held_bytes([theirs], KINDS),
             }
         )
         del ours, theirs
@@ -123,16 +131,23 @@ def rank_rows(rank: int, world_size: int, blocks: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["# NGD's step under each engine, beside SGD's", "", (__doc__ or "").split("\n\n    ")[0], ""]
     lines += ["| engine | times SGD | least to most | ms | SGD, ms | KB a step, by the optimizer | by the engine |"]
-    lines[-1] += " MB held | SGD, MB held |"
-    lines.append("|---" * 9 + "|")
+    lines.append("|---" * 7 + "|")
     for row in rows:
         kinds = ", ".join(f"{kind} {count / 1e3:.0f}" for kind, count in row["optimizer_bytes"].items() if count >= 500)
         by_engine = sum(row["engine_bytes"].values()) / 1e3
         cells = [row["engine"], f"{row['ratio']:.2f}", "{:.2f} to {:.2f}".format(*row["spread"]), f"{row['ms']:.1f}"]
         cells += [f"{row['sgd_ms']:.1f}", kinds or "0", f"{by_engine:.0f}"]
-        cells += [f"{row['held'] / 1e6:.1f}", f"{row['sgd_held'] / 1e6:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "Under bare, SGD's row is DDP's: a bare model needs an optimizer that averages."])
+    lines += ["", "Under bare, SGD's row is DDP's: a bare model needs an optimizer that averages.", ""]
+    kinds = ["weights", "momentum", "statistics", "inverses", "engine"]
+    lines += ["| engine | optimizer | " + " | ".join(f"{kind}, MB" for kind in kinds) + " | all |"]
+    lines.append("|---" * (3 + len(kinds)) + "|")
+    for row in rows:
+        for optimizer, held in (("NGD", row["held"]), ("SGD", row["sgd_held"])):
+            of_kinds = held | {"engine": held.get("engine", 0) + held.get("other", 0)}
+            cells = [row["engine"], optimizer, *(f"{of_kinds.get(kind, 0) / 1e6:.1f}" for kind in kinds)]
+            lines.append(f"| {' | '.join(cells)} | {sum(held.values()) / 1e6:.1f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

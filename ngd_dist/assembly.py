@@ -329,6 +329,7 @@ class Assembly(torch.optim.Optimizer):
 
     def _begin_step(self, step: int) -> None:
         self._due = due = self._schedule.due(step)
+        self._gradients.forget()
         self._loss_scale.begin()
         self._capture.begin_step(due, step, self._curvature.with_rows)
         self._sync.begin(due)

@@ -251,12 +251,12 @@ class NaturalGradient(Assembly):
 
     def _give_up(self) -> None:
         """Skips a step with a gradient that is not finite. Raises: NonFiniteError, if the config says so."""
-        is_scaled = hasattr(self, "found_inf")
+        goes_on = hasattr(self, "found_inf") or self.config.non_finite == "skip"
+        error = None if goes_on else self._gradients.error(self.stats.step + 1)
         self._loss_scale.report_overflow(self)
         self.skip()
-        if is_scaled or self.config.non_finite == "skip":
-            return
-        raise self._gradients.error(self.stats.step + 1)
+        if error is not None:
+            raise error
 
     def _ranges(self) -> dict[str, tuple[int, tuple[int, ...], int]]:
         """Returns of each parameter its place in torch's state, its whole shape, and the beginning of its piece."""

@@ -39,6 +39,10 @@ class Gradients:
         if self._engine.is_sharded:
             self.pieces = self._engine.pieces(self._parameters.values())
 
+    def forget(self) -> None:
+        """Lets go of the gradients, so that `zero_grad` frees them; where the pieces lie stays known."""
+        self.pieces = {p: piece._replace(gradient=None) for p, piece in self.pieces.items()}
+
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """Returns the tensor that an update moves: the parameter, or this rank's piece of it."""
         return self.pieces[parameter].weight if self._engine.is_sharded else parameter
