@@ -5,16 +5,16 @@ has all its values and the bucket before it is on its way; a statistic that was 
 bucket that would flood an owner goes in two hops, of which the second begins in `finish`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ngd_dist.cost.relay import cut, filled, relays
+from ngd_dist.cost.relay import filled, relays
 from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.distributed.exchange import begin_exchange
-from ngd_dist.distributed.relay import begin_sums_of_parts, begin_whole_sums
+from ngd_dist.distributed.relay import begin_sums
 from ngd_dist.distributed.wire import Wire
 from ngd_dist.factors.codec import AsItIs, Codec, Field, OverPowerOfTwo
 from ngd_dist.statistics.statistic import Key
@@ -133,22 +133,18 @@ class Buckets:
 
         return lambda: Pending(added)
 
-    def _in_two_hops(self, name: str, keys: Collection[Key]) -> Callable[[], Pending[Sums]]:
-        def needed_by(key: Key) -> Sequence[int]:
-            return self._inverters[key.layer]
-
-        comm, exact, device, kind = self._comm, self._exact, self._device, "statistics"
-        parts = cut({key: self._sizes[key] for key in keys}, comm.world_size)
-        sums = begin_sums_of_parts(
-            comm, name, parts, self._values, self._codec_of_part, dtype=exact, device=device, kind=kind
+    def _in_two_hops(self, name: str, keys: Sequence[Key]) -> Callable[[], Pending[Sums]]:
+        return begin_sums(
+            self._comm,
+            name,
+            {key: self._sizes[key] for key in keys},
+            self._values,
+            self._codec_of_part,
+            lambda key: self._inverters[key.layer],
+            dtype=self._exact,
+            device=self._device,
+            kind="statistics",
         )
-
-        def second_hop() -> Pending[Sums]:
-            return begin_whole_sums(
-                comm, f"{name}, second hop", parts, sums.wait(), needed_by, dtype=exact, device=device, kind=kind
-            )
-
-        return second_hop
 
     def _codec_of_part(self, numbers: int) -> Codec:
         # A part does not know the diagonal by whose roots a whole matrix in 16 bits is scaled.

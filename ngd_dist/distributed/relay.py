@@ -3,53 +3,59 @@
 A number is rounded on the first hop alone, as on a direct way, and is added up in the same order there.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ngd_dist.cost.relay import Part
+from ngd_dist.cost.relay import Part, cut
 from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.distributed.exchange import begin_exchange
 from ngd_dist.distributed.wire import Wire
 from ngd_dist.factors.codec import Codec, Field
 
-__all__ = ["begin_sums_of_parts", "begin_whole_sums"]
+__all__ = ["begin_sums"]
 
 Name = TypeVar("Name", bound=Hashable)
 
 
-def begin_sums_of_parts(
+def begin_sums(
     comm: Communicator,
     name: str,
-    parts: Sequence[Part[Name]],
+    sizes: Mapping[Name, int],
     values: Mapping[Name, Tensor],
     codec: Callable[[int], Codec],
+    needed_by: Callable[[Name], Collection[int]],
     *,
     dtype: torch.dtype,
     device: torch.device,
     kind: str,
-) -> Pending[dict[Part[Name], Tensor]]:
-    """Collective: the first hop. Once waited for, returns the sums of this rank's parts, in `dtype`, in rank order.
+) -> Callable[[], Pending[dict[Name, Tensor]]]:
+    """Collective: the first hop. Returns a call that waits for it and begins the second one, collective as well.
 
-    values: flat; a missing one counts as zeros. codec: of so many numbers on their way.
+    The second hop gives each rank the flat sums of the tensors that it needs, in `dtype`, added in rank order.
+    values: flat; a missing one counts as zeros. codec: of so many numbers on the first hop.
     """
-    here = comm.rank
+    here, parts = comm.rank, cut(sizes, comm.world_size)
     wire = Wire({part: codec(part.size) for part in parts})
 
-    def route(source: int, target: int) -> dict[tuple[Part[Name], int], Field]:
+    def to_adders(source: int, target: int) -> dict[tuple[Part[Name], int], Field]:
         # This rank's own values are not rounded.
         return {} if source == target else wire.fields(part for part in parts if part.rank == target)
+
+    def to_those_in_need(source: int, target: int) -> dict[Part[Name], Field]:
+        sent = (part for part in parts if part.rank == source and target in needed_by(part.name))
+        return {part: Field((part.size,), dtype) for part in sent}
 
     def value(part: Part[Name]) -> Tensor:
         return values[part.name][part.begin : part.end]
 
     sent = wire.encode({part: value(part) for part in parts if part.rank != here and part.name in values})
-    pending = begin_exchange(comm, name, route, sent, device, kind=kind)
+    first = begin_exchange(comm, f"{name}, first hop", to_adders, sent, device, kind=kind)
 
-    def added() -> dict[Part[Name], Tensor]:
-        from_ranks = pending.wait()
+    def begin_second() -> Pending[dict[Name, Tensor]]:
+        from_ranks = first.wait()
         sums = {part: torch.zeros(part.size, dtype=dtype, device=device) for part in parts if part.rank == here}
         for rank, from_rank in enumerate(from_ranks):
             for part, total in sums.items():
@@ -57,38 +63,13 @@ def begin_sums_of_parts(
                     total += wire.decode(part, from_rank)
                 elif part.name in values:
                     total += value(part)
-        return sums
+        second = begin_exchange(comm, f"{name}, second hop", to_those_in_need, sums, device, kind=kind)
+        return Pending(lambda: joined(second.wait()))
 
-    return Pending(added)
-
-
-def begin_whole_sums(
-    comm: Communicator,
-    name: str,
-    parts: Sequence[Part[Name]],
-    sums: Mapping[Part[Name], Tensor],
-    needed_by: Callable[[Name], Collection[int]],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    kind: str,
-) -> Pending[dict[Name, Tensor]]:
-    """Collective: the second hop. Once waited for, returns the flat sums of the tensors that this rank needs.
-
-    parts: all, in order; sums: those of this rank's.
-    """
-
-    def route(source: int, target: int) -> dict[Part[Name], Field]:
-        sent = (part for part in parts if part.rank == source and target in needed_by(part.name))
-        return {part: Field((part.size,), dtype) for part in sent}
-
-    pending = begin_exchange(comm, name, route, sums, device, kind=kind)
-
-    def joined() -> dict[Name, Tensor]:
-        from_ranks = pending.wait()
+    def joined(from_ranks: list[dict[Part[Name], Tensor]]) -> dict[Name, Tensor]:
         arrived: dict[Name, list[Tensor]] = {}
-        for part in (part for part in parts if comm.rank in needed_by(part.name)):
+        for part in (part for part in parts if here in needed_by(part.name)):
             arrived.setdefault(part.name, []).append(from_ranks[part.rank][part])
         return {name: torch.cat(of_name) for name, of_name in arrived.items()}
 
-    return Pending(joined)
+    return begin_second

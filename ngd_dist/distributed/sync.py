@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ngd_dist.cost.relay import cut, relays
+from ngd_dist.cost.relay import relays
 from ngd_dist.distributed.base import (
     REPORT_NUMBERS,
     GlobalMeans,
@@ -28,9 +28,9 @@ from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.distributed.exchange import Route, begin_exchange, begin_spread
 from ngd_dist.distributed.pieces import Pieces
 from ngd_dist.distributed.placement import Placement
-from ngd_dist.distributed.relay import begin_sums_of_parts, begin_whole_sums
+from ngd_dist.distributed.relay import begin_sums
 from ngd_dist.distributed.wire import Wire
-from ngd_dist.factors.codec import AsItIs, Codec, Field
+from ngd_dist.factors.codec import AsItIs, Field
 from ngd_dist.statistics.statistic import Key
 
 __all__ = ["Sync"]
@@ -98,7 +98,6 @@ class Sync:
         self._is_for_all = pieces is None and counts <= {1, comm.world_size}
         self._due: list[Key] = []
         self._small: dict[Key, Tensor] = {}
-        self._relays_gradients = self._relays({name: roles[name].owner for name in self._reduced})
         inverters = {name: (role.owner, *set(role.inverters) - {role.owner}) for name, role in roles.items()}
         beside_backward = comm.aside() if bucket_bytes else comm
         sizes = {key: form.numbers for key, form in self._forms.items()}
@@ -248,20 +247,16 @@ class Sync:
 
         return Pending(split)
 
-    def _relays(self, owners: Mapping[str, int]) -> bool:
-        """Returns whether the gradients of these layers, or their directions, go in two hops."""
-        owned = [0] * self.comm.world_size
-        for name, owner in owners.items():
-            owned[owner] += prod(self._layouts[name].gradient)
-        return relays(owned, self.comm.world_size)
-
     def _begin_reduce(self, gradients: Mapping[str, Tensor]) -> Pending[dict[str, Tensor]]:
         """Returns the sums of gradients of the layers that this rank alone holds."""
         if not self._reduced:
             return Pending(dict)
         shapes = {name: self._layouts[name].gradient for name in self._reduced}
         name = "gradients to owners"
-        if self._relays_gradients:
+        owned = [0] * self.comm.world_size
+        for layer, shape in shapes.items():
+            owned[self.placement.roles[layer].owner] += prod(shape)
+        if relays(owned, self.comm.world_size):
             return self._in_two_hops(name, gradients, shapes)
 
         def route(source: int, target: int) -> dict[str, Field]:
@@ -274,31 +269,22 @@ class Sync:
     def _in_two_hops(
         self, name: str, gradients: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> Pending[dict[str, Tensor]]:
-        def codec(numbers: int) -> Codec:
-            return AsItIs((numbers,), self.dtype)
+        begin_second_hop = begin_sums(
+            self.comm,
+            name,
+            {layer: prod(shape) for layer, shape in shapes.items()},
+            {layer: gradients[layer].flatten() for layer in shapes},
+            lambda numbers: AsItIs((numbers,), self.dtype),
+            lambda layer: self.placement.roles[layer].holders,
+            dtype=self.dtype,
+            device=self._device,
+            kind="gradients",
+        )
 
-        def needed_by(layer: str) -> Sequence[int]:
-            return self.placement.roles[layer].holders
+        def sums() -> dict[str, Tensor]:
+            return {layer: total.view(shapes[layer]) for layer, total in begin_second_hop().wait().items()}
 
-        parts = cut({layer: prod(shape) for layer, shape in shapes.items()}, self.comm.world_size)
-        flat = {layer: gradients[layer].flatten() for layer in shapes}
-        device, dtype = self._device, self.dtype
-        sums = begin_sums_of_parts(self.comm, name, parts, flat, codec, dtype=dtype, device=device, kind="gradients")
-
-        def second_hop() -> dict[str, Tensor]:
-            whole = begin_whole_sums(
-                self.comm,
-                f"{name}, second hop",
-                parts,
-                sums.wait(),
-                needed_by,
-                dtype=dtype,
-                device=device,
-                kind="gradients",
-            ).wait()
-            return {layer: total.view(shapes[layer]) for layer, total in whole.items()}
-
-        return Pending(second_hop)
+        return Pending(sums)
 
     def _spread(
         self, name: str, route: Route[TensorKey], tensors: Mapping[TensorKey, Tensor]
