@@ -109,6 +109,7 @@ class Preconditioner(NaturalGradient):
                 p.grad = direction.to(p.dtype, copy=True)
 
     def _clear_gradients(self) -> None:
+        self._gradients.begin()  # the skipped step has let them go
         for piece in self._gradients.pieces.values():
             if piece.gradient is not None:
                 piece.gradient.zero_()

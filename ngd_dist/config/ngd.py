@@ -136,7 +136,8 @@ class NGDConfig(Settings):
     statistics_wire: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Dtype in which statistics cross the network. In 16 bits a matrix keeps its diagonal in float32, "
-        "and the rest is scaled by the diagonal's roots; float64 models always send float64.",
+        "and the rest is scaled by the diagonal's roots; in two hops each part is scaled by a power of two. float64 "
+        "models always send float64.",
     )
     bucket_mb: float = Field(
         default=25.0,

@@ -73,15 +73,20 @@ def calibrated(device: Device, measured: Measured) -> Device:
     more = mean(f.seconds - p.seconds - each_more * f.samples for f, p in zip(full, plain, strict=True))
     apply_s, update_s = (sum(_seconds_of(step, name) for step in plain) for name in ("apply", "update"))
     refresh_s = mean(_seconds_of(step, "refresh") for step in full)
-    forward_backward = (1 + BACKWARD) * card.forward_flops / max(each, LEAST)
-    peak, config = max(device.tflops * 1e12, forward_backward), measured.optimizer
+    if each <= 0:
+        raise ConfigError(
+            f"a step of {many} samples took no longer than one of {few}, so that the time of a sample can't be told: "
+            "measure again with a larger batch.micro_size"
+        )
+    forward_backward = (1 + BACKWARD) * card.forward_flops / each
+    peak, config = min(max(device.tflops * 1e12, forward_backward), 1e18), measured.optimizer
     inversion, _ = owners_work(setups[1], config)
     apply = sum(owners_work(setup, config)[1] for setup in setups)
     statistics = statistic_flops(setups[1], config) * config.statistics_fraction
 
     in_turn = 0.0
-    if measured.in_turn_s is not None:
-        share_due = setups[0].refreshes
+    share_due = setups[0].refreshes
+    if measured.in_turn_s is not None and share_due < 1:
         together = plain[0].seconds + share_due * (full[0].seconds - plain[0].seconds)
         in_turn = (measured.in_turn_s - together) / (share_due * (1 - share_due) * num_layers)
 
@@ -93,7 +98,7 @@ def calibrated(device: Device, measured: Measured) -> Device:
         | {
             "name": measured.device[:100],
             "tflops": peak / 1e12,
-            "efficiency": max(LEAST, forward_backward / peak),
+            "efficiency": min(max(LEAST, forward_backward / peak), 1.0),
             "statistics_efficiency": share(statistics, each_more),
             "apply_efficiency": share(apply, apply_s),
             "inverse_efficiency": share(inversion / setups[1].refreshes, refresh_s),

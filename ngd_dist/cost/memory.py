@@ -108,9 +108,9 @@ def _messages(setup: Setup, rank: int) -> int:
     gradients = {n: layer.card.parameters * is_sent for n, layer in setup.layers.items()}
     statistics = {n: layer.remembered_numbers for n, layer in setup.layers.items()}
 
-    def arriving(sizes: Mapping[str, int], others: int) -> int:
+    def arriving(sizes: Mapping[str, int]) -> int:
         owned = owners.sums(sizes)
-        return owned.total() if relays(owned.values(), ranks) else others * owned[rank]
+        return owned.total() if relays(owned.values(), ranks) else (ranks - 1) * owned[rank]
 
-    of_gradients = arriving(gradients, 1 if engine.is_sharded else ranks - 1)
-    return BYTES * max(out + of_gradients, sum(statistics.values()) + arriving(statistics, ranks - 1))
+    of_gradients = owners.sums(gradients)[rank] if engine.is_sharded else arriving(gradients)  # pieces make a whole
+    return BYTES * max(out + of_gradients, sum(statistics.values()) + arriving(statistics))

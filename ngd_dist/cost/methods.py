@@ -55,6 +55,11 @@ class FormCost:
     has_basis: bool = False
     blocks: int = 1
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it travels in 16 bits, in part at least, on a wire of 16 bits."""
+        return any(nbytes == HALF for _, nbytes in self.rounded)
+
     def on_wire(self, dtype: str) -> int:
         """Returns the bytes in which a statistic travels, in `NGDConfig.statistics_wire`."""
         fields = ((self.packed, BYTES),) if dtype == "float32" else self.rounded

@@ -130,7 +130,7 @@ def predict(setup: Setup, cluster: Cluster) -> Prediction:
         bytes_sent=sent,
         busiest_bytes=sum(traffic.busiest.values()),
         bytes_between_nodes=network.bytes_between(by_ring, sum(sent.values()) - by_ring),
-        seconds=seconds(setup, cluster),
+        seconds=seconds(setup, cluster, traffic=traffic),
         fits=sum(held.values()) <= cluster.device.memory_gib * GIB,
     )
 

@@ -10,7 +10,7 @@ from ngd_dist.cost.cluster import Cluster, Device
 from ngd_dist.cost.methods import BYTES, LayerCost
 from ngd_dist.cost.relay import relays
 from ngd_dist.cost.setup import Setup
-from ngd_dist.cost.traffic import COLLECTIVE, mean_traffic
+from ngd_dist.cost.traffic import COLLECTIVE, Traffic, mean_traffic
 
 __all__ = ["PHASES", "UPDATE_PASSES", "Network", "owners_work", "seconds", "statistic_flops"]
 
@@ -25,10 +25,11 @@ MOVING = 16  # passes over gradients and over directions: into a message, out of
 OVERLAPPING = ("statistics", "engine")  # kinds that travel while backward goes on
 
 
-def seconds(setup: Setup, cluster: Cluster, *, hides: bool = True) -> dict[str, float]:
+def seconds(setup: Setup, cluster: Cluster, *, hides: bool = True, traffic: Traffic | None = None) -> dict[str, float]:
     """Returns the seconds of a step by phase, a mean over all steps.
 
     hides: whether communication is that alone which backward does not hide. Of a processor's own time nothing hides.
+    traffic: that of the setup, if the caller has counted it.
     """
     device = cluster.device
     phases = dict.fromkeys(PHASES, 0.0)
@@ -45,7 +46,7 @@ def seconds(setup: Setup, cluster: Cluster, *, hides: bool = True) -> dict[str, 
         if setup.config is not None:
             phases["statistics"] += _packing(setup, device)
         hidden = phases["forward_backward"] * BACKWARD / (1 + BACKWARD) * hides
-        phases["communication"] = _communication(setup, cluster, hidden)
+        phases["communication"] = _communication(setup, cluster, hidden, traffic or mean_traffic(setup))
     return phases
 
 
@@ -103,7 +104,8 @@ def _in_turn(setup: Setup, config: NGDConfig, device: Device) -> float:
     """Returns the seconds by which refreshes take longer for layers that are alike but are not due together."""
     if config.stagger == 0:
         return 0.0
-    inverted = len(setup.layers) / setup.world_size
+    everywhere = len(setup.owners.everywhere)
+    inverted = everywhere + (len(setup.layers) - everywhere) / setup.world_size
     return setup.refreshes * (1 - setup.refreshes) * inverted * device.in_turn_us / 1e6
 
 
@@ -175,11 +177,11 @@ def _mean_of_longest(work: list[int], share: float) -> float:
     return mean
 
 
-def _communication(setup: Setup, cluster: Cluster, hidden: float) -> float:
+def _communication(setup: Setup, cluster: Cluster, hidden: float, traffic: Traffic) -> float:
     """Returns the seconds of all messages of a step, less the seconds of backward behind which some of them hide."""
     network, beside, alone = Network(cluster, setup.world_size), 0.0, 0.0
     layers = max(1, len(setup.layers))
-    for kind, nbytes in mean_traffic(setup).busiest.items():
+    for kind, nbytes in traffic.busiest.items():
         taken = network.all_reduce(nbytes) if kind in COLLECTIVE else network.exchange(nbytes, layers)
         if kind in OVERLAPPING and (kind == "engine" or _overlaps(setup)):
             beside += taken

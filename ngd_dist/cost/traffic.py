@@ -146,19 +146,30 @@ def _spread(messages: Sequence[int]) -> Way:
 
 
 def _in_two_hops(
-    sizes: Mapping[Any, int], needed_by: Callable[[Any], Sequence[int]], ranks: int, *, is_rounded: bool
+    sizes: Mapping[Any, int],
+    needed_by: Callable[[Any], Sequence[int]],
+    ranks: int,
+    *,
+    is_rounded: Callable[[Any], bool] = lambda name: False,
 ) -> Way:
     """Of sums of tensors of these numbers, as `distributed.relay` makes them."""
-    sent, received, there = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    sent, received, there, to_all = ([0.0] * ranks for _ in range(4))
     for name, rank, begin, end in cut(sizes, ranks):
         numbers = end - begin
-        there[rank] += aligned(BYTES) + aligned(HALF * numbers) if is_rounded else aligned(BYTES * numbers)
-        targets = [target for target in needed_by(name) if target != rank]
-        sent[rank] += aligned(BYTES * numbers) * len(targets)
-        for target in targets:
-            received[target] += aligned(BYTES * numbers)
-    first_sent, first_received = _to_owners(there)
-    return _sum(first_sent, sent), _sum(first_received, received)
+        there[rank] += aligned(BYTES) + aligned(HALF * numbers) if is_rounded(name) else aligned(BYTES * numbers)
+        needed, nbytes = needed_by(name), aligned(BYTES * numbers)
+        if len(needed) == ranks:
+            to_all[rank] += nbytes
+            continue
+        for target in needed:
+            if target != rank:
+                sent[rank] += nbytes
+                received[target] += nbytes
+    hops = (_to_owners(there), _to_all(to_all), (sent, received))
+    all_sent, all_received = zip(*hops, strict=True)
+    return [sum(of_rank) for of_rank in zip(*all_sent, strict=True)], [
+        sum(of_rank) for of_rank in zip(*all_received, strict=True)
+    ]
 
 
 def _sum(a: Sequence[float], b: Sequence[float]) -> Bytes:
@@ -196,7 +207,12 @@ def _statistics(setup: Setup, config: NGDConfig, due: Due) -> Iterable[Way]:
             to_all[owners.owner[layer]] += sizes[layer, name] * (layer in owners.everywhere)
         if relays(owned, ranks):
             numbers = {key: forms[key].packed for key in bucket}
-            yield _in_two_hops(numbers, lambda key: owners.inverters(key[0]), ranks, is_rounded=wire != "float32")
+            yield _in_two_hops(
+                numbers,
+                lambda key: owners.inverters(key[0]),
+                ranks,
+                is_rounded=lambda key: wire != "float32" and forms[key].is_rounded,
+            )
         else:
             yield _to_owners(owned)
             yield _to_all(to_all)
@@ -229,7 +245,7 @@ def _gradients(setup: Setup) -> Way:
     if not engine.is_sharded:
         sizes = {name: c.card.parameters for name, c in setup.layers.items() if owners.num_holders[name] == 1}
         if relays(_owned(setup, sizes), ranks):
-            return _in_two_hops(sizes, owners.holders, ranks, is_rounded=False)
+            return _in_two_hops(sizes, owners.holders, ranks)
         return _to_owners(_owned(setup, {name: aligned(BYTES * size) for name, size in sizes.items()}))
     sent, received = [0.0] * ranks, [0.0] * ranks
     for name, held in _pieces(setup):

@@ -146,9 +146,9 @@ class Buckets:
             kind="statistics",
         )
 
-    def _codec_of_part(self, numbers: int) -> Codec:
+    def _codec_of_part(self, key: Key, numbers: int) -> Codec:
         # A part does not know the diagonal by whose roots a whole matrix in 16 bits is scaled.
-        if self._rounded.itemsize == 2:
+        if any(field.dtype.itemsize == 2 for field in self._wire.fields([key]).values()):
             return OverPowerOfTwo(numbers, self._exact, self._rounded)
         return AsItIs((numbers,), self._exact)
 

@@ -75,25 +75,24 @@ def begin_spread(
     zero = torch.zeros((), device=device)
     own = fields[comm.rank]
     packed = pack_bytes([*own.values()], [tensors.get(key, zero) for key in own], device)
-    parts = cut(dict(enumerate(sizes)), comm.world_size)
-    nothing = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def of(source: int, target: int) -> slice:
-        # A message lies end to end in the parts, so that it has one part at most at each rank.
-        found = (slice(part.begin, part.end) for part in parts if (part.name, part.rank) == (source, target))
-        return next(found, slice(0, 0))
-
+    # Of each message a rank has one part at most.
+    from_here, to_here, lengths = dict[int, slice](), dict[int, int](), [0] * comm.world_size
+    for part in cut(dict(enumerate(sizes)), comm.world_size):
+        lengths[part.rank] += part.size
+        if part.name == comm.rank:
+            from_here[part.rank] = slice(part.begin, part.end)
+        if part.rank == comm.rank:
+            to_here[part.name] = part.size
     all_ranks = range(comm.world_size)
     pending = comm.begin_exchange(
         f"{name}, first hop",
-        [packed[of(comm.rank, r)] if sizes[comm.rank] else nothing for r in all_ranks],
-        [of(r, comm.rank).stop - of(r, comm.rank).start for r in all_ranks],
+        [packed[from_here.get(rank, slice(0, 0))] for rank in all_ranks],
+        [to_here.get(rank, 0) for rank in all_ranks],
         kind=kind,
     )
 
     def unpack() -> list[dict[TensorKey, Tensor]]:
         part = torch.cat(pending.wait())
-        lengths = [sum(part.size for part in parts if part.rank == r) for r in all_ranks]
         whole = torch.cat(comm.begin_exchange(f"{name}, second hop", [part] * len(lengths), lengths, kind=kind).wait())
         return [
             dict(zip(of_rank, unpack_bytes([*of_rank.values()], message), strict=True))

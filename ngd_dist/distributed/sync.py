@@ -124,8 +124,11 @@ class Sync:
     def statistic_bytes(self, key: Key) -> int:
         """Returns the bytes that a rank sends of this statistic, a mean over ranks."""
         ranks, is_small = self.comm.world_size, self._is_summed_everywhere(key.layer)
-        nbytes = self._forms[key].numbers * self.dtype.itemsize if is_small else self._wire.nbytes(key)
-        return nbytes * (ranks - 1) * (2 if self.is_replicated(key.layer) else 1) // ranks
+        numbers, inverters = self._forms[key].numbers, len(self.placement.roles[key.layer].inverters)
+        nbytes = numbers * self.dtype.itemsize if is_small else self._wire.nbytes(key)
+        if key in self._buckets.relayed:
+            return (nbytes + numbers * self._exact.itemsize * inverters) * (ranks - 1) // ranks
+        return nbytes * (ranks - 1) * (2 if inverters > 1 else 1) // ranks
 
     def begin(self, due: Sequence[Key]) -> None:
         """Collective. Begins a new step with these due statistics."""
@@ -274,7 +277,7 @@ class Sync:
             name,
             {layer: prod(shape) for layer, shape in shapes.items()},
             {layer: gradients[layer].flatten() for layer in shapes},
-            lambda numbers: AsItIs((numbers,), self.dtype),
+            lambda _, numbers: AsItIs((numbers,), self.dtype),
             lambda layer: self.placement.roles[layer].holders,
             dtype=self.dtype,
             device=self._device,

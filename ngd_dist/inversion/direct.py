@@ -68,9 +68,10 @@ def cholesky(matrix: Tensor, dtype: torch.dtype | None = None) -> RawInverse:
     is_definite = info == 0
     # cholesky_inverse raises on a zero of the diagonal, which a factorisation that failed may leave.
     triangle.diagonal(dim1=-2, dim2=-1).masked_fill_(~is_definite.unsqueeze(-1), 1)
+    value = torch.cholesky_inverse(triangle, upper=True)
     # LAPACK writes column by column. Other ranks get the inverse row by row, and a product of other strides rounds
-    # otherwise on some processors; it is symmetric to the bit, so that its transpose is itself.
-    value = torch.cholesky_inverse(triangle, upper=True).mT.to(dtype or matrix.dtype)
+    # otherwise on some processors; LAPACK's is symmetric to the bit, so that its transpose is itself.
+    value = (value.triu() + value.triu(1).mT if value.is_cuda else value.mT).to(dtype or matrix.dtype)
     return value, outcome(matrix, value, is_definite)
 
 

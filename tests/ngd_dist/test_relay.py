@@ -39,7 +39,7 @@ ROUNDED = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 def net(dtype: torch.dtype = torch.float64) -> nn.Module:
     """One layer has most of the weights, and of the statistics."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES)).to(dtype)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, CLASSES)).to(dtype)
 
 
 def config(name: str, **changes: Any) -> NGDConfig:

@@ -71,6 +71,24 @@ def with_a_bad_piece(rank: int) -> dict[str, Any]:
     return outcome
 
 
+def preconditioned_with_a_bad_piece(rank: int) -> tuple[bool, list[float]]:
+    """Returns whether a step with a NaN in one rank's piece made directions, and the largest entries of the pieces."""
+    run = Run("fsdp2", Case({"non_finite": "skip"}, inner=lambda parameters: torch.optim.SGD(parameters, lr=0.1)))
+    inner_step, taken = run.optimizer.step, list[tuple[bool, list[float]]]()
+
+    def spoiled() -> bool:
+        if rank == 1:
+            run.net.head.weight.grad.to_local().fill_(torch.nan)
+        made = inner_step()
+        pieces = [p.grad.to_local() for p in run.net.parameters() if p.grad is not None]
+        taken.append((made, [float(piece.abs().max()) for piece in pieces if piece.numel()]))
+        return bool(made)
+
+    run.optimizer.step = spoiled
+    run.step(0)
+    return taken[0]
+
+
 def refused_by_fsdp2() -> dict[str, str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -73,13 +73,15 @@ def measured_job(**changes: Any) -> JobSpec:
 
 def test_a_short_run_sets_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CYCLES", 3)
-    spec = measured_job()
+    spec = measured_job(batch={"global_size": 512, "micro_size": 512})
     card = card_of_job(spec, load_dataset(spec.data, None))
 
     run = measuring.measured(spec, card, None)
 
-    assert {(step.samples, step.refreshes) for step in run.steps} == {(n, r) for n in (8, 32) for r in (False, True)}
-    assert run.at(32, refreshes=True).seconds > run.at(32, refreshes=False).seconds
+    assert {(step.samples, step.refreshes) for step in run.steps} == {
+        (samples, refreshes) for samples in (128, 512) for refreshes in (False, True)
+    }
+    assert run.at(128, refreshes=True).seconds > run.at(128, refreshes=False).seconds
     assert {"apply", "update", "refresh"} <= run.steps[0].phases.keys()
     device = calibrated(PRESETS["cpu"], type(run).model_validate_json(run.model_dump_json()))
     assert device.name == "cpu"

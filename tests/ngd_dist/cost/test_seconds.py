@@ -119,6 +119,28 @@ def test_a_run_that_lacks_a_kind_of_step_is_refused() -> None:
         calibrated(PRESETS["cpu"], lacking)
 
 
+def test_a_run_that_tells_nothing_of_a_sample_is_refused() -> None:
+    steps = [
+        StepSeconds(samples=samples, refreshes=refreshes, seconds=1.0)
+        for samples in (1, 2)
+        for refreshes in (False, True)
+    ]
+
+    with pytest.raises(ConfigError, match="took no longer than one of 1"):
+        calibrated(PRESETS["cpu"], Measured(device="x", card=CARD, optimizer=config(), steps=tuple(steps)))
+
+
+def test_a_run_that_refreshes_in_each_step_says_nothing_of_turns() -> None:
+    steps = [
+        StepSeconds(samples=samples, refreshes=refreshes, seconds=samples)
+        for samples in (1, 2)
+        for refreshes in (False, True)
+    ]
+    run = Measured(device="x", card=CARD, optimizer=config(), in_turn_s=9.0, steps=tuple(steps))
+
+    assert calibrated(PRESETS["cpu"], run).in_turn_us == 0
+
+
 def test_presets_can_be_changed_in_part() -> None:
     cluster = Cluster.model_validate({"device": {"preset": "h100", "memory_gib": 94}})
 

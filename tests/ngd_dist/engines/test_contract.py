@@ -28,6 +28,7 @@ from ngd_dist.model_card import card_of
 from tests.support.engine_faults import (
     clipped,
     overflowing,
+    preconditioned_with_a_bad_piece,
     refused_by_deepspeed,
     refused_by_fsdp2,
     with_a_bad_piece,
@@ -139,6 +140,7 @@ def beside(rank: int, engines: tuple[str, ...], folder: str) -> dict[Any, Any]:
         outcomes["clipped"] = clipped("zero2")
     else:
         outcomes["bad piece"], outcomes["refusals", "fsdp2"] = with_a_bad_piece(rank), refused_by_fsdp2()
+        outcomes["bad piece alone"] = preconditioned_with_a_bad_piece(rank)
     return outcomes
 
 
@@ -292,6 +294,15 @@ def test_pieces_alone_travel_to_owners_and_back(engine: str, world_size: int) ->
 @pytest.mark.parametrize("engine", ZERO[2:])
 def test_a_state_goes_along_with_deepspeeds_own_checkpoint(engine: str) -> None:
     check(engine, 2, ("by DeepSpeed", engine), "resumed")
+
+
+@pytest.mark.ranks
+def test_a_skipped_step_leaves_zeros_for_the_optimizer_behind_a_preconditioner() -> None:
+    for of_rank in outcomes(GROUPS["fsdp2"], 2):
+        made, largest = of_rank["bad piece alone"]
+        assert not made
+        assert largest
+        assert max(largest) == 0
 
 
 @pytest.mark.ranks

@@ -1,5 +1,6 @@
 """A short run of a job in this process, whose times set a device's rates: see `ngd_dist.cost.calibration`."""
 
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -69,6 +70,8 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
             if cycle >= WARM_UP and index in COUNTED:
                 seconds[kind].append(taken)
                 phases[kind].append(of_phases)
+        del learner
+        gc.collect()  # the model and its optimizer hold each other
         learner = new_learner(_one_process(spec, optimizer.model_copy(update={"stagger": 1.0})))
         blocks = [
             sum(_step(learner, batches[sizes[-1]], spec.optimizer.lr, device)[0] for _ in range(BLOCK)) / BLOCK
