@@ -303,10 +303,9 @@ def test_job_waits_for_a_cluster_that_does_not_answer_and_says_so(start_on_ray: 
     service = start_on_ray(ray_address=NOWHERE)
     job = service.client.submit(spec(steps=10))
     wait_until(lambda: service.client.get(job.id).status.phase == "STARTING", "the job has its turn")
-    wait_until(lambda: service.client.get(job.id).status.message, "the job says what it waits for")
-    waiting = service.client.get(job.id)
-    assert waiting.status.phase == "STARTING"
-    assert f"the Ray cluster at {NOWHERE} does not answer" in (waiting.status.message or "")
+    words = f"the Ray cluster at {NOWHERE} does not answer"
+    wait_until(lambda: words in (service.client.get(job.id).status.message or ""), "the job says what it waits for")
+    assert service.client.get(job.id).status.phase == "STARTING"
     service.kill()
 
     heir = start_on_ray()

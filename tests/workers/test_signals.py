@@ -73,3 +73,17 @@ def test_signal_asks_once_for_another_group_and_then_acts_as_before(tmp_path: Pa
     assert attempt.resize.read_text() == "node 7 goes"
     assert told == [signal.SIGUSR1]
     assert not attempt.stop.exists()
+
+
+def test_signal_after_the_training_acts_as_before(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, small_spec())
+    told: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+    try:
+        resize_in_order(attempt, signal.SIGUSR1, "node 7 goes", lambda: False)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_until(lambda: told, "the handler of before")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert not attempt.resize.exists()

@@ -74,6 +74,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
 
     from ngd_workers.launch.attempt import run_rank
+    from ngd_workers.launch.ray_group import training
 
     _log_to_stderr(f"[rank {dist.get_rank()}] ")
     sys.path.append(config["started_in"])
@@ -81,7 +82,8 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     node = attempt_dir.nodes(config["group"]) / ray.get_runtime_context().get_node_id()
     insist(lambda: _touch(node), f"write {node}", patience_s=READ_S)
     try:
-        return run_rank(attempt_dir, on_restart=event.validate_python(config["on_restart"])).model_dump(mode="json")
+        with training():
+            return run_rank(attempt_dir, on_restart=event.validate_python(config["on_restart"])).model_dump(mode="json")
     except Exception as error:  # mostly since another rank has died; then all ranks start again
         log.error("this rank stops: %s: %s", type(error).__name__, _last_line(error))
         raise

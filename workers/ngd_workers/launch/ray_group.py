@@ -1,9 +1,11 @@
 """What Ray's worker processes do around the process group that Ray Train makes: variables before it, SIGTERM after."""
 
+import contextlib
 import os
 import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,20 @@ from ray.train.torch import TorchConfig
 from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.launch.signals import resize_in_order
 
-__all__ = ["GroupConfig"]
+__all__ = ["GroupConfig", "training"]
+
+
+_training = threading.Event()  # Ray ends the processes of a group that has ended by SIGTERM as well
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """SIGTERM to this process asks for another group until the end, and ends the process afterwards."""
+    _training.set()
+    try:
+        yield
+    finally:
+        _training.clear()
 
 
 @dataclass
@@ -42,4 +57,5 @@ class _GroupBackend(_TorchBackend):  # type: ignore[misc]  # a class that Ray gi
 def _prepare(attempt_dir: str, variables: Mapping[str, str]) -> None:
     """Runs in the main thread of a worker, where alone a signal can be handled; training has another thread."""
     os.environ.update(variables)
-    resize_in_order(AttemptDir(Path(attempt_dir)), signal.SIGTERM, f"SIGTERM to a worker on {socket.gethostname()}")
+    reason = f"SIGTERM to a worker on {socket.gethostname()}"
+    resize_in_order(AttemptDir(Path(attempt_dir)), signal.SIGTERM, reason, _training.is_set)

@@ -35,15 +35,21 @@ def stop_in_order(
         _handle(number, stop)
 
 
-def resize_in_order(attempt_dir: AttemptDir, number: signal.Signals, reason: str) -> None:
+def resize_in_order(
+    attempt_dir: AttemptDir, number: signal.Signals, reason: str, is_training: Callable[[], bool] = lambda: True
+) -> None:
     """Makes this signal ask for another group of workers after the current step; a second one acts as before.
 
-    Main thread only. reason: goes into the event.
+    Main thread only. reason: goes into the event, unless there is another one. is_training: if not, the first signal
+    acts as before, too.
     """
     before = signal.getsignal(number)
 
     def ask(_: int) -> None:
         signal.signal(number, signal.SIG_DFL if before is None else before)
+        if not is_training():
+            os.kill(os.getpid(), number)
+            return
         log.info("%s: the workers save a checkpoint and make room for others", reason)
         _ask(attempt_dir.resize, reason)
 
@@ -92,7 +98,7 @@ def _ask(path: Path, text: str) -> None:
 
     def write() -> None:
         try:
-            insist(lambda: path.write_text(text), f"write {path}", patience_s=STOP_S)
+            insist(lambda: path.exists() or path.write_text(text), f"write {path}", patience_s=STOP_S)
         except StorageError as error:
             log.error("%s", error)
 
