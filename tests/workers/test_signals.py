@@ -3,7 +3,10 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from ngd_workers.contract.rundir import Outcome
 from ngd_workers.launch.signals import resize_in_order, told_by_signals, with_signal
@@ -57,33 +60,34 @@ def test_forked_process_ends_by_the_signal_and_stops_nothing(tmp_path: Path) -> 
     assert not attempt.stop.exists()
 
 
-def test_signal_asks_once_for_another_group_and_then_acts_as_before(tmp_path: Path) -> None:
+@pytest.fixture
+def told() -> Iterator[list[int]]:
+    """The signals that came to the handler of before."""
+    numbers: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: numbers.append(number))
+    yield numbers
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_signal_asks_once_for_another_group_and_then_acts_as_before(tmp_path: Path, told: list[int]) -> None:
     attempt = make_attempt(tmp_path, small_spec())
-    told: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
-    try:
-        resize_in_order(attempt, signal.SIGUSR1, "node 7 goes")
-        os.kill(os.getpid(), signal.SIGUSR1)
-        wait_until(lambda: attempt.resize.exists() and attempt.resize.read_text(), "the file")
-        assert not told
-        os.kill(os.getpid(), signal.SIGUSR1)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+
+    resize_in_order(attempt, signal.SIGUSR1, "node 7 goes")
+    os.kill(os.getpid(), signal.SIGUSR1)
+    wait_until(lambda: attempt.resize.exists() and attempt.resize.read_text(), "the file")
+    assert not told
+    os.kill(os.getpid(), signal.SIGUSR1)
 
     assert attempt.resize.read_text() == "node 7 goes"
     assert told == [signal.SIGUSR1]
     assert not attempt.stop.exists()
 
 
-def test_signal_after_the_training_acts_as_before(tmp_path: Path) -> None:
+def test_signal_after_the_training_acts_as_before(tmp_path: Path, told: list[int]) -> None:
     attempt = make_attempt(tmp_path, small_spec())
-    told: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
-    try:
-        resize_in_order(attempt, signal.SIGUSR1, "node 7 goes", lambda: False)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        wait_until(lambda: told, "the handler of before")
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+
+    resize_in_order(attempt, signal.SIGUSR1, "node 7 goes", lambda: False)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    wait_until(lambda: told, "the handler of before")
 
     assert not attempt.resize.exists()
