@@ -141,8 +141,7 @@ def _spread(messages: Sequence[int]) -> Way:
         if source != rank:
             first_sent[source] += end - begin
             first_received[rank] += end - begin
-    sent, received = _to_all(parts)
-    return _sum(first_sent, sent), _sum(first_received, received)
+    return _together((first_sent, first_received), _to_all(parts))
 
 
 def _in_two_hops(
@@ -165,15 +164,12 @@ def _in_two_hops(
             if target != rank:
                 sent[rank] += nbytes
                 received[target] += nbytes
-    hops = (_to_owners(there), _to_all(to_all), (sent, received))
-    all_sent, all_received = zip(*hops, strict=True)
-    return [sum(of_rank) for of_rank in zip(*all_sent, strict=True)], [
-        sum(of_rank) for of_rank in zip(*all_received, strict=True)
-    ]
+    return _together(_to_owners(there), _to_all(to_all), (sent, received))
 
 
-def _sum(a: Sequence[float], b: Sequence[float]) -> Bytes:
-    return [x + y for x, y in zip(a, b, strict=True)]
+def _together(*ways: Way) -> Way:
+    sent, received = ([sum(of_rank) for of_rank in zip(*of_ways, strict=True)] for of_ways in zip(*ways, strict=True))
+    return sent, received
 
 
 # --- what goes which way ----------------------------------------------------------------------------------------------
@@ -301,8 +297,7 @@ def _inverses(setup: Setup, config: NGDConfig, due: Due) -> Way:
     told = [aligned(BYTES * layers) for layers in owned]
     if _is_for_all(setup):
         return _spread([a + b for a, b in zip(told, to_all, strict=True)])
-    told_sent, told_received = _to_all(told)
-    return _sum(sent, told_sent), _sum(received, told_received)
+    return _together((sent, received), _to_all(told))
 
 
 def _directions(setup: Setup, config: NGDConfig, due: Due) -> Way:
