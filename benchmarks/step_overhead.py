@@ -352,8 +352,8 @@ def run(device: str, plans: Sequence[Plan], two_ranks: Sequence[Plan] = ()) -> d
     for plan in two_ranks:
         print(f"{plan.model}, batch {plan.batch}, two ranks", flush=True)
         rows += on_two_ranks(plan)
-    models = [] if device == "cuda" else list(dict.fromkeys(plan.model for plan in plans))
-    names = dict.fromkeys(name for plan in plans for name in plan.names)
+    models = [] if device == "cuda" else list(dict.fromkeys(plan.model for plan in plans if plan.batch == 256))
+    names = dict.fromkeys(name for plan in (*plans, *two_ranks) for name in plan.names)
     return {
         "rows": rows,
         "targets": target_rows(rows),
@@ -366,6 +366,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--models", nargs="+", help="default: all of the device")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: all of the device")
+    parser.add_argument("--ranks", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="default: 1 2; on a CPU")
     parser.add_argument("--hardware", default="cpu2", help="last word in the name of the result's folder")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -373,9 +375,10 @@ def main() -> None:
         return
     plans = GPU_PLANS if arguments.device == "cuda" else PLANS
     plans = tuple(plan for plan in plans if plan.model in (arguments.models or [plan.model]))
-    pairs = [] if arguments.device == "cuda" else [p for p in plans if p.batch == 256]
-    two_ranks = [Plan(p.model, 256, blocks=2, steps=p.steps, settle=15, names=RANKS_NAMES) for p in pairs]
-    result = run(arguments.device, plans, two_ranks)
+    plans = tuple(plan for plan in plans if plan.batch in (arguments.batches or [plan.batch]))
+    pairs = [] if arguments.device == "cuda" or 2 not in arguments.ranks else [p for p in plans if p.batch == 256]
+    two_ranks = [Plan(p.model, 256, blocks=4, steps=p.steps, settle=15, names=RANKS_NAMES) for p in pairs]
+    result = run(arguments.device, plans if 1 in arguments.ranks else (), two_ranks)
     write(folder_for("step-overhead", arguments.hardware), result, table(result))
     print(table(result))
 
