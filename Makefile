@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.synced
 BENCH_STAMP := $(VENV)/.synced-bench
 
-# What make bench measures beside steps_to_target, and the last word of its results' folders.
-QUESTIONS := step_overhead step_jitter inversion comm_volume memory engines
+# What make bench measures beside methods, and the last word of its results' folders.
+QUESTIONS := approximations step_overhead step_jitter inversion comm_volume memory engines
 HARDWARE ?= cpu
 
 # With cached bytecode a process that imports torch starts in two thirds of the time, and the tests start hundreds.
@@ -63,7 +63,7 @@ $(BENCH_STAMP): $(STAMP)
 bench: $(BENCH_STAMP) ## measure on this CPU, for two hours or more; writes benchmarks/results/; needs NGD_DATA_DIR
 	: "$${NGD_DATA_DIR:?the folder that holds fashion-mnist/}"
 	for question in $(QUESTIONS); do $(BIN)/python -m benchmarks.$$question --hardware $(HARDWARE) || exit; done
-	$(BIN)/python -m benchmarks.steps_to_target --data-dir "$$NGD_DATA_DIR" --work .ngd/bench --hardware $(HARDWARE)
+	$(BIN)/python -m benchmarks.methods --data-dir "$$NGD_DATA_DIR" --work .ngd/bench --hardware $(HARDWARE)
 	$(BIN)/python -m benchmarks.report
 
 images: ## build the images of the service and of the workers, with docker or buildah; see docker/README.md

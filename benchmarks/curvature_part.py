@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.methods.catalogue import METHODS
+from benchmarks.methods.page import shown
+from benchmarks.methods.protocol import median_of
+from benchmarks.methods.run import Run, outcome_of
+from benchmarks.methods.search import Point
+from benchmarks.methods.tasks import TASKS
 from benchmarks.record import folder_for, write
-from benchmarks.steps_to_target import median_of, shown
-from benchmarks.target_methods import METHODS
-from benchmarks.target_run import Run, outcome_of
-from benchmarks.target_search import Point
-from benchmarks.target_tasks import TASKS
 
 TASK, SEEDS = "fashion-mnist-4096", (1, 2, 3)
 FRACTIONS = (1.0, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -68,7 +69,9 @@ def main() -> None:
     task = TASKS[TASK]
     data = task.load(arguments.data_dir)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    settings = [(f"ngd, on {round(task.batch * fraction):,}", "ngd-adaptive", ours(fraction)) for fraction in FRACTIONS]
+    settings = [
+        (f"ngd, on {round(task.batch * fraction):,}", "kfac-adaptive", ours(fraction)) for fraction in FRACTIONS
+    ]
     settings += [(method, method, point) for method, point in RIVALS.items()]
     rows = []
     for seed in SEEDS:

@@ -1,7 +1,7 @@
 """How far do settings get that nobody tuned? Steps to target with `NGDConfig()`, and with the recipe of each family.
 
 One task per family of models. Beside them stand the steps of the tuned settings: the fewest of all trials that the
-search of `steps_to_target` made with NGD's two recipes on that task. Untuned settings have no schedule: lr is their
+search of `benchmarks.methods` made with K-FAC's two rows on that task. Untuned settings have no schedule: lr is their
 own, or chosen by the quadratic model. Medians of three seeds; if an outcome is in the folder of the search, it is not
 repeated.
 
@@ -14,22 +14,23 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.methods.catalogue import DEFAULTS, recipe_of
+from benchmarks.methods.page import shown
+from benchmarks.methods.protocol import SEEDS, Row, median_of, row_of, search
+from benchmarks.methods.run import Run
+from benchmarks.methods.tasks import TASKS, Data
 from benchmarks.record import folder_for, write
-from benchmarks.steps_to_target import SEEDS, Row, median_of, row_of, search, shown
-from benchmarks.target_methods import DEFAULTS, METHODS, SEARCHED, recipe_of
-from benchmarks.target_run import Run
-from benchmarks.target_tasks import TASKS, Data
 
 __all__ = ["FAMILIES", "measure", "table"]
 
+TUNED, TRIALS = ("kfac", "kfac-adaptive"), 8
 FAMILIES = {"mlp": "digits-mlp", "cnn": "fashion-mnist-4096", "vit": "vit", "gpt": "gpt", "lstm": "lstm"}
 
 
 def measure(family: str, data: Data, work: Path) -> list[Row]:
     """Returns one row per run: the trials of the search, then defaults and recipe on three seeds."""
     name = FAMILIES[family]
-    ours = [method for method in SEARCHED if METHODS[method].is_ours]
-    rows = [row for method in ours for row in search(name, method, data, work)[0]]
+    rows = [row for method in TUNED for row in search(name, method, data, work, TRIALS)[0]]
     point = {"steps": TASKS[name].steps.high}
     for seed in SEEDS:
         for method in (DEFAULTS, recipe_of(family)):

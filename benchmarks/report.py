@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.methods.catalogue import METHODS
+from benchmarks.methods.protocol import median_of
+from benchmarks.methods.tasks import TASKS
 from benchmarks.record import RESULTS
 from benchmarks.step_overhead import targets_table
-from benchmarks.steps_to_target import median_of
-from benchmarks.target_methods import METHODS
-from benchmarks.target_tasks import TASKS
 
 __all__ = ["Result", "newest", "page", "plots"]
 
@@ -24,7 +24,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 QUESTIONS = {
     "step-overhead": "Time of a training step beside SGD's",
     "step-jitter": "How even the steps are",
-    "steps-to-target": "Steps and seconds to a target",
+    "methods": "Steps and seconds to a target",
+    "approximations": "How near approximations come",
+    "steps-to-target": "Steps and seconds to a target, by an earlier search",
     "inversion": "Inverting the factors of real models",
     "comm-volume": "Bytes between ranks",
     "memory": "Bytes that training holds",
@@ -37,10 +39,10 @@ INTRODUCTION = """# Performance
 Made by `python -m benchmarks.report` from `benchmarks/results/`; each question's command measures its baseline in the
 same run. Losing rows are shown. `make bench` measures again.
 """
-OVERVIEW = """How long until a model is as good as it should be? NGD beside the best of SGD, AdamW, LAMB, Muon, SOAP and
-Shampoo: CPU seconds in one thread and optimizer steps, medians of three seeds. On each task every method had the same
-number of trials ({trials}) of the same search, and NGD's two recipes are two methods; the setting with the fewest
-seconds counts. [Every trial](#{anchor}) is below.
+OVERVIEW = """How long until a model is as good as it should be? The best of this package's methods beside the best of
+SGD, AdamW, LARS, LAMB, Muon, SOAP and Shampoo: CPU seconds in one thread and optimizer steps, medians of three seeds.
+On each task every method had the same number of trials ({trials}) of the same search; the setting with the fewest
+seconds counts. [Every method and trial](#{anchor}) is below.
 """
 REFRESHES = {
     "1/1": "all new at every step",
@@ -99,7 +101,7 @@ def page(results: list[Result]) -> str:
 
 
 def _has_overview(result: Result) -> bool:
-    return result.question == "steps-to-target" and any("task" in row for row in result.document.get("rows", []))
+    return result.question == "methods" and any("task" in row for row in result.document.get("rows", []))
 
 
 def overview(result: Result) -> str:
@@ -109,7 +111,7 @@ def overview(result: Result) -> str:
     heading = f"{QUESTIONS[result.question]} ({result.hardware})"
     anchor = re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
     lines = [OVERVIEW.format(trials=", ".join(map(str, sorted(set(trials.values())))), anchor=anchor)]
-    lines += ["| task | NGD, seconds | best rival, seconds | NGD, steps | rival with the fewest steps |"]
+    lines += ["| task | ours, seconds | best rival, seconds | ours, steps | rival with the fewest steps |"]
     lines += ["|---|---|---|---|---|"]
     for (name,), of_task in _groups([row for row in rows if row["part"] == "repeated"], "task"):
         seconds, steps = (_medians(of_task, what) for what in ("target_seconds", "target_step"))
@@ -206,7 +208,7 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
 
 
 def _has_plot(result: Result) -> bool:
-    needs = {"steps-to-target": "curves.json"}.get(result.question, "result.json")
+    needs = {"methods": "curves.json"}.get(result.question, "result.json")
     return result.question in PLOTS and (result.folder / needs).exists()
 
 
@@ -307,7 +309,7 @@ PLOTS: dict[str, Callable[[Result], Any]] = {
     "step-overhead": plot_overhead,
     "step-jitter": plot_jitter,
     "memory": plot_memory,
-    "steps-to-target": plot_curves,
+    "methods": plot_curves,
 }
 
 

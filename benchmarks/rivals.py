@@ -156,7 +156,7 @@ def _kaisa(method: str) -> Callable[[nn.Module, Setting], Training]:
 def _dp_kfac(model: nn.Module, setting: Setting) -> Training:
     from kfac import backend, get_kfac_module
 
-    backend.init("Horovod")
+    backend.init("Torch" if torch.distributed.is_initialized() else "Horovod")
     sgd = _sgd(model, setting)
     preconditioner = get_kfac_module("inverse_dp")(
         model,

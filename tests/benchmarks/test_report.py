@@ -59,10 +59,10 @@ def test_a_folder_without_figures_is_named_by_its_readme(tmp_path: Path) -> None
 
 
 def test_page_begins_with_seconds_and_steps_to_each_target(tmp_path: Path) -> None:
-    folder = tmp_path / "2026-01-01_steps-to-target_cpu2"
+    folder = tmp_path / "2026-01-01_methods_cpu2"
     folder.mkdir()
     (folder / "README.md").write_text("# Seconds\n")
-    figures = {"ngd": [(2.0, 20), (3.0, 30), (4.0, 24)], "muon": [(2.5, 48)] * 3, "sgd": [(None, None)] * 3}
+    figures = {"kfac": [(2.0, 20), (3.0, 30), (4.0, 24)], "muon": [(2.5, 48)] * 3, "sgd": [(None, None)] * 3}
     rows = [
         {"task": "gpt", "method": method, "part": part, "target_seconds": seconds, "target_step": step}
         for method, of_method in figures.items()
@@ -73,6 +73,6 @@ def test_page_begins_with_seconds_and_steps_to_each_target(tmp_path: Path) -> No
 
     text = page([Result(folder)])
 
-    assert "same\nnumber of trials (3)" in text
-    assert "| small GPT, tinyshakespeare, batch 64 x 64 | 3.0 (ngd) | 2.5 (muon) | 24 (ngd) | 48 (muon) |" in text
+    assert "the same number of trials (3)" in text
+    assert "| small GPT, tinyshakespeare, batch 64 x 64 | 3.0 (kfac) | 2.5 (muon) | 24 (kfac) | 48 (muon) |" in text
     assert text.index("small GPT") < text.index("## Steps and seconds to a target (cpu2)")

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from benchmarks.target_search import Range
-from benchmarks.target_tasks import Data, Task
+from benchmarks.methods.search import Range
+from benchmarks.methods.tasks import Data, Task
 
 __all__ = ["CLUSTERS", "two_clusters"]
 

@@ -1,14 +1,15 @@
 """The same search for every method: numbers drawn evenly over ranges, and then around the best of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Point", "Range", "Space", "around", "draw", "is_outside"]
+__all__ = ["Point", "Range", "Space", "around", "draw", "is_outside", "propose"]
 
 ZOOM = 1 / 3  # of the width of a range, in logarithms
+WIDE, NEAR = 0, 1  # seeds of the two sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,18 @@ class Range:
 
 Space = Mapping[str, Range]
 Point = dict[str, float]
+
+
+def propose(space: Space, tried: Sequence[Point], best: Point | None) -> Point:
+    """Returns the next point: the first two and every second one from the whole space, the others around the best.
+
+    It depends on the earlier trials alone, so that a search can be stopped anywhere and go on later.
+    best: that of `tried`.
+    """
+    near = max(0, (len(tried) - 1) // 2)  # of those tried
+    if best is None or len(tried) < 2 or len(tried) % 2:
+        return draw(space, len(tried) - near + 1, WIDE)[-1]
+    return draw(around(space, best), near + 1, NEAR)[-1]
 
 
 def draw(space: Space, count: int, seed: int) -> list[Point]:

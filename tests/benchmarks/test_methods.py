@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import steps_to_target
-from benchmarks.steps_to_target import FINALISTS, measure, order, rank, table
-from benchmarks.target_methods import METHODS, Method
-from benchmarks.target_run import Run, outcome_of
-from benchmarks.target_search import Range, around, draw, is_outside
-from benchmarks.target_tasks import TASKS, Data
+from benchmarks.methods import protocol
+from benchmarks.methods.catalogue import METHODS, Method
+from benchmarks.methods.page import table
+from benchmarks.methods.protocol import measure, order, rank
+from benchmarks.methods.run import Run, outcome_of
+from benchmarks.methods.search import Point, Range, around, draw, is_outside, propose
+from benchmarks.methods.tasks import TASKS, Data
 from tests.support.clusters import CLUSTERS, two_clusters
 
-TRIALS = 4
-OURS = ("ngd", "ngd-adaptive")
+TRIALS = 6
+OURS = [name for name, method in METHODS.items() if method.is_ours and method.space]
 CHECK = {"lr": 0.5, "damping": 0.1, "fraction": 0.5, "interval": 2.0, "steps": 60.0}
 
 
@@ -45,7 +46,18 @@ def test_points_are_spread_over_a_space_and_then_around_the_best() -> None:
     assert (is_outside(space, beyond), is_outside(space, within)) == (["lr"], [])
 
 
-@pytest.mark.parametrize("method", OURS)
+def test_trials_alternate_between_the_whole_space_and_the_best_and_go_on_where_they_stopped() -> None:
+    space, best = {"lr": Range(0.01, 1.0)}, {"lr": 0.3}
+    points: list[Point] = []
+
+    for _ in range(7):
+        points.append(propose(space, points, best if points else None))
+
+    wide, near = draw(space, 4, seed=0), draw(around(space, best), 3, seed=1)
+    assert points == [wide[0], wide[1], near[0], wide[2], near[1], wide[3], near[2]]
+
+
+@pytest.mark.parametrize("method", ["kfac", "kfac-adaptive"])
 def test_a_run_stops_at_its_target_and_is_kept(method: str, tmp_path: Path) -> None:
     run = Run("clusters", method, CHECK, 0)
 
@@ -83,8 +95,8 @@ def test_the_rate_rises_over_a_tenth_of_the_steps_and_would_be_zero_after_the_la
 
 
 def test_fewest_seconds_win_and_then_the_closest_score() -> None:
-    slow, quick = row("ngd", "tuned", 4, seconds=2.0), row("ngd", "tuned", 8, seconds=1.0)
-    never, nearly = row("ngd", "tuned", None, score=0.5), row("ngd", "tuned", None, score=0.2)
+    slow, quick = row("kfac", "tuned", 4, seconds=2.0), row("kfac", "tuned", 8, seconds=1.0)
+    never, nearly = row("kfac", "tuned", None, score=0.5), row("kfac", "tuned", None, score=0.2)
 
     assert order([never, slow, quick], CLUSTERS) == [2, 1, 0]
     assert order([never, nearly], CLUSTERS) == [1, 0]
@@ -94,16 +106,16 @@ def test_fewest_seconds_win_and_then_the_closest_score() -> None:
 def test_each_method_gets_as_many_trials_and_its_best_is_repeated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(TASKS, "clusters", replace(CLUSTERS, trials=TRIALS))
+    monkeypatch.setitem(TASKS, "clusters", CLUSTERS)
     small = Method(METHODS["sgd"].build, {"lr": Range(0.001, 1.0)})
     monkeypatch.setitem(METHODS, "sgd", small)
 
-    rows = measure("clusters", ["sgd", "adamw"], two_clusters(), tmp_path)
+    rows = measure("clusters", ["sgd", "adamw"], two_clusters(), tmp_path, TRIALS)
 
     for method in ("sgd", "adamw"):
         tuned = [row for row in rows if (row["method"], row["part"]) == (method, "tuned")]
         repeated = [row for row in rows if (row["method"], row["part"]) == (method, "repeated")]
-        assert [row["seed"] for row in tuned] == TRIALS * [0] + FINALISTS * [4]
+        assert [row["seed"] for row in tuned] == TRIALS * [0] + protocol.FINALISTS * [4]
         worse = {
             row["setting"]: max(
                 rank(row, CLUSTERS), *(rank(r, CLUSTERS) for r in tuned[:TRIALS] if r["setting"] == row["setting"])
@@ -111,23 +123,25 @@ def test_each_method_gets_as_many_trials_and_its_best_is_repeated(
             for row in tuned[TRIALS:]
         }
         assert {row["setting"] for row in repeated} == {min(worse, key=worse.__getitem__)}
-        assert [row["seed"] for row in repeated] == list(steps_to_target.SEEDS)
+        assert [row["seed"] for row in repeated] == list(protocol.SEEDS)
 
 
 def test_the_table_compares_medians_with_the_best_rival_and_keeps_losers() -> None:
-    rows = [row("ngd", "repeated", step, seconds=float(step)) for step in (20, 30, 40)]
+    rows = [row("kfac", "repeated", step, seconds=float(step)) for step in (20, 30, 40)]
     rows += [row("lamb", "repeated", step, seconds=15.0) for step in (50, 60, None)]
     rows += [row("sgd", "repeated", None), row("sgd", "tuned", None), row("soap", "tuned", 48)]
 
     text = table(rows)
 
-    assert "| ngd | 30.00 (20.00, 30.00, 40.00) | 30 (20, 30, 40) |" in text
+    assert "| kfac | 30.00 (20.00, 30.00, 40.00) | 30 (20, 30, 40) |" in text
     assert "| lamb | 15.00 (15.00, 15.00, -) | 60 (50, 60, -) |" in text
     assert "| sgd | - (-) | - (-) |" in text
-    assert "The better of NGD's two rows over the best rival's: seconds 2.00, steps 0.50." in text
+    assert "The best of ours over the best rival's: seconds 2.00, steps 0.50." in text
     assert "| sgd | 0 | of sgd | - | - | 0.9 | ran out after 99 |" in text
     assert "| soap | 0 | of soap | 1.0 | 48 |" in text
-    assert "training loss 0.001. 16 trials of each method, and 3\nagain on another seed." in text
+    assert "training loss 0.001. 1 trials of each method." in text
+    assert "| kfac | 30.0 (30) |" in text
+    assert "| sgd | - |" in text
 
 
 @pytest.mark.parametrize("method", OURS)

@@ -1,4 +1,4 @@
-"""One training run of `steps_to_target`, in a separate process; its outcome stays on disk."""
+"""One training run, in a separate process; its outcome stays on disk."""
 
 import hashlib
 import json
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.target_methods import METHODS
-from benchmarks.target_search import Point
-from benchmarks.target_tasks import Data, Task, loss_of
+from benchmarks.methods.catalogue import METHODS
+from benchmarks.methods.data import IGNORED, Data
+from benchmarks.methods.search import Point
+from benchmarks.methods.tasks import Task, loss_of
 from ngd_dist import NGD, part_of
 from ngd_dist.errors import NgdError
 
@@ -133,7 +134,8 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
         optimizer.step()
         return float(loss)
     if optimizer.config.fisher.kind != "empirical":
-        optimizer.fisher_backward(output)
+        ignored = y == IGNORED
+        optimizer.fisher_backward(output, ignored=ignored if bool(ignored.any()) else None)
     loss.backward()
     if optimizer.config.needs_objective:
         part_x, part_y = part_of((x, y), optimizer.config.statistics_fraction)

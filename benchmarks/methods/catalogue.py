@@ -1,23 +1,31 @@
-"""The optimizers of `steps_to_target`, by name: how each is built, and the ranges that its settings are drawn from.
+"""The methods by name: how each is built, and the ranges that its settings are drawn from.
 
 The ranges are a factor of ten or more around the values that each method's authors or documentation name. They are the
-same for all tasks.
+same for all tasks. All methods of this package share one frame: statistics of sampled labels, of a quarter of the batch
+at every third step, averaged over time; a clip by KL; AdamW for parameters that no layer covers.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.target_search import Range, Space
+from benchmarks.methods.search import Range, Space
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import (
+    EKFAC,
+    KFAC,
+    LNGD,
     RECIPES,
     AdamWFallback,
+    Empirical,
     FixedInterval,
     KLClip,
+    LayerWise,
     LevenbergMarquardt,
     MonteCarlo,
     QuadraticModel,
@@ -30,46 +38,48 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """An optimizer of all of a model's parameters; `build` raises ImportError if a rival is not installed.
+    """An optimizer of all of a model's parameters.
 
-    space: the ranges that options are drawn from; empty for settings that are not searched.
+    space: the ranges that options are drawn from; empty for settings that are not searched. needs: a package without
+    which it can't be built.
     """
 
     build: Callable[[nn.Module, Options], torch.optim.Optimizer]
     space: Space
     is_ours: bool = False
+    needs: str = "torch"
 
     @property
     def has_schedule(self) -> bool:
         """Whether lr rises and falls over a run's steps; it doesn't where the optimizer chooses it or keeps its own."""
         return "lr" in self.space
 
+    def is_here(self) -> bool:
+        """Returns whether the package that it needs is installed."""
+        return importlib.util.find_spec(self.needs) is not None
+
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
-# Two recipes, each a method of its own.
-OF_DAMPING = Range(0.003, 0.3)
+LR, DAMPING = Range(0.01, 1.0), Range(0.003, 0.3)
 
 
-def _ngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """Sampled statistics of a quarter of the batch, averaged, at every third step; a clip; an lr from the schedule.
-
-    Parameters that no layer covers, as positions of a transformer, go by AdamW.
-    """
-    config = NGDConfig(
-        fisher=MonteCarlo(),
-        statistics_fraction=1 / 4,
-        ema_decay=0.9,
-        staleness=FixedInterval(steps=3),
-        clip=KLClip(max_kl=0.01),
-        fallback=AdamWFallback(lr=0.02),
-        lr=options["lr"],
-        damping=options["damping"],
-    )
-    return NGD(model, config)
+def _ours(model: nn.Module, options: Options, **choices: Any) -> torch.optim.Optimizer:
+    """Returns NGD in the frame of all methods, with these choices."""
+    frame: dict[str, Any] = {
+        "fisher": MonteCarlo(),
+        "statistics_fraction": 1 / 4,
+        "ema_decay": 0.9,
+        "staleness": FixedInterval(steps=3),
+        "clip": KLClip(max_kl=0.01),
+        "fallback": AdamWFallback(lr=0.02),
+        "lr": options["lr"],
+    }
+    damping = {"damping": options["damping"]} if "damping" in options else {}
+    return NGD(model, NGDConfig(**(frame | damping | choices)))
 
 
-def _ngd_adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+def _adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """Lr and momentum by the quadratic model, damping by Levenberg-Marquardt, statistics of a part of the batch."""
     config = NGDConfig(
         step_length=QuadraticModel(),
@@ -80,6 +90,15 @@ def _ngd_adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
         staleness=FixedInterval(steps=max(1, round(options["interval"]))),
     )
     return NGD(model, config)
+
+
+def _lngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """The method's own damping and layer-wise rate; its statistics read no labels."""
+    return _ours(model, options, preconditioner=LNGD(), fisher=Empirical(), step_length=LayerWise(), clip=None)
+
+
+def _method(space: Space | None = None, **choices: Any) -> Method:
+    return Method(partial(_ours, **choices), space or {"lr": LR, "damping": DAMPING}, is_ours=True)
 
 
 # --- rivals -----------------------------------------------------------------------------------------------------------
@@ -97,6 +116,12 @@ def _lamb(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     from pytorch_optimizer import Lamb
 
     return Lamb(model.parameters(), **options)
+
+
+def _lars(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    from pytorch_optimizer import LARS
+
+    return LARS(model.parameters(), **options)
 
 
 def _soap(model: nn.Module, options: Options) -> torch.optim.Optimizer:
@@ -142,17 +167,19 @@ def _settled(config: NGDConfig) -> Method:
     return Method(lambda model, options: NGD(model, config), {}, is_ours=True)
 
 
+LIBRARY = "pytorch_optimizer"
 METHODS: dict[str, Method] = {
-    "ngd": Method(_ngd, {"lr": Range(0.01, 1.0), "damping": OF_DAMPING}, is_ours=True),
-    "ngd-adaptive": Method(
-        _ngd_adaptive,
-        {"damping": OF_DAMPING, "fraction": Range(1 / 32, 1.0), "interval": Range(0.7, 10.0)},
-        is_ours=True,
+    "kfac": _method(preconditioner=KFAC()),
+    "kfac-adaptive": Method(
+        _adaptive, {"damping": DAMPING, "fraction": Range(1 / 32, 1.0), "interval": Range(0.7, 10.0)}, is_ours=True
     ),
-    "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}),
-    "soap": Method(_soap, {"lr": Range(0.001, 0.05)}),
-    "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}),
-    "lamb": Method(_lamb, {"lr": Range(0.003, 0.2)}),
+    "ekfac": _method(preconditioner=EKFAC()),
+    "lngd": Method(_lngd, {"lr": Range(0.0003, 0.3)}, is_ours=True),
+    "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}, needs=LIBRARY),
+    "soap": Method(_soap, {"lr": Range(0.001, 0.05)}, needs=LIBRARY),
+    "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}, needs=LIBRARY),
+    "lamb": Method(_lamb, {"lr": Range(0.003, 0.2)}, needs=LIBRARY),
+    "lars": Method(_lars, {"lr": Range(0.1, 30.0)}, needs=LIBRARY),
     "adamw": Method(_adamw, {"lr": Range(0.0005, 0.03)}),
     "sgd": Method(_sgd, {"lr": Range(0.01, 1.0)}),
     DEFAULTS: _settled(NGDConfig()),
