@@ -235,8 +235,10 @@ def plot_overview(result: Result) -> Any:
 
 
 def plot_overhead(result: Result) -> Any:
-    """Returns bars of times SGD at the smallest batch in one process, ours in another colour."""
-    rows = [row for row in result.document["rows"] if row["ranks"] == 1 and row["ratio"]]
+    """Returns bars of times SGD at the smallest batch and the fewest ranks, ours in another colour."""
+    rows = [row for row in result.document["rows"] if row["ratio"]]
+    fewest = min(row["ranks"] for row in rows)
+    rows = [row for row in rows if row["ranks"] == fewest]
     smallest = min(row["batch"] for row in rows)
     groups = list(_groups([row for row in rows if row["batch"] == smallest], "model"))
     figure, axes = _figure(len(groups), 0.16 * max(len(of_model) for _, of_model in groups) + 1)
