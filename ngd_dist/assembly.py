@@ -230,7 +230,7 @@ class Assembly(torch.optim.Optimizer):
         """Builds the state that a checkpoint has: statistics and caches, their schedule, the fallback's moments."""
         config, old = self.config, (self._curvature, self._schedule, self._fallback) if self._is_built else None
         names = {p: self._names[p] for p in self._plain}
-        adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
+        adamw = config.uncovered if isinstance(config.uncovered, AdamWFallback) else None
         pieces = {p: piece.weight for p, piece in self._gradients.pieces.items()} if self._engine.is_sharded else None
         self._fallback = None if adamw is None else Fallback(self.param_groups, names, adamw, pieces)
         self._schedule = schedule_for(self._covered, config)
@@ -324,7 +324,7 @@ class Assembly(torch.optim.Optimizer):
             self.plain_parameters[f"{count} in param_groups"] = "not a parameter of the model"
         if self.plain_parameters:
             reasons = "; ".join(f"{name} ({reason})" for name, reason in self.plain_parameters.items())
-            kind = f"fallback {self.config.fallback.kind}" if self.updates_weights else "no direction"
+            kind = f"fallback {self.config.uncovered.kind}" if self.updates_weights else "no direction"
             logger.warning("%s for %d parameters: %s", kind, len(self.plain_parameters), reasons)
 
     def _begin_step(self, step: int) -> None:

@@ -255,7 +255,9 @@ class SavedState:
                 "the state was saved without fallback adamw; keep the fallback that it was saved with"
             )
         if saved and self._fallback is None:
-            raise CheckpointError("the state was saved with fallback adamw; keep the fallback that it was saved with")
+            raise CheckpointError(
+                "the state was saved with fallback adamw; keep the fallback and step_length that it was saved with"
+            )
 
 
 def to_bytes(state: State) -> bytes:

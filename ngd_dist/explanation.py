@@ -55,9 +55,9 @@ def explain(
 
 def _fallback(config: NGDConfig, groups: Sequence[Mapping[str, Any]]) -> str:
     """Returns the fallback and the rates at which it runs now, group by group."""
-    adamw = config.fallback if isinstance(config.fallback, AdamWFallback) else None
+    adamw = config.uncovered if isinstance(config.uncovered, AdamWFallback) else None
     rates = [group["lr"] if adamw is None else adamw.lr * lr_ratio(group) for group in groups]
-    return f"{config.fallback.kind} at lr {', '.join(f'{rate:.3g}' for rate in dict.fromkeys(rates))}"
+    return f"{config.uncovered.kind} at lr {', '.join(f'{rate:.3g}' for rate in dict.fromkeys(rates))}"
 
 
 def _head(config: NGDConfig, engine: Engine, sync: Sync) -> str:

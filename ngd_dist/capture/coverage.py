@@ -38,7 +38,7 @@ def check_owned(groups: Sequence[Mapping[str, Any]], known: Collection[nn.Parame
 
 def check_sparse(model: nn.Module, plain: Collection[nn.Parameter], config: NGDConfig) -> None:
     """Returns if the fallback can update these parameters. Raises: ConfigError for sparse gradients under AdamW."""
-    adamw = set(plain) if isinstance(config.fallback, AdamWFallback) else set()
+    adamw = set(plain) if isinstance(config.uncovered, AdamWFallback) else set()
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True and any(p in adamw for p in module.parameters(recurse=False)):
             raise ConfigError(

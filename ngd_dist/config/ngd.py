@@ -11,7 +11,14 @@ from ngd_dist.config.fisher import Empirical, FisherChoice
 from ngd_dist.config.inversion import AutomaticInversion, InversionChoice
 from ngd_dist.config.methods import KFAC, PreconditionerChoice
 from ngd_dist.config.staleness import AdaptiveInterval, StalenessChoice
-from ngd_dist.config.step import ClipChoice, FallbackChoice, LengthChoice, SGDFallback
+from ngd_dist.config.step import (
+    AdamWFallback,
+    ClipChoice,
+    FallbackChoice,
+    LengthChoice,
+    QuadraticModel,
+    SGDFallback,
+)
 
 __all__ = ["NGDConfig"]
 
@@ -81,8 +88,10 @@ class NGDConfig(Settings):
     burn_in: int = Field(
         default=0, ge=0, description="First steps, which gather statistics and leave the weights alone."
     )
-    fallback: FallbackChoice = Field(
-        default=SGDFallback(), description="The optimizer of the parameters that no preconditioned layer covers."
+    fallback: FallbackChoice | None = Field(
+        default=None,
+        description="The optimizer of the parameters that no preconditioned layer covers. None: `adamw`, or `sgd` "
+        "under quadratic_model, which moves every parameter.",
     )
     inversion: InversionChoice = Field(
         default=AutomaticInversion(), description="The method of inverting dense factors."
@@ -165,6 +174,13 @@ class NGDConfig(Settings):
     def length(self) -> LengthChoice:
         """The length of steps, with the default filled in."""
         return self.preconditioner.default_length if self.step_length is None else self.step_length
+
+    @property
+    def uncovered(self) -> FallbackChoice:
+        """The optimizer of parameters that no layer covers, with the default filled in."""
+        if self.fallback is not None:
+            return self.fallback
+        return SGDFallback() if isinstance(self.length, QuadraticModel) else AdamWFallback()
 
     @property
     def measures_noise(self) -> bool:

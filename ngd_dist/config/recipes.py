@@ -15,14 +15,13 @@ from ngd_dist.config.damping import LevenbergMarquardt
 from ngd_dist.config.fisher import MonteCarlo
 from ngd_dist.config.ngd import NGDConfig
 from ngd_dist.config.staleness import FixedInterval
-from ngd_dist.config.step import AdamWFallback, KLClip, QuadraticModel
+from ngd_dist.config.step import KLClip, QuadraticModel
 
 __all__ = ["RECIPES", "Family"]
 
 Family = Literal["mlp", "cnn", "vit", "gpt", "lstm"]
 
 
-# AdamW for parameters that no layer covers: positions that start at 0 hardly move under SGD.
 _OF_SEQUENCES = NGDConfig(
     fisher=MonteCarlo(),
     statistics_fraction=1 / 4,
@@ -31,7 +30,6 @@ _OF_SEQUENCES = NGDConfig(
     lr=0.03,
     damping=0.03,
     clip=KLClip(max_kl=0.01),
-    fallback=AdamWFallback(lr=0.01),
 )
 RECIPES: Mapping[Family, NGDConfig] = MappingProxyType(
     {

@@ -33,7 +33,7 @@ class AdamWFallback(Choice):
     """torch.optim.AdamW. Its lr falls and rises in proportion with the param group's lr; weight decay is separate."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0, description="The lr while the param group has its first lr.")
+    lr: float = Field(default=0.01, gt=0, description="The lr while the param group has its first lr.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Of the mean of gradients.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Of the mean of their squares.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of that mean.")

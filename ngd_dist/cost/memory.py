@@ -66,7 +66,7 @@ def _state(setup: Setup) -> int:
     config, plain = setup.optimizer, setup.card.other_parameters
     has_momentum = config.momentum > 0 or isinstance(config.length, QuadraticModel)
     covered = (setup.card.parameters - plain) * has_momentum
-    return covered + plain * (ADAM_STATE if isinstance(config.fallback, AdamWFallback) else int(has_momentum))
+    return covered + plain * (ADAM_STATE if isinstance(config.uncovered, AdamWFallback) else int(has_momentum))
 
 
 def _of_ngd(setup: Setup, config: NGDConfig, rank: int) -> dict[str, int]:

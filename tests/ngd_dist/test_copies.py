@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, AdamWFallback, FixedInterval
+from ngd_dist.config import EKFAC, KFAC, LNGD, AdamWFallback, FixedInterval, SGDFallback
 from ngd_dist.errors import ConfigError
 from tests.support.ranks import run_ranks
 from tests.support.tensors import flat
@@ -232,8 +232,8 @@ def test_sparse_gradients_under_adamw_are_refused_at_construction() -> None:
     model = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=True), nn.Linear(4, 2))
 
     with pytest.raises(ConfigError, match=r"EmbeddingBag '0' has sparse=True.*fallback sgd"):
-        NGD(model, NGDConfig(fallback=AdamWFallback()))
-    NGD(model)
+        NGD(model)
+    NGD(model, NGDConfig(fallback=SGDFallback()))
 
 
 def test_groups_that_an_engine_has_replaced_are_refused() -> None:

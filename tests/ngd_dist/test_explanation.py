@@ -42,7 +42,7 @@ def test_each_layer_has_its_sizes_costs_and_memory() -> None:
     assert line(table, "norm")[1:5] == ["BatchNorm2d,", "UnitWise", "6x2", "F"]
     assert line(table, "head")[3:8] == ["30x7", "A", "7x7,", "G", "30"]
     assert "  scale  a parameter of Odd itself, outside its layers" in table.splitlines()
-    assert "left to the fallback, sgd at lr 0.1:" in table
+    assert "left to the fallback, adamw at lr 0.01:" in table
 
 
 def test_a_method_that_reads_activations_says_which_it_found() -> None:

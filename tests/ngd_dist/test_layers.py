@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
+from ngd_dist.config import SGDFallback
 from ngd_dist.errors import CaptureError
 from ngd_dist.layers import LAYERS, LAYERS_BY_NAME
 from ngd_dist.statistics.statistic import Key
@@ -268,7 +269,7 @@ def test_an_embedding_never_makes_one_hot_rows() -> None:
     ],
 )
 def test_what_cannot_be_described_says_why(module: nn.Module, reason: str) -> None:
-    optimizer = NGD(module)
+    optimizer = NGD(module, NGDConfig(fallback=SGDFallback()))
 
     assert optimizer.layers == []
     assert set(optimizer.plain_parameters.values()) == {reason}

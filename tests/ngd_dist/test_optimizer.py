@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import FixedInterval, KLClip
+from ngd_dist.config import FixedInterval, KLClip, SGDFallback
 from ngd_dist.errors import CaptureError, CheckpointError, ConfigError
 from ngd_dist.statistics.statistic import Key
 from tests.support.tensors import F64, weights
@@ -107,7 +107,7 @@ def test_what_is_not_covered_takes_the_plain_step_and_says_why(caplog: pytest.Lo
     gone = nn.Linear(8, 8).requires_grad_(False)
     conv = nn.ConvTranspose2d(2, 4, 1)
     model = nn.Sequential(conv, nn.Flatten(), shared, twin, frozen, gone, nn.PReLU(), nn.Linear(8, 3)).double()
-    optimizer = NGD(model, NGDConfig(lr=0.5, momentum=0.0))
+    optimizer = NGD(model, NGDConfig(lr=0.5, momentum=0.0, fallback=SGDFallback()))
 
     assert optimizer.plain_parameters == {
         "0.weight": "no layer kind covers ConvTranspose2d",
@@ -233,7 +233,7 @@ def test_groups_that_take_the_place_of_others_count(replaces: str) -> None:
 def test_momentum_and_decay_are_those_of_sgd_on_plain_parameters() -> None:
     ours, theirs = (nn.PReLU(3, init=0.3).double() for _ in range(2))
     decay, lr = 0.1, 0.2
-    optimizer = NGD(ours, NGDConfig(lr=lr, momentum=0.9, weight_decay=decay))
+    optimizer = NGD(ours, NGDConfig(lr=lr, momentum=0.9, weight_decay=decay, fallback=SGDFallback()))
     sgd = torch.optim.SGD(theirs.parameters(), lr=lr, momentum=0.9)
 
     for step in range(4):
@@ -264,7 +264,8 @@ def test_parameters_outside_the_groups_are_left_alone() -> None:
 def test_a_parameter_that_is_not_the_models_takes_the_plain_step() -> None:
     model, x, y = model_and_batch()
     scale = nn.Parameter(torch.ones((), dtype=F64))
-    optimizer = NGD(model, NGDConfig(lr=0.5, momentum=0.0), param_groups=[{"params": [*model.parameters(), scale]}])
+    config = NGDConfig(lr=0.5, momentum=0.0, fallback=SGDFallback())
+    optimizer = NGD(model, config, param_groups=[{"params": [*model.parameters(), scale]}])
 
     F.cross_entropy(scale * model(x), y).backward()
     gradient = scale.grad.clone() if scale.grad is not None else None

@@ -45,7 +45,7 @@ def net() -> nn.Module:
 def held(settings: dict[str, Any], samples: int, steps: int = 4) -> dict[str, int]:
     """Returns the bytes by kind after some steps, each storage once."""
     model = net()
-    optimizer = NGD(model, NGDConfig.model_validate({"damping": 0.1} | settings))
+    optimizer = NGD(model, NGDConfig.model_validate({"damping": 0.1, "fallback": {"kind": "sgd"}} | settings))
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(torch.randn(samples, 1, 8, 8)), torch.randint(5, (samples,))).backward()
@@ -79,7 +79,10 @@ def storages(root: object, seen: set[int]) -> int:
 
 def planned(settings: dict[str, Any], samples: int, ranks: int = 1, rank: int = 0) -> dict[str, int]:
     card = card_of(net(), [torch.zeros(2, 1, 8, 8)])
-    return bytes_held(Setup(card, NGDConfig.model_validate({"damping": 0.1} | settings), ranks, samples), rank)
+    return bytes_held(
+        Setup(card, NGDConfig.model_validate({"damping": 0.1, "fallback": {"kind": "sgd"}} | settings), ranks, samples),
+        rank,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -23,6 +23,7 @@ from ngd_dist.config import (
     KLClip,
     NormClip,
     OwnerSharded,
+    SGDFallback,
 )
 from ngd_dist.model_card import card_of
 from tests.support.engine_faults import (
@@ -57,7 +58,7 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
 FALLING = tuple(0.1 * (1 - step / 10) for step in range(STEPS))
 CASES = {
-    "momentum": Case(),
+    "momentum": Case({"fallback": SGDFallback()}),
     "no momentum, weight decay": Case({"momentum": 0.0, "weight_decay": 0.1}),
     "proportional momentum": Case({"momentum_mode": "proportional"}, lrs=FALLING),
     "accumulation": Case(passes=2),

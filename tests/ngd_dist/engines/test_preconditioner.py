@@ -17,6 +17,7 @@ from ngd_dist.config import (
     LevenbergMarquardt,
     PolynomialDamping,
     QuadraticModel,
+    SGDFallback,
 )
 from ngd_dist.errors import CaptureError, ConfigError, NonFiniteError
 from tests.support.ranks import run_ranks
@@ -67,7 +68,7 @@ def test_before_sgd_with_momentum_it_is_ngd(settings: dict[str, object]) -> None
     ours, theirs = net(), net()
     lr = {"lr": 0.2} if "clip" in settings else {}
 
-    trained(ours, NGD(ours, NGDConfig(lr=0.2, momentum=0.8, **SETTINGS | settings)))
+    trained(ours, NGD(ours, NGDConfig(lr=0.2, momentum=0.8, fallback=SGDFallback(), **SETTINGS | settings)))
     preconditioner = Preconditioner(theirs, NGDConfig(**lr, **SETTINGS | settings))
     trained(theirs, torch.optim.SGD(theirs.parameters(), lr=0.2, momentum=0.8), preconditioner)
 
