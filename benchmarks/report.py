@@ -44,6 +44,7 @@ SGD, AdamW, LARS, LAMB, Muon, SOAP and Shampoo: CPU seconds in one thread and op
 On each task every method had the same number of trials ({trials}) of the same search; the setting with the fewest
 seconds counts. [Every method and trial](#{anchor}) is below.
 """
+PLOTS_A_LINE = 3
 REFRESHES = {
     "1/1": "all new at every step",
     "1/10": "statistics at every step, inverses at each tenth",
@@ -221,16 +222,25 @@ def _figure(columns: int, height: float) -> Any:
 
 def plot_overview(result: Result) -> Any:
     """Returns bars of the CPU seconds to each target, ours in another colour; a method without a bar missed it."""
+    from matplotlib.figure import Figure
+
     rows = [row for row in result.document["rows"] if row["part"] == "repeated"]
     groups = list(_groups(rows, "task"))
-    figure, axes = _figure(len(groups), 2.6)
-    for axis, ((name,), of_task) in zip(axes, groups, strict=True):
+    lines = math.ceil(len(groups) / PLOTS_A_LINE)
+    height = 0.7 + 0.17 * max(len({row["method"] for row in of_task}) for _, of_task in groups)
+    figure = Figure(figsize=(4.4 * min(PLOTS_A_LINE, len(groups)), height * lines), layout="constrained")
+    axes = figure.subplots(lines, min(PLOTS_A_LINE, len(groups)), squeeze=False).flatten()
+    for axis in axes[len(groups) :]:
+        axis.remove()
+    for axis, ((name,), of_task) in zip(axes, groups, strict=False):
         seconds = sorted(_medians(of_task, "target_seconds").items(), key=lambda item: -item[1])
         lengths = [value if math.isfinite(value) else 0.0 for _, value in seconds]
         colours = ["#3949ab" if METHODS[method].is_ours else "#b0bec5" for method, _ in seconds]
         bars = axis.barh([method for method, _ in seconds], lengths, color=colours)
         axis.bar_label(bars, [f"{value:.1f}" if math.isfinite(value) else "missed" for _, value in seconds], padding=2)
-        axis.set(title=TASKS[name].title, xlabel="CPU seconds to the target", xlim=(0, 1.2 * max(lengths, default=1)))
+        axis.set(xlabel="CPU seconds to the target", xlim=(0, 1.2 * max(lengths, default=1)))
+        axis.set_title(TASKS[name].title.replace(", ", ",\n", 1), fontsize=8)
+        axis.tick_params(axis="y", labelsize=7)
     return figure
 
 
