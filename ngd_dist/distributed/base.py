@@ -69,6 +69,25 @@ class RefreshReport:
         return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), *known)
 
 
+    @classmethod
+    def of_ranks(cls, reports: Sequence["RefreshReport"]) -> "RefreshReport":
+        """Returns the report on a local statistic from those of all ranks, the same on each: the worst of every field.
+
+        Ranks on which its layer did not run count if it ran on none.
+        """
+        seen = [report for report in reports if report.verdict is not Verdict.UNSEEN] or reports
+        if len(seen) == 1:
+            return seen[0]
+        failed = [report.verdict for report in seen if report.verdict not in REFRESHED]
+        verdict = max(failed) if failed else min(report.verdict for report in seen)
+        smallest = {"threshold": min(report.threshold for report in seen)}
+        largest = {
+            name: max(getattr(report, name) for report in seen)
+            for name in ("ending", "rows", "change", "change_to_before", "noise", "error", "residual", "seconds")
+        }
+        return cls(verdict, **largest, **smallest)
+
+
 REPORT_NUMBERS = len(fields(RefreshReport))
 
 
@@ -113,6 +132,11 @@ class LayerLayout:
     dtype: torch.dtype
     shared: tuple[str, ...]
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the cache is of each rank's own: it is made of a statistic that is."""
+        return any(spec.is_local for spec in self.statistics)
+
 
 @dataclass(frozen=True, slots=True)
 class LocalContribution:
@@ -136,7 +160,7 @@ class GlobalMeans:
     """Means over the global batch: statistics of the layers that this rank inverts, gradients of those that it holds,
     and all plain ones.
 
-    `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
+    A local statistic is that of this rank. `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
     did not run, and those of `miscounted` layers; the part that `Positions` have in them is still to be put in.
     `counts` has the layers that `statistics` has. `missing`: the sum over ranks of the parameters without a gradient.
     """
