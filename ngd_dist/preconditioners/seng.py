@@ -33,18 +33,20 @@ class SENG(Preconditioner):
         super().__init__(shape)
         self._config = config
         blocks, outputs, inputs = shape.gradient
-        kind = Explicit if outputs * inputs <= config.max_explicit else Implicit
+        is_explicit = outputs * inputs <= config.max_explicit
+        kind: type[Explicit | Implicit] = Explicit if is_explicit else Implicit
         self._form: SampleGradients = kind.of(blocks, outputs, inputs)
         self._sketch = None if config.q is None else self._form.sketch(config.q)
         if self._sketch is not None:
             self._form = kind.of(blocks, outputs, inputs, has_draw=True)
         self.statistics = (StatisticSpec("U", self._form, reduction="local"),)
-        self.entries = {"U": self._form, "inverse": _Inverse((blocks, 1, 1)), "damping": Form(())}
+        entries: dict[str, Form] = {"U": self._form, "inverse": _Inverse((blocks, 1, 1)), "damping": Form(())}
         if self._sketch is not None:
-            places = self._sketch.inputs + (self._sketch.outputs if kind is Implicit else 0)
-            self.entries |= {"sketch": self._sketch, "places": Form((places,))}
+            places = self._sketch.inputs + (0 if is_explicit else self._sketch.outputs)
+            entries |= {"sketch": self._sketch, "places": Form((places,))}
+        self.entries = entries
         sketched = self._sketch or self._form
-        self._cost = SampleCost(blocks, outputs, inputs, (sketched.outputs, sketched.inputs), kind is Explicit)
+        self._cost = SampleCost(blocks, outputs, inputs, (sketched.outputs, sketched.inputs), is_explicit)
 
     def estimate(self, batch: LayerBatch, due: frozenset[str], shared: Cache) -> dict[str, Tensor]:
         if "U" not in due:
