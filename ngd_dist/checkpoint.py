@@ -86,7 +86,9 @@ class SavedState:
         self.plain = plain if fallback is not None else []
         self.formats = {name: _format(covered, sync) for name, covered in layers.items()}
         self._methods = {name: covered.method for name, covered in layers.items()}
-        self._local = {Key(n, spec.name) for n, method in self._methods.items() for spec in method.statistics if spec.is_local}
+        self._local = {
+            Key(n, spec.name) for n, method in self._methods.items() for spec in method.statistics if spec.is_local
+        }
         self._curvature = curvature
         self._schedule = schedule
         self._fallback = fallback

@@ -344,7 +344,7 @@ def _lngd(layer: LayerCard, max_dense: int) -> LayerCost:
 
 def _seng(layer: LayerCard, choice: SENG) -> LayerCost:
     B, I, O, q = layer.blocks, layer.inputs, layer.outputs, choice.q  # noqa: E741
-    is_explicit = I * O <= choice.max_explicit
+    is_explicit = choice.max_explicit >= I * O
     sketched = (O, I)
     if q is not None and is_explicit and q * q < O * I:
         sketched = (1, q * q)

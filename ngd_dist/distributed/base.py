@@ -68,7 +68,6 @@ class RefreshReport:
         known = (UNMEASURED if number == -1.0 else number for number in measured)
         return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), *known)
 
-
     @classmethod
     def of_ranks(cls, reports: Sequence["RefreshReport"]) -> "RefreshReport":
         """Returns the report on a local statistic from those of all ranks, the same on each: the worst of every field.

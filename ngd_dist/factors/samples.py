@@ -235,7 +235,7 @@ class Implicit(SampleGradients):
 
 
 def truncated(a_BNPI: Tensor, g_BNPO: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns a [B, N, R, I] and g [B, N, R, O] with the best sum over R of g a^T: of g cut to its R largest directions.
+    """Returns a [B, N, R, I] and g [B, N, R, O]: the gradients g a^T with each g cut to its R largest directions.
 
     g = V S W^T of a sample becomes S W^T, and a becomes V^T a. The samples with NaN or infinity are NaN throughout:
     an SVD would raise, on one rank alone.

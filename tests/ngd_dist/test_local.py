@@ -1,6 +1,6 @@
-"""Statistics that stay on their ranks: each rank applies its own cache, directions are averaged, and all else is shared.
+"""Statistics that stay on their ranks: each rank applies its own cache, and the directions are averaged.
 
-Shown by SENG, the method that has them: its step on P ranks is the mean of P dense solutions, one for each rank's samples.
+Shown by SENG: its step on P ranks is the mean of P dense solutions, one for each rank's samples.
 """
 
 import copy
@@ -62,13 +62,21 @@ def in_all_cases(rank: int, world_size: int) -> dict[str, list[tuple[Ways, Ways]
 
 
 def clipped(rank: int, world_size: int) -> tuple[float, float]:
-    """Returns the sum over layers of <direction, gradient> of a step that a KL clip has shortened, and its bound."""
+    """Returns <step, gradient> of a step that a KL clip has shortened, and its value by the rule of the clip.
+
+    With lr 1 the clip makes nu^2 <d, grad> its bound, so that nu <d, grad> is sqrt(bound <d, grad>).
+    """
     model, bound = net(), 1e-3
+    whole = expected(model, world_size)
     optimizer = NGD(model, config(EXACT["explicit"], clip=KLClip(max_kl=bound)))
     x, y = batch()
     gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-    ways = directions(model, optimizer, 0, rank, world_size)
-    return float(sum((way * g).sum() for way, g in zip(ways.values(), gradients, strict=True))), bound
+    ways, names = directions(model, optimizer, 0, rank, world_size), [name for name, _ in model.named_parameters()]
+
+    def inner(of: Ways) -> float:
+        return float(sum((of[name] * g).sum() for name, g in zip(names, gradients, strict=True)))
+
+    return inner(ways), (bound * inner(whole)) ** 0.5
 
 
 class Branches(nn.Module):
@@ -264,9 +272,8 @@ def test_it_is_not_the_direction_of_one_process(pair: list[dict[str, Any]]) -> N
 @pytest.mark.ranks
 def test_inner_products_are_those_of_the_mean_directions(pair: list[dict[str, Any]]) -> None:
     for of_rank in pair:
-        inner, bound = of_rank["clipped"]
-        # Of a step that is nu times the direction d: lr^2 nu^2 <d, grad> is the bound, so that nu <d, grad> is above it.
-        assert inner > bound
+        inner, exact = of_rank["clipped"]
+        assert inner == pytest.approx(exact, rel=1e-10)
 
 
 @pytest.mark.ranks

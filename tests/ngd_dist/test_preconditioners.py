@@ -72,7 +72,7 @@ def rows_of(shape: tuple[int, int, int], kind: type[GivenRows] = GivenRows) -> L
 def shape_of(form: Form, samples: int, positions: int = 3) -> tuple[int, ...]:
     """Returns the shape of a tensor of this form that is made of these samples."""
     by_position = (2,) if isinstance(form, SampleGradients) and len(form.shape) == 4 else ()
-    lengths = {dim: samples for dim in form.sample_dims} | dict.fromkeys(by_position, positions)
+    lengths = dict.fromkeys(form.sample_dims, samples) | dict.fromkeys(by_position, positions)
     return tuple(lengths.get(dim, length) for dim, length in enumerate(form.shape))
 
 

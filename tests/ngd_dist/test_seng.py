@@ -33,7 +33,9 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float =
 
 
 def method(choice: SENG, outputs: int = OUTPUTS, inputs: int = INPUTS, blocks: int = BLOCKS) -> Preconditioner:
-    return preconditioner_for(LayerShape("layer", "kronecker", inputs, outputs, blocks), NGDConfig(preconditioner=choice))
+    return preconditioner_for(
+        LayerShape("layer", "kronecker", inputs, outputs, blocks), NGDConfig(preconditioner=choice)
+    )
 
 
 def rows(seed: int = 0, positions: int = POSITIONS, draw: int = 0) -> Any:

@@ -66,11 +66,11 @@ class SENG(PreconditionerConfig):
 
     def refuses(self, config: "NGDConfig") -> str | None:
         if config.ema_decay > 0:
-            return f"preconditioner seng has gradients of the newest batch alone: leave out ema_decay {config.ema_decay}"
-        if config.inverse_dtype != "float32":
             return (
-                f"preconditioner seng inverts no factor of a layer: leave out inverse_dtype {config.inverse_dtype}"
+                f"preconditioner seng has gradients of the newest batch alone: leave out ema_decay {config.ema_decay}"
             )
+        if config.inverse_dtype != "float32":
+            return f"preconditioner seng inverts no factor of a layer: leave out inverse_dtype {config.inverse_dtype}"
         return None
 
     def _chosen(self) -> set[str]:
