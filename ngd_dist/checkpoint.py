@@ -1,8 +1,8 @@
 """The part of a checkpoint beside torch's own state: keyed by layer name, so that it fits any world size.
 
-Every statistic, cache, schedule and counter is saved; captures of a step are not, and neither are local statistics and
-the caches made of them, which are of one rank's samples: they are due in the first step after a load. `NGD.state_dict` makes one state
-that is whole on every rank, `sharded_state` makes one part per rank.
+Every statistic, cache, schedule and counter is saved; captures of a step are not. Neither are local statistics and the
+caches made of them, which are of one rank's samples: they are due in the first step after a load. `NGD.state_dict`
+makes one state that is whole on every rank, `sharded_state` makes one part per rank.
 """
 
 import io

@@ -34,8 +34,8 @@ def explain(
     `groups`: the optimizer's param groups as they are now. `frozen`: why parameters of the model are not updated.
 
     gradient: [blocks x] outputs x inputs, a bias being the last input. refresh and apply: floating-point operations,
-    once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer. Tensors that
-    grow with the samples of a rank, N, count as those of one sample.
+    once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer. Tensors
+    that grow with the samples of a rank, N, count as those of one sample.
     `activations`: by layer that has run, the activation that reads its output, if the method asks for it.
     """
     rows = [_row(covered, sync, activations) for covered in layers.values()]

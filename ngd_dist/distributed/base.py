@@ -159,9 +159,10 @@ class GlobalMeans:
     """Means over the global batch: statistics of the layers that this rank inverts, gradients of those that it holds,
     and all plain ones.
 
-    A local statistic is that of this rank. `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers; the part that `Positions` have in them is still to be put in.
-    `counts` has the layers that `statistics` has. `missing`: the sum over ranks of the parameters without a gradient.
+    `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
+    did not run, and those of `miscounted` layers; the part that `Positions` have in them is still to be put in. Local
+    ones are no means: they are this rank's, if it captured them. `counts` has the layers that any rank captured.
+    `missing`: the sum over ranks of the parameters without a gradient.
     """
 
     is_finite: bool
