@@ -28,7 +28,6 @@ BYTES = 4  # of a float32
 HALF = 2  # of a number in 16 bits
 ALIGNMENT = 8  # bytes: where each tensor of a message begins
 MAX_STACKED = 2**14  # numbers in the cache of a layer that is stacked with others
-SAMPLES = 256  # of a rank, for which the operations of local statistics are counted before any is known
 
 Fields = tuple[tuple[int, int], ...]  # numbers, and bytes of each
 
@@ -363,8 +362,8 @@ def _seng(layer: LayerCard, choice: SENG) -> LayerCost:
         layer,
         (StatisticCost("U", U, is_local=True),),
         cache,
-        samples.refresh_flops(SAMPLES),
-        samples.apply_flops(SAMPLES),
+        samples.refresh_flops(),
+        samples.apply_flops(),
         samples=samples,
         kept_positions=kept,
     )

@@ -90,9 +90,10 @@ class Setup:
     def owners(self) -> Owners:
         """The owner of each layer."""
         assert self.config is not None
-        # Placed before the samples of a rank are known.
-        costs = {layer.name: layer_cost(layer, self.config).refresh_flops for layer in self.card.layers}
         local = [name for name, layer in self.layers.items() if layer.is_local]
+        costs = {name: layer.refresh_flops for name, layer in self.layers.items()}
+        # Local ones are placed before the samples of a rank are known.
+        costs |= {name: layer_cost(self.layers[name].card, self.config).refresh_flops for name in local}
         return owners_of(costs, self.config, self.world_size, local)
 
     @cached_property

@@ -7,6 +7,8 @@ __all__ = ["ROWS_CHECK", "LayerShape", "SampleCost"]
 
 # Operations that take as long as a check that a gradient is made of its rows, and as keeping these: some 0.1 ms.
 ROWS_CHECK = 2**23
+# The samples of a rank for which operations are counted before any is known: the batch of SENG's authors.
+SAMPLES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class SampleCost:
     sketched: tuple[int, int]
     is_explicit: bool
 
-    def refresh_flops(self, samples: int, positions: int = 1) -> int:
+    def refresh_flops(self, samples: int = SAMPLES, positions: int = 1) -> int:
         """Returns the operations of U^T U, and of inverting it."""
         rows, (outputs, inputs) = samples, self.sketched
         if not self.is_explicit:
@@ -58,7 +60,7 @@ class SampleCost:
         width = outputs * inputs if self.is_explicit else outputs + inputs
         return self.blocks * (2 * rows * rows * width + 2 * samples**3)
 
-    def apply_flops(self, samples: int, positions: int = 1) -> int:
+    def apply_flops(self, samples: int = SAMPLES, positions: int = 1) -> int:
         """Returns the operations of U^T grad, of the solution, and of U times it."""
         rows, (outputs, inputs) = samples if self.is_explicit else samples * positions, self.sketched
         return self.blocks * (2 * rows * (outputs * inputs + self.outputs * self.inputs) + 2 * samples * samples)

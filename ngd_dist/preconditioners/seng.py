@@ -17,9 +17,6 @@ from ngd_dist.statistics.statistic import StatisticSpec
 
 __all__ = ["SENG"]
 
-# The samples of a rank for which costs are counted before any is known: the batch of the authors' code.
-SAMPLES = 256
-
 
 class SENG(Preconditioner):
     """The direction (lambda I + U U^T)^-1 grad = (grad - U (lambda I + U^T U)^-1 U^T grad) / lambda. Source: [Y22].
@@ -94,10 +91,10 @@ class SENG(Preconditioner):
         return (grad_BOI - form.combined(U, v_BN)).div_(cache["damping"])
 
     def refresh_flops(self) -> int:
-        return self._cost.refresh_flops(SAMPLES)
+        return self._cost.refresh_flops()
 
     def apply_flops(self) -> int:
-        return self._cost.apply_flops(SAMPLES)
+        return self._cost.apply_flops()
 
     @property
     def _scale(self) -> float:
