@@ -79,12 +79,18 @@ class RefreshReport:
             return seen[0]
         failed = [report.verdict for report in seen if report.verdict not in REFRESHED]
         verdict = max(failed) if failed else min(report.verdict for report in seen)
-        smallest = {"threshold": min(report.threshold for report in seen)}
-        largest = {
-            name: max(getattr(report, name) for report in seen)
-            for name in ("ending", "rows", "change", "change_to_before", "noise", "error", "residual", "seconds")
-        }
-        return cls(verdict, **largest, **smallest)
+        return cls(
+            verdict,
+            max(report.ending for report in seen),
+            max(report.rows for report in seen),
+            max(report.change for report in seen),
+            max(report.change_to_before for report in seen),
+            max(report.noise for report in seen),
+            min(report.threshold for report in seen),
+            max(report.error for report in seen),
+            max(report.residual for report in seen),
+            max(report.seconds for report in seen),
+        )
 
 
 REPORT_NUMBERS = len(fields(RefreshReport))

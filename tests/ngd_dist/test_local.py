@@ -163,8 +163,8 @@ def with_a_bad_statistic(rank: int, world_size: int) -> tuple[list[str], list[Te
     x, y = (of_all.chunk(world_size)[rank] for of_all in batch())
     F.cross_entropy(model(x.float()), y).backward()
     if rank == 1:
-        kept = optimizer._sync._kept
-        kept[Key("mixed", "U")] = torch.full_like(kept[Key("mixed", "U")], torch.inf)
+        key = Key("mixed", "U")
+        optimizer._sync._kept[key] = torch.full_like(optimizer._capture.to_send()[key], torch.inf)
     optimizer.step()
     endings = [f"{refresh.statistic} {refresh.ending}" for refresh in optimizer.stats.refreshes]
     return endings, [p.detach().clone() for p in model.parameters()], optimizer.stats.failed_inversions

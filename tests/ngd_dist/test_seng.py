@@ -39,7 +39,9 @@ def method(choice: SENG, outputs: int = OUTPUTS, inputs: int = INPUTS, blocks: i
 
 
 def rows(seed: int = 0, positions: int = POSITIONS, draw: int = 0) -> Any:
-    given = random_rows((BLOCKS, OUTPUTS, INPUTS), samples=SAMPLES, positions=positions, seed=seed)
+    given: Any = random_rows((BLOCKS, OUTPUTS, INPUTS), samples=SAMPLES, positions=positions, seed=seed)
+    for name in ("a_BNPI", "g_BNPO"):  # a condition number of some 100: rounding is that many times 1e-16
+        setattr(given, name, getattr(given, name) / getattr(given, name).abs().max())
     given.replicate = Replicate(seed=draw)
     return given
 
@@ -77,15 +79,16 @@ def test_a_step_is_the_dense_solution(kind: str, passes: int) -> None:
 
 def test_micro_batches_of_unknown_number_are_those_of_the_whole() -> None:
     model = net()
-    optimizer = NGD(model, config(SENG(), micro_batches="any"))
+    optimizer, exact = NGD(model, config(SENG(), micro_batches="any")), expected(model)
 
-    close(directions(model, optimizer, passes=3), expected(model))
+    close(directions(model, optimizer, passes=3), exact)
 
 
 def test_small_layers_are_exact_under_the_default() -> None:
     model = net()
+    exact = expected(model)
 
-    close(directions(model, NGD(model, config(SENG()))), expected(model))
+    close(directions(model, NGD(model, config(SENG()))), exact)
 
 
 @every_form
