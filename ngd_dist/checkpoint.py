@@ -1,7 +1,8 @@
 """The part of a checkpoint beside torch's own state: keyed by layer name, so that it fits any world size.
 
-Every statistic, cache, schedule and counter is saved; captures of a step are not. `NGD.state_dict` makes one state
-that is whole on every rank, `sharded_state` makes one part per rank.
+Every statistic, cache, schedule and counter is saved; captures of a step are not. Neither are local statistics and the
+caches made of them, which are of one rank's samples: they are due in the first step after a load. `NGD.state_dict`
+makes one state that is whole on every rank, `sharded_state` makes one part per rank.
 """
 
 import io
@@ -39,6 +40,7 @@ class LayerFormat:
 
     `statistics`: the length of each; this rank has them if it `inverts` the layer, and the values before the newest if
     it `remembers`. `cache`: the shape of each entry; this rank has all if it `holds` the layer, else the `shared` ones.
+    A layer that `is_local` has no saved cache, and its local statistics are not among those.
     """
 
     statistics: Mapping[str, int]
@@ -48,6 +50,7 @@ class LayerFormat:
     inverts: bool
     holds: bool
     remembers: bool
+    is_local: bool
 
     @property
     def local_cache(self) -> Mapping[str, tuple[int, ...]]:
@@ -83,6 +86,9 @@ class SavedState:
         self.plain = plain if fallback is not None else []
         self.formats = {name: _format(covered, sync) for name, covered in layers.items()}
         self._methods = {name: covered.method for name, covered in layers.items()}
+        self._local = {
+            Key(n, spec.name) for n, method in self._methods.items() for spec in method.statistics if spec.is_local
+        }
         self._curvature = curvature
         self._schedule = schedule
         self._fallback = fallback
@@ -163,10 +169,11 @@ class SavedState:
             "skipped_steps": stats.skipped_steps,
             "momentum_mode": self._momentum_mode,
             "tracks": {
-                str(key): track for key, track in zip(self._schedule.tracks, self._schedule.state(), strict=True)
+                str(key): track
+                for key, track in zip(self._schedule.tracks, self._schedule.state(stats.step, self._local), strict=True)
             },
             "fallback": None if self._fallback is None else self._fallback.state_dict(),
-            "damped_with": dict(self._curvature.damped_with),
+            "damped_with": {n: used for n, used in self._curvature.damped_with.items() if not self.formats[n].is_local},
             "layers": layers,
         }
 
@@ -176,6 +183,7 @@ class SavedState:
     def _layer(self, name: str) -> State:
         curvature, layer_format = self._curvature, self.formats[name]
         cache = curvature.caches[name] if layer_format.holds else curvature.caches.elsewhere.get(name)
+        cache = None if layer_format.is_local else cache
         state: State = {"cache": None if cache is None else dict(self._methods[name].saved(cache))}
         if layer_format.inverts:
             state["statistics"] = {
@@ -194,6 +202,8 @@ class SavedState:
         if entries is not None and layer_format.holds:
             entries = self._methods[name].loaded(entries, keeps_rows=name in curvature.with_few_rows)
         curvature.take(name, entries)
+        for key in (key for key in self._local if key.layer == name):
+            curvature.statistics[key].reset()
         if not layer_format.inverts:
             return
         for statistic in layer_format.statistics:
@@ -282,14 +292,16 @@ def check_format(given: object) -> None:
 
 
 def _format(covered: CoveredLayer, sync: Sync) -> LayerFormat:
+    is_local = sync.is_local(covered.name)
     return LayerFormat(
-        statistics={spec.name: spec.form.numbers for spec in covered.method.statistics},
-        cache=covered.method.cache_shapes,
-        shared=covered.method.shared,
+        statistics={spec.name: spec.form.numbers for spec in covered.method.statistics if not spec.is_local},
+        cache={} if is_local else covered.method.cache_shapes,
+        shared=() if is_local else covered.method.shared,
         dtype=covered.layer.dtype,
         inverts=sync.inverts(covered.name),
         holds=sync.holds(covered.name),
         remembers=sync.reports(covered.name),
+        is_local=is_local,
     )
 
 

@@ -76,7 +76,9 @@ class Curvature:
         self.damped_with: dict[str, float] = {}
         adapts = config.staleness.kind == "adaptive"  # a fixed interval does not depend on changes
         self.statistics = {
-            Key(name, spec.name): Statistic(spec, ema_decay=config.ema_decay, remembers=sync.reports(name) and adapts)
+            Key(name, spec.name): Statistic(
+                spec, ema_decay=config.ema_decay, remembers=adapts and (spec.is_local or sync.reports(name))
+            )
             for name, method in methods.items()
             for spec in method.statistics
         }
@@ -110,6 +112,10 @@ class Curvature:
         for stack in self.stacks:
             directions |= stack.apply(self.caches, others)
         return directions
+
+    def lacking(self, layers: Collection[str]) -> frozenset[str]:
+        """Returns those of these layers that have no cache here, so that their direction is the gradient."""
+        return frozenset(name for name in layers if not self.caches.has(name))
 
     def note_rows(self, name: str, rows: int) -> None:
         """Decides whether the layer's directions are cheaper from the rows of a gradient.
@@ -283,7 +289,8 @@ class Curvature:
         }
         problems = dict(pair for stack in self.stacks for pair in stack.problems(arguments))
         # Problems that all ranks solve are batched apart: batched alike, they have the same bits on each rank.
-        replicated = {key: problem for key, problem in problems.items() if self._sync.is_replicated(key.layer)}
+        alike = {name for name in arguments if self._sync.is_replicated(name) and not self._sync.is_local(name)}
+        replicated = {key: problem for key, problem in problems.items() if key.layer in alike}
         alone = {key: problem for key, problem in problems.items() if key not in replicated}
         start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)

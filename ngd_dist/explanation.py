@@ -8,6 +8,7 @@ from ngd_dist.config import AdamWFallback, NGDConfig
 from ngd_dist.covered import CoveredLayer, CoveredLayers
 from ngd_dist.distributed import Sync
 from ngd_dist.engines import Engine, class_of
+from ngd_dist.factors.form import Form
 from ngd_dist.step.fallback import lr_ratio
 
 __all__ = ["explain"]
@@ -33,7 +34,8 @@ def explain(
     `groups`: the optimizer's param groups as they are now. `frozen`: why parameters of the model are not updated.
 
     gradient: [blocks x] outputs x inputs, a bias being the last input. refresh and apply: floating-point operations,
-    once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer.
+    once per refresh and in every step. memory: bytes of statistics and cache on a rank that holds the layer. Tensors
+    that grow with the samples of a rank, N, count as those of one sample.
     `activations`: by layer that has run, the activation that reads its output, if the method asks for it.
     """
     rows = [_row(covered, sync, activations) for covered in layers.values()]
@@ -71,7 +73,7 @@ def _row(covered: CoveredLayer, sync: Sync, activations: Mapping[str, str | None
     layer, preconditioner = covered.layer, covered.method
     blocks, outputs, inputs = layer.shape.gradient
     read_by = f", read by {activations[layer.name]}" if layer.name in activations else ""
-    statistics = ", ".join(f"{spec.name} {_size(spec.shape)}" for spec in preconditioner.statistics)
+    statistics = ", ".join(f"{spec.name} {_size(_sizes(spec.form))}" for spec in preconditioner.statistics)
     return (
         layer.name or "(model)",
         f"{class_of(layer.module).__name__}, {type(preconditioner).__name__}{read_by}",
@@ -103,7 +105,12 @@ def _bytes(covered: CoveredLayer) -> int:
     return (kept + cached) * covered.layer.dtype.itemsize
 
 
-def _size(shape: Sequence[int]) -> str:
+def _sizes(form: Form) -> list[int | str]:
+    """Returns the lengths of the dimensions, N for those that grow with the samples."""
+    return ["N" if dim in form.sample_dims else length for dim, length in enumerate(form.shape)]
+
+
+def _size(shape: Sequence[int | str]) -> str:
     """Returns 3x3 for (1, 3, 3) and 2x3x3 for (2, 3, 3): one block is the rule."""
     lengths = shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
     return "x".join(map(str, lengths))

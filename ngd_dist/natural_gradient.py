@@ -215,6 +215,7 @@ class NaturalGradient(Assembly):
         with phase("apply"):
             directions = self._curvature.directions(means.gradients, self._capture.gradient_rows.of)
         with phase("publish"):
+            directions = self._sync.averaged(directions, self._curvature.lacking(directions))
             result = self._sync.publish(self._local_result(directions, means, reports), due)
         self._curvature.note_refreshes(result.reports)
         self._check(result.reports)

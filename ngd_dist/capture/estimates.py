@@ -66,13 +66,16 @@ class _Mean:
         self.replicates = [(share, self.spec.form.plus(total, value)) for (share, total), (_, value) in pairs]
 
     def complete(self, *, measures: bool) -> None:
-        """Takes the replicates that are under way into the mean and, if noise is measured, into the mean square."""
+        """Takes the replicates that are under way into the mean and, if noise is measured, into the mean square.
+
+        That of a local statistic is not: the replicates of other ranks are not averaged with it.
+        """
         for share, value in self.replicates:
             weighted = value if share == 1.0 else self.spec.form.weighted(value, share)
             if not _is_one(self.factor):
                 weighted = self.spec.form.times(weighted, 1 / self.factor)
             self.total = weighted if self.total is None else self.spec.form.plus(self.total, weighted)
-            if measures:
+            if measures and not self.spec.is_local:
                 square = self.spec.form.norm(value, self.num_replicates).square() * share
                 self.square = square if self.square is None else self.square + square
         self.count += len(self.replicates)
@@ -170,11 +173,12 @@ class Estimates:
             positions = Positions(batch.read, _mean(batch.mean_positions_B) if is_mean else 1.0)
             for added in alike:
                 self._positions[added.name].append(positions)
-        replicates = batch.halves() if self._halves and batch.samples > 1 else (batch,)
-        shares = [replicate.samples / batch.samples for replicate in replicates]
+        halves = batch.halves() if self._halves and batch.samples > 1 else (batch,)
         shared = self._caches.shared_of(first.name)
         for spec in first.specs:
             start = time.perf_counter()
+            replicates = (batch,) if spec.is_local else halves
+            shares = [replicate.samples / batch.samples for replicate in replicates]
             alone, scale = frozenset({spec.name}), first.weight if spec.reads_gradients else 1.0
             with _in_full_precision(batch.device):
                 estimates = [method.estimate(part, alone, shared) for part in replicates]

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 
 from ngd_dist.config.choice import Choice, Settings
-from ngd_dist.config.methods import DEFAULT_THRESHOLD, EKFAC, KFAC, LNGD, PRECONDITIONERS
+from ngd_dist.config.methods import DEFAULT_THRESHOLD, EKFAC, KFAC, LNGD, PRECONDITIONERS, SENG
 
 if TYPE_CHECKING:
     from ngd_dist.config.ngd import NGDConfig
@@ -35,6 +35,7 @@ class Thresholds(Settings):
         default=LNGD.thresholds["Phi"], gt=0, description="LNGD: weighted second moment of layer inputs."
     )
     Psi: float = Field(default=LNGD.thresholds["Psi"], gt=0, description="LNGD: weighted second moments of outputs.")
+    U: float = Field(default=SENG.thresholds["U"], gt=0, description="SENG: gradients of the samples of a rank.")
     F: float = Field(default=DEFAULT_THRESHOLD, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
 
     def of(self, statistic: str) -> float | None:

@@ -51,7 +51,7 @@ def fullest_rank(setup: Setup) -> int:
         return 0
     totals = [0] * setup.world_size
     for name, layer in setup.layers.items():
-        totals[setup.owners.owner[name]] += layer.remembered_numbers * setup.world_size
+        totals[setup.owners.owner[name]] += layer.sent_numbers * setup.world_size
         if name not in setup.owners.everywhere:
             totals[setup.owners.owner[name]] += layer.statistic_numbers
             for rank in setup.owners.holders(name):
@@ -75,7 +75,7 @@ def _of_ngd(setup: Setup, config: NGDConfig, rank: int) -> dict[str, int]:
     for name, layer in setup.layers.items():
         if owners.inverts(name, rank):
             statistics += BYTES * layer.statistic_numbers
-            statistics += BYTES * layer.remembered_numbers * (adapts and owners.owner[name] == rank)
+            statistics += BYTES * layer.remembered_numbers * (adapts and (layer.is_local or owners.owner[name] == rank))
         if owners.holds(name, rank):
             inverses += layer.cached_bytes(config.inverse_dtype)
         elif layer.shared:
@@ -106,7 +106,7 @@ def _messages(setup: Setup, rank: int) -> int:
     owners = setup.owners
     is_sent = not engine.averages or engine.is_sharded
     gradients = {n: layer.card.parameters * is_sent for n, layer in setup.layers.items()}
-    statistics = {n: layer.remembered_numbers for n, layer in setup.layers.items()}
+    statistics = {n: layer.sent_numbers for n, layer in setup.layers.items()}
 
     def arriving(sizes: Mapping[str, int]) -> int:
         owned = owners.sums(sizes)

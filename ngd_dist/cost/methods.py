@@ -7,10 +7,10 @@ every kind of layer. B blocks, n rows of a factor, R kept rows.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ngd_dist.config import EKFAC, KFAC, LNGD, NGDConfig
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, NGDConfig
 from ngd_dist.cost.card import LayerCard
 from ngd_dist.errors import ConfigError
-from ngd_dist.factors.cost import ROWS_CHECK
+from ngd_dist.factors.cost import ROWS_CHECK, SampleCost
 
 __all__ = [
     "BYTES",
@@ -19,6 +19,7 @@ __all__ = [
     "StatisticCost",
     "aligned",
     "layer_cost",
+    "of_samples",
     "with_few_rows",
     "with_gradient_rows",
 ]
@@ -42,6 +43,9 @@ class FormCost:
 
     rounded: its fields on a wire of 16 bits. is_dense: whether it travels as a triangle, and its inverse may be kept
     in 16 bits. row_numbers: those of a row that it is estimated from; row_flops: the operations for one more row.
+    sample_dims: the number of its dimensions that grow with the samples of a rank; until `of_samples` one counts.
+    is_by_position: whether it grows with the positions of a sample, too. is_kept_once: whether an entry of a cache is
+    the tensor of a statistic.
     """
 
     held: int
@@ -54,6 +58,9 @@ class FormCost:
     is_dense: bool = False
     has_basis: bool = False
     blocks: int = 1
+    sample_dims: int = 0
+    is_by_position: bool = False
+    is_kept_once: bool = False
 
     @property
     def is_rounded(self) -> bool:
@@ -72,7 +79,9 @@ class FormCost:
         return aligned(self.packed * HALF) + (aligned(self.row_numbers * BYTES) if dtype == "float16" else 0)
 
     def cached_bytes(self, dtype: str) -> int:
-        """Returns the bytes that an entry of a cache takes up while it is kept."""
+        """Returns the bytes that an entry of a cache takes up while it is kept, beside statistics."""
+        if self.is_kept_once:
+            return 0
         if not self.is_dense or dtype == "float32":
             return self.held * BYTES
         return self.held * HALF + (self.row_numbers * BYTES if dtype == "float16" else 0)
@@ -80,18 +89,23 @@ class FormCost:
 
 @dataclass(frozen=True, slots=True)
 class StatisticCost:
-    """A statistic of a layer. in_basis: whether it is measured in a basis that the others make."""
+    """A statistic of a layer. in_basis: whether it is measured in a basis that the others make.
+
+    is_local: whether it stays on the rank that measured it.
+    """
 
     name: str
     form: FormCost
     in_basis: bool = False
+    is_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
     """A layer under its method. shared: the entries of the cache that every rank needs.
 
-    few_rows: by factor, what stands for it while a step has few rows; none on several ranks.
+    few_rows: by factor, what stands for it while a step has few rows; none on several ranks. samples: the operations
+    by the samples of a rank, for a layer with local statistics. kept_positions: those of each sample.
     """
 
     card: LayerCard
@@ -100,6 +114,18 @@ class LayerCost:
     refresh_flops: int
     apply_flops: int
     shared: tuple[str, ...] = ()
+    samples: SampleCost | None = None
+    kept_positions: int = 1
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each rank has statistics, and a cache, of its own samples."""
+        return any(statistic.is_local for statistic in self.statistics)
+
+    @property
+    def sent_numbers(self) -> int:
+        """The numbers of its statistics that cross the network."""
+        return sum(statistic.form.packed for statistic in self.statistics if not statistic.is_local)
 
     @property
     def statistic_numbers(self) -> int:
@@ -140,9 +166,30 @@ def layer_cost(layer: LayerCard, config: NGDConfig) -> LayerCost:
             return _ekfac(layer, config.max_dense)
         case LNGD():
             return _lngd(layer, config.max_dense)
+        case SENG():
+            return _seng(layer, choice)
     raise ConfigError(
-        f"the planner knows the methods kfac, ekfac and lngd, got {choice.kind}: measure a method of another package, "
+        f"the planner knows the methods kfac, ekfac, lngd and seng, got {choice.kind}: measure one of another package, "
         "or plan with one of these"
+    )
+
+
+def of_samples(layer: LayerCost, samples: int) -> LayerCost:
+    """Returns the layer on a rank with so many samples, if that decides the size of its statistics."""
+    if layer.samples is None:
+        return layer
+    positions = layer.kept_positions
+
+    def grown(form: FormCost) -> FormCost:
+        times = samples**form.sample_dims * (positions if form.is_by_position else 1)
+        return replace(form, held=form.held * times, packed=form.packed * times)
+
+    return replace(
+        layer,
+        statistics=tuple(replace(s, form=grown(s.form)) for s in layer.statistics),
+        cache={name: grown(form) for name, form in layer.cache.items()},
+        refresh_flops=layer.samples.refresh_flops(samples, positions),
+        apply_flops=layer.samples.apply_flops(samples, positions),
     )
 
 
@@ -292,6 +339,34 @@ def _lngd(layer: LayerCard, max_dense: int) -> LayerCost:
     _, product = _flops(layer, forms)
     refresh = forms["Phi"].inverse_flops + layer.blocks * layer.outputs
     return LayerCost(layer, statistics, forms, refresh, product)
+
+
+def _seng(layer: LayerCard, choice: SENG) -> LayerCost:
+    B, I, O, q = layer.blocks, layer.inputs, layer.outputs, choice.q  # noqa: E741
+    is_explicit = choice.max_explicit >= I * O
+    sketched = (O, I)
+    if q is not None and is_explicit and q * q < O * I:
+        sketched = (1, q * q)
+    elif q is not None and not is_explicit:
+        sketched = (min(O, q), min(I, q))
+    has_sketch = sketched != (O, I)
+    numbers = (O * I if is_explicit else O + I) + has_sketch
+    U = replace(plain(B * numbers), sample_dims=1, is_by_position=not is_explicit)
+    cache = {"U": replace(U, is_kept_once=True), "inverse": replace(plain(B), sample_dims=2), "damping": plain(1)}
+    if has_sketch:
+        places = sketched[0] * sketched[1] if is_explicit else sum(sketched)
+        cache |= {"sketch": replace(U, held=B * places, packed=B * places), "places": plain(places)}
+    samples = SampleCost(B, O, I, sketched, is_explicit)
+    kept = layer.positions if choice.r is None or layer.positions <= choice.r else min(choice.r, O)
+    return LayerCost(
+        layer,
+        (StatisticCost("U", U, is_local=True),),
+        cache,
+        samples.refresh_flops(),
+        samples.apply_flops(),
+        samples=samples,
+        kept_positions=kept,
+    )
 
 
 def _unit_wise(layer: LayerCard) -> LayerCost:

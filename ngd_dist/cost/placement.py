@@ -1,7 +1,7 @@
 """The owner of each layer: the rule, for training and for the planner, which imports no torch."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -70,13 +70,16 @@ def least_loaded(
     return owner
 
 
-def owners_of(costs: Mapping[str, int], config: NGDConfig, world_size: int) -> Owners:
-    """Returns the owners and the holders of a job. costs: the operations of refreshing each layer."""
+def owners_of(costs: Mapping[str, int], config: NGDConfig, world_size: int, local: Collection[str] = ()) -> Owners:
+    """Returns the owners and the holders of a job. costs: the operations of refreshing each layer.
+
+    local: the layers of which each rank has a cache of its own.
+    """
     strategy = strategy_of(config, world_size)
     fraction, below = (strategy.fraction, strategy.replicate_below) if isinstance(strategy, OwnerSharded) else (0.0, 0)
     owner = least_loaded(costs, [0] * world_size)
-    small = frozenset(layer for layer, cost in costs.items() if cost < below)
-    everywhere = frozenset(costs) if isinstance(strategy, AllReduce) else small
+    small = frozenset(layer for layer, cost in costs.items() if cost < below and layer not in local)
+    everywhere = frozenset(costs) if isinstance(strategy, AllReduce) else small | frozenset(local)
     shared = max(1, ceil(fraction * world_size))
     holders = {layer: world_size if layer in everywhere else shared for layer in costs}
     return Owners(world_size, {layer: owner[layer] for layer in costs}, holders, everywhere, small)

@@ -114,7 +114,7 @@ def _packing(setup: Setup, device: Device) -> float:
     same with gradients and directions in each step.
     """
     owners, others = setup.owners, setup.world_size - 1
-    owned = owners.sums({name: layer.remembered_numbers for name, layer in setup.layers.items()})
+    owned = owners.sums({name: layer.sent_numbers for name, layer in setup.layers.items()})
     packed = owned.total()
     received = packed if len(owners.everywhere) == len(setup.layers) else max(owned.values())
     added = packed if relays(owned.values(), setup.world_size) else others * received

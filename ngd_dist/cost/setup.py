@@ -7,7 +7,7 @@ from functools import cached_property
 from ngd_dist.config import KFAC, AdaptiveInterval, FixedInterval, NGDConfig
 from ngd_dist.cost.card import ModelCard
 from ngd_dist.cost.engines import ENGINES, EngineCost, EngineName
-from ngd_dist.cost.methods import LayerCost, layer_cost, with_few_rows, with_gradient_rows
+from ngd_dist.cost.methods import LayerCost, layer_cost, of_samples, with_few_rows, with_gradient_rows
 from ngd_dist.cost.placement import Owners, owners_of
 
 __all__ = ["DEFAULT_REFRESH_SHARE", "FirstOrder", "Occasion", "Setup"]
@@ -71,7 +71,9 @@ class Setup:
         config = self.config
         if config is None:
             return {}
-        costs = {layer.name: layer_cost(layer, config) for layer in self.card.layers}
+        costs = {
+            layer.name: of_samples(layer_cost(layer, config), self.statistic_samples) for layer in self.card.layers
+        }
         if self.world_size > 1 or not _may_be_rows(config):
             return costs
         if self.micro_batches == 1 and config.may_keep_rows:
@@ -88,8 +90,11 @@ class Setup:
     def owners(self) -> Owners:
         """The owner of each layer."""
         assert self.config is not None
+        local = [name for name, layer in self.layers.items() if layer.is_local]
         costs = {name: layer.refresh_flops for name, layer in self.layers.items()}
-        return owners_of(costs, self.config, self.world_size)
+        # Local ones are placed before the samples of a rank are known.
+        costs |= {name: layer_cost(self.layers[name].card, self.config).refresh_flops for name in local}
+        return owners_of(costs, self.config, self.world_size, local)
 
     @cached_property
     def occasions(self) -> tuple[Occasion, ...]:

@@ -95,6 +95,8 @@ def _add_ngd(total: Traffic, setup: Setup, due: Due, config: NGDConfig, *, is_av
     for kind, numbers in _summed(setup, config, due).items():
         total.add(kind, _by_ring(setup, numbers))
     total.add("gradients", _gradients(setup))
+    if local := [layer.card.parameters for layer in setup.layers.values() if layer.is_local]:
+        total.add("directions", _by_ring(setup, sum(local) + len(local)))  # and whether this rank has a cache of each
     if due and not is_averaged:
         total.add("inverses", _inverses(setup, config, due))
     is_sharded = any(holders < setup.world_size for holders in setup.owners.num_holders.values())
@@ -193,7 +195,7 @@ def _statistics(setup: Setup, config: NGDConfig, due: Due) -> Iterable[Way]:
         for name in due
         if name not in owners.small
         for s in setup.layers[name].statistics
-        if s.name in due[name]
+        if s.name in due[name] and not s.is_local
     }
     sizes = {key: forms[key].on_wire(wire) for key in reversed(forms)}
     for bucket in filled(sizes, config.bucket_mb * MIB):
@@ -303,7 +305,12 @@ def _inverses(setup: Setup, config: NGDConfig, due: Due) -> Way:
 def _directions(setup: Setup, config: NGDConfig, due: Due) -> Way:
     """Of directions to the ranks that don't hold a layer, with the owners' reports."""
     owners, ranks = setup.owners, setup.world_size
-    reported = _owned(setup, {name: len(names) for name, names in due.items()})
+    by_all = sum(s.is_local and s.name in names for name, names in due.items() for s in setup.layers[name].statistics)
+    by_owner = {
+        name: sum(not s.is_local and s.name in names for s in setup.layers[name].statistics)
+        for name, names in due.items()
+    }
+    reported = [by_all + of_rank for of_rank in _owned(setup, by_owner)]
     has_inner = isinstance(config.length, LayerWise) or isinstance(config.clip, KLClip)
     inner = aligned(BYTES * len(setup.layers)) if has_inner else 0
     told = [aligned(BYTES * REPORT * reports) + inner for reports in reported]

@@ -65,6 +65,7 @@ def build_sync(
         everyone_inverts=isinstance(choice, AllReduce),
         fixed=fixed,
         shares={} if parts is None else shares_of_layers(parts, ranges),
+        local=[name for name, layout in layouts.items() if layout.is_local],
     )
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return Sync(

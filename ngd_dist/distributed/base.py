@@ -68,6 +68,30 @@ class RefreshReport:
         known = (UNMEASURED if number == -1.0 else number for number in measured)
         return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), *known)
 
+    @classmethod
+    def of_ranks(cls, reports: Sequence["RefreshReport"]) -> "RefreshReport":
+        """Returns the report on a local statistic from those of all ranks, the same on each: the worst of every field.
+
+        Ranks on which its layer did not run count if it ran on none.
+        """
+        seen = [report for report in reports if report.verdict is not Verdict.UNSEEN] or reports
+        if len(seen) == 1:
+            return seen[0]
+        failed = [report.verdict for report in seen if report.verdict not in REFRESHED]
+        verdict = max(failed) if failed else min(report.verdict for report in seen)
+        return cls(
+            verdict,
+            max(report.ending for report in seen),
+            max(report.rows for report in seen),
+            max(report.change for report in seen),
+            max(report.change_to_before for report in seen),
+            max(report.noise for report in seen),
+            min(report.threshold for report in seen),
+            max(report.error for report in seen),
+            max(report.residual for report in seen),
+            max(report.seconds for report in seen),
+        )
+
 
 REPORT_NUMBERS = len(fields(RefreshReport))
 
@@ -113,6 +137,11 @@ class LayerLayout:
     dtype: torch.dtype
     shared: tuple[str, ...]
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the cache is of each rank's own: it is made of a statistic that is."""
+        return any(spec.is_local for spec in self.statistics)
+
 
 @dataclass(frozen=True, slots=True)
 class LocalContribution:
@@ -137,8 +166,9 @@ class GlobalMeans:
     and all plain ones.
 
     `is_finite` is the same on every rank. `statistics` lacks the due ones that no rank captured, because their module
-    did not run, and those of `miscounted` layers; the part that `Positions` have in them is still to be put in.
-    `counts` has the layers that `statistics` has. `missing`: the sum over ranks of the parameters without a gradient.
+    did not run, and those of `miscounted` layers; the part that `Positions` have in them is still to be put in. Local
+    ones are no means: they are this rank's, if it captured them. `counts` has the layers that any rank captured.
+    `missing`: the sum over ranks of the parameters without a gradient.
     """
 
     is_finite: bool

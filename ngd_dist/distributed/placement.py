@@ -1,6 +1,6 @@
 """The ranks that reduce, invert and apply each layer: a pure function of costs and world size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -51,11 +51,13 @@ def place(
     everyone_inverts: bool = False,
     fixed: Mapping[str, Roles] | None = None,
     shares: Mapping[str, Sequence[int]] | None = None,
+    local: Collection[str] = (),
 ) -> Placement:
     """Returns the roles, with the owners that `least_loaded` gives.
 
     A share of the ranks holds a layer, `fraction` of them and one at least. All ranks refresh and hold a layer that
-    costs less than `replicate_below`, and every layer if `everyone_inverts`. Roles that are `fixed` stay.
+    costs less than `replicate_below`, every layer if `everyone_inverts`, and the `local` ones, of which each rank has a
+    cache of its own. Roles that are `fixed` stay.
     """
     load = [0] * world_size
     all_ranks = tuple(range(world_size))
@@ -66,8 +68,8 @@ def place(
     free = {layer: cost for layer, cost in costs.items() if layer not in roles}
     for layer, owner in least_loaded(free, load, shares).items():
         holders = tuple((owner + i) % world_size for i in range(held_by))
-        is_small = costs[layer] < replicate_below
-        if is_small or everyone_inverts:
+        is_small = costs[layer] < replicate_below and layer not in local
+        if is_small or everyone_inverts or layer in local:
             roles[layer] = Roles(owner, all_ranks, (owner, *(r for r in all_ranks if r != owner)), is_small)
         else:
             roles[layer] = Roles(owner, (owner,), holders)

@@ -4,6 +4,7 @@ Ranks are data-parallel until the gradients are there and layer-parallel from th
 ([OT20]), with directions gathered instead of weights.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from math import prod
 from typing import TypeVar
@@ -26,6 +27,7 @@ from ngd_dist.distributed.base import (
 from ngd_dist.distributed.buckets import Buckets
 from ngd_dist.distributed.comm import Communicator, Pending
 from ngd_dist.distributed.exchange import Route, begin_exchange, begin_spread
+from ngd_dist.distributed.local import mean_directions
 from ngd_dist.distributed.pieces import Pieces
 from ngd_dist.distributed.placement import Placement
 from ngd_dist.distributed.relay import begin_sums
@@ -81,6 +83,9 @@ class Sync:
         self._forms = {
             Key(name, spec.name): spec.form for name, layout in layouts.items() for spec in layout.statistics
         }
+        self._local = {
+            Key(name, spec.name) for name, layout in layouts.items() for spec in layout.statistics if spec.is_local
+        }
         self._wire = Wire({key: form.on_wire(exact, wire) for key, form in self._forms.items()})
         self._entries: Wire[TensorName] = Wire(
             {
@@ -98,6 +103,7 @@ class Sync:
         self._is_for_all = pieces is None and counts <= {1, comm.world_size}
         self._due: list[Key] = []
         self._small: dict[Key, Tensor] = {}
+        self._kept: dict[Key, Tensor] = {}
         inverters = {name: (role.owner, *set(role.inverters) - {role.owner}) for name, role in roles.items()}
         beside_backward = comm.aside() if bucket_bytes else comm
         sizes = {key: form.numbers for key, form in self._forms.items()}
@@ -118,11 +124,17 @@ class Sync:
         return self.comm.rank == self.placement.roles[layer].owner
 
     def is_replicated(self, layer: str) -> bool:
-        """Returns whether all ranks of several refresh the layer."""
+        """Returns whether all ranks of several refresh the layer, whether from the same statistics or their own."""
         return len(self.placement.roles[layer].inverters) > 1
+
+    def is_local(self, layer: str) -> bool:
+        """Returns whether each rank has a cache of its own, of its own samples."""
+        return self._layouts[layer].is_local
 
     def statistic_bytes(self, key: Key) -> int:
         """Returns the bytes that a rank sends of this statistic, a mean over ranks."""
+        if key in self._local:
+            return 0
         ranks, is_small = self.comm.world_size, self._is_summed_everywhere(key.layer)
         numbers, inverters = self._forms[key].numbers, len(self.placement.roles[key.layer].inverters)
         nbytes = numbers * self.dtype.itemsize if is_small else self._wire.nbytes(key)
@@ -132,13 +144,16 @@ class Sync:
 
     def begin(self, due: Sequence[Key]) -> None:
         """Collective. Begins a new step with these due statistics."""
-        self._due, self._small = list(due), {}
-        self._buckets.begin([key for key in due if not self._is_summed_everywhere(key.layer)])
+        self._due, self._small, self._kept = list(due), {}, {}
+        travelling = (key for key in due if key not in self._local)
+        self._buckets.begin([key for key in travelling if not self._is_summed_everywhere(key.layer)])
 
     def offer(self, key: Key, value: Tensor) -> None:
         """Takes this rank's value of a due statistic; it must not change any more. The first one counts."""
         value = value.to(self._exact)
-        if self.comm.world_size == 1:
+        if key in self._local:
+            self._kept.setdefault(key, value)
+        elif self.comm.world_size == 1:
             self._small.setdefault(key, value)
         elif self._is_summed_everywhere(key.layer):
             self._small.setdefault(key, self._forms[key].flatten(value))
@@ -149,7 +164,8 @@ class Sync:
         """Collective. Returns the means over ranks; a due statistic that was not offered counts as zeros."""
         is_sent = self.gradient_scale is not None
         self._buckets.launch()
-        small = {key: self._small_value(key) for key in self._due if self._is_summed_everywhere(key.layer)}
+        mean = [key for key in self._due if key not in self._local]
+        small = {key: self._small_value(key) for key in mean if self._is_summed_everywhere(key.layer)}
         wide = {name: g for name, g in local.gradients.items() if name not in self._reduced} if is_sent else {}
         # Whole gradients that an engine has averaged are finite on all ranks or on none; pieces are not.
         others = [local.flags, *wide.values(), *local.plain] if is_sent else [local.flags] if self.pieces else []
@@ -167,6 +183,7 @@ class Sync:
             plain = averaged[len(wide) :]
         is_finite, missing, miscounted, captured = read_counts(flags, counts, self._due)
         means = {k: self._mean(k, total, captured[k.layer].ranks) for k, total in sums.items() if k.layer in captured}
+        means |= {key: value for key, value in self._kept.items() if key.layer in captured}
         held = {name: gradients[name] for name in self._layouts if self.holds(name)}
         return GlobalMeans(is_finite, missing, miscounted, captured, means, held, plain)
 
@@ -196,12 +213,23 @@ class Sync:
                 shared[name] = cache if has_cache.pop(0) else None
         return shared
 
+    def averaged(self, directions: Mapping[str, Tensor], lacking: Collection[str]) -> dict[str, Tensor]:
+        """Collective. Returns the directions, with means over ranks where each rank has a cache of its own.
+
+        lacking: the layers without a cache here. See `mean_directions`.
+        """
+        local = {name: directions[name] for name in self._layouts if self.is_local(name)}
+        return {**directions, **mean_directions(self.comm, local, lacking, self.dtype)}
+
     def publish(self, result: StepResult, due: Sequence[Key]) -> StepResult:
-        """Collective. Returns the directions of all ranks and, for each statistic, its owner's report."""
+        """Collective. Returns the directions of all ranks and, for each statistic, its owner's report.
+
+        Every rank reports on a local statistic: see `RefreshReport.of_ranks`.
+        """
         is_sharded = len(self._everywhere) < len(self._layouts)
         if self.pieces is None and (not (is_sharded or due) or self.comm.world_size == 1):
             return result
-        rows = [result.reports[key].numbers() for key in due if self.reports(key.layer)]
+        rows = [result.reports[key].numbers() for key in self._reported(due, self.comm.rank)]
         sent = {(name, "direction"): direction for name, direction in result.directions.items()}
         if self.pieces is not None:
             sent = self.pieces.outgoing(result.directions)
@@ -213,12 +241,17 @@ class Sync:
         directions = dict(result.directions) if self.pieces is None else self.pieces.incoming(from_ranks)
         for from_rank in from_ranks:
             directions |= {name: tensor for (name, kind), tensor in from_rank.items() if kind == "direction"}
-        reports: dict[Key, RefreshReport] = {}
+        of_ranks = defaultdict[Key, list[RefreshReport]](list)
         for rank, from_rank in enumerate(from_ranks):
-            keys = [key for key in due if self.placement.roles[key.layer].owner == rank]
-            reports |= zip(keys, map(RefreshReport.parse, from_rank[REPORTS].tolist()), strict=True)
+            for key, numbers in zip(self._reported(due, rank), from_rank[REPORTS].tolist(), strict=True):
+                of_ranks[key].append(RefreshReport.parse(numbers))
+        reports = {key: RefreshReport.of_ranks(each) for key, each in of_ranks.items()}
         inner = torch.stack([from_rank[INNER] for from_rank in from_ranks]).sum(0)
         return StepResult({name: directions[name].to(self.dtype) for name in self._layouts}, reports, inner)
+
+    def _reported(self, due: Sequence[Key], rank: int) -> list[Key]:
+        """Returns the due statistics on which a rank reports: those of its layers, and all local ones."""
+        return [key for key in due if key in self._local or self.placement.roles[key.layer].owner == rank]
 
     def _is_summed_everywhere(self, layer: str) -> bool:
         return self.comm.world_size == 1 or self.placement.roles[layer].is_small
@@ -314,7 +347,7 @@ class Sync:
         """Returns the sums; layers that all ranks invert have theirs on all ranks, rounded again on the way."""
         roles = self.placement.roles
         keys = [k for k in self._due if self.is_replicated(k.layer) and not self._is_summed_everywhere(k.layer)]
-        keys = [key for key in keys if key not in self._buckets.relayed]
+        keys = [key for key in keys if key not in self._buckets.relayed and key not in self._local]
         if not keys:
             return sums
 
@@ -359,8 +392,7 @@ class Sync:
             }
             if self.pieces is not None:
                 fields = self.pieces.fields(source, target)
-            reported = sum(roles[key.layer].owner == source for key in due)
-            fields[REPORTS] = Field((reported, REPORT_NUMBERS), self.dtype)
+            fields[REPORTS] = Field((len(self._reported(due, source)), REPORT_NUMBERS), self.dtype)
             fields[INNER] = Field(tuple(inner.shape), self.dtype)
             return fields
 

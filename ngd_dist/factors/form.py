@@ -59,9 +59,15 @@ class InputRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A tensor of this shape that stands for itself, and travels as it is."""
+    """A tensor of this shape that stands for itself, and travels as it is.
+
+    sample_dims: the dimensions that grow with the samples of a rank; in `shape` they are those of one sample. A tensor
+    that has any does not travel.
+    """
 
     shape: tuple[int, ...]
+
+    sample_dims: ClassVar[tuple[int, ...]] = ()
 
     @property
     def numbers(self) -> int:

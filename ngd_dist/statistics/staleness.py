@@ -206,9 +206,14 @@ class Schedule:
         """Takes over the tracks of the statistics that both have."""
         self.tracks |= {key: track for key, track in old.tracks.items() if key in self.tracks}
 
-    def state(self) -> list[dict[str, int]]:
-        """Returns the tracks as plain integers, in key order."""
-        return [asdict(track) for track in self.tracks.values()]
+    def state(self, step: int = 0, unsaved: Collection[Key] = ()) -> list[dict[str, int]]:
+        """Returns the tracks after this step as plain integers, in key order.
+
+        unsaved: the statistics without a value in the saved state: they are due in the step after it.
+        """
+        return [
+            asdict(_without_value(track, step + 1) if key in unsaved else track) for key, track in self.tracks.items()
+        ]
 
     def _restart(self, layers: Collection[str], step: int) -> None:
         """Plans the first measurements in these layers' new bases, and keeps the bases until then."""
@@ -287,6 +292,11 @@ class Schedule:
 
         free = next((candidate for candidate in range(latest, earliest - 1, -1) if not plan.total(candidate)), latest)
         return min({free, *(candidate for candidate in plan.steps if earliest <= candidate <= latest)}, key=work)
+
+
+def _without_value(track: Track, due: int) -> Track:
+    """Returns the track of a statistic whose value is lost before this step."""
+    return replace(track, due=min(track.due, due), refreshed=0, inverse_due=min(track.inverse_due, due))
 
 
 def _remembered(work: Work) -> Work:

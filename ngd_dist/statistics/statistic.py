@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ class StatisticSpec:
 
     `form`: the form of its value. `reads_gradients`: whether it needs output gradients, of the loss or of a Fisher
     pass, or the forward pass alone. `in_basis`: whether it is measured in a basis of the cache, and restarts when that
-    changes. `per_position`: whether it is a mean over positions too; see `Positions`.
+    changes. `per_position`: whether it is a mean over positions too; see `Positions`. `reduction`: "mean": its value is
+    the mean over ranks; "local": each rank keeps that of its own samples, and the layer's cache made of it. Every rank
+    then applies its own cache to the mean gradient, and the direction is the mean of what they give.
     """
 
     name: str
@@ -45,6 +47,12 @@ class StatisticSpec:
     reads_gradients: bool = True
     in_basis: bool = False
     per_position: bool = False
+    reduction: Literal["mean", "local"] = "mean"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its value stays on the rank that measured it."""
+        return self.reduction == "local"
 
     @property
     def shape(self) -> tuple[int, ...]:

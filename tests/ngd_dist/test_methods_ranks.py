@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from examples.extending.method import Diagonal
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import AdaptiveInterval, AllReduce, FixedInterval, OwnerSharded, Settings, Thresholds
-from tests.support.methods import SHIPPED
+from tests.support.methods import LOCAL, SHIPPED
 from tests.support.ranks import run_ranks
 from tests.support.tensors import weights
 
@@ -33,7 +33,7 @@ STALENESS: dict[str, Settings] = {
     # Loose: small batches are noisy, and some refreshes should be left out.
     "adaptive": AdaptiveInterval(thresholds=Thresholds(A=0.6, G=0.8, S=1.5, Phi=0.6, Psi=0.6, F=1.0, D=0.6)),
 }
-METHODS = [*SHIPPED, Diagonal().kind]
+METHODS = [*(kind for kind in SHIPPED if kind not in LOCAL), Diagonal().kind]  # others: test_local.py
 Case = tuple[str, str, str]
 CASES: list[Case] = list(product(METHODS, STRATEGIES, STALENESS))
 # No margin: the noise is measured between the parts of the batch, which are others on every number of ranks.

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from examples.extending.method import Diagonal
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, PreconditionerChoice, Settings
+from ngd_dist.config import EKFAC, KFAC, SENG, PreconditionerChoice, Settings
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.dense import Dense
+from ngd_dist.factors.form import Form
+from ngd_dist.factors.samples import SampleGradients
 from ngd_dist.inversion import Ending
 from ngd_dist.layers import LayerBatch
 from ngd_dist.preconditioners import Cache, Preconditioner, preconditioner_for
@@ -32,6 +34,7 @@ METHODS: dict[str, Settings] = {
     "kfac exact": KFAC(damping_form="exact"),
     "kfac reduce": KFAC(sharing="reduce"),
     "ekfac reduce": EKFAC(sharing="reduce"),
+    "seng implicit": SENG(max_explicit=0),
 }
 # (B, O, I) and max_dense
 SHAPES: dict[str, tuple[tuple[int, int, int], int]] = {
@@ -64,6 +67,18 @@ def build(case: str) -> tuple[Preconditioner, tuple[int, int, int]]:
 
 def rows_of(shape: tuple[int, int, int], kind: type[GivenRows] = GivenRows) -> LayerBatch:
     return random_rows(shape, samples=12, positions=3, kind=kind)
+
+
+def shape_of(form: Form, samples: int, positions: int = 3) -> tuple[int, ...]:
+    """Returns the shape of a tensor of this form that is made of these samples."""
+    by_position = (2,) if isinstance(form, SampleGradients) and len(form.shape) == 4 else ()
+    lengths = dict.fromkeys(form.sample_dims, samples) | dict.fromkeys(by_position, positions)
+    return tuple(lengths.get(dim, length) for dim, length in enumerate(form.shape))
+
+
+def matrix(form: Form, value: Tensor) -> Tensor:
+    """Returns the value, or the matrix that its samples stand for."""
+    return form.dense(value) if isinstance(form, SampleGradients) else value
 
 
 def names(method: Preconditioner, **traits: bool) -> frozenset[str]:
@@ -111,11 +126,13 @@ def test_statistics_have_the_shapes_of_their_specs(case: str) -> None:
     statistics, _ = estimated(method, rows_of(shape))
 
     assert {name: tuple(value.shape) for name, value in statistics.items()} == {
-        spec.name: spec.shape for spec in method.statistics
+        spec.name: shape_of(spec.form, samples=12) for spec in method.statistics
     }
     for spec in method.statistics:
         value = statistics[spec.name]
         assert value.dtype == torch.float64
+        if spec.is_local:  # it does not travel
+            continue
         # Not to the bit on every processor: the upper triangle counts.
         torch.testing.assert_close(spec.form.expand(spec.form.flatten(value)), value, rtol=1e-13, atol=1e-13)
         if isinstance(spec.form, Dense):
@@ -129,7 +146,9 @@ def test_a_cache_has_the_announced_entries(case: str) -> None:
 
     _, cache = estimated(method, rows_of(shape))
 
-    assert {name: tuple(entry.shape) for name, entry in cache.items()} == dict(method.cache_shapes)
+    assert {name: tuple(entry.shape) for name, entry in cache.items()} == {
+        name: shape_of(form, samples=12) for name, form in method.entries.items()
+    }
     assert set(method.shared) <= set(method.cache_shapes)
 
 
@@ -143,8 +162,9 @@ def test_a_statistic_is_a_mean_over_samples(case: str) -> None:
     shared = {name: cache[name] for name in method.shared}
     again = method.estimate(cast(LayerBatch, twice), frozenset(once), shared)
 
-    for name, value in once.items():
-        torch.testing.assert_close(again[name], value, rtol=1e-13, atol=1e-13)
+    for spec in method.statistics:
+        ours, theirs = (matrix(spec.form, of_batch[spec.name]) for of_batch in (again, once))
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
 @every_case

@@ -3,8 +3,10 @@
 from ngd_dist.config import PRECONDITIONERS, PreconditionerConfig
 from ngd_dist.config.methods.base import is_ours
 
-__all__ = ["SHIPPED"]
+__all__ = ["LOCAL", "SHIPPED"]
 
 SHIPPED: dict[str, type[PreconditionerConfig]] = {
     kind: choice for kind, choice in PRECONDITIONERS.items() if is_ours(choice)
 }
+# Those whose step depends on the division of a batch between ranks, since each rank has a cache of its own samples.
+LOCAL = frozenset({"seng"})

@@ -9,6 +9,7 @@ from ngd_dist.config.methods.base import DEFAULT_THRESHOLD, PRECONDITIONERS, Pre
 from ngd_dist.config.methods.ekfac import EKFAC
 from ngd_dist.config.methods.kfac import KFAC
 from ngd_dist.config.methods.lngd import LNGD
+from ngd_dist.config.methods.seng import SENG
 
 __all__ = [
     "DEFAULT_THRESHOLD",
@@ -16,6 +17,7 @@ __all__ = [
     "KFAC",
     "LNGD",
     "PRECONDITIONERS",
+    "SENG",
     "PreconditionerChoice",
     "PreconditionerConfig",
     "Sharing",
@@ -38,5 +40,5 @@ if TYPE_CHECKING:
 else:
     # Its JSON schema is that of the methods of this package: the ones that a job may name.
     PreconditionerChoice = Annotated[
-        KFAC | EKFAC | LNGD, Field(discriminator="kind"), WrapValidator(_or_registered), SerializeAsAny()
+        KFAC | EKFAC | LNGD | SENG, Field(discriminator="kind"), WrapValidator(_or_registered), SerializeAsAny()
     ]

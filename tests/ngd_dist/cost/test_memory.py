@@ -24,12 +24,16 @@ CASES: dict[str, dict[str, Any]] = {
     "exact": {"preconditioner": {"kind": "kfac", "damping_form": "exact"}},
     "rows": {"preconditioner": {"kind": "kfac", "rows": 16}},
     "adamw fallback": {"fallback": {"kind": "adamw"}},
+    "seng": {"preconditioner": {"kind": "seng"}},
+    "seng sketched": {"preconditioner": {"kind": "seng", "q": 8}, "staleness": {"kind": "fixed"}},
+    "seng implicit": {"preconditioner": {"kind": "seng", "q": 8, "r": 3, "max_explicit": 100}},
 }
 ON_RANKS: dict[str, dict[str, Any]] = {
     "owners": {"strategy": {"kind": "owner_sharded", "replicate_below": 0}},
     "small ones everywhere": {},
     "held by all": {"strategy": {"kind": "owner_sharded", "replicate_below": 0, "fraction": 1.0}},
     "all_reduce": {"strategy": {"kind": "all_reduce"}},
+    "local": {"preconditioner": {"kind": "seng"}},
 }
 SAMPLES = 64
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ngd_dist.config import EKFAC, KFAC, LNGD, NGDConfig, PreconditionerConfig
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, NGDConfig, PreconditionerConfig
 from ngd_dist.cost.card import LayerCard
 from ngd_dist.cost.methods import layer_cost, with_gradient_rows
 from ngd_dist.cost.placement import owners_of
@@ -15,6 +15,7 @@ from ngd_dist.model_card import card_of
 from ngd_dist.preconditioners import preconditioner_for
 
 METHODS = [KFAC(), KFAC(damping_form="exact"), KFAC(rows=4), KFAC(sharing="reduce"), EKFAC(), LNGD()]
+METHODS += [SENG(), SENG(q=3), SENG(q=3, max_explicit=0), SENG(q=None, max_explicit=0)]
 WIRES = ["float32", "bfloat16", "float16"]
 
 
@@ -51,7 +52,8 @@ def test_a_layer_costs_what_its_method_says(layer: LayerCard, method: Preconditi
 
     cost, real = layer_cost(layer, config), preconditioner_for(layer.shape, config)
 
-    assert [(s.name, s.in_basis) for s in cost.statistics] == [(s.name, s.in_basis) for s in real.statistics]
+    names, specs = ([(s.name, s.in_basis, s.is_local) for s in of] for of in (cost.statistics, real.statistics))
+    assert names == specs
     assert {name: form.held for name, form in cost.cache.items()} == {
         name: torch.Size(shape).numel() for name, shape in real.cache_shapes.items()
     }
@@ -80,13 +82,16 @@ def test_a_layer_travels_in_as_many_bytes(layer: LayerCard, method: Precondition
 @pytest.mark.parametrize("kind", ["owner_sharded", "all_reduce"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("ranks", [1, 2, 5, 64])
-def test_layers_have_the_owners_that_the_library_gives_them(kind: str, fraction: float, ranks: int) -> None:
+@pytest.mark.parametrize("local", [(), ("layer0", "layer7", "layer23")])
+def test_layers_have_the_owners_that_the_library_gives_them(
+    kind: str, fraction: float, ranks: int, local: tuple[str, ...]
+) -> None:
     costs = {f"layer{i}": (i * 7919) % 23 * 1000 for i in range(40)}  # with ties
     is_sharded = kind == "owner_sharded"
     strategy = {"kind": kind} | ({"fraction": fraction, "replicate_below": 4000} if is_sharded else {})
     config = NGDConfig.model_validate({"strategy": strategy})
 
-    owners = owners_of(costs, config, ranks)
+    owners = owners_of(costs, config, ranks, local)
 
     real = place(
         costs,
@@ -94,6 +99,7 @@ def test_layers_have_the_owners_that_the_library_gives_them(kind: str, fraction:
         fraction=fraction * is_sharded,
         replicate_below=4000 * is_sharded,
         everyone_inverts=not is_sharded,
+        local=local,
     )
     for name, roles in real.roles.items():
         assert owners.owner[name] == roles.owner
@@ -122,7 +128,7 @@ def test_a_method_of_another_package_is_refused_by_name() -> None:
         kind: str = "planned"
         method = "a:B"
 
-    with pytest.raises(ConfigError, match="kfac, ekfac and lngd, got planned"):
+    with pytest.raises(ConfigError, match="kfac, ekfac, lngd and seng, got planned"):
         layer_cost(layers()[1], NGDConfig(preconditioner=Mine()))
 
 

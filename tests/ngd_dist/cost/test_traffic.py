@@ -31,6 +31,13 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "all_reduce adaptive": ({"strategy": {"kind": "all_reduce"}, "clip": {"kind": "kl"}}, False),
     "ekfac": ({"strategy": SHARDED, "preconditioner": {"kind": "ekfac"}, "staleness": EVERY_STEP}, False),
     "lngd": ({"strategy": SHARDED, "preconditioner": {"kind": "lngd"}}, False),
+    "seng": ({"strategy": SHARDED, "preconditioner": {"kind": "seng"}, "staleness": EVERY_STEP}, False),
+    "seng adaptive": ({"strategy": SHARDED, "preconditioner": {"kind": "seng"}, "clip": {"kind": "kl"}}, False),
+    "seng all_reduce": ({"strategy": {"kind": "all_reduce"}, "preconditioner": {"kind": "seng"}}, False),
+    "seng ddp every third": (
+        {"strategy": SHARDED, "preconditioner": {"kind": "seng"}, "staleness": {"kind": "fixed", "steps": 3}},
+        True,
+    ),
     "ddp": ({"strategy": SHARDED, "staleness": {"kind": "fixed", "steps": 2}}, True),
     "averaged statistics": (
         {"strategy": SHARDED, "ema_decay": 0.5, "staleness": {"kind": "fixed", "steps": 3, "statistics_steps": 1}},

@@ -15,6 +15,7 @@ import torch
 
 from ngd_dist.config import (
     EKFAC,
+    SENG,
     AdamWFallback,
     AdaptiveInterval,
     AllReduce,
@@ -88,6 +89,8 @@ SIXTEEN_BITS = {
     "float16": Case({"momentum": 0.0}, deepspeed={"fp16": {"enabled": True, "loss_scale": 128}}),
 }
 IN_16_BITS = [("bfloat16", "fsdp2"), *product(SIXTEEN_BITS, ZERO[1:])]
+# Each rank has its own samples' statistics: held to a bare model on as many ranks.
+LOCAL = Case({"preconditioner": SENG(), "damping": 0.3, "clip": KLClip(max_kl=1e-2)})
 ADAPTIVE = Case({"staleness": AdaptiveInterval()})
 # Saved at half time under one engine, and loaded under another.
 RESUMED = Case({"fallback": AdamWFallback(lr=0.01)})
@@ -131,6 +134,7 @@ def of_group(rank: int, world_size: int, engines: tuple[str, ...], middle: bytes
 
 def beside(rank: int, engines: tuple[str, ...], folder: str) -> dict[Any, Any]:
     outcomes: dict[Any, Any] = {("adaptive", engine): adaptive(engine) for engine in ("bare", *engines)}
+    outcomes |= {("local", engine): train(engine, LOCAL) for engine in ("bare", *engines)}
     for name, engine in IN_16_BITS:
         if engine in engines:
             outcomes["16 bits", name, engine] = train(engine, SIXTEEN_BITS[name])
@@ -326,6 +330,17 @@ def test_an_adaptive_schedule_is_that_of_a_bare_model_on_all_ranks(engine: str) 
         assert own_schedule == schedule
         for key, weight in own.items():
             torch.testing.assert_close(weight, weights[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", GROUPS)
+def test_local_statistics_give_the_weights_of_a_bare_model_on_as_many_ranks(engine: str) -> None:
+    of_ranks = outcomes(GROUPS[engine], 2)
+    tolerance = TOLERANCE[torch.float64 if engine in FLOAT64 else torch.float32]
+
+    for of_rank in of_ranks:
+        for key, weight in of_rank["local", engine].items():
+            torch.testing.assert_close(weight, of_ranks[0]["local", "bare"][key], rtol=tolerance, atol=tolerance)
 
 
 def test_a_preconditioner_before_sgd_is_ngd() -> None:
