@@ -240,7 +240,7 @@ def test_steps_that_a_sample_has_not_count_for_nothing() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_backward_passes_give_what_their_sum_gives(kind: str) -> None:
     def of(is_apart: bool) -> dict[str, Tensor]:
-        module = made(kind, num_layers=2)
+        module = made(kind, num_layers=2, batch_first=True)
 
         def run(_: NGD) -> None:
             parts = results(module, inputs())
@@ -454,6 +454,7 @@ def test_a_sequence_without_samples_is_refused(module: nn.Module, x: Tensor, mes
     assert optimizer.layers
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 def test_what_cannot_be_described_says_why() -> None:
     normalised = nn.utils.weight_norm(nn.GRU(I, H), "weight_hh_l0")  # type: ignore[attr-defined]
     reasons = {

@@ -126,7 +126,7 @@ def test_a_decoder_learns() -> None:
     )  # fmt: skip
     z, y = torch.randn(64, 4), torch.randn(64, 1, 8, 8)
     y = F.avg_pool2d(y, 3, 1, 1)
-    optimizer = NGD(model, NGDConfig(lr=0.3, damping=0.03))
+    optimizer = NGD(model, NGDConfig(lr=0.03, damping=0.03))
     losses = []
     for _ in range(15):
         optimizer.zero_grad()
