@@ -6,42 +6,47 @@ The steps of a sample are its positions, and all gates together are one layer's 
 gates, and A, which they have in common, is kept once.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngd_dist.engines import class_of
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer, OnRun
-from ngd_dist.layers.recurrent_calls import PARTS, CellCalls, RecurrentCalls
+from ngd_dist.layers.recurrent_calls import CellCalls, RecurrentCalls
 from ngd_dist.layers.recurrent_run import Chain, RecurrentRun
 
 __all__ = ["CellMap", "GateMap"]
 
 
 class GateMap(Layer):
-    """One weight of a recurrent module, with its bias: what it makes of the inputs, the last outputs or the states.
+    """Weights of a recurrent module that have one output gradient, with their biases.
 
-    Its runs are [T, N, I], whatever `batch_first` says.
+    parts: "ih" and "hh" together, since z = W_ih x + W_hh h + b_ih + b_hh is one linear map of [x, h, 1, 1]. For a GRU
+    apart: its kernel multiplies the h part of n by r. "hr" projects an LSTM's state. Runs are [T, N, I], whatever
+    `batch_first` says.
     """
 
     module: nn.RNNBase | nn.RNNCellBase
 
-    def __init__(self, name: str, module: nn.Module, calls: RecurrentCalls, chain: Chain, part: str) -> None:
-        self._calls, self._chain, self._part = calls, chain, part
+    def __init__(self, name: str, module: nn.Module, calls: RecurrentCalls, chain: Chain, parts: Sequence[str]) -> None:
+        self._calls, self._chain, self._parts = calls, chain, parts
         self._suffix = calls.suffix(chain)
         super().__init__(name, module, batch_dim=1)
 
     @classmethod
     def split_module(cls, name: str, module: nn.Module, *, batch_dim: int = 0) -> list[Layer]:
-        calls, prefix = cls._calls_of(module), f"{name}." if name else ""
-        return [
-            cls(f"{prefix}{part}{calls.suffix(chain)}", module, calls, chain, part)
-            for chain in calls.chains
-            for part in PARTS
-            if hasattr(module, f"weight_{part}{calls.suffix(chain)}")
-        ]
+        calls, layers = cls._calls_of(module), list[Layer]()
+        for chain in calls.chains:
+            suffix = calls.suffix(chain)
+            for parts in calls.parts:
+                # As torch's names of the weights: "l0" for both weights of an LSTM, "ih_l0" for one of a GRU.
+                own = f"{'' if len(parts) > 1 else parts[0]}{suffix}".removeprefix("_")
+                layers.append(cls(".".join(filter(None, (name, own))), module, calls, chain, parts))
+        return layers
 
     @classmethod
     def uncovered(cls, module: nn.Module) -> str | None:
@@ -59,8 +64,8 @@ class GateMap(Layer):
 
     @cached_property
     def shape(self) -> LayerShape:
-        outputs, inputs = self.shapes[0]
-        return LayerShape(self.name, "kronecker", inputs + (self._bias is not None), outputs)
+        widths = [shape.numel() // shape[0] for shape in self.shapes]
+        return LayerShape(self.name, "kronecker", sum(widths), self.shapes[0][0])
 
     def keep(self, x: Tensor, output: Tensor) -> RecurrentRun:
         run = self._calls.latest
@@ -69,14 +74,15 @@ class GateMap(Layer):
 
     def inputs(self, kept: RecurrentRun) -> Tensor:
         steps = kept.steps(self._chain)
-        rows = {"ih": lambda: steps.x, "hh": lambda: steps.before_TNP, "hr": lambda: steps.unprojected_TNH}
-        rows_BNPI = self._with_ones(rows[self._part]().transpose(0, 1).unsqueeze(0))
+        sources = {"ih": lambda: steps.x, "hh": lambda: steps.before_TNP, "hr": lambda: steps.unprojected_TNH}
+        rows = [sources[part]() for part in self._parts]
+        biases = len(self.shapes) - len(rows)
+        rows_TNI = torch.cat([*rows, rows[0].new_ones(*rows[0].shape[:2], biases)], -1)
         is_step = kept.is_step_TN1
-        return rows_BNPI if is_step is None else rows_BNPI * is_step.transpose(0, 1)
+        return (rows_TNI if is_step is None else rows_TNI * is_step).transpose(0, 1).unsqueeze(0)
 
     def output_gradients(self, kept: RecurrentRun, g: Tensor) -> Tensor:
-        rows_TNO = kept.gradients(g)[self._chain][PARTS.index(self._part)]
-        assert rows_TNO is not None
+        rows_TNO: Tensor = getattr(kept.gradients(g)[self._chain], self._parts[0])
         return rows_TNO.transpose(0, 1).unsqueeze(0)
 
     def positions(self, kept: RecurrentRun, g_BNPO: Tensor) -> tuple[float, ...]:
@@ -89,16 +95,10 @@ class GateMap(Layer):
     def _calls_of(cls, module: nn.Module) -> RecurrentCalls:
         return RecurrentCalls(module)
 
-    @property
-    def _weight(self) -> nn.Parameter:
-        weight = getattr(self.module, f"weight_{self._part}{self._suffix}")
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    @property
-    def _bias(self) -> nn.Parameter | None:
-        bias: nn.Parameter | None = getattr(self.module, f"bias_{self._part}{self._suffix}", None)
-        return bias
+    def _own_parameters(self) -> list[nn.Parameter]:
+        names = [f"{kind}_{part}{self._suffix}" for kind in ("weight", "bias") for part in self._parts]
+        held = (getattr(self.module, name, None) for name in names)
+        return [p for p in held if isinstance(p, nn.Parameter)]
 
 
 class CellMap(GateMap):

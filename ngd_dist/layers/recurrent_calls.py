@@ -13,9 +13,7 @@ from ngd_dist.layers.hooks import ModuleHook, tensors_in
 from ngd_dist.layers.recurrent_run import KINDS, Chain, RecurrentRun, padded
 from ngd_dist.layers.recurrent_steps import Weights
 
-__all__ = ["PARTS", "CellCalls", "RecurrentCalls"]
-
-PARTS = ("ih", "hh", "hr")  # of torch's names of weights
+__all__ = ["CellCalls", "RecurrentCalls"]
 
 
 class _Call(NamedTuple):
@@ -51,6 +49,12 @@ class RecurrentCalls:
         module = self._module
         assert isinstance(module, nn.RNNBase)
         return [Chain(layer, end) for layer in range(module.num_layers) for end in range(1 + module.bidirectional)]
+
+    @property
+    def parts(self) -> list[tuple[str, ...]]:
+        """Torch's names of the weights of a chain, those together that have one output gradient."""
+        of_gates: list[tuple[str, ...]] = [("ih",), ("hh",)] if self._kind == "GRU" else [("ih", "hh")]
+        return [*of_gates, ("hr",)] if getattr(self._module, "proj_size", 0) else of_gates
 
     def suffix(self, chain: Chain) -> str:
         """Returns the end of torch's names of the chain's parameters."""

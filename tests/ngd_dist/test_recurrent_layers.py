@@ -143,15 +143,14 @@ def test_rows_of_a_cell_that_runs_several_times_give_back_each_samples_gradient(
     check_rows(layers_of(cell), call)
 
 
-def test_layers_are_named_as_torch_names_weights() -> None:
-    module = nn.LSTM(I, H, 2, bidirectional=True, proj_size=2)
+def test_layers_are_named_after_torchs_weights() -> None:
+    lstm = nn.LSTM(I, H, 2, bidirectional=True, proj_size=2)
+    ends = ("l0", "l0_reverse", "l1", "l1_reverse")
 
-    names = [layer.name for layer in layers_of(module)]
-
-    assert [name.removeprefix("layer.") for name in names] == [
-        key.removeprefix("weight_") for key, p in module.named_parameters() if p.ndim == 2
-    ]
-    assert [layer.name for layer in layers_of(nn.GRUCell(I, H), name="")] == ["ih", "hh"]
+    assert [layer.name for layer in layers_of(lstm, "a")] == [f"a.{part}{end}" for end in ends for part in ("", "hr_")]
+    assert [layer.name for layer in layers_of(nn.GRU(I, H), "")] == ["ih_l0", "hh_l0"]
+    assert [layer.name for layer in layers_of(nn.GRUCell(I, H), "a")] == ["a.ih", "a.hh"]
+    assert [layer.name for layer in layers_of(nn.RNNCell(I, H), "a")] == ["a"]
 
 
 def test_split_undoes_join() -> None:
@@ -162,30 +161,38 @@ def test_split_undoes_join() -> None:
 
 
 class OfLinears(nn.Module):
-    """The same LSTM or GRU, one step after the other, of two linear layers."""
+    """The same LSTM or GRU, one step after the other: a linear layer of [x, h, 1, 1] or, for a GRU, of [x, 1] and [h, 1]."""
 
     def __init__(self, whole: nn.RNNBase) -> None:
         super().__init__()
-        self.ih, self.hh = nn.Linear(I, 1).double(), nn.Linear(H, 1).double()
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         self.is_lstm = isinstance(whole, nn.LSTM)
-        for part in ("ih", "hh"):
-            linear = self.get_submodule(part)
-            linear.weight = nn.Parameter(getattr(whole, f"weight_{part}_l0").detach().clone())
-            linear.bias = nn.Parameter(getattr(whole, f"bias_{part}_l0").detach().clone())
+        ih, hh, *biases = (
+            getattr(whole, f"{kind}_l0").detach().view(whole.hidden_size * (3 + self.is_lstm), -1) for kind in kinds
+        )
+        self.ih = linear_with(torch.cat([ih, hh, *biases] if self.is_lstm else [ih, biases[0]], 1))
+        self.hh = nn.Identity() if self.is_lstm else linear_with(torch.cat([hh, biases[1]], 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        h, c, outputs = x.new_zeros(len(x), H), x.new_zeros(len(x), H), []
+        h, c, one, outputs = x.new_zeros(len(x), H), x.new_zeros(len(x), H), x.new_ones(len(x), 1), []
         for x_t in x.unbind(1):
             if self.is_lstm:
-                i, f, g, o = (self.ih(x_t) + self.hh(h)).chunk(4, -1)
+                i, f, g, o = self.ih(torch.cat([x_t, h, one, one], 1)).chunk(4, -1)
                 c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                 h = o.sigmoid() * c.tanh()
             else:
-                (xr, xz, xn), (hr, hz, hn) = self.ih(x_t).chunk(3, -1), self.hh(h).chunk(3, -1)
+                xr, xz, xn = self.ih(torch.cat([x_t, one], 1)).chunk(3, -1)
+                hr, hz, hn = self.hh(torch.cat([h, one], 1)).chunk(3, -1)
                 z, n = (xz + hz).sigmoid(), (xn + (xr + hr).sigmoid() * hn).tanh()
                 h = (1 - z) * n + z * h
             outputs.append(h)
         return torch.stack(outputs, 1), None
+
+
+def linear_with(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
+    linear.weight = nn.Parameter(weight.clone())
+    return linear
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -201,10 +208,9 @@ def test_a_recurrent_module_steps_like_linear_layers_that_run_in_each_step(kind:
         (model(x)[0] * gradient).sum().div(N).backward()
         optimizer.step()
 
-    for part in ("ih", "hh"):
-        for name in ("weight", "bias"):
-            ours, theirs = getattr(whole, f"{name}_{part}_l0"), getattr(parts.get_submodule(part), name)
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    moved = OfLinears(whole)
+    for ours, theirs in zip(moved.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def captured_from(model: nn.Module, run: Callable[[NGD], Any], **settings: Any) -> dict[str, Tensor]:
@@ -304,7 +310,7 @@ def test_the_passes_of_a_fisher_go_through_the_fused_kernel(fisher: Any) -> None
     fisher = {"kind": "exact"} if fisher == "exact" else fisher
     found, expected = captured_from(model, run(model), fisher=fisher), captured_from(parts, run(parts), fisher=fisher)
 
-    names = {f"net.{part}_l{layer}": f"net.{layer}.{part}" for part in ("ih", "hh") for layer in (0, 1)}
+    names = {f"net.l{layer}": f"net.{layer}.ih" for layer in (0, 1)}
     for ours, theirs in (names | {"first": "first", "head": "head"}).items():
         for factor in "AG":
             torch.testing.assert_close(found[f"{ours}.{factor}"], expected[f"{theirs}.{factor}"], rtol=1e-9, atol=1e-12)
@@ -442,7 +448,7 @@ def test_a_compiled_model_steps_like_the_bare_one() -> None:
 @pytest.mark.parametrize(
     ("module", "x", "message"),
     [
-        (nn.LSTM(I, H), torch.ones(T, I), r"'ih_l0' needs an input of shape \[positions, samples, inputs\].*got \[5,"),
+        (nn.LSTM(I, H), torch.ones(T, I), r"'l0' needs an input of shape \[positions, samples, inputs\].*got \[5,"),
         (nn.GRUCell(I, H), torch.ones(I), r"'ih' needs an input of shape \[samples, inputs\], got \[4\]"),
     ],
 )

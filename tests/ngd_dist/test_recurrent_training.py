@@ -132,7 +132,7 @@ def test_an_lstm_learns_a_text_in_fewer_steps_than_by_adamw() -> None:
         optimizer.step()
         ours.append(float(loss.detach()))
 
-    assert {layer.name for layer in optimizer.layers} == {"tokens", "lstm.ih_l0", "lstm.hh_l0", "head"}
+    assert {layer.name for layer in optimizer.layers} == {"tokens", "lstm.l0", "head"}
     assert optimizer.plain_parameters == {}
     assert min(ours[-5:]) < min(of_adamw(lr) for lr in (0.003, 0.01, 0.03))
 
@@ -157,4 +157,4 @@ def test_the_card_of_a_model_counts_the_steps_of_each_layer() -> None:
     positions = {layer.name: layer.positions for layer in card.layers}
 
     assert set(positions.values()) == {LENGTH}
-    assert len(positions) == 2 + 4 + 4
+    assert len(positions) == 2 + 4 + 2
