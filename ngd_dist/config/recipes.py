@@ -43,6 +43,7 @@ RECIPES: Mapping[Family, NGDConfig] = MappingProxyType(
         ),
         "vit": _OF_SEQUENCES,
         "gpt": _OF_SEQUENCES,
-        "lstm": _OF_SEQUENCES,
+        # A weight that acts in each step has larger moments of a sample's gradient in few directions: less damping.
+        "lstm": _OF_SEQUENCES.model_copy(update={"damping": 0.001}),
     }
 )

@@ -161,7 +161,7 @@ def test_split_undoes_join() -> None:
 
 
 class OfLinears(nn.Module):
-    """The same LSTM or GRU, one step after the other: a linear layer of [x, h, 1, 1] or, for a GRU, of [x, 1] and [h, 1]."""
+    """The same LSTM or GRU, step by step: a linear layer of [x, h, 1, 1]; for a GRU, of [x, 1] and of [h, 1]."""
 
     def __init__(self, whole: nn.RNNBase) -> None:
         super().__init__()

@@ -118,37 +118,34 @@ def test_a_saved_run_goes_on_bit_for_bit(method: str) -> None:
 
 
 def test_an_lstm_learns_a_text_in_fewer_steps_than_by_adamw() -> None:
-    """The recipe as it stands, and AdamW at the best of 0.003, 0.01 and 0.03."""
+    """The recipe as it stands, and AdamW at each of three lr."""
     model = Reader()
     optimizer = NGD(model, RECIPES["lstm"])
-    ours = []
-    for step in range(40):
-        x, y = batch_of(step, 16)
-        optimizer.zero_grad()
-        output = model(x)
-        optimizer.fisher_backward(output)
-        loss = F.cross_entropy(output.flatten(0, 1), y.flatten())
-        loss.backward()
-        optimizer.step()
-        ours.append(float(loss.detach()))
+
+    ours = steps_to_learn(model, optimizer)
 
     assert {layer.name for layer in optimizer.layers} == {"tokens", "lstm.l0", "head"}
     assert optimizer.plain_parameters == {}
-    assert min(ours[-5:]) < min(of_adamw(lr) for lr in (0.003, 0.01, 0.03))
+    assert ours < 20
+    for lr in (0.003, 0.01, 0.03):
+        model = Reader()
+        assert steps_to_learn(model, torch.optim.AdamW(model.parameters(), lr=lr)) > ours
 
 
-def of_adamw(lr: float) -> float:
-    model = Reader()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    losses = []
-    for step in range(40):
+def steps_to_learn(model: nn.Module, optimizer: torch.optim.Optimizer, most: int = 40) -> int:
+    """Returns the first step with a loss below 0.5; it is 3.3 at first."""
+    for step in range(most):
         x, y = batch_of(step, 16)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        output = model(x)
+        if isinstance(optimizer, NGD):
+            optimizer.fisher_backward(output)
+        loss = F.cross_entropy(output.flatten(0, 1), y.flatten())
+        if float(loss.detach()) < 0.5:
+            return step
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
-    return min(losses[-5:])
+    return most
 
 
 def test_the_card_of_a_model_counts_the_steps_of_each_layer() -> None:
