@@ -119,7 +119,8 @@ class RecurrentCalls:
         if held is None:
             return None
         # An engine that puts other tensors in place of the parameters for a while frees them afterwards.
-        return held.detach() if held is self._parameters.get(name) else held.detach().clone()
+        is_own, weight = held is self._parameters.get(name), held.detach()
+        return weight if is_own else weight.clone()
 
     @property
     def _kind(self) -> str:

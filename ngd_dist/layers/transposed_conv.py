@@ -55,7 +55,8 @@ class TransposedConv(Layer):
 
     def output_gradients(self, kept: Tensor, g: Tensor) -> Tensor:
         conv = self.module
-        sides = [side for padding in reversed(conv.padding) for side in (int(padding), int(padding))]
+        # F.pad counts from the last dimension.
+        sides = [int(conv.padding[axis]) for axis in reversed(range(len(conv.kernel_size))) for _ in ("left", "right")]
         windows = windows_of(F.pad(g.to(self.dtype), sides), conv.kernel_size, conv.stride, conv.dilation)
         for axis in range(2, kept.ndim):
             # An output padding of a stride or more leaves room for pixels that the input has not.
