@@ -39,15 +39,15 @@ def card_of(
     layers, _ = cover(model, {p for p in model.parameters() if p.requires_grad}, config)
     inputs = [x.to("meta") if isinstance(x, Tensor) else x for x in inputs]
     count = next(x.shape[config.batch_dim] for x in inputs if isinstance(x, Tensor))
-    outputs, kept = Counter[str](), _Kept(model)
-    handles = [handle for layer in layers for handle in layer.watch(_counting(layer, outputs))]
+    rows, kept = Counter[str](), _Kept(model)
+    handles = [handle for layer in layers for handle in layer.watch(_counting(layer, rows))]
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(kept.add, lambda x: x):
         model(*inputs)
     for handle in handles:
         handle.remove()
     covered = sum(layer.shape.blocks * layer.shape.outputs * layer.shape.inputs for layer in layers)
     return ModelCard(
-        layers=tuple(_card(layer, outputs[layer.name] // count) for layer in layers),
+        layers=tuple(_card(layer, max(1, rows[layer.name] // count)) for layer in layers),
         other_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) - covered,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         activation_bytes=kept.nbytes // count,
@@ -72,14 +72,15 @@ class _Kept:
         return tensor
 
 
-def _counting(layer: Layer, outputs: Counter[str]) -> Callable[[Tensor, Tensor], None]:
+def _counting(layer: Layer, rows: Counter[str]) -> Callable[[Tensor, Tensor], None]:
+    @torch.no_grad()
     def on_run(x: Tensor, output: Tensor) -> None:
-        outputs[layer.name] += output.numel()
+        rows[layer.name] += layer.rows(layer.keep(x.detach(), output.detach()), output)
 
     return on_run
 
 
-def _card(layer: Layer, outputs: int) -> LayerCard:
+def _card(layer: Layer, positions: int) -> LayerCard:
     shape = layer.shape
     return LayerCard(
         name=layer.name,
@@ -88,6 +89,6 @@ def _card(layer: Layer, outputs: int) -> LayerCard:
         outputs=shape.outputs,
         blocks=shape.blocks,
         has_one_hot_inputs=shape.has_one_hot_inputs,
-        positions=max(1, outputs // (shape.blocks * shape.outputs)),
+        positions=positions,
         is_stackable=layer.is_stackable,
     )

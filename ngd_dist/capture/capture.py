@@ -32,14 +32,14 @@ from ngd_dist.capture.gradient_rows import GradientRows
 from ngd_dist.capture.loss_scale import LossScale
 from ngd_dist.capture.measurement import Measurement, Pass, Sink, Source
 from ngd_dist.capture.part import PartPass
-from ngd_dist.capture.passes import Arrivals, LayerPasses, NotedRun, miscount, size_of
+from ngd_dist.capture.passes import PARTS_OF_ONE_LOSS, Arrivals, LayerPasses, NotedRun, miscount, size_of
 from ngd_dist.config import NGDConfig
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.engines import Engine
 from ngd_dist.errors import CaptureError
 from ngd_dist.factors.caches import Caches
-from ngd_dist.layers import Layer, LayerBatch
+from ngd_dist.layers import Layer, LayerBatch, Listener
 from ngd_dist.layers.hooks import (
     OUTSIDE_BACKWARD,
     ModuleHook,
@@ -118,8 +118,9 @@ class Capture:
         self._accumulation = Accumulation(accumulated)
         self._activations = Activations(model) if self._reads_slopes else None
         handles = [model.register_forward_pre_hook(ModuleHook(weakly(self._note_forward)), with_kwargs=True)]
-        on_run = weakly(self._on_run)
-        handles += [handle for layer in self._layers.values() for handle in layer.watch(partial(on_run, layer))]
+        on_run, awaits = weakly(self._on_run), weakly(self._awaits)
+        for layer in self._layers.values():
+            handles += layer.watch(Listener(partial(on_run, layer), partial(awaits, layer)))
         # Last: the model may be a layer itself.
         handles.append(model.register_forward_hook(ModuleHook(weakly(self._note_output)), always_call=True))
         self._finalizer = weakref.finalize(self, _let_go, handles, self._accumulation)
@@ -289,13 +290,10 @@ class Capture:
 
     def _on_run(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that the layer has run; called by its hook. Raises: CaptureError for an unfit input."""
+        if not (self._awaits(layer) and torch.is_grad_enabled() and output.requires_grad):
+            return
         is_due = layer.name in self.measurement.due
         is_noted = is_due or self.measurement.keeps_rows
-        is_of_use = is_noted or self.needs_fisher_pass or layer.name in self.gradient_rows.names
-        if self._is_blind or not is_of_use or self._is_in_fisher_pass:  # the last under activation checkpointing
-            return
-        if not (torch.is_grad_enabled() and output.requires_grad):
-            return
         self._has_run = True
         self.gradient_rows.watch(layer, x, output)
         is_trained = any(p.requires_grad for p in layer.parameters)
@@ -318,6 +316,13 @@ class Capture:
         if not self._engine.swaps_parameters:
             self._accumulation.watch(layer.name, layer.parameters)
         output.register_hook(partial(self._gradient_hook, layer.name, run))
+
+    def _awaits(self, layer: Layer) -> bool:
+        """Returns whether a run of the layer is of use now."""
+        if self._is_blind or self._is_in_fisher_pass:  # the latter under activation checkpointing
+            return False
+        is_measured = self.measurement.keeps_rows or layer.name in self.measurement.due
+        return is_measured or self.needs_fisher_pass or layer.name in self.gradient_rows.names
 
     def _on_gradient(self, name: str, run: NotedRun, g: Tensor) -> None:
         """Takes the gradient of a run, if the pass that brings it may count."""
@@ -377,12 +382,7 @@ class Capture:
                 self._single.add(name)
             elif passes.adds_up and passes.ended > 1 and not self._has_warned:
                 self._has_warned = True
-                logger.warning(
-                    "layer %r had %d backward passes in one step: they count as parts of one loss on the same samples. "
-                    "If they are gradient accumulation, set micro_batches",
-                    name,
-                    passes.ended,
-                )
+                logger.warning(PARTS_OF_ONE_LOSS, name, passes.ended)
 
     def _clear(self) -> None:
         self.batches.forget()

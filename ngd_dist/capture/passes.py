@@ -15,7 +15,13 @@ from ngd_dist.errors import CaptureError
 from ngd_dist.layers import Layer, Run
 from ngd_dist.layers.hooks import OUTSIDE_BACKWARD
 
-__all__ = ["Arrivals", "LayerPasses", "MicroBatch", "NotedRun", "miscount", "size_of"]
+__all__ = ["PARTS_OF_ONE_LOSS", "Arrivals", "LayerPasses", "MicroBatch", "NotedRun", "miscount", "size_of"]
+
+# The warning with a layer's name and its number of passes.
+PARTS_OF_ONE_LOSS = (
+    "layer %r had %d backward passes in one step: they count as parts of one loss on the same samples. If they are "
+    "gradient accumulation, set micro_batches"
+)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

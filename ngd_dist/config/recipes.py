@@ -43,6 +43,7 @@ RECIPES: Mapping[Family, NGDConfig] = MappingProxyType(
         ),
         "vit": _OF_SEQUENCES,
         "gpt": _OF_SEQUENCES,
-        "lstm": _OF_SEQUENCES,
+        # At 0.03 the LSTM of `benchmarks.methods.tasks` needs 180 steps to its target, at 0.003 80, at 0.001 60.
+        "lstm": _OF_SEQUENCES.model_copy(update={"damping": 0.001}),
     }
 )

@@ -12,7 +12,7 @@ from ngd_dist.engines import class_of
 from ngd_dist.errors import ConfigError
 from ngd_dist.factors.form import Replicate
 from ngd_dist.layers.attention import InProjection
-from ngd_dist.layers.base import Layer, OnRun
+from ngd_dist.layers.base import Layer, Listener, OnRun
 from ngd_dist.layers.batch import LayerBatch
 from ngd_dist.layers.batchnorm import BatchNorm, SyncBatchNorm
 from ngd_dist.layers.conv import Conv
@@ -21,25 +21,31 @@ from ngd_dist.layers.groupnorm import GroupNorm
 from ngd_dist.layers.layernorm import LayerNorm, RMSNorm
 from ngd_dist.layers.linear import Linear
 from ngd_dist.layers.other_libraries import LAYERS_BY_NAME
+from ngd_dist.layers.recurrent import CellMap, GateMap
 from ngd_dist.layers.run import Run
+from ngd_dist.layers.transposed_conv import TransposedConv
 
 __all__ = [
     "LAYERS",
     "LAYERS_BY_NAME",
     "BatchNorm",
+    "CellMap",
     "Conv",
     "Embedding",
+    "GateMap",
     "GroupNorm",
     "InProjection",
     "Layer",
     "LayerBatch",
     "LayerNorm",
     "Linear",
+    "Listener",
     "OnRun",
     "RMSNorm",
     "Replicate",
     "Run",
     "SyncBatchNorm",
+    "TransposedConv",
     "kind_of",
     "register_layer",
 ]
@@ -49,8 +55,17 @@ LAYERS: dict[type[nn.Module], type[Layer]] = {
     nn.Conv1d: Conv,
     nn.Conv2d: Conv,
     nn.Conv3d: Conv,
+    nn.ConvTranspose1d: TransposedConv,
+    nn.ConvTranspose2d: TransposedConv,
+    nn.ConvTranspose3d: TransposedConv,
     nn.Embedding: Embedding,
     nn.MultiheadAttention: InProjection,
+    nn.RNN: GateMap,
+    nn.LSTM: GateMap,
+    nn.GRU: GateMap,
+    nn.RNNCell: CellMap,
+    nn.LSTMCell: CellMap,
+    nn.GRUCell: CellMap,
     nn.BatchNorm1d: BatchNorm,
     nn.BatchNorm2d: BatchNorm,
     nn.BatchNorm3d: BatchNorm,

@@ -5,6 +5,7 @@ Shapes: B blocks, N samples, P positions (1 when dense), I inputs (+1 with bias)
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,10 +18,26 @@ from ngd_dist.factors.kronecker import second_moment
 from ngd_dist.layers.hooks import ModuleHook
 from ngd_dist.layers.run import of_samples
 
-__all__ = ["Layer", "OnRun"]
+__all__ = ["Layer", "Listener", "OnRun", "awaits"]
 
 # Called in forward, for every run of the layer, with its input and its output.
 OnRun = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """An `OnRun` that can tell before a run whether it will note that, for layers that have to prepare the output."""
+
+    on_run: OnRun
+    awaits: Callable[[], bool | None]
+
+    def __call__(self, x: Tensor, output: Tensor) -> None:
+        self.on_run(x, output)
+
+
+def awaits(on_run: OnRun) -> bool:
+    """Returns whether a run that begins now may be noted: unless the function tells, it may."""
+    return bool(on_run.awaits()) if isinstance(on_run, Listener) else True
 
 
 class Layer(ABC):
@@ -124,6 +141,10 @@ class Layer(ABC):
         Rows that are 0 because they have no part in the gradient don't count.
         """
         return (g_BNPO.shape[2],)
+
+    def rows(self, kept: Any, g: Tensor) -> int:
+        """Returns N P of one run, padding included. g: of the shape of `on_run`'s output. Makes no rows."""
+        return g.numel() // (self.shape.blocks * self.shape.outputs)
 
     def input_squares(self, a_BNPI: Tensor, counted_BNP: Tensor | None) -> Tensor:
         """Returns the sum over n and p of a^2, [B, I]: the diagonal of sum a a^T. `counted_BNP`: see `LayerBatch`."""

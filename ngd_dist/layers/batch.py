@@ -118,8 +118,7 @@ class LayerBatch:
     @property
     def count(self) -> int:
         """N P, padding included: the work of estimating a statistic grows with it."""
-        shape = self._layer.shape
-        return sum(run.g.numel() for run in self._runs if run.g is not None) // (shape.blocks * shape.outputs)
+        return sum(self._layer.rows(run.kept, run.g) for run in self._runs if run.g is not None)
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
 """nn.Conv1d, 2d and 3d: positions are the output's pixels, inputs the flattened patch of each pixel."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from ngd_dist.layers.autocorrelation import Window, is_worthwhile, patch_moment
 from ngd_dist.layers.base import Layer
 from ngd_dist.layers.run import of_samples
 
-__all__ = ["Conv"]
+__all__ = ["AXES", "Conv", "patch_rows", "windows_of"]
 
 AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
@@ -49,25 +50,8 @@ class Conv(Layer):
         return LayerShape(self.name, "kronecker", inputs, outputs // groups, blocks=groups)
 
     def inputs(self, kept: Tensor) -> Tensor:
-        """Returns rows that lie in memory as [B, I, N, P].
-
-        The innermost copy then runs along an axis of the image: 2 to 5 times as fast as F.unfold and its transpose
-        (3x3 patches of 64x56x56 and of 16x16x16, one CPU thread), and as fast a factor of the rows for second moments.
-        """
-        conv = self.module
         windows = self._windows(self._padded(kept.to(self.dtype)))
-        dims = len(conv.kernel_size)
-        samples, space = windows.shape[0], windows.shape[2 : 2 + dims]
-        B, I = conv.groups, self.shapes[0][1:].numel()  # noqa: E741
-        rows_BINP = windows.new_ones(B, I + (self._bias is not None), samples, prod(space))
-        patch = (self.shapes[0][1], *conv.kernel_size)
-        target = rows_BINP[:, :I].unflatten(1, patch).unflatten(-1, space)
-        # [N, C, *space, *kernel] -> [B, C of the group, *kernel, N, *space]
-        grouped = windows.unflatten(1, (B, patch[0]))
-        kernel_axes, space_axes = range(3 + dims, 3 + 2 * dims), range(3, 3 + dims)
-        target.copy_(grouped.permute(1, 2, *kernel_axes, 0, *space_axes))
-        rows_BNPI: Tensor = rows_BINP.permute(0, 2, 3, 1)
-        return rows_BNPI
+        return patch_rows(windows, self.module.groups, has_ones=self._bias is not None)
 
     def input_moment(self, kept: Tensor) -> Tensor:
         read = self._read_with_stride_1(kept.to(self.dtype))
@@ -110,10 +94,7 @@ class Conv(Layer):
 
     def _windows(self, padded: Tensor) -> Tensor:
         """Returns the patches as a view, [N, C, *space, *kernel]."""
-        conv = self.module
-        for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
-            padded = padded.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        return padded
+        return windows_of(padded, self.module.kernel_size, self.module.stride, self.module.dilation)
 
     def _padded(self, x: Tensor) -> Tensor:
         sides = self._padding()
@@ -133,3 +114,31 @@ class Conv(Layer):
             else:
                 sides += [0 if conv.padding == "valid" else int(conv.padding[axis])] * 2
         return sides
+
+
+def windows_of(padded: Tensor, sizes: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
+    """Returns the patches of a padded image as a view, [N, C, *space, *kernel]."""
+    for axis, (size, stride, dilation) in enumerate(zip(sizes, strides, dilations, strict=True)):
+        padded = padded.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return padded
+
+
+def patch_rows(windows: Tensor, groups: int, *, has_ones: bool = False) -> Tensor:
+    """Returns patches [N, C, *space, *kernel] as rows [B, N, P, I], which lie in memory as [B, I, N, P].
+
+    The innermost copy then runs along an axis of the image: 2 to 5 times as fast as F.unfold and its transpose
+    (3x3 patches of 64x56x56 and of 16x16x16, one CPU thread), and as fast a factor of the rows for second moments.
+    has_ones: whether a column of 1 comes last.
+    """
+    dims = (windows.ndim - 2) // 2
+    samples, space = windows.shape[0], windows.shape[2 : 2 + dims]
+    patch = (windows.shape[1] // groups, *windows.shape[2 + dims :])
+    width = prod(patch)
+    rows_BINP = windows.new_ones(groups, width + has_ones, samples, prod(space))
+    target = rows_BINP[:, :width].unflatten(1, patch).unflatten(-1, space)
+    # [N, C, *space, *kernel] -> [B, C of the group, *kernel, N, *space]
+    grouped = windows.unflatten(1, (groups, patch[0]))
+    kernel_axes, space_axes = range(3 + dims, 3 + 2 * dims), range(3, 3 + dims)
+    target.copy_(grouped.permute(1, 2, *kernel_axes, 0, *space_axes))
+    rows_BNPI: Tensor = rows_BINP.permute(0, 2, 3, 1)
+    return rows_BNPI

@@ -34,11 +34,11 @@ class ModuleHook:
     and a saved model loads without this library. torch.compile breaks the graph at hooked modules.
     """
 
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self._hook: Callable[..., None] = torch.compiler.disable(hook)
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook: Callable[..., Any] = torch.compiler.disable(hook)
 
-    def __call__(self, *args: Any) -> None:
-        self._hook(*args)
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A bound method of the standard library that takes any arguments, and returns None.

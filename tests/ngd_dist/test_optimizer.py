@@ -105,23 +105,23 @@ def test_what_is_not_covered_takes_the_plain_step_and_says_why(caplog: pytest.Lo
     frozen = nn.Linear(8, 8)
     frozen.weight.requires_grad_(False)
     gone = nn.Linear(8, 8).requires_grad_(False)
-    conv = nn.ConvTranspose2d(2, 4, 1)
-    model = nn.Sequential(conv, nn.Flatten(), shared, twin, frozen, gone, nn.PReLU(), nn.Linear(8, 3)).double()
+    norm = nn.InstanceNorm2d(4, affine=True)
+    model = nn.Sequential(norm, nn.Flatten(), shared, twin, frozen, gone, nn.PReLU(), nn.Linear(8, 3)).double()
     optimizer = NGD(model, NGDConfig(lr=0.5, momentum=0.0, fallback=SGDFallback()))
 
     assert optimizer.plain_parameters == {
-        "0.weight": "no layer kind covers ConvTranspose2d",
-        "0.bias": "no layer kind covers ConvTranspose2d",
+        "0.weight": "no layer kind covers InstanceNorm2d",
+        "0.bias": "no layer kind covers InstanceNorm2d",
         "2.weight": "Linear shares a parameter with another module",
         "3.weight": "Linear shares a parameter with another module",
         "4.bias": "Linear is partly frozen, or partly outside param_groups",
         "6.weight": "no layer kind covers PReLU",
     }
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "0.weight (no layer kind covers ConvTranspose2d)" in caplog.text
+    assert "0.weight (no layer kind covers InstanceNorm2d)" in caplog.text
     assert [layer.name for layer in optimizer.layers] == ["7"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    F.cross_entropy(model(torch.randn(5, 2, 2, 1, dtype=F64)), torch.randint(3, (5,))).backward()
+    F.cross_entropy(model(torch.randn(5, 4, 2, 1, dtype=F64)), torch.randint(3, (5,))).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     optimizer.step()

@@ -84,6 +84,24 @@ class Images(nn.Module):
         return logits
 
 
+class Recurrent(nn.Module):
+    """Recurrent modules, one with weights that FSDP2 shards for it alone and one of the root's group, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 6)
+        self.both = nn.GRU(6, 3, bidirectional=True, batch_first=True)
+        self.lstm = nn.LSTM(6, 5, num_layers=2, batch_first=True)
+        self.cell = nn.LSTMCell(5, 4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, (h, _) = self.lstm(self.both(self.embedding(x))[0])
+        state = self.cell(outputs[:, 0])
+        logits: Tensor = self.head(self.cell(h[-1], state)[0])
+        return logits
+
+
 class Tied(Net):
     """Its last layer has the embedding's weight."""
 

@@ -44,6 +44,7 @@ from tests.support.engines import (
     Checkpointed,
     Images,
     Net,
+    Recurrent,
     Run,
     Tied,
     Unused,
@@ -80,6 +81,7 @@ CASES = {
     "layers that run again in backward": Case(net=Checkpointed, passes=2),
     "a layer without a gradient": Case({"weight_decay": 0.1, "weight_rescaling": "always"}, net=Unused),
     "images": Case({"lr": 0.05}, net=Images),
+    "recurrent": Case({"lr": 0.05}, net=Recurrent),
     "preconditioner before SGD": Case(inner=SGD),
     "preconditioner before AdamW": Case(inner=ADAMW),
 }
@@ -105,7 +107,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 # The default run has each case at ZeRO 2, and at the other stages those that go ways of their own there.
 OF_OTHER_STAGES = ("momentum", "accumulation", "kl clip", "norm clip", "adamw fallback", "tied weights", "images")
-OF_OTHER_STAGES += ("exact Fisher", "weights rescaled", "half of the ranks hold", "preconditioner before SGD")
+OF_OTHER_STAGES += (
+    "recurrent",
+    "exact Fisher",
+    "weights rescaled",
+    "half of the ranks hold",
+    "preconditioner before SGD",
+)
 
 
 def fits(engine: str, name: str, world_size: int) -> bool:
