@@ -7,8 +7,11 @@ from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, WrapVa
 
 from ngd_dist.config.methods.base import DEFAULT_THRESHOLD, PRECONDITIONERS, PreconditionerConfig, Sharing, is_ours
 from ngd_dist.config.methods.ekfac import EKFAC
+from ngd_dist.config.methods.eva import Eva
 from ngd_dist.config.methods.kfac import KFAC
 from ngd_dist.config.methods.lngd import LNGD
+from ngd_dist.config.methods.singd import SINGD
+from ngd_dist.config.methods.tkfac import TKFAC
 
 __all__ = [
     "DEFAULT_THRESHOLD",
@@ -16,6 +19,9 @@ __all__ = [
     "KFAC",
     "LNGD",
     "PRECONDITIONERS",
+    "SINGD",
+    "TKFAC",
+    "Eva",
     "PreconditionerChoice",
     "PreconditionerConfig",
     "Sharing",
@@ -38,5 +44,8 @@ if TYPE_CHECKING:
 else:
     # Its JSON schema is that of the methods of this package: the ones that a job may name.
     PreconditionerChoice = Annotated[
-        KFAC | EKFAC | LNGD, Field(discriminator="kind"), WrapValidator(_or_registered), SerializeAsAny()
+        KFAC | EKFAC | LNGD | TKFAC | Eva | SINGD,
+        Field(discriminator="kind"),
+        WrapValidator(_or_registered),
+        SerializeAsAny(),
     ]

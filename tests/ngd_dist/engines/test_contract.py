@@ -15,9 +15,12 @@ import torch
 
 from ngd_dist.config import (
     EKFAC,
+    SINGD,
+    TKFAC,
     AdamWFallback,
     AdaptiveInterval,
     AllReduce,
+    Eva,
     Exact,
     ExponentialDamping,
     KLClip,
@@ -69,6 +72,9 @@ CASES = {
     "adamw fallback": Case({"fallback": AdamWFallback(lr=0.01, weight_decay=0.1), "weight_decay": 0.1}),
     "exact Fisher": Case({"fisher": Exact()}, has_fisher_passes=True),
     "ekfac": Case({"preconditioner": EKFAC(), "damping": 0.3, "damping_rule": ExponentialDamping(factor=0.5, every=2)}),
+    "tkfac": Case({"preconditioner": TKFAC()}),
+    "eva": Case({"preconditioner": Eva()}),
+    "singd": Case({"preconditioner": SINGD()}),
     "all ranks invert": Case({"strategy": AllReduce()}),
     "half of the ranks hold": Case({"strategy": OwnerSharded(fraction=0.5, replicate_below=0)}),
     "small layers everywhere": Case({"strategy": OwnerSharded()}),
