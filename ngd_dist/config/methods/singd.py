@@ -40,11 +40,12 @@ class SINGD(PreconditionerConfig):
         description="The rows of a block of block_diagonal, or the rank of low_rank. None: 30 and 15.",
     )
     rate: float = Field(
-        default=0.1,
+        default=0.3,
         gt=0,
         lt=1,
-        description="beta_1: the length of a step of K and C, less where it could change the sign of a root. 0.1 "
-        "follows the statistics as an ema_decay of 0.9 does.",
+        description="beta_1: the length of a step of K and C, less where it could change the sign of a root. 0.3 "
+        "follows the statistics as an ema_decay of 0.7 does. The source's 0.01 is for steps with a small lr: if "
+        "weights move faster than roots, training diverges.",
     )
     momentum: float = Field(
         default=0.5,
