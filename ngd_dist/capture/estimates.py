@@ -85,11 +85,11 @@ class _Mean:
         """Returns the mean over `passes` micro-batches, and its mean square.
 
         shares: the number of micro-batches that share a value, in forms that do. divisor: the loss of each was divided
-        by it, and g was not multiplied by it; a statistic has its square.
+        by it, and g was not multiplied by it; a second moment has its square.
         """
         if self.total is None or (passes == 1 and shares == 1 and divisor == 1):
             return self.total, self.square
-        power = divisor**2 if self.spec.reads_gradients else 1
+        power = divisor**self.spec.moment if self.spec.reads_gradients else 1
         mean = self.spec.form.mean(self.total, passes, shares, power)
         return mean, None if self.square is None else self.square * (power**2 / passes)
 

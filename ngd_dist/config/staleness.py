@@ -6,7 +6,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 
 from ngd_dist.config.choice import Choice, Settings
-from ngd_dist.config.methods import DEFAULT_THRESHOLD, EKFAC, KFAC, LNGD, PRECONDITIONERS, SENG
+from ngd_dist.config.methods import DEFAULT_THRESHOLD, EKFAC, KFAC, LNGD, PRECONDITIONERS, SENG, Eva
 
 if TYPE_CHECKING:
     from ngd_dist.config.ngd import NGDConfig
@@ -28,14 +28,24 @@ class Thresholds(Settings):
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_of_a_method)], Annotated[float, Field(gt=0)]]
 
-    A: float = Field(default=KFAC.thresholds["A"], gt=0, description="K-FAC, EKFAC: second moment of layer inputs.")
-    G: float = Field(default=KFAC.thresholds["G"], gt=0, description="K-FAC, EKFAC: second moment of output gradients.")
+    A: float = Field(
+        default=KFAC.thresholds["A"], gt=0, description="K-FAC, EKFAC, SINGD: second moment of layer inputs."
+    )
+    G: float = Field(
+        default=KFAC.thresholds["G"], gt=0, description="K-FAC, EKFAC, SINGD: second moment of output gradients."
+    )
     S: float = Field(default=EKFAC.thresholds["S"], gt=0, description="EKFAC: second moments in the eigenbasis.")
     Phi: float = Field(
-        default=LNGD.thresholds["Phi"], gt=0, description="LNGD: weighted second moment of layer inputs."
+        default=LNGD.thresholds["Phi"], gt=0, description="LNGD, TKFAC: weighted second moment of layer inputs."
     )
-    Psi: float = Field(default=LNGD.thresholds["Psi"], gt=0, description="LNGD: weighted second moments of outputs.")
+    Psi: float = Field(
+        default=LNGD.thresholds["Psi"],
+        gt=0,
+        description="LNGD, TKFAC: weighted second moments of outputs, or of their gradients.",
+    )
     U: float = Field(default=SENG.thresholds["U"], gt=0, description="SENG: gradients of the samples of a rank.")
+    a: float = Field(default=Eva.thresholds["a"], gt=0, description="Eva: mean of layer inputs.")
+    g: float = Field(default=Eva.thresholds["g"], gt=0, description="Eva: mean of output gradients.")
     F: float = Field(default=DEFAULT_THRESHOLD, gt=0, description="Unit-wise Fisher blocks of normalisation layers.")
 
     def of(self, statistic: str) -> float | None:

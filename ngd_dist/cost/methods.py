@@ -7,7 +7,7 @@ every kind of layer. B blocks, n rows of a factor, R kept rows.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, NGDConfig
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, SINGD, TKFAC, Eva, NGDConfig
 from ngd_dist.cost.card import LayerCard
 from ngd_dist.errors import ConfigError
 from ngd_dist.factors.cost import ROWS_CHECK, SampleCost
@@ -168,9 +168,15 @@ def layer_cost(layer: LayerCard, config: NGDConfig) -> LayerCost:
             return _lngd(layer, config.max_dense)
         case SENG():
             return _seng(layer, choice)
+        case TKFAC():
+            return _tkfac(layer, config.max_dense)
+        case Eva():
+            return _eva(layer)
+        case SINGD():
+            return _singd(layer, choice, config.max_dense)
     raise ConfigError(
-        f"the planner knows the methods kfac, ekfac, lngd and seng, got {choice.kind}: measure one of another package, "
-        "or plan with one of these"
+        f"the planner knows the methods of this package, got {choice.kind}: measure a method of another package, or "
+        "plan with one of these"
     )
 
 
@@ -276,6 +282,24 @@ def root(blocks: int, rows: int, n: int) -> FormCost:
     )
 
 
+def block_structure(blocks: int, width: int, rows: int) -> FormCost:
+    """Returns the cost of the blocks along a diagonal, each of so many rows at most; a root takes four products."""
+    rows = min(rows, width)
+    count = blocks * -(-width // rows)
+    matrices = dense(count, rows)
+    return replace(matrices, row_numbers=blocks * width, inverse_flops=8 * count * rows**3, product_flops=4 * rows)
+
+
+def low_rank_structure(blocks: int, width: int, rank: int) -> FormCost:
+    """Returns the cost of `rank` rows of a matrix and its diagonal."""
+    numbers = blocks * (rank + 1) * width
+    return replace(
+        plain(numbers, blocks * width, is_entrywise=True),
+        inverse_flops=8 * blocks * rank**2 * width + 10 * blocks * width,
+        product_flops=4 * rank + 2,
+    )
+
+
 def plain(numbers: int, row_numbers: int | None = None, *, is_entrywise: bool = False) -> FormCost:
     """Returns the cost of a tensor that stands for itself."""
     rounded: Fields = ((1, BYTES), (numbers, HALF)) if is_entrywise else ((numbers, BYTES),)
@@ -367,6 +391,42 @@ def _seng(layer: LayerCard, choice: SENG) -> LayerCost:
         samples=samples,
         kept_positions=kept,
     )
+
+
+def _tkfac(layer: LayerCard, max_dense: int) -> LayerCost:
+    forms = {
+        "Phi": _factor(layer.blocks, layer.inputs, max_dense),
+        "Psi": _factor(layer.blocks, layer.outputs, max_dense),
+    }
+    statistics = tuple(StatisticCost(name, form) for name, form in forms.items())
+    return LayerCost(layer, statistics, forms, *_flops(layer, forms))
+
+
+def _eva(layer: LayerCard) -> LayerCost:
+    vectors = {"a": plain(layer.blocks * layer.inputs), "g": plain(layer.blocks * layer.outputs)}
+    statistics = tuple(StatisticCost(name, form) for name, form in vectors.items())
+    refresh = 2 * sum(form.held for form in vectors.values())
+    return LayerCost(layer, statistics, vectors | {"damping": plain(layer.blocks)}, refresh, 5 * layer.parameters)
+
+
+def _singd(layer: LayerCard, choice: SINGD, max_dense: int) -> LayerCost:
+    forms = {
+        "A": _structure(layer.blocks, layer.inputs, choice, max_dense),
+        "G": _structure(layer.blocks, layer.outputs, choice, max_dense),
+    }
+    statistics = tuple(StatisticCost(name, form) for name, form in forms.items())
+    roots = {root: plain(forms[name].held) for name, root in (("A", "K"), ("G", "C"))}
+    steps = {f"m_{root}": form for root, form in roots.items()} if choice.momentum else {}
+    return LayerCost(layer, statistics, roots | steps, *_flops(layer, forms))
+
+
+def _structure(blocks: int, width: int, choice: SINGD, max_dense: int) -> FormCost:
+    rows = width if choice.rows is None else choice.rows
+    if choice.structure == "diagonal" or (choice.structure == "dense" and width > max_dense):
+        return replace(diagonal(blocks, width), inverse_flops=10 * blocks * width)
+    if choice.structure == "low_rank" and rows < width:
+        return low_rank_structure(blocks, width, rows)
+    return block_structure(blocks, width, rows)
 
 
 def _unit_wise(layer: LayerCard) -> LayerCost:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "first_moment",
     "from_basis",
     "outer",
     "pi_split",
@@ -57,6 +58,11 @@ def sampled(rows_BRD: Tensor, count: int, seed: int) -> Tensor:
 def square_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
     """Returns scale * sum over n and p of r^2, [B, D]: the diagonal of `second_moment`."""
     return rows_BNPD.square().sum((1, 2)) * _per_block(scale, rows_BNPD, 1)
+
+
+def first_moment(rows_BNPD: Tensor, scale: float | Tensor) -> Tensor:
+    """Returns scale * sum over n and p of r, [B, D]. scale: a number, or [B]."""
+    return rows_BNPD.sum((1, 2)) * _per_block(scale, rows_BNPD, 1)
 
 
 def to_basis(A_basis: Tensor | None, G_basis: Tensor | None, grad_BOI: Tensor) -> Tensor:

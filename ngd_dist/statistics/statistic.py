@@ -37,16 +37,18 @@ class StatisticSpec:
 
     `form`: the form of its value. `reads_gradients`: whether it needs output gradients, of the loss or of a Fisher
     pass, or the forward pass alone. `in_basis`: whether it is measured in a basis of the cache, and restarts when that
-    changes. `per_position`: whether it is a mean over positions too; see `Positions`. `reduction`: "mean": its value is
-    the mean over ranks; "local": each rank keeps that of its own samples, and the layer's cache made of it. Every rank
-    then applies its own cache to the mean gradient, and the direction is the mean of what they give.
+    changes. `per_position`: the power of the number of positions by which it is divided, 1 (True) for a mean over them
+    too; see `Positions`. `moment`: 2 if it is quadratic in gradients, 1 if it is linear. `reduction`: "mean": its value
+    is the mean over ranks; "local": each rank keeps that of its own samples, and the layer's cache made of it. Every
+    rank then applies its own cache to the mean gradient, and the direction is the mean of what they give.
     """
 
     name: str
     form: Form
     reads_gradients: bool = True
     in_basis: bool = False
-    per_position: bool = False
+    per_position: float = False
+    moment: Literal[1, 2] = 2
     reduction: Literal["mean", "local"] = "mean"
 
     @property
@@ -72,8 +74,8 @@ class Positions(NamedTuple):
 
     def factor(self, spec: StatisticSpec, power: int) -> float | Tensor:
         """Returns the part of the statistic that these numbers make up. power: that of `read` in a second moment."""
-        factor = self.read**power if spec.reads_gradients else 1.0
-        return factor / self.layer if spec.per_position else factor
+        factor = self.read ** (power * spec.moment / 2) if spec.reads_gradients else 1.0
+        return factor / self.layer**spec.per_position if spec.per_position else factor
 
 
 class Change(NamedTuple):

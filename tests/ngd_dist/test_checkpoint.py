@@ -18,7 +18,7 @@ from tests.support.tensors import weights
 
 STEPS, MORE, BATCH = 5, 3, 16
 # Loose thresholds: small batches are noisy, and some statistics are to be stale when they are saved.
-STALE = {"kind": "adaptive", "thresholds": dict.fromkeys(("A", "G", "S", "F", "Phi", "Psi"), 0.7)}
+STALE = {"kind": "adaptive", "thresholds": dict.fromkeys(("A", "G", "S", "F", "Phi", "Psi", "a", "g"), 0.7)}
 METHODS: dict[str, dict[str, Any]] = {
     "kfac": {"preconditioner": {"kind": "kfac"}},
     "kfac exact": {"preconditioner": {"kind": "kfac", "damping_form": "exact"}},
@@ -26,6 +26,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "lngd": {"preconditioner": {"kind": "lngd"}},
     # Its statistic is not saved, and is due at once after a load.
     "seng": {"preconditioner": {"kind": "seng"}, "staleness": {"kind": "fixed"}, "ema_decay": 0.0},
+    "tkfac": {"preconditioner": {"kind": "tkfac"}},
+    "eva": {"preconditioner": {"kind": "eva"}},
+    "singd": {"preconditioner": {"kind": "singd"}},
+    "singd low rank": {"preconditioner": {"kind": "singd", "structure": "low_rank", "width": 2}},
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "refreshed always": {"staleness": {"kind": "fixed"}, "ema_decay": 0.0},

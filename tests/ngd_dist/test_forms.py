@@ -11,14 +11,17 @@ from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import KFAC as KFACConfig
 from ngd_dist.config import FixedInterval
 from ngd_dist.distributed.packed_bytes import pack_bytes, unpack_bytes
+from ngd_dist.factors.blocks import BlockStructure
 from ngd_dist.factors.codec import Codec
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.diagonal import Diagonal
 from ngd_dist.factors.form import FactorForm, InputRows, Replicate
 from ngd_dist.factors.kronecker import second_moment
+from ngd_dist.factors.low_rank import LowRankStructure
 from ngd_dist.factors.root import Root
 from ngd_dist.factors.storage import Stored
+from ngd_dist.factors.structure import DiagonalStructure
 from ngd_dist.inversion import Inverse, solve
 from ngd_dist.preconditioners.kfac import KFAC
 from tests.support.ranks import run_ranks
@@ -35,28 +38,38 @@ FORMS: dict[str, FactorForm] = {
     "root": Root((B, N * P, WIDTH)),
     "block-diagonal": BlockDiagonal((B, WIDTH // BLOCK, BLOCK, BLOCK)),
 }
+# They have a root in place of an inverse.
+STRUCTURES: dict[str, FactorForm] = {
+    "diagonal structure": DiagonalStructure((B, WIDTH)),
+    "block structure": BlockStructure.of(B, WIDTH, 4),
+    "low rank": LowRankStructure((B, 3, WIDTH)),
+}
 # The entries of a matrix that a form keeps.
 KEPT = {
     "dense": torch.ones(WIDTH, WIDTH),
     "diagonal": torch.eye(WIDTH),
     "root": torch.ones(WIDTH, WIDTH),
     "block-diagonal": torch.block_diag(*[torch.ones(BLOCK, BLOCK)] * (WIDTH // BLOCK)),
+    "diagonal structure": torch.eye(WIDTH),
+    "block structure": torch.block_diag(torch.ones(4, 4), torch.ones(2, 2)),
+    "low rank": torch.eye(WIDTH).index_fill(0, torch.arange(2), 1).index_fill(1, torch.arange(2), 1),
 }
 every_form = pytest.mark.parametrize("name", FORMS)
+every_moment = pytest.mark.parametrize("name", FORMS | STRUCTURES)
 
 
 def value_of(name: str, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
     rows = random_rows((B, 1, WIDTH), samples=N, positions=P, seed=seed)
-    return FORMS[name].moment(rows.a_BNPI, 1 / N, Replicate()).to(dtype)
+    return (FORMS | STRUCTURES)[name].moment(rows.a_BNPI, 1 / N, Replicate()).to(dtype)
 
 
 def matrix(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(5))
 
 
-@every_form
+@every_moment
 def test_a_moment_is_that_of_the_rows_where_the_form_keeps_it(name: str) -> None:
-    form, rows = FORMS[name], random_rows((B, 1, WIDTH), samples=N, positions=P)
+    form, rows = (FORMS | STRUCTURES)[name], random_rows((B, 1, WIDTH), samples=N, positions=P)
     scale = torch.tensor([0.5, 3.0], dtype=F64)
 
     value = form.moment(rows.a_BNPI, scale, Replicate())
@@ -67,9 +80,9 @@ def test_a_moment_is_that_of_the_rows_where_the_form_keeps_it(name: str) -> None
     torch.testing.assert_close(form.input_moment(given), form.moment(rows.a_BNPI, 1 / N, Replicate()))
 
 
-@every_form
+@every_moment
 def test_the_mean_over_replicates_is_that_of_the_whole_batch(name: str) -> None:
-    form, rows = FORMS[name], random_rows((B, 1, WIDTH), samples=N, positions=P).a_BNPI
+    form, rows = (FORMS | STRUCTURES)[name], random_rows((B, 1, WIDTH), samples=N, positions=P).a_BNPI
     halves = [form.moment(half, 2 / N, Replicate(i, 2)) for i, half in enumerate(rows.chunk(2, dim=1))]
 
     mean = form.mean(halves[0] + halves[1], 2, 2, 1)
@@ -80,9 +93,9 @@ def test_the_mean_over_replicates_is_that_of_the_whole_batch(name: str) -> None:
         torch.testing.assert_close(form.norm(half, 2), torch.linalg.vector_norm(own))
 
 
-@every_form
+@every_moment
 def test_norm_distance_and_mean_eigenvalue_are_those_of_the_matrix(name: str) -> None:
-    form, x, y = FORMS[name], value_of(name), value_of(name, seed=1)
+    form, x, y = (FORMS | STRUCTURES)[name], value_of(name), value_of(name, seed=1)
     X, Y = form.dense(x), form.dense(y)
 
     torch.testing.assert_close(form.norm(x), torch.linalg.vector_norm(X))
@@ -125,10 +138,10 @@ def crossed(codec: Codec, value: Tensor) -> Tensor:
     return codec.decode(unpack_bytes(codec.fields, tensors))
 
 
-@every_form
+@every_moment
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_statistic_arrives_as_it_was_or_rounded(name: str, dtype: torch.dtype) -> None:
-    form, value = FORMS[name], value_of(name, dtype=torch.float32)
+    form, value = (FORMS | STRUCTURES)[name], value_of(name, dtype=torch.float32)
     flat = form.flatten(value)
 
     arrived = crossed(form.on_wire(torch.float32, dtype), flat)
@@ -156,9 +169,9 @@ def test_an_inverse_arrives_to_the_bit_as_it_is_kept(name: str, kept: torch.dtyp
     assert arrived.untyped_storage().nbytes() == arrived.nbytes
 
 
-@every_form
+@every_moment
 def test_costs_are_positive(name: str) -> None:
-    form = FORMS[name]
+    form = (FORMS | STRUCTURES)[name]
 
     assert min(form.product_flops, form.inverse_flops, form.row_numbers, form.numbers) > 0
 

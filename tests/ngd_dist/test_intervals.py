@@ -103,7 +103,7 @@ def test_ranks_take_the_steps_of_one_process(strategy: str) -> None:
         assert not any(sent for step, sent in enumerate(inverses) if step % 3)
 
 
-@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac", "lngd"])
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac", "lngd", "tkfac", "eva", "singd"])
 def test_a_saved_state_goes_on_to_the_bit(preconditioner: str) -> None:
     method = {"kind": preconditioner}
     unbroken = train(8, preconditioner=method)

@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, FixedInterval, MonteCarlo
+from ngd_dist.config import EKFAC, KFAC, LNGD, SINGD, TKFAC, Eva, FixedInterval, MonteCarlo
 from ngd_dist.errors import CaptureError
 from tests.support.tensors import F64, batch, captured, flat
 
-METHODS = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD()}
+METHODS = {
+    "kfac": KFAC(),
+    "reduce": KFAC(sharing="reduce"),
+    "ekfac": EKFAC(),
+    "lngd": LNGD(),
+    "tkfac": TKFAC(),
+    "tkfac reduce": TKFAC(sharing="reduce"),
+    "eva": Eva(),
+    "eva reduce": Eva(sharing="reduce"),
+    "singd": SINGD(),
+}
 
 
 def mlp() -> nn.Sequential:

@@ -31,7 +31,9 @@ FIRST = "all_reduce"
 STALENESS: dict[str, Settings] = {
     "every step": FixedInterval(steps=1),
     # Loose: small batches are noisy, and some refreshes should be left out.
-    "adaptive": AdaptiveInterval(thresholds=Thresholds(A=0.6, G=0.8, S=1.5, Phi=0.6, Psi=0.6, F=1.0, D=0.6)),
+    "adaptive": AdaptiveInterval(
+        thresholds=Thresholds(A=0.6, G=0.8, S=1.5, Phi=0.6, Psi=0.6, a=0.6, g=1.5, F=1.0, D=0.6)
+    ),
 }
 METHODS = [*(kind for kind in SHIPPED if kind not in LOCAL), Diagonal().kind]  # others: test_local.py
 Case = tuple[str, str, str]

@@ -8,18 +8,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, Empirical, Exact, Settings
+from ngd_dist.config import EKFAC, KFAC, LNGD, SINGD, TKFAC, Empirical, Eva, Exact, Settings
 from tests.support.ranks import run_ranks
 from tests.support.tensors import F64, captured, flat
 
-METHODS: dict[str, Settings] = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD()}
+METHODS: dict[str, Settings] = {
+    "kfac": KFAC(),
+    "reduce": KFAC(sharing="reduce"),
+    "ekfac": EKFAC(),
+    "lngd": LNGD(),
+    "tkfac": TKFAC(),
+    "tkfac reduce": TKFAC(sharing="reduce"),
+    "eva": Eva(),
+    "eva reduce": Eva(sharing="reduce"),
+    "singd": SINGD(),
+}
 FISHERS: dict[str, Settings] = {
     "empirical of means": Empirical(positions="mean"),
     "empirical of sums": Empirical(),
     "exact of means": Exact(),
     "exact of sums": Exact(positions="sum"),
 }
-CASES = [(method, fisher) for method in METHODS for fisher in FISHERS if method != "lngd" or "empirical" in fisher]
+CASES = [
+    (method, fisher)
+    for method, choice in METHODS.items()
+    for fisher in FISHERS
+    if "empirical" in fisher or not isinstance(choice, LNGD | Eva)
+]
 TOKENS, CLASSES, PADDING = 6, 4, -100
 SOURCES, TARGETS = (7, 2, 5, 1, 3, 7, 4, 2), (5, 1, 2, 4, 3, 1, 5, 2)
 

@@ -18,6 +18,7 @@ class GivenRows:
     g_BNPO: Tensor  # noqa: N815
     slopes_BNPO: Tensor  # noqa: N815
     replicate: Replicate = field(default_factory=Replicate)
+    sharers: int = 1
 
     @property
     def samples(self) -> int:

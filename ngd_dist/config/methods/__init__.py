@@ -7,9 +7,12 @@ from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, WrapVa
 
 from ngd_dist.config.methods.base import DEFAULT_THRESHOLD, PRECONDITIONERS, PreconditionerConfig, Sharing, is_ours
 from ngd_dist.config.methods.ekfac import EKFAC
+from ngd_dist.config.methods.eva import Eva
 from ngd_dist.config.methods.kfac import KFAC
 from ngd_dist.config.methods.lngd import LNGD
 from ngd_dist.config.methods.seng import SENG
+from ngd_dist.config.methods.singd import SINGD
+from ngd_dist.config.methods.tkfac import TKFAC
 
 __all__ = [
     "DEFAULT_THRESHOLD",
@@ -18,6 +21,9 @@ __all__ = [
     "LNGD",
     "PRECONDITIONERS",
     "SENG",
+    "SINGD",
+    "TKFAC",
+    "Eva",
     "PreconditionerChoice",
     "PreconditionerConfig",
     "Sharing",
@@ -40,5 +46,8 @@ if TYPE_CHECKING:
 else:
     # Its JSON schema is that of the methods of this package: the ones that a job may name.
     PreconditionerChoice = Annotated[
-        KFAC | EKFAC | LNGD | SENG, Field(discriminator="kind"), WrapValidator(_or_registered), SerializeAsAny()
+        KFAC | EKFAC | LNGD | TKFAC | SENG | Eva | SINGD,
+        Field(discriminator="kind"),
+        WrapValidator(_or_registered),
+        SerializeAsAny(),
     ]

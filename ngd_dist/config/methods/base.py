@@ -83,4 +83,4 @@ def refuses_inversion(kind: str, config: "NGDConfig") -> str | None:
     """Returns the contradiction between a method that inverts nothing and settings of inversion, or None."""
     unread = [] if config.inversion.kind == "automatic" else [f"inversion {config.inversion.kind}"]
     unread += [] if config.inverse_dtype == "float32" else [f"inverse_dtype {config.inverse_dtype}"]
-    return f"preconditioner {kind} decomposes its factors and inverts none: leave out {unread[0]}" if unread else None
+    return f"preconditioner {kind} inverts no factor: leave out {unread[0]}" if unread else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, NGDConfig, PreconditionerConfig
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, SINGD, TKFAC, Eva, NGDConfig, PreconditionerConfig
 from ngd_dist.cost.card import LayerCard
 from ngd_dist.cost.methods import layer_cost, with_gradient_rows
 from ngd_dist.cost.placement import owners_of
@@ -14,7 +14,20 @@ from ngd_dist.errors import ConfigError
 from ngd_dist.model_card import card_of
 from ngd_dist.preconditioners import preconditioner_for
 
-METHODS = [KFAC(), KFAC(damping_form="exact"), KFAC(rows=4), KFAC(sharing="reduce"), EKFAC(), LNGD()]
+METHODS = [
+    KFAC(),
+    KFAC(damping_form="exact"),
+    KFAC(rows=4),
+    KFAC(sharing="reduce"),
+    EKFAC(),
+    LNGD(),
+    TKFAC(),
+    Eva(),
+    SINGD(),
+    SINGD(structure="block_diagonal", width=5),
+    SINGD(structure="diagonal", momentum=0),
+    SINGD(structure="low_rank", width=6),
+]
 METHODS += [SENG(), SENG(q=3), SENG(q=3, max_explicit=0), SENG(q=None, max_explicit=0)]
 WIRES = ["float32", "bfloat16", "float16"]
 
@@ -128,7 +141,7 @@ def test_a_method_of_another_package_is_refused_by_name() -> None:
         kind: str = "planned"
         method = "a:B"
 
-    with pytest.raises(ConfigError, match="kfac, ekfac, lngd and seng, got planned"):
+    with pytest.raises(ConfigError, match="the methods of this package, got planned"):
         layer_cost(layers()[1], NGDConfig(preconditioner=Mine()))
 
 

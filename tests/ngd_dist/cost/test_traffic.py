@@ -38,6 +38,17 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {"strategy": SHARDED, "preconditioner": {"kind": "seng"}, "staleness": {"kind": "fixed", "steps": 3}},
         True,
     ),
+    "tkfac": ({"strategy": SHARDED, "preconditioner": {"kind": "tkfac"}}, False),
+    "eva": ({"strategy": SHARDED, "preconditioner": {"kind": "eva"}}, False),
+    "singd": ({"strategy": SHARDED, "preconditioner": {"kind": "singd"}}, False),
+    "singd in blocks, held by all": (
+        {
+            "strategy": SHARDED | {"fraction": 1.0},
+            "preconditioner": {"kind": "singd", "structure": "block_diagonal", "width": 8},
+            "statistics_wire": "float16",
+        },
+        False,
+    ),
     "ddp": ({"strategy": SHARDED, "staleness": {"kind": "fixed", "steps": 2}}, True),
     "averaged statistics": (
         {"strategy": SHARDED, "ema_decay": 0.5, "staleness": {"kind": "fixed", "steps": 3, "statistics_steps": 1}},
