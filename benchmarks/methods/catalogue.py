@@ -2,7 +2,8 @@
 
 The ranges are a factor of ten or more around the values that each method's authors or documentation name. They are the
 same for all tasks. All methods of this package share one frame: statistics of sampled labels, of a quarter of the batch
-at every third step, averaged over time; a clip by KL; AdamW for parameters that no layer covers.
+at every third step, averaged over time; a clip by KL; AdamW for parameters that no layer covers. SENG and Eva have
+gradients of the loss in place of sampled ones, as their authors do.
 """
 
 import importlib.util
@@ -21,8 +22,12 @@ from ngd_dist.config import (
     KFAC,
     LNGD,
     RECIPES,
+    SENG,
+    SINGD,
+    TKFAC,
     AdamWFallback,
     Empirical,
+    Eva,
     FixedInterval,
     KLClip,
     LayerWise,
@@ -175,6 +180,11 @@ METHODS: dict[str, Method] = {
     ),
     "ekfac": _method(preconditioner=EKFAC()),
     "lngd": Method(_lngd, {"lr": Range(0.0003, 0.3)}, is_ours=True),
+    "tkfac": _method(preconditioner=TKFAC()),
+    "seng": _method({"lr": LR, "damping": Range(0.02, 2.0)}, preconditioner=SENG(), fisher=Empirical(), ema_decay=0.0),
+    "eva": _method(preconditioner=Eva(), fisher=Empirical()),
+    "singd": _method(preconditioner=SINGD()),
+    "singd-diagonal": _method(preconditioner=SINGD(structure="diagonal")),
     "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}, needs=LIBRARY),
     "soap": Method(_soap, {"lr": Range(0.001, 0.05)}, needs=LIBRARY),
     "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}, needs=LIBRARY),
