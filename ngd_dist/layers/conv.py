@@ -1,6 +1,5 @@
 """nn.Conv1d, 2d and 3d: positions are the output's pixels, inputs the flattened patch of each pixel."""
 
-from collections.abc import Sequence
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.autocorrelation import Window, is_worthwhile, patch_moment
 from ngd_dist.layers.base import Layer
+from ngd_dist.layers.patches import image_of, patch_rows, windows_of
 from ngd_dist.layers.run import of_samples
 
-__all__ = ["AXES", "Conv", "patch_rows", "windows_of"]
-
-AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
+__all__ = ["Conv"]
 
 
 class _Read(NamedTuple):
@@ -40,8 +38,7 @@ class Conv(Layer):
         return [cls(name, module)]  # torch's convolutions count samples in dimension 0
 
     def expected_input(self, x: Tensor) -> str | None:
-        dims = len(self.module.kernel_size)
-        return None if x.ndim == dims + 2 else f"[samples, channels, {AXES[dims]}]"
+        return image_of(len(self.module.kernel_size), x)
 
     @cached_property
     def shape(self) -> LayerShape:
@@ -114,31 +111,3 @@ class Conv(Layer):
             else:
                 sides += [0 if conv.padding == "valid" else int(conv.padding[axis])] * 2
         return sides
-
-
-def windows_of(padded: Tensor, sizes: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
-    """Returns the patches of a padded image as a view, [N, C, *space, *kernel]."""
-    for axis, (size, stride, dilation) in enumerate(zip(sizes, strides, dilations, strict=True)):
-        padded = padded.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    return padded
-
-
-def patch_rows(windows: Tensor, groups: int, *, has_ones: bool = False) -> Tensor:
-    """Returns patches [N, C, *space, *kernel] as rows [B, N, P, I], which lie in memory as [B, I, N, P].
-
-    The innermost copy then runs along an axis of the image: 2 to 5 times as fast as F.unfold and its transpose
-    (3x3 patches of 64x56x56 and of 16x16x16, one CPU thread), and as fast a factor of the rows for second moments.
-    has_ones: whether a column of 1 comes last.
-    """
-    dims = (windows.ndim - 2) // 2
-    samples, space = windows.shape[0], windows.shape[2 : 2 + dims]
-    patch = (windows.shape[1] // groups, *windows.shape[2 + dims :])
-    width = prod(patch)
-    rows_BINP = windows.new_ones(groups, width + has_ones, samples, prod(space))
-    target = rows_BINP[:, :width].unflatten(1, patch).unflatten(-1, space)
-    # [N, C, *space, *kernel] -> [B, C of the group, *kernel, N, *space]
-    grouped = windows.unflatten(1, (groups, patch[0]))
-    kernel_axes, space_axes = range(3 + dims, 3 + 2 * dims), range(3, 3 + dims)
-    target.copy_(grouped.permute(1, 2, *kernel_axes, 0, *space_axes))
-    rows_BNPI: Tensor = rows_BINP.permute(0, 2, 3, 1)
-    return rows_BNPI

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.layers.base import Layer
-from ngd_dist.layers.conv import AXES, patch_rows, windows_of
+from ngd_dist.layers.patches import image_of, patch_rows, windows_of
 from ngd_dist.layers.run import of_samples
 
 __all__ = ["ChannelBias", "TransposedConv"]
@@ -39,7 +39,7 @@ class TransposedConv(Layer):
         return [weight, ChannelBias(f"{name}.bias" if name else "bias", module)]
 
     def expected_input(self, x: Tensor) -> str | None:
-        return expected(self.module, x)
+        return image_of(len(self.module.kernel_size), x)
 
     @cached_property
     def shape(self) -> LayerShape:
@@ -87,7 +87,7 @@ class ChannelBias(Layer):
     is_stackable = True
 
     def expected_input(self, x: Tensor) -> str | None:
-        return expected(self.module, x)
+        return image_of(len(self.module.kernel_size), x)
 
     @cached_property
     def shape(self) -> LayerShape:
@@ -111,9 +111,3 @@ class ChannelBias(Layer):
     def _own_parameters(self) -> list[nn.Parameter]:
         assert self._bias is not None
         return [self._bias]
-
-
-def expected(module: Module, x: Tensor) -> str | None:
-    """Returns the shape that the module's input must have if x has another."""
-    dims = len(module.kernel_size)
-    return None if x.ndim == dims + 2 else f"[samples, channels, {AXES[dims]}]"
