@@ -52,7 +52,8 @@ def curvature_products(
     read the same buffers, and leave buffers, random state, weights and gradients as they were. Inside the model,
     detach() stops forward mode as it stops gradients; no_grad() doesn't.
 
-    Attention runs by its plain formula and compiled code eagerly: the fused kernels can be differentiated only once.
+    Attention runs by its plain formula, a model with recurrent modules without cuDNN, and compiled code eagerly: those
+    kernels can be differentiated only once.
     Raises: ConfigError if the objective returns something else, or if neither mode works.
     """
     moved = _moved(model, tangents)
@@ -289,6 +290,8 @@ def _undisturbed(model: nn.Module, replaced: Mapping[nn.Parameter, Tensor]) -> I
     with ExitStack() as stack:
         stack.enter_context(random_state_kept(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(all_at_rest())

@@ -45,6 +45,35 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> NGD:
     return optimizer
 
 
+class Recurrent(nn.Module):
+    """Recurrent modules, stacked and from both ends, and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru, self.up, self.head = nn.GRU(8, 3, batch_first=True), nn.ConvTranspose1d(3, 2, 2), nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, _ = self.gru(self.lstm(x)[0])
+        logits: Tensor = self.head(self.up(outputs.mT).mean(2))
+        return logits
+
+
+@DEVICES
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_recurrent_training_agrees_with_float64_on_the_cpu(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    reference = Recurrent().double()
+    model = copy.deepcopy(reference).to(device, dtype)
+    x, y = torch.randn(12, 6, 2, dtype=torch.float64), torch.randint(5, (12,))
+
+    train(reference, x, y, 4)
+    train(model, x.to(device, dtype), y.to(device), 4)
+
+    for ours, exact in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach().cpu().double(), exact.detach(), rtol=tolerance, atol=tolerance)
+
+
 @DEVICES
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
 def test_training_agrees_with_float64_on_the_cpu(device: str, dtype: torch.dtype, tolerance: float) -> None:

@@ -69,17 +69,18 @@ class Checkpointed(Net):
 
 
 class Images(nn.Module):
-    """A convolution, a group norm, attention and a linear layer."""
+    """A convolution, a group norm, a transposed convolution, attention and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, 4, 3)
         self.norm = nn.GroupNorm(2, 4)
+        self.up = nn.ConvTranspose2d(4, 4, 2)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.head = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.norm(self.patches(x))).flatten(2).mT
+        h = self.up(torch.relu(self.norm(self.patches(x)))).flatten(2).mT
         logits: Tensor = self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
         return logits
 
