@@ -138,7 +138,7 @@ class NaturalGradient(Assembly):
         <BLANKLINE>
         layer  kind          gradient  statistics    rank  refresh  apply  memory
         0      Linear, KFAC  4x9       A 9x9, G 4x4  0     ...
-        left to the fallback, sgd at lr 0.1:
+        left to the fallback, adamw at lr 0.01:
           1.weight  no layer kind covers PReLU
         """
         return explain(
