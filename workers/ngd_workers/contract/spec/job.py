@@ -146,7 +146,7 @@ class JobSpec(Job):
             )
         if self.precision == "fp16" and self.effective_engine.kind not in ("bare", "ddp"):
             raise ValueError(f"precision fp16 is not for engine {self.effective_engine.kind}: take bf16, or engine ddp")
-        if isinstance(self.optimizer, NGDOptimizer) and (problem := self.effective_engine.refuses(self.optimizer)):
+        if problem := self.effective_engine.refuses(self.optimizer):
             raise ValueError(f"optimizer: {problem}")
         return self
 
