@@ -50,6 +50,7 @@ from ngd_dist.config.step import (
     QuadraticModel,
     SGDFallback,
 )
+from ngd_dist.config.transforms import SNGDConfig
 
 __all__ = [
     "DEFAULT_THRESHOLD",
@@ -95,6 +96,7 @@ __all__ = [
     "PreconditionerConfig",
     "QuadraticModel",
     "SGDFallback",
+    "SNGDConfig",
     "Settings",
     "Sharing",
     "Single",

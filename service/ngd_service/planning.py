@@ -105,6 +105,11 @@ def _engine_of(spec: JobSpec) -> EngineName:
 
 def _optimizer_of(spec: JobSpec) -> NGDConfig | FirstOrder:
     choice = spec.optimizer
+    if spec.transform is not None:
+        detail = (
+            f"the planner has no costs of transform {spec.transform.kind}: plan the job without it, or run some steps"
+        )
+        raise SpecProblemsError([SpecProblem("/job/transform", "invalid", detail)])
     if isinstance(choice, NGDOptimizer):
         known = {name: getattr(choice, name) for name in NGDConfig.model_fields}
         return NGDConfig.model_construct(**known | {"micro_batches": spec.micro_batches})

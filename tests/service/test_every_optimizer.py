@@ -35,6 +35,14 @@ def test_parts_of_weights_are_refused_in_one_sentence(shared_service: ServicePro
     )
 
 
+def test_a_transform_is_taken_under_a_plain_optimizer(shared_service: ServiceProcess) -> None:
+    job = body("sgd", transform={"kind": "sngd", "T": 5})
+
+    assert shared_service.client.validate(job).spec["transform"]["T"] == 5
+    with pytest.raises(InvalidRequestError, match="sngd makes steps natural by itself"):
+        shared_service.client.submit(job | {"optimizer": {"kind": "ngd"}})
+
+
 def test_optimizers_are_compared_by_name(tmp_path: Path, shared_service: ServiceProcess) -> None:
     ids = []
     for kind in ("muon", "lars"):
@@ -52,6 +60,7 @@ def test_optimizers_are_compared_by_name(tmp_path: Path, shared_service: Service
 def test_every_optimizer_trains(start_service: Callable[..., ServiceProcess]) -> None:
     service = start_service(driver_command=None)
     jobs = {kind: service.client.submit(body(kind)) for kind in OPTIMIZERS}
+    jobs["sngd"] = service.client.submit(body("sgd", transform={"kind": "sngd", "T": 5}))
 
     for kind, job in jobs.items():
         ended = service.client.wait(job.id, timeout_s=TRAINING_S)

@@ -93,6 +93,12 @@ def origin_of(choice: InitFromCheckpoint, spec: JobSpec, run_dir: Path) -> Origi
             f"init_from.takes everything, and the state of optimizer {there} can't go on under optimizer {here}; take "
             "weights alone (init_from.takes: weights), or keep the optimizer's kind"
         )
+    if before is not None and (before.transform is None) != (spec.transform is None):
+        there, here = (one.transform.kind if one.transform else "none" for one in (before, spec))
+        raise SpecError(
+            f"init_from.takes everything, and momentum of transform {there} can't go on under transform {here}; take "
+            "weights alone (init_from.takes: weights), or keep transform"
+        )
     for name in sorted(spec.optimizer.shapes_state if isinstance(spec.optimizer, Plain) else ()):
         if f"optimizer.{name}" in changed:
             there, here = changed[f"optimizer.{name}"]

@@ -88,6 +88,7 @@ from ngd_workers.contract.spec.tokenizers import (
     TokenizerFile,
     WordTokenizer,
 )
+from ngd_workers.contract.spec.transforms import SNGDTransform, TransformChoice
 
 __all__ = [
     "DDP",
@@ -148,6 +149,7 @@ __all__ = [
     "RandomResizedCrop",
     "Regression",
     "Resources",
+    "SNGDTransform",
     "Schedule",
     "Shampoo",
     "ShardCache",
@@ -161,6 +163,7 @@ __all__ = [
     "TokenizerFile",
     "Tokens",
     "Torchvision",
+    "TransformChoice",
     "Transformers",
     "Translation",
     "UserData",
