@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ngd_dist.config import NGDConfig
+from ngd_dist.config import NGDConfig, SNGDConfig
 
 HEAD = """\
 <!-- Written by docs/reference/configuration_page.py from ngd_dist/config: change it there. -->
@@ -36,6 +36,12 @@ damping_rule: {kind: exponential, factor: 0.5, every: 100}
 
 An unknown field or a value out of bounds is an error. All classes are imported from `ngd_dist.config`.
 """
+OF_TRANSFORMS = """\
+## Transforms
+
+Settings of methods that change the model, under an optimizer of your own: `SNGD(model, SNGDConfig(T=20))`, or
+`transform` in a job.
+"""
 ROW_HEAD = "| field | values | default | what it decides |\n|---|---|---|---|"
 SIGNS = {"ge": "&ge;", "gt": "&gt;", "le": "&le;", "lt": "&lt;"}
 
@@ -49,6 +55,7 @@ def page() -> str:
             parts.append(f"## {name}\n")
         for choice in choices:
             parts += _section(choice, "###", written)
+    parts += [OF_TRANSFORMS, *_section(SNGDConfig, "###", written)]
     return "\n".join(parts)
 
 

@@ -54,6 +54,7 @@ from ngd_dist.config.step import (
     QuadraticModel,
     SGDFallback,
 )
+from ngd_dist.config.transforms import SNGDConfig
 
 __all__ = [
     "DEFAULT_THRESHOLD",
@@ -103,6 +104,7 @@ __all__ = [
     "PreconditionerConfig",
     "QuadraticModel",
     "SGDFallback",
+    "SNGDConfig",
     "Settings",
     "Sharing",
     "Single",

@@ -13,7 +13,7 @@ from ngd_dist.cost.engines import EngineName
 from ngd_dist.cost.plan import Plan, plan
 from ngd_dist.cost.setup import DEFAULT_REFRESH_SHARE, FirstOrder, Setup
 from ngd_dist.errors import ConfigError
-from ngd_workers.contract.spec import SGD, AdamW, DeepSpeed, JobSpec, NGDOptimizer
+from ngd_workers.contract.spec import DeepSpeed, JobSpec, NGDOptimizer
 from ngd_workers.contract.spec_problems import SpecProblem, SpecProblemsError, explain, parse_spec, shown
 
 __all__ = ["PlanRequest", "plan_of", "read_plan_request", "steps_of"]
@@ -105,11 +105,18 @@ def _engine_of(spec: JobSpec) -> EngineName:
 
 def _optimizer_of(spec: JobSpec) -> NGDConfig | FirstOrder:
     choice = spec.optimizer
-    match choice:
-        case NGDOptimizer():
-            known = {name: getattr(choice, name) for name in NGDConfig.model_fields}
-            return NGDConfig.model_construct(**known | {"micro_batches": spec.micro_batches})
-        case AdamW():
-            return FirstOrder("adamw", 2)
-        case SGD():
-            return FirstOrder("sgd", int(choice.momentum > 0))
+    if spec.transform is not None:
+        detail = (
+            f"the planner has no costs of transform {spec.transform.kind}: plan the job without it, or run some steps"
+        )
+        raise SpecProblemsError([SpecProblem("/job/transform", "invalid", detail)])
+    if isinstance(choice, NGDOptimizer):
+        known = {name: getattr(choice, name) for name in NGDConfig.model_fields}
+        return NGDConfig.model_construct(**known | {"micro_batches": spec.micro_batches})
+    if choice.state_per_weight is None:
+        detail = (
+            f"the planner has no costs of optimizer {choice.kind}: plan the job with ngd, sgd, adamw, lars or lamb, or "
+            "run some steps of it"
+        )
+        raise SpecProblemsError([SpecProblem("/job/optimizer/kind", "invalid", detail)])
+    return FirstOrder(choice.kind, choice.state_per_weight)

@@ -39,7 +39,9 @@ def test_page_of_settings_is_current() -> None:
     assert written == generated.stdout, "run: make docs"
 
 
-@pytest.mark.parametrize("page", ["optimizer.html", "layers.html", "preconditioners.html", "strategies.html"])
+@pytest.mark.parametrize(
+    "page", ["optimizer.html", "layers.html", "preconditioners.html", "strategies.html", "transforms.html"]
+)
 def test_reference_shows_public_classes(site: Path, page: str) -> None:
     text = (site / "reference" / page).read_text()
 

@@ -19,7 +19,7 @@ EXTRAS = {
     ),
     "ngd-workers": ("ngd_workers.contract.spec, ngd_workers.contract.spec_file", {"torch", "numpy", "ngd_service"}),
     "ngd-workers[train]": (
-        "ngd_workers.train.loop, ngd_workers.launch.driver, ray.train.torch",
+        "ngd_workers.train.loop, ngd_workers.train.baselines, ngd_workers.launch.driver, ray.train.torch",
         {"fastapi", "sqlalchemy", "ngd_service"},
     ),
     "ngd-workers[deepspeed]": ("ngd_dist.optimizer, deepspeed", {"fastapi"}),

@@ -139,15 +139,27 @@ def test_the_engine_of_the_job_is_planned(job: dict[str, Any], engine: str) -> N
     assert planned(job=job, engine="zero2").step.engine == "zero2"
 
 
-@pytest.mark.parametrize("optimizer", [{"kind": "sgd"}, {"kind": "adamw"}])
+@pytest.mark.parametrize("optimizer", [{"kind": "sgd"}, {"kind": "adamw"}, {"kind": "lars"}, {"kind": "lamb"}])
 def test_other_optimizers_are_planned_too(optimizer: dict[str, Any]) -> None:
     plan = planned(job={"optimizer": optimizer})
 
     assert set(plan.step.bytes_sent) == {"engine"}
     assert plan.step.seconds["refresh"] == plan.step.seconds["statistics"] == 0
     assert plan.step.memory_bytes["momentum"] == plan.step.memory_bytes["weights"] * (
-        1 + (optimizer["kind"] == "adamw")
+        1 + (optimizer["kind"] in ("adamw", "lamb"))
     )
+
+
+@pytest.mark.parametrize(
+    ("job", "problem"),
+    [
+        ({"optimizer": {"kind": "muon"}}, "the planner has no costs of optimizer muon"),
+        ({"optimizer": {"kind": "sgd"}, "transform": {"kind": "sngd"}}, "the planner has no costs of transform sngd"),
+    ],
+)
+def test_a_job_whose_costs_are_unknown_is_refused(job: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SpecProblemsError, match=problem):
+        planned(job=job)
 
 
 def test_a_longer_interval_and_a_smaller_part_cost_less() -> None:

@@ -10,14 +10,12 @@ from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import JobSpec
 from ngd_workers.launch.attempt import run_rank
 from tests.support.attempts import make_attempt, records, small_spec, spooled
+from tests.support.optimizers import DEEP
+from tests.support.optimizers import OPTIMIZERS as FOR_DIGITS
 from tests.support.training import weights_at
 
 NGD_CHOICE = {"kind": "ngd", "lr": 0.1, "damping": 0.1, "momentum": 0.9}
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "ngd": NGD_CHOICE,
-    "sgd": {"kind": "sgd", "lr": 0.1},
-    "adamw": {"kind": "adamw", "lr": 0.01},
-}
+OPTIMIZERS = FOR_DIGITS | {"ngd": NGD_CHOICE}
 SHORT, LONG = {"steps": 6, "evaluate_every_steps": 2}, {"steps": 10, "evaluate_every_steps": 2}
 
 
@@ -31,7 +29,7 @@ def from_job(name: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_more_steps_give_the_bits_of_a_job_that_had_them_from_the_start(tmp_path: Path, optimizer: str) -> None:
-    choice = {"optimizer": OPTIMIZERS[optimizer]}
+    choice = {"optimizer": OPTIMIZERS[optimizer], "model": DEEP}
     run(tmp_path / "whole", small_spec(schedule=LONG, **choice))
     run(tmp_path / "first", small_spec(schedule=SHORT, **choice))
 
@@ -47,23 +45,21 @@ def test_more_steps_give_the_bits_of_a_job_that_had_them_from_the_start(tmp_path
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_settings_of_the_new_job_count_from_there_on(tmp_path: Path, optimizer: str, caplog) -> None:
     choice = OPTIMIZERS[optimizer]
-    run(tmp_path / "first", small_spec(schedule=SHORT, optimizer=choice))
+    run(tmp_path / "first", small_spec(schedule=SHORT, model=DEEP, optimizer=choice))
     changed = choice | {"lr": 0.05, "weight_decay": 0.3}
+    long = {"schedule": LONG, "model": DEEP} | from_job("first", step=4)
 
     with caplog.at_level("INFO"):
-        second = make_attempt(
-            tmp_path / "second", small_spec(schedule=LONG, optimizer=changed, **from_job("first", step=4))
-        )
+        second = make_attempt(tmp_path / "second", small_spec(optimizer=changed, **long))
         outcome = run_rank(second)
-    run(tmp_path / "same", small_spec(schedule=LONG, optimizer=choice, **from_job("first", step=4)))
+    run(tmp_path / "same", small_spec(optimizer=choice, **long))
 
     assert outcome.result == "succeeded", outcome.message
     assert {record.lr for record in records(spooled(second))} == {0.05}
     assert "goes on from step 4 of first" in caplog.text
-    assert "optimizer.lr 0.1 there, 0.05 here" in caplog.text or "optimizer.lr 0.01 there, 0.05 here" in caplog.text
+    assert f"optimizer.lr {choice['lr']} there, 0.05 here" in caplog.text
     state = torch.load(tmp_path / "second" / "checkpoints" / "step-00000010" / "state.pt", weights_only=True)
-    (group,) = state["optimizer"]["param_groups"]
-    assert group["weight_decay"] == 0.3
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.3
     same, other = weights_at(tmp_path / "same", 10), weights_at(tmp_path / "second", 10)
     assert not all(torch.equal(same[name], other[name]) for name in same)
 

@@ -17,6 +17,7 @@ from ngd_workers.report.reporter import SilentReporter
 from ngd_workers.train.context import TrainContext
 from ngd_workers.train.loop import Run
 from tests.support.attempts import make_attempt, small_spec
+from tests.support.optimizers import OPTIMIZERS as FOR_DIGITS
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -32,18 +33,33 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "fsdp": {"kind": "fsdp"},
 } | {f"zero {stage}": {"kind": "deepspeed", "stage": stage} for stage in range(4)}
+# Those that need whole weights, and the engines that leave them whole.
+WHOLE = {kind: {**FOR_DIGITS[kind]} for kind in ("lars", "lamb", "muon", "soap", "shampoo")}
+# Of long axes a batch spans a part: roundoff turns the rest of the basis, and Adam in it takes other steps.
+WHOLE["soap"] |= {"max_precondition_dim": 8}
+WHOLE_CASES = [*((optimizer, engine) for optimizer in WHOLE for engine in ("ddp", "zero 0")), ("muon", "fsdp")]
 ALL_CASES = [
-    (optimizer, engine) for optimizer in OPTIMIZERS for engine in ENGINES if optimizer == "ngd" or engine != "bare"
+    *((optimizer, engine) for optimizer in OPTIMIZERS for engine in ENGINES if optimizer == "ngd" or engine != "bare"),
+    *WHOLE_CASES,
 ]
-CASES = [("sgd", "zero 3"), ("adamw", "fsdp"), ("adamw", "zero 1"), *(("ngd", engine) for engine in ENGINES)]
+CASES = [
+    *[("sgd", "zero 3"), ("adamw", "fsdp"), ("adamw", "zero 1")],
+    *(("ngd", engine) for engine in ENGINES),
+    *((optimizer, "ddp") for optimizer in WHOLE),
+    ("muon", "fsdp"),
+]
 # Each goes on under the next one: every engine's checkpoint is read by another.
 RINGS = {
     "sgd": ("ddp", "zero 3", "fsdp"),
     "adamw": ("ddp", "zero 1", "fsdp", "zero 3"),
     "ngd": ("ddp", "fsdp", "zero 3"),
+    "muon": ("ddp", "fsdp"),
 }
 ALL_MOVES = [(optimizer, *pair) for optimizer, ring in RINGS.items() for pair in pairwise([*ring, ring[0]])]
-MOVES = [("ngd", "fsdp", "zero 3"), ("ngd", "zero 3", "ddp"), ("adamw", "zero 1", "fsdp"), ("adamw", "fsdp", "zero 3")]
+MOVES = [
+    *[("ngd", "fsdp", "zero 3"), ("ngd", "zero 3", "ddp"), ("muon", "fsdp", "ddp")],
+    *[("adamw", "zero 1", "fsdp"), ("adamw", "fsdp", "zero 3")],
+]
 PRECISIONS = {"bf16": ("bare", "ddp", "fsdp", "zero 2"), "fp16": ("bare", "ddp")}
 ALL_ROUNDED = [(precision, engine) for precision, engines in PRECISIONS.items() for engine in engines]
 ROUNDED = [("bf16", "fsdp"), ("fp16", "ddp")]
@@ -65,7 +81,7 @@ FROZEN = ("zero 1", "fsdp")
 
 def spec_of(optimizer: str, engine: str | None, workers: int, **changes: Any) -> JobSpec:
     return small_spec(
-        optimizer=OPTIMIZERS[optimizer],
+        optimizer=(OPTIMIZERS | WHOLE)[optimizer],
         engine=None if engine is None else ENGINES[engine],
         resources={"workers": workers},
         schedule={"steps": STEPS},
@@ -156,7 +172,7 @@ def each(all_of: Names, some: Names) -> list[Any]:
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     folder = tmp_path_factory.mktemp("one")
-    return {optimizer: train(spec_of(optimizer, None, 1), folder / optimizer) for optimizer in OPTIMIZERS}
+    return {optimizer: train(spec_of(optimizer, None, 1), folder / optimizer) for optimizer in (*OPTIMIZERS, *WHOLE)}
 
 
 @pytest.mark.parametrize("case", each(ALL_CASES, CASES))

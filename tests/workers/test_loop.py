@@ -6,14 +6,10 @@ import torch
 from ngd_workers.launch.attempt import run_rank
 from ngd_workers.train.checkpoints import Checkpoints
 from tests.support.attempts import make_attempt, records, small_spec, spooled
+from tests.support.optimizers import OPTIMIZERS
 from tests.support.training import weights_at
 
 CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
-OPTIMIZERS = {
-    "sgd": {"kind": "sgd", "lr": 0.1},
-    "adamw": {"kind": "adamw", "lr": 0.003},
-    "ngd": {"kind": "ngd", "lr": 0.01, "damping": 0.01},
-}
 
 
 def nan_after_evaluation(shape):

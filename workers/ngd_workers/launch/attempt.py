@@ -35,7 +35,7 @@ __all__ = ["main", "run_rank"]
 
 READ_S = 30.0
 RESTARTED = WorkersRestarted(message="the workers were started again after some of them died")
-SAME_ON_RESUME = {"model", "data", "task", "optimizer", "schedule", "batch", "train", "seed"}
+SAME_ON_RESUME = {"model", "data", "task", "optimizer", "transform", "schedule", "batch", "train", "seed"}
 
 
 def run_rank(

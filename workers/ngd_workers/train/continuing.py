@@ -11,7 +11,7 @@ from torch import Tensor, optim
 
 from ngd_workers.contract.errors import DataNotFoundError, SpecError
 from ngd_workers.contract.rundir import AttemptDir
-from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec
+from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec, Plain
 from ngd_workers.contract.spec_differences import differences
 from ngd_workers.train.checkpoints import Checkpoints
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # By setting of an optimizer, the entries of its param groups that hold it.
 GROUP_ENTRIES = {
-    "lr": ("lr", "first_lr"),
+    "lr": ("lr", "first_lr", "lr_ratio"),
     "damping": ("damping", "first_damping"),
     "momentum": ("momentum",),
     "nesterov": ("nesterov",),
@@ -29,6 +29,14 @@ GROUP_ENTRIES = {
     "beta1": ("betas",),
     "beta2": ("betas",),
     "eps": ("eps",),
+    "trust_coefficient": ("trust_coefficient",),
+    "ns_steps": ("ns_steps",),
+    "adamw_lr": ("lr", "lr_ratio"),
+    "adamw_beta1": ("betas",),
+    "adamw_beta2": ("betas",),
+    "adamw_eps": ("eps",),
+    "adamw_weight_decay": ("weight_decay",),
+    "precondition_frequency": ("precondition_frequency",),
 }
 FREE = frozenset({"name", "init_from", "resources", "failure", "target", "checkpoint", "loading", "code", "env"})
 
@@ -85,6 +93,19 @@ def origin_of(choice: InitFromCheckpoint, spec: JobSpec, run_dir: Path) -> Origi
             f"init_from.takes everything, and the state of optimizer {there} can't go on under optimizer {here}; take "
             "weights alone (init_from.takes: weights), or keep the optimizer's kind"
         )
+    if before is not None and (before.transform is None) != (spec.transform is None):
+        there, here = (one.transform.kind if one.transform else "none" for one in (before, spec))
+        raise SpecError(
+            f"init_from.takes everything, and momentum of transform {there} can't go on under transform {here}; take "
+            "weights alone (init_from.takes: weights), or keep transform"
+        )
+    for name in sorted(spec.optimizer.shapes_state if isinstance(spec.optimizer, Plain) else ()):
+        if f"optimizer.{name}" in changed:
+            there, here = changed[f"optimizer.{name}"]
+            raise SpecError(
+                f"init_from.takes everything, and the optimizer's state has the shapes of {name} {there}, got {here}; "
+                f"take weights alone (init_from.takes: weights), or keep optimizer.{name}"
+            )
     return Origin(checkpoints, step, changed)
 
 

@@ -25,6 +25,7 @@ from ngd_workers.train.loading import MicroBatch, placed
 from ngd_workers.train.optimizers import build_optimizer, chooses_lr, job_errors
 from ngd_workers.train.saves import in_host_memory
 from ngd_workers.train.totals import Totals
+from ngd_workers.train.transforms import build_transform
 
 __all__ = ["Learner", "check_fit", "load_weights", "trainable"]
 
@@ -63,6 +64,7 @@ class Learner:
         self.task, self.device = task, device
         self._dataset, self._comm = dataset, comm
         share_weights(model.to(device), comm)
+        self._transform = build_transform(model, spec)
         self._engine = engine_of(spec)(model, spec, comm, device)
         self._engine.wrap(lambda driven, **keywords: build_optimizer(driven, spec, task, **keywords))
         self.model, self.optimizer = self._engine.model, self._engine.optimizer
@@ -88,7 +90,7 @@ class Learner:
         return totals
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> None:
-        """Collective under NGD. Takes one optimizer step with the gradients that `backward` has left for these batches.
+        """Collective under NGD, or a transform. Steps with the gradients that `backward` has left for these batches.
 
         lr: the schedule's; not used if the optimizer chooses its own.
         Raises: UserCodeError, SpecError, NonFiniteLossError.
@@ -100,6 +102,8 @@ class Learner:
                 batches = [self._placed(part) for part in parts]
                 arguments["objective"] = lambda: self.objective(batches, weights)
             self._engine.update(None if chooses_lr(self.optimizer) else lr, **arguments)
+            if self._transform is not None:
+                self._transform.step(self.optimizer)
 
     def objective(self, batches: Sequence[Batch], weights: Sequence[Tensor | float]) -> tuple[Tensor, Tensor]:
         """Returns the loss of these batches, and the output that it is made of, differentiable.
@@ -155,7 +159,8 @@ class Learner:
         self.average_buffers()
         is_first, is_ngd = self._comm.rank == 0, isinstance(self.optimizer, NGD)
         num_ranks = self._comm.world_size if is_ngd else 1
-        part, model = self._engine.optimizer_state(), self._engine.weights()
+        part, transform = self._engine.optimizer_state(), self._transform
+        model = self._engine.weights() if transform is None else transform.plain_state_dict()
         if not is_first:
             own = {} if not is_ngd else {"optimizer": part} if "ranges" in part["ngd"] else part["ngd"]
             kept = {name: own[name] for name in ("optimizer", "layers") if name in own}
@@ -163,6 +168,8 @@ class Learner:
         weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in model.items() if name not in weights}
         state = {"optimizer": part, "progress": progress, "model_extra": others, "loss_scale": self._engine.loss_scale}
+        if transform is not None:
+            state["transform"] = transform.state_dict()
         return Snapshot(in_host_memory(weights), in_host_memory(state), num_ranks, score, facts)
 
     def load(self, states: list[Any]) -> dict[str, Any]:
@@ -176,6 +183,8 @@ class Learner:
             if others:
                 optimizer = NGD.joined([optimizer, *(other.get("optimizer", {"ngd": other}) for other in others)])
             self._engine.load_optimizer_state(optimizer)
+            if self._transform is not None:
+                self._transform.load_state_dict(state["transform"])
             self._engine.load_loss_scale(state.get("loss_scale", {}))
             progress: dict[str, Any] = state["progress"]
             return progress

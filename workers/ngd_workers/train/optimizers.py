@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn, optim
 
 from ngd_dist import NGD
@@ -11,7 +13,7 @@ from ngd_dist.config import Categorical, Empirical, QuadraticModel
 from ngd_dist.errors import CaptureError, ConfigError, InversionError, NgdError, NonFiniteError
 from ngd_dist.telemetry import StepStats
 from ngd_workers.contract.errors import NonFiniteLossError, SpecError, UserCodeError
-from ngd_workers.contract.spec import SGD, AdamW, JobSpec, NGDOptimizer
+from ngd_workers.contract.spec import SGD, AdamW, JobSpec, NGDOptimizer, Plain
 from ngd_workers.tasks.base import Task
 
 __all__ = ["build_optimizer", "chooses_lr", "job_errors", "step_stats"]
@@ -37,14 +39,14 @@ def chooses_lr(optimizer: optim.Optimizer) -> bool:
 
 @contextmanager
 def job_errors() -> Iterator[None]:
-    """Raises NGD's errors about the model, the settings and the gradients as WorkerErrors."""
+    """Raises an optimizer's errors about the model, the settings and the gradients as WorkerErrors."""
     try:
         yield
     except CaptureError as error:
         raise UserCodeError(f"the model doesn't fit optimizer ngd: {error}") from error
     except ConfigError as error:
         raise SpecError(f"optimizer ngd doesn't fit the model: {error}") from error
-    except (NonFiniteError, InversionError) as error:
+    except (NonFiniteError, InversionError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NonFiniteLossError(f"training diverged: {error}") from error
 
 
@@ -80,4 +82,16 @@ def _adamw(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
     )
 
 
-BUILDERS: dict[str, Callable[..., optim.Optimizer]] = {"ngd": _ngd, "sgd": _sgd, "adamw": _adamw}
+def _of_library(model: nn.Module, spec: JobSpec, task: Task) -> optim.Optimizer:
+    assert isinstance(spec.optimizer, Plain)
+    built: optim.Optimizer = import_module("ngd_workers.train.baselines").build(model, spec.optimizer)
+    return built
+
+
+OF_LIBRARY = ("lars", "lamb", "muon", "soap", "shampoo")
+BUILDERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "ngd": _ngd,
+    "sgd": _sgd,
+    "adamw": _adamw,
+    **dict.fromkeys(OF_LIBRARY, _of_library),
+}

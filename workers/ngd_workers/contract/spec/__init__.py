@@ -32,7 +32,18 @@ from ngd_workers.contract.spec.models import (
     Transformers,
     UserModel,
 )
-from ngd_workers.contract.spec.optimizers import SGD, AdamW, NGDOptimizer, OptimizerChoice
+from ngd_workers.contract.spec.optimizers import (
+    LAMB,
+    LARS,
+    SGD,
+    SOAP,
+    AdamW,
+    Muon,
+    NGDOptimizer,
+    OptimizerChoice,
+    Plain,
+    Shampoo,
+)
 from ngd_workers.contract.spec.run import (
     Batch,
     Checkpoint,
@@ -77,14 +88,18 @@ from ngd_workers.contract.spec.tokenizers import (
     TokenizerFile,
     WordTokenizer,
 )
+from ngd_workers.contract.spec.transforms import SNGDTransform, TransformChoice
 
 __all__ = [
     "DDP",
     "FSDP",
     "GPT",
     "IDX",
+    "LAMB",
+    "LARS",
     "MLP",
     "SGD",
+    "SOAP",
     "AdamW",
     "AnySpec",
     "Augment",
@@ -120,6 +135,7 @@ __all__ = [
     "LoopSpec",
     "Mixup",
     "ModelChoice",
+    "Muon",
     "NGDOptimizer",
     "NoAugment",
     "OnBadSample",
@@ -128,11 +144,14 @@ __all__ = [
     "OwnMetric",
     "PadCrop",
     "Parquet",
+    "Plain",
     "PolynomialLR",
     "RandomResizedCrop",
     "Regression",
     "Resources",
+    "SNGDTransform",
     "Schedule",
+    "Shampoo",
     "ShardCache",
     "SmallCNN",
     "Table",
@@ -144,6 +163,7 @@ __all__ = [
     "TokenizerFile",
     "Tokens",
     "Torchvision",
+    "TransformChoice",
     "Transformers",
     "Translation",
     "UserData",

@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ngd_dist.config import NGDConfig
 from ngd_dist.config.deepspeed import check_deepspeed, refusal_at_stage
 from ngd_dist.config.pieces import refusal_of_pieces
 from ngd_workers.contract.spec.base import Options, SpecModel
+from ngd_workers.contract.spec.optimizers import NGDOptimizer, OptimizerChoice, Plain
 
 __all__ = ["DDP", "FSDP", "Bare", "DeepSpeed", "EngineChoice", "Precision"]
 
@@ -17,8 +17,8 @@ class Bare(SpecModel):
 
     kind: Literal["bare"] = "bare"
 
-    def refuses(self, config: NGDConfig) -> str | None:
-        """Returns the reason why the natural gradient can't work with its settings here; None: it can."""
+    def refuses(self, optimizer: OptimizerChoice) -> str | None:
+        """Returns the reason why the optimizer can't work with its settings here; None: it can."""
         return None
 
 
@@ -27,7 +27,7 @@ class DDP(SpecModel):
 
     kind: Literal["ddp"] = "ddp"
 
-    def refuses(self, config: NGDConfig) -> str | None:
+    def refuses(self, optimizer: OptimizerChoice) -> str | None:
         """As `Bare.refuses`."""
         return None
 
@@ -42,9 +42,11 @@ class FSDP(SpecModel):
         "backward pass; false keeps them: more memory, fewer bytes.",
     )
 
-    def refuses(self, config: NGDConfig) -> str | None:
+    def refuses(self, optimizer: OptimizerChoice) -> str | None:
         """As `Bare.refuses`."""
-        return refusal_of_pieces(config, "engine fsdp")
+        if isinstance(optimizer, NGDOptimizer):
+            return refusal_of_pieces(optimizer, "engine fsdp")
+        return None if optimizer.gathers else _refusal_of_parts(optimizer, "engine fsdp")
 
 
 class DeepSpeed(SpecModel):
@@ -71,9 +73,11 @@ class DeepSpeed(SpecModel):
             raise ValueError("config: " + "; ".join(problems))
         return self
 
-    def refuses(self, config: NGDConfig) -> str | None:
+    def refuses(self, optimizer: OptimizerChoice) -> str | None:
         """As `Bare.refuses`."""
-        return refusal_at_stage(config, self.stage, "engine deepspeed")
+        if isinstance(optimizer, NGDOptimizer):
+            return refusal_at_stage(optimizer, self.stage, "engine deepspeed")
+        return _refusal_of_parts(optimizer, f"engine deepspeed at stage {self.stage}") if self.stage else None
 
     def settings(self, *, global_size: int, micro_size: int, micro_batches: int) -> dict[str, Any]:
         """Returns DeepSpeed's configuration of a job. global_size, micro_size: samples."""
@@ -84,6 +88,16 @@ class DeepSpeed(SpecModel):
             "gradient_accumulation_steps": micro_batches,
         }
         return {**self.config, **sizes, "zero_optimization": zero}
+
+
+def _refusal_of_parts(optimizer: Plain, engine: str) -> str | None:
+    """Returns the reason why an optimizer can't work where each worker holds a part of every weight; None: it can."""
+    if optimizer.reads_whole is None:
+        return None
+    return (
+        f"{optimizer.kind} {optimizer.reads_whole}, and {engine} leaves each worker a part of them: take engine ddp, "
+        "or optimizer sgd, adamw or ngd"
+    )
 
 
 EngineChoice = Annotated[Bare | DDP | FSDP | DeepSpeed, Field(discriminator="kind")]

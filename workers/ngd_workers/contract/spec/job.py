@@ -24,6 +24,7 @@ from ngd_workers.contract.spec.run import (
 )
 from ngd_workers.contract.spec.sources import DataChoice
 from ngd_workers.contract.spec.tasks import ImageClassification, TaskChoice
+from ngd_workers.contract.spec.transforms import TransformChoice
 
 __all__ = [
     "AnySpec",
@@ -88,6 +89,9 @@ class JobSpec(Job):
     data: DataChoice
     task: TaskChoice = ImageClassification()
     optimizer: OptimizerChoice
+    transform: TransformChoice | None = Field(
+        default=None, description="A method that changes the model for training, and gives it back plain; None: none."
+    )
     engine: EngineChoice | None = Field(
         default=None,
         description="The part that averages gradients over workers, and may shard the model. None: bare under "
@@ -146,8 +150,11 @@ class JobSpec(Job):
             )
         if self.precision == "fp16" and self.effective_engine.kind not in ("bare", "ddp"):
             raise ValueError(f"precision fp16 is not for engine {self.effective_engine.kind}: take bf16, or engine ddp")
-        if isinstance(self.optimizer, NGDOptimizer) and (problem := self.effective_engine.refuses(self.optimizer)):
+        if problem := self.effective_engine.refuses(self.optimizer):
             raise ValueError(f"optimizer: {problem}")
+        kind = self.effective_engine.kind
+        if self.transform is not None and (problem := self.transform.refuses(self.optimizer, kind)):
+            raise ValueError(f"transform: {problem}")
         return self
 
     @model_validator(mode="after")

@@ -54,13 +54,12 @@ class Engine(ABC):
         self._scaler.scale(loss).backward()
 
     def update(self, lr: float | None, **arguments: Any) -> None:
-        """Takes one optimizer step and clears the gradients. lr: of all groups; None: the optimizer chooses its own.
+        """Takes one optimizer step and clears the gradients. lr: the job's; None: the optimizer chooses its own.
 
         arguments: of the optimizer's step.
         """
         if lr is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            self._set_lr(lr)
         self._scaler.step(self.optimizer, **arguments)
         self._scaler.update()
         self.optimizer.zero_grad()
@@ -91,6 +90,11 @@ class Engine(ABC):
         """Takes over the state of a loss scale; an empty one leaves it as it is."""
         if state and self._scaler.is_enabled():
             self._scaler.load_state_dict(state)
+
+    def _set_lr(self, lr: float) -> None:
+        """Sets the lr of each param group: the job's, times the group's `lr_ratio` if it has one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def _in_ring(self) -> int:
         """Returns the bytes that a rank sends to reduce-scatter all gradients, or to gather all weights, in a ring."""

@@ -57,8 +57,7 @@ class DeepSpeedEngine(Engine):
     def update(self, lr: float | None, **arguments: Any) -> None:
         assert lr is not None, "settings that choose lr are refused with the job"
         assert not arguments
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         self._engine.step()
 
     @property
