@@ -128,7 +128,8 @@ def test_every_method_trains_a_decoder(method: str) -> None:
     )  # fmt: skip
     z, y = torch.randn(64, 4), torch.randn(64, 1, 8, 8)
     y = F.avg_pool2d(y, 3, 1, 1)
-    settings = {"lr": 0.01, "damping": 0.03, "preconditioner": {"kind": method}}
+    clip = {"kind": "kl", "max_kl": 0.01}
+    settings = {"lr": 0.03, "damping": 0.1, "clip": clip, "preconditioner": {"kind": method}}
     optimizer = NGD(model, NGDConfig.model_validate(settings))
     losses = []
     for _ in range(15):
