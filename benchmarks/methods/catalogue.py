@@ -3,7 +3,7 @@
 The ranges are a factor of ten or more around the values that each method's authors or documentation name. They are the
 same for all tasks. All methods of this package share one frame: statistics of sampled labels, of a quarter of the batch
 at every third step, averaged over time; a clip by KL; AdamW for parameters that no layer covers. SENG and Eva have
-gradients of the loss in place of sampled ones, as their authors do.
+gradients of the loss in place of sampled ones, as their authors do; SNGD is SGD on a reconstructed network.
 """
 
 import importlib.util
@@ -34,7 +34,9 @@ from ngd_dist.config import (
     LevenbergMarquardt,
     MonteCarlo,
     QuadraticModel,
+    SNGDConfig,
 )
+from ngd_dist.transforms import SNGD
 
 __all__ = ["DEFAULTS", "METHODS", "SEARCHED", "Method", "recipe_of"]
 
@@ -100,6 +102,22 @@ def _adaptive(model: nn.Module, options: Options) -> torch.optim.Optimizer:
 def _lngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """The method's own damping and layer-wise rate; its statistics read no labels."""
     return _ours(model, options, preconditioner=LNGD(), fisher=Empirical(), step_length=LayerWise(), clip=None)
+
+
+class _Reconstructed(torch.optim.SGD):
+    """SGD on the weights of a reconstructed network, which is made anew at every `T`-th step."""
+
+    def __init__(self, model: nn.Module, lr: float, epsilon: float, T: int = 10) -> None:
+        self._transform = SNGD(model, SNGDConfig(T=T, epsilon=epsilon))
+        super().__init__(model.parameters(), lr=lr, momentum=0.9)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self._transform.step(self)
+
+
+def _sngd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    return _Reconstructed(model, options["lr"], options["epsilon"])
 
 
 def _method(space: Space | None = None, **choices: Any) -> Method:
@@ -182,6 +200,7 @@ METHODS: dict[str, Method] = {
     "lngd": Method(_lngd, {"lr": Range(0.0003, 0.3)}, is_ours=True),
     "tkfac": _method(preconditioner=TKFAC()),
     "seng": _method({"lr": LR, "damping": Range(0.02, 2.0)}, preconditioner=SENG(), fisher=Empirical(), ema_decay=0.0),
+    "sngd": Method(_sngd, {"lr": LR, "epsilon": Range(0.01, 1.0)}, is_ours=True),
     "eva": _method(preconditioner=Eva(), fisher=Empirical()),
     "singd": _method(preconditioner=SINGD()),
     "singd-diagonal": _method(preconditioner=SINGD(structure="diagonal")),

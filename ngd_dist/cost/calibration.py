@@ -9,7 +9,7 @@ from pydantic import Field
 from ngd_dist.config import NGDConfig, Settings
 from ngd_dist.cost.card import ModelCard
 from ngd_dist.cost.cluster import Device
-from ngd_dist.cost.methods import BYTES
+from ngd_dist.cost.forms import BYTES
 from ngd_dist.cost.seconds import BACKWARD, UPDATE_PASSES, owners_work, statistic_flops
 from ngd_dist.cost.setup import Setup
 from ngd_dist.errors import ConfigError

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 
 from ngd_dist.config import AdamWFallback, NGDConfig, QuadraticModel
-from ngd_dist.cost.methods import BYTES
+from ngd_dist.cost.forms import BYTES
 from ngd_dist.cost.relay import relays
 from ngd_dist.cost.setup import Setup
 

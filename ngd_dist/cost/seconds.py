@@ -7,7 +7,8 @@ from math import log2
 
 from ngd_dist.config import Empirical, MonteCarlo, NGDConfig
 from ngd_dist.cost.cluster import Cluster, Device
-from ngd_dist.cost.methods import BYTES, LayerCost
+from ngd_dist.cost.forms import BYTES
+from ngd_dist.cost.methods import LayerCost
 from ngd_dist.cost.relay import relays
 from ngd_dist.cost.setup import Setup
 from ngd_dist.cost.traffic import COLLECTIVE, Traffic, mean_traffic

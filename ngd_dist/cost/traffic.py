@@ -12,7 +12,7 @@ from typing import Any
 
 from ngd_dist.config import KLClip, LayerWise, NGDConfig
 from ngd_dist.cost.engines import pieces
-from ngd_dist.cost.methods import BYTES, HALF, aligned
+from ngd_dist.cost.forms import BYTES, HALF, aligned
 from ngd_dist.cost.relay import cut, filled, relays
 from ngd_dist.cost.setup import Occasion, Setup
 
