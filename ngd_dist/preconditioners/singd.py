@@ -18,6 +18,8 @@ from ngd_dist.preconditioners.factors import Factors
 __all__ = ["SINGD"]
 
 Statistics = Mapping[str, Tensor]
+# The most that a step takes away from a root in any direction, as a share of it.
+MOST = 0.5
 # By factor: its root and the step of it in the cache, and the other factor.
 ROOTS = {"A": ("K", "m_K", "G"), "G": ("C", "m_C", "A")}
 
@@ -31,11 +33,12 @@ class SINGD(Preconditioner):
     are 1, and lambda is the factor's share by pi, so that K K^T is near (A + pi sqrt(lambda) I)^-1 and lambda means the
     same as under K-FAC. A and G are those of K-FAC. Brackets are projected on the structure. Source: [L23], its code.
 
-    A step that is too long changes the sign of a root: beta is beta_1 over a bound on the eigenvalues of m_K if that
-    exceeds 1, and m_K a mean of the past, as in the code's normalised steps. The code takes the largest entry for the
-    bound, which is none. K begins as (mean eigenvalue + share of lambda)^-1/2 I, not as I, from which a factor of
-    another size takes many steps. A factor that is new moves its own root. A new damping moves none: it counts from
-    the next step on. A dense factor wider than `max_dense` is a diagonal.
+    A step that is too long changes the sign of a root: beta is beta_1, or less if beta times a bound on the eigenvalues
+    of m_K would exceed `MOST`. The code's normalised steps divide beta_1 by the largest entry of m_K if that exceeds 1,
+    which bounds no eigenvalue, and shortens steps that are short enough. As there, m_K is a mean of the past. K begins
+    as (mean eigenvalue + share of lambda)^-1/2 I, not as I, from which a factor of another size takes many steps. A
+    factor that is new moves its own root. A new damping moves none: it counts from the next step on. A dense factor
+    wider than `max_dense` is a diagonal.
     """
 
     is_blockwise = True
@@ -120,7 +123,7 @@ class SINGD(Preconditioner):
             m = (total - form.identity(torch.ones_like(split[name]))) * ((1 - past) / 2)
             if past:
                 m = new[step] = m + past * old[step]
-            rate = self._config.rate / form.bound(m).clamp(min=1)
+            rate = (MOST / form.bound(m)).clamp(max=self._config.rate)
             new[root] = old[root] - per_block(rate, m) * form.product(old[root], m)
         return new
 

@@ -99,25 +99,26 @@ def test_roots_move_as_dense_ones_that_are_projected(structure: str) -> None:
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.1, 8e-2), (0.01, 8e-3), (0.001, 8e-4)])
 def test_roots_follow_the_averaged_inverse_to_first_order(rate: float, expected: float) -> None:
-    method = method_of((1, 6, 6), kfac_like=True, rate=rate, momentum=0)
+    width = 10
+    method = method_of((1, width, width), kfac_like=True, rate=rate, momentum=0)
     generator = torch.Generator().manual_seed(0)
     cache: Cache | None = None
     S = torch.zeros(())
 
     for step in range(round(3 / rate)):
-        rows = torch.randn(40, 6, dtype=F64, generator=generator)
-        A = rows.mT @ rows / 40
-        statistics = {"A": A.view(1, 1, 6, 6), "G": torch.eye(6, dtype=F64).view(1, 1, 6, 6)}
-        share = float(pi_split(A.trace().view(1) / 6, torch.ones(1, dtype=F64), 0.01)[0])
+        rows, identity = torch.randn(width, width, dtype=F64, generator=generator), torch.eye(width, dtype=F64)
+        A = rows.mT @ rows / width
+        statistics = {"A": A.view(1, 1, width, width), "G": identity.view(1, 1, width, width)}
+        share = float(pi_split(A.trace().view(1) / width, torch.ones(1, dtype=F64), 0.01)[0])
         if step == 0:
-            S = (A.trace() / 6 + share) * torch.eye(6, dtype=F64)
+            S = (A.trace() / width + share) * identity
         S = ema(S, A, share, rate)
         cache = refreshed(method, statistics, 0.01, cache)
 
     assert cache is not None
     exact = torch.linalg.inv(S)
     error = float((inverse_of(method, cache)[0][0] - exact).norm() / exact.norm())
-    assert error < 2 * expected
+    assert expected / 2 < error < 2 * expected
 
 
 @every_structure
@@ -177,8 +178,8 @@ def test_no_step_changes_the_sign_of_a_root(structure: str, size: float) -> None
 
     for name, root in (("A", "K"), ("G", "C")):
         factor = torch.linalg.solve(root_of(method, name, old[root]), root_of(method, name, cache[root]))
-        # Of I - beta m, with beta at most 0.9 over the largest of m.
-        assert float(torch.linalg.eigvals(factor).real.amin()) > 0.1 - 1e-6
+        # Of I - beta m, with beta at most 1/2 over the largest of m.
+        assert float(torch.linalg.eigvals(factor).real.amin()) > 0.5 - 1e-6
 
 
 @every_structure

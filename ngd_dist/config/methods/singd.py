@@ -20,8 +20,7 @@ WIDTHS = {"block_diagonal": 30, "low_rank": 15}
 class SINGD(PreconditionerConfig):
     """Roots K and C with K K^T near A^-1 and C C^T near G^-1, moved by products at each refresh ([L23]).
 
-    A refresh is one step of the roots: rare refreshes leave them behind. A fixed interval serves them better than an
-    adaptive one, which grows while the statistics stay alike.
+    A refresh is one step of the roots: rare refreshes leave them behind.
     """
 
     kind: Literal["singd"] = "singd"
