@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, AdamWFallback, FixedInterval
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, AdamWFallback, FixedInterval
 from ngd_dist.errors import ConfigError
 from tests.support.ranks import run_ranks
 from tests.support.tensors import flat
 from tests.support.training import train
 
-METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "lngd": LNGD()}
+METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "lngd": LNGD(), "seng": SENG()}
 
 
 class Net(nn.Module):

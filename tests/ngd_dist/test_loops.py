@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, FixedInterval, MonteCarlo
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, FixedInterval, MonteCarlo
 from ngd_dist.errors import CaptureError
 from tests.support.tensors import F64, batch, captured, flat
 
-METHODS = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD()}
+METHODS = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD(), "seng": SENG()}
 
 
 def mlp() -> nn.Sequential:

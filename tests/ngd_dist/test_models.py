@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, AdamWFallback, FixedInterval, Settings
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, AdamWFallback, FixedInterval, Settings
 from ngd_dist.factors.dense import Dense
 
 VOCABULARY, TOKENS = 50, 7
@@ -108,7 +108,7 @@ def test_a_model_registers_as_it_comes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [KFAC(), KFAC(damping_form="exact"), EKFAC(), LNGD()], ids=lambda method: method.kind
+    "method", [KFAC(), KFAC(damping_form="exact"), EKFAC(), LNGD(), SENG()], ids=lambda method: method.kind
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_a_few_steps_lower_the_loss(name: str, method: Settings) -> None:

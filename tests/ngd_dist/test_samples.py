@@ -11,11 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, AdaptiveInterval, Bernoulli, Empirical, Exact, FixedInterval, MonteCarlo
+from ngd_dist.config import (
+    EKFAC,
+    KFAC,
+    LNGD,
+    SENG,
+    AdaptiveInterval,
+    Bernoulli,
+    Empirical,
+    Exact,
+    FixedInterval,
+    MonteCarlo,
+)
 from ngd_dist.errors import CaptureError, ConfigError
 from tests.support.tensors import F64, batch, captured, flat
 
-METHODS = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD()}
+METHODS = {"kfac": KFAC(), "reduce": KFAC(sharing="reduce"), "ekfac": EKFAC(), "lngd": LNGD(), "seng": SENG()}
 
 
 class Timed(nn.Module):
