@@ -110,7 +110,7 @@ class SavedState:
         return self._with_layers({name: self._layer(name) for name in self.formats}, stats)
 
     def own(self) -> State:
-        """Returns the rest of the `local` state, of this rank alone: local statistics, caches made of them, schedule."""
+        """Returns the rest of the `local` state: local statistics, the caches made of them, their schedule."""
         curvature, tracks = self._curvature, self._schedule.tracks
         layers = [name for name, layer_format in self.formats.items() if layer_format.is_local]
         return {
