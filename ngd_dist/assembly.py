@@ -142,6 +142,7 @@ class Assembly(torch.optim.Optimizer):
             "state": dict(self.state),
             # As bytes: torch sends tensors to a process as files, and the files of tensors made here would be gone.
             "ngd": to_bytes(self.saved_state.local(self.stats)),
+            "own": to_bytes(self.saved_state.own()),
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
@@ -156,6 +157,7 @@ class Assembly(torch.optim.Optimizer):
         self._waiting = self._untrained()
         self.state.update(saved["state"])
         self.stats = self.saved_state.restore(from_bytes(saved["ngd"]))
+        self.saved_state.restore_own(from_bytes(saved["own"]))
         self._begin_step(self.stats.step + 1)
 
     def _assemble(self) -> None:

@@ -7,7 +7,7 @@ makes one state that is whole on every rank, `sharded_state` makes one part per 
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -108,6 +108,27 @@ class SavedState:
     def local(self, stats: StepStats) -> State:
         """Returns the state as far as this rank has it."""
         return self._with_layers({name: self._layer(name) for name in self.formats}, stats)
+
+    def own(self) -> State:
+        """Returns the rest of the `local` state: local statistics, the caches made of them, their schedule."""
+        curvature, tracks = self._curvature, self._schedule.tracks
+        layers = [name for name, layer_format in self.formats.items() if layer_format.is_local]
+        return {
+            "statistics": {str(key): curvature.statistics[key].state() for key in self._local},
+            "tracks": {str(key): asdict(tracks[key]) for key in self._local},
+            "caches": {name: curvature.caches[name] for name in layers},
+            "damped_with": {n: used for n, used in curvature.damped_with.items() if n in layers},
+        }
+
+    def restore_own(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what `own` has returned, after `restore`."""
+        for key in self._local:
+            self._curvature.statistics[key].load(saved["statistics"][str(key)], self._device)
+            self._schedule.tracks[key] = Track(**saved["tracks"][str(key)])
+        for name, cache in saved["caches"].items():
+            moved = None if cache is None else {entry: value.to(self._device) for entry, value in cache.items()}
+            self._curvature.take(name, moved)
+        self._curvature.damped_with |= saved["damped_with"]
 
     def check(self, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
         """Returns if a whole or local state, torch's own part with it, fits; changes nothing.

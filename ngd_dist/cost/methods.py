@@ -243,17 +243,21 @@ def _seng(layer: LayerCard, choice: SENG) -> LayerCost:
     numbers = (O * I if is_explicit else O + I) + has_sketch
     U = replace(plain(B * numbers), sample_dims=1, is_by_position=not is_explicit)
     cache = {"U": replace(U, is_kept_once=True), "inverse": replace(plain(B), sample_dims=2), "damping": plain(1)}
-    if has_sketch:
+    nominal = samples = SampleCost(B, O, I, sketched, is_explicit)
+    if is_explicit and layer.positions == 1:  # factors, whatever U would be with several positions
+        U = replace(plain(B * (O + I + has_sketch)), sample_dims=1)
+        cache |= {"U": replace(U, is_kept_once=True)}
+        samples = SampleCost(B, O, I, (O, I), is_explicit=False)
+    elif has_sketch:
         places = sketched[0] * sketched[1] if is_explicit else sum(sketched)
         cache |= {"sketch": replace(U, held=B * places, packed=B * places), "places": plain(places)}
-    samples = SampleCost(B, O, I, sketched, is_explicit)
     kept = layer.positions if choice.r is None or layer.positions <= choice.r else min(choice.r, O)
     return LayerCost(
         layer,
         (StatisticCost("U", U, is_local=True),),
         cache,
-        samples.refresh_flops(),
-        samples.apply_flops(),
+        nominal.refresh_flops(),
+        nominal.apply_flops(),
         samples=samples,
         kept_positions=kept,
     )

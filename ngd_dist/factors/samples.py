@@ -1,13 +1,13 @@
 """The gradients of single samples, which stay on the rank that has the samples. Each block is a matrix U.
 
-U has a column for each sample, and stands for U U^T. Two forms keep it, with N samples, P positions, I inputs and O
-outputs; of a form's own `shape`, N and P are 1:
+U has a column for each sample, and stands for U U^T. With N samples, P positions, I inputs and O outputs a value is
 
-    `Explicit`   [B, N, O I]        the gradients themselves, in the order of [O, I]
-    `Implicit`   [B, N, P, I + O]   their factors, side by side: a gradient is the sum over positions of g a^T
+    [B, N, O I]        the gradients themselves, in the order of [O, I]
+    [B, N, P, I + O]   their factors, side by side: a gradient is the sum over positions of g a^T
 
-If a form `has_draw`, one more number at the end of each row seeds the draws of its sketches: the seed of the
-micro-batch.
+`Implicit` has factors. `Explicit` has gradients; if there is one position, factors, which are then smaller, and cheaper
+in every product. Of a form's own `shape`, N and P are 1. If a form `has_draw`, one more number at the end of each row
+seeds the draws of its sketches: the seed of the micro-batch.
 """
 
 from abc import ABC, abstractmethod
@@ -55,6 +55,10 @@ class SampleGradients(Form, ABC):
     def sketch(self, q: int) -> "SampleGradients | None":
         """Returns the form of sketches of size q; None if they would keep all entries."""
 
+    def takes_sketch(self, value: Tensor) -> bool:
+        """Returns whether products of this value are sketched: not if all of them are cheap."""
+        return True
+
     @abstractmethod
     def drawn(self, sketch: "SampleGradients", generator: torch.Generator) -> Tensor:
         """Returns the places of the entries that one sketch keeps."""
@@ -83,7 +87,7 @@ class SampleGradients(Form, ABC):
         if is_one(factor):
             return value
         scaled = value.clone()
-        scaled[..., self._scaled] *= factor**0.5
+        scaled[..., self._linear_in(value)] *= factor**0.5
         return scaled
 
     def plus(self, value: Tensor, other: Tensor) -> Tensor:
@@ -121,14 +125,13 @@ class SampleGradients(Form, ABC):
         assert self.has_draw
         return int(value.flatten(1)[0, value.shape[-1] - 1].nan_to_num())
 
-    @property
     @abstractmethod
-    def _scaled(self) -> slice:
+    def _linear_in(self, value: Tensor) -> slice:
         """Returns the numbers of the last dimension in which a gradient is linear."""
 
 
 class Explicit(SampleGradients):
-    """A value is [B, N, O I]."""
+    """A value is [B, N, O I], or [B, N, 1, I + O] if samples have one position."""
 
     @classmethod
     def of(cls, blocks: int, outputs: int, inputs: int, *, has_draw: bool = False) -> "Explicit":
@@ -136,19 +139,43 @@ class Explicit(SampleGradients):
         return cls((blocks, 1, outputs * inputs + has_draw), inputs, outputs, has_draw)
 
     def of_rows(self, a_BNPI: Tensor, g_BNPO: Tensor, replicate: Replicate) -> Tensor:
-        samples = a_BNPI.shape[1]
-        gradients = (g_BNPO.mT @ a_BNPI).flatten(2).mul_(samples**-0.5)
-        return _with_draw(gradients, replicate) if self.has_draw else gradients
+        rows = self.factors.of_rows(a_BNPI, g_BNPO, replicate)
+        return rows if a_BNPI.shape[2] == 1 else self.formed(rows)
+
+    def plus(self, value: Tensor, other: Tensor) -> Tensor:
+        if value.ndim != other.ndim:
+            value, other = self.formed(value), self.formed(other)
+        return torch.cat([value, other], dim=1)
 
     def products(self, value: Tensor, other: Tensor) -> Tensor:
-        return value[..., self._scaled] @ other[..., self._scaled].mT
+        if _are_factors(value) and _are_factors(other):
+            return self.factors.products(value, other)
+        return self._entries(self.formed(value)) @ self._entries(self.formed(other)).mT
 
     def along(self, value: Tensor, grad_BOI: Tensor) -> Tensor:
-        return (value[..., self._scaled] @ grad_BOI.flatten(1).unsqueeze(-1)).squeeze(-1)
+        if _are_factors(value):
+            return self.factors.along(value, grad_BOI)
+        return (self._entries(value) @ grad_BOI.flatten(1).unsqueeze(-1)).squeeze(-1)
 
     def combined(self, value: Tensor, v_BN: Tensor) -> Tensor:
-        total = v_BN.unsqueeze(1) @ value[..., self._scaled]
-        return total.view(-1, self.outputs, self.inputs)
+        if _are_factors(value):
+            return self.factors.combined(value, v_BN)
+        return (v_BN.unsqueeze(1) @ self._entries(value)).view(-1, self.outputs, self.inputs)
+
+    def formed(self, value: Tensor) -> Tensor:
+        """Returns a value as [B, N, O I]."""
+        if not _are_factors(value):
+            return value
+        gradients = (self.factors.g(value).mT @ self.factors.a(value)).flatten(2)
+        return torch.cat([gradients, value[:, :, 0, -1:]], dim=-1) if self.has_draw else gradients
+
+    @property
+    def factors(self) -> "Implicit":
+        """The form of the factors of these gradients."""
+        return Implicit.of(self.shape[0], self.outputs, self.inputs, has_draw=self.has_draw)
+
+    def takes_sketch(self, value: Tensor) -> bool:
+        return not _are_factors(value)
 
     def sketch(self, q: int) -> "Explicit | None":
         return Explicit.of(self.shape[0], 1, q * q) if q * q < self.outputs * self.inputs else None
@@ -162,9 +189,11 @@ class Explicit(SampleGradients):
     def entries(self, grad_BOI: Tensor, places: Tensor, sketch: SampleGradients) -> Tensor:
         return grad_BOI.flatten(1).index_select(1, places)
 
-    @property
-    def _scaled(self) -> slice:
-        return slice(self.outputs * self.inputs)
+    def _entries(self, value: Tensor) -> Tensor:
+        return value[..., self._linear_in(value)]
+
+    def _linear_in(self, value: Tensor) -> slice:
+        return self.factors._linear_in(value) if _are_factors(value) else slice(self.outputs * self.inputs)
 
 
 class Implicit(SampleGradients):
@@ -227,11 +256,14 @@ class Implicit(SampleGradients):
 
     def g(self, value: Tensor) -> Tensor:
         """Returns the output gradients, [B, N, P, O]."""
-        return value[..., self._scaled]
+        return value[..., self._linear_in(value)]
 
-    @property
-    def _scaled(self) -> slice:
+    def _linear_in(self, value: Tensor) -> slice:
         return slice(self.inputs, self.inputs + self.outputs)
+
+
+def _are_factors(value: Tensor) -> bool:
+    return value.ndim == 4
 
 
 def truncated(a_BNPI: Tensor, g_BNPO: Tensor, rank: int) -> tuple[Tensor, Tensor]:

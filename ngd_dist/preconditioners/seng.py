@@ -57,9 +57,11 @@ class SENG(Preconditioner):
         self, statistics: Mapping[str, Tensor], fresh: frozenset[str], damping: float, old: Cache | None
     ) -> dict[str, Problem]:
         """Returns the inverse of lambda I + U^T U. An old one belongs to other samples."""
-        sketch = self._sketched(statistics["U"])
-        U = sketch.get("sketch", statistics["U"])
-        gram = (self._sketch or self._form).products(U, U)
+        U, sketched = statistics["U"], self._sketched(statistics["U"]).get("sketch")
+        if self._sketch is None or sketched is None:
+            gram = self._form.products(U, U)
+        else:
+            gram = self._sketch.products(sketched, sketched)
         return {"U": ToInvert(gram, gram.new_full((len(gram),), damping))}
 
     def refresh(
@@ -80,7 +82,7 @@ class SENG(Preconditioner):
 
     def apply(self, cache: Cache, grad_BOI: Tensor) -> Tensor:
         form, U = self._form, cache["U"]
-        if self._sketch is None:
+        if self._sketch is None or "sketch" not in cache:
             products_BN = form.along(U, grad_BOI)
         else:
             entries = form.entries(grad_BOI, cache["places"], self._sketch) * self._scale**0.5
@@ -105,7 +107,7 @@ class SENG(Preconditioner):
 
     def _sketched(self, U: Tensor) -> Cache:
         """Returns S U and the places of the entries that S keeps, drawn for this value; nothing without a sketch."""
-        if self._sketch is None:
+        if self._sketch is None or not self._form.takes_sketch(U):
             return {}
         seed = crc32(f"{self._config.seed} {self.shape.name} {self._form.draw(U)}".encode())
         places = self._form.drawn(self._sketch, torch.Generator().manual_seed(seed)).to(U.device, torch.int32)

@@ -17,13 +17,21 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, SINGD, TKFAC, AdamWFallback, Eva, FixedInterval, SGDFallback
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, SINGD, TKFAC, AdamWFallback, Eva, FixedInterval, SGDFallback
 from ngd_dist.errors import ConfigError
 from tests.support.ranks import run_ranks
 from tests.support.tensors import flat
 from tests.support.training import train
 
-METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "lngd": LNGD(), "tkfac": TKFAC(), "eva": Eva(), "singd": SINGD()}
+METHODS = {
+    "kfac": KFAC(),
+    "ekfac": EKFAC(),
+    "lngd": LNGD(),
+    "tkfac": TKFAC(),
+    "eva": Eva(),
+    "singd": SINGD(),
+    "seng": SENG(),
+}
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, SINGD, TKFAC, Eva, FixedInterval, MonteCarlo
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, SINGD, TKFAC, Eva, FixedInterval, MonteCarlo
 from ngd_dist.errors import CaptureError
 from tests.support.tensors import F64, batch, captured, flat
 
@@ -30,6 +30,7 @@ METHODS = {
     "eva": Eva(),
     "eva reduce": Eva(sharing="reduce"),
     "singd": SINGD(),
+    "seng": SENG(),
 }
 
 

@@ -109,7 +109,7 @@ def test_a_model_registers_as_it_comes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [KFAC(), KFAC(damping_form="exact"), EKFAC(), LNGD(), TKFAC(), Eva(), SINGD()],
+    [KFAC(), KFAC(damping_form="exact"), EKFAC(), LNGD(), TKFAC(), Eva(), SINGD(), SENG()],
     ids=lambda method: method.kind,
 )
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ from ngd_dist.config import (
     EKFAC,
     KFAC,
     LNGD,
+    SENG,
     SINGD,
     TKFAC,
     AdaptiveInterval,
@@ -38,6 +39,7 @@ METHODS = {
     "eva": Eva(),
     "eva reduce": Eva(sharing="reduce"),
     "singd": SINGD(),
+    "seng": SENG(),
 }
 
 

@@ -129,8 +129,8 @@ def test_passes_of_a_models_fisher_make_up_one_u(fisher: Any) -> None:
         rows = torch.cat([x, torch.ones(8, 1, dtype=F64)], 1)
         hessian = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
         block = torch.einsum("nop,ni,nj->oipj", hessian, rows, rows).reshape(15, 15) / 8
-        torch.testing.assert_close((U.mT @ U)[0], block, rtol=1e-12, atol=1e-14)
-    assert U.shape == (1, 8 * (3 if fisher.kind == "exact" else fisher.samples), 15)
+        torch.testing.assert_close(Explicit.of(1, 3, 5).dense(U)[0], block, rtol=1e-12, atol=1e-14)
+    assert U.shape[1] == 8 * (3 if fisher.kind == "exact" else fisher.samples)
     optimizer.step()
 
 
@@ -150,6 +150,34 @@ def test_texts_of_two_lengths_are_samples_side_by_side() -> None:
     both = form.plus(short, long)
 
     torch.testing.assert_close(form.dense(both), form.dense(short) + form.dense(long), rtol=1e-13, atol=1e-13)
+
+
+def test_samples_of_one_position_are_factors_and_exact_without_a_sketch() -> None:
+    given, grad = rows(positions=1), gradient()
+    seng, sketched = method(SENG()), method(SENG(q=2))
+
+    cache, of_sketched = cached(seng, given), cached(sketched, given)
+
+    assert cache["U"].shape == (BLOCKS, SAMPLES, 1, INPUTS + OUTPUTS)
+    assert "sketch" not in of_sketched
+    exact = direction(grad, gradients(given), DAMPING)
+    for of, its_cache in ((seng, cache), (sketched, of_sketched)):
+        torch.testing.assert_close(of.apply(its_cache, grad), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("has_draw", [False, True])
+def test_micro_batches_of_one_position_and_of_several_are_side_by_side(has_draw: bool) -> None:
+    form = Explicit.of(BLOCKS, OUTPUTS, INPUTS, has_draw=has_draw)
+    one, several = (form.of_rows(r.a_BNPI, r.g_BNPO, Replicate(seed=8)) for r in (rows(positions=1), rows(positions=3)))
+    assert (one.ndim, several.ndim) == (4, 3)
+
+    both = form.plus(one, several)
+
+    torch.testing.assert_close(form.dense(both), form.dense(one) + form.dense(several), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(form.dense(form.times(one, 3.0)), 3 * form.dense(one))
+    distance = torch.linalg.vector_norm(form.dense(one) - form.dense(several))
+    torch.testing.assert_close(form.distance(one, several), distance)
+    assert not has_draw or form.draw(both) == form.draw(one) == 8
 
 
 # --- the forms --------------------------------------------------------------------------------------------------------

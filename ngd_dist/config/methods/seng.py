@@ -28,7 +28,8 @@ class SENG(PreconditionerConfig):
         default=1_000_000,
         ge=0,
         description="Weights of a layer (of a block, if it has several) up to which a sample's gradient is kept as it "
-        "is; of a larger layer, as its factors: the input and the output gradient of each position.",
+        "is; of a larger layer, or if samples have one position, as its factors: the input and the output gradient of "
+        "each position.",
     )
     r: int | None = Field(
         default=16,
@@ -41,7 +42,8 @@ class SENG(PreconditionerConfig):
         ge=1,
         description="Size of the sketch: q^2 entries of each gradient of a layer up to max_explicit, and those in q "
         "rows and q columns of a larger one, drawn without replacement at each refresh, for the products U^T U and "
-        "U^T grad. Layers with fewer entries are exact. None: all are.",
+        "U^T grad. Layers with fewer entries are exact, and so are those up to max_explicit if samples have one "
+        "position. None: all are.",
     )
     scale: Literal["unbiased", "published"] = Field(
         default="unbiased",
