@@ -72,5 +72,5 @@ def test_all_ranks_stop_at_the_same_step() -> None:
 def test_a_setting_of_inversion_that_is_not_read_is_refused(
     preconditioner: dict[str, str], setting: dict[str, object], named: str
 ) -> None:
-    with pytest.raises(ValidationError, match=f"inverts none: leave out {named}"):
+    with pytest.raises(ValidationError, match=f"inverts no factor: leave out {named}"):
         NGDConfig.model_validate({"preconditioner": preconditioner} | setting)

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, SINGD, TKFAC, AdamWFallback, Eva, FixedInterval, Settings
+from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, SINGD, TKFAC, AdamWFallback, Eva, FixedInterval, Settings
 from ngd_dist.factors.dense import Dense
 
 VOCABULARY, TOKENS = 50, 7
