@@ -33,6 +33,7 @@ __all__ = ["NETWORKS", "measure", "rows_of", "table"]
 
 DAMPING = 0.01  # of the mean eigenvalue
 STEPS, LR = 60, 0.1
+REFRESHES = 50
 Row = dict[str, Any]
 
 
@@ -90,7 +91,10 @@ def quality(kind: str, layer: Layer, batch: LayerBatch) -> Row:
 
 
 def cache_of(method: Preconditioner, batch: LayerBatch, damping: float) -> Cache:
-    """Returns the method's cache from all of its statistics: what is measured in a basis comes second."""
+    """Returns the method's cache from all of its statistics: what is measured in a basis comes second.
+
+    Refreshed often, for a method whose refresh is one step towards the inverse.
+    """
     statistics: dict[str, Tensor] = {}
     cache: Cache | None = None
     for in_basis in (False, True):
@@ -98,9 +102,10 @@ def cache_of(method: Preconditioner, batch: LayerBatch, damping: float) -> Cache
         if due:
             shared = {name: cache[name] for name in method.shared} if cache else {}
             statistics |= method.estimate(batch, due, shared)
-            solutions = solve(method.problems(statistics, due, damping, cache))
-            cache = method.refresh(statistics, due, damping, cache, solutions).cache
-            assert cache is not None
+            for _ in range(1 if in_basis else REFRESHES):
+                solutions = solve(method.problems(statistics, due, damping, cache))
+                cache = method.refresh(statistics, due, damping, cache, solutions).cache
+                assert cache is not None
     assert cache is not None
     return cache
 

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.catalogue import METHODS
+from benchmarks.methods.document import document
 from benchmarks.methods.protocol import median_of
 from benchmarks.methods.tasks import TASKS
 from benchmarks.record import RESULTS
 from benchmarks.step_overhead import targets_table
 
-__all__ = ["Result", "newest", "page", "plots"]
+__all__ = ["Result", "methods_page", "newest", "page", "plots"]
 
 DOCS = Path(__file__).parent.parent / "docs"
+TARGETS = Path(__file__).parent / "targets.md"  # by hand: what no result tells by itself
 QUESTIONS = {
     "step-overhead": "Time of a training step beside SGD's",
     "step-jitter": "How even the steps are",
@@ -39,10 +41,10 @@ INTRODUCTION = """# Performance
 Made by `python -m benchmarks.report` from `benchmarks/results/`; each question's command measures its baseline in the
 same run. Losing rows are shown. `make bench` measures again.
 """
-OVERVIEW = """How long until a model is as good as it should be? The best of this package's methods beside the best of
-SGD, AdamW, LARS, LAMB, Muon, SOAP and Shampoo: CPU seconds in one thread and optimizer steps, medians of three seeds.
-On each task every method had the same number of trials ({trials}) of the same search; the setting with the fewest
-seconds counts. [Every method and trial](#{anchor}) is below.
+OVERVIEW = """How long until a model is as good as it should be? The best of this package's methods beside the best
+of its rivals, from SGD to SOAP: CPU seconds in one thread and optimizer steps, medians of three seeds. On each task
+every method had the same number of trials ({trials}) of the same search; the setting with the fewest seconds counts.
+[Every method and trial](#{anchor}) is below.
 """
 PLOTS_A_LINE = 3
 REFRESHES = {
@@ -89,7 +91,8 @@ def newest(root: Path = RESULTS) -> list[Result]:
 
 def page(results: list[Result]) -> str:
     """Returns docs/performance.md. A question without a result is named at the end."""
-    sections = [INTRODUCTION, *(overview(result) for result in results if _has_overview(result))]
+    compared = compared_in(results)
+    sections = [INTRODUCTION, *([overview(compared), TARGETS.read_text()] if compared else [])]
     for result in results:
         body = "\n".join(TABLES.get(result.question, readme)(result))
         figure = [f"![{QUESTIONS[result.question]}]({result.plot})"] if _has_plot(result) else []
@@ -101,8 +104,25 @@ def page(results: list[Result]) -> str:
     return "\n".join(sections)
 
 
-def _has_overview(result: Result) -> bool:
-    return result.question == "methods" and any("task" in row for row in result.document.get("rows", []))
+def methods_page(results: list[Result]) -> str | None:
+    """Returns docs/methods.md, or None before there are results of both of its questions."""
+    compared = next((result for result in results if result.question == "methods"), None)
+    approximations = next((result for result in results if result.question == "approximations"), None)
+    if compared is None or approximations is None:
+        return None
+    conclusion = (compared.folder / "conclusion.md").read_text()
+    table, figure = "\n".join(readme(approximations)), f"performance/overview_{compared.hardware}.svg"
+    return document(compared.document["rows"], conclusion, table, figure)
+
+
+def compared_in(results: list[Result]) -> Result | None:
+    """Returns the newest comparison of methods by seconds and steps to their targets."""
+    return next((result for result in results if result.question in ("methods", "steps-to-target")), None)
+
+
+def _is_ours(method: str) -> bool:
+    """Returns whether the method is this package's; in the earlier search K-FAC's rows were called ngd."""
+    return method.startswith("ngd") or METHODS[method].is_ours
 
 
 def overview(result: Result) -> str:
@@ -128,7 +148,7 @@ def _medians(rows: list[dict[str, Any]], what: str) -> dict[str, float]:
 def _best_ones(medians: dict[str, float], digits: int = 0) -> Iterator[str]:
     """Yields the least figure of ours, and the rivals', each with its method."""
     for is_ours in (True, False):
-        methods = [method for method in medians if METHODS[method].is_ours is is_ours]
+        methods = [method for method in medians if _is_ours(method) is is_ours]
         best = min(methods, key=medians.__getitem__, default="")
         is_reached = math.isfinite(medians.get(best, math.inf))
         yield f"{medians[best]:.{digits}f} ({best})" if is_reached else "not reached"
@@ -201,7 +221,7 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         drawn.append(path)
-    for result in filter(_has_overview, results):
+    if result := compared_in(results):
         path = folder / f"performance/overview_{result.hardware}.svg"
         plot_overview(result).savefig(path, metadata={"Date": None}, bbox_inches="tight")
         drawn.append(path)
@@ -235,7 +255,7 @@ def plot_overview(result: Result) -> Any:
     for axis, ((name,), of_task) in zip(axes, groups, strict=False):
         seconds = sorted(_medians(of_task, "target_seconds").items(), key=lambda item: -item[1])
         lengths = [value if math.isfinite(value) else 0.0 for _, value in seconds]
-        colours = ["#3949ab" if METHODS[method].is_ours else "#b0bec5" for method, _ in seconds]
+        colours = ["#3949ab" if _is_ours(method) else "#b0bec5" for method, _ in seconds]
         bars = axis.barh([method for method, _ in seconds], lengths, color=colours)
         axis.bar_label(bars, [f"{value:.1f}" if math.isfinite(value) else "missed" for _, value in seconds], padding=2)
         axis.set(xlabel="CPU seconds to the target", xlim=(0, 1.2 * max(lengths, default=1)))
@@ -328,6 +348,8 @@ PLOTS: dict[str, Callable[[Result], Any]] = {
 def main() -> None:
     results = newest()
     (DOCS / "performance.md").write_text(page(results))
+    if methods := methods_page(results):
+        (DOCS / "methods.md").write_text(methods)
     try:
         drawn = plots(results, DOCS)
     except ImportError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import DOCS, Result, newest, page, plots
+from benchmarks.report import DOCS, Result, methods_page, newest, page, plots
 
 
 def test_page_is_current() -> None:
@@ -73,6 +73,32 @@ def test_page_begins_with_seconds_and_steps_to_each_target(tmp_path: Path) -> No
 
     text = page([Result(folder)])
 
-    assert "the same number of trials (3)" in text
+    assert "same number of trials (3)" in text
     assert "| small GPT, tinyshakespeare, batch 64 x 64 | 3.0 (kfac) | 2.5 (muon) | 24 (kfac) | 48 (muon) |" in text
     assert text.index("small GPT") < text.index("## Steps and seconds to a target (cpu2)")
+
+
+def test_the_page_of_methods_is_current() -> None:
+    written = methods_page(newest())
+
+    if written is not None:
+        assert (DOCS / "methods.md").read_text() == written, "run: python -m benchmarks.report"
+
+
+def test_the_page_of_methods_has_what_was_found_and_each_method_of_the_registry(tmp_path: Path) -> None:
+    compared, approximations = (tmp_path / f"2026-01-01_{question}_cpu2" for question in ("methods", "approximations"))
+    for folder in (compared, approximations):
+        folder.mkdir()
+        (folder / "README.md").write_text("# Title\n\nA line of its table.\n")
+    rows = [
+        {"task": "gpt", "method": "eva", "part": part, "target_seconds": 2.0, "target_step": 20}
+        for part in ("tuned", "repeated")
+    ]
+    (compared / "result.json").write_text(json.dumps({"rows": rows}))
+    (compared / "conclusion.md").write_text("Eva is quick.\n")
+
+    text = methods_page([Result(compared), Result(approximations)])
+
+    assert text is not None
+    for found in ("Eva is quick.", "| eva | 2.0 (20) |", "A line of its table.", "| `seng` |", "| `kfac` |"):
+        assert found in text

@@ -10,6 +10,7 @@ from ngd_workers.contract.spec_problems import parse_spec
 from ngd_workers.launch.attempt import run_rank
 from tests.support import ROOT
 from tests.support.attempts import make_attempt, records, small_spec, spooled
+from tests.support.methods import SHIPPED
 
 RECIPES = sorted((ROOT / "workers" / "ngd_workers" / "recipes").glob("*.yaml"))
 
@@ -50,6 +51,18 @@ def test_digits_recipe_learns_and_its_intervals_grow_past_one(tmp_path):
     last = records(events)[-1]
     grown = {name for name, interval in zip(events[0].statistics, last.intervals, strict=True) if interval > 1}
     assert {"block2.conv.A", "block3.conv.A", "hidden.A"} <= grown
+    assert outcome.target_step is not None
+
+
+@pytest.mark.parametrize("kind", [*sorted(SHIPPED.keys() - {"kfac"}), "sngd"])
+def test_each_method_has_a_recipe_that_reaches_its_target(tmp_path, kind):
+    spec = load_spec(next(path for path in RECIPES if path.stem == f"digits-{kind}"))
+    alone = spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 1})})
+
+    outcome = run_rank(make_attempt(tmp_path, alone))
+
+    chosen = spec.transform if kind == "sngd" else spec.optimizer.preconditioner
+    assert chosen.kind == kind
     assert outcome.target_step is not None
 
 
