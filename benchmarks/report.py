@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.catalogue import METHODS
-from benchmarks.methods.document import document
+from benchmarks.methods.document import compared, document
 from benchmarks.methods.protocol import median_of
 from benchmarks.methods.tasks import TASKS
 from benchmarks.record import RESULTS
@@ -104,15 +104,15 @@ def page(results: list[Result]) -> str:
     return "\n".join(sections)
 
 
-def methods_page(results: list[Result]) -> str | None:
-    """Returns docs/methods.md, or None before there are results of both of its questions."""
-    compared = next((result for result in results if result.question == "methods"), None)
-    approximations = next((result for result in results if result.question == "approximations"), None)
-    if compared is None or approximations is None:
-        return None
-    conclusion = (compared.folder / "conclusion.md").read_text()
-    table, figure = "\n".join(readme(approximations)), f"performance/overview_{compared.hardware}.svg"
-    return document(compared.document["rows"], conclusion, table, figure)
+def methods_page(results: list[Result]) -> str:
+    """Returns docs/methods.md."""
+    of = {result.question: result for result in results}
+    approximations = "\n".join(readme(of["approximations"])) if "approximations" in of else ""
+    if "methods" not in of:
+        return document(approximations, "")
+    result = of["methods"]
+    figure, conclusion = f"performance/overview_{result.hardware}.svg", result.folder / "conclusion.md"
+    return document(approximations, compared(result.document["rows"], conclusion.read_text(), figure))
 
 
 def compared_in(results: list[Result]) -> Result | None:
@@ -348,8 +348,7 @@ PLOTS: dict[str, Callable[[Result], Any]] = {
 def main() -> None:
     results = newest()
     (DOCS / "performance.md").write_text(page(results))
-    if methods := methods_page(results):
-        (DOCS / "methods.md").write_text(methods)
+    (DOCS / "methods.md").write_text(methods_page(results))
     try:
         drawn = plots(results, DOCS)
     except ImportError as error:

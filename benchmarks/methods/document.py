@@ -12,7 +12,7 @@ from ngd_dist.config.methods.base import is_ours
 from ngd_dist.factors.cost import LayerShape
 from ngd_dist.preconditioners import preconditioner_for
 
-__all__ = ["document", "registry"]
+__all__ = ["compared", "document", "registry"]
 
 WIDTH = 512
 HEAD = """<!-- Written by python -m benchmarks.report; what was found, by hand, in conclusion.md of the result. -->
@@ -26,16 +26,31 @@ formula with its source and test. SNGD changes the model instead, and any optimi
 [`transform: {kind: sngd}`](guides/optimizers.md#natural-gradient-steps-under-a-plain-optimizer-sngd).
 """
 
+NOT_YET = """## Which one is the fastest
 
-def document(rows: list[dict[str, Any]], conclusion: str, approximations: str, figure: str) -> str:
-    """Returns the page. rows: those of the comparison, with its conclusion; approximations: their table."""
-    explanation = (protocol.__doc__ or "").strip()
-    parts = [HEAD, "## What each keeps\n", registry(), "## What was found\n", conclusion.strip() + "\n"]
-    parts += [f"![CPU seconds to each target, by method]({figure})\n", "\n".join(overall(rows)) + "\n"]
-    parts += ["## How it was measured\n", explanation + "\n"]
-    parts += ["Every trial is in [performance](performance.md). `python -m benchmarks.methods` measures again.\n"]
-    parts += ["## How near each comes to the Fisher block\n", approximations.strip() + "\n"]
-    return "\n".join(parts)
+`python -m benchmarks.methods` answers it, for all methods and seven rivals by the same search; no run of it has come to
+its end yet. [Performance](performance.md) has K-FAC's two recipes beside six rivals.
+"""
+LNGD = """## Why LNGD stops short of a small training loss
+
+Its rate per layer divides by the empirical Fisher, which vanishes with the square of the loss's gradients: near a small
+loss the rate grows without bound. K-FAC with that rate misses the target on the digits too, and with a given rate it
+needs 50 steps. Each part was tried alone (`benchmarks/results/2026-11-30_lngd_cpu2`). Take `step_length: {kind: given}`
+with a clip where training should come near a loss of 0.
+"""
+
+
+def document(approximations: str, comparison: str) -> str:
+    """Returns the page. approximations: their table; comparison: what `compared` returns, empty before there is one."""
+    parts = [HEAD, "## What each keeps\n", registry(), comparison or NOT_YET]
+    return "\n".join([*parts, LNGD, "## How near each comes to the Fisher block\n", approximations.strip() + "\n"])
+
+
+def compared(rows: list[dict[str, Any]], conclusion: str, figure: str) -> str:
+    """Returns what the comparison found, by hand and by its rows, and how it was measured."""
+    parts = ["## What was found\n", conclusion.strip() + "\n", f"![CPU seconds to each target, by method]({figure})\n"]
+    parts += ["\n".join(overall(rows)) + "\n", "## How it was measured\n", (protocol.__doc__ or "").strip() + "\n"]
+    return "\n".join([*parts, "Every trial is in [performance](performance.md).\n"])
 
 
 def registry() -> str:

@@ -79,10 +79,7 @@ def test_page_begins_with_seconds_and_steps_to_each_target(tmp_path: Path) -> No
 
 
 def test_the_page_of_methods_is_current() -> None:
-    written = methods_page(newest())
-
-    if written is not None:
-        assert (DOCS / "methods.md").read_text() == written, "run: python -m benchmarks.report"
+    assert (DOCS / "methods.md").read_text() == methods_page(newest()), "run: python -m benchmarks.report"
 
 
 def test_the_page_of_methods_has_what_was_found_and_each_method_of_the_registry(tmp_path: Path) -> None:
@@ -99,6 +96,5 @@ def test_the_page_of_methods_has_what_was_found_and_each_method_of_the_registry(
 
     text = methods_page([Result(compared), Result(approximations)])
 
-    assert text is not None
     for found in ("Eva is quick.", "| eva | 2.0 (20) |", "A line of its table.", "| `seng` |", "| `kfac` |"):
         assert found in text
