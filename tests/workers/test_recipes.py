@@ -54,6 +54,7 @@ def test_digits_recipe_learns_and_its_intervals_grow_past_one(tmp_path):
     assert outcome.target_step is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*sorted(SHIPPED.keys() - {"kfac"}), "sngd"])
 def test_each_method_has_a_recipe_that_reaches_its_target(tmp_path, kind):
     spec = load_spec(next(path for path in RECIPES if path.stem == f"digits-{kind}"))
