@@ -37,6 +37,7 @@ from ngd_dist.config import (
     SNGDConfig,
 )
 from ngd_dist.transforms import SNGD
+from ngd_workers.contract.spec import LAMB, LARS, SOAP, Muon, Plain, Shampoo
 
 __all__ = ["DEFAULTS", "METHODS", "SEARCHED", "Method", "recipe_of"]
 
@@ -126,6 +127,8 @@ def _method(space: Space | None = None, **choices: Any) -> Method:
 
 # --- rivals -----------------------------------------------------------------------------------------------------------
 
+LIBRARY = "pytorch_optimizer"
+
 
 def _sgd(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), momentum=0.9, **options)
@@ -135,46 +138,15 @@ def _adamw(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), weight_decay=0.0, **options)
 
 
-def _lamb(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    from pytorch_optimizer import Lamb
+def _as_in_a_job(kind: type[Plain], **ranges: Range) -> Method:
+    """Returns an optimizer as a job has it, without weight decay, with its other defaults."""
 
-    return Lamb(model.parameters(), **options)
+    def build(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+        from ngd_workers.train import baselines
 
+        return baselines.build(model, kind(weight_decay=0.0, **options))
 
-def _lars(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    from pytorch_optimizer import LARS
-
-    return LARS(model.parameters(), **options)
-
-
-def _soap(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    from pytorch_optimizer import SOAP
-
-    return SOAP(model.parameters(), weight_decay=0.0, **options)
-
-
-def _shampoo(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    from pytorch_optimizer import ScalableShampoo
-
-    return ScalableShampoo(
-        model.parameters(), start_preconditioning_step=1, preconditioning_compute_steps=10, **options
-    )
-
-
-def _muon(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """Hidden matrices by Muon; first layer, last layer and biases by AdamW at `adamw_lr`, as its author advises."""
-    from pytorch_optimizer import Muon
-
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    hidden = weights[1:-1]
-    of_muon = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in of_muon]
-    return Muon(
-        [
-            {"params": hidden, "use_muon": True, "lr": options["lr"]},
-            {"params": rest, "use_muon": False, "lr": options["adamw_lr"]},
-        ]
-    )
+    return Method(build, ranges, needs=LIBRARY)
 
 
 # Settings that nobody searched for: those of `NGDConfig()`, and the recipe of each family of models.
@@ -190,7 +162,6 @@ def _settled(config: NGDConfig) -> Method:
     return Method(lambda model, options: NGD(model, config), {}, is_ours=True)
 
 
-LIBRARY = "pytorch_optimizer"
 METHODS: dict[str, Method] = {
     "kfac": _method(preconditioner=KFAC()),
     "kfac-adaptive": Method(
@@ -204,11 +175,11 @@ METHODS: dict[str, Method] = {
     "eva": _method(preconditioner=Eva(), fisher=Empirical()),
     "singd": _method(preconditioner=SINGD()),
     "singd-diagonal": _method(preconditioner=SINGD(structure="diagonal")),
-    "muon": Method(_muon, {"lr": Range(0.005, 0.2), "adamw_lr": Range(0.001, 0.05)}, needs=LIBRARY),
-    "soap": Method(_soap, {"lr": Range(0.001, 0.05)}, needs=LIBRARY),
-    "shampoo": Method(_shampoo, {"lr": Range(0.003, 0.3)}, needs=LIBRARY),
-    "lamb": Method(_lamb, {"lr": Range(0.003, 0.2)}, needs=LIBRARY),
-    "lars": Method(_lars, {"lr": Range(0.1, 30.0)}, needs=LIBRARY),
+    "muon": _as_in_a_job(Muon, lr=Range(0.005, 0.2), adamw_lr=Range(0.001, 0.05)),
+    "soap": _as_in_a_job(SOAP, lr=Range(0.001, 0.05)),
+    "shampoo": _as_in_a_job(Shampoo, lr=Range(0.003, 0.3)),
+    "lamb": _as_in_a_job(LAMB, lr=Range(0.003, 0.2)),
+    "lars": _as_in_a_job(LARS, lr=Range(0.1, 30.0)),
     "adamw": Method(_adamw, {"lr": Range(0.0005, 0.03)}),
     "sgd": Method(_sgd, {"lr": Range(0.01, 1.0)}),
     DEFAULTS: _settled(NGDConfig()),
