@@ -136,7 +136,7 @@ def alone() -> dict[Case, dict[str, Any]]:
     return {case: train_case(0, 1, case) for case in CASES if case[1] == FIRST}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
     return run_ranks(request.param, train_every_case)
 
