@@ -148,7 +148,8 @@ def wire_errors(model_name: str, batch: int) -> list[dict[str, Any]]:
     Factors and gradients are those of a model's first batch; the reference is float32 throughout.
     """
     model = model_of(model_name)
-    optimizer = NGD(model, NGDConfig.model_validate(COMMON | EVERY_STEP))
+    # An average keeps whole factors, as several ranks do. Of one batch it is that of the batch.
+    optimizer = NGD(model, NGDConfig.model_validate(COMMON | EVERY_STEP | {"ema_decay": 0.5}))
     one_step(model, optimizer, *next(batches(model_name, batch)))
     values = {key: s.value for key, s in optimizer._curvature.statistics.items() if s.value is not None}
     forms = {key: optimizer._curvature.statistics[key].spec.form for key in values}
