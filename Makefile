@@ -60,10 +60,10 @@ $(BENCH_STAMP): $(STAMP)
 	DS_BUILD_OPS=0 $(BIN)/uv sync --frozen --quiet --group bench
 	@touch $@
 
-bench: $(BENCH_STAMP) ## measure on this CPU, for two hours or more; writes benchmarks/results/; needs NGD_DATA_DIR
+bench: $(BENCH_STAMP) ## measure on this CPU, for hours; writes benchmarks/results/; needs NGD_DATA_DIR
 	: "$${NGD_DATA_DIR:?the folder that holds fashion-mnist/}"
 	for question in $(QUESTIONS); do $(BIN)/python -m benchmarks.$$question --hardware $(HARDWARE) || exit; done
-	$(BIN)/python -m benchmarks.methods --data-dir "$$NGD_DATA_DIR" --work .ngd/bench --hardware $(HARDWARE)
+	$(BIN)/python -m benchmarks.methods --data-dir "$$NGD_DATA_DIR" --work .ngd/bench --stages 2 --hardware $(HARDWARE)
 	$(BIN)/python -m benchmarks.report
 
 images: ## build the images of the service and of the workers, with docker or buildah; see docker/README.md

@@ -16,22 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, SINGD, TKFAC, Eva, FixedInterval, MonteCarlo
+from ngd_dist.config import KFAC, FixedInterval, MonteCarlo
 from ngd_dist.errors import CaptureError
+from tests.support.methods import METHODS
 from tests.support.tensors import F64, batch, captured, flat
-
-METHODS = {
-    "kfac": KFAC(),
-    "reduce": KFAC(sharing="reduce"),
-    "ekfac": EKFAC(),
-    "lngd": LNGD(),
-    "tkfac": TKFAC(),
-    "tkfac reduce": TKFAC(sharing="reduce"),
-    "eva": Eva(),
-    "eva reduce": Eva(sharing="reduce"),
-    "singd": SINGD(),
-    "seng": SENG(),
-}
 
 
 def mlp() -> nn.Sequential:

@@ -8,23 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.config import EKFAC, KFAC, LNGD, SENG, SINGD, TKFAC, Empirical, Eva, Exact, Settings
-from tests.support.methods import LOCAL
+from ngd_dist.config import LNGD, Empirical, Eva, Exact, Settings
+from tests.support.methods import LOCAL, METHODS
 from tests.support.ranks import run_ranks
 from tests.support.tensors import F64, captured, flat
 
-METHODS: dict[str, Settings] = {
-    "kfac": KFAC(),
-    "reduce": KFAC(sharing="reduce"),
-    "ekfac": EKFAC(),
-    "lngd": LNGD(),
-    "tkfac": TKFAC(),
-    "tkfac reduce": TKFAC(sharing="reduce"),
-    "eva": Eva(),
-    "eva reduce": Eva(sharing="reduce"),
-    "singd": SINGD(),
-    "seng": SENG(),
-}
 FISHERS: dict[str, Settings] = {
     "empirical of means": Empirical(positions="mean"),
     "empirical of sums": Empirical(),

@@ -12,35 +12,16 @@ from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.config import (
-    EKFAC,
-    KFAC,
-    LNGD,
-    SENG,
-    SINGD,
-    TKFAC,
     AdaptiveInterval,
     Bernoulli,
     Empirical,
-    Eva,
     Exact,
     FixedInterval,
     MonteCarlo,
 )
 from ngd_dist.errors import CaptureError, ConfigError
+from tests.support.methods import METHODS
 from tests.support.tensors import F64, batch, captured, flat
-
-METHODS = {
-    "kfac": KFAC(),
-    "reduce": KFAC(sharing="reduce"),
-    "ekfac": EKFAC(),
-    "lngd": LNGD(),
-    "tkfac": TKFAC(),
-    "tkfac reduce": TKFAC(sharing="reduce"),
-    "eva": Eva(),
-    "eva reduce": Eva(sharing="reduce"),
-    "singd": SINGD(),
-    "seng": SENG(),
-}
 
 
 class Timed(nn.Module):
