@@ -114,10 +114,10 @@ TASKS = {
         GPT,
         64,
         "test loss",
-        2.0,
+        2.2,
         every=20,
-        steps=Range(100, 800),
-        seconds=60,
+        steps=Range(60, 600),
+        seconds=30,
     ),
     "vit": Task(
         "small ViT, Fashion-MNIST, batch 256",
@@ -158,10 +158,10 @@ TASKS = {
         narrow_resnet18,
         128,
         "test accuracy",
-        0.42,
+        0.4,
         every=10,
-        steps=Range(40, 300),
-        seconds=90,
+        steps=Range(30, 240),
+        seconds=45,
     ),
     "ptb-lstm": Task(
         "LSTM, Penn Treebank in 2,000 words, batch 32 x 32",
@@ -172,7 +172,7 @@ TASKS = {
         4.7,
         every=20,
         steps=Range(60, 500),
-        seconds=60,
+        seconds=40,
     ),
     "ptb-transformer": Task(
         "small transformer, Penn Treebank in 2,000 words, batch 32 x 32",
@@ -183,7 +183,7 @@ TASKS = {
         4.8,
         every=20,
         steps=Range(60, 500),
-        seconds=60,
+        seconds=40,
     ),
     "multi30k": Task(
         "small encoder and decoder, Multi30k en-de in 2,000 words, batch 64",
@@ -194,7 +194,7 @@ TASKS = {
         3.6,
         every=20,
         steps=Range(60, 500),
-        seconds=60,
+        seconds=40,
     ),
 }
 
