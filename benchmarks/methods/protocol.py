@@ -7,6 +7,10 @@ that a best at the edge of a range has room beyond it. The best settings are tri
 favours schedules that are just long enough; the setting whose worse seed took the fewest seconds is repeated on three
 other seeds. One run is one process with one thread, and its seconds are its CPU time without the evaluations.
 
+The machine may do other work during hours of runs, which takes caches and memory from them. So the seconds of the
+repeated runs are their steps, times what a step takes: 20 steps of each method, in turn, three times over; the median.
+Measure those on a quiet machine: `--work` keeps them as it keeps runs, in files that end in `-pace0.json` and so on.
+
 Trials come in stages: every method on every task has its trials of a stage before any has those of the next, so that
 there is a whole table, with the same number of trials for all, after each stage.
 """
@@ -18,7 +22,7 @@ from typing import Any
 
 from benchmarks.methods.catalogue import METHODS
 from benchmarks.methods.data import Data
-from benchmarks.methods.run import Run, outcome_of
+from benchmarks.methods.run import Run, outcome_of, pace_of
 from benchmarks.methods.search import Point, Range, Space, is_outside, propose
 from benchmarks.methods.tasks import TASKS, Task
 
@@ -38,6 +42,7 @@ __all__ = [
 
 STAGES = (2, 4, 8, 16)  # trials of each method on each task, those of the earlier stages among them
 TUNING_SEED, SECOND_SEED, SEEDS = 0, 4, (1, 2, 3)
+ROUNDS = 3  # in which what a step takes is measured
 FINALISTS = 3  # settings that are tried on the second seed, or half of the trials if those are fewer
 Row = dict[str, Any]
 
@@ -52,7 +57,25 @@ def measure(name: str, methods: list[str], data: Data, work: Path, trials: int) 
         for method in methods:
             row = row_of(Run(name, method, best[method], seed), "repeated", data, work)
             rows.append(row | {"outside": is_outside(space_of(method, task), best[method])})
-    return rows
+    paces = paced(name, best, data, work)
+    return [row | _at_pace(row, paces[row["method"]]) if row["part"] == "repeated" else row for row in rows]
+
+
+def paced(name: str, best: dict[str, Point], data: Data, work: Path) -> dict[str, float]:
+    """Returns the CPU milliseconds of a step of each method, the median of rounds in which they take turns."""
+    rounds = [
+        {
+            method: pace_of(Run(name, method, point, SEEDS[0]), TASKS[name], data, work, round)
+            for method, point in best.items()
+        }
+        for round in range(ROUNDS)
+    ]
+    return {method: statistics.median(of_round[method] for of_round in rounds) for method in best}
+
+
+def _at_pace(row: Row, ms: float) -> Row:
+    step = row["target_step"]
+    return {"ms_per_step": ms, "target_seconds": None if step is None else step * ms / 1000}
 
 
 def search(name: str, method: str, data: Data, work: Path, trials: int) -> tuple[list[Row], Point]:

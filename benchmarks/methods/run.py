@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from benchmarks.methods.tasks import Task, loss_of
 from ngd_dist import NGD, part_of
 from ngd_dist.errors import NgdError
 
-__all__ = ["WARMUP", "Run", "outcome_of"]
+__all__ = ["WARMUP", "Run", "outcome_of", "pace_of"]
 
 WARMUP = 0.1  # of a run's steps, for every method whose lr is given
+FIRST_STEPS, PACED_STEPS = 2, 20  # first ones allocate; 20 is a multiple of most intervals between refreshes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +66,39 @@ def outcome_of(run: Run, task: Task, data: Data, work: Path) -> dict[str, Any]:
     The process is forked so that hundreds of runs share one copy of the data and one import of torch; this process
     must not have used autograd before. Raises: RuntimeError if the process ends without an outcome.
     """
-    path = work / f"{run.name}.json"
+    return _in_a_process(work / f"{run.name}.json", lambda: _train(run, task, data), f"{run.method}: {run}")
+
+
+def pace_of(run: Run, task: Task, data: Data, work: Path, round: int) -> float:
+    """Returns the CPU milliseconds of a step of this run, of its first steps but two, from disk or measured now."""
+    path = work / f"{run.name}-pace{round}.json"
+    outcome = _in_a_process(path, lambda: {"ms": _pace(run, task, data)}, f"{run.method}: {run}")
+    return float(outcome["ms"])
+
+
+def _in_a_process(path: Path, measure: Callable[[], dict[str, Any]], words: str) -> dict[str, Any]:
     if not path.exists():
-        process = multiprocessing.get_context("fork").Process(target=_train_and_write, args=(run, task, data, path))
+        process = multiprocessing.get_context("fork").Process(target=_write, args=(path, measure))
         process.start()
         process.join()
     if not path.exists():
-        raise RuntimeError(f"{run.name} ({run.method}: {run}) left no outcome, exit code {process.exitcode}")
+        raise RuntimeError(f"{path.stem} ({words}) left no outcome, exit code {process.exitcode}")
     outcome: dict[str, Any] = json.loads(path.read_text())
     return outcome
 
 
-def _train_and_write(run: Run, task: Task, data: Data, path: Path) -> None:
+def _write(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # a setting that makes a model too sure of itself is not made slow as well
     warnings.simplefilter("ignore")  # rivals' warnings about deprecated calls
-    outcome = _train(run, task, data)
+    outcome = measure()
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(outcome))
     unfinished.rename(path)
 
 
 def _train(run: Run, task: Task, data: Data) -> dict[str, Any]:
-    torch.manual_seed(run.seed)
-    model = task.model()
-    options = {name: value for name, value in run.point.items() if name != "steps"}
-    optimizer = METHODS[run.method].build(model, options)
+    model, optimizer = _built(run, task)
     first_lr = [float(group["lr"]) for group in optimizer.param_groups]
     curve: list[dict[str, float]] = []
     outcome: dict[str, Any] = {"task": run.task, "method": run.method, "setting": str(run), "seed": run.seed}
@@ -123,6 +131,30 @@ def _train(run: Run, task: Task, data: Data) -> dict[str, Any]:
             outcome["ending"] = "took too long"
             break
     return outcome | {"steps": step, "ms_per_step": 1000 * seconds / step, "curve": curve}
+
+
+def _pace(run: Run, task: Task, data: Data) -> float:
+    model, optimizer = _built(run, task)
+    batches = _batches(data, task.batch, run.seed)
+    if METHODS[run.method].has_schedule:
+        for group in optimizer.param_groups:
+            group["lr"] *= run.lr_factor(1)  # so that no setting diverges in these steps
+    start = 0.0
+    for step in range(FIRST_STEPS + PACED_STEPS):
+        if step == FIRST_STEPS:
+            start = time.process_time()
+        try:
+            _step(model, optimizer, *next(batches))
+        except (NgdError, torch.linalg.LinAlgError):
+            return math.nan  # of a setting that diverges at once, which reaches no target either
+    return 1000 * (time.process_time() - start) / PACED_STEPS
+
+
+def _built(run: Run, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(run.seed)
+    model = task.model()
+    options = {name: value for name, value in run.point.items() if name != "steps"}
+    return model, METHODS[run.method].build(model, options)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:

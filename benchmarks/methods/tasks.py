@@ -203,9 +203,9 @@ COMPARED = (
     "fashion-mnist-4096",
     "fashion-mnist-512",
     "digits-mlp",
+    "ptb-transformer",
+    "ptb-lstm",
+    "multi30k",
     "gpt",
     "resnet18",
-    "ptb-lstm",
-    "ptb-transformer",
-    "multi30k",
 )

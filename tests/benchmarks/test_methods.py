@@ -1,7 +1,9 @@
 """Methods are searched alike; runs stop at their targets and are kept; tables tell who got there and who did not."""
 
+import json
 import math
 import os
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,11 @@ def test_each_method_gets_as_many_trials_and_its_best_is_repeated(
         }
         assert {row["setting"] for row in repeated} == {min(worse, key=worse.__getitem__)}
         assert [row["seed"] for row in repeated] == list(protocol.SEEDS)
+        paces = [json.loads(path.read_text())["ms"] for path in tmp_path.glob(f"clusters-{method}-*-pace?.json")]
+        assert len(paces) == protocol.ROUNDS
+        for row in repeated:
+            assert row["ms_per_step"] == statistics.median(paces) > 0
+            assert row["target_step"] is None or row["target_seconds"] == row["target_step"] * row["ms_per_step"] / 1000
 
 
 def test_the_table_compares_medians_with_the_best_rival_and_keeps_losers() -> None:
