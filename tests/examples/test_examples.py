@@ -14,6 +14,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # What a framework warns of in a program that does nothing wrong.
 FRAMEWORK_WARNINGS = {
+    "gaussian_process": ["ignore:`torch.jit.script` is deprecated:FutureWarning"],  # linear_operator's
     "lightning_module": [
         "ignore:`isinstance(treespec:FutureWarning",  # an older name of torch's pytree
         "ignore:The 'train_dataloader' does not have many workers",  # said where there are more than two cores
