@@ -40,10 +40,11 @@ class EnergyNGDConfig(Settings):
         ge=0,
         description="Added to the diagonal of the Gram matrix of the weighted residuals' Jacobian. 0: pseudo-inverse.",
     )
-    damping_per_loss: float | None = Field(
+    undamped_below: float = Field(
         default=1e-3,
-        gt=0,
-        description="The damping is at most this times the loss, so that it falls with it. None: it stays as it is.",
+        ge=0,
+        description="While the loss is below it, the damping is 0: damping makes the first steps safe and the last ones "
+        "slow. 0: the damping stays.",
     )
     rcond: float | None = Field(
         default=None,

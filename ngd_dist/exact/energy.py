@@ -86,9 +86,7 @@ class EnergyNGD(Optimizer):
         loss = problem.squared
         if not torch.tensor(loss).isfinite():
             raise NonFiniteError(f"the loss is {loss}: a residual is NaN or infinite; no weight was changed")
-        damping = config.damping
-        if config.damping_per_loss is not None:
-            damping = min(damping, config.damping_per_loss * loss)
+        damping = 0.0 if loss < config.undamped_below else config.damping
         start = config.momentum * self._last_direction() if config.momentum else None
         direction = problem.direction(damping=damping, rcond=config.rcond, start=start)
         length = group["lr"]

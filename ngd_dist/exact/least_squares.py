@@ -147,8 +147,8 @@ class KernelForm(LeastSquares):
 def solve(matrix: Tensor, vector: Tensor, *, damping: float, rcond: float | None = None) -> Tensor:
     """Returns (matrix + damping I)⁻¹ vector, for a symmetric [n, n] without negative eigenvalues, float64.
 
-    By Cholesky. If the damping is 0, or rounding makes the damped matrix indefinite, by eigenvalues: those up to
-    rcond times the largest are left out; rcond is by default float64's epsilon times n.
+    By Cholesky if the damping is above rcond times the trace; else by eigenvalues, of which those up to rcond times the
+    largest are left out. rcond is by default float64's epsilon times n.
     Raises: NonFiniteError; ConfigError if the matrix and the damping are 0.
 
     >>> solve(torch.diag(torch.tensor([4.0, 0.0])).double(), torch.ones(2).double(), damping=0.0)
@@ -156,7 +156,9 @@ def solve(matrix: Tensor, vector: Tensor, *, damping: float, rcond: float | None
     """
     if not (matrix.isfinite().all() and vector.isfinite().all()):
         raise NonFiniteError("a residual or its derivative by the weights is NaN or infinite; no weight was changed")
-    if damping > 0:
+    rcond = torch.finfo(matrix.dtype).eps * len(matrix) if rcond is None else rcond
+    # The trace bounds the largest eigenvalue. Damping below the matrix's own rounding errors would divide by them.
+    if damping > rcond * matrix.trace():
         factor, info = torch.linalg.cholesky_ex(matrix + damping * torch.eye(len(matrix)).to(matrix))
         if not info:
             return torch.cholesky_solve(vector.unsqueeze(1), factor).squeeze(1)
@@ -166,6 +168,5 @@ def solve(matrix: Tensor, vector: Tensor, *, damping: float, rcond: float | None
             "no residual depends on any weight to first order, and with damping 0 such a system has no solution: check "
             "that the residuals call the network, or set damping > 0"
         )
-    cutoff = (torch.finfo(matrix.dtype).eps * len(matrix) if rcond is None else rcond) * values[-1]
-    inverses = torch.where(values > cutoff, 1 / (values + damping), 0.0)
+    inverses = torch.where(values > rcond * values[-1], 1 / (values + damping), 0.0)
     return vectors @ (inverses * (vectors.T @ vector))

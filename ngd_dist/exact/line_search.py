@@ -21,6 +21,7 @@ def best_length(losses: Callable[[Tensor], Tensor], lr: float, grid: GridSearch,
     powers = torch.arange(grid.count, dtype=torch.float64, device=device)
     # No step comes first, and wins a tie: argmin of torch promises no order, so a tie is decided here.
     lengths = torch.cat([powers.new_zeros(1), lr * grid.base**powers])
-    values = losses(lengths).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    values = losses(lengths)
+    values = torch.where(values.isfinite(), values, torch.inf)
     best = int(values.argmin())
     return float(lengths[best]) if values[best] < values[0] else 0.0
