@@ -4,7 +4,7 @@ import gpytorch
 import torch
 from torch import Tensor
 
-from ngd_dist.exact.variational import VariationalNGD, gpytorch_pairs
+from ngd_dist.exact import VariationalNGD, gpytorch_pairs
 
 STEPS = 100
 

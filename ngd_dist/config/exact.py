@@ -1,0 +1,74 @@
+"""The settings of natural gradients of models small enough to be treated exactly: see `ngd_dist.exact`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ngd_dist.config.choice import Settings
+
+__all__ = ["EnergyNGDConfig", "GridSearch"]
+
+
+class GridSearch(Settings):
+    """Tries the lengths lr, lr base, lr base^2 ... and takes that of the least loss; none if no loss is lower.
+
+    >>> GridSearch(count=3).count
+    3
+    """
+
+    base: float = Field(default=0.5, gt=0, lt=1, description="Ratio of a length to the one before it.")
+    count: int = Field(default=31, ge=1, description="Lengths that are tried; the loss is evaluated at all of them.")
+
+
+class EnergyNGDConfig(Settings):
+    """Energy natural gradient (arXiv 2302.13163) of a sum of mean squared residuals.
+
+    >>> EnergyNGDConfig(part_weights={"boundary": 4.0}).damping
+    1e-06
+    """
+
+    lr: float = Field(
+        default=1.0,
+        gt=0,
+        description="Length of a step; 1 is the full Gauss-Newton step. With a line search, the longest that it tries.",
+    )
+    line_search: GridSearch | None = Field(
+        default=GridSearch(), description="None: every step has the length lr, whatever the loss does."
+    )
+    damping: float = Field(
+        default=1e-6,
+        ge=0,
+        description="Added to the diagonal of the Gram matrix of the weighted residuals' Jacobian. 0: pseudo-inverse.",
+    )
+    undamped_below: float = Field(
+        default=1e-3,
+        ge=0,
+        description="While the loss is below it, the damping is 0: damping makes the first steps safe and the last ones "
+        "slow. 0: the damping stays.",
+    )
+    rcond: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="If the damping is 0, or too small for a Cholesky factorisation: eigenvalues of the Gram matrix "
+        "below this times its largest count as 0. None: float64's epsilon times its size.",
+    )
+    form: Literal["auto", "weights", "kernel"] = Field(
+        default="auto",
+        description="The matrix that is solved with: weights by weights, or residuals by residuals. auto: the smaller.",
+    )
+    chunk: int = Field(
+        default=1024,
+        ge=1,
+        description="Points whose residuals are differentiated, or evaluated in the line search, at a time.",
+    )
+    momentum: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the last direction that this one is drawn to (SPRING); without damping it acts only "
+        "where the residuals say nothing.",
+    )
+    part_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Factor of each part's mean squared residual in the loss; 1 for a part without."
+    )

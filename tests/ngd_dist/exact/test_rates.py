@@ -1,0 +1,58 @@
+"""Rates of the exact natural gradient of overparameterised networks [Zhang, Martens & Grosse, arXiv 1905.10961]."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ngd_dist.config.exact import EnergyNGDConfig
+from ngd_dist.exact import EnergyNGD, Field
+
+POINTS, DIM = 64, 10
+STEPS = 5
+
+
+class TwoLayers(nn.Module):
+    """f = a . relu(W x) / sqrt(m), a fixed."""
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(width, DIM, dtype=torch.float64, generator=generator))
+        signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1
+        self.register_buffer("a", signs.double() / width**0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.relu(x @ self.W.T) @ self.a
+
+
+def miss(u: Field, point: Tensor) -> Tensor:
+    """Returns u(x) - y of a point (x, y)."""
+    return u(point[:-1]) - point[-1]
+
+
+def ratios(width: int, lr: float) -> list[float]:
+    """Returns the ratio of |u - y|² after and before each step theta - lr Jᵀ(JJᵀ)⁻¹(u - y)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(POINTS, DIM, dtype=torch.float64, generator=generator)
+    y = torch.randn(POINTS, 1, dtype=torch.float64, generator=generator)
+    points = {"data": torch.cat([x / x.norm(dim=1, keepdim=True), y], dim=1)}
+    config = EnergyNGDConfig(lr=lr, line_search=None, damping=0.0, form="kernel")
+    optimizer = EnergyNGD(TwoLayers(width, generator), {"data": miss}, config)
+
+    losses = [optimizer.step(points) for _ in range(STEPS)] + [optimizer.loss(points)]
+    return [after / before for before, after in itertools.pairwise(losses)]
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.5])
+@pytest.mark.parametrize(("width", "margin"), [(1024, 0.05), (4096, 0.01)])  # the wider, the more linear in W
+def test_squared_residual_falls_by_the_rate_of_a_linear_model(width: int, margin: float, lr: float) -> None:
+    found = ratios(width, lr)
+
+    assert max(found) <= 1 - lr
+    assert max(abs(ratio - (1 - lr) ** 2) for ratio in found) < margin
+
+
+def test_full_step_of_a_wide_network_all_but_solves() -> None:
+    assert ratios(4096, 1.0)[0] < 1e-2
