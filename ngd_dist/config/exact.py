@@ -38,13 +38,14 @@ class EnergyNGDConfig(Settings):
     damping: float = Field(
         default=1e-6,
         ge=0,
-        description="Added to the diagonal of the Gram matrix of the weighted residuals' Jacobian. 0: pseudo-inverse.",
+        description="Added to the diagonal of the Gram matrix of the weighted residuals' Jacobian, at the first step. "
+        "0: pseudo-inverse, at every step.",
     )
-    undamped_below: float = Field(
-        default=1e-3,
-        ge=0,
-        description="While the loss is below it, the damping is 0: damping makes the first steps safe and the last ones "
-        "slow. 0: the damping stays.",
+    damping_factor: float = Field(
+        default=10.0,
+        ge=1,
+        description="With a line search: the damping is divided by it after a step of a quarter of lr or more, and "
+        "multiplied after one below a 1/32 of it. 1: the damping stays.",
     )
     rcond: float | None = Field(
         default=None,

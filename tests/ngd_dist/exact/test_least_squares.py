@@ -40,7 +40,9 @@ def test_direction_is_the_damped_minimiser(form: type[LeastSquares], shape: tupl
 
     damped = torch.cat([J, DAMPING**0.5 * torch.eye(shape[1], dtype=torch.float64)])
     target = torch.cat([-r, DAMPING**0.5 * start])
-    torch.testing.assert_close(direction, torch.linalg.lstsq(damped, target, driver="gelsd").solution, rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        direction, torch.linalg.lstsq(damped, target, driver="gelsd").solution, rtol=1e-8, atol=0
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
