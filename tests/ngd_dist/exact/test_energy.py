@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngd_dist.config.exact import EnergyNGDConfig
+from ngd_dist.config import EnergyNGDConfig
 from ngd_dist.errors import CheckpointError, ConfigError, NonFiniteError
 from ngd_dist.exact import EnergyNGD, Field
 from tests.ngd_dist.exact.pinns import POISSON, WEIGHTS, dense_system, grid_points, network

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngd_dist.config.exact import EnergyNGDConfig
+from ngd_dist.config import EnergyNGDConfig
 from ngd_dist.exact import EnergyNGD, Field
 
 POINTS, DIM = 64, 10
