@@ -89,6 +89,7 @@ __all__ = [
     "FixedInterval",
     "Gaussian",
     "GivenLength",
+    "GridSearch",
     "InversionChoice",
     "KLClip",
     "LayerWise",

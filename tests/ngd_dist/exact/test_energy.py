@@ -197,6 +197,11 @@ def test_other_points_are_refused(message: str) -> None:
         optimizer(network(6)).step(BAD_POINTS[message])
 
 
+def test_weights_of_parts_are_positive() -> None:
+    with pytest.raises(ValueError, match=r"part_weights must be > 0, got {'boundary': 0.0}"):
+        EnergyNGDConfig(part_weights={"boundary": 0.0})
+
+
 def test_other_models_and_settings_are_refused() -> None:
     mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).double())
     with pytest.raises(ConfigError, match=r"float32.*float64"):
