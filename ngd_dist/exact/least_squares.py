@@ -9,6 +9,7 @@ Shapes: N rows of all ranks, n of this rank, W weights.
 """
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class KernelForm(LeastSquares):
         self._rows: list[Tensor] = []
         self._residuals: list[Tensor] = []
         bounds = [num_weights * rank // comm.world_size for rank in range(comm.world_size + 1)]
-        self._shares = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        self._shares = [slice(*pair) for pair in pairwise(bounds)]
         self._share = self._shares[comm.rank]
 
     def add(self, J_nW: Tensor, r_n: Tensor) -> None:
@@ -169,4 +170,5 @@ def solve(matrix: Tensor, vector: Tensor, *, damping: float, rcond: float | None
             "that the residuals call the network, or set damping > 0"
         )
     inverses = torch.where(values > rcond * values[-1], 1 / (values + damping), 0.0)
-    return vectors @ (inverses * (vectors.T @ vector))
+    solution: Tensor = vectors @ (inverses * (vectors.T @ vector))
+    return solution

@@ -18,7 +18,7 @@ FRAMEWORK_WARNINGS = {
     "lightning_module": [
         "ignore:`isinstance(treespec:FutureWarning",  # an older name of torch's pytree
         "ignore:The 'train_dataloader' does not have many workers",  # said where there are more than two cores
-    ]
+    ],
 }
 
 

@@ -1,4 +1,4 @@
-"""A step of the energy natural gradient is that of the dense problem, on any ranks, in any chunks, and after a restart."""
+"""A step of the energy natural gradient is that of the dense problem, on any ranks and after a restart."""
 
 import io
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngd_dist.config.exact import EnergyNGDConfig
+from ngd_dist.config import EnergyNGDConfig
 from ngd_dist.errors import CheckpointError, ConfigError, NonFiniteError
 from ngd_dist.exact import EnergyNGD, Field
 from tests.ngd_dist.exact.pinns import POISSON, WEIGHTS, dense_system, grid_points, network
@@ -18,7 +18,7 @@ DAMPING = 1e-3
 
 
 def settings(**changes: Any) -> EnergyNGDConfig:
-    fixed = {"damping": DAMPING, "undamped_below": 0.0, "part_weights": WEIGHTS}
+    fixed = {"damping": DAMPING, "damping_factor": 1.0, "part_weights": WEIGHTS}
     return EnergyNGDConfig(**{**fixed, **changes})
 
 
@@ -83,14 +83,24 @@ def test_line_search_lowers_the_loss_at_every_step() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_damping_ends_once_the_loss_is_small() -> None:
-    stepping = optimizer(network(6), undamped_below=60.0)
+def test_damping_follows_the_length_of_the_step() -> None:
+    stepping = optimizer(network(6), damping_factor=3.0)
+    expected = DAMPING
 
-    losses = [stepping.step(POINTS)]
-    assert losses[0] > 60
-    assert stepping.param_groups[0]["damping"] == DAMPING
-    while losses[-1] >= 60:
-        losses.append(stepping.step(POINTS))
+    for _ in range(20):
+        stepping.step(POINTS)
+        group = stepping.param_groups[0]
+        expected *= 1 / 3 if group["length"] >= 1 / 4 else 3 if group["length"] < 1 / 32 else 1
+        assert group["damping"] == pytest.approx(min(expected, 1e-2))
+        expected = group["damping"]
+
+    assert expected != DAMPING
+
+
+def test_no_damping_stays_none() -> None:
+    stepping = optimizer(network(6), damping=0.0, damping_factor=10.0)
+
+    stepping.step(POINTS)
 
     assert stepping.param_groups[0]["damping"] == 0
 
@@ -187,6 +197,11 @@ def test_other_points_are_refused(message: str) -> None:
         optimizer(network(6)).step(BAD_POINTS[message])
 
 
+def test_weights_of_parts_are_positive() -> None:
+    with pytest.raises(ValueError, match=r"part_weights must be > 0, got {'boundary': 0.0}"):
+        EnergyNGDConfig(part_weights={"boundary": 0.0})
+
+
 def test_other_models_and_settings_are_refused() -> None:
     mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).double())
     with pytest.raises(ConfigError, match=r"float32.*float64"):
@@ -202,7 +217,9 @@ def test_other_models_and_settings_are_refused() -> None:
 
 
 RANK_CASES: list[dict[str, Any]] = [
-    {"form": form, "momentum": momentum} for form in ("weights", "kernel") for momentum in (0.0, 0.8)
+    {"form": form, "momentum": momentum, "damping_factor": 2.0}
+    for form in ("weights", "kernel")
+    for momentum in (0.0, 0.8)
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngd_dist.config.exact import GridSearch
+from ngd_dist.config import GridSearch
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import ConfigError, NonFiniteError
 from ngd_dist.exact.least_squares import KernelForm, LeastSquares, WeightsForm

@@ -4,10 +4,10 @@ import statistics
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 
-from ngd_dist.config.exact import EnergyNGDConfig
+from ngd_dist.config import EnergyNGDConfig
 from ngd_dist.exact import EnergyNGD
 from tests.ngd_dist.exact.pinns import POISSON, WEIGHTS, grid_points, network, relative_error
 
@@ -55,11 +55,10 @@ def test_poisson_is_solved_to_errors_that_adam_does_not_reach() -> None:
 
 
 def test_poisson_is_solved_on_a_coarse_grid() -> None:
-    model, points = network(16), grid_points(12)
-    optimizer: EnergyNGD = EnergyNGD(model, POISSON, EnergyNGDConfig(part_weights=WEIGHTS))
-    assert isinstance(model, nn.Module)
+    model, points = network(16, seed=1), grid_points(12)
+    optimizer = EnergyNGD(model, POISSON, EnergyNGDConfig(part_weights=WEIGHTS))
 
-    for _ in range(60):
+    for _ in range(80):
         optimizer.step(points)
 
-    assert relative_error(model) < 1e-2
+    assert relative_error(model) < 1e-4
