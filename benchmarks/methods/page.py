@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.methods import protocol
 from benchmarks.methods.catalogue import METHODS
 from benchmarks.methods.protocol import SECOND_SEED, TUNING_SEED, Row, median_of
-from benchmarks.methods.tasks import TASKS
+from benchmarks.methods.tasks import TASKS, Task
 from benchmarks.record import write
 
 __all__ = ["overall", "save", "shown", "table"]
@@ -35,10 +35,10 @@ def table(rows: list[Row]) -> str:
 
 
 def overall(rows: list[Row]) -> list[str]:
-    """Returns CPU seconds and steps of each method on each task, medians of three seeds; a dash: not reached."""
+    """Returns CPU seconds and steps of each method on each task, medians of three seeds; else the last score."""
     repeated = by([row for row in rows if row["part"] == "repeated"], "task")
     lines = [
-        "| method | " + " | ".join(TASKS[name].title for name in repeated) + " |",
+        "| method | " + " | ".join(_question(TASKS[name]) for name in repeated) + " |",
         "|---" * (len(repeated) + 1) + "|",
     ]
     for method in METHODS:
@@ -48,7 +48,8 @@ def overall(rows: list[Row]) -> list[str]:
             cells.append(_both(runs) if runs else "")
         if any(cells):
             lines.append(f"| {method} | {' | '.join(cells)} |")
-    return [*lines, "", "CPU seconds, and optimizer steps in brackets: medians of three seeds. A dash: not reached."]
+    words = "CPU seconds, and optimizer steps in brackets: medians of three seeds. In italics: the last score of a run"
+    return [*lines, "", f"{words} that did not reach its target."]
 
 
 def summary(name: str, rows: list[Row]) -> list[str]:
@@ -102,7 +103,14 @@ def by(rows: list[Row], what: str) -> dict[str, list[Row]]:
 
 def _both(runs: list[Row]) -> str:
     seconds, steps = (median_of(runs, what) for what in ("target_seconds", "target_step"))
-    return f"{seconds:.1f} ({steps:.0f})" if math.isfinite(seconds) else "-"
+    if math.isfinite(seconds):
+        return f"{seconds:.1f} ({steps:.0f})"
+    scores = [row["curve"][-1]["score"] for row in runs if row["curve"]]
+    return f"*{statistics.median(scores):.3g}*" if scores else "*diverged*"
+
+
+def _question(task: Task) -> str:
+    return f"{task.title}: {task.measure} {task.target:g}"
 
 
 def _ratio(methods: dict[str, list[Row]], what: str) -> str:
