@@ -42,3 +42,31 @@ def test_own_loop_goes_on_at_another_world_size(tmp_path):
 
     assert outcome.result == "succeeded", outcome.message
     assert [record.step for record in records(spooled(second))] == list(range(51, 101))
+
+
+EQUATION = {
+    "name": "poisson",
+    "train": {
+        "function": "examples.jobs.equation:train",
+        "options": {"width": 16, "points": 14, "steps": 40},
+        "steps": 40,
+        "metrics": {"error": "lower", "loss": "lower"},
+    },
+}
+
+
+@pytest.mark.ranks
+def test_equation_is_solved_alike_on_one_worker_and_on_two(tmp_path):
+    losses = []
+    for workers in (1, 2):
+        spec = parse_spec(EQUATION | {"resources": {"workers": workers}})
+        attempt = make_attempt(tmp_path / str(workers), spec)
+        if workers == 1:
+            run_rank(attempt)
+        else:
+            run_ranks(2, ran, attempt)
+        losses.append([record.metrics["loss"] for record in records(spooled(attempt))])
+
+    assert len(losses[0]) == 40
+    assert losses[0][-1] < 1e-3 * losses[0][0]
+    assert losses[1][:10] == pytest.approx(losses[0][:10], rel=1e-6)  # later, rounding grows with the steps
