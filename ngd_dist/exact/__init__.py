@@ -1,0 +1,1 @@
+"""Natural gradients of models that are small enough to be treated exactly."""
