@@ -14,9 +14,9 @@ class StepSize(Settings):
     0.25
     """
 
-    a: float = Field(default=0.1, gt=0, description="Step size of the first step.")
+    a: float = Field(default=0.03, gt=0, description="Step size of the first step.")
     b: float = Field(
-        default=1e-3,
+        default=0.01,
         ge=0,
         description="Rate of decay per step. With 0 the step size is constant: the steps then need not converge.",
     )

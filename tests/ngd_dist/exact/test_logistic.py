@@ -50,7 +50,7 @@ def test_named_column_is_categorical_by_name_and_by_index() -> None:
     by_index = DuallyFlatClassifier(categorical=[1], random_state=0).fit(x.to_numpy(), y)
 
     assert by_name.score(x, y) > 0.85
-    assert by_name.model_.sizes == (16, 3)
+    assert by_name.model_.sizes == (8, 3)
     np.testing.assert_array_equal(by_name.predict_proba(x), by_index.predict_proba(x.to_numpy()))
 
 
