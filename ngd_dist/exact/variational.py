@@ -97,17 +97,18 @@ class VariationalNGD(torch.optim.Optimizer):
 
     def _gradient(self, index: int, group: dict[str, Any]) -> Pair | None:
         mean, root = group["params"]
-        if mean.grad is None and root.grad is None:
+        has_gradient = mean.grad is not None or root.grad is not None
+        if self._comm.world_size == 1 and not has_gradient:
             return None
-        parts = [p.new_zeros(p.shape) if p.grad is None else p.grad.contiguous() for p in (mean, root)]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in (mean, root)]
         if self._comm.world_size > 1:
-            joined = torch.cat([part.flatten() for part in parts])
-            kinds = {"gradients": joined.numel() * joined.element_size()}
-            joined = self._comm.begin_all_reduce("variational", joined, kinds=kinds).wait() / self._comm.world_size
-            parts = [
-                part.view(p.shape)
-                for part, p in zip(joined.split([mean.numel(), root.numel()]), (mean, root), strict=True)
-            ]
+            sizes = [mean.numel(), root.numel(), 1]
+            joined = torch.cat([*(part.flatten() for part in parts), mean.new_full((1,), float(has_gradient))])
+            self._comm.all_reduce("variational: gradients", joined, kind="gradients")
+            *sums, ranks = joined.split(sizes)
+            if float(ranks) == 0:
+                return None
+            parts = [part.view(p.shape) / self._comm.world_size for part, p in zip(sums, (mean, root), strict=True)]
         if not all(bool(part.isfinite().all()) for part in parts):
             raise NonFiniteError(
                 f"the gradient of pair {index} is NaN or infinite, and nothing was changed; lower gamma, or the "

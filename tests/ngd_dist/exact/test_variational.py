@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ngd_dist.errors import ConfigError, NonFiniteError
 from ngd_dist.exact.variational import Parametrisation, VariationalNGD, gpytorch_pairs
+from tests.support.ranks import run_ranks
 
 M = 12
 NOISE = 0.1
@@ -250,3 +251,29 @@ def test_a_gpytorch_model_reaches_the_exact_posterior_in_one_step(points: tuple[
     posterior = model(x)
     assert torch.allclose(posterior.mean, gain @ y, atol=1e-4, rtol=0)  # its own jitter is 1e-6 of 1, on a kernel
     assert torch.allclose(posterior.covariance_matrix, K - gain @ K, atol=1e-4, rtol=0)
+
+
+def _of_rank(rank: int, world_size: int, gradients: list[Tensor]) -> list[Tensor]:
+    pair, idle = start(), start()
+    pair[0].grad, pair[1].grad = (gradient.clone() for gradient in gradients[2 * rank : 2 * rank + 2])
+    VariationalNGD([pair, idle], gamma=0.5).step()
+    assert torch.equal(idle[0], start()[0])
+    return [p.detach() for p in pair]
+
+
+@pytest.mark.ranks
+def test_ranks_take_the_step_of_the_mean_gradient(points: tuple[Tensor, Tensor]) -> None:
+    gradients: list[Tensor] = []
+    for loss in (bernoulli(*points), gaussian(*points)):
+        pair = start()
+        loss(*pair).backward()
+        gradients += [p.grad for p in pair if p.grad is not None]
+
+    both = run_ranks(2, _of_rank, gradients)
+
+    pair = start()
+    pair[0].grad, pair[1].grad = (gradients[0] + gradients[2]) / 2, (gradients[1] + gradients[3]) / 2
+    VariationalNGD([pair], gamma=0.5).step()
+    for moved in both:
+        assert all(torch.allclose(value, p, atol=1e-12) for value, p in zip(moved, pair, strict=True))
+    assert torch.equal(both[0][1], both[1][1])
