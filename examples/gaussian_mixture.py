@@ -1,0 +1,63 @@
+"""Fits a Gaussian mixture's density by two losses under five metrics. Run: python examples/gaussian_mixture.py"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ngd_dist.exact.metrics import L2, FisherRao, Grid, Sobolev, Wasserstein
+from ngd_dist.exact.state_space import StateSpaceNGD
+
+SEEDS, STEPS, K, H = int(sys.argv[1]) if sys.argv[1:] else 3, 30, 200, 0.1
+GRID, X = Grid((K,), (H,)), (torch.arange(K, dtype=torch.float64) + 0.5) * H - 10
+METRICS = {"L2": L2(GRID), "Fisher-Rao": FisherRao(GRID, floor=1e-6), "H^1": Sobolev(GRID, order=1)}
+METRICS |= {"H^-1": Sobolev(GRID, order=-1), "Wasserstein": Wasserstein(GRID, floor=1e-6)}
+
+
+def density(theta: Tensor) -> Tensor:
+    """Returns the mixture of three means, widths and weights, each without bounds; one weight is redundant."""
+    means, widths, weights = theta.view(3, 3, 1)
+    widths = 0.3 + 1.7 * widths.sigmoid()
+    rho = (weights.softmax(0) / widths * torch.exp(-0.5 * ((X - means) / widths) ** 2)).sum(0)
+    return rho / (rho.sum() * H)
+
+
+def squared_error(rho: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (rho - target).square().sum() * H
+
+
+def transport(rho: Tensor, target: Tensor) -> Tensor:
+    """Returns half the squared Wasserstein distance: each place goes where the target has as much mass on its left."""
+    left, left_in_target = rho.cumsum(0) * H - rho * H / 2, target.cumsum(0) * H - target * H / 2
+    after = torch.searchsorted(left_in_target, left.detach()).clamp(1, K - 1)
+    step = (left_in_target[after] - left_in_target[after - 1]).clamp_min(1e-12)
+    place = X[after - 1] + H * ((left - left_in_target[after - 1]) / step).clamp(0, 1)
+    return 0.5 * ((X - place).square() * rho).sum() * H
+
+
+def draw(generator: torch.Generator) -> Tensor:
+    return torch.randn(9, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 0.5, 0.5]).repeat_interleave(3)
+
+
+def fit(loss_of, name: str, seed: int) -> float:
+    """Returns the last loss, relative to the first. Every rival may choose among the same 20 lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    target, theta = density(draw(generator)), draw(generator)
+    start, loss = loss_of(density(theta), target), lambda rho: loss_of(rho, target)
+    if name == "plain":
+        slope = torch.func.grad(lambda theta: loss(density(theta)))
+        for _ in range(STEPS):
+            theta = min((theta - 2.0**i * slope(theta) for i in range(-12, 8)), key=lambda trial: loss(density(trial)))
+    else:
+        optimizer = StateSpaceNGD(METRICS[name], density, loss, damping=1e-3, lr=2**7, halvings=19)
+        for _ in range(STEPS):
+            theta = optimizer.step(theta).theta
+    return float(loss(density(theta))) / start
+
+
+for loss_of in (squared_error, transport):
+    print(f"{loss_of.__name__:13} at the start loss 1.00000000")
+    for name in ("plain", *METRICS):
+        losses = torch.tensor([fit(loss_of, name, seed) for seed in range(SEEDS)])
+        solved = int((losses < 1e-4).sum())
+        print(f"{loss_of.__name__:13} {name:12} loss {losses.median():.8f} (median); below 1e-4: {solved} of {SEEDS}")
