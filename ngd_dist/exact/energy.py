@@ -166,8 +166,8 @@ class EnergyNGD(Optimizer):
     def _problem(self, points: Points, totals: Mapping[str, int], weights: Tensor) -> LeastSquares:
         """Collective. Returns the least-squares problem of all ranks' points, reduced."""
         form = self.config.form
-        if form == "auto":  # of points: how many residuals each has is known only once they are evaluated
-            form = "kernel" if sum(totals.values()) < self._flat.size else "weights"
+        if form == "auto":
+            form = "kernel" if self._count(points, weights) < self._flat.size else "weights"
         kind = KernelForm if form == "kernel" else WeightsForm
         problem = kind(self._flat.size, self._comm, device=self._flat.device)
         for name, residual in self._residuals.items():
@@ -176,6 +176,14 @@ class EnergyNGD(Optimizer):
                 problem.add(scale * J_nW, scale * r_n)
         problem.reduce()
         return problem
+
+    def _count(self, points: Points, weights: Tensor) -> int:
+        """Collective. Returns the number of residuals of all ranks' points; a point may have several."""
+        parts = [(points[name], residual) for name, residual in self._residuals.items()]
+        own = [len(x) * residual(weights, x[0]).numel() for x, residual in parts if len(x)]
+        count = torch.tensor([float(sum(own))], dtype=torch.float64, device=weights.device)
+        self._comm.all_reduce("exact: residuals", count)
+        return int(count)
 
     def _losses(self, points: Points, totals: Mapping[str, int], weights_KW: Tensor) -> Tensor:
         """Collective. Returns the loss of each vector of weights, [K], float64, the same on all ranks."""

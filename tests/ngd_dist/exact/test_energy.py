@@ -69,6 +69,16 @@ def test_auto_takes_the_smaller_matrix() -> None:
         assert torch.equal(*map(flat, models))
 
 
+def test_auto_counts_each_residual_of_a_point() -> None:
+    """Three points have fewer residuals than the network has weights only if each has a single one."""
+    points, models = {"interior": POINTS["interior"][:3]}, [network(6), network(6)]
+
+    for model, form in zip(models, ("auto", "weights"), strict=True):
+        EnergyNGD(model, {"interior": lambda u, x: u(x) + torch.arange(30)}, EnergyNGDConfig(form=form)).step(points)
+
+    assert torch.equal(*map(flat, models))
+
+
 @pytest.mark.parametrize("form", ["weights", "kernel"])
 def test_chunks_change_nothing(form: str) -> None:
     torch.testing.assert_close(trained(form=form, chunk=5), trained(form=form), rtol=0, atol=1e-9)
