@@ -44,7 +44,7 @@ class DuallyFlatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     >>> x = [["red", 1.0], ["blue", 1.5], ["red", 2.0], ["blue", 0.5]]
     >>> classifier = DuallyFlatClassifier(categorical=[0], random_state=0).fit(x, ["warm", "cold", "warm", "cold"])
-    >>> classifier.predict([["red", 0.7], ["blue", 9.0]])
+    >>> classifier.predict([["red", 1.9], ["blue", 0.7]])
     array(['warm', 'cold'], dtype='<U4')
     """
 
