@@ -56,5 +56,5 @@ def compare(dsngd: StepSize, sgd: StepSize, adam: StepSize, seed: int = 0) -> li
 
 
 if __name__ == "__main__":
-    for step, row in zip(SHOWN, compare(StepSize(), StepSize(a=3, b=1e-3), StepSize(a=0.1, b=0.03)), strict=True):
+    for step, row in zip(SHOWN, compare(StepSize(), StepSize(a=30, b=0.1), StepSize(a=0.6, b=0.3)), strict=True):
         print("step {} DSNGD loss {:.4f} SGD {:.4f} Adam {:.4f} Newton {:.4f}".format(step, *row))

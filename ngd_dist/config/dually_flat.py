@@ -14,7 +14,9 @@ class StepSize(Settings):
     0.25
     """
 
-    a: float = Field(default=0.03, gt=0, description="Step size of the first step.")
+    a: float = Field(
+        default=0.03, gt=0, description="Step size of the first step; a and b are the best of a grid on two models."
+    )
     b: float = Field(
         default=0.01,
         ge=0,

@@ -210,7 +210,8 @@ class CSNGD:
     A is the inverse of a Fisher matrix that the caller estimates independently of g, with eigenvalues clipped into
     [smallest, largest]. theta [D] is changed in place. step_size needs b > 0 for the steps to converge. A step costs
     O(D^3): `DuallyFlatRegression` with running duals does without for its family. Raises: ConfigError.
-    Source: general form of arXiv 2001.06744, from its abstract; the bounds' defaults are ours.
+    Source: CSNGD of Sanchez-Lopez and Cerquides as the abstract of arXiv 2001.06744 describes it; clipping eigenvalues
+    as the way to bound A, and the default bounds, are ours.
 
     >>> theta = torch.ones(2, dtype=torch.float64)
     >>> method = CSNGD(theta, smallest=0.1, largest=10.0, step_size=StepSize(a=0.5, b=0.1))

@@ -42,9 +42,9 @@ class DuallyFlatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     Raises ValueError for a NaN, an unknown category, one class, or settings out of range.
     Source: arXiv 2001.06744; the bins are ours.
 
-    >>> x = 10 * [["red", 1.0], ["blue", 1.5], ["red", 2.0], ["blue", 0.5]]
-    >>> classifier = DuallyFlatClassifier(categorical=[0], random_state=0).fit(x, 10 * ["warm", "cold", "warm", "cold"])
-    >>> classifier.predict([["red", 1.0], ["blue", 1.5]])
+    >>> x = [["red", 1.0], ["blue", 1.5], ["red", 2.0], ["blue", 0.5]]
+    >>> classifier = DuallyFlatClassifier(categorical=[0], random_state=0).fit(x, ["warm", "cold", "warm", "cold"])
+    >>> classifier.predict([["red", 1.9], ["blue", 0.7]])
     array(['warm', 'cold'], dtype='<U4')
     """
 
