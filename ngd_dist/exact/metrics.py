@@ -111,7 +111,7 @@ class L2(Metric):
 class FisherRao(Metric):
     """<u, v> = integral of u v / rho, for densities rho >= 0: the Fisher information of a family of densities.
 
-    floor: densities below it count as the floor, since 1 / rho has no bound; 1e-10 as in [NLY22].
+    floor: densities below it count as the floor, since 1 / rho has no bound.
     """
 
     def __init__(self, grid: Grid, *, floor: float = 1e-10) -> None:
@@ -161,7 +161,7 @@ class Wasserstein(Metric):
     mean of u is left out. If the model changes the total mass, normalise its state, or the direction need not descend.
     At rho = 1 this is the homogeneous H^-1.
 
-    floor: densities below it count as the floor; 1e-10 as in [NLY22]. In one dimension L is a cumulative sum. In two, a
+    floor: densities below it count as the floor. In one dimension L is a cumulative sum. In two, a
     dense Cholesky factor of the weighted Laplacian of all cells, O(k^3) per state, for at most 10,000 cells.
     Raises: ConfigError for a larger grid.
     """

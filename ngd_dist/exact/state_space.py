@@ -173,7 +173,7 @@ def lsqr(
 
     tolerance: stops when |A^T r| is below tolerance * |A| |r|, or |r| below tolerance * |b|, r the residual of the
     damped problem. Reads three numbers from the device per iteration. Raises: ConfigError, NonFiniteError.
-    Source: C. Paige, M. Saunders, *LSQR*, ACM TOMS 8(1), 1982.
+    Source: [PS82].
 
     >>> a = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     >>> lsqr(lambda x: a @ x, lambda w: a.T @ w, torch.tensor([3.0, 2.0, 1.0])).x
