@@ -130,7 +130,8 @@ class DuallyFlatClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         for i, column in enumerate(X.T):
             if i in named:
                 listed = named[i]
-                levels.append(np.unique(self._without_missing(i, column) if listed is None else np.asarray(listed)))
+                values = self._without_missing(i, column).tolist() if listed is None else listed
+                levels.append(np.array(sorted(set(values), key=str), dtype=object))  # numbers and text may mix
             else:
                 inner = np.linspace(0, 1, self.bins + 1)[1:-1]
                 levels.append(np.unique(np.quantile(self._real(i, column), inner)))

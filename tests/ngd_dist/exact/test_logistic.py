@@ -102,6 +102,15 @@ def test_unknown_category_is_refused_and_a_listed_one_is_not() -> None:
     assert len(DuallyFlatClassifier(categorical={"colour": colours}).fit(x, y).predict(violet)) == 1
 
 
+def test_numbers_and_text_may_be_categories_of_one_column() -> None:
+    classifier = DuallyFlatClassifier(categorical={0: [1, "a", "b"]}, random_state=0)
+
+    classifier.fit([[1], ["a"], [1], ["a"]], [0, 1, 0, 1])
+
+    assert classifier.predict([[1], ["a"]]).tolist() == [0, 1]
+    assert DuallyFlatClassifier(categorical=[0]).fit([[1], ["a"]], [0, 1]).model_.sizes == (2,)
+
+
 @pytest.mark.parametrize(
     ("changed", "value", "sentence"),
     [
