@@ -21,7 +21,7 @@ from ngd_dist.errors import ConfigError, NonFiniteError
 
 __all__ = ["L2", "FisherRao", "Grid", "Metric", "Root", "SideBySide", "Sobolev", "Wasserstein"]
 
-# A dense Cholesky factor of this many cells takes 0.8 GB in float64.
+# In float64 the Cholesky factor of this many cells takes 0.8 GB, and the dense matrices before it some 5 GB.
 MAX_CELLS_2D = 10_000
 
 
