@@ -28,10 +28,10 @@ def squared_error(rho: Tensor, target: Tensor) -> Tensor:
 
 def transport(rho: Tensor, target: Tensor) -> Tensor:
     """Returns half the squared Wasserstein distance: each place goes where the target has as much mass on its left."""
-    left, left_in_target = rho.cumsum(0) * H - rho * H / 2, target.cumsum(0) * H - target * H / 2
-    after = torch.searchsorted(left_in_target, left.detach()).clamp(1, K - 1)
-    between = left_in_target.diff()[after - 1].clamp_min(1e-12)
-    place = X[after - 1] + H * ((left - left_in_target[after - 1]) / between).clamp(0, 1)
+    left, goal = rho.cumsum(0) * H - rho * H / 2, target.cumsum(0) * H - target * H / 2
+    after = torch.searchsorted(goal, left.detach()).clamp(1, K - 1)
+    share = (left - goal[after - 1]) / goal.diff()[after - 1].clamp_min(1e-12)
+    place = X[after - 1] + H * share.clamp(0, 1)
     return 0.5 * ((X - place).square() * rho).sum() * H
 
 
@@ -44,20 +44,17 @@ def fit(loss_of, name: str, seed: int) -> float:
     """Returns the last loss, relative to the first. Every rival may choose among the same 20 lengths."""
     target, theta = density(draw(2 * seed)), draw(2 * seed + 1)
     start, loss = loss_of(density(theta), target), lambda rho: loss_of(rho, target)
-    if name == "plain":
-        slope = torch.func.grad(lambda theta: loss(density(theta)))
-        for _ in range(STEPS):
-            theta = min((theta - 2.0**i * slope(theta) for i in range(-12, 8)), key=lambda trial: loss(density(trial)))
-        return float(loss(density(theta)) / start)
-    optimizer = StateSpaceNGD(METRICS[name], density, loss, damping=1e-3, lr=2**7, halvings=19)
+    slope = torch.func.grad(lambda theta: loss(density(theta)))
+    optimizer = StateSpaceNGD(METRICS.get(name, L2(GRID)), density, loss, damping=1e-3, lr=2**7, halvings=19)
     for _ in range(STEPS):
-        theta = optimizer.step(theta).theta
-    return float(loss(density(theta))) / start
+        trials = (theta - 2.0**i * slope(theta) for i in range(-12, 8))
+        theta = min(trials, key=lambda trial: loss(density(trial))) if name == "plain" else optimizer.step(theta).theta
+    return float(loss(density(theta)) / start)
 
 
 for loss_of in (squared_error, transport):
     print(f"{loss_of.__name__:13} at the start loss 1.00000000")
     for name in ("plain", *METRICS):
         losses = torch.tensor([fit(loss_of, name, seed) for seed in range(SEEDS)])
-        solved = int((losses < 1e-4).sum())
-        print(f"{loss_of.__name__:13} {name:12} loss {losses.median():.8f} (median); below 1e-4: {solved} of {SEEDS}")
+        solved = f"{int((losses < 1e-4).sum())} of {SEEDS}"
+        print(f"{loss_of.__name__:13} {name:12} loss {losses.median():.8f} (median); below 1e-4: {solved}")

@@ -8,7 +8,7 @@ favours schedules that are just long enough; the setting whose worse seed took t
 other seeds. One run is one process with one thread, and its seconds are its CPU time without the evaluations.
 
 The machine may do other work during hours of runs, which takes caches and memory from them. So the seconds of the
-repeated runs are their steps, times what a step takes: 20 steps of each method, in turn, three times over; the median.
+repeated runs are their steps, times what a step takes: 30 steps of each method, in turn, three times over; the median.
 Measure those on a quiet machine: `--work` keeps them as it keeps runs, in files that end in `-pace0.json` and so on.
 
 Trials come in stages: every method on every task has its trials of a stage before any has those of the next, so that

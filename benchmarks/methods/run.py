@@ -24,7 +24,7 @@ from ngd_dist.errors import NgdError
 __all__ = ["WARMUP", "Run", "outcome_of", "pace_of"]
 
 WARMUP = 0.1  # of a run's steps, for every method whose lr is given
-FIRST_STEPS, PACED_STEPS = 2, 20  # first ones allocate; 20 is a multiple of most intervals between refreshes
+FIRST_STEPS, PACED_STEPS = 2, 30  # the first ones allocate; ours refresh at every third
 
 
 @dataclass(frozen=True, slots=True)

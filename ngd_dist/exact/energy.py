@@ -10,6 +10,7 @@ in the paper's setting, all then had an error below 2e-5 after 300 steps; withou
 the first loss.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ class EnergyNGD(Optimizer):
         weights = self._flat.weights()
         problem = self._problem(points, totals, weights)
         loss = problem.squared
-        if not torch.tensor(loss).isfinite():
+        if not math.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss}: a residual is NaN or infinite; no weight was changed")
         start = config.momentum * self._last_direction() if config.momentum else None
         direction = problem.direction(damping=group["damping"], rcond=config.rcond, start=start)
@@ -102,7 +103,7 @@ class EnergyNGD(Optimizer):
             def losses(lengths: Tensor) -> Tensor:
                 return self._losses(points, totals, (weights + torch.outer(lengths, direction)).to(weights.dtype))
 
-            length = best_length(losses, group["lr"], config.line_search, device=weights.device)
+            length, _ = best_length(losses, group["lr"], config.line_search, device=weights.device)
             group["damping"] = self._next_damping(group["damping"], length / group["lr"])
         self._flat.assign((weights + length * direction).to(weights.dtype))
         if config.momentum:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngd_dist.config.exact import GridSearch
 from ngd_dist.errors import ConfigError, NonFiniteError
+from ngd_dist.exact.line_search import best_length
 from ngd_dist.exact.metrics import Metric, Root
 
 __all__ = [
@@ -266,18 +268,18 @@ class StateSpaceNGD:
         """
         theta = theta.detach()
         rho = self._state(theta)
-        best = Step(theta, float(self.loss(rho)), 0.0)
-        if not math.isfinite(best.loss):
-            raise NonFiniteError(f"the loss at the start of the step is {best.loss}")
+        first = float(self.loss(rho))
+        if not math.isfinite(first):
+            raise NonFiniteError(f"the loss at the start of the step is {first}")
         eta = self._direction(theta, rho)
-        for halving in range(self.halvings + 1):
-            length = self.lr / 2**halving
-            trial = theta + length * eta
-            with torch.no_grad():
-                loss = float(self.loss(self.state(trial)))
-            if loss < best.loss:
-                best = Step(trial, loss, length)
-        return best
+
+        @torch.no_grad()
+        def losses(lengths: Tensor) -> Tensor:  # one state at a time: each may be a solve of a PDE
+            trials = [float(self.loss(self.state(theta + length * eta))) for length in lengths[1:].tolist()]
+            return lengths.new_tensor([first, *trials])
+
+        length, loss = best_length(losses, self.lr, GridSearch(count=self.halvings + 1), device=theta.device)
+        return Step(theta + length * eta, loss, length)
 
     def _state(self, theta: Tensor) -> Tensor:
         if theta.ndim != 1:

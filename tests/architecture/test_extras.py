@@ -17,6 +17,10 @@ EXTRAS = {
         "ngd_dist.optimizer",
         {"numpy", "ray", "torchvision", "transformers", "timm", "fastapi", *NOT_OF_THE_LIBRARY},
     ),
+    "ngd-dist[sklearn]": (
+        "ngd_dist.exact.logistic",
+        {"ray", "torchvision", "transformers", "fastapi", "gpytorch", *NOT_OF_THE_LIBRARY},
+    ),
     "ngd-workers": ("ngd_workers.contract.spec, ngd_workers.contract.spec_file", {"torch", "numpy", "ngd_service"}),
     "ngd-workers[train]": (
         "ngd_workers.train.loop, ngd_workers.train.baselines, ngd_workers.launch.driver, ray.train.torch",

@@ -93,7 +93,7 @@ def test_a_jacobian_that_is_not_finite_is_refused(form: type[LeastSquares], bad:
 
 def best(losses: list[float]) -> float:
     grid = GridSearch(count=len(losses) - 1)
-    return best_length(lambda lengths: torch.tensor(losses), 2.0, grid, device=torch.device("cpu"))
+    return best_length(lambda lengths: torch.tensor(losses), 2.0, grid, device=torch.device("cpu"))[0]
 
 
 def test_line_search_takes_the_length_of_the_least_loss() -> None:

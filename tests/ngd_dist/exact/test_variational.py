@@ -134,12 +134,9 @@ def test_a_bernoulli_likelihood_converges_where_adam_is_still_far(
 
 
 def test_a_step_too_long_is_halved_until_the_covariance_is_positive_definite() -> None:
-    pair = start()
-    pair[0].grad = torch.zeros_like(pair[0])
-    pair[1].grad = 1e3 * torch.eye(M, dtype=torch.float64)  # as if a smaller covariance were better without end
-    huge = -pair[1].grad  # and a larger one: the natural parameter would change its sign
+    shrinking = 1e3 * torch.eye(M, dtype=torch.float64)  # as if a smaller covariance were better without end
 
-    for gradient in (pair[1].grad, huge):
+    for gradient in (shrinking, -shrinking):  # by the other, the precision would change its sign
         for parametrisation in PARAMETRISATIONS:
             mean, root = start()
             mean.grad, root.grad = torch.zeros_like(mean), gradient.clone()
