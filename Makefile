@@ -48,8 +48,8 @@ check: $(STAMP) ## lint, format, types, import layers
 
 # Material for MkDocs announces its successor on each start; the site is built with what uv.lock pins.
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: $(STAMP) ## build the documentation into site/, after its settings' page and its picture of imports
-	$(BIN)/python docs/reference/configuration_page.py > docs/configuration.md
+docs: $(STAMP) ## build the documentation into site/, after the pages that are made from the code
+	$(BIN)/python docs/reference/generate.py
 	$(BIN)/python docs/reference/import_picture.py
 	$(BIN)/mkdocs build --strict
 

@@ -7,9 +7,12 @@ import pytest
 
 from ngd_service.client.comparison import Goal, History
 from ngd_workers.contract.spec_differences import differences
+from ngd_workers.contract.spec_file import load_spec
 from tests.service.test_cli import ngd, spec_file
+from tests.support import ROOT
 from tests.support.service_process import ServiceProcess
 
+RECIPES = ROOT / "workers" / "ngd_workers" / "recipes"
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -26,6 +29,17 @@ def test_differences_are_those_of_leaves() -> None:
         "optimizer.lr": [0.1, 0.1, 0.2],
         "optimizer.staleness.kind": ["fixed", None, None],
     }
+
+
+def test_defaults_of_another_kind_are_no_differences() -> None:
+    recipes = [load_spec(RECIPES / name).model_dump(mode="json") for name in ("digits-ekfac.yaml", "digits-sgd.yaml")]
+
+    found = differences(recipes)
+
+    assert found["optimizer.kind"] == ["ngd", "sgd"]
+    assert found["optimizer.preconditioner.kind"] == ["ekfac", None]
+    assert found["optimizer.damping"] == [0.01, None]
+    assert "optimizer.bucket_mb" not in found  # has its default
 
 
 @pytest.mark.parametrize(
