@@ -12,16 +12,17 @@ from ngd_workers.contract.spec import JobSpec, LoopSpec
 
 __all__ = ["page"]
 
-HEAD = r"""\ <!-- Written by docs/reference/job_page.py from ngd_workers/contract/spec: change it there. --> # The job
-file
+HEAD = """\
+<!-- Written by docs/reference/job_page.py from ngd_workers/contract/spec: change it there. -->
+# The job file
 
-A job is one YAML or JSON file: the argument of `ngd submit`, `ngd train` and `ngd plan`, and the body of `POST
-/api/v1/jobs`. An unknown field or a value out of bounds is refused with the field, its value, the bound and the
+A job is one YAML or JSON file: the argument of `ngd submit`, `ngd train` and `ngd plan`, and the body of
+`POST /api/v1/jobs`. An unknown field or a value out of bounds is refused with the field, its value, the bound and the
 remedy. `workers/ngd_workers/recipes` has whole files that run; [your job in ten minutes](../start/your-job.md) begins
 with one.
 
-Where several things can fill a field, each has a name, its `kind`. After each table stands an example with every
-field: at its default, or in a comment where it is unset unless you set it.
+Where several things can fill a field, each has a name, its `kind`. After each table stands an example with every field:
+at its default, or in a comment where it is unset unless you set it.
 """
 # What stands in an example for a field that has to be given, or that is unset unless it is given.
 GIVEN: dict[str, dict[str, Any]] = {
