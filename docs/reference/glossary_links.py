@@ -20,54 +20,12 @@ PROSE = (
 )
 ROW = re.compile(r"^\| ([^|]+) \| (.+) \|$", re.MULTILINE)
 # Words of the glossary that prose uses in their everyday sense as well.
-EVERYDAY = set(
-    [
-        "age",
-        "apply",
-        "attempt",
-        "block",
-        "card",
-        "direction",
-        "driver",
-        "due",
-        "ending",
-        "engine",
-        "estimate",
-        "event",
-        "form",
-        "group",
-        "home",
-        "interval",
-        "job",
-        "layer",
-        "lease",
-        "metric",
-        "owner",
-        "part",
-        "phase",
-        "pi",
-        "piece",
-        "place",
-        "position",
-        "rank",
-        "report",
-        "row",
-        "run",
-        "size",
-        "sketch",
-        "source",
-        "spec",
-        "stack",
-        "statistic",
-        "step",
-        "strategy",
-        "task",
-        "threshold",
-        "transform",
-        "verdict",
-        "word",
-    ]
-)
+EVERYDAY = {
+    "age", "apply", "attempt", "block", "card", "direction", "driver", "due", "ending", "engine", "estimate",
+    "event", "form", "group", "home", "interval", "job", "layer", "lease", "metric", "owner", "part", "phase", "pi",
+    "piece", "place", "position", "rank", "report", "row", "run", "size", "sketch", "source", "spec", "stack",
+    "statistic", "step", "strategy", "task", "threshold", "transform", "verdict", "word",
+}  # fmt: skip
 LEFT_ALONE = re.compile(
     r"```.*?^ *```|`[^`]*`|!?\[[^\]]*\]\([^)]*\)|^#.*?$|<[^>]+>|^--8<--.*?$", re.MULTILINE | re.DOTALL
 )
