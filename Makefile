@@ -13,7 +13,7 @@ HARDWARE ?= cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check docs gpu bench browser cluster-tools goldens images image-tools
+.PHONY: help demo serve test test-slow check docs pictures gpu bench browser cluster-tools goldens images image-tools
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ docs: $(STAMP) ## build the documentation into site/, after the pages that are m
 	$(BIN)/python docs/reference/generate.py
 	$(BIN)/python docs/reference/import_picture.py
 	$(BIN)/mkdocs build --strict
+
+pictures: $(BENCH_STAMP) ## draw docs/pictures from real runs; wants a machine with nothing else to do
+	$(BIN)/python docs/reference/pictures.py
 
 gpu: $(STAMP) ## run what needs one GPU, in under ten minutes; says so where there is none
 	$(BIN)/python -m benchmarks.gpu_suite
