@@ -55,6 +55,7 @@ docs: $(STAMP) ## build the documentation into site/, after the pages that are m
 
 pictures: $(BENCH_STAMP) ## draw docs/pictures from real runs; wants a machine with nothing else to do
 	$(BIN)/python docs/reference/pictures.py
+	$(BIN)/python docs/reference/gallery.py
 
 gpu: $(STAMP) ## run what needs one GPU, in under ten minutes; says so where there is none
 	$(BIN)/python -m benchmarks.gpu_suite

@@ -43,6 +43,12 @@ def test_example_prints_a_loss_that_falls(path: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0], ended.stdout
 
 
+def test_gallery_shows_each() -> None:
+    gallery = (ROOT / "docs" / "gallery.md").read_text()
+
+    assert [path.name for path in EXAMPLES if f"examples/{path.name}" not in gallery] == [], "run: make pictures"
+
+
 def _environment(tmp_path: Path, ignored: list[str]) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": str(ROOT),
