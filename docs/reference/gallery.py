@@ -34,8 +34,9 @@ def main() -> None:
 def section(path: Path) -> str:
     """Returns a heading, the command, the last lines of the output, and the code, which opens on a click."""
     told = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
-    about, run = told.partition(". ")[0], told.partition("Run: ")[2]
-    launcher = TORCHRUN if "torchrun" in run else ()
+    about, run = told.partition(". ")[0], re.search(r"Run: (.*\.py)", told)
+    command = run[1] if run else f"python examples/{path.name}"
+    launcher = TORCHRUN if "torchrun" in command else ()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                                 "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     ended = subprocess.run([sys.executable, *launcher, path], cwd=os.environ.get("TMPDIR", "/tmp"), env=environment,
@@ -44,7 +45,7 @@ def section(path: Path) -> str:
     return "\n".join(
         [
             f"## {about.rstrip('.')}\n",
-            f"```sh\n{run.strip('. ')}\n```\n",
+            f"```sh\n{command}\n```\n",
             f"```text\n{'...' + chr(10) if len(lines) > SHOWN else ''}{chr(10).join(lines[-SHOWN:])}\n```\n",
             '<details markdown="1">\n<summary>The program</summary>\n',
             f'``` {{ .python }}\n--8<-- "examples/{path.name}"\n```\n',
