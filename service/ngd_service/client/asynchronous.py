@@ -31,6 +31,7 @@ from ngd_service.client.answers import (
     uses_proxies,
 )
 from ngd_service.client.code import Shipment, pack
+from ngd_service.client.comparison import KINDS, History
 from ngd_service.client.endpoints import (
     JOBS,
     Endpoint,
@@ -62,6 +63,7 @@ __all__ = ["PATIENCE_S", "AsyncClient"]
 
 Answer = TypeVar("Answer")
 Arguments = ParamSpec("Arguments")
+EVALUATIONS = 1000  # the newest of a job's; the dashboard's curves have no more points either
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 CODE_TIMEOUT_S = 60.0
@@ -181,6 +183,15 @@ class AsyncClient:
         """Returns the first events after the one of this id; newest_of: the last ones, of these kinds."""
         query = params(after=after, limit=limit, newest_of=joined(newest_of))
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/events", EventPage.model_validate_json, query))
+
+    async def history(self, job_id: str, known: History | None = None) -> History:
+        """Returns the job's tests and starts, as far as they go by now. known: an earlier answer, to bring up to date."""
+        history = known
+        if history is None:  # the first start is among the first events, and need not be among the newest ones
+            first = (await self.events(job_id, limit=100)).events
+            history = History(next((event.time for event in first if event.kind == "started"), None))
+        history.add(await self.events(job_id, after=history.next_after, limit=EVALUATIONS, newest_of=KINDS))
+        return history
 
     async def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event]:
         """Yields each event after `after` as it happens, until the job has ended; reconnects and misses none."""
