@@ -185,7 +185,7 @@ class AsyncClient:
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/events", EventPage.model_validate_json, query))
 
     async def history(self, job_id: str, known: History | None = None) -> History:
-        """Returns the job's tests and starts, as far as they go by now. known: an earlier answer, to bring up to date."""
+        """Returns the job's tests and starts, as far as they go by now. known: an earlier answer, which grows."""
         history = known
         if history is None:  # the first start is among the first events, and need not be among the newest ones
             first = (await self.events(job_id, limit=100)).events

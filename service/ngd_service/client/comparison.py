@@ -108,7 +108,8 @@ def results(jobs: Sequence[Job], histories: Sequence[History], goals: Sequence[G
         "step": [f"{job.status.progress.step:,}" for job in jobs],
         "result": [result(job) or NOTHING for job in jobs],
         "best test result": [_best(*pair) for pair in zip(jobs, histories, strict=True)],
-        "duration": [_duration(job) for job in jobs],
+        "training took": [_training(job) for job in jobs],
+        "with start and tests": [_duration(job) for job in jobs],
     }
     for goal in goals:
         told[goal.words] = [_reached(history, goal) for history in histories]
@@ -154,6 +155,11 @@ def _best(job: Job, history: History) -> str:
             (known,) = named(job.metrics, [metric.name])
             return f"{known.label} {score(known, best[0])} at step {best[1]:,}"
     return NOTHING
+
+
+def _training(job: Job) -> str:
+    ended = job.status.result
+    return NOTHING if ended is None or ended.seconds is None else seconds(ended.seconds)
 
 
 def _duration(job: Job) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import yaml
 from fastapi import Request
@@ -19,7 +18,6 @@ from ngd_service.resources import Event, Job, Metric
 
 __all__ = ["marks", "register"]
 
-CHARTS = Path(__file__).with_name("charts.js")
 POLL_S = 1.0
 CLOCK_S = 10.0  # between two looks at the clock, once nothing else changes
 MARKED = ("started", "checkpoint")
@@ -31,7 +29,6 @@ def register(api_of: Callable[[Request], AsyncClient]) -> None:
 
     @ui.page("/jobs/{job_id}", reconnect_timeout=RECONNECT_S)
     async def job(request: Request, job_id: str) -> None:
-        ui.add_head_html(f"<script>{CHARTS.read_text()}</script>")
         with page_frame("Job", reader(request)) as freshness:
             page = JobPage(api_of(request), job_id, freshness)
         timer = ui.timer(POLL_S, page.refresh)

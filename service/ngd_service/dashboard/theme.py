@@ -38,6 +38,7 @@ PHASE_ICONS = {
 # For so long a page is kept for a browser without a connection; one that comes back later loads the page again.
 RECONNECT_S = 120.0
 CSS = Path(__file__).with_name("theme.css")
+CHARTS = Path(__file__).with_name("charts.js")
 MARK = (
     '<svg viewBox="0 0 24 24" fill="none" aria-hidden="true"><rect width="24" height="24" rx="6" fill="#005f99"/>'
     '<path d="M5 7c5 0 4 10 14 10" stroke="#fff" stroke-width="2.2" stroke-linecap="round"/>'
@@ -96,6 +97,7 @@ def page_frame(title: str, reader: str | None = None) -> Iterator[Freshness]:
     """The bar and the column that a page fills; gives the page its freshness mark. reader: who is logged in."""
     ui.page_title(f"{title} · ngd-dist")
     ui.add_css(CSS)
+    ui.add_head_html(f"<script>{CHARTS.read_text()}</script>")
     ui.colors(primary="var(--accent)", negative="var(--bad)")
     ui.run_javascript(REPORT_VISIBILITY)
     with ui.header().classes("bar"), ui.element("div").classes("bar-inner"):
