@@ -152,10 +152,20 @@ class AsyncClient:
         return await self._send(Endpoint("GET", code_path(sha256), bytes, timeout_s=CODE_TIMEOUT_S))
 
     async def list_jobs(
-        self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
+        self,
+        *,
+        page_size: int | None = None,
+        page_token: str | None = None,
+        phase: str | None = None,
+        q: str | None = None,
+        optimizer: str | None = None,
+        owner: str | None = None,
+        label: str | None = None,
+        order_by: str | None = None,
     ) -> JobPage:
-        """Returns one page of jobs, newest first."""
-        query = params(page_size=page_size, page_token=page_token, phase=phase)
+        """Returns one page of jobs, newest first; the filters and orders are those of GET /jobs."""
+        paging = params(page_size=page_size, page_token=page_token, order_by=order_by)
+        query = paging | params(phase=phase, q=q, optimizer=optimizer, owner=owner, label=label)
         return await self._send(Endpoint("GET", JOBS, JobPage.model_validate_json, query))
 
     async def get(self, job_id: str) -> Job:

@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import Request, Response
 from nicegui import ui
 
-from ngd_service.client.client import AsyncClient, NotFoundError, ServiceError, UnauthorizedError
+from ngd_service.client.client import AsyncClient, ServiceError, UnauthorizedError
 from ngd_service.client.comparison import Goal, goals, labels, results, settings, verdict
 from ngd_service.client.units import NOTHING, counted, seconds
 from ngd_service.dashboard.bars import Bars
 from ngd_service.dashboard.curves import DASHES, PLAIN, SERIES_COLOURS, SHARE, colour_of
 from ngd_service.dashboard.overlay import AXES, MOST_SMOOTHING, Overlay, Run, View, connect
-from ngd_service.dashboard.plain import unknown_jobs_page
+from ngd_service.dashboard.plain import unknown, unknown_jobs_page
 from ngd_service.dashboard.theme import (
     RECONNECT_S,
     Freshness,
@@ -25,7 +25,7 @@ from ngd_service.dashboard.theme import (
     phase_badge,
     reader,
 )
-from ngd_service.resources import Job, Metric
+from ngd_service.resources import Metric
 
 __all__ = ["register"]
 
@@ -45,9 +45,9 @@ def register(api_of: Callable[[Request], AsyncClient]) -> None:
     async def compare(request: Request) -> Response | None:
         ids = list(dict.fromkeys(filter(None, request.query_params.get("jobs", "").split(","))))
         api = api_of(request)
-        unknown = await _unknown(api, ids[:MOST_JOBS])
-        if unknown:
-            return unknown_jobs_page(unknown)
+        strange = await unknown(api, ids[:MOST_JOBS])
+        if strange:
+            return unknown_jobs_page(strange)
         with page_frame("Compare jobs", reader(request)) as freshness:
             if len(ids) < 2:
                 _ask_for_jobs(ids)
@@ -252,14 +252,6 @@ class ComparePage:
 def _ask_for_jobs(ids: Sequence[str]) -> None:
     with empty("compare_arrows", "Choose two jobs to compare", "Mark them in the list of jobs, then press Compare."):
         ui.link("All jobs", f"/?selected={','.join(ids)}" if ids else "/")
-
-
-async def _unknown(api: AsyncClient, ids: Sequence[str]) -> list[str]:
-    """Returns those of the ids that are no job's."""
-    answers: list[Job | BaseException] = await asyncio.gather(
-        *(api.get(job_id) for job_id in ids), return_exceptions=True
-    )
-    return [job_id for job_id, answer in zip(ids, answers, strict=True) if isinstance(answer, NotFoundError)]
 
 
 def _metrics(runs: Sequence[Run]) -> list[Metric]:
