@@ -13,7 +13,7 @@ HARDWARE ?= cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check docs gpu bench browser cluster-tools goldens images image-tools
+.PHONY: help demo serve test test-slow check docs screenshots gpu bench browser cluster-tools goldens images image-tools
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ docs: $(STAMP) ## build the documentation into site/, after its settings' page a
 	$(BIN)/python docs/reference/configuration_page.py > docs/configuration.md
 	$(BIN)/python docs/reference/import_picture.py
 	$(BIN)/mkdocs build --strict
+
+screenshots: $(STAMP) browser ## take the pictures of docs/ from the dashboard, on the runs of the demo
+	$(BIN)/python -m docs.reference.screenshots
 
 gpu: $(STAMP) ## run what needs one GPU, in under ten minutes; says so where there is none
 	$(BIN)/python -m benchmarks.gpu_suite

@@ -35,7 +35,7 @@ def main() -> int:
     """Returns 0 only if both jobs succeeded and SP-NGD reached the target of its recipe."""
     console = Console(markup=False, emoji=False, highlight=False)
     shutil.rmtree(HOME, ignore_errors=True)
-    with _service() as client:
+    with service_of(HOME) as client:
         console.print(f"dashboard: {client.base_url} (while this runs)")
         jobs = {method: _run(client, recipe, console) for method, recipe in RECIPES.items()}
         runs = {method: (job, client.history(job.id)) for method, job in jobs.items()}
@@ -52,12 +52,12 @@ def main() -> int:
 
 
 @contextmanager
-def _service() -> Iterator[Client]:
-    """Starts a service, and stops it at the end; running jobs are cancelled first, since they would survive it."""
-    HOME.mkdir(parents=True)
-    log = HOME / "service.log"
+def service_of(home: Path) -> Iterator[Client]:
+    """Starts a service on this home, and stops it at the end, after its jobs, which would survive it."""
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "service.log"
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "ngd_service", "--port", "0", "--home", str(HOME)]
+        command = [sys.executable, "-m", "ngd_service", "--port", "0", "--home", str(home)]
         # In a new session: Ctrl-C reaches this process alone, which cancels the jobs while the service is up.
         process = subprocess.Popen(
             command,

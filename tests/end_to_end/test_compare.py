@@ -107,6 +107,7 @@ def test_jobs_are_marked_in_the_list_and_compared(service: ServiceProcess, jobs:
 
 def test_view_of_a_comparison_is_kept_in_its_address(service: ServiceProcess, jobs: list[str], page: Page) -> None:
     page.goto(f"{service.url}/compare?jobs={','.join(jobs[:2])}&x=seconds&smooth=0.5")
+    expect(page.get_by_role("img", name="Loss in training", exact=True)).to_be_visible(timeout=DRAW_MS)
     page.wait_for_function(f"(({DATA})('Loss in training'))[1]?.length === 20", timeout=DRAW_MS)
     smooth, raw, other_smooth, other = page.evaluate(DATA, "Loss in training")[:4]
 
@@ -118,6 +119,7 @@ def test_view_of_a_comparison_is_kept_in_its_address(service: ServiceProcess, jo
     page.get_by_role("checkbox", name="Logarithmic vertical axis").click()
     expect(page).to_have_url(re.compile("x=seconds&smooth=0.5&log=y$"))
     page.reload()
+    expect(page.get_by_role("img", name="Loss in training", exact=True)).to_be_visible(timeout=DRAW_MS)
     page.wait_for_function(f"(({DATA})('Loss in training'))[1]?.length === 20", timeout=DRAW_MS)
     expect(page.get_by_role("checkbox", name="Logarithmic vertical axis")).to_be_checked()
 
@@ -160,7 +162,7 @@ def test_keys_that_a_page_takes_are_told(service: ServiceProcess, jobs: list[str
     expect(sheet).to_be_hidden()
     page.keyboard.press("c")
     expect(page.get_by_text("Mark another job to compare")).to_be_visible()
-    page.keyboard.press("j")
+    expect(page.get_by_role("checkbox", checked=True)).to_have_count(1)
     page.keyboard.press("j")
     page.keyboard.press("x")
     expect(page.get_by_role("button", name="Compare")).to_be_visible()

@@ -1,6 +1,6 @@
 """Which jobs the list shows, in which order: kept in the address of the page, and chosen in a row of fields."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlencode
 
@@ -62,11 +62,11 @@ class Filters:
 class FilterRow:
     """The fields; `choose` is called with the filters that the reader has made of them."""
 
-    def __init__(self, filters: Filters, choose: Callable[[Filters], object]) -> None:
+    def __init__(self, filters: Filters, choose: Callable[[Filters], Awaitable[None]]) -> None:
         self.filters = filters
         self._tell = choose
         with ui.element("div").classes("controls filters").props('role=search aria-label="Jobs"'):
-            self._input("q", "Search names and ids", "wide").props("data-key=/ aria-keyshortcuts=/ type=search")
+            self._input("q", "Search names and ids", "wide").props('type=search data-key="/"')
             self._select("phase", "Phase", {"": "Any phase"} | {phase: phase.capitalize() for phase in PHASE_ICONS})
             kinds = dict.fromkeys((*OPTIMIZERS, *filter(None, [filters.optimizer])))
             self._select("optimizer", "Optimizer", {"": "Any optimizer"} | {kind: kind for kind in kinds})
@@ -88,6 +88,6 @@ class FilterRow:
         field.props("dense outlined options-dense").props["aria-label"] = label
         field.on_value_change(lambda event: self._choose(name, event.value))
 
-    def _choose(self, name: str, value: str | None) -> None:
+    def _choose(self, name: str, value: str | None) -> Awaitable[None]:
         self.filters = replace(self.filters, page="", **{name: value or ""})
-        self._tell(self.filters)
+        return self._tell(self.filters)  # NiceGUI awaits what a handler returns
