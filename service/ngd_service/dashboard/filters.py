@@ -71,7 +71,7 @@ class FilterRow:
             kinds = dict.fromkeys((*OPTIMIZERS, *filter(None, [filters.optimizer])))
             self._select("optimizer", "Optimizer", {"": "Any optimizer"} | {kind: kind for kind in kinds})
             self._input("owner", "Owner")
-            self._input("label", "Label, as team=vision")
+            self._input("label", "Label (a=b)")
             self._select(
                 "order_by", "Order", ORDERS if filters.order_by in ORDERS else ORDERS | {filters.order_by: "Other"}
             )
