@@ -13,7 +13,7 @@ HARDWARE ?= cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check docs pictures gpu bench browser cluster-tools goldens images image-tools
+.PHONY: help demo serve test test-slow check docs pictures screenshots gpu bench browser cluster-tools goldens images image-tools
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ docs: $(STAMP) ## build the documentation into site/, after the pages that are m
 pictures: $(BENCH_STAMP) ## draw docs/pictures from real runs; wants a machine with nothing else to do
 	$(BIN)/python docs/reference/pictures.py
 	$(BIN)/python docs/reference/gallery.py
+
+screenshots: $(STAMP) browser ## take the pictures of docs/ from the dashboard, on the runs of the demo
+	$(BIN)/python -m docs.reference.screenshots
 
 gpu: $(STAMP) ## run what needs one GPU, in under ten minutes; says so where there is none
 	$(BIN)/python -m benchmarks.gpu_suite

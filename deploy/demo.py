@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from rich.table import Table
 
 from ngd_service.cli.follow import follow
 from ngd_service.client.client import Client, ServiceError, ServiceUnreachableError
+from ngd_service.client.comparison import History, address, goals, verdict
 from ngd_service.client.scores import bound, score
 from ngd_service.resources import Job
+from ngd_service.settings import load_common_settings
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".ngd" / "demo"
@@ -33,14 +35,14 @@ def main() -> int:
     """Returns 0 only if both jobs succeeded and SP-NGD reached the target of its recipe."""
     console = Console(markup=False, emoji=False, highlight=False)
     shutil.rmtree(HOME, ignore_errors=True)
-    with _service() as client:
+    with service_of(HOME) as client:
         console.print(f"dashboard: {client.base_url} (while this runs)")
         jobs = {method: _run(client, recipe, console) for method, recipe in RECIPES.items()}
+        runs = {method: (job, client.history(job.id)) for method, job in jobs.items()}
     console.print(_table(jobs))
-    ours, other = jobs.values()
-    steps, seconds = (_target_step(ours), _target_step(other)), (_seconds(ours), _seconds(other))
-    console.print(in_words(steps, seconds), soft_wrap=True)
-    console.print("To see these runs in a dashboard that stays: NGD_HOME=.ngd/demo make serve")
+    console.print(in_words(runs), soft_wrap=True)
+    page = address(load_common_settings().url, [job.id for job in jobs.values()])
+    console.print(f"To see both in a dashboard that stays: NGD_HOME=.ngd/demo make serve, then {page}", soft_wrap=True)
     failures = [job.status.message or job.status.phase for job in jobs.values() if job.status.phase != "SUCCEEDED"]
     if not failures and _target_step(jobs["SP-NGD"]) is None:
         failures = [f"SP-NGD did not reach its target, test {_target(jobs['SP-NGD'])}"]
@@ -50,12 +52,12 @@ def main() -> int:
 
 
 @contextmanager
-def _service() -> Iterator[Client]:
-    """Starts a service, and stops it at the end; running jobs are cancelled first, since they would survive it."""
-    HOME.mkdir(parents=True)
-    log = HOME / "service.log"
+def service_of(home: Path) -> Iterator[Client]:
+    """Starts a service on this home, and stops it at the end, after its jobs, which would survive it."""
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "service.log"
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "ngd_service", "--port", "0", "--home", str(HOME)]
+        command = [sys.executable, "-m", "ngd_service", "--port", "0", "--home", str(home)]
         # In a new session: Ctrl-C reaches this process alone, which cancels the jobs while the service is up.
         process = subprocess.Popen(
             command,
@@ -131,18 +133,18 @@ def _table(jobs: dict[str, Job]) -> Table:
     return table
 
 
-def in_words(steps: tuple[int | None, int | None], seconds: tuple[float | None, float | None]) -> str:
-    """Returns what the figures say, and why: steps to the target and seconds of training, SP-NGD's first."""
-    (ours, other), (spent, other_spent) = steps, seconds
-    if ours is None or other is None or not spent or not other_spent:
-        return "One of them missed its target or has no figure, so there is nothing to compare."
-    ratio = spent / other_spent
-    told = f"SP-NGD took {ours} steps where SGD took {other}, and {ratio:.1f} times SGD's seconds of training"
-    if ratio <= 1:
-        return f"{told}."
+def in_words(runs: Mapping[str, tuple[Job, History]]) -> str:
+    """Returns which of the jobs was first to the target, and why if the steps and the seconds name different ones."""
+    wanted = goals(job for job, _ in runs.values())
+    if not wanted:
+        return "The jobs have no target that was tested, so there is nothing to compare."
+    told = verdict(runs, wanted[0])
+    (ours, mine), (other, others) = ((name, history.reached(wanted[0])) for name, (_, history) in runs.items())
+    if mine is None or others is None or mine[0] >= others[0] or mine[1] <= others[1]:
+        return told
     return (
-        f"{told}: a step of SP-NGD measures the curvature of the loss too, and with a model this small that is more "
-        "work than the gradient. docs/performance.md shows where it pays."
+        f"{told[:-1]}: a step of {ours} measures the curvature of the loss too, and with a model this small that takes "
+        f"longer than the gradient, which is all that {other} computes. docs/performance.md shows where it pays."
     )
 
 

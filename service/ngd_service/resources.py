@@ -88,6 +88,10 @@ class Progress(Resource):
         [], description="Steps that were done and of which there is no record: the curves have a hole there."
     )
     skipped_samples: int = Field(0, description="Samples left out so far, since they could not be read.")
+    target_step: int | None = Field(None, description="First tested step that reached spec.target; None: none has yet.")
+    target_s: float | None = Field(
+        None, description="Seconds from the first start of the workers to that test; None: unknown."
+    )
     data_share: float | None = Field(
         None, description="Share of a step's time that rank 0 waits for data, a moving average; None: unknown."
     )

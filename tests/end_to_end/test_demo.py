@@ -12,6 +12,7 @@ import pytest
 
 from deploy import demo
 from tests.support.attempts import small_spec
+from tests.support.compared import run
 from tests.support.deadline import wait_until
 from tests.support.service_process import FAULT_DRIVER
 
@@ -65,22 +66,32 @@ def test_status_is_0_only_if_both_jobs_succeeded_and_reached_the_target(
 
 
 @pytest.mark.parametrize(
-    ("steps", "seconds", "words"),
+    ("ours", "other", "words"),
     [
         (
-            (44, 77),
-            (8.8, 4.4),
-            "SP-NGD took 44 steps where SGD took 77, and 2.0 times SGD's seconds of training: a step",
+            (44, 8.8),
+            (77, 4.4),
+            "To accuracy at least 97.00%, SP-NGD was first in steps (44 steps; SGD took 77 steps), and SGD was first "
+            "in seconds (4.4 s; SP-NGD took 8.8 s): a step of SP-NGD measures the curvature",
         ),
-        ((44, 77), (2.2, 4.4), "SP-NGD took 44 steps where SGD took 77, and 0.5 times SGD's seconds of training."),
-        ((None, 77), (8.8, 4.4), "One of them missed its target"),
-        ((44, 77), (8.8, None), "nothing to compare"),
+        (
+            (44, 2.2),
+            (77, 4.4),
+            "SP-NGD was first in steps (44 steps; SGD took 77 steps) and in seconds (2.2 s; SGD took",
+        ),
+        (
+            None,
+            (77, 4.4),
+            "Only SGD reached accuracy at least 97.00%, at step 77 after 4.4 s; SP-NGD did not reach it.",
+        ),
     ],
 )
 def test_result_is_told_in_a_sentence(
-    steps: tuple[int | None, int | None], seconds: tuple[float | None, float | None], words: str
+    ours: tuple[int, float] | None, other: tuple[int, float] | None, words: str
 ) -> None:
-    assert words in demo.in_words(steps, seconds)
+    runs = {name: run("SUCCEEDED", reached) for name, reached in (("SP-NGD", ours), ("SGD", other))}
+
+    assert words in demo.in_words(runs)
 
 
 def the_service() -> psutil.Process:

@@ -13,7 +13,9 @@ from tests.support.attempts import small_spec
 from tests.support.service_process import NGD, ServiceProcess
 
 
-def ngd(*arguments: str, url: str | None = None, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def ngd(
+    *arguments: str, url: str | None = None, timeout_s: float = 60, **variables: str
+) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-c",
@@ -21,7 +23,7 @@ def ngd(*arguments: str, url: str | None = None, timeout_s: float = 60) -> subpr
         *arguments,
         *(["--url", url] if url else []),
     ]
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | variables
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False)
 
 

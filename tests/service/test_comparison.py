@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from ngd_service.client.comparison import Goal, History
+from ngd_service.client.comparison import Goal, History, goals, labels, verdict
 from ngd_workers.contract.spec_differences import differences
 from ngd_workers.contract.spec_file import load_spec
 from tests.service.test_cli import ngd, spec_file
 from tests.support import ROOT
+from tests.support.attempts import small_spec
+from tests.support.compared import run
+from tests.support.deadline import wait_until
 from tests.support.service_process import ServiceProcess
 
 RECIPES = ROOT / "workers" / "ngd_workers" / "recipes"
@@ -57,6 +60,42 @@ def test_goal_is_reached_by_the_first_step_that_is_as_good(
     assert history.reached(Goal("another", bound, better)) is None
 
 
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        ({"a": ("SUCCEEDED", None), "b": ("SUCCEEDED", None)}, "None of them reached accuracy at least 97.00%."),
+        ({"a": ("RUNNING", None), "b": ("SUCCEEDED", None)}, "None of them has reached accuracy at least 97.00% yet."),
+        (
+            {"a": ("SUCCEEDED", (50, 3.0)), "b": ("RUNNING", None)},
+            "Only a reached accuracy at least 97.00%, at step 50 after 3.0 s; b has not reached it yet.",
+        ),
+        (
+            {"a": ("SUCCEEDED", (50, 70.0)), "b": ("SUCCEEDED", (50, 4.0)), "c": ("SUCCEEDED", (80, 9.0))},
+            "To accuracy at least 97.00%, a and b were first in steps (50 steps; c took 80 steps), and b was first in "
+            "seconds (4.0 s; c took 9.0 s).",
+        ),
+        (
+            {"a": ("SUCCEEDED", (50, 4.0)), "b": ("SUCCEEDED", (50, 4.0))},
+            "To accuracy at least 97.00%, a and b were first in steps (50 steps) and in seconds (4.0 s).",
+        ),
+    ],
+)
+def test_verdict_names_who_was_first_in_steps_and_in_seconds(
+    runs: dict[str, tuple[str, tuple[int, float] | None]], sentence: str
+) -> None:
+    compared = {name: run(phase, reached) for name, (phase, reached) in runs.items()}
+    (goal,) = goals(job for job, _ in compared.values())
+
+    assert verdict(compared, goal) == sentence
+
+
+def test_jobs_of_one_name_are_told_apart() -> None:
+    (first, _), (second, _) = run("RUNNING", None, id="job_AB12"), run("RUNNING", None, id="job_CD34")
+
+    assert labels([first, second]) == ["digits (...AB12)", "digits (...CD34)"]
+    assert labels([first]) == ["digits"]
+
+
 def test_jobs_are_shown_side_by_side(tmp_path: Path, shared_service: ServiceProcess) -> None:
     target = {"metric": "accuracy", "value": 0.9}
     ids = []
@@ -73,6 +112,22 @@ def test_jobs_are_shown_side_by_side(tmp_path: Path, shared_service: ServiceProc
     assert rows["phase"][1:] == ["SUCCEEDED", "SUCCEEDED"]
     assert rows["step"][1:] == ["20", "20"]
     assert "accuracy at least 90.00%" in rows
+    assert "best test result" in rows
+
+
+def test_comparison_opens_in_a_browser(shared_service: ServiceProcess, tmp_path: Path) -> None:
+    ids = [shared_service.client.submit(small_spec(name="steps").model_dump(mode="json")).id for _ in range(2)]
+    seen = tmp_path / "seen"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')
+    browser.chmod(0o755)
+
+    shown = ngd("compare", *ids, "--open", url=shared_service.url, BROWSER=str(browser)).stdout
+
+    page = f"{shared_service.url}/compare?jobs={','.join(ids)}"
+    assert shown.splitlines()[-1] == page
+    wait_until(seen.exists, "the browser is started")
+    assert seen.read_text().strip() == page
 
 
 def test_one_job_is_no_comparison(shared_service: ServiceProcess) -> None:

@@ -152,23 +152,29 @@ def test_events_are_told_in_sentences(happened: Event, sentence: str) -> None:
     assert words(happened, CLASSIFIES).endswith(sentence)
 
 
-def test_row_of_a_running_job_has_progress_loss_and_time_left() -> None:
-    shown = row(job("RUNNING", step=30, total=120, loss=0.5, test_accuracy=0.9), NOW)
+def test_row_of_a_running_job_has_progress_result_and_time_left() -> None:
+    shown = row(job("RUNNING", step=30, total=120, loss=0.5, test_accuracy=0.9))
 
-    assert (shown["share"], shown["steps"], shown["loss"], shown["result"]) == (
-        0.25, "30 / 120", "0.5", "accuracy 90.00%",
-    )  # fmt: skip
-    assert (shown["word"], shown["eta"], shown["age"]) == ("Running", "1 min 30 s", "5 min ago")
+    assert (shown["share"], shown["steps"], shown["result"]) == (0.25, "30 / 120", "accuracy 90.00%")
+    assert (shown["word"], shown["time"], shown["why"]) == ("Running", "1 min 30 s left", "")
 
 
 def test_row_of_a_job_without_steps_has_dashes() -> None:
-    shown = row(job("QUEUED"), NOW)
+    shown = row(job("QUEUED"))
 
-    assert (shown["share"], shown["steps"], shown["loss"]) == (0.0, "not started", "—")
+    assert (shown["share"], shown["steps"], shown["result"], shown["target_step"]) == (0.0, "not started", "—", "—")
+    assert (shown["optimizer"], shown["lr"]) == ("own loop", "—")
 
 
 def test_row_of_an_ended_job_has_no_time_left() -> None:
-    assert row(job("SUCCEEDED", step=10, total=10), NOW)["eta"] == "—"
+    assert row(job("SUCCEEDED", step=10, total=10))["time"] == "—"
+
+
+def test_row_of_a_failed_job_says_why() -> None:
+    failed = job("FAILED")
+    status = failed.status.model_copy(update={"reason": "OutOfMemoryHost", "message": "rank 1 was killed"})
+
+    assert row(failed.model_copy(update={"status": status}))["why"] == "OutOfMemoryHost: rank 1 was killed"
 
 
 @pytest.mark.usefixtures("page")
@@ -440,7 +446,7 @@ def test_list_of_events_is_bounded_and_dated() -> None:
 
     assert len(events.list.default_slot.children) == MOST_EVENTS + 1  # and the hint, which is hidden
     newest = events.list.default_slot.children[0].props["innerHTML"]
-    assert "2030-01-02 12:00:00</time>" in newest
+    assert 'datetime="2030-01-02T12:00:00+00:00">2030-01-02 12:00:00 UTC</reader-time>' in newest
     assert "Checkpoint of step 299 saved (1 B)" in newest
 
 

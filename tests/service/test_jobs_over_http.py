@@ -32,7 +32,7 @@ def test_job_succeeds_and_shows_what_it_did(client: Client) -> None:
     assert ended.status.phase == "SUCCEEDED"
     assert ended.status.progress.model_dump() == {
         "step": 20, "total_steps": 20, "epoch": 2.0, "eta_s": None, "lost_steps": [], "skipped_samples": 0,
-        "data_share": pytest.approx(1 / 11),  # 1 ms of 11 in each step
+        "target_step": None, "target_s": None, "data_share": pytest.approx(1 / 11),  # 1 ms of 11 in each step
     }  # fmt: skip
     assert ended.status.result is not None
     assert ended.status.result.metrics["accuracy"] == pytest.approx(0.9)

@@ -12,7 +12,7 @@ from ulid import ULID
 
 from ngd_service.errors import IdempotencyError, NotFoundError, StaleAttemptError, StartupError
 from ngd_service.job_state import Action, Decision, Phase
-from ngd_service.store.base import Claim, JobCounts, JobRecord, KeyedRequest, Queue, Store
+from ngd_service.store.base import Claim, JobCounts, JobQuery, JobRecord, KeyedRequest, Listed, Queue, Store
 from ngd_service.store.spans import Name, Span, Wanted
 from ngd_service.store.sql import SQLStore
 from ngd_service.store.tables import metadata
@@ -79,9 +79,10 @@ def test_jobs_are_listed_newest_first_and_by_phase(store: SQLStore) -> None:
     first, second = create(store), create(store)
     store.request_cancel(first.id, NOW)
 
-    assert [job.id for job in store.list_jobs(phases=[], before_id=None, limit=9)] == [second.id, first.id]
-    assert [job.id for job in store.list_jobs(phases=[], before_id=second.id, limit=9)] == [first.id]
-    assert store.list_jobs(phases=[Phase.RUNNING], before_id=None, limit=9) == []
+    newest = store.list_jobs(JobQuery(), after=None, limit=1)
+    assert ([job.id for job in newest.jobs], newest.next) == ([second.id], (None, second.id))
+    assert [job.id for job in store.list_jobs(JobQuery(), after=newest.next, limit=9).jobs] == [first.id]
+    assert store.list_jobs(JobQuery(phases=[Phase.RUNNING]), after=None, limit=9) == Listed([], None)
 
 
 def test_queue_is_in_the_order_of_starting_without_those_that_are_cancelled(store: SQLStore) -> None:
@@ -89,7 +90,9 @@ def test_queue_is_in_the_order_of_starting_without_those_that_are_cancelled(stor
     waiting = [create(store) for _ in range(3)]
     store.request_cancel(waiting[1].id, NOW)
 
-    assert store.queue() == Queue([waiting[0].id, waiting[2].id], num_active=1)
+    ids = [job.id for job in waiting]
+    assert store.queue(ids) == Queue({ids[0]: 1, ids[2]: 2}, num_waiting=2, num_active=1)
+    assert store.queue(ids[2:]).places == {ids[2]: 2}
 
 
 def test_same_key_and_request_give_the_same_job(store: SQLStore) -> None:
@@ -137,7 +140,7 @@ def test_many_requests_with_one_key_at_once_make_one_job(store: SQLStore) -> Non
         made = list(pool.map(lambda _: create(store, keyed=KeyedRequest("k", "f")).id, range(8)))
 
     assert len(set(made)) == 1
-    assert len(store.list_jobs(phases=[], before_id=None, limit=99)) == 1
+    assert len(store.list_jobs(JobQuery(), after=None, limit=99).jobs) == 1
 
 
 def test_claim_gives_out_waiting_jobs_in_order_up_to_the_limit(store: SQLStore) -> None:

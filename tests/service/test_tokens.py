@@ -55,17 +55,17 @@ def test_attempts_token_is_its_own_and_lasts_over_a_restart() -> None:
 
 
 def test_page_token_is_good_for_its_own_query_alone() -> None:
-    token = TOKENS.page("job_x", "RUNNING")
+    token = TOKENS.page((0.5, "job_x"), "RUNNING")
 
-    assert TOKENS.before_id(token, "RUNNING") == "job_x"
+    assert TOKENS.cursor(token, "RUNNING") == (0.5, "job_x")
     with pytest.raises(PageTokenError, match="other filters"):
-        TOKENS.before_id(token, "FAILED")
+        TOKENS.cursor(token, "FAILED")
 
 
 @pytest.mark.parametrize("token", ["a", "????", "_" * 9, "\u00e9"])
 def test_page_token_of_nobody_is_refused(token: str) -> None:
     with pytest.raises(PageTokenError):
-        TOKENS.before_id(token, "")
+        TOKENS.cursor(token, "")
 
 
 def test_token_of_an_attempt_that_an_earlier_version_started_stays_good() -> None:

@@ -29,7 +29,7 @@ def browser_page(complaints: list[str]) -> Iterator[Page]:
     """Yields a page; complaints: what it asks of others, and what it has to say against itself."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-GB", timezone_id="Asia/Tokyo")
         page.on("request", lambda request: None if _is_local(request.url) else complaints.append(request.url))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from ngd_service.api.body import SPEC_BODY, SpecBody
 from ngd_service.api.container import ContainerDep, JobId
+from ngd_service.api.job_query import Wanted
 from ngd_service.api.serializers import job_resource
 from ngd_service.job_state import TERMINAL
 from ngd_service.resources import Job, JobPage, Validated
@@ -54,13 +55,12 @@ async def create_job(
 @router.get("")
 def list_jobs(
     container: ContainerDep,
+    wanted: Wanted,
     page_size: Annotated[int, Query(ge=1, description="Jobs per page; more than 1000 count as 1000.")] = 50,
     page_token: Annotated[str, Query(description="next_page_token of the page before.")] = "",
-    phase: Annotated[list[str] | None, Query(description="Only jobs in this phase; may be repeated.")] = None,
 ) -> JobPage:
-    """Lists jobs, newest first."""
-    size = min(page_size, MAX_PAGE_SIZE)
-    jobs, token = container.jobs.list(phases=phase or [], page_size=size, page_token=page_token)
+    """Lists jobs, newest first unless another order is asked for."""
+    jobs, token = container.jobs.list(wanted, page_size=min(page_size, MAX_PAGE_SIZE), page_token=page_token)
     return JobPage(jobs=[job_resource(job) for job in jobs], next_page_token=token)
 
 

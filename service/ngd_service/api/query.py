@@ -13,7 +13,8 @@ __all__ = ["known_parameters_only"]
 async def known_parameters_only(request: Request) -> None:
     """Raises: InvalidParameterError that lists each unknown name."""
     route = request.scope["route"]
-    known = {field.alias for field in route.dependant.query_params} if isinstance(route, APIRoute) else set()
+    parts = (route.dependant, *route.dependant.dependencies) if isinstance(route, APIRoute) else ()
+    known = {field.alias for part in parts for field in part.query_params}
     unknown = [name for name in request.query_params if name not in known]
     if unknown:
         items = [_item(request, name, known) for name in list(dict.fromkeys(unknown))[:MAX_PROBLEMS]]

@@ -1,9 +1,11 @@
 """Records of the store as resources of the API."""
 
+from typing import Any
+
 from ngd_service.job_state import TERMINAL
 from ngd_service.resources import Event, Job, Metric, Progress, Result, Status, StepRange
 from ngd_service.store.base import EventRecord, JobRecord
-from ngd_service.store.progress import LOST, METRICS, STEP_VALUES
+from ngd_service.store.progress import LOST, METRICS, STEP_VALUES, TARGET
 from ngd_workers.contract.rundir import Outcome
 
 __all__ = ["event_resource", "job_resource"]
@@ -54,7 +56,7 @@ def _progress(job: JobRecord) -> Progress:
     is_moving = job.state.phase not in TERMINAL and total_steps is not None and step_s is not None
     eta_s = round((total_steps - step) * step_s, 1) if is_moving else None
     lost = [StepRange(first_step=first, last_step=last) for first, last in job.progress.get(LOST, [])]
-    epoch = job.progress.get("epoch")
+    epoch, target = job.progress.get("epoch"), _target(job)
     return Progress(
         step=step,
         total_steps=total_steps,
@@ -62,8 +64,17 @@ def _progress(job: JobRecord) -> Progress:
         eta_s=eta_s,
         lost_steps=lost,
         skipped_samples=job.progress.get("skipped_samples", 0),
+        target_step=target.get("step"),
+        target_s=target.get("seconds"),
         data_share=job.progress.get("data_share"),
     )
+
+
+def _target(job: JobRecord) -> dict[str, Any]:
+    """Returns when the target was reached; what ran under an earlier version has the step of its result alone."""
+    at_end = None if job.result is None else job.result.target_step
+    known: dict[str, Any] = job.progress.get(TARGET, {"step": at_end})
+    return known
 
 
 def _metrics(job: JobRecord) -> list[Metric]:

@@ -5,11 +5,11 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from itsdangerous import BadData, BadSignature, Signer, URLSafeSerializer
+from itsdangerous import BadData, BadSignature, URLSafeSerializer
 
 from ngd_service.errors import PageTokenError, StartupError
 
@@ -89,21 +89,22 @@ class Tokens:
             return None
         return key_owner if hmac.compare_digest(self._sign("session", digest.hex()).hex(), proof) else None
 
-    def page(self, before_id: str, query: str) -> str:
-        """Returns the token of the page that begins before `before_id`, good for the same `query` alone."""
-        return self._pages(query).sign(before_id).decode()
+    def page(self, cursor: Sequence[Any], query: str) -> str:
+        """Returns the token of the page that begins after `cursor`, good for the same `query` alone."""
+        return self._pages(query).dumps(cursor)
 
-    def before_id(self, page_token: str, query: str) -> str:
+    def cursor(self, page_token: str, query: str) -> tuple[Any, str]:
         """Returns where the page begins. Raises: PageTokenError."""
         try:
-            return self._pages(query).unsign(page_token).decode()
+            value, job_id = self._pages(query).loads(page_token)
         except BadSignature as error:
             if error.payload is None:
                 raise PageTokenError(f"page_token {page_token!r} is not one of this service's") from error
             raise PageTokenError("page_token belongs to a list with other filters; start again without it") from error
+        return value, job_id
 
-    def _pages(self, query: str) -> Signer:
-        return Signer(self._key, salt=f"page\0{query}", **SHA256)
+    def _pages(self, query: str) -> URLSafeSerializer:
+        return URLSafeSerializer(self._key, salt=f"page\0{query}", signer_kwargs=SHA256)
 
     def _sign(self, *fields: str) -> bytes:
         return hmac.digest(self._key, "\0".join(fields).encode(), hashlib.sha256)

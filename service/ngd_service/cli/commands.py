@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import webbrowser
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from ngd_service.cli.listing import job_table
 from ngd_service.cli.planning import plan
 from ngd_service.cli.terminal import harmless
 from ngd_service.client.client import Client, InvalidKeyError, ServiceError
-from ngd_service.client.comparison import goals, history_of
+from ngd_service.client.comparison import address, goals
 from ngd_service.client.edits import continued, with_settings
 from ngd_service.client.endpoints import Spec
 from ngd_service.errors import StartupError
@@ -207,6 +208,7 @@ def logs(
 @app.command()
 def compare(
     job_ids: Annotated[list[str], typer.Argument(help="The jobs' ids, two at least.")],
+    should_open: Annotated[bool, typer.Option("--open", help="Show their curves too, in a browser.")] = False,
     url: Url = None,
     key_file: KeyFile = None,
 ) -> None:
@@ -215,8 +217,12 @@ def compare(
         raise typer.BadParameter("a comparison takes two jobs at least; give another id")
     with _client(url, key_file) as client:
         compared = [client.get(job_id) for job_id in job_ids]
-        histories = [history_of(client, job_id) for job_id in job_ids]
+        histories = [client.history(job_id) for job_id in job_ids]
+        page = address(client.base_url, job_ids)
     out.print(comparison_table(compared, histories, goals(compared), out), crop=False, soft_wrap=True)
+    if should_open:
+        out.print(page, soft_wrap=True)
+        webbrowser.open(page)
 
 
 @app.command()

@@ -31,6 +31,7 @@ from ngd_service.client.answers import (
     uses_proxies,
 )
 from ngd_service.client.code import Shipment, pack
+from ngd_service.client.comparison import KINDS, History
 from ngd_service.client.endpoints import (
     JOBS,
     Endpoint,
@@ -62,6 +63,7 @@ __all__ = ["PATIENCE_S", "AsyncClient"]
 
 Answer = TypeVar("Answer")
 Arguments = ParamSpec("Arguments")
+EVALUATIONS = 1000  # the newest of a job's; the dashboard's curves have no more points either
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 CODE_TIMEOUT_S = 60.0
@@ -150,10 +152,20 @@ class AsyncClient:
         return await self._send(Endpoint("GET", code_path(sha256), bytes, timeout_s=CODE_TIMEOUT_S))
 
     async def list_jobs(
-        self, *, page_size: int | None = None, page_token: str | None = None, phase: str | None = None
+        self,
+        *,
+        page_size: int | None = None,
+        page_token: str | None = None,
+        phase: str | None = None,
+        q: str | None = None,
+        optimizer: str | None = None,
+        owner: str | None = None,
+        label: str | None = None,
+        order_by: str | None = None,
     ) -> JobPage:
-        """Returns one page of jobs, newest first."""
-        query = params(page_size=page_size, page_token=page_token, phase=phase)
+        """Returns one page of jobs, newest first; the filters and orders are those of GET /jobs."""
+        paging = params(page_size=page_size, page_token=page_token, order_by=order_by)
+        query = paging | params(phase=phase, q=q, optimizer=optimizer, owner=owner, label=label)
         return await self._send(Endpoint("GET", JOBS, JobPage.model_validate_json, query))
 
     async def get(self, job_id: str) -> Job:
@@ -181,6 +193,15 @@ class AsyncClient:
         """Returns the first events after the one of this id; newest_of: the last ones, of these kinds."""
         query = params(after=after, limit=limit, newest_of=joined(newest_of))
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/events", EventPage.model_validate_json, query))
+
+    async def history(self, job_id: str, known: History | None = None) -> History:
+        """Returns the job's tests and starts, as far as they go by now. known: an earlier answer, which grows."""
+        history = known
+        if history is None:  # the first start is among the first events, and need not be among the newest ones
+            first = (await self.events(job_id, limit=100)).events
+            history = History(next((event.time for event in first if event.kind == "started"), None))
+        history.add(await self.events(job_id, after=history.next_after, limit=EVALUATIONS, newest_of=KINDS))
+        return history
 
     async def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event]:
         """Yields each event after `after` as it happens, until the job has ended; reconnects and misses none."""

@@ -174,6 +174,7 @@ class Client:
     wait = _answers(AsyncClient.wait)
     cancel = _answers(AsyncClient.cancel)
     events = _answers(AsyncClient.events)
+    history = _answers(AsyncClient.history)
     follow = _yields(AsyncClient.follow)
     watch = _yields(AsyncClient.watch)
     metrics = _answers(AsyncClient.metrics)

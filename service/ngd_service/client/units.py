@@ -3,7 +3,7 @@
 import math
 from datetime import UTC, datetime
 
-__all__ = ["NOTHING", "ago", "binary_bytes", "counted", "duration", "moment", "number", "percent"]
+__all__ = ["NOTHING", "ago", "binary_bytes", "counted", "duration", "moment", "number", "percent", "seconds"]
 
 NOTHING = "—"
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -47,6 +47,11 @@ def duration(seconds: float | None) -> str:
         return f"{hours} h {minutes:02d} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours:02d} h"
+
+
+def seconds(value: float) -> str:
+    """A short time to a tenth of a second, from a minute on as duration() has it."""
+    return f"{value:.1f} s" if value < 59.95 else duration(value)
 
 
 def ago(moment: datetime | None, now: datetime | None = None) -> str:

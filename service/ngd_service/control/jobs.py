@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from ulid import ULID
 
 from ngd_service.auth.tokens import Tokens
-from ngd_service.errors import InvalidParameterError, NotFoundError
+from ngd_service.errors import NotFoundError
 from ngd_service.job_state import Phase
-from ngd_service.resources import ProblemItem
-from ngd_service.store.base import JobRecord, KeyedRequest, Store
+from ngd_service.store.base import JobQuery, JobRecord, KeyedRequest, Queue, Store
 from ngd_workers.contract.spec import AnySpec
-from ngd_workers.contract.spec_problems import did_you_mean
 
 __all__ = ["Jobs"]
 
@@ -48,14 +46,11 @@ class Jobs:
         (job,) = self._placed([_found(self._store.get_job(job_id), job_id)])
         return job
 
-    def list(self, *, phases: Collection[str], page_size: int, page_token: str) -> tuple[Sequence[JobRecord], str]:
-        """Returns a page, newest first, and the next page's token ("": none). Raises: problems of the parameters."""
-        wanted = sorted({_phase(name) for name in phases})
-        query = ",".join(wanted)
-        before_id = self._tokens.before_id(page_token, query) if page_token else None
-        jobs = self._store.list_jobs(phases=wanted, before_id=before_id, limit=page_size + 1)
-        page = self._placed(jobs[:page_size])
-        return page, self._tokens.page(page[-1].id, query) if len(jobs) > page_size else ""
+    def list(self, query: JobQuery, *, page_size: int, page_token: str) -> tuple[Sequence[JobRecord], str]:
+        """Returns a page and the next page's token ("": none). Raises: PageTokenError."""
+        after = self._tokens.cursor(page_token, repr(query)) if page_token else None
+        listed = self._store.list_jobs(query, after=after, limit=page_size)
+        return self._placed(listed.jobs), "" if listed.next is None else self._tokens.page(listed.next, repr(query))
 
     def cancel(self, job_id: str) -> JobRecord:
         """Returns the job, with CANCELLED desired unless it has ended. Raises: NotFoundError."""
@@ -65,26 +60,26 @@ class Jobs:
 
     def _placed(self, jobs: Sequence[JobRecord]) -> Sequence[JobRecord]:
         """Gives each waiting job its place and the reason for waiting; both change with every job before it."""
-        if all(job.state.phase is not Phase.QUEUED for job in jobs):
+        waiting = [job.id for job in jobs if job.state.phase is Phase.QUEUED]
+        if not waiting:
             return jobs
-        queue = self._store.queue()
-        place = {job_id: place for place, job_id in enumerate(queue.ids, start=1)}
+        queue = self._store.queue(waiting)
         return [
-            replace(job, message=self._waits_for(place[job.id], len(place), queue.num_active, job.message))
-            if job.id in place
+            replace(job, message=self._waits_for(queue.places[job.id], queue, job.message))
+            if job.id in queue.places
             else job
             for job in jobs
         ]
 
-    def _waits_for(self, place: int, num_waiting: int, num_active: int, message: str | None) -> str:
-        is_next = place <= self._max_running_jobs - num_active
+    def _waits_for(self, place: int, queue: Queue, message: str | None) -> str:
+        is_next = place <= self._max_running_jobs - queue.num_active
         why = message or (
             "it starts next"
             if is_next
-            else f"it waits for a running job to end ({num_active} run, "
+            else f"it waits for a running job to end ({queue.num_active} run, "
             f"NGD_MAX_RUNNING_JOBS is {self._max_running_jobs})"
         )
-        return f"number {place} of {num_waiting} in the queue: {why}"
+        return f"number {place} of {queue.num_waiting} in the queue: {why}"
 
 
 def _found(job: JobRecord | None, job_id: str) -> JobRecord:
@@ -95,14 +90,3 @@ def _found(job: JobRecord | None, job_id: str) -> JobRecord:
 
 def _fingerprint(body: object) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _phase(name: str) -> Phase:
-    try:
-        return Phase(name.upper())
-    except ValueError:
-        detail = f"phase must be one of {', '.join(Phase)}, got {name!r}"
-        item = ProblemItem(
-            pointer="phase", code="invalid_choice", detail=detail, hint=did_you_mean(name.upper(), Phase)
-        )
-        raise InvalidParameterError(detail, [item]) from None

@@ -68,13 +68,10 @@ class EventPanel:
 
     def __init__(self) -> None:
         self.rows: list[ui.element] = []
-        with panel("Events") as head, ui.element("div").classes("panel-body"):
+        with panel("Events"), ui.element("div").classes("panel-body"):
             self.list = ui.element("div").classes("events").props('tabindex=0 role=list aria-label="Events"')
             with self.list:
                 self.hint = ui.label("Nothing happened yet").classes("muted")
-        with head:
-            ui.element("div").classes("spread")
-            ui.label("times in UTC").classes("muted")
 
     def add(self, events: Sequence[Event], metrics: Sequence[Metric] = ()) -> None:
         """Puts these events, oldest first, above those that are there. metrics: of the job."""
@@ -95,7 +92,7 @@ def _row(event: Event, metrics: Sequence[Metric]) -> str:
     """One element an event: a list of them is made while the reader waits."""
     icon, text = ICONS.get(event.kind, "info"), html.escape(words(event, metrics))
     return (
-        f'<time datetime="{event.time.isoformat()}">{moment(event.time)}</time>'
+        f'<reader-time datetime="{event.time.isoformat()}">{moment(event.time)} UTC</reader-time>'
         f'<i class="q-icon material-icons" aria-hidden="true">{icon}</i><div class="event-text">{text}</div>'
     )
 

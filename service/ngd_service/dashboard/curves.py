@@ -12,10 +12,13 @@ from ngd_service.dashboard.chart_panel import LINE, MUTED, SURFACE, TOOLTIP, Cha
 
 __all__ = [
     "BYTES",
+    "DASHES",
+    "LEGEND",
     "MOST_MARKS",
     "PLAIN",
     "RATE",
     "SECONDS",
+    "SERIES_COLOURS",
     "SHARE",
     "Curve",
     "Curves",
@@ -24,7 +27,11 @@ __all__ = [
     "Points",
     "Unit",
     "aligned",
+    "colour_of",
+    "drawn",
+    "goal_line",
     "lines_of",
+    "value_axis",
 ]
 
 Points = Sequence[tuple[int, float]]
@@ -149,7 +156,7 @@ class Curves(ChartPanel):
                 minInterval=1,
                 axisPointer=STEP_POINTER,
             ),
-            "yAxis": [_value_axis(axis_name or unit.name, unit, scale=not stacked), floor],
+            "yAxis": [value_axis(axis_name or unit.name, unit, scale=not stacked), floor],
             "series": [],
         }
         super().__init__(title, options)
@@ -248,7 +255,7 @@ class Curves(ChartPanel):
         """
         lines = [self._line(index, key) for index, key in enumerate(self.points)]
         if self.goal is not None:
-            lines[0]["markLine"] = self._goal_line(self.goal)
+            lines[0]["markLine"] = goal_line(self.goal, self.unit)
         lines.append(
             {
                 "name": "not finite",
@@ -272,7 +279,7 @@ class Curves(ChartPanel):
 
     def _script(self, added: Iterable[tuple[int, Points]], lost_start: int) -> str:
         floored = ",".join(f"[{step},0]" for step in self.lost[lost_start:])
-        series = [f"[{start},[{_drawn(points)}]]" for start, points in added]
+        series = [f"[{start},[{drawn(points)}]]" for start, points in added]
         return f"ngd.extend({self.chart.id},[{','.join([*series, f'[{lost_start},[{floored}]]'])}]);"
 
     def _note(self, points: Mapping[str, Points]) -> None:
@@ -283,7 +290,7 @@ class Curves(ChartPanel):
             self.highest = max([self.highest, *map(sum, zip(*parts, strict=False))])
 
     def _line(self, index: int, key: str) -> dict[str, Any]:
-        colour = f"var(--series-{index % SERIES_COLOURS + 1})"
+        colour = colour_of(index)
         curve = self._curve(key)
         line: dict[str, Any] = {
             "name": curve.label,
@@ -300,20 +307,6 @@ class Curves(ChartPanel):
             line["lineStyle"] = {"color": colour, "width": 1}
             line["symbol"] = "none"
         return line
-
-    def _goal_line(self, goal: Goal) -> dict[str, Any]:
-        side = "Bottom" if goal.is_floor else "Top"  # where the curve that has reached it is not
-        label = {
-            "formatter": f"target {self.unit.words(goal.value)}",
-            "position": f"insideEnd{side}",
-            "color": MUTED,
-            "fontSize": 11,
-            "textBorderColor": SURFACE,  # a curve may pass behind the words
-            "textBorderWidth": 3,
-        }
-        line = {"yAxis": goal.value, "label": label}
-        style = {"type": "dashed", "color": "var(--good)", "width": 1.5}
-        return {"silent": True, "symbol": "none", "animation": False, "lineStyle": style, "data": [line]}
 
     def _ticks(self) -> dict[str, int]:
         """Where an axis in bytes has its ticks: about five, at multiples of a power of two; other axes choose."""
@@ -337,6 +330,27 @@ class Curves(ChartPanel):
         return "; ".join(said)
 
 
+def colour_of(index: int) -> str:
+    """The colour of the series of this index, for light and dark."""
+    return f"var(--series-{index % SERIES_COLOURS + 1})"
+
+
+def goal_line(goal: Goal, unit: Unit) -> dict[str, Any]:
+    """The goal as ECharts draws it, as the markLine of a series."""
+    side = "Bottom" if goal.is_floor else "Top"  # where the curve that has reached it is not
+    label = {
+        "formatter": f"target {unit.words(goal.value)}",
+        "position": f"insideEnd{side}",
+        "color": MUTED,
+        "fontSize": 11,
+        "textBorderColor": SURFACE,  # a curve may pass behind the words
+        "textBorderWidth": 3,
+    }
+    line = {"yAxis": goal.value, "label": label}
+    style = {"type": "dashed", "color": "var(--good)", "width": 1.5}
+    return {"silent": True, "symbol": "none", "animation": False, "lineStyle": style, "data": [line]}
+
+
 def aligned(points: Mapping[str, Points]) -> dict[str, Points]:
     """The same steps for every series, as stacking needs them: a part that a step did not report took nothing."""
     steps = sorted({step for values in points.values() for step, _ in values})
@@ -356,12 +370,13 @@ def lines_of(marks: Sequence[Mark]) -> list[dict[str, Any]]:
     ]
 
 
-def _drawn(points: Points) -> str:
+def drawn(points: Sequence[tuple[float, float]]) -> str:
     """The points as the browser reads them; seven digits are more than a screen has."""
-    return ",".join(f"[{step},{f'{value:.7g}' if math.isfinite(value) else 'null'}]" for step, value in points)
+    return ",".join(f"[{step:.12g},{f'{value:.7g}' if math.isfinite(value) else 'null'}]" for step, value in points)
 
 
-def _value_axis(name: str, unit: Unit, **more: Any) -> dict[str, Any]:
+def value_axis(name: str, unit: Unit, **more: Any) -> dict[str, Any]:
+    """An axis of values in this unit."""
     named = axis(name, nameLocation="middle", nameGap=52, **more)
     named["axisLabel"] = named["axisLabel"] | {":formatter": unit.browser}
     return named

@@ -2,24 +2,23 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import yaml
-from fastapi import Request
+from fastapi import Request, Response
 from nicegui import ui
 
-from ngd_service.client.client import AsyncClient, NotFoundError, ServiceError, UnauthorizedError
+from ngd_service.client.client import AsyncClient, ServiceError, UnauthorizedError
 from ngd_service.dashboard.activity import LOG_LINES, MOST_EVENTS, TOLD, EventPanel, LogPanel
 from ngd_service.dashboard.curves import MOST_MARKS, Mark
 from ngd_service.dashboard.heat_map import HeatMap
+from ngd_service.dashboard.plain import unknown, unknown_jobs_page
 from ngd_service.dashboard.summary import Summary
-from ngd_service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, panel, reader
+from ngd_service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, page_frame, panel, reader
 from ngd_service.dashboard.training import Training
 from ngd_service.resources import Event, Job, Metric
 
 __all__ = ["marks", "register"]
 
-CHARTS = Path(__file__).with_name("charts.js")
 POLL_S = 1.0
 CLOCK_S = 10.0  # between two looks at the clock, once nothing else changes
 MARKED = ("started", "checkpoint")
@@ -30,13 +29,16 @@ def register(api_of: Callable[[Request], AsyncClient]) -> None:
     """Serves the page at /jobs/{id}, reading through what `api_of` gives its reader."""
 
     @ui.page("/jobs/{job_id}", reconnect_timeout=RECONNECT_S)
-    async def job(request: Request, job_id: str) -> None:
-        ui.add_head_html(f"<script>{CHARTS.read_text()}</script>")
+    async def job(request: Request, job_id: str) -> Response | None:
+        api = api_of(request)
+        if await unknown(api, [job_id]):
+            return unknown_jobs_page([job_id])
         with page_frame("Job", reader(request)) as freshness:
-            page = JobPage(api_of(request), job_id, freshness)
+            page = JobPage(api, job_id, freshness)
         timer = ui.timer(POLL_S, page.refresh)
         page.timer = timer
         ui.on("visible", lambda event: setattr(timer, "active", event.args))
+        return None
 
 
 class JobPage:
@@ -57,20 +59,12 @@ class JobPage:
         self.attempt = 0
         self.is_complete = False
         self.loading = ui.skeleton().style("height: 220px; width: 100%").props('aria-label="Loading the job"')
-        self.missing = empty(
-            "search_off",
-            "There is no such job",
-            f"The service knows no job {job_id}.",
-        )
-        with self.missing:
-            ui.link("All jobs", "/")
-        self.missing.set_visibility(False)
         with ui.element("div").classes("sections") as self.content:
             self._lay_out()
         self.content.set_visibility(False)
 
     def _lay_out(self) -> None:
-        self.summary = Summary(self._cancel)
+        self.summary = Summary(self._cancel, self.job_id)
         self.legend = ui.element("div").classes("legend").props('aria-label="Vertical lines in the charts"')
         with self.legend:
             for kind, meaning in LEGEND:
@@ -109,12 +103,6 @@ class JobPage:
         try:
             job = await self.api.get(self.job_id)
             await self._read(job)
-        except NotFoundError:
-            self.missing.set_visibility(True)
-            self.loading.set_visibility(False)
-            self.freshness.missing()
-            self._rest()
-            return
         except UnauthorizedError:
             ask_to_log_in()
             return
@@ -122,7 +110,7 @@ class JobPage:
             self.freshness.stale(str(error))
             return
         if job.status.is_terminal:
-            self.freshness.ended()
+            self.freshness.ended("The job has ended; nothing here will change")
             self._rest()
         else:
             self.freshness.live()

@@ -32,13 +32,15 @@ class Fact:
 class Summary:
     """Shows a job; `cancel` is called once the reader has confirmed."""
 
-    def __init__(self, cancel: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, cancel: Callable[[], Awaitable[None]], job_id: str) -> None:
         with ui.element("div").classes("fill"):
             with ui.element("div").classes("heading"):
                 with ui.element("h1"):
                     self.name = ui.label()
                 self.badge = ui.element("div").props("role=status aria-live=polite")
                 ui.element("div").classes("spread")
+                compare = ui.link("Compare with ...", f"/?selected={job_id}").classes("button-link")
+                compare.props("data-key=c aria-keyshortcuts=c")
                 self.cancel = ui.button("Cancel job", icon="stop_circle", on_click=self._ask)
                 self.cancel.props("outline no-caps color=negative")
             self.recipe = ui.label().classes("muted")

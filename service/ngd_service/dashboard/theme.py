@@ -1,14 +1,12 @@
 """What every page shares: the frame with its bar, the phase badge, the mark of how fresh a page is, empty states."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from fastapi import Request
 from nicegui import ui
-
-from ngd_service.client.units import ago
 
 __all__ = [
     "CSS",
@@ -38,6 +36,12 @@ PHASE_ICONS = {
 # For so long a page is kept for a browser without a connection; one that comes back later loads the page again.
 RECONNECT_S = 120.0
 CSS = Path(__file__).with_name("theme.css")
+SCRIPTS = [Path(__file__).with_name(name) for name in ("charts.js", "page.js")]
+FRESH = (
+    '<span class="fresh loading"><i class="fresh-icon q-icon material-icons" aria-hidden="true">hourglass_empty</i>'
+    '<span class="fresh-word" role="status">Loading</span><span class="fresh-age" aria-hidden="true"></span></span>'
+)
+KEYS = '<dialog id="keys" aria-labelledby="keys-title"><h2 id="keys-title">Keys</h2><dl></dl></dialog>'
 MARK = (
     '<svg viewBox="0 0 24 24" fill="none" aria-hidden="true"><rect width="24" height="24" rx="6" fill="#005f99"/>'
     '<path d="M5 7c5 0 4 10 14 10" stroke="#fff" stroke-width="2.2" stroke-linecap="round"/>'
@@ -51,44 +55,30 @@ THEMES = {"auto": ("brightness_auto", None), "light": ("light_mode", False), "da
 
 
 class Freshness:
-    """Says whether what the page shows is live, ended, or how old it is since the API stopped answering.
-
-    While the browser has no connection to the service, theme.css shows that in its place.
-    """
+    """Tells the browser that the page is up to date; how long ago it heard so last, the browser knows (page.js)."""
 
     def __init__(self) -> None:
-        self.updated = datetime.now(UTC)
-        with ui.element("span").classes("fresh").props("role=status aria-live=polite tabindex=0") as self.mark:
-            self.label = ui.label("Loading")
-            self.why = ui.tooltip("The page is being filled")
+        self.client = ui.context.client
+        ui.html(FRESH, sanitize=False).classes("fresh-place")
 
     def live(self) -> None:
         """The page was brought up to date just now and will be again."""
-        self._show("Live", "", "Brought up to date once a second")
+        self._tell("live")
 
-    def ended(self) -> None:
+    def ended(self, why: str = "") -> None:
         """The page is complete and will not change any more."""
-        self._show("Final", "ended", "The job has ended; nothing here will change")
-
-    def missing(self) -> None:
-        """There is nothing to show and there will be nothing."""
-        self._show("Not found", "ended", "There is nothing at this address")
+        self._tell("final", why)
 
     def failed(self) -> None:
         """The page could not be made."""
-        self._show("Error", "ended", "The page could not be made")
+        self._tell("final", "The page could not be made")
 
     def stale(self, why: str) -> None:
         """The API did not answer; what is shown stays, with its age."""
-        self.label.set_text(f"Updated {ago(self.updated)}; retrying")
-        self.mark.classes(replace="fresh stale")
-        self.why.set_text(why)
+        self._tell("stale", why)
 
-    def _show(self, text: str, state: str, why: str) -> None:
-        self.updated = datetime.now(UTC)
-        self.label.set_text(text)
-        self.mark.classes(replace=f"fresh {state}")
-        self.why.set_text(why)
+    def _tell(self, state: str, why: str = "") -> None:
+        self.client.run_javascript(f"page.told({json.dumps(state)},{json.dumps(why)})")
 
 
 @contextmanager
@@ -96,6 +86,9 @@ def page_frame(title: str, reader: str | None = None) -> Iterator[Freshness]:
     """The bar and the column that a page fills; gives the page its freshness mark. reader: who is logged in."""
     ui.page_title(f"{title} · ngd-dist")
     ui.add_css(CSS)
+    for script in SCRIPTS:
+        ui.add_head_html(f"<script>{script.read_text()}</script>")
+    ui.add_body_html(KEYS)
     ui.colors(primary="var(--accent)", negative="var(--bad)")
     ui.run_javascript(REPORT_VISIBILITY)
     with ui.header().classes("bar"), ui.element("div").classes("bar-inner"):
@@ -104,6 +97,8 @@ def page_frame(title: str, reader: str | None = None) -> Iterator[Freshness]:
             ui.label("ngd-dist")
         ui.element("div").classes("spread")
         freshness = Freshness()
+        keys = ui.button(icon="keyboard", color=None).props('flat round dense aria-label="Keys" title="Keys (?)"')
+        keys.classes("plain keys").on("click", js_handler="() => page.help()")
         ThemeButton()
         if reader is not None:
             _log_out(reader)

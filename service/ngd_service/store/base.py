@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ngd_service.job_state import Action, AttemptState, Decision, Desired, JobState, Phase
 from ngd_service.store.spans import Name, Spans, Wanted
@@ -14,15 +14,23 @@ from ngd_workers.contract.rundir import Outcome
 __all__ = [
     "AttemptRecord",
     "Claim",
+    "Cursor",
     "EventRecord",
     "Ingested",
     "JobCounts",
+    "JobQuery",
     "JobRecord",
     "KeyedRequest",
+    "Listed",
+    "Order",
     "Queue",
     "Store",
     "attempt_id",
 ]
+
+
+Order = Literal["created", "state", "name", "owner", "optimizer", "lr", "target_step", "target_s"]
+Cursor = tuple[Any, str]  # of the last job of a page: the value that it is sorted by, and its id
 
 
 def attempt_id(job_id: str, number: int) -> str:
@@ -119,10 +127,32 @@ class JobCounts:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The waiting jobs, the next one first, and how many jobs hold a slot."""
+    """The place of waiting jobs, 1 for the next one; how many wait, and how many jobs hold a slot."""
 
-    ids: list[str]
+    places: dict[str, int]
+    num_waiting: int
     num_active: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobQuery:
+    """Which jobs a list has, and their order; an empty filter takes all. state: active, waiting, then ended jobs."""
+
+    phases: Sequence[Phase] = ()
+    text: str = ""  # a part of the name or of the id, in any case
+    optimizers: Sequence[str] = ()
+    owners: Sequence[str] = ()
+    labels: Sequence[tuple[str, str | None]] = ()  # None: any value
+    order: Order = "created"
+    is_descending: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A page of jobs, and where the next one begins; None: there is none."""
+
+    jobs: Sequence[JobRecord]
+    next: Cursor | None
 
 
 class Store(Protocol):
@@ -142,11 +172,13 @@ class Store(Protocol):
 
     def get_job(self, job_id: str) -> JobRecord | None: ...
 
-    def list_jobs(self, *, phases: Collection[str], before_id: str | None, limit: int) -> list[JobRecord]:
-        """Returns jobs older than before_id, newest first; no phases: all."""
+    def list_jobs(self, query: JobQuery, *, after: Cursor | None, limit: int) -> Listed:
+        """Returns the page that begins after the cursor; None: the first one."""
         ...
 
-    def queue(self) -> Queue: ...
+    def queue(self, job_ids: Collection[str]) -> Queue:
+        """Returns the places of those of the jobs that wait."""
+        ...
 
     def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
         """Returns the job with CANCELLED desired; a job that has ended stays as it is. None: no such job."""

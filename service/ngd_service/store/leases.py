@@ -72,11 +72,17 @@ def needs_a_look(slots: int) -> sa.ColumnElement[bool]:
     return t.jobs.c.phase.in_(ACTIVE) | (is_waiting & (t.jobs.c.desired == Desired.CANCELLED)) | is_next
 
 
-def queue(connection: sa.Connection) -> Queue:
-    """Returns the waiting jobs, oldest first, and the number of active ones."""
-    ids = [row.id for row in connection.execute(_oldest_waiting())]
-    active = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE))
-    return Queue(ids, int(connection.execute(active).scalar_one()))
+def queue(connection: sa.Connection, job_ids: Collection[str]) -> Queue:
+    """Returns the places of these jobs among the waiting ones, and the number of active ones; no row for the others."""
+    waiting = _oldest_waiting().order_by(None).subquery()
+    number = sa.func.row_number().over(order_by=waiting.c.id).label("number")
+    numbered = sa.select(waiting.c.id, number).subquery()
+    places = sa.select(numbered.c.id, numbered.c.number).where(numbered.c.id.in_(job_ids))
+    active = sa.select(sa.func.count()).select_from(t.jobs).where(t.jobs.c.phase.in_(ACTIVE)).scalar_subquery()
+    counts = connection.execute(
+        sa.select(sa.select(sa.func.count()).select_from(waiting).scalar_subquery(), active)
+    ).one()
+    return Queue({row.id: row.number for row in connection.execute(places)}, *map(int, counts))
 
 
 def _oldest_waiting() -> sa.Select[tuple[str]]:

@@ -15,6 +15,7 @@ from ngd_workers.contract.events import (
     StepRecord,
     Steps,
     StepsLost,
+    TargetReached,
     Waiting,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "METRICS",
     "REWOUND",
     "STEP_VALUES",
+    "TARGET",
     "WAITS_FOR",
     "JobProgress",
     "advance",
@@ -35,6 +37,8 @@ __all__ = [
 METRICS = "metrics"  # of the task, as its workers name them: name, label, better and unit of each
 LOST = "lost_steps"  # ranges [first, last] of steps that were done and of which there is no record
 REWOUND = "rewound"  # [from, to]: the step that was done, and the checkpoint that newly started workers go on from
+BEGAN_S = "began_s"  # when the workers were up for the first time, in seconds since the epoch
+TARGET = "target"  # step, and seconds from then on, of the first test that reached the job's target
 WAITS_FOR = "waits_for"  # what the driver waits for before it starts its workers
 
 STEP_VALUES = ("lr", "samples_per_s")  # of the newest step, beside its metrics
@@ -54,7 +58,11 @@ def advance(job: JobProgress, numbered: Numbered, *, is_in_order: bool = True) -
     progress = _with_holes(job.progress, numbered) if is_in_order else job.progress
     match numbered.event:
         case Started() as started:
-            return JobProgress(_after_start(progress, started), job.metrics)
+            began = {BEGAN_S: progress.get(BEGAN_S, numbered.time_s)}
+            return JobProgress(_after_start(progress, started) | began, job.metrics)
+        case TargetReached(step=step) if TARGET not in progress:
+            seconds = numbered.time_s - progress[BEGAN_S] if BEGAN_S in progress else None
+            return JobProgress({**progress, TARGET: {"step": step, "seconds": seconds}}, job.metrics)
         case Steps(records=[*_, last] as records) if last.step > progress.get("step", 0):  # not an older delivery
             return JobProgress(_after_steps(progress, records), {**job.metrics, **_newest(last)})
         case StepsLost(last_step=last_step) if last_step > progress.get("step", 0):
@@ -123,7 +131,7 @@ def _after_start(progress: Mapping[str, Any], started: Started) -> dict[str, Any
     }
     if started.metrics:
         after[METRICS] = [metric.model_dump() for metric in started.metrics]
-    kept = {name: progress[name] for name in (LOST, METRICS) if name in progress and name not in after}
+    kept = {name: progress[name] for name in (LOST, METRICS, TARGET) if name in progress and name not in after}
     return after | kept | ({REWOUND: [done, resumed]} if resumed < done else {})
 
 

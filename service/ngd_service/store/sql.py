@@ -20,11 +20,14 @@ from ngd_service.store import tables as t
 from ngd_service.store.base import (
     AttemptRecord,
     Claim,
+    Cursor,
     EventRecord,
     Ingested,
     JobCounts,
+    JobQuery,
     JobRecord,
     KeyedRequest,
+    Listed,
     Queue,
     attempt_id,
 )
@@ -41,6 +44,7 @@ from ngd_service.store.leases import (
     num_taken,
     queue,
 )
+from ngd_service.store.listing import list_jobs
 from ngd_service.store.progress import WAITS_FOR
 from ngd_service.store.rows import attempt_record, event_record, job_record, newest_events
 from ngd_service.store.schema import is_usable, revision, upgrade
@@ -160,18 +164,13 @@ class SQLStore:
         with self._read() as connection:
             return _job(connection, job_id)
 
-    def list_jobs(self, *, phases: Collection[str], before_id: str | None, limit: int) -> list[JobRecord]:
-        query = sa.select(t.jobs).order_by(t.jobs.c.id.desc()).limit(limit)
-        if phases:
-            query = query.where(t.jobs.c.phase.in_(phases))
-        if before_id is not None:
-            query = query.where(t.jobs.c.id < before_id)
+    def list_jobs(self, query: JobQuery, *, after: Cursor | None, limit: int) -> Listed:
         with self._read() as connection:
-            return [job_record(row) for row in connection.execute(query)]
+            return list_jobs(connection, query, after, limit)
 
-    def queue(self) -> Queue:
+    def queue(self, job_ids: Collection[str]) -> Queue:
         with self._read() as connection:
-            return queue(connection)
+            return queue(connection, job_ids)
 
     def request_cancel(self, job_id: str, now: datetime) -> JobRecord | None:
         may_change = (t.jobs.c.desired != Desired.CANCELLED) & t.jobs.c.phase.not_in(TERMINAL)

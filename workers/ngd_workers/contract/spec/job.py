@@ -38,11 +38,17 @@ __all__ = [
     "spec_of_json",
 ]
 
+LabelName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+LabelValue = Annotated[str, Field(pattern=r"^[ -~]{1,63}$")]
+
 
 class Job(SpecModel):
     """What every job has, whichever loop trains it."""
 
     name: str = Field(pattern=NAME_PATTERN, description="Lower-case letters, digits and hyphens, at most 63 in all.")
+    labels: dict[LabelName, LabelValue] = Field(
+        default={}, max_length=16, description="Words to find the job by, such as team: vision."
+    )
     resources: Resources = Resources()
     failure: Failure = Failure()
     target: Target | None = None
