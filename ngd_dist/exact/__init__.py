@@ -1,6 +1,6 @@
 """Natural gradients of models that are small enough to be treated exactly: no factors, one solve for all weights.
 
-`EnergyNGD` trains networks on the residuals of equations or on an `Energy`, `StateSpaceNGD` parameters by the state that
+`EnergyNGD` trains networks on the residuals of equations or an `Energy`, `StateSpaceNGD` parameters by the state that
 they cause, in a metric of the state; `VariationalNGD` steps the distributions of Gaussian processes.
 `logistic.DuallyFlatClassifier` is an estimator of scikit-learn's kind, and needs it.
 """
