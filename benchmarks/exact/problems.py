@@ -114,7 +114,7 @@ POISSON = Problem(
     size=30,
     dim=2,
     hidden=32,
-    steps=300,  # of which the paper takes 51
+    steps=300,  # the paper takes 51
 )
 
 
@@ -258,7 +258,7 @@ DEEP_RITZ = Problem(
     domain=(-1.0, 1.0),
 )
 
-PROBLEMS = (POISSON, SEMILINEAR, POISSON_5D, HEAT, BURGERS, DEEP_RITZ)
+PROBLEMS = (POISSON, SEMILINEAR, HEAT, BURGERS, DEEP_RITZ, POISSON_5D)
 
 
 def _uniform(count: int, dim: int, generator: Generator | None) -> Tensor:
