@@ -29,7 +29,7 @@ def jets(model: nn.Sequential, x: Tensor) -> Jets:
     model: `JetLinear` layers and elementwise activations, nested `nn.Sequential` among them. x: [N, d].
     Mixed second derivatives are left out. The model itself is not called, but its layers are.
     Raises: ConfigError for a plain nn.Linear.
-    Source: Taylor mode of second order, as in arXiv 2405.15603, section 3.
+    Source: Taylor mode of second order, as [D24] advises.
 
     >>> model = nn.Sequential(JetLinear(2, 8), nn.Tanh(), JetLinear(8, 1)).double()
     >>> u = jets(model, torch.rand(5, 2).double())

@@ -45,7 +45,7 @@ class Energy:
     density: (jet, x) -> scalar, convex in the jet and twice differentiable by torch.func.
 
     The second variation of E(u) = mean density is D²E(v, w) = mean jet(v)ᵀ H jet(w), with H the Hessian of the density
-    by the jet. A residual r is the case jet = r, density = |jet|². Source: arXiv 2302.13163, section 3.
+    by the jet. A residual r is the case jet = r, density = |jet|². Source: arXiv 2302.13163.
 
     >>> ritz = Energy(  # of -u'' + u³ = 1 with natural boundary conditions
     ...     jet=lambda u, x: torch.cat([u(x).reshape(1), grad(u)(x)]),

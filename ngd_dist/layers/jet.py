@@ -30,8 +30,8 @@ class JetLinear(nn.Linear):
 class Jet(Linear):
     """The parts of a jet are positions [E23], and the input that stands for the bias is 1 for the value, 0 for others.
 
-    So the factors are sums over the jet, as [Dangel, Mueller & Zeinhofer, arXiv 2405.15603] derives them from the
-    Gauss-Newton matrix of a differential operator.
+    So the factors are sums over the jet, as [D24] has them for the Gauss-Newton matrix of a
+    differential operator.
     """
 
     def _with_ones(self, a_BNPI: Tensor) -> Tensor:
