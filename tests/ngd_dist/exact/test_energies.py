@@ -132,12 +132,12 @@ def test_an_energy_that_is_not_finite_raises_and_changes_nothing(power: float) -
     assert torch.equal(flat(model), before)
 
 
-def _on_ranks(rank: int, world_size: int) -> Tensor:
+def _on_ranks(rank: int, world_size: int) -> tuple[Tensor, int]:
     model = network(seed=rank)
     optimizer = EnergyNGD(model, DEEP_RITZ.parts, settings())
     for _ in range(3):
         optimizer.step({"interior": POINTS["interior"][rank::world_size]})
-    return flat(model)
+    return flat(model), optimizer._comm.take_sent()["statistics"]
 
 
 @pytest.mark.ranks
@@ -150,5 +150,9 @@ def test_ranks_take_the_step_of_all_their_points(world_size: int) -> None:
 
     of_ranks = run_ranks(world_size, _on_ranks)
 
-    torch.testing.assert_close(of_ranks[0], flat(model), rtol=0, atol=1e-9)
-    assert all(torch.equal(weights, of_ranks[0]) for weights in of_ranks)
+    n = len(flat(model)) + 1  # beside the Gram matrix travel the slope and the loss
+    triangle_bytes = 8 * n * (n + 1) // 2
+    torch.testing.assert_close(of_ranks[0][0], flat(model), rtol=0, atol=1e-9)
+    for weights, sent in of_ranks:
+        assert torch.equal(weights, of_ranks[0][0])
+        assert sent == 3 * (2 * triangle_bytes * (world_size - 1) // world_size)
