@@ -21,7 +21,7 @@ class GridSearch(Settings):
 
 
 class EnergyNGDConfig(Settings):
-    """Energy natural gradient (arXiv 2302.13163) of a sum of mean squared residuals.
+    """Energy natural gradient (arXiv 2302.13163) of a sum of mean squared residuals, or mean energies.
 
     >>> EnergyNGDConfig(part_weights={"boundary": 4.0}).damping
     1e-06
@@ -71,7 +71,7 @@ class EnergyNGDConfig(Settings):
         "where the residuals say nothing.",
     )
     part_weights: dict[str, float] = Field(
-        default={}, description="Factor > 0 of each part's mean squared residual in the loss; 1 for a part without."
+        default={}, description="Factor > 0 of each part's mean in the loss; 1 for a part without."
     )
 
     @field_validator("part_weights")

@@ -5,6 +5,9 @@ matrix is JᵀJ, with J the Jacobian of the residuals, each times sqrt(weight_k 
 Gauss-Newton, d = -(JᵀJ + damping I)⁻¹ Jᵀr, and lr = 1 is its full step: it solves a problem that is linear in the
 weights at once. (The paper's direction is that of the gradient 2 Jᵀr, twice as long: its full step is at 1/2.)
 
+A part may be an `Energy` in place of a residual, the mean of a density. With D²E its second variation the direction is
+d = -(D²E / 2 + damping I)⁻¹ DE / 2: the halves make it that of a residual where the density is a square.
+
 The damping follows the line search, as in Levenberg and Marquardt's method. Of six first weights of Poisson's equation
 in the paper's setting, all then had an error below 2e-5 after 300 steps; without damping, as published, two never left
 the first loss.
@@ -23,7 +26,7 @@ from ngd_dist.config.exact import EnergyNGDConfig
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import CheckpointError, ConfigError, NonFiniteError
 from ngd_dist.exact.flat import FlatModel
-from ngd_dist.exact.jacobian import Residual, jacobian_rows, pointwise, squares
+from ngd_dist.exact.jacobian import Energy, Pointwise, Residual, curvature_rows, jacobian_rows, pointwise, square, sums
 from ngd_dist.exact.least_squares import KernelForm, LeastSquares, WeightsForm
 from ngd_dist.exact.line_search import best_length
 
@@ -36,10 +39,11 @@ LEAST_DAMPING, MOST_DAMPING = 1e-14, 1e-2  # how far it goes from the first one:
 
 
 class EnergyNGD(Optimizer):
-    """The energy natural gradient of a network and the residuals of its equations.
+    """The energy natural gradient of a network and the residuals of its equations, or energies.
 
     residuals: by the name of each part of the domain, (u, x) -> residual at one point x, [d]. u is the network at one
     point: a scalar if it has one output, else [O]; torch.func differentiates it. A residual is a scalar or a vector.
+    A part may be an `Energy` instead: its density is minimised as it is, in place of the square of a residual.
 
     Every rank of the process group builds it, gives its own points to each step, and gets the step of all points. The
     weights are those of rank 0 at first. Raises: ConfigError.
@@ -55,18 +59,25 @@ class EnergyNGD(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        residuals: Mapping[str, Residual],
+        residuals: Mapping[str, Residual | Energy],
         config: EnergyNGDConfig | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config or EnergyNGDConfig()
         self._flat = FlatModel(model)
         self._comm = Communicator(process_group)
-        self._residuals = {name: pointwise(self._flat, residual) for name, residual in residuals.items()}
+        self._parts = dict(residuals)
+        self._jets = {
+            name: pointwise(self._flat, part.jet if isinstance(part, Energy) else part)
+            for name, part in residuals.items()
+        }
         if not residuals:
             raise ConfigError("no residuals: give at least one part, such as {'interior': lambda u, x: ...}")
         if unknown := sorted(set(self.config.part_weights) - set(residuals)):
             raise ConfigError(f"part_weights names {unknown}, but the residuals are {sorted(residuals)}")
+        self._has_energies = any(isinstance(part, Energy) for part in residuals.values())
+        if self._has_energies and self.config.form == "kernel":
+            raise ConfigError("form='kernel' is for residuals alone, and a part is an Energy; take form='weights'")
         if self._comm.world_size > 1 and self._flat.device != self._comm.device:
             raise ConfigError(f"the weights are on {self._flat.device}, the group's tensors on {self._comm.device}")
         # What a step changes beside the weights is in the group, which torch saves and loads with the state.
@@ -92,7 +103,7 @@ class EnergyNGD(Optimizer):
         totals, config, group = self._checked(points), self.config, self.param_groups[0]
         weights = self._flat.weights()
         problem = self._problem(points, totals, weights)
-        loss = problem.squared
+        loss = problem.value
         if not math.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss}: a residual is NaN or infinite; no weight was changed")
         start = config.momentum * self._last_direction() if config.momentum else None
@@ -134,23 +145,23 @@ class EnergyNGD(Optimizer):
         """Collective. Returns the number of points of each part over all ranks. Raises: ConfigError, on all ranks."""
         problem = self._refuses(points)
         # One entry for ranks that refuse, so that the others do too instead of waiting for them.
-        counts = torch.zeros(len(self._residuals) + 1, dtype=torch.float64, device=self._flat.device)
+        counts = torch.zeros(len(self._parts) + 1, dtype=torch.float64, device=self._flat.device)
         counts[-1] = problem is not None
         if problem is None:
-            counts[:-1] = torch.tensor([len(points[name]) for name in self._residuals], dtype=torch.float64)
+            counts[:-1] = torch.tensor([len(points[name]) for name in self._parts], dtype=torch.float64)
         self._comm.all_reduce("exact: points", counts)
         if problem is not None:
             raise ConfigError(problem)
         *totals, refusing = (int(count) for count in counts.tolist())
         if refusing:
             raise ConfigError(f"{refusing} other rank(s) refused their points; their errors say why")
-        if empty := [name for name, total in zip(self._residuals, totals, strict=True) if not total]:
+        if empty := [name for name, total in zip(self._parts, totals, strict=True) if not total]:
             raise ConfigError(f"no rank has a point of {empty}; every part needs at least one")
-        return dict(zip(self._residuals, totals, strict=True))
+        return dict(zip(self._parts, totals, strict=True))
 
     def _refuses(self, points: Points) -> str | None:
-        if set(points) != set(self._residuals):
-            return f"points must be of the parts {sorted(self._residuals)}, got {sorted(points)}"
+        if set(points) != set(self._parts):
+            return f"points must be of the parts {sorted(self._parts)}, got {sorted(points)}"
         for name, some in points.items():
             if some.ndim != 2:
                 return f"points of {name!r} must be of the shape [N, d], got {list(some.shape)}"
@@ -168,19 +179,38 @@ class EnergyNGD(Optimizer):
         """Collective. Returns the least-squares problem of all ranks' points, reduced."""
         form = self.config.form
         if form == "auto":
-            form = "kernel" if self._count(points, weights) < self._flat.size else "weights"
+            has_few = not self._has_energies and self._count(points, weights) < self._flat.size
+            form = "kernel" if has_few else "weights"
         kind = KernelForm if form == "kernel" else WeightsForm
         problem = kind(self._flat.size, self._comm, device=self._flat.device)
-        for name, residual in self._residuals.items():
-            scale = self._factor(name, totals) ** 0.5
-            for J_nW, r_n in jacobian_rows(residual, weights, points[name], chunk=self.config.chunk):
-                problem.add(scale * J_nW, scale * r_n)
+        for name, part in self._parts.items():
+            self._add(problem, part, self._jets[name], weights, points[name], self._factor(name, totals))
         problem.reduce()
         return problem
 
+    def _add(
+        self,
+        problem: LeastSquares,
+        part: Residual | Energy,
+        jet: Pointwise,
+        weights: Tensor,
+        points: Tensor,
+        factor: float,
+    ) -> None:
+        """Adds the points of one part of the loss to the problem."""
+        scale, chunk = factor**0.5, self.config.chunk
+        if not isinstance(part, Energy):
+            for J_nW, r_n in jacobian_rows(jet, weights, points, chunk=chunk):
+                problem.add(scale * J_nW, scale * r_n)
+            return
+        assert isinstance(problem, WeightsForm)
+        for C_nW, slope_W, value in curvature_rows(jet, part.density, weights, points, chunk=chunk):
+            problem.add(scale * C_nW, C_nW.new_zeros(len(C_nW)))
+            problem.tilt(factor * slope_W, factor * value)
+
     def _count(self, points: Points, weights: Tensor) -> int:
         """Collective. Returns the number of residuals of all ranks' points; a point may have several."""
-        parts = [(points[name], residual) for name, residual in self._residuals.items()]
+        parts = [(points[name], residual) for name, residual in self._jets.items()]
         own = [len(x) * residual(weights, x[0]).numel() for x, residual in parts if len(x)]
         count = torch.tensor([float(sum(own))], dtype=torch.float64, device=weights.device)
         self._comm.all_reduce("exact: residuals", count)
@@ -189,9 +219,10 @@ class EnergyNGD(Optimizer):
     def _losses(self, points: Points, totals: Mapping[str, int], weights_KW: Tensor) -> Tensor:
         """Collective. Returns the loss of each vector of weights, [K], float64, the same on all ranks."""
         losses = torch.zeros(len(weights_KW), dtype=torch.float64, device=weights_KW.device)
-        for name, residual in self._residuals.items():
-            sums = squares(residual, weights_KW, points[name], chunk=self.config.chunk)
-            losses += self._factor(name, totals) * sums
+        for name, part in self._parts.items():
+            density = part.density if isinstance(part, Energy) else square
+            of_part = sums(self._jets[name], density, weights_KW, points[name], chunk=self.config.chunk)
+            losses += self._factor(name, totals) * of_part
         self._comm.all_reduce("exact: losses", losses)
         return losses
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ngd_dist.distributed.comm import Communicator
 from ngd_dist.errors import ConfigError, NonFiniteError
+from ngd_dist.factors.triangle import pack, unpack
 
 __all__ = ["KernelForm", "LeastSquares", "WeightsForm", "solve"]
 
@@ -43,8 +44,8 @@ class LeastSquares(ABC):
 
     @property
     @abstractmethod
-    def squared(self) -> float:
-        """|r|², over all ranks, once reduced."""
+    def value(self) -> float:
+        """|r|² and the constants c, over all ranks, once reduced."""
 
     @abstractmethod
     def direction(self, *, damping: float, rcond: float | None = None, start: Tensor | None = None) -> Tensor:
@@ -67,11 +68,20 @@ class WeightsForm(LeastSquares):
         rows = torch.cat([J_nW.double(), r_n.double().unsqueeze(1)], dim=1)
         self._sums.addmm_(rows.T, rows)
 
+    def tilt(self, slope_W: Tensor, constant: Tensor) -> None:
+        """Adds 2 slopeᵀ d + constant to what d minimises: slopes of an energy need not be sums of its rows."""
+        self._sums[:-1, -1] += slope_W
+        self._sums[-1, :-1] += slope_W
+        self._sums[-1, -1] += constant
+
     def reduce(self) -> None:
-        self._comm.all_reduce("exact: Gram matrix", self._sums, kind="statistics")
+        if self._comm.world_size > 1:
+            triangle = pack(self._sums)
+            self._comm.all_reduce("exact: Gram matrix", triangle, kind="statistics")
+            self._sums = unpack(triangle, len(self._sums))
 
     @property
-    def squared(self) -> float:
+    def value(self) -> float:
         return float(self._sums[-1, -1])
 
     def direction(self, *, damping: float, rcond: float | None = None, start: Tensor | None = None) -> Tensor:
@@ -119,15 +129,17 @@ class KernelForm(LeastSquares):
         # All rows, of this rank's share of the weights.
         self._J_Nw = torch.cat([part.view(n, width) for part, n in zip(arrived, ns, strict=True)])
         first = sum(ns[: comm.rank])
-        sums = torch.zeros(sum(ns), sum(ns) + 1, **options)  # type: ignore[arg-type]
-        torch.mm(self._J_Nw, self._J_Nw.T, out=sums[:, :-1])
+        r_N = torch.zeros(sum(ns), **options)  # type: ignore[arg-type]
         if self._residuals:
-            sums[first : first + ns[comm.rank], -1] = torch.cat(self._residuals)
-        comm.all_reduce("exact: kernel", sums, kind="statistics")
-        self._kernel_NN, self._r_N = sums[:, :-1], sums[:, -1]
+            r_N[first : first + ns[comm.rank]] = torch.cat(self._residuals)
+        self._kernel_NN, self._r_N = self._J_Nw @ self._J_Nw.T, r_N
+        if comm.world_size > 1:
+            sums = torch.cat([pack(self._kernel_NN), r_N])
+            comm.all_reduce("exact: kernel", sums, kind="statistics")
+            self._kernel_NN, self._r_N = unpack(sums[: -len(r_N)], len(r_N)), sums[-len(r_N) :]
 
     @property
-    def squared(self) -> float:
+    def value(self) -> float:
         return float(self._r_N @ self._r_N)
 
     def direction(self, *, damping: float, rcond: float | None = None, start: Tensor | None = None) -> Tensor:

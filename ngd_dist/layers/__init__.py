@@ -18,6 +18,7 @@ from ngd_dist.layers.batchnorm import BatchNorm, SyncBatchNorm
 from ngd_dist.layers.conv import Conv
 from ngd_dist.layers.embedding import Embedding
 from ngd_dist.layers.groupnorm import GroupNorm
+from ngd_dist.layers.jet import Jet, JetLinear
 from ngd_dist.layers.layernorm import LayerNorm, RMSNorm
 from ngd_dist.layers.linear import Linear
 from ngd_dist.layers.other_libraries import LAYERS_BY_NAME
@@ -35,6 +36,7 @@ __all__ = [
     "GateMap",
     "GroupNorm",
     "InProjection",
+    "Jet",
     "Layer",
     "LayerBatch",
     "LayerNorm",
@@ -52,6 +54,7 @@ __all__ = [
 
 LAYERS: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: Linear,
+    JetLinear: Jet,
     nn.Conv1d: Conv,
     nn.Conv2d: Conv,
     nn.Conv3d: Conv,

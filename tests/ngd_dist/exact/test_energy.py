@@ -238,7 +238,7 @@ def _on_ranks(rank: int, world_size: int) -> list[Any]:
     # Uneven shares: rank 0 has the first third of the inner points, and no other rank has any side.
     cut = len(POINTS["interior"]) // 3
     points = {
-        "interior": POINTS["interior"][:cut] if rank == 0 else POINTS["interior"][cut:],
+        "interior": POINTS["interior"][:cut] if rank == 0 else POINTS["interior"][cut:][rank - 1 :: world_size - 1],
         "boundary": POINTS["boundary"][: None if rank == 0 else 0],
     }
     for case in RANK_CASES:
@@ -253,16 +253,17 @@ def _on_ranks(rank: int, world_size: int) -> list[Any]:
 
 
 @pytest.mark.ranks
-def test_ranks_take_the_step_of_all_their_points() -> None:
-    both = run_ranks(2, _on_ranks)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_take_the_step_of_all_their_points(world_size: int) -> None:
+    of_ranks = run_ranks(world_size, _on_ranks)
 
     for index, case in enumerate(RANK_CASES):
         model = network(6)
         stepping = optimizer(model, **case)
         losses = [stepping.step(POINTS) for _ in range(3)]
-        for of_rank in both:
+        for of_rank in of_ranks:
             assert of_rank[index][0] == pytest.approx(losses, rel=1e-10)
             torch.testing.assert_close(of_rank[index][1], flat(model), rtol=0, atol=1e-10)
-        assert torch.equal(both[0][index][1], both[1][index][1])
-    assert "1 other rank(s) refused" in both[0][-1]
-    assert "got []" in both[1][-1]
+            assert torch.equal(of_rank[index][1], of_ranks[0][index][1])
+    assert f"{world_size - 1} other rank(s) refused" in of_ranks[0][-1]
+    assert all("got []" in of_rank[-1] for of_rank in of_ranks[1:])

@@ -59,7 +59,7 @@ def test_without_damping_it_is_the_shortest_minimiser(form: type[LeastSquares], 
 def test_squared_is_the_sum_of_squared_residuals(form: type[LeastSquares]) -> None:
     J, r = rows(7, 4)
 
-    assert problem(form, J, r).squared == pytest.approx(float(r @ r), rel=1e-14)
+    assert problem(form, J, r).value == pytest.approx(float(r @ r), rel=1e-14)
 
 
 @pytest.mark.parametrize("form", FORMS)

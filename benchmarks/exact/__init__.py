@@ -1,0 +1,1 @@
+"""Problems of the exact natural gradients, for tests and measurements alike. Start at `problems`."""
