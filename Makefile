@@ -13,7 +13,7 @@ HARDWARE ?= cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check docs pictures screenshots gpu bench browser cluster-tools goldens images image-tools
+.PHONY: help demo demo-large-batch serve test test-slow check docs pictures screenshots gpu bench browser cluster-tools goldens images image-tools
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ $(STAMP): $(BIN)/uv pyproject.toml workers/pyproject.toml service/pyproject.toml
 
 demo: $(STAMP) ## run the main job: a service, a training job on two workers, its result beside SGD's
 	$(BIN)/python deploy/demo.py
+
+demo-large-batch: $(STAMP) ## the same at batch 4,096, where a natural gradient pays; needs NGD_DATA_DIR
+	$(BIN)/python deploy/demo.py large-batch
 
 serve: $(STAMP) ## keep the service and its dashboard up on http://127.0.0.1:8000
 	$(BIN)/ngd serve

@@ -5,23 +5,29 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import plotext as plot
 from rich.console import Console
 from rich.table import Table
 
 from ngd_service.cli.follow import follow
 from ngd_service.client.client import Client, ServiceError, ServiceUnreachableError
 from ngd_service.client.comparison import History, address, goals, verdict
+from ngd_service.client.edits import with_settings
 from ngd_service.client.scores import bound, score
 from ngd_service.resources import Job
 from ngd_service.settings import load_common_settings
+from ngd_workers.contract.spec_file import load_mapping
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".ngd" / "demo"
 RECIPES = {"SP-NGD": "digits.yaml", "SGD with momentum": "digits-sgd.yaml"}
+# Where a natural gradient pays by docs/methods.md: batch 4,096, and the rival at the best lr of its search.
+LARGE_BATCH = {"SP-NGD": "fashion-mnist-adaptive.yaml", "AdamW": "fashion-mnist-adamw.yaml"}
+AS_COMPARED = ("target.value=0.85", "schedule.evaluate_every_steps=4")
 ALONE = {
     "NGD_DATABASE_URL": "",
     "NGD_API_KEYS_DIR": "",
@@ -31,14 +37,19 @@ STOP_S = 30.0
 PATIENCE_S = 5.0  # for a lost connection: no one restarts this service
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Returns 0 only if both jobs succeeded and SP-NGD reached the target of its recipe."""
+    recipes = LARGE_BATCH if "large-batch" in arguments else RECIPES
+    if recipes is LARGE_BATCH and not os.environ.get("NGD_DATA_DIR"):
+        raise SystemExit("demo: large-batch needs NGD_DATA_DIR, the folder that holds fashion-mnist/")
+    changes = AS_COMPARED if recipes is LARGE_BATCH else ()
     console = Console(markup=False, emoji=False, highlight=False)
     shutil.rmtree(HOME, ignore_errors=True)
     with service_of(HOME) as client:
         console.print(f"dashboard: {client.base_url} (while this runs)")
-        jobs = {method: _run(client, recipe, console) for method, recipe in RECIPES.items()}
+        jobs = {method: _run(client, recipe, changes, console) for method, recipe in recipes.items()}
         runs = {method: (job, client.history(job.id)) for method, job in jobs.items()}
+    console.print(curves(runs), soft_wrap=True)
     console.print(_table(jobs))
     console.print(in_words(runs), soft_wrap=True)
     page = address(load_common_settings().url, [job.id for job in jobs.values()])
@@ -99,8 +110,8 @@ def _cancel_all(client: Client) -> None:
             client.wait(job.id, timeout_s=STOP_S)
 
 
-def _run(client: Client, recipe: str, console: Console) -> Job:
-    job = client.submit((ROOT / "workers" / "ngd_workers" / "recipes" / recipe).read_text())
+def _run(client: Client, recipe: str, changes: Sequence[str], console: Console) -> Job:
+    job = client.submit(with_settings(load_mapping(ROOT / "workers" / "ngd_workers" / "recipes" / recipe), changes))
     return follow(client, job.id, console)
 
 
@@ -133,6 +144,25 @@ def _table(jobs: dict[str, Job]) -> Table:
     return table
 
 
+def curves(runs: Mapping[str, tuple[Job, History]]) -> str:
+    """Returns the tested metric that counts over the steps, in characters; a mark of its own for each job."""
+    counts = next((job.metrics[0] for job, _ in runs.values() if job.metrics), None)
+    if counts is None:
+        return ""
+    plot.clear_figure()
+    plot.theme("clear")
+    plot.plotsize(72, 16)
+    for (method, (_, history)), mark in zip(runs.items(), ("*", "o"), strict=False):
+        tested = [(step, metrics[counts.name]) for step, _, metrics in history.evaluations if counts.name in metrics]
+        if tested:
+            plot.plot(*map(list, zip(*tested, strict=True)), marker=mark, label=method)
+    target = next((goal.value for goal in goals(job for job, _ in runs.values())), None)
+    if target is not None:
+        plot.hline(target)
+    plot.title(f"test {counts.label} over steps; the line is the target")
+    return str(plot.uncolorize(plot.build()))
+
+
 def in_words(runs: Mapping[str, tuple[Job, History]]) -> str:
     """Returns which of the jobs was first to the target, and why if the steps and the seconds name different ones."""
     wanted = goals(job for job, _ in runs.values())
@@ -154,7 +184,7 @@ def _seconds(job: Job) -> float | None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except ServiceError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:

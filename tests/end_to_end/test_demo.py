@@ -139,3 +139,10 @@ def test_interrupt_cancels_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     interrupter.join()
     (outcome,) = home.glob("runs/*/attempts/1/outcome.json")
     assert json.loads(outcome.read_text())["result"] == "cancelled"
+
+
+def test_large_batch_says_which_data_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NGD_DATA_DIR", raising=False)
+
+    with pytest.raises(SystemExit, match="NGD_DATA_DIR"):
+        demo.main(["large-batch"])
