@@ -54,7 +54,7 @@ for name, order in {"H^-1": -1, "H^1": 1, "L2": 0}.items():
     optimizer = StateSpaceNGD(metric, recorded, misfit, jacobian=jacobian, lr=16, halvings=12, max_iterations=PASSES)
     theta = torch.zeros(N * N, dtype=torch.float64)
     print(f"{name:5} step 0 loss {misfit(recorded(theta)):.8f}")
-    for _ in range(STEPS):
-        theta = optimizer.step(theta).theta
-    loss, error = misfit(recorded(theta)), (theta - truth).norm() / truth.norm()
-    print(f"{name:5} step {STEPS} loss {loss:.8f}, relative error of the medium {error:.2f}")
+    for number in range(1, STEPS + 1):
+        theta = (step := optimizer.step(theta)).theta
+        error = (theta - truth).norm() / truth.norm()
+        print(f"{name:5} step {number} loss {step.loss:.8f}, relative error of the medium {error:.3f}")

@@ -1,0 +1,60 @@
+"""What do the exact methods gain over their rivals, in steps and CPU seconds, and what do their steps cost?
+
+Every method has the same first parameters, points or observations of each seed. Seconds are CPU time of one thread,
+without evaluations. Parts that are not named keep their last figures.
+
+    python -m benchmarks.exact --hardware cpu2
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from benchmarks.exact import arrivals, cost, examples, poisson, rates
+from benchmarks.exact.tables import table
+from benchmarks.record import folder_for, write
+
+SEEDS, PAIRS = range(5), range(20)
+LONGEST = (1.0, 128.0)  # first lengths of the line search: a Gauss-Newton step, and far beyond
+
+
+def each(of_seed: Callable[[int], Iterable[dict[str, Any]]], seeds: Iterable[int]) -> list[dict[str, Any]]:
+    return [row for seed in seeds for row in of_seed(seed)]
+
+
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "equations": lambda: [row for p in poisson.PROBLEMS for row in each(lambda seed, p=p: poisson.curves(p, seed), SEEDS)],
+    "classifier": lambda: each(examples.classifier, SEEDS),
+    "mixture": lambda: each(examples.mixture, range(10)),
+    "categories": lambda: each(examples.categories, SEEDS),
+    "waveform": lambda: [row for frequency in (15, 30) for row in examples.waveform(frequency, 4)],
+    "arrivals": lambda: [row for seed, long in itertools.product(PAIRS, LONGEST) for row in arrivals.arrivals(seed, long)],
+    "rates": rates.rates,
+    "beside_adam": lambda: each(cost.beside_adam, poisson.PROBLEMS),  # type: ignore[arg-type]
+    "growth": cost.growth,
+    "ranks": cost.over_ranks,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", default="cpu2")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = folder_for("exact", arguments.hardware)
+    path = folder / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result.pop("environment", None)
+    for part in arguments.parts:
+        result[part] = PARTS[part]()
+        write(folder, result, table(result))
+        print(f"{part}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

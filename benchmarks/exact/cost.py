@@ -1,0 +1,89 @@
+"""CPU seconds of a step of EnergyNGD: beside Adam's on the same problem, and by weights, rows and ranks."""
+
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.exact.curves import seconds_of
+from benchmarks.exact.poisson import Pinn, adam_step, energy, loss_of
+from benchmarks.ranks import on_ranks
+from ngd_dist.exact import EnergyNGD
+from tests.ngd_dist.exact.pinns import POISSON, WEIGHTS, grid_points, network
+
+__all__ = ["beside_adam", "growth", "over_ranks"]
+
+BLOCKS = 7
+ADAMS = 20  # steps of Adam in a block, for one of EnergyNGD takes longer than the clock's grain
+WIDTHS, SIDES = (16, 32, 64, 128, 256, 512), (10, 20, 30, 60, 90)
+FORMS = ("weights", "kernel")
+MOST_ROWS_OF_KERNEL = 4000
+
+
+def beside_adam(problem: Pinn) -> list[dict[str, Any]]:
+    """Returns the times of a step over Adam's, in turn: with the line search, and with a given length."""
+    points, rival = problem.points(), problem.network(0)
+    loss, adam = loss_of(problem, rival, points), torch.optim.Adam(rival.parameters())
+    searching = energy(problem, problem.network(0))
+    given = energy(problem, problem.network(0), line_search=None, lr=0.01)
+    works = {
+        "Adam": (lambda: adam_step(adam, loss), ADAMS),
+        "EnergyNGD": (lambda: searching.step(points), 2),
+        "EnergyNGD, no line search": (lambda: given.step(points), 5),
+    }
+    for work, _ in works.values():
+        work()
+    blocks = [{name: seconds_of(*work) for name, work in works.items()} for _ in range(BLOCKS)]
+    rows = []
+    for name in works:
+        ratios = sorted(block[name] / block["Adam"] for block in blocks)
+        ms = 1e3 * median(block[name] for block in blocks)
+        rows.append(
+            {
+                "problem": problem.name,
+                "method": name,
+                "ms": ms,
+                "ratio": median(ratios),
+                "spread": ratios[:: BLOCKS - 1],
+            }
+        )
+    return rows  # fmt: skip
+
+
+def growth() -> list[dict[str, Any]]:
+    """Returns the time of a step by the width of the network at 900 points, and by points at 32 units."""
+    cases = [("weights", width, 30) for width in WIDTHS] + [("rows", 32, side) for side in SIDES]
+    rows = []
+    for by, width, side in cases:
+        points = grid_points(side)
+        count = sum(map(len, points.values()))
+        for form in FORMS:
+            if form == "kernel" and count > MOST_ROWS_OF_KERNEL:
+                continue
+            optimizer = _poisson(width, form)
+            optimizer.step(points)
+            ms = 1e3 * median(seconds_of(lambda o=optimizer, p=points: o.step(p), 1) for _ in range(3))
+            rows.append({"by": by, "form": form, "weights": 4 * width + 1, "rows": count, "ms": ms})
+    return rows
+
+
+def over_ranks(width: int = 64, side: int = 60) -> list[dict[str, Any]]:
+    """Returns the time that each rank spends on a step of all points, by ranks and form."""
+    return [
+        {"ranks": ranks, "form": form, "weights": 4 * width + 1, "rows": 4 * side + (side - 2) ** 2, "ms": max(times)}
+        for form in FORMS
+        for ranks in (1, 2)
+        for times in [on_ranks(ranks, _of_rank, width, side, form)]
+    ]
+
+
+def _of_rank(rank: int, world_size: int, width: int, side: int, form: str) -> float:
+    points = {name: some[rank::world_size] for name, some in grid_points(side).items()}
+    optimizer = _poisson(width, form)
+    optimizer.step(points)
+    return 1e3 * median(seconds_of(lambda: optimizer.step(points), 1) for _ in range(5))
+
+
+def _poisson(width: int, form: str) -> EnergyNGD:
+    problem = Pinn("", lambda seed: network(width, seed), POISSON, WEIGHTS, dict, lambda model: 0.0)
+    return energy(problem, problem.network(0), form=form)
