@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.exact.plots import FIGURES
 from benchmarks.methods.catalogue import METHODS
 from benchmarks.methods.document import compared, document
 from benchmarks.methods.protocol import median_of
@@ -32,6 +33,7 @@ QUESTIONS = {
     "inversion": "Inverting the factors of real models",
     "comm-volume": "Bytes between ranks",
     "memory": "Bytes that training holds",
+    "exact": "Small models, treated exactly",
     "crossover": "Which inversion is the faster, by width",
     "profile": "Where the time goes",
     "gpu-suite": "On a GPU",
@@ -78,6 +80,9 @@ class Result:
     def plot(self) -> str:
         return f"performance/{self.question}_{self.hardware}.svg"
 
+    def plot_of(self, part: str) -> str:
+        return f"performance/{self.question}-{part}_{self.hardware}.svg"
+
 
 def newest(root: Path = RESULTS) -> list[Result]:
     """Returns the newest result of each question on each hardware, in the order of QUESTIONS."""
@@ -96,6 +101,7 @@ def page(results: list[Result]) -> str:
     for result in results:
         body = "\n".join(TABLES.get(result.question, readme)(result))
         figure = [f"![{QUESTIONS[result.question]}]({result.plot})"] if _has_plot(result) else []
+        figure += [f"![{FIGURES[part][0]}]({result.plot_of(part)})" for part in parts_of(result)]
         heading = f"## {QUESTIONS[result.question]} ({result.hardware})"
         sections.append("\n\n".join([heading, body, *figure, _facts(result)]) + "\n")
     missing = [question for question in QUESTIONS if question not in {result.question for result in results}]
@@ -221,11 +227,23 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         drawn.append(path)
+    for result, part in [(each, part) for each in results for part in parts_of(each)]:
+        figure, axes = _figure(2, 3.4)
+        FIGURES[part][1](axes, result.document[part])
+        path = folder / result.plot_of(part)
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        drawn.append(path)
     if result := compared_in(results):
         path = folder / f"performance/overview_{result.hardware}.svg"
         plot_overview(result).savefig(path, metadata={"Date": None}, bbox_inches="tight")
         drawn.append(path)
     return drawn
+
+
+def parts_of(result: Result) -> list[str]:
+    """Returns the parts of the exact methods' result that have a figure each, for the page and for the guides."""
+    document = result.document if result.question == "exact" else {}
+    return [part for part in FIGURES if part in document]
 
 
 def _has_plot(result: Result) -> bool:

@@ -7,9 +7,9 @@ without evaluations. Parts that are not named keep their last figures.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,22 +22,22 @@ SEEDS, PAIRS = range(5), range(20)
 LONGEST = (1.0, 128.0)  # first lengths of the line search: a Gauss-Newton step, and far beyond
 
 
-def each(of_seed: Callable[[int], Iterable[dict[str, Any]]], seeds: Iterable[int]) -> list[dict[str, Any]]:
-    return [row for seed in seeds for row in of_seed(seed)]
+def each(rows_of: Callable[[Any], list[dict[str, Any]]], items: Iterable[Any]) -> list[dict[str, Any]]:
+    return [row for item in items for row in rows_of(item)]
 
 
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "equations": lambda: [row for p in poisson.PROBLEMS for row in each(lambda seed, p=p: poisson.curves(p, seed), SEEDS)],
+    "equations": lambda: [row for p in poisson.PROBLEMS for row in each(partial(poisson.curves, p), SEEDS)],
     "classifier": lambda: each(examples.classifier, SEEDS),
     "mixture": lambda: each(examples.mixture, range(10)),
     "categories": lambda: each(examples.categories, SEEDS),
     "waveform": lambda: [row for frequency in (15, 30) for row in examples.waveform(frequency, 4)],
-    "arrivals": lambda: [row for seed, long in itertools.product(PAIRS, LONGEST) for row in arrivals.arrivals(seed, long)],
+    "arrivals": lambda: [row for longest in LONGEST for row in each(partial(arrivals.arrivals, longest), PAIRS)],
     "rates": rates.rates,
-    "beside_adam": lambda: each(cost.beside_adam, poisson.PROBLEMS),  # type: ignore[arg-type]
+    "beside_adam": lambda: each(cost.beside_adam, poisson.PROBLEMS),
     "growth": cost.growth,
     "ranks": cost.over_ranks,
-}  # fmt: skip
+}
 
 
 def main() -> None:

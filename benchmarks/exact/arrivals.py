@@ -74,7 +74,7 @@ METHODS: list[tuple[Loss, Callable[[Tensor], Tensor], str]] = [
 ]
 
 
-def arrivals(seed: int, longest: float) -> list[dict[str, Any]]:
+def arrivals(longest: float, seed: int) -> list[dict[str, Any]]:
     """Returns the largest error of a layer under each loss and metric; longest: the first length of the line search."""
     generator = torch.Generator().manual_seed(seed)
     truth, start = (0.4 + 0.5 * torch.rand(LAYERS, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -33,9 +33,9 @@ def classifier(seed: int) -> list[dict[str, Any]]:
     x = 2 * torch.rand(300, 2).double() - 1
     y = (x.norm(dim=1) < 0.6).double()
     return [
-        curve("Gaussian process", f"{'natural + Adam' if is_natural else 'Adam'} {rate}", seed, _fit(x, y, is_natural, rate))
+        curve("Gaussian process", f"{'natural + ' * is_natural}Adam {rate}", seed, _fit(x, y, is_natural, rate))
         for is_natural, rate in itertools.product((True, False), GP_RATES)
-    ]  # fmt: skip
+    ]
 
 
 def _fit(x: Tensor, y: Tensor, is_natural: bool, rate: float) -> Points:
@@ -72,10 +72,11 @@ def mixture(seed: int) -> list[dict[str, Any]]:
 def categories(seed: int) -> list[dict[str, Any]]:
     """Returns the conditional KL divergence of four methods; their seconds are those of `_seconds` a step."""
     each, losses = _seconds(), dually_flat.compare(**STEP_SIZES, seed=seed)
+    rows = list(zip(dually_flat.SHOWN, losses, strict=True))
     return [
-        curve("categories", name, seed, [[s, s * each[name], row[i]] for s, row in zip(dually_flat.SHOWN, losses, strict=True)])
-        for i, name in enumerate(each)
-    ]  # fmt: skip
+        curve("categories", name, seed, [[step, step * seconds, row[index]] for step, row in rows])
+        for index, (name, seconds) in enumerate(each.items())
+    ]
 
 
 def _seconds() -> dict[str, float]:
@@ -108,7 +109,7 @@ def _seconds() -> dict[str, float]:
 
 
 def waveform(frequency: int, steps: int) -> list[dict[str, Any]]:
-    """Returns the misfit of `examples/waveform.py` under each metric, and the error of the medium as a fourth number."""
+    """Returns the misfit of `examples/waveform.py` under each metric, and as a fourth number the medium's error."""
     command = [sys.executable, "examples/waveform.py", str(steps), str(frequency), "8"]
     printed = subprocess.run(
         command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, check=True

@@ -78,36 +78,38 @@ def mixture(rows: Rows) -> list[str]:
 
 
 def waveform(rows: Rows) -> list[str]:
-    lines = [
-        [row["problem"].split(", ")[1], row["method"], *(f"{value:.3g}" for value in (row["points"][0][2], *row["points"][-1][2:]))]
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        (_, _, first, _), (_, _, last, error) = row["points"][0], row["points"][-1]
+        lines.append([row["problem"].split(", ")[1], row["method"], f"{first:.2g}", f"{last:.2g}", f"{error:.0%}"])
     return grid(["frequency", "metric", "misfit at the start", "at the end", "error of the medium"], lines)
 
 
 def arrivals(rows: Rows) -> list[str]:
-    lines = [
-        [loss, metric, *(f"{sum(r['error'] < 1e-2 for r in of if r['longest'] == long)} of {len(of) // 2}" for long in (1, 128))]
-        for (loss, metric), of in groups(rows, "loss", "metric")
-    ]  # fmt: skip
-    return ["Solved: all slownesses within 1e-2 after 30 steps.", "", *grid(["loss", "direction", "solved, lengths to 1", "to 128"], lines)]  # fmt: skip  # noqa: E501
+    lines = []
+    for (loss, metric), of_method in groups(rows, "loss", "metric"):
+        cells = [loss, metric]
+        for _, of_length in groups(of_method, "longest"):
+            cells.append(f"{sum(row['error'] < 1e-2 for row in of_length)} of {len(of_length)}")
+        lines.append(cells)
+    heads = ["loss", "direction", "solved, lengths up to 1", "lengths up to 128"]
+    return ["Solved: each slowness is within 1e-2 after 30 steps.", "", *grid(heads, lines)]
 
 
 def rates(rows: Rows) -> list[str]:
-    lines = [
-        [f"{row['decades']:g}", f"{row['eigenvalue']:.1f}", row["method"], f"{row['bound']:.3f}", f"{min(row['ratios']):.3f} to {max(row['ratios']):.3f}"]
-        for row in rows
-    ]  # fmt: skip
-    return grid(
-        ["decades of the inputs", "lambda_max of XᵀX", "method", "bound", "squared residual, after over before"], lines
-    )
+    lines = []
+    for row in rows:
+        spread = f"{min(row['ratios']):.3f} to {max(row['ratios']):.3f}"
+        lines.append([f"{row['decades']:g}", f"{row['eigenvalue']:.1f}", row["method"], f"{row['bound']:.3f}", spread])
+    return grid(["decades", "lambda_max of XᵀX", "method", "bound", "squared residual, after over before"], lines)
 
 
 def beside_adam(rows: Rows) -> list[str]:
-    lines = [
-        [row["problem"], row["method"], f"{row['ms']:.2f}", f"{row['ratio']:.1f} ({row['spread'][0]:.1f} to {row['spread'][1]:.1f})"]
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        least, most = row["spread"]
+        times = f"{row['ratio']:.1f} ({least:.1f} to {most:.1f})"
+        lines.append([row["problem"], row["method"], f"{row['ms']:.2f}", times])
     return grid(["problem", "step of", "ms", "times Adam's"], lines)
 
 

@@ -1,7 +1,7 @@
 """Steps are GPflow's: by its formula, differentiated densely, and in the figures of its notebook on natural gradients.
 
-The notebook is doc/source/notebooks/advanced/natural_gradients.ipynb of GPflow/docs at 0b8a6f5. Its outputs are those of
-two iterations, and of points that numpy draws from seed 0.
+The notebook is doc/source/notebooks/advanced/natural_gradients.ipynb of GPflow/docs at 0b8a6f5. Its outputs are those
+of two iterations, and of points that numpy draws from seed 0.
 """
 
 import math
