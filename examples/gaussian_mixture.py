@@ -57,6 +57,4 @@ if __name__ == "__main__":
     for loss_of in (squared_error, transport):
         for name in ("plain", *METRICS):
             losses = torch.tensor([fit(loss_of, name, seed)[-1] for seed in range(seeds)])
-            print(
-                f"{loss_of.__name__:13} {name:12} loss {losses.median():.8f}; {(losses < 1e-4).sum()} of {seeds} solved"
-            )
+            print(f"{loss_of.__name__:13} {name:11} loss {losses.median():.8f}; {(losses < 1e-4).sum()}/{seeds} solved")

@@ -40,14 +40,14 @@ def train(context: LoopContext) -> None:
     while context.step < context.config["steps"]:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        likelihood = -bound(model(points[mine]), labels[mine])
-        likelihood.backward()
-        for parameter in model.hyperparameters():
-            if context.process_group is not None and parameter.grad is not None:
-                dist.all_reduce(parameter.grad.div_(context.world_size), group=context.process_group)
+        loss = -bound(model(points[mine]), labels[mine])
+        loss.backward()
+        if context.process_group is not None:  # the natural step averages its own gradients
+            for value in (loss.detach(), *(parameter.grad for parameter in model.hyperparameters())):
+                dist.all_reduce(value.div_(context.world_size), group=context.process_group)
         for optimizer in optimizers:
             optimizer.step()
-        context.report({"loss": likelihood}, samples=len(points))
+        context.report({"loss": loss}, samples=len(points))
         stops = context.should_stop()
         if stops or context.step % 10 == 0:
             context.checkpoint({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
