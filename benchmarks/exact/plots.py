@@ -45,7 +45,7 @@ def waveform(axes: Any, rows: Rows) -> None:
         for number, row in enumerate(of_problem):
             misfits = [point[SCORE] for point in row["points"]]
             axis.plot(misfits, label=row["method"], marker="osv"[number], ms=4, lw=1.2)
-        axis.set(title=f"{problem}: frequency", xlabel="steps", ylabel="misfit of the records", yscale="log")
+        axis.set(title=problem.replace(",", " at frequency"), xlabel="steps", ylabel="misfit", yscale="log")
     axes[0].legend(fontsize=7)
 
 
