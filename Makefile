@@ -6,7 +6,7 @@ STAMP := $(VENV)/.synced
 BENCH_STAMP := $(VENV)/.synced-bench
 
 # What make bench measures beside methods, and the last word of its results' folders.
-QUESTIONS := approximations step_overhead step_jitter inversion comm_volume memory engines
+QUESTIONS := exact approximations step_overhead step_jitter inversion comm_volume memory engines
 HARDWARE ?= cpu
 
 # With cached bytecode a process that imports torch starts in two thirds of the time, and the tests start hundreds.

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.exact.plots import FIGURES
 from benchmarks.methods.tasks import TASKS
 from benchmarks.reading import Result, compared_in, groups, is_ours, medians
 
-__all__ = ["has_plot", "plots"]
+__all__ = ["has_plot", "parts_of", "plots"]
 
 PLOTS_A_LINE = 3
 
@@ -28,12 +29,24 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         drawn.append(path)
+    for result, part in [(each, part) for each in results for part in parts_of(each)]:
+        figure, axes = _figure(2, 3.4)
+        FIGURES[part][1](axes, result.document[part])
+        path = folder / result.plot_of(part)
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        drawn.append(path)
     if result := compared_in(results):
         for name, plot in (("overview", plot_overview), ("headline", plot_headline)):
             path = folder / f"performance/{name}_{result.hardware}.svg"
             plot(result).savefig(path, metadata={"Date": None}, bbox_inches="tight")
             drawn.append(path)
     return drawn
+
+
+def parts_of(result: Result) -> list[str]:
+    """Returns the parts of the exact methods' result that have a figure each, for the page and for the guides."""
+    document = result.document if result.question == "exact" else {}
+    return [part for part in FIGURES if part in document]
 
 
 def has_plot(result: Result) -> bool:

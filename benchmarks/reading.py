@@ -35,6 +35,9 @@ class Result:
     def plot(self) -> str:
         return f"performance/{self.question}_{self.hardware}.svg"
 
+    def plot_of(self, part: str) -> str:
+        return f"performance/{self.question}-{part}_{self.hardware}.svg"
+
 
 def compared_in(results: list[Result]) -> Result | None:
     """Returns the newest comparison of methods by seconds and steps to their targets."""

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.exact.plots import FIGURES
 from benchmarks.methods.document import compared, document
 from benchmarks.methods.tasks import TASKS
-from benchmarks.plots import has_plot, plots
+from benchmarks.plots import has_plot, parts_of, plots
 from benchmarks.reading import Result, compared_in, groups, is_ours, medians
 from benchmarks.record import RESULTS
 from benchmarks.step_overhead import targets_table
@@ -30,6 +31,7 @@ QUESTIONS = {
     "inversion": "Inverting the factors of real models",
     "comm-volume": "Bytes between ranks",
     "memory": "Bytes that training holds",
+    "exact": "Small models, treated exactly",
     "crossover": "Which inversion is the faster, by width",
     "profile": "Where the time goes",
     "gpu-suite": "On a GPU",
@@ -70,6 +72,7 @@ def page(results: list[Result]) -> str:
     for result in results:
         body = "\n".join(TABLES.get(result.question, readme)(result))
         figure = [f"![{QUESTIONS[result.question]}]({result.plot})"] if has_plot(result) else []
+        figure += [f"![{FIGURES[part][0]}]({result.plot_of(part)})" for part in parts_of(result)]
         heading = f"## {QUESTIONS[result.question]} ({result.hardware})"
         sections.append("\n\n".join([heading, *figure, folded(body), _facts(result)]) + "\n")
     missing = [question for question in QUESTIONS if question not in {result.question for result in results}]

@@ -1,1 +1,1 @@
-"""Problems of the exact natural gradients, for tests and measurements alike. Start at `problems`."""
+"""Small models that are treated exactly: start at `__main__`. `problems` has the equations, for tests too."""

@@ -90,8 +90,9 @@ def direction(
     if rcond is None:
         rcond = max(y_ep.shape) * torch.finfo(y_ep.dtype).eps
     kept = singular > rcond * singular[0]
-    # Where a singular value is dropped, its numerator is 0.
-    filters = torch.where(kept, singular, 0) / torch.where(kept, singular.square() + damping, 1)
+    divisors = torch.where(kept, singular, 1)
+    # Not singular / (singular^2 + damping): the square of a value below 1e-162 is 0 in float64.
+    filters = torch.where(kept, 1 / (divisors + damping / divisors), 0)
     eta: Tensor = -(vt.T @ (filters * (u.T @ (q.T @ b_e))))
     return eta
 

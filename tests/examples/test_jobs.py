@@ -70,3 +70,25 @@ def test_equation_is_solved_alike_on_one_worker_and_on_two(tmp_path):
     assert len(losses[0]) == 40
     assert losses[0][-1] < 1e-3 * losses[0][0]
     assert losses[1][:10] == pytest.approx(losses[0][:10], rel=1e-6)  # later, rounding grows with the steps
+
+
+@pytest.mark.ranks
+def test_posterior_is_found_alike_on_one_worker_and_on_two(tmp_path):
+    pytest.importorskip("gpytorch")
+    train = {
+        "function": "examples.jobs.posterior:train",
+        "options": {"points": 120, "steps": 20},
+        "steps": 20,
+        "metrics": {"loss": "lower"},
+    }
+    losses = []
+    for workers in (1, 2):
+        spec = parse_spec({"name": "posterior", "train": train, "resources": {"workers": workers}})
+        attempt = make_attempt(tmp_path / str(workers), spec)
+        outcomes = [run_rank(attempt).model_dump()] if workers == 1 else run_ranks(2, ran, attempt)
+        assert {outcome["result"] for outcome in outcomes} == {"succeeded"}, outcomes
+        losses.append([record.metrics["loss"] for record in records(spooled(attempt))])
+
+    assert len(losses[0]) == 20
+    assert losses[0][-1] < 0.6 * losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -246,3 +246,11 @@ def test_numbers_that_are_not_finite_are_named() -> None:
         StateSpaceNGD(metric, lambda theta: theta, torch.sum).direction(nan)
     with pytest.raises(NonFiniteError, match="the start of the step is nan"):
         StateSpaceNGD(metric, lambda theta: theta, lambda rho: rho.sum() * math.nan).step(torch.ones(2))
+
+
+def test_a_jacobian_whose_square_vanishes_gives_a_finite_direction() -> None:
+    root = L2(Grid((2,), (1.0,))).at(torch.ones(2, dtype=F64))
+
+    eta = direction(torch.tensor([[1e-170], [0.0]], dtype=F64), torch.tensor([1e-10, 0.0], dtype=F64), root)
+
+    torch.testing.assert_close(eta, torch.tensor([-1e160], dtype=F64))
