@@ -12,12 +12,18 @@ __all__ = ["EnergyNGDConfig", "GridSearch"]
 class GridSearch(Settings):
     """Tries the lengths lr, lr base, lr base^2 ... and takes that of the least loss; none if no loss is lower.
 
+    It tries them in groups, the longest first, and goes on to the next one only while shorter lengths do better: until a
+    group has lengths that lower the loss, and the shortest of it is not the best so far.
+
     >>> GridSearch(count=3).count
     3
     """
 
     base: float = Field(default=0.5, gt=0, lt=1, description="Ratio of a length to the one before it.")
-    count: int = Field(default=31, ge=1, description="Lengths that are tried; the loss is evaluated at all of them.")
+    count: int = Field(default=31, ge=1, description="Lengths that are tried at most.")
+    group: int = Field(
+        default=4, ge=1, description="Lengths whose losses are evaluated at once; count: all of them, as in the paper."
+    )
 
 
 class EnergyNGDConfig(Settings):

@@ -102,3 +102,18 @@ def test_line_search_takes_the_length_of_the_least_loss() -> None:
 
 def test_line_search_takes_no_step_if_none_is_better() -> None:
     assert best([3.0, 3.0, torch.nan, torch.inf]) == 0.0
+
+
+@pytest.mark.parametrize(("least", "calls"), [(1.0, 1), (2.0**-3, 2), (2.0**-6, 2), (2.0**-7, 3)])
+def test_line_search_goes_on_while_shorter_lengths_do_better(least: float, calls: int) -> None:
+    asked = list[torch.Tensor]()
+
+    def losses(lengths: torch.Tensor) -> torch.Tensor:
+        asked.append(lengths)
+        return (lengths - least) ** 2
+
+    length, _ = best_length(losses, 1.0, GridSearch(group=4), device=torch.device("cpu"))
+
+    assert length == least
+    assert len(asked) == calls
+    assert [len(lengths) for lengths in asked] == [5, 4, 4][:calls]
