@@ -12,8 +12,8 @@ __all__ = ["EnergyNGDConfig", "GridSearch"]
 class GridSearch(Settings):
     """Tries the lengths lr, lr base, lr base^2 ... and takes that of the least loss; none if no loss is lower.
 
-    It tries them in groups, the longest first, and goes on to the next one only while shorter lengths do better: until a
-    group has lengths that lower the loss, and the shortest of it is not the best so far.
+    It tries them in groups, the longest first, and ends with the first group after which some length lowers the loss,
+    and the best one is not the shortest so far.
 
     >>> GridSearch(count=3).count
     3
