@@ -110,7 +110,7 @@ def _follow_it_to_its_end(service: Service, page: Page, job: Job) -> None:
             assert [point[0] for point in drawn[label]] == series.steps, f"{title}, {label}"
             assert [point[1] for point in drawn[label]] == pytest.approx(series.values), f"{title}, {label}"
     statistics = service.client.statistics(job.id, max_points=20)
-    cells = dict(page.evaluate(POINTS, "Age of the statistics in use"))["age"]
+    cells = dict(page.evaluate(POINTS, "Statistics in use"))["age"]
     assert {cell[1] for cell in cells} == set(range(len(statistics.names)))
     assert metrics.last_step == ended.status.progress.step
     expect(page.get_by_text(f"Checkpoint of step {ended.status.progress.step} saved")).to_be_attached()

@@ -143,7 +143,7 @@ def test_frame_that_is_laid_out_after_the_points_leaves_them(
     worker.has_done(40, 12)
     frames = open_job(page, service, worker)
     settled(page, frames, worker, 40, 12)
-    titles = ("Loss", "Throughput", "Time per step, by phase", "Age of the statistics in use")
+    titles = ("Loss", "Throughput", "Time per step, by phase", "Statistics in use")
     page.wait_for_function(f"(({SERIES})('{titles[-1]}'))[0]?.length > 0", timeout=DRAW_MS)
     drawn = [page.evaluate(SERIES, title) for title in titles]
 

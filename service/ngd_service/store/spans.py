@@ -6,8 +6,8 @@ to date as steps come in, and a reader takes the level that fits its screen.
 
 curves       of each value, also of each metric, the lowest, the highest and the first that is not finite, each at its
              step; of a group of parts (seconds, bytes_sent) those where their sum is such
-statistics   ages and intervals at the span's last step, the refreshes within it, and of each statistic that was judged in
-             it the newest change, noise, threshold and error, and of each that failed the newest ending
+statistics   ages and intervals at the span's last step, the refreshes within it, and of each statistic judged in it
+             the newest change, noise, threshold and error, and of each that failed the newest ending
 evaluations  as curves, of the test data's metrics: test_<name>
 """
 
