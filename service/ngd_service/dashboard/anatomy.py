@@ -16,7 +16,7 @@ from ngd_service.resources import Metrics
 __all__ = ["Anatomy", "quantile"]
 
 NEWEST = 200
-COLUMNS = (("phase", "phase"), ("p50", "p50"), ("p95", "p95"), ("share", "of the time"))
+COLUMNS = (("phase", "phase"), ("p50", "p50"), ("p95", "p95"), ("share", "share"))
 
 
 class Anatomy:

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["as_html"]
+__all__ = ["as_html", "plain"]
 
 # Select Graphic Rendition is drawn; all other control sequences (cursor moves, titles) have no meaning on a page.
 SGR = re.compile(r"\x1b\[([\d;]*)m")
@@ -24,6 +24,11 @@ def as_html(line: str) -> str:
             _turn(styles, int(code or 0))
         end = match.end()
     return "".join([*parts, _styled(line[end:], styles)])
+
+
+def plain(line: str) -> str:
+    """Returns a line without its control sequences."""
+    return OTHER.sub("", line)
 
 
 def _turn(styles: dict[str, None], code: int) -> None:

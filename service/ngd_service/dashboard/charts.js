@@ -42,10 +42,11 @@ window.ngd = {
          ...why.map(values => values[y])]));
       const drawn = cells.map(cell => cell[2]).filter(value => value !== '-');
       const min = shown && drawn.length ? Math.min(...drawn) : 0, max = Math.max(...drawn, min + 1e-9, shown ? -9 : 1);
-      const said = value => shown ? +(10 ** value).toPrecision(2) : value;
+      const short = value => value < 1e4 ? +value.toPrecision(2) : value.toExponential(1);
+      const said = value => shown ? short(10 ** value) : value;
       return {
         xAxis: {data: held.columns.map(column => column[0])},
-        visualMap: {min, max, text: [`${said(max)} ${options.visualMap.text[0]}`, said(min)]},
+        visualMap: {min, max, text: [`${said(max)} ${options.visualMap.text[0]}`.replace(/^1 steps/, '1 step'), said(min)]},
         series: [{data: cells}, {data: cells.filter(cell => cell[4] && cell[3] > 1)}],
       };
     });

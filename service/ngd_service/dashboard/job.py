@@ -79,7 +79,8 @@ class JobPage:
 
     def _lay_out(self) -> None:
         self.summary = Summary(self._cancel)
-        self.trouble = Trouble()
+        with self.summary.beneath_notice:
+            self.trouble = Trouble()
         self.sections = Sections()
         self.training = Training(self.view)
         with self.sections.section("Metrics"):
@@ -94,13 +95,13 @@ class JobPage:
             self.fallback = FallbackPanel()
         with self.sections.section("Step"), ui.element("div").classes("grid"):
             self.training.lay_out_step()
-        with self.sections.section("Log"), ui.element("div").classes("grid"):
+        with self.sections.section("Log", is_titled=False), ui.element("div").classes("grid"):
             self.log = LogPanel(self.api, self.job_id)
         with self.sections.section("History"), ui.element("div").classes("grid"):
             self.timeline, self.event_panel = Timeline(), EventPanel()
             self.environment = EnvironmentPanel()
             self.checkpoints = CheckpointPanel()
-        with self.sections.section("Spec"):
+        with self.sections.section("Spec", is_titled=False):
             self._lay_out_spec()
         self._show_sections(num_statistics=0)
 

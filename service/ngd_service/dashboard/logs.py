@@ -9,11 +9,11 @@ from nicegui import ui
 
 from ngd_service.client.client import AsyncClient, ServiceError
 from ngd_service.client.units import counted
-from ngd_service.dashboard.ansi import as_html
+from ngd_service.dashboard.ansi import as_html, plain
 from ngd_service.dashboard.theme import panel
 from ngd_service.resources import Job
 
-__all__ = ["ERROR", "LOG_LINES", "LogPanel", "first_error", "unseen"]
+__all__ = ["LOG_LINES", "LogPanel", "first_error", "is_error", "unseen"]
 
 LOG_LINES = 500
 BEFORE_ERROR = 20  # lines in view above it
@@ -113,7 +113,7 @@ class LogPanel:
             return
         self.is_following = False
         lines = await self._all_lines()
-        matching = [line for line in lines if wanted in line.casefold()]
+        matching = [line for line in lines if wanted in plain(line).casefold()]
         self._replace(matching[-LOG_LINES:])
         self.note.set_text(f"{len(matching):,} of {counted(len(lines), 'line')} hold “{self.search.value}”")
 
@@ -158,13 +158,18 @@ class LogPanel:
 
 
 def _line(line: str) -> str:
-    mark = " class=error" if ERROR.search(line) else ""
+    mark = " class=error" if is_error(line) else ""
     return f"<div{mark}>{as_html(html.escape(line)) or ' '}</div>"
+
+
+def is_error(line: str) -> bool:
+    """Whether a line looks like an error."""
+    return ERROR.search(plain(line)) is not None
 
 
 def first_error(lines: list[str]) -> int | None:
     """Returns the place of the first line that looks like an error."""
-    return next((place for place, line in enumerate(lines) if ERROR.search(line)), None)
+    return next((place for place, line in enumerate(lines) if is_error(line)), None)
 
 
 def unseen(shown: list[str], tail: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ class Mark:
 MARK_STYLES: dict[str, dict[str, Any]] = {
     "attempt": {"type": "solid", "color": MUTED, "width": 1.5},
     "restart": {"type": "dashed", "color": "var(--bad)", "width": 1.5},
-    "checkpoint": {"type": "dotted", "color": "var(--good)", "width": 1, "opacity": 0.7},
+    "checkpoint": {"type": "dotted", "color": "var(--good)", "width": 1, "opacity": 0.4},
 }
 
 

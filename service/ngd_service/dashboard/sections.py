@@ -16,14 +16,15 @@ class Sections:
         self.parts: dict[str, tuple[ui.element, ui.element]] = {}
 
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """Lays out a section; the panels inside stand in its grid."""
+    def section(self, name: str, *, is_titled: bool = True) -> Iterator[None]:
+        """Lays out a section; its title is left out where its only panel says the same."""
         anchor = name.lower()
         with self.links:
             link = ui.link(name, f"#{anchor}")
         with ui.element("section").classes("part").props(f'id={anchor} aria-label="{name}"') as whole:
-            with ui.element("div").classes("part-title").props("role=heading aria-level=2"):
-                ui.label(name)
+            if is_titled:
+                with ui.element("div").classes("part-title").props("role=heading aria-level=2"):
+                    ui.label(name)
             yield
         self.parts[name] = (whole, link)
 

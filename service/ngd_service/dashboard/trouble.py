@@ -6,7 +6,7 @@ from nicegui import ui
 
 from ngd_service.client.client import AsyncClient, ServiceError
 from ngd_service.dashboard.ansi import as_html
-from ngd_service.dashboard.logs import ERROR
+from ngd_service.dashboard.logs import is_error
 from ngd_service.resources import Job
 
 __all__ = ["Trouble", "around_last_error"]
@@ -46,5 +46,5 @@ class Trouble:
 
 def around_last_error(lines: list[str]) -> list[str]:
     """Returns the lines around the last one that looks like an error; if none does, the last ones."""
-    place = next((i for i in range(len(lines) - 1, -1, -1) if ERROR.search(lines[i])), len(lines) - 1)
+    place = next((i for i in range(len(lines) - 1, -1, -1) if is_error(lines[i])), len(lines) - 1)
     return lines[max(0, place - BEFORE) : place + AFTER + 1]

@@ -21,7 +21,7 @@ TRUST = {
 }
 COUNTS = ("failed_inversions", "skipped_steps")
 ROWS = (("reduction_ratio",), ("damping",), COUNTS)  # one above the other, over the same steps
-ROW_PX, GAP_PX, TOP_PX, FOOT_PX = 104, 18, 34, 44
+ROWS_PX, GAP_PX, TOP_PX, FOOT_PX = (110, 110, 56), 22, 34, 44
 
 
 class Trust(Curves):
@@ -40,10 +40,10 @@ class Trust(Curves):
         options, top = self.chart.options, TOP_PX
         self.ranges = self._ranges()
         places, drawn = [], [any(self.points[key] for key in keys) for keys in ROWS]
-        for has_points in drawn:
-            places.append({"left": 74, "right": 18, "top": top, "height": ROW_PX if has_points else 0})
-            top += (ROW_PX + GAP_PX) if has_points else 0
-        bottom = max(top - GAP_PX, TOP_PX + ROW_PX)
+        for has_points, height in zip(drawn, ROWS_PX, strict=True):
+            places.append({"left": 74, "right": 18, "top": top, "height": height if has_points else 0})
+            top += (height + GAP_PX) if has_points else 0
+        bottom = max(top - GAP_PX, TOP_PX + ROWS_PX[0])
         options["grid"] = [*places, {"left": 74, "right": 18, "top": TOP_PX, "height": bottom - TOP_PX}]
         hidden = {"name": "", "axisLabel": {"show": False}, "splitLine": {"show": True}, "axisTick": {"show": False}}
         last = len(ROWS) - 1
@@ -62,7 +62,7 @@ class Trust(Curves):
         options["dataZoom"] = [ZOOM | {"xAxisIndex": "all"}]
         row_of = {key: row for row, keys in enumerate(ROWS) for key in keys}
         lines = [
-            self._line(index, key) | {"xAxisIndex": row_of[key], "yAxisIndex": row_of[key]} | _shape(key)
+            self._line(index, key) | {"xAxisIndex": row_of[key], "yAxisIndex": row_of[key]} | self._shape(key)
             for index, key in enumerate(self.points)
         ]
         options["series"] = [*lines, self._floor() | {"xAxisIndex": len(ROWS), "yAxisIndex": len(ROWS)}]
@@ -70,6 +70,16 @@ class Trust(Curves):
         options["legend"] |= {"data": names + (["not finite"] if self.lost else [])}
         self.chart.style(f"height: {bottom + FOOT_PX}px")
         self.chart.update()
+
+    def _shape(self, key: str) -> dict[str, Any]:
+        if key in COUNTS:
+            return {"step": "end"}
+        if key != "reduction_ratio" or not self.points[key]:
+            return {}
+        label = {"show": True, "position": "insideTopRight", "color": "var(--muted)", "fontSize": 11}
+        band = [{"yAxis": HEALTHY[0], "name": "healthy"}, {"yAxis": HEALTHY[1]}]
+        style = {"color": "var(--good)", "opacity": 0.12}
+        return {"symbolSize": 5, "markArea": {"data": [band], "itemStyle": style, "label": label} | QUIET}
 
     def _ranges(self) -> dict[str, Any]:
         """All rows show the same steps, though the ratio is not measured in each."""
@@ -86,7 +96,7 @@ class Trust(Curves):
         if not finite:
             return [{}, {}, {}]
         low, high = self.calm_range or (min(finite), max(finite))
-        return [{"min": min(0.0, low), "max": max(HEALTHY[1] + 0.25, high)}, {}, {}]
+        return [{"min": min(0.0, low), "max": max(HEALTHY[1] + 0.5, high)}, {}, {}]
 
     @property
     def _may_have_outliers(self) -> list[str]:
@@ -122,14 +132,3 @@ def _axes() -> list[dict[str, Any]]:
         value_axis("damping", PLAIN, splitNumber=3) | {"type": "log"},
         value_axis("so far", COUNT, minInterval=1, min=0),
     ]
-
-
-def _shape(key: str) -> dict[str, Any]:
-    if key in COUNTS:
-        return {"step": "end"}
-    if key != "reduction_ratio":
-        return {}
-    label = {"show": True, "position": "insideTopRight", "color": "var(--muted)", "fontSize": 11}
-    band = [{"yAxis": HEALTHY[0], "name": "healthy"}, {"yAxis": HEALTHY[1]}]
-    style = {"color": "var(--good)", "opacity": 0.12}
-    return {"symbolSize": 5, "markArea": {"data": [band], "itemStyle": style, "label": label} | QUIET}
