@@ -77,6 +77,46 @@ def test_drag_zooms_all_charts_and_the_address_keeps_it(
     assert [round(step) for step in shown] == [int(kept[1]), int(kept[2])]
 
 
+def test_zoom_into_a_long_run_shows_each_of_its_steps(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    worker.has_done(3_000, 2)
+    open_page(page, f"{service.url}/jobs/{worker.job.id}")
+    see_step(page, 3_000)
+    page.wait_for_function("window.ngd.leader")
+    within = f"(({OPTION})('TITLE')).series[0].data.filter(([step]) => step >= 1000 && step <= 1100).length"
+    page.wait_for_function(f"{within.replace('TITLE', 'Loss')} > 10")
+    assert page.evaluate(within.replace("TITLE", "Loss")) < 60
+
+    page.evaluate("ngd.zoom([1000, 1100])")
+
+    for title in ("Loss", "Time per step, by phase"):
+        page.wait_for_function(f"{within.replace('TITLE', title)} === 101", timeout=DRAW_MS)
+    steps = [step for step, _ in page.evaluate(OPTION, "Loss")["series"][0]["data"]]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (1, 3_000)
+    worker.does(3_001, 2)
+    see_step(page, 3_001)
+    page.wait_for_function(f"(({OPTION})('Loss')).series[0].data.at(-1)[0] === 3001")
+    assert page.evaluate(within.replace("TITLE", "Loss")) == 101
+
+
+def test_zoomed_view_follows_the_latest_step_if_it_is_to(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    worker.has_done(40, 4)
+    opened(page, service, worker, 40, "?from=30&to=40")
+    wait_for_window(page, "Loss", [30, 40])
+
+    page.get_by_role("switch", name="Follow the latest").click()
+    page.wait_for_function("window.ngd.follows && location.search.includes('follow=on')")
+    worker.does(41, 4)
+
+    wait_for_window(page, "Throughput", [31, 41])
+
+
 def test_smoothed_curve_has_its_points_behind_it(
     service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
 ) -> None:

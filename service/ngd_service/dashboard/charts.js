@@ -77,7 +77,10 @@ window.ngd = {
     const {start, end, startValue, endValue} = chart.getOption().dataZoom.find(zoom => zoom.type === 'inside');
     ngd.window = start > 0 || end < 100 ? [Math.round(startValue), Math.round(endValue)] : null;
     clearTimeout(ngd.keeping);
-    ngd.keeping = setTimeout(() => ngd.keep({from: ngd.window?.[0], to: ngd.window?.[1]}), 200);
+    ngd.keeping = setTimeout(() => {
+      ngd.keep({from: ngd.window?.[0], to: ngd.window?.[1]});
+      if (!ngd.follows) emitEvent('zoomed', ngd.window);  // a view that follows gets each new step anyway
+    }, 200);
   },
   follow() {
     const last = Math.max(...ngd.held[ngd.leader].series.map(points => points.at(-1)?.[0] ?? 0));

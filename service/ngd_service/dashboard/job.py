@@ -43,6 +43,7 @@ def register(api_of: Callable[[Request], AsyncClient]) -> None:
         timer = ui.timer(POLL_S, page.refresh)
         page.timer = timer
         ui.on("visible", lambda event: setattr(timer, "active", event.args))
+        ui.on("zoomed", lambda event: page.refine(event.args))
 
 
 class JobPage:
@@ -247,10 +248,21 @@ class JobPage:
         if self.heat_map.num_rows and step:
             await self.heat_map.refresh(self.api, self.job_id, step, whole=job.status.is_terminal)
 
+    async def refine(self, window: Sequence[int] | None) -> None:
+        """Shows the steps that the reader has zoomed to as finely as the screen does."""
+        async with self.reading:
+            try:
+                await self.training.refine(self.api, self.job_id, None if window is None else (window[0], window[1]))
+            except ServiceError as error:
+                self.freshness.stale(str(error))
+
     async def _recolour(self) -> None:
         async with self.reading:
-            if self.job is not None:
-                await self._read_statistics(self.job)
+            try:
+                if self.job is not None:
+                    await self._read_statistics(self.job)
+            except ServiceError as error:
+                self.freshness.stale(str(error))
 
     async def _cancel(self) -> None:
         try:

@@ -11,6 +11,7 @@ from ngd_service.dashboard.anatomy import Anatomy
 from ngd_service.dashboard.curves import Curve, Curves, Goal
 from ngd_service.dashboard.marks import MOST_MARKS, Mark, lines_of
 from ngd_service.dashboard.measures import BYTES, PLAIN, RATE, SECONDS, SHARE
+from ngd_service.dashboard.smoothing import aligned
 from ngd_service.dashboard.trust import Trust
 from ngd_service.dashboard.view import View
 from ngd_service.resources import Event, Job, Metric, Metrics
@@ -78,9 +79,10 @@ class Training:
         if is_first or has_new_chart:
             ids = [panel.chart.id for panel in self.panels]
             window = self.view.window if is_first else None
-            self._tell(f"ngd.connect({json.dumps(ids)},{json.dumps(window)})")
+            self._tell(f"{self.view.script}ngd.connect({json.dumps(ids)},{json.dumps(window)})")
         if whole:  # the steps of a long answer are thinned out
             await self._read_newest(api, job, step)
+            await self.refine(api, job.id, self.view.window)
         else:
             self.anatomy.add(metrics)
 
@@ -88,6 +90,26 @@ class Training:
         """Gives the table of phases the newest steps, each by itself."""
         from_step = max(1, step - self.anatomy.num_steps + 1)
         self.anatomy.add(await api.metrics(job.id, names=["seconds"], from_step=from_step, to_step=step), now=True)
+
+    async def refine(self, api: AsyncClient, job_id: str, window: tuple[int, int] | None) -> None:
+        """Reads the steps in view again where those of the whole run are thinned out; None: all are in view."""
+        self.view.window = window
+        if window is None or self.last_step is None or self.last_step <= MAX_POINTS:
+            return
+        first, last = window
+        fine = await api.metrics(job_id, names=self.names, from_step=first, to_step=last, max_points=MAX_POINTS)
+        points: dict[Curves, dict[str, list[tuple[int, float]]]] = {panel: {} for panel in self.panels}
+        for name, series in fine.series.items():
+            panel, key = self._place(name)
+            within = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if first <= s <= last]
+            known = panel.points.get(key, [])
+            before, after = ([p for p in known if p[0] < first], [p for p in known if p[0] > last])
+            points[panel][key] = [*before, *within, *after]
+        scripts = [
+            panel.replace(aligned(of_panel) if panel.stacked else {**panel.points, **of_panel})
+            for panel, of_panel in points.items()
+        ]
+        self._tell("".join(scripts))
 
     def redraw(self) -> None:
         """Draws all again, after the view has changed."""
