@@ -20,9 +20,9 @@ from ngd_service.dashboard.marks import Mark, marks
 from ngd_service.dashboard.measures import BYTES
 from ngd_service.dashboard.mounting import _failed
 from ngd_service.dashboard.smoothing import aligned
-from ngd_service.dashboard.training import Training
 from ngd_service.dashboard.view import View
 from ngd_service.resources import Event, Job, Metric, Metrics, Progress, Series, Statistics, Status
+from tests.support.laid_out import laid_out
 
 NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
 ACCURACY = Metric(name="accuracy", label="accuracy", better="higher", unit="share")
@@ -284,14 +284,6 @@ def test_stacked_parts_get_the_same_steps() -> None:
     points = aligned({"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": [(2, 0.5)]})
 
     assert points == {"data": [(1, 0.1), (2, 0.1), (3, 0.1)], "capture": [(1, 0.0), (2, 0.5), (3, 0.0)]}
-
-
-def laid_out() -> Training:
-    training = Training(View())
-    training.lay_out_metrics()
-    training.lay_out_curvature()
-    training.lay_out_step()
-    return training
 
 
 class Recorded:

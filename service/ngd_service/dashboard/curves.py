@@ -19,6 +19,7 @@ __all__ = ["DRAGGING", "QUIET", "ZOOM", "Curve", "Curves", "Goal", "step_axis", 
 
 DASHES = ("solid", [6, 4], [2, 3], [10, 3, 2, 3])
 SERIES_COLOURS = 10
+MOST_SYMBOLS = 60  # of a series: more of them hide it
 LOG_FROM = 100  # times the smallest value is the largest: a linear axis would show the largest alone
 STEP_POINTER = {"label": {":formatter": "p => 'step ' + Math.round(p.value)"}, "lineStyle": {"color": MUTED}}
 QUIET = {"silent": True, "symbol": "none", "animation": False}
@@ -272,7 +273,7 @@ class Curves(ChartPanel):
         line: dict[str, Any] = {
             "name": curve.label,
             "type": "line",
-            "showSymbol": curve.dotted,
+            "showSymbol": curve.dotted and len(self.points[key]) <= MOST_SYMBOLS,
             "symbol": "circle",
             "symbolSize": 7 if curve.dotted else 5,
             "lineStyle": {"color": colour, "width": 1.75, "type": DASHES[index % len(DASHES)]},

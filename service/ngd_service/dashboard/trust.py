@@ -45,7 +45,7 @@ class Trust(Curves):
             top += (height + GAP_PX) if has_points else 0
         bottom = max(top - GAP_PX, TOP_PX + ROWS_PX[0])
         options["grid"] = [*places, {"left": 74, "right": 18, "top": TOP_PX, "height": bottom - TOP_PX}]
-        hidden = {"name": "", "axisLabel": {"show": False}, "splitLine": {"show": True}, "axisTick": {"show": False}}
+        hidden = {"name": "", "axisLabel": {"show": False}, "axisTick": {"show": False}}
         last = len(ROWS) - 1
         options["xAxis"] = [
             step_axis(gridIndex=i, show=drawn[i]) | ({} if i == last else hidden) | self._steps()
