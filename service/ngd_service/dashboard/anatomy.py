@@ -8,7 +8,6 @@ from typing import Any
 from nicegui import ui
 
 from ngd_service.client.units import percent
-from ngd_service.dashboard.chart_panel import SENTENCE_S
 from ngd_service.dashboard.measures import SECONDS
 from ngd_service.dashboard.theme import panel
 from ngd_service.resources import Metrics
@@ -16,6 +15,7 @@ from ngd_service.resources import Metrics
 __all__ = ["Anatomy", "quantile"]
 
 NEWEST = 200
+TABLE_S = 60.0  # between two tables, which are sent whole
 COLUMNS = (("phase", "phase"), ("p50", "p50"), ("p95", "p95"), ("share", "share"))
 
 
@@ -27,7 +27,7 @@ class Anatomy:
     def __init__(self) -> None:
         self.steps: deque[dict[str, float]] = deque(maxlen=NEWEST)
         self.last_step = 0
-        self.shown_at = -SENTENCE_S
+        self.shown_at = -TABLE_S
         with panel("Phases of a step") as head:
             self.whole = ui.context.slot.parent
             self.note = ui.label("No data yet").classes("panel-note digits")
@@ -52,7 +52,7 @@ class Anatomy:
         for step in sorted(by_step):
             self.steps.append(by_step[step])
             self.last_step = step
-        if self.steps and (now or time.monotonic() - self.shown_at >= SENTENCE_S):
+        if self.steps and (now or time.monotonic() - self.shown_at >= TABLE_S):
             self.shown_at = time.monotonic()
             self.table.rows = self.rows()
             total = [sum(phases.values()) for phases in self.steps]

@@ -16,7 +16,7 @@ from nicegui import ui
 
 from ngd_service.dashboard.theme import panel
 
-__all__ = ["INK", "LINE", "MUTED", "SENTENCE_S", "SURFACE", "TOOLTIP", "ChartPanel", "axis"]
+__all__ = ["INK", "LINE", "MUTED", "SURFACE", "TOOLTIP", "ChartPanel", "axis"]
 
 INK, MUTED, LINE, SURFACE = "var(--ink)", "var(--muted)", "var(--line)", "var(--surface)"
 TOOLTIP = {

@@ -15,7 +15,7 @@ from ngd_service.resources import Event, Job
 __all__ = ["KINDS", "Stage", "Timeline", "stages"]
 
 KINDS = ("phase", "started", "workers_restarted", "workers_resized")  # of the events that begin a stage
-GROWS_S = 10.0  # between two looks at the last bar's growth
+GROWS_S = 60.0  # between two looks at the last bar's growth: all bars are sent again
 LEAST_SHARE = 0.4  # per cent: a stage of a moment stays visible
 WORDS = {
     "QUEUED": "queued",
