@@ -9,6 +9,7 @@ from torch import nn
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.telemetry import Refresh, StepStats
 from ngd_workers.contract.events import StepRecord
+from ngd_workers.train import records
 from ngd_workers.train.records import judged, step_record
 
 
@@ -42,6 +43,15 @@ def test_statistics_that_were_measured_are_told_by_their_places() -> None:
     assert told is not None
     assert (told.statistics, told.changes, told.noises, told.errors) == ([2, 0], [0.5, 0.25], [0.1235] * 2, [None] * 2)
     assert told.failed == {0: "INACCURATE"}
+
+
+def test_step_of_very_many_statistics_still_fits_into_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MOST_JUDGED", 1)
+
+    told = judged(having(refresh("1.A", change=0.5), refresh("0.A", change=0.25, ending="INACCURATE")))
+
+    assert told is not None
+    assert (told.statistics, told.changes, told.failed) == ([2], [0.5], {})
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Started(Fact):
 
 
 class Judged(Fact):
-    """The statistics that were due in a step, as columns: why each was given the interval that it has.
+    """The statistics that were due in a step, 2,000 at most, as columns: why each was given the interval that it has.
 
     None: not measured, as the change of a first value and all that a fixed interval needs not.
     """

@@ -10,7 +10,9 @@ from ngd_dist import NGD
 from ngd_workers.contract.events import Judged, StepRecord
 from ngd_workers.train.optimizers import chooses_lr, step_stats
 
-__all__ = ["judged", "step_record"]
+__all__ = ["MOST_JUDGED", "judged", "step_record"]
+
+MOST_JUDGED = 2_000  # of some 26 bytes: 64 steps of them, and of the ages of 10,000 statistics, fit into one batch
 
 
 def step_record(
@@ -61,6 +63,7 @@ def judged(optimizer: NGD) -> Judged | None:
     ]
     if not told:
         return None
+    told = told[:MOST_JUDGED]
     place = {name: i for i, name in enumerate(optimizer.statistic_names)}
     return Judged.model_construct(  # as it is: checking what was made here would double the cost
         statistics=[place[one.statistic] for one in told],
@@ -73,5 +76,5 @@ def judged(optimizer: NGD) -> Judged | None:
 
 
 def _short(value: float) -> float | None:
-    """Returns four digits: a step of thousands of statistics must fit into a batch."""
+    """Returns four digits; None: not measured."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
