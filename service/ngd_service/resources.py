@@ -14,6 +14,7 @@ __all__ = [
     "Health",
     "Job",
     "JobPage",
+    "Judgements",
     "LogChunk",
     "Metric",
     "Metrics",
@@ -215,6 +216,19 @@ class Metrics(Resource):
     last_step: int = Field(description="Newest step stored; the next call's from_step is this + 1.")
 
 
+class Judgements(Resource):
+    """Why each statistic has its interval, rows and columns as in Statistics: the newest values within a column.
+
+    None: the statistic was not due in it, or it was not measured.
+    """
+
+    changes: list[list[float | None]] = Field(description="Relative change against the value that was in use.")
+    noises: list[list[float | None]] = Field(description="Relative change that sampling alone makes expected.")
+    thresholds: list[list[float | None]] = Field(description="Change, or error, from which on the interval shrinks.")
+    errors: list[list[float | None]] = Field(description="Error of the inverse in use, if `criterion` is error.")
+    endings: list[list[str | None]] = Field(description="Ending of an inversion that failed.")
+
+
 class Statistics(Resource):
     """Age and interval of each statistic, for the staleness heat map: rows as `names`, columns as `steps`."""
 
@@ -225,6 +239,7 @@ class Statistics(Resource):
     )
     intervals: list[list[int]] = Field(description="Steps it may stay unrefreshed, at the column's last step.")
     refreshes: list[list[int]] = Field(description="Refreshes within the steps of the column.")
+    judged: Judgements | None = Field(None, description="If asked for, and if the job's workers tell it.")
     span: int = Field(
         1,
         description="Steps that a column holds, a power of two; columns begin after its multiples, the first one too, "

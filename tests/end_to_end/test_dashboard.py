@@ -1,5 +1,6 @@
 """A browser on the real thing: service, job, workers, pages. Nothing in it is simulated."""
 
+import hashlib
 import os
 import re
 import signal
@@ -110,13 +111,24 @@ def _follow_it_to_its_end(service: Service, page: Page, job: Job) -> None:
             assert [point[0] for point in drawn[label]] == series.steps, f"{title}, {label}"
             assert [point[1] for point in drawn[label]] == pytest.approx(series.values), f"{title}, {label}"
     statistics = service.client.statistics(job.id, max_points=20)
-    cells = dict(page.evaluate(POINTS, "Age of the statistics in use"))["age"]
+    cells = dict(page.evaluate(POINTS, "Statistics in use"))["age"]
     assert {cell[1] for cell in cells} == set(range(len(statistics.names)))
     assert metrics.last_step == ended.status.progress.step
     expect(page.get_by_text(f"Checkpoint of step {ended.status.progress.step} saved")).to_be_attached()
     expect(page.get_by_role("button", name="Cancel job")).to_be_hidden()
+    _download_a_checkpoint(service, page, ended)
     page.get_by_role("button", name="Loss as a table").click()
     expect(page.get_by_role("cell", name=str(metrics.last_step), exact=True).first).to_be_visible()
+
+
+def _download_a_checkpoint(service: Service, page: Page, job: Job) -> None:
+    newest = service.client.checkpoints(job.id)[0]
+    with page.expect_download() as download:
+        page.get_by_role("link", name="weights.safetensors").first.click()
+    content = download.value.path().read_bytes()
+    assert hashlib.sha256(content).hexdigest() == newest.files["weights.safetensors"].sha256
+    expect(page.get_by_role("cell", name=job.id)).to_be_visible()  # in the environment
+    expect(page.get_by_role("cell", name="forward backward")).to_be_visible()  # in the phases of a step
 
 
 def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:

@@ -2,25 +2,20 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from ngd_service.client.client import Client
-from ngd_service.resources import Job
-from ngd_service.store.sql import SQLStore
 from ngd_workers.contract.events import CheckpointSaved, Evaluation, Steps
 from tests.support.attempts import small_spec
-from tests.support.browser import DRIVES_A_BROWSER, browser_page
-from tests.support.deadline import wait_until
-from tests.support.history import long_record, numbered, tell
+from tests.support.browser import DRIVES_A_BROWSER
+from tests.support.history import long_record
+from tests.support.page_worker import DRAW_MS, Frames, Worker, open_job, open_page, see_step
 from tests.support.service_process import ServiceProcess
 
 pytestmark = DRIVES_A_BROWSER
 MOST_BYTES_PER_STEP = 2_048
-DRAW_MS = 120_000  # a browser without a GPU, on two cores that others use too
 SERIES = """title => {
   const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === title);
   const chart = getElement(panel.querySelector('.nicegui-echart').id.slice(1)).chart;
@@ -36,94 +31,6 @@ IN_ONE_GROUP = """['Loss', 'Mean reward', 'Throughput'].every(title => {
   const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === title);
   return getElement(panel.querySelector('.nicegui-echart').id.slice(1)).chart.group === 'steps';
 })"""
-
-
-@dataclass
-class Worker:
-    """Plays the worker of a job: its driver only waits."""
-
-    client: Client
-    store: SQLStore
-    job: Job
-    seq: int = 1
-
-    @property
-    def attempt(self) -> str:
-        return f"{self.job.id}-a1"
-
-    def has_done(self, num_steps: int, num_statistics: int) -> None:
-        self.seq = tell(self.store, self.attempt, num_steps, num_statistics, first_seq=2, total_steps=2_000_000)
-
-    def does(self, step: int, num_statistics: int, loss: float | None = None) -> None:
-        self.tells(Steps(records=[long_record(step, num_statistics, loss)]))
-
-    def tells(self, event: Steps | Evaluation | CheckpointSaved) -> None:
-        self.store.ingest(self.attempt, [numbered(self.seq, event)])
-        self.seq += 1
-
-
-@dataclass
-class Frames:
-    """What came over the page's socket."""
-
-    texts: list[str] = field(default_factory=list)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.texts)
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    service = ServiceProcess(tmp_path_factory.mktemp("service"), max_running_jobs=8, cancel_grace_s=0.2)
-    yield service
-    service.close()
-
-
-@pytest.fixture
-def worker_of(service: ServiceProcess) -> Iterator[Callable[[], Worker]]:
-    """Starts a job that runs until the test is over."""
-    store = SQLStore(f"sqlite:///{service.home / 'ngd.sqlite'}")
-    started: list[Worker] = []
-
-    def start() -> Worker:
-        job = service.client.submit(small_spec(name="waits").model_dump(mode="json"))
-        wait_until(lambda: service.client.get(job.id).status.phase == "RUNNING", "the job runs")
-        started.append(Worker(service.client, store, job))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        service.client.cancel(worker.job.id)
-        service.client.wait(worker.job.id, timeout_s=30)
-    store.close()
-
-
-@pytest.fixture
-def complaints() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def page(complaints: list[str]) -> Iterator[Page]:
-    with browser_page(complaints) as page:
-        yield page
-    assert complaints == []
-
-
-def open_job(page: Page, service: ServiceProcess, worker: Worker) -> Frames:
-    return open_page(page, f"{service.url}/jobs/{worker.job.id}")
-
-
-def open_page(page: Page, url: str) -> Frames:
-    frames = Frames()
-    page.on("websocket", lambda socket: socket.on("framereceived", lambda text: frames.texts.append(str(text))))
-    page.goto(url)
-    return frames
-
-
-def see_step(page: Page, step: int) -> None:
-    expect(page.get_by_text(f"{step:,} / 2,000,000")).to_be_visible(timeout=DRAW_MS)
 
 
 def settled(page: Page, frames: Frames, worker: Worker, num_steps: int, num_statistics: int) -> int:
@@ -143,7 +50,7 @@ def test_frame_that_is_laid_out_after_the_points_leaves_them(
     worker.has_done(40, 12)
     frames = open_job(page, service, worker)
     settled(page, frames, worker, 40, 12)
-    titles = ("Loss", "Throughput", "Time per step, by phase", "Age of the statistics in use")
+    titles = ("Loss", "Throughput", "Time per step, by phase", "Statistics in use")
     page.wait_for_function(f"(({SERIES})('{titles[-1]}'))[0]?.length > 0", timeout=DRAW_MS)
     drawn = [page.evaluate(SERIES, title) for title in titles]
 

@@ -11,14 +11,18 @@ from nicegui import Client, ui
 from nicegui.events import ClickEventArguments, handle_event
 
 from ngd_service.client.units import ago, binary_bytes, counted, duration, moment, number, percent
-from ngd_service.dashboard.activity import MOST_EVENTS, EventPanel, unseen, words
-from ngd_service.dashboard.curves import BYTES, Curve, Curves, Mark, aligned
+from ngd_service.dashboard.activity import MOST_EVENTS, EventPanel, words
+from ngd_service.dashboard.curves import Curve, Curves
 from ngd_service.dashboard.heat_map import CELLS_PER_STEP, MAX_CELLS, HeatMap, columns_for, span_for
-from ngd_service.dashboard.job import marks
 from ngd_service.dashboard.jobs import row
+from ngd_service.dashboard.logs import unseen
+from ngd_service.dashboard.marks import Mark, marks
+from ngd_service.dashboard.measures import BYTES
 from ngd_service.dashboard.mounting import _failed
-from ngd_service.dashboard.training import Training
+from ngd_service.dashboard.smoothing import aligned
+from ngd_service.dashboard.view import View
 from ngd_service.resources import Event, Job, Metric, Metrics, Progress, Series, Statistics, Status
+from tests.support.laid_out import laid_out
 
 NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
 ACCURACY = Metric(name="accuracy", label="accuracy", better="higher", unit="share")
@@ -268,7 +272,7 @@ def test_legend_has_the_curves_that_are_drawn() -> None:
 
 
 def test_charts_without_data_are_left_out_once_others_have_some(page: Client) -> None:
-    training, alone = Training(), Recorded()
+    training, alone = laid_out(), Recorded()
     alone.groups = ("seconds",)
 
     shown_before = [panel.title for panel in training.panels if panel.whole.visible]
@@ -299,17 +303,18 @@ class Recorded:
         return Metrics(series={part: Series(steps=[1, 2], values=[1.0, 0.5]) for part in parts}, last_step=2)
 
 
-def test_damping_is_drawn_beside_the_learning_rate(page: Client) -> None:
-    training = Training()
+def test_learning_rate_and_damping_have_axes_of_their_own(page: Client) -> None:
+    training = laid_out()
 
     asyncio.run(training.refresh(Recorded(), job("RUNNING", step=2)))
 
-    assert training.lr.points == {"lr": [(1, 1.0), (2, 0.5)], "damping": [(1, 1.0), (2, 0.5)]}
+    assert training.lr.points == {"lr": [(1, 1.0), (2, 0.5)]}
+    assert training.trust.points["damping"] == [(1, 1.0), (2, 0.5)]
     assert sum(len(panel.points) for panel in training.panels) == len(training.names)
 
 
 def test_steps_that_are_done_again_are_taken_away_until_they_are(page: Client) -> None:
-    training = Training()
+    training = laid_out()
     asyncio.run(training.refresh(Recorded(), job("RUNNING", step=2)))
 
     training.redo(1)
@@ -368,7 +373,9 @@ class Growing:
         self.num_steps = 100
         self.asked: list[tuple[int, int]] = []
 
-    async def statistics(self, job_id: str, *, max_points: int, from_step: int = 1, span: int = 1) -> Statistics:
+    async def statistics(
+        self, job_id: str, *, max_points: int, from_step: int = 1, span: int = 1, judged: bool = False
+    ) -> Statistics:
         while -(-(self.num_steps + 1 - from_step) // span) > max_points:
             span *= 2
         self.asked.append((from_step, span))
@@ -377,7 +384,7 @@ class Growing:
 
 @pytest.mark.usefixtures("page")
 def test_heat_map_asks_for_complete_new_columns_alone(sent: list[str]) -> None:
-    heat_map, api = HeatMap("Age"), Growing()
+    heat_map, api = HeatMap(View()), Growing()
     heat_map.num_rows = 2
 
     def goes_on(to: int) -> None:
@@ -391,7 +398,7 @@ def test_heat_map_asks_for_complete_new_columns_alone(sent: list[str]) -> None:
     assert api.asked == [(1, 2), (301, 2)]  # at step 301 no column of two steps is complete
     assert heat_map.statistics is not None
     assert heat_map.statistics.steps == list(range(2, 303, 2))
-    assert sent[1].endswith(',150,[["302",[0,1],[1,3],[2,0]]])')
+    assert sent[1].endswith(',150,[["302",[0,1],[1,3],[2,0]]],0)')
     assert heat_map.rows()[0]["refreshes"] == 302
 
     goes_on(400)
@@ -401,7 +408,7 @@ def test_heat_map_asks_for_complete_new_columns_alone(sent: list[str]) -> None:
 
 
 def test_heat_map_takes_columns_away_whose_steps_are_done_again(page: Client) -> None:
-    heat_map, api = HeatMap("Age"), Growing()
+    heat_map, api = HeatMap(View()), Growing()
     heat_map.num_rows, api.num_steps = 2, 300
     asyncio.run(heat_map.refresh(api, "job_1", 300, whole=False))
 
@@ -413,7 +420,7 @@ def test_heat_map_takes_columns_away_whose_steps_are_done_again(page: Client) ->
 
 @pytest.mark.usefixtures("page")
 def test_heat_map_tells_refreshes_and_intervals() -> None:
-    heat_map = HeatMap("Age")
+    heat_map = HeatMap(View())
     known = Statistics(
         names=["conv.A", "conv.G"],
         steps=[1, 2, 3],

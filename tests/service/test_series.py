@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ngd_service.api.series import curves, spans_for, statistics
 from ngd_service.store.spans import KINDS, Name, Span, Spans, fold, ladder, level_for
-from ngd_workers.contract.events import StepRecord
+from ngd_workers.contract.events import Judged, StepRecord
 from tests.support.fault_driver import step_record
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
@@ -133,3 +133,20 @@ def test_thinned_parts_of_a_group_keep_the_same_steps_and_the_peaks_of_their_sum
     assert data.steps == refresh.steps
     assert len(data.steps) <= 2 * 7 + 2
     assert (data.values[data.steps.index(101)], refresh.values[refresh.steps.index(101)]) == (99.0, 0.0)
+
+
+def test_each_column_has_the_newest_judgement_of_each_statistic() -> None:
+    def judged(step: int) -> StepRecord:
+        failed = {1: "INACCURATE"} if step == 2 else {}
+        told = Judged(
+            statistics=[step % 2], changes=[step / 10], noises=[0.1], thresholds=[0.2], errors=[None], failed=failed
+        )
+        return step_record(step).model_copy(update={"judged": told if step <= 3 else None})
+
+    of_steps = [judged(step) for step in range(1, 9)]
+    matrix = statistics(["A", "G"], spans("statistics", of_steps, 2), with_judged=True)
+
+    assert matrix.judged is not None
+    assert matrix.judged.changes == [[0.2, None], [0.3, None]]
+    assert matrix.judged.endings == [[None, None], ["INACCURATE", None]]
+    assert statistics(["A", "G"], spans("statistics", records(8), 2), with_judged=True).judged is None

@@ -16,7 +16,7 @@ from ngd_workers.contract.events import EventBatch, EventReply, Numbered
 __all__ = ["INTERNAL_PREFIX", "MAX_BATCH_BYTES", "router"]
 
 MAX_BATCH_BYTES = 8 << 20  # one event of 64 steps with 10,000 statistics each; the reporter's batches are far smaller
-MAX_BATCH_PARTS = 100_000  # lists and objects; a step has five, and a batch of empty ones would take seconds to read
+MAX_BATCH_PARTS = 100_000  # lists and objects; a step has twelve, and a batch of empty ones would take seconds to read
 INTERNAL_PREFIX = "/api/v1/internal"
 BATCH_BODY: dict[str, Any] = {
     "requestBody": {

@@ -52,7 +52,12 @@ def get_metrics(
 
 @router.get("/statistics")
 def get_statistics(
-    container: ContainerDep, job_id: JobId, from_step: FromStep = 0, max_points: Columns = 200, span: Width = 1
+    container: ContainerDep,
+    job_id: JobId,
+    from_step: FromStep = 0,
+    max_points: Columns = 200,
+    span: Width = 1,
+    judged: Annotated[bool, Query(description="With the changes, noises and thresholds that decided.")] = False,
 ) -> Statistics:
     """Returns the age and the interval of each statistic, a row for each, a column for each span of steps."""
     container.jobs.get(job_id)
@@ -60,4 +65,4 @@ def get_statistics(
     names = started[0].data["statistics"] if started else []
     range_ = Wanted(from_step=from_step, most_steps=max_points, most_spans=max_points, width=span)
     known = container.store.spans(job_id, "statistics", range_)
-    return statistics(names, known)
+    return statistics(names, known, with_judged=judged)

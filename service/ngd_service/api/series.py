@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from ngd_service.resources import Series, Statistics
-from ngd_service.store.spans import GROUPS, Spans
+from ngd_service.resources import Judgements, Series, Statistics
+from ngd_service.store.spans import GROUPS, JUDGED, Span, Spans
 
 __all__ = ["curves", "spans_for", "statistics"]
 
@@ -35,7 +35,7 @@ def curves(known: Spans, names: Collection[str]) -> dict[str, Series]:
     return series
 
 
-def statistics(names: Sequence[str], known: Spans) -> Statistics:
+def statistics(names: Sequence[str], known: Spans, *, with_judged: bool = False) -> Statistics:
     """Returns ages and intervals at the last step of each span, and how often each was refreshed within it.
 
     Spans of steps that had another number of statistics are left out.
@@ -53,9 +53,23 @@ def statistics(names: Sequence[str], known: Spans) -> Statistics:
         ages=rows("ages"),
         intervals=rows("intervals"),
         refreshes=rows("refreshes"),
+        judged=_judgements(len(names), columns) if with_judged else None,
         span=known.width,
         last_step=known.last_step,
     )
+
+
+def _judgements(num_rows: int, columns: Sequence[Span]) -> Judgements | None:
+    """Returns the matrices; None if the job's workers tell nothing of them, as earlier versions do."""
+    judged = [span.content.get("judged", {}) for span in columns]
+    failed = [span.content.get("failed", {}) for span in columns]
+    if not any(judged):
+        return None
+    places = [str(place) for place in range(num_rows)]
+    unknown = (None,) * len(JUDGED)
+    cells = [[of_step.get(place, unknown) for of_step in judged] for place in places]
+    values = {field: [[cell[i] for cell in row] for row in cells] for i, field in enumerate(JUDGED)}
+    return Judgements(endings=[[of_step.get(place) for of_step in failed] for place in places], **values)
 
 
 def _drawn(extremes: Sequence[Any]) -> Iterator[tuple[int, Any]]:

@@ -230,8 +230,11 @@ class AsyncClient:
         query = params(names=joined(names), from_step=from_step, to_step=to_step, max_points=max_points)
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/metrics", Metrics.model_validate_json, query))
 
-    async def statistics(self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1) -> Statistics:
-        query = params(from_step=from_step, max_points=max_points, span=span)
+    async def statistics(
+        self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1, judged: bool = False
+    ) -> Statistics:
+        """Returns the age of each statistic; judged: with the changes, noises and thresholds that decided on it."""
+        query = params(from_step=from_step, max_points=max_points, span=span, judged="true" if judged else None)
         path = f"{job_path(job_id)}/statistics"
         return await self._send(Endpoint("GET", path, Statistics.model_validate_json, query))
 

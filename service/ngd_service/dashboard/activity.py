@@ -1,7 +1,6 @@
-"""What happened to a job in words: the tail of its log, and the list of its events."""
+"""What happened to a job in words: the list of its events."""
 
 import html
-import json
 from collections.abc import Sequence
 
 from nicegui import ui
@@ -11,9 +10,8 @@ from ngd_service.client.units import binary_bytes, counted, moment
 from ngd_service.dashboard.theme import panel
 from ngd_service.resources import Event, Metric
 
-__all__ = ["LOG_LINES", "MOST_EVENTS", "TOLD", "EventPanel", "LogPanel", "unseen", "words"]
+__all__ = ["MOST_EVENTS", "TOLD", "EventPanel", "words"]
 
-LOG_LINES = 500
 MOST_EVENTS = 100
 ICONS = {
     "phase": "swap_horiz",
@@ -39,28 +37,6 @@ TONES = {
     "done": "good",
     "target_reached": "good",
 }
-
-
-class LogPanel:
-    """The last lines of the newest attempt's log; follows the end until the reader scrolls up."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        with panel("Log", "wide"), ui.element("div").classes("panel-body"):
-            self.hint = ui.label("Nothing written yet").classes("muted")
-            self.log = ui.element("pre").classes("log").props('tabindex=0 role=log aria-label="Log"')
-        self.log.set_visibility(False)
-
-    def show(self, text: str) -> None:
-        """Takes the log's tail; lines that are there already are not sent again."""
-        new = unseen(self.lines, text.splitlines())
-        if not new:
-            return
-        self.hint.set_visibility(False)
-        self.log.set_visibility(True)
-        self.lines = [*self.lines, *new][-LOG_LINES:]
-        written = json.dumps("".join(f"{line}\n" for line in new))
-        ui.run_javascript(f"ngd.log('{self.log.html_id}',{written},{LOG_LINES})")
 
 
 class EventPanel:
@@ -95,14 +71,6 @@ def _row(event: Event, metrics: Sequence[Metric]) -> str:
         f'<reader-time datetime="{event.time.isoformat()}">{moment(event.time)} UTC</reader-time>'
         f'<i class="q-icon material-icons" aria-hidden="true">{icon}</i><div class="event-text">{text}</div>'
     )
-
-
-def unseen(shown: list[str], tail: list[str]) -> list[str]:
-    """The lines of `tail` that follow what is shown, where the end of one and the start of the other overlap."""
-    for start in range(max(0, len(shown) - len(tail)), len(shown)):
-        if shown[start:] == tail[: len(shown) - start]:
-            return tail[len(shown) - start :]
-    return tail
 
 
 def words(event: Event, metrics: Sequence[Metric] = ()) -> str:

@@ -4,6 +4,10 @@ ECharts draws SVG, because SVG understands CSS variables: one chart serves light
 frame alone: it sends an element whole at each change, so that data goes to the browser by the calls of charts.js.
 """
 
+import csv
+import io
+import json
+import re
 import time
 from abc import ABC, abstractmethod
 from typing import Any
@@ -41,12 +45,17 @@ class ChartPanel(ABC):
             self.toggle = (
                 ui.button(icon="grid_on", color=None, on_click=self._turn).props("flat round dense").classes("plain")
             )
+            self.save = ui.button(icon="download", color=None).props("flat round dense title=Save").classes("plain")
+            with self.save, ui.menu().props("auto-close"):
+                ui.menu_item("Picture (PNG)", self._save_picture)
+                ui.menu_item("Numbers (CSV)", self._save_numbers)
         self.title = title
         self.described_at = -SENTENCE_S
         self.toggle.props("title=Table aria-pressed=false")
         # Not by text: a title may be the label of a user's metric, and a quote in it would end the value.
         self.figure.props["aria-label"] = title
         self.toggle.props["aria-label"] = f"{title} as a table"
+        self.save.props["aria-label"] = f"Save {title}"
 
     @abstractmethod
     def columns(self) -> list[tuple[str, str]]:
@@ -60,11 +69,28 @@ class ChartPanel(ABC):
     def sentence(self) -> str:
         """What the chart shows, in words."""
 
-    def describe(self, *, now: bool) -> None:
-        """Says in words what the chart shows: under its title, and to screen readers. now: False, if it is time to."""
-        if now or time.monotonic() - self.described_at >= SENTENCE_S:
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as they are saved: plain numbers."""
+        return self.rows()
+
+    def csv(self) -> str:
+        """The numbers that are drawn, with the table's columns."""
+        text, columns = io.StringIO(), self.columns()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([label for _, label in columns])
+        writer.writerows([record.get(key) for key, _ in columns] for record in self.records())
+        return text.getvalue()
+
+    def describe(self, *, now: bool) -> bool:
+        """Says in words what the chart shows: under its title, and to screen readers; returns whether it did.
+
+        now: False, if it is time to.
+        """
+        is_time = now or time.monotonic() - self.described_at >= SENTENCE_S
+        if is_time:
             self.described_at = time.monotonic()
             self.note.set_text(self.sentence())
+        return is_time
 
     def tell(self, script: str) -> None:
         """Has the browser run a call of charts.js."""
@@ -78,6 +104,16 @@ class ChartPanel(ABC):
     def show(self, *, is_needed: bool) -> None:
         """Shows the panel, or takes it from the page."""
         self.whole.set_visibility(is_needed)
+
+    @property
+    def _file_name(self) -> str:
+        return re.sub(r"\W+", "-", self.title.lower()).strip("-")
+
+    def _save_picture(self) -> None:
+        self.tell(f"ngd.picture({self.chart.id},{json.dumps(self._file_name)})")
+
+    def _save_numbers(self) -> None:
+        ui.download.content(self.csv(), f"{self._file_name}.csv", "text/csv")
 
     def _turn(self) -> None:
         as_table = not self.table.visible

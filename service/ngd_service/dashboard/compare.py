@@ -12,7 +12,8 @@ from ngd_service.client.client import AsyncClient, ServiceError, UnauthorizedErr
 from ngd_service.client.comparison import Goal, goals, labels, results, settings, verdict
 from ngd_service.client.units import NOTHING, counted, seconds
 from ngd_service.dashboard.bars import Bars
-from ngd_service.dashboard.curves import DASHES, PLAIN, SERIES_COLOURS, SHARE, colour_of
+from ngd_service.dashboard.curves import DASHES, SERIES_COLOURS, colour_of
+from ngd_service.dashboard.measures import PLAIN, SHARE
 from ngd_service.dashboard.overlay import AXES, MOST_SMOOTHING, Overlay, Run, View, connect
 from ngd_service.dashboard.plain import unknown, unknown_jobs_page
 from ngd_service.dashboard.theme import (

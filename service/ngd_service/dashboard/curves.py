@@ -1,46 +1,34 @@
 """Curves over steps. A chart gets its whole data once and then only the new points."""
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nicegui import ui
 
-from ngd_service.client.units import binary_bytes, number, percent
+from ngd_service.client.units import counted
 from ngd_service.dashboard.chart_panel import LINE, MUTED, SURFACE, TOOLTIP, ChartPanel, axis
+from ngd_service.dashboard.marks import MOST_MARKS, Mark, lines_of
+from ngd_service.dashboard.measures import BYTES, PLAIN, SHARE, Unit
+from ngd_service.dashboard.smoothing import Points, aligned, range_without_outliers, smoothed, trend
+from ngd_service.dashboard.view import View
 
 __all__ = [
-    "BYTES",
-    "DASHES",
-    "LEGEND",
-    "MOST_MARKS",
-    "PLAIN",
-    "RATE",
-    "SECONDS",
-    "SERIES_COLOURS",
-    "SHARE",
-    "Curve",
-    "Curves",
-    "Goal",
-    "Mark",
-    "Points",
-    "Unit",
-    "aligned",
-    "colour_of",
-    "drawn",
-    "goal_line",
-    "lines_of",
-    "value_axis",
-]
-
-Points = Sequence[tuple[int, float]]
+    "DASHES", "DRAGGING", "LEGEND", "QUIET", "SERIES_COLOURS", "ZOOM",
+    "Curve", "Curves", "Goal", "colour_of", "drawn", "goal_line", "step_axis", "value_axis",
+]  # fmt: skip
 
 DASHES = ("solid", [6, 4], [2, 3], [10, 3, 2, 3])
 SERIES_COLOURS = 10
-MOST_MARKS = 200
+MOST_SYMBOLS = 60  # of a series: more of them hide it
 LOG_FROM = 100  # times the smallest value is the largest: a linear axis would show the largest alone
 STEP_POINTER = {"label": {":formatter": "p => 'step ' + Math.round(p.value)"}, "lineStyle": {"color": MUTED}}
+QUIET = {"silent": True, "symbol": "none", "animation": False}
+ZOOM = {"type": "inside", "zoomOnMouseWheel": "ctrl", "moveOnMouseMove": "shift"}
+# ECharts' own tool for a dragged selection; its buttons are out of sight, for it is always on.
+DRAGGING = {"top": -60, "feature": {"dataZoom": {"yAxisIndex": "none", "brushStyle": {"color": MUTED, "opacity": 0.2}}}}
 LEGEND = {
     "type": "scroll",
     "top": 0,
@@ -56,65 +44,21 @@ LEGEND = {
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """How values of one kind are written: by the browser on axes and in tooltips, by Python in words and tables."""
-
-    name: str
-    browser: str
-    words: Callable[[float], str]
-
-
-SIGNIFICANT = (
-    "v => { if (v == null) return 'not finite'; const a = Math.abs(v), four = +(+v).toPrecision(4); "
-    "return a < 1e3 ? String(four) : a < 1e9 ? (+v).toLocaleString('en-US', {maximumFractionDigits: 1}) : "
-    "four.toExponential(); }"
-)
-PLAIN = Unit("", SIGNIFICANT, number)
-RATE = Unit("samples/s", SIGNIFICANT, lambda value: f"{number(value)} samples/s")
-SHARE = Unit("%", "v => v == null ? 'not finite' : +(100 * v).toFixed(2) + '%'", percent)
-SECONDS = Unit(
-    "seconds",
-    "v => v == null ? '' : Math.abs(v) >= 1 || !v ? +v.toPrecision(3) + ' s' : +(1000 * v).toPrecision(3) + ' ms'",
-    lambda value: number(value) + " s" if value >= 1 else number(1000 * value) + " ms",
-)
-BYTES = Unit(
-    "bytes",
-    "v => { if (!v) return v == null ? '' : '0 B'; const p = Math.min(4, Math.floor(Math.log2(v) / 10)); "
-    "return +(v / 1024 ** p).toPrecision(3) + ' ' + ['B', 'KiB', 'MiB', 'GiB', 'TiB'][p]; }",
-    binary_bytes,
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Curve:
-    """How one series is drawn: its name, and marks at its points when it has few."""
+    """How one series is drawn: its name, marks at its points when it has few, and whether a reader may smooth it."""
 
     label: str
     dotted: bool = False
+    may_be_smooth: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A horizontal line at the value that the job should reach, from below (is_floor) or from above."""
+    """A horizontal line at a value to compare with; is_floor: the curve is to come from below."""
 
     value: float
-    is_floor: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A vertical line at a step: a new attempt, a restart of the workers, or a checkpoint."""
-
-    step: int
-    kind: str
-    label: str
-
-
-MARK_STYLES: dict[str, dict[str, Any]] = {
-    "attempt": {"type": "solid", "color": MUTED, "width": 1.5},
-    "restart": {"type": "dashed", "color": "var(--bad)", "width": 1.5},
-    "checkpoint": {"type": "dotted", "color": "var(--good)", "width": 1, "opacity": 0.7},
-}
+    is_floor: bool = False
+    label: str = "target"
 
 
 class Curves(ChartPanel):
@@ -129,16 +73,21 @@ class Curves(ChartPanel):
         stacked: bool = False,
         axis_name: str = "",
         may_be_log: bool = False,
-        goal: Goal | None = None,
+        goals: Sequence[Goal] = (),
+        view: View | None = None,
+        classes: str = "",
     ) -> None:
+        self.view = view or View()
         self.unit = unit
         self.curves = dict(curves or {})
         self.stacked = stacked
-        self.goal = goal
+        self.goals = list(goals)
         self.marks: list[Mark] = []
         self.points: dict[str, list[tuple[int, float]]] = {key: [] for key in self.curves}
         self.lost: list[int] = []  # steps with a value that is not finite
         self.highest = 0.0  # sum of stacked parts
+        self.calm_range: tuple[float, float] | None = None
+        self.ranges: dict[str, Any] = {}  # of the axes, as the browser has them
         # Values that are not finite have no height: they stand on the step axis, by an own axis from 0 to 1.
         floor = {"type": "value", "min": 0, "max": 1, "show": False}
         options: dict[str, Any] = {
@@ -146,22 +95,14 @@ class Curves(ChartPanel):
             "grid": {"left": 74, "right": 18, "top": 34, "bottom": 40},
             "legend": LEGEND | ({"itemWidth": 11, "itemHeight": 11, "icon": "roundRect"} if stacked else {}),
             "tooltip": TOOLTIP | {"trigger": "axis", ":valueFormatter": unit.browser},
-            "dataZoom": [{"type": "inside", "zoomOnMouseWheel": "ctrl", "moveOnMouseMove": "shift"}],
-            "xAxis": axis(
-                "step",
-                nameLocation="middle",
-                nameGap=24,
-                min="dataMin",
-                max="dataMax",
-                minInterval=1,
-                axisPointer=STEP_POINTER,
-            ),
+            "toolbox": DRAGGING,
+            "dataZoom": [ZOOM],
+            "xAxis": step_axis(),
             "yAxis": [value_axis(axis_name or unit.name, unit, scale=not stacked), floor],
             "series": [],
         }
-        super().__init__(title, options)
+        super().__init__(title, options, classes=classes)
         self.log_button = self._add_log_button() if may_be_log else None
-        self.reader_chose_axis = False
         self._lay_out()
 
     def replace(self, points: Mapping[str, Points]) -> str:
@@ -170,6 +111,7 @@ class Curves(ChartPanel):
         self.lost, self.highest = [], 0.0
         self._note(points)
         self._choose_axis()
+        self._look_for_outliers()
         self._lay_out()
         self.describe(now=True)
         self.refill()
@@ -188,12 +130,9 @@ class Curves(ChartPanel):
         for key, values in points.items():
             self.points[key].extend(values)
         self._note(points)
-        added = [(start, points.get(key, [])) for start, key in zip(starts, self.points, strict=True)]
-        self.describe(now=False)
-        if self._ticks().items() <= self.chart.options["yAxis"][0].items():
-            return self._script(added, known)
-        self._lay_out()
-        return self._whole()
+        if self.describe(now=False):
+            self._look_for_outliers()
+        return self._script(starts, known) + self._stretch()
 
     def cut(self, last_step: int) -> str:
         """Returns the script that takes the points after this step away."""
@@ -201,29 +140,43 @@ class Curves(ChartPanel):
             while values and values[-1][0] > last_step:
                 values.pop()
         self.lost = [step for step in self.lost if step <= last_step]
-        return self._script([(len(values), []) for values in self.points.values()], len(self.lost))
+        return self._script([len(values) for values in self.points.values()], len(self.lost))
 
     def mark(self, marks: Sequence[Mark]) -> None:
         """Takes these marks, which the browser is sent by others, for the next time that all is drawn."""
         self.marks = [*self.marks, *marks][-MOST_MARKS:]
 
+    def redraw(self) -> str:
+        """Returns the script that draws all again, after the view has changed."""
+        self._look_for_outliers()
+        self._lay_out()
+        self.describe(now=True)
+        return self._whole()
+
     def columns(self) -> list[tuple[str, str]]:
         return [("key", "step"), *((key, self._curve(key).label) for key in self.points)]
 
     def rows(self) -> list[dict[str, Any]]:
+        return self._table(lambda key, value: self._words(key, value) if math.isfinite(value) else "not finite")[::-1]
+
+    def records(self) -> list[dict[str, Any]]:
+        return self._table(lambda _, value: value)
+
+    def _table(self, cell: Callable[[str, float], Any]) -> list[dict[str, Any]]:
         by_step: dict[int, dict[str, Any]] = {}
         for key, values in self.points.items():
             for step, value in values:
-                row = by_step.setdefault(step, {"key": step})
-                row[key] = self.unit.words(value) if math.isfinite(value) else "not finite"
-        return [by_step[step] for step in sorted(by_step, reverse=True)]
+                by_step.setdefault(step, {"key": step})[key] = cell(key, value)
+        return [by_step[step] for step in sorted(by_step)]
+
+    def _words(self, key: str, value: float) -> str:
+        return self.unit.words(value)
 
     def _add_log_button(self) -> ui.button:
         def turn() -> None:
-            self.reader_chose_axis = True
-            self._set_axis(is_log=self.chart.options["yAxis"][0]["type"] == "value")
-            self._lay_out()
-            self.tell(self._whole())
+            self.view.axes[self.title] = is_log = self.chart.options["yAxis"][0]["type"] == "value"
+            self._set_axis(is_log=is_log)
+            self.tell(self.redraw() + self.view.script)
 
         with self.head:
             button = ui.button("linear", color=None, on_click=turn).props("flat dense no-caps").classes("plain")
@@ -234,7 +187,10 @@ class Curves(ChartPanel):
 
     def _choose_axis(self) -> None:
         """Takes a logarithmic axis for values of many orders of magnitude, until the reader chooses."""
-        if self.log_button is None or self.reader_chose_axis:
+        if self.log_button is None:
+            return
+        if self.title in self.view.axes:
+            self._set_axis(is_log=self.view.axes[self.title])
             return
         values = [value for series in self.points.values() for _, value in series if math.isfinite(value)]
         smallest = min(values, default=0.0)
@@ -254,33 +210,58 @@ class Curves(ChartPanel):
         Its series say nothing of their data: the frame may be laid out after the points have come, and must leave them.
         """
         lines = [self._line(index, key) for index, key in enumerate(self.points)]
-        if self.goal is not None:
-            lines[0]["markLine"] = goal_line(self.goal, self.unit)
-        lines.append(
-            {
-                "name": "not finite",
-                "type": "scatter",
-                "yAxisIndex": 1,
-                "symbol": "triangle",
-                "symbolSize": 11,
-                "itemStyle": {"color": "var(--bad)"},
-                "markLine": {"silent": True, "symbol": "none", "animation": False, "data": lines_of(self.marks)},
-            }
-        )
-        self.chart.options["series"] = lines
-        self.chart.options["yAxis"][0] |= self._ticks()
-        drawn = [*map(bool, self.points.values()), bool(self.lost)]
-        names = [line["name"] for line, has_points in zip(lines, drawn, strict=True) if has_points]
+        if self.goals and lines:
+            lines[0]["markLine"] = {"data": [goal_line(goal, self.unit) for goal in self.goals]} | QUIET
+        pale = [self._pale(lines[index]) for index, key in enumerate(self.points) if key in self._smoothed]
+        self.chart.options["series"] = [*lines, *pale, self._floor()]
+        self.ranges = self._ranges()
+        self.chart.options["yAxis"][0] |= self.ranges["yAxis"][0]
+        has_points = [*map(bool, self.points.values())]
+        names = [line["name"] for line, is_there in zip(lines, has_points, strict=True) if is_there]
+        names += ["not finite"] if self.lost else []
         self.chart.options["legend"] |= {"data": names, "show": len(names) > 1}
+        self.chart.options["grid"] |= {"top": 34 if len(names) > 1 else 14}
         self.chart.update()
 
-    def _whole(self) -> str:
-        return self._script([(0, values) for values in self.points.values()], 0)
+    @property
+    def _smoothed(self) -> list[str]:
+        return [key for key in self.points if self.view.smoothing and self._curve(key).may_be_smooth]
 
-    def _script(self, added: Iterable[tuple[int, Points]], lost_start: int) -> str:
+    def _floor(self) -> dict[str, Any]:
+        """The series of what has no height, and of the marks."""
+        return {
+            "name": "not finite",
+            "type": "scatter",
+            "yAxisIndex": 1,
+            "symbol": "triangle",
+            "symbolSize": 11,
+            "itemStyle": {"color": "var(--bad)"},
+            "markLine": {"data": lines_of(self.marks)} | QUIET,
+        }
+
+    def _whole(self) -> str:
+        return self._script([0] * len(self.points), 0)
+
+    def _script(self, starts: Sequence[int], lost_start: int) -> str:
+        """Returns the script that sends the points of each series from a place on."""
+        places, weight = dict(zip(self.points, starts, strict=True)), self.view.smoothing
+        lines = {key: smoothed(of, weight) if key in self._smoothed else of for key, of in self.points.items()}
+        shown = [*lines.items(), *((key, self.points[key]) for key in self._smoothed)]
+        series = [f"[{places[key]},[{drawn(points[places[key] :])}]]" for key, points in shown]
         floored = ",".join(f"[{step},0]" for step in self.lost[lost_start:])
-        series = [f"[{start},[{drawn(points)}]]" for start, points in added]
         return f"ngd.extend({self.chart.id},[{','.join([*series, f'[{lost_start},[{floored}]]'])}]);"
+
+    def _stretch(self) -> str:
+        """Returns the script that gives the axis another range, if the new points need one."""
+        ranges = self._ranges()
+        if ranges == self.ranges:
+            return ""
+        self.ranges = ranges  # not in the chart's options: NiceGUI would send all of them again
+        return f"ngd.merge({self.chart.id},{json.dumps(ranges, separators=(',', ':'))});"
+
+    def _ranges(self) -> dict[str, Any]:
+        """The ranges of the axes as ECharts takes them."""
+        return {"yAxis": [self._extent()]}
 
     def _note(self, points: Mapping[str, Points]) -> None:
         """Takes note of what the new points have that the frame must know of."""
@@ -295,7 +276,7 @@ class Curves(ChartPanel):
         line: dict[str, Any] = {
             "name": curve.label,
             "type": "line",
-            "showSymbol": curve.dotted,
+            "showSymbol": curve.dotted and len(self.points[key]) <= MOST_SYMBOLS,
             "symbol": "circle",
             "symbolSize": 7 if curve.dotted else 5,
             "lineStyle": {"color": colour, "width": 1.75, "type": DASHES[index % len(DASHES)]},
@@ -308,12 +289,41 @@ class Curves(ChartPanel):
             line["symbol"] = "none"
         return line
 
-    def _ticks(self) -> dict[str, int]:
-        """Where an axis in bytes has its ticks: about five, at multiples of a power of two; other axes choose."""
-        if self.unit is not BYTES:
+    def _pale(self, line: dict[str, Any]) -> dict[str, Any]:
+        """The points themselves, behind their average."""
+        return line | {"lineStyle": line["lineStyle"] | {"width": 1, "opacity": 0.3}, "showSymbol": False, "z": 1}
+
+    def _extent(self) -> dict[str, Any]:
+        """The axis's range and ticks, where ECharts would choose others.
+
+        An axis in bytes has about five ticks at multiples of a power of two, and one of values leaves outliers out.
+        """
+        if self.unit is BYTES:
+            highest = max([self.highest, *(goal.value for goal in self.goals)])
+            tick = int(2 ** math.ceil(math.log2(max(highest, 5) / 5)))
+            return {"interval": tick, "max": tick * max(1, math.ceil(highest / tick))}
+        if self.stacked:
             return {}
-        tick = int(2 ** math.ceil(math.log2(max(self.highest, 5) / 5)))
-        return {"interval": tick, "max": tick * max(1, math.ceil(self.highest / tick))}
+        if self.unit is SHARE:
+            return {"max": 1}
+        low, high = self.calm_range or (None, None)
+        return {"min": low, "max": high}
+
+    @property
+    def _may_have_outliers(self) -> list[str]:
+        is_log = self.chart.options["yAxis"][0]["type"] == "log"
+        return [] if is_log or self.stacked or self.unit is SHARE else [*self.points]
+
+    def _look_for_outliers(self) -> None:
+        """Takes the range of the axis without them; now and then, for it reads all points."""
+        values = [self.points[key] for key in self._may_have_outliers] if self.view.ignores_outliers else []
+        self.calm_range = range_without_outliers(values)
+
+    def _num_outside(self) -> int:
+        if self.calm_range is None:
+            return 0
+        low, high = self.calm_range
+        return sum(not low <= v <= high for of in self.points.values() for _, v in of if math.isfinite(v))
 
     def sentence(self) -> str:
         known = {key: values for key, values in self.points.items() if values}
@@ -326,7 +336,9 @@ class Curves(ChartPanel):
         said = []
         for key, values in known.items():
             step, value = values[-1]
-            said.append(f"{self._curve(key).label} {self.unit.words(value)} at step {step:,}{_trend(values)}")
+            said.append(f"{self._curve(key).label} {self.unit.words(value)} at step {step:,}{trend(values)}")
+        outside = self._num_outside()
+        said += [f"{counted(outside, 'outlier')} beyond the axis"] if outside else []
         return "; ".join(said)
 
 
@@ -336,38 +348,18 @@ def colour_of(index: int) -> str:
 
 
 def goal_line(goal: Goal, unit: Unit) -> dict[str, Any]:
-    """The goal as ECharts draws it, as the markLine of a series."""
+    """The goal as ECharts draws it, one of the data of a markLine."""
     side = "Bottom" if goal.is_floor else "Top"  # where the curve that has reached it is not
     label = {
-        "formatter": f"target {unit.words(goal.value)}",
+        "formatter": f"{goal.label} {unit.words(goal.value)}",
         "position": f"insideEnd{side}",
         "color": MUTED,
         "fontSize": 11,
         "textBorderColor": SURFACE,  # a curve may pass behind the words
         "textBorderWidth": 3,
     }
-    line = {"yAxis": goal.value, "label": label}
     style = {"type": "dashed", "color": "var(--good)", "width": 1.5}
-    return {"silent": True, "symbol": "none", "animation": False, "lineStyle": style, "data": [line]}
-
-
-def aligned(points: Mapping[str, Points]) -> dict[str, Points]:
-    """The same steps for every series, as stacking needs them: a part that a step did not report took nothing."""
-    steps = sorted({step for values in points.values() for step, _ in values})
-    known = {key: dict(values) for key, values in points.items()}
-    return {key: [(step, values.get(step, 0.0)) for step in steps] for key, values in known.items()}
-
-
-def lines_of(marks: Sequence[Mark]) -> list[dict[str, Any]]:
-    """The marks as ECharts draws them."""
-    return [
-        {
-            "xAxis": mark.step,
-            "lineStyle": MARK_STYLES[mark.kind],
-            "label": {"show": mark.kind != "checkpoint", "formatter": mark.label, "color": MUTED, "fontSize": 11},
-        }
-        for mark in marks
-    ]
+    return {"yAxis": goal.value, "label": label, "lineStyle": style}
 
 
 def drawn(points: Sequence[tuple[float, float]]) -> str:
@@ -375,19 +367,14 @@ def drawn(points: Sequence[tuple[float, float]]) -> str:
     return ",".join(f"[{step:.12g},{f'{value:.7g}' if math.isfinite(value) else 'null'}]" for step, value in points)
 
 
+def step_axis(**more: Any) -> dict[str, Any]:
+    """The axis of steps."""
+    named = axis("step", nameLocation="middle", nameGap=24, minInterval=1, axisPointer=STEP_POINTER)
+    return named | {"min": "dataMin", "max": "dataMax"} | more
+
+
 def value_axis(name: str, unit: Unit, **more: Any) -> dict[str, Any]:
-    """An axis of values in this unit."""
+    """A named axis of values in this unit."""
     named = axis(name, nameLocation="middle", nameGap=52, **more)
     named["axisLabel"] = named["axisLabel"] | {":formatter": unit.browser}
     return named
-
-
-def _trend(points: Points, window: int = 20) -> str:
-    recent = [value for _, value in points[-window:] if math.isfinite(value)]
-    if len(recent) < 4:
-        return ""
-    half = len(recent) // 2
-    before, after = sum(recent[:half]) / half, sum(recent[half:]) / (len(recent) - half)
-    if abs(after - before) <= 0.01 * max(abs(before), abs(after)):
-        return ", steady"
-    return ", rising" if after > before else ", falling"

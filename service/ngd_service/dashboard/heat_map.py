@@ -1,15 +1,19 @@
 """The staleness heat map: one row a statistic, one column a span of steps, colour the age of the statistic in use."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+from nicegui import ui
+from nicegui.events import ValueChangeEventArguments
 
 from ngd_service.client.client import AsyncClient
 from ngd_service.client.units import number
 from ngd_service.dashboard.chart_panel import MUTED, TOOLTIP, ChartPanel, axis
+from ngd_service.dashboard.view import View
 from ngd_service.resources import Statistics
 
-__all__ = ["MAX_CELLS", "HeatMap", "columns_for", "span_for"]
+__all__ = ["COLOURS", "MAX_CELLS", "HeatMap", "columns_for", "span_for"]
 
 # One SVG node a cell: above this a redraw takes longer than the second between two of them.
 MAX_CELLS = 6_000
@@ -18,30 +22,52 @@ CELLS_PER_STEP = 64  # that a running job adds: some 400 bytes
 ROW_PX = 20
 FRAME_PX = 96
 VIRIDIS = ["#fde725", "#a0da39", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154"]
+AGE, TITLE = "age", "Statistics in use"
+COLOURS = {  # by the number that colours a cell: its name in the switch, its field, and what the scale says
+    AGE: ("Age", "ages", "steps old"),
+    "change": ("Change", "changes", "relative change"),
+    "noise": ("Noise", "noises", "noise"),
+    "threshold": ("Threshold", "thresholds", "threshold"),
+    "error": ("Error", "errors", "error of the inverse"),
+}
 CELL_TEXT = (
-    "p => {{ const [x, y, age, interval, refreshes] = p.data; return {names}[y] + ', step ' + p.name + '\\n' + "
+    "p => {{ const [x, y, shown, interval, refreshes, age, ...why] = p.data, told = {told}; "
+    "return {names}[y] + ', step ' + p.name + '\\n' + "
     "(age ? 'measured ' + age + ' steps ago' : 'measured in this step') + '\\ninterval ' + interval + "
-    "(interval === 1 ? ' step' : ' steps') + (refreshes ? '\\nrefreshed ' + refreshes + ' times here' : ''); }}"
+    "(interval === 1 ? ' step' : ' steps') + (refreshes ? '\\nrefreshed ' + refreshes + ' times here' : '') + "
+    "told.map((name, i) => why[i] == null ? '' : '\\n' + name + ' ' + why[i]).join(''); }}"
 )
 
 
 class HeatMap(ChartPanel):
-    """Ages of all statistics over the run. A dot marks a refresh of a statistic that may rest longer than a step."""
+    """Ages of all statistics over the run, or the numbers that decided on them, which the switch chooses.
 
-    def __init__(self, title: str) -> None:
+    A dot marks a refresh of a statistic that may rest longer than a step. A column without a decision is left blank.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.on_recolour: Callable[[], Awaitable[None]] | None = None
+        self.is_stale = False  # the reader has chosen another colour since the last read
         self.statistics: Statistics | None = None
         self.complete_until = 0  # columns up to this step hold all of their steps
         self.num_rows = 1
-        super().__init__(title, _options(), classes="wide", height_px=FRAME_PX + 4 * ROW_PX)
+        super().__init__(TITLE, _options(), classes="wide", height_px=FRAME_PX + 4 * ROW_PX)
+        self.view.colour = view.colour if view.colour in COLOURS else AGE
+        with self.head:
+            names = {colour: name for colour, (name, _, _) in COLOURS.items()}
+            self.switch = ui.toggle(names, value=view.colour, on_change=self._recolour)
+            self.switch.props('dense unelevated no-caps toggle-color=primary aria-label="Colour by"').classes("switch")
+            self.switch.move(target_index=2)
 
     async def refresh(self, api: AsyncClient, job_id: str, step: int, *, whole: bool) -> None:
         """Fetches and draws the columns that are complete by this step, which the job is at; all if `whole`."""
         known = self.statistics
-        if known is None or whole:
+        if known is None or whole or self.is_stale:
             await self._replace(api, job_id, step)
         elif step >= self.complete_until + known.span:
             most, after = columns_for(self.num_rows), self.complete_until
-            new = await api.statistics(job_id, from_step=after + 1, max_points=most, span=known.span)
+            new = await self._read(api, job_id, known.span, most, from_step=after + 1)
             start = sum(end <= after for end in known.steps)
             complete = [i for i, end in enumerate(new.steps) if _last_of(end, new.span) <= step]
             if new.span != known.span or new.names != known.names or start + len(complete) > most:
@@ -52,10 +78,21 @@ class HeatMap(ChartPanel):
 
     async def _replace(self, api: AsyncClient, job_id: str, step: int) -> None:
         most, span = columns_for(self.num_rows), span_for(self.num_rows)
-        new = await api.statistics(job_id, max_points=most, span=span)
+        self.is_stale = False
+        new = await self._read(api, job_id, span, most)
         _keep(new, sum(_last_of(end, new.span) - new.span < step for end in new.steps))
         self.replace(new)
         self.complete_until = step // new.span * new.span
+
+    async def _read(self, api: AsyncClient, job_id: str, span: int, most: int, from_step: int = 1) -> Statistics:
+        is_judged = self.view.colour != AGE
+        return await api.statistics(job_id, from_step=from_step, max_points=most, span=span, judged=is_judged)
+
+    async def _recolour(self, event: ValueChangeEventArguments[Any]) -> None:
+        self.view.colour, self.is_stale = str(event.value), True
+        self.tell(self.view.script)
+        if self.on_recolour is not None:
+            await self.on_recolour()
 
     def cut(self, last_step: int) -> None:
         """Takes the columns away that hold steps after this one."""
@@ -73,7 +110,9 @@ class HeatMap(ChartPanel):
             return
         self.statistics = statistics
         options = self.chart.options
-        options["tooltip"][":formatter"] = CELL_TEXT.format(names=json.dumps(statistics.names))
+        told = json.dumps([name.lower() for name, _, _ in list(COLOURS.values())[1:]])
+        options["tooltip"][":formatter"] = CELL_TEXT.format(names=json.dumps(statistics.names), told=told)
+        options["visualMap"] |= _scale(self.view.colour)
         options["yAxis"]["data"] = statistics.names
         options["grid"]["left"] = min(260, 24 + 7 * max(map(len, statistics.names)))
         self.chart.style(f"height: {FRAME_PX + ROW_PX * len(statistics.names)}px")
@@ -88,17 +127,11 @@ class HeatMap(ChartPanel):
         _keep(self.statistics, start)
         self.tell(self._script(new, start, columns))
         self.statistics.steps += [new.steps[i] for i in columns]
-        for field in ("ages", "intervals", "refreshes"):
-            for row, added in zip(getattr(self.statistics, field), getattr(new, field), strict=True):
-                row += [added[i] for i in columns]
+        for known, added in zip(_matrices(self.statistics), _matrices(new), strict=False):
+            for row, more in zip(known, added, strict=True):
+                row += [more[i] for i in columns]
         self.statistics.last_step = new.last_step
         self.describe(now=False)
-
-    def explain(self, why: str) -> None:
-        """Says why there is no map."""
-        self.note.set_text(why)
-        self.chart.set_visibility(False)
-        self.toggle.set_visibility(False)
 
     def columns(self) -> list[tuple[str, str]]:
         return [
@@ -130,6 +163,8 @@ class HeatMap(ChartPanel):
         known = self.statistics
         if known is None:
             return "No data yet"
+        if self.view.colour != AGE and known.judged is None:
+            return "These workers tell no changes: the intervals are fixed, or their version is an earlier one"
         refreshed, last = sum(map(sum, known.refreshes)), known.steps[-1]
         possible = len(known.names) * last
         longest = max(row[-1] for row in known.intervals)
@@ -139,9 +174,25 @@ class HeatMap(ChartPanel):
         )
 
     def _script(self, statistics: Statistics, start: int, columns: Sequence[int]) -> str:
-        fields = (statistics.ages, statistics.intervals, statistics.refreshes)
-        added = [[f"{statistics.steps[i]:,}", *([row[i] for row in rows] for rows in fields)] for i in columns]
-        return f"ngd.columns({self.chart.id},{start},{json.dumps(added, separators=(',', ':'))})"
+        matrices = _matrices(statistics)
+        added = [[f"{statistics.steps[i]:,}", *([row[i] for row in rows] for rows in matrices)] for i in columns]
+        shown = list(COLOURS).index(self.view.colour) + 2 if self.view.colour != AGE else 0  # 0, 1, 2 are the ages'
+        return f"ngd.columns({self.chart.id},{start},{json.dumps(added, separators=(',', ':'))},{shown})"
+
+
+def _matrices(statistics: Statistics) -> list[list[list[Any]]]:
+    """The matrices as the browser gets them: ages, intervals and refreshes, then the reasons, if they were read."""
+    why = statistics.judged
+    judged = [] if why is None else [getattr(why, field) for _, field, _ in list(COLOURS.values())[1:]]
+    return [statistics.ages, statistics.intervals, statistics.refreshes, *judged]
+
+
+def _scale(colour: str) -> dict[str, Any]:
+    """The colours' scale: of ages linear, of numbers of any size by their logarithm."""
+    text = COLOURS[colour][2]
+    if colour == AGE:
+        return {"text": [text, ""], ":formatter": "v => Math.round(v)"}
+    return {"text": [text, ""], ":formatter": "v => +(10 ** v).toPrecision(2)"}
 
 
 def span_for(rows: int) -> int:
@@ -156,8 +207,9 @@ def columns_for(rows: int) -> int:
 
 def _keep(known: Statistics, num_columns: int) -> None:
     del known.steps[num_columns:]
-    for row in (*known.ages, *known.intervals, *known.refreshes):
-        del row[num_columns:]
+    for matrix in _matrices(known):
+        for row in matrix:
+            del row[num_columns:]
 
 
 def _last_of(step: int, span: int) -> int:
@@ -186,7 +238,8 @@ def _options() -> dict[str, Any]:
             "dimension": 2,
             "min": 0,
             "max": 1,
-            "precision": 0,
+            "precision": 2,
+            "calculable": False,
             "orient": "horizontal",
             "left": 0,
             "top": 0,

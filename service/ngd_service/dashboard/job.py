@@ -2,27 +2,34 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import yaml
 from fastapi import Request, Response
 from nicegui import ui
 
 from ngd_service.client.client import AsyncClient, ServiceError, UnauthorizedError
-from ngd_service.dashboard.activity import LOG_LINES, MOST_EVENTS, TOLD, EventPanel, LogPanel
-from ngd_service.dashboard.curves import MOST_MARKS, Mark
+from ngd_service.dashboard.activity import MOST_EVENTS, TOLD, EventPanel
+from ngd_service.dashboard.checkpoints import CheckpointPanel
+from ngd_service.dashboard.environment import EnvironmentPanel, FallbackPanel
 from ngd_service.dashboard.heat_map import HeatMap
+from ngd_service.dashboard.logs import LogPanel
+from ngd_service.dashboard.marks import LEGEND, MARKED, MOST_MARKS, marks
 from ngd_service.dashboard.plain import unknown, unknown_jobs_page
+from ngd_service.dashboard.sections import Sections
 from ngd_service.dashboard.summary import Summary
 from ngd_service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, page_frame, panel, reader
+from ngd_service.dashboard.timeline import KINDS, Timeline
 from ngd_service.dashboard.training import Training
+from ngd_service.dashboard.trouble import Trouble
+from ngd_service.dashboard.view import View, ViewBar
 from ngd_service.resources import Event, Job, Metric
 
-__all__ = ["marks", "register"]
+__all__ = ["register"]
 
+STYLE = Path(__file__).with_name("job.css")
 POLL_S = 1.0
 CLOCK_S = 10.0  # between two looks at the clock, once nothing else changes
-MARKED = ("started", "checkpoint")
-LEGEND = (("attempt", "new attempt"), ("restart", "workers restarted"), ("checkpoint", "checkpoint"))
 
 
 def register(api_of: Callable[[Request], AsyncClient]) -> None:
@@ -33,11 +40,13 @@ def register(api_of: Callable[[Request], AsyncClient]) -> None:
         api = api_of(request)
         if await unknown(api, [job_id]):
             return unknown_jobs_page([job_id])
+        ui.add_css(STYLE)
         with page_frame("Job", reader(request)) as freshness:
-            page = JobPage(api, job_id, freshness)
+            page = JobPage(api, job_id, freshness, View.of(request.query_params))
         timer = ui.timer(POLL_S, page.refresh)
         page.timer = timer
         ui.on("visible", lambda event: setattr(timer, "active", event.args))
+        ui.on("zoomed", lambda event: page.refine(event.args))
         return None
 
 
@@ -46,10 +55,11 @@ class JobPage:
 
     timer: ui.timer
 
-    def __init__(self, api: AsyncClient, job_id: str, freshness: Freshness) -> None:
+    def __init__(self, api: AsyncClient, job_id: str, freshness: Freshness, view: View | None = None) -> None:
         self.api = api
         self.job_id = job_id
         self.freshness = freshness
+        self.view = view or View()
         self.reading = asyncio.Lock()  # events that two reads at once both got would be listed twice
         self.client = ui.context.client
         self.job: Job | None = None  # as it was read last
@@ -57,6 +67,7 @@ class JobPage:
         self.next_after = 0
         self.told_version: int | None = None  # of the job when its events were read
         self.attempt = 0
+        self.has_started = False
         self.is_complete = False
         self.loading = ui.skeleton().style("height: 220px; width: 100%").props('aria-label="Loading the job"')
         with ui.element("div").classes("sections") as self.content:
@@ -65,6 +76,33 @@ class JobPage:
 
     def _lay_out(self) -> None:
         self.summary = Summary(self._cancel, self.job_id)
+        with self.summary.beneath_notice:
+            self.trouble = Trouble()
+        self.sections = Sections()
+        self.training = Training(self.view)
+        with self.sections.section("Metrics"):
+            ViewBar(self.view, self.training.redraw)
+            self._lay_out_legend()
+            with ui.element("div").classes("grid"):
+                self.training.lay_out_metrics()
+        with self.sections.section("Curvature"), ui.element("div").classes("grid"):
+            self.training.lay_out_curvature()
+            self.heat_map = HeatMap(self.view)
+            self.heat_map.on_recolour = self._recolour
+            self.fallback = FallbackPanel()
+        with self.sections.section("Step"), ui.element("div").classes("grid"):
+            self.training.lay_out_step()
+        with self.sections.section("Log", is_titled=False), ui.element("div").classes("grid"):
+            self.log = LogPanel(self.api, self.job_id)
+        with self.sections.section("History"), ui.element("div").classes("grid"):
+            self.timeline, self.event_panel = Timeline(), EventPanel()
+            self.environment = EnvironmentPanel()
+            self.checkpoints = CheckpointPanel()
+        with self.sections.section("Spec", is_titled=False):
+            self._lay_out_spec()
+        self._show_sections(num_statistics=0)
+
+    def _lay_out_legend(self) -> None:
         self.legend = ui.element("div").classes("legend").props('aria-label="Vertical lines in the charts"')
         with self.legend:
             for kind, meaning in LEGEND:
@@ -72,12 +110,14 @@ class JobPage:
                     ui.element("i").classes(kind)
                     ui.label(meaning)
         self.legend.set_visibility(False)
-        with ui.element("div").classes("grid"):
-            self.training = Training()
-            self.heat_map = HeatMap("Age of the statistics in use")
-            self.log = LogPanel()
-            self.event_panel = EventPanel()
-            self._lay_out_spec()
+
+    def _show_sections(self, num_statistics: int) -> None:
+        """A job whose workers have never started has no empty charts, and one without statistics no curvature."""
+        for name in ("Metrics", "Step"):
+            self.sections.show(name, is_needed=self.has_started)
+        self.sections.show("Curvature", is_needed=num_statistics > 0)
+        self.environment.whole.set_visibility(self.has_started)
+        self.checkpoints.whole.set_visibility(self.has_started)
 
     def _lay_out_spec(self) -> None:
         with panel("Spec") as head:
@@ -126,14 +166,21 @@ class JobPage:
             self.content.set_visibility(True)
         is_turn_of_log = self.polls % 2 == 0  # the log's and the events' turns alternate
         events = await self._read_events(job) if is_new or has_ended or not is_turn_of_log else []
-        if is_changed or events:
+        await self._tell_state(job)
+        if self.has_started and (is_changed or events):
             await self.training.refresh(self.api, job, whole=has_ended)
             await self._read_statistics(job)
             self._mark(events)
         if has_ended or is_turn_of_log:
-            self.log.show(await self.api.logs(self.job_id, tail=LOG_LINES))
+            await self.log.refresh(job)
         self.polls += 1
         self.job = job
+
+    async def _tell_state(self, job: Job) -> None:
+        """Says what went wrong, and in which stage the job is."""
+        await self.trouble.refresh(self.api, job)
+        self.timeline.show(job)
+        self.sections.show("Log", is_needed=job.status.attempt > 0)
 
     async def _read_events(self, job: Job) -> list[Event]:
         """Returns what happened since the last time, if anything did."""
@@ -142,17 +189,29 @@ class JobPage:
         read = self._newest_events if self.told_version is None else self._new_events
         events = await read(job.metrics)
         self.told_version = job.resource_version
-        for event in events:
-            if event.kind == "started":
-                self.heat_map.num_rows = len(event.data["statistics"])
+        self.timeline.add(events)
+        starts = [event for event in events if event.kind == "started"]
+        if starts:
+            self._start(job, starts[-1])
+        if any(event.kind == "checkpoint" for event in events):
+            await self.checkpoints.refresh(self.api, job)
         return events
+
+    def _start(self, job: Job, event: Event) -> None:
+        """Takes what the workers tell at their start."""
+        self.has_started = True
+        self.heat_map.num_rows = num_statistics = len(event.data["statistics"])
+        self._show_sections(num_statistics)
+        self.training.started(event)
+        self.environment.show(job, event)
+        self.fallback.show(event.data.get("plain_parameters", {}))
 
     async def _newest_events(self, metrics: Sequence[Metric]) -> list[Event]:
         """Returns the newest events, and those that the charts mark however many came after them."""
         told = (await self.api.events(self.job_id, limit=MOST_EVENTS, newest_of=TOLD)).events
         found = {event.id: event for event in told}
-        for kind in MARKED:
-            page = await self.api.events(self.job_id, limit=MOST_MARKS // 2, newest_of=[kind])
+        for kinds in (*([kind] for kind in MARKED), KINDS):
+            page = await self.api.events(self.job_id, limit=MOST_MARKS // 2, newest_of=kinds)
             found |= {event.id: event for event in page.events}
         self.event_panel.add(told, metrics)
         self.next_after = told[-1].id if told else 0
@@ -178,9 +237,22 @@ class JobPage:
         step = job.status.progress.step
         if self.heat_map.num_rows and step:
             await self.heat_map.refresh(self.api, self.job_id, step, whole=job.status.is_terminal)
-        elif step:
-            kind = job.spec.get("optimizer", {}).get("kind", "a loop of the job's own")
-            self.heat_map.explain(f"{kind} reports no statistics")
+
+    async def refine(self, window: Sequence[int] | None) -> None:
+        """Shows the steps that the reader has zoomed to as finely as the screen does."""
+        async with self.reading:
+            try:
+                await self.training.refine(self.api, self.job_id, None if window is None else (window[0], window[1]))
+            except ServiceError as error:
+                self.freshness.stale(str(error))
+
+    async def _recolour(self) -> None:
+        async with self.reading:
+            try:
+                if self.job is not None:
+                    await self._read_statistics(self.job)
+            except ServiceError as error:
+                self.freshness.stale(str(error))
 
     async def _cancel(self) -> None:
         try:
@@ -192,22 +264,3 @@ class JobPage:
     def _rest(self) -> None:
         self.is_complete = True
         self.timer.interval = CLOCK_S
-
-
-def marks(events: Sequence[Event], attempt: int = 0) -> tuple[list[Mark], int]:
-    """The vertical lines of a job: where attempts began, where workers were restarted, where checkpoints lie.
-
-    attempt: which one was under way before these events; the one after them comes back.
-    """
-    found = []
-    for event in events:
-        if event.kind == "checkpoint":
-            found.append(Mark(event.data["step"], "checkpoint", f"checkpoint {event.data['step']}"))
-        elif event.kind == "started":
-            is_new = event.attempt != attempt
-            attempt = event.attempt or 0
-            if is_new and attempt > 1:
-                found.append(Mark(event.data["resumed_step"], "attempt", f"attempt {attempt}"))
-            elif not is_new:
-                found.append(Mark(event.data["resumed_step"], "restart", "restart"))
-    return found, attempt

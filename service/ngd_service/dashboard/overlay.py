@@ -11,10 +11,12 @@ from ngd_service.client.client import AsyncClient
 from ngd_service.client.comparison import Goal as Target
 from ngd_service.client.comparison import History
 from ngd_service.dashboard.chart_panel import MUTED, TOOLTIP, ChartPanel, axis
-from ngd_service.dashboard.curves import DASHES, LEGEND, SHARE, Goal, Unit, colour_of, drawn, goal_line, value_axis
+from ngd_service.dashboard.curves import DASHES, LEGEND, QUIET, Goal, colour_of, drawn, goal_line, value_axis
+from ngd_service.dashboard.measures import SHARE, Unit
+from ngd_service.dashboard.smoothing import smoothed
 from ngd_service.resources import Job
 
-__all__ = ["AXES", "Overlay", "Run", "View", "connect", "smoothed"]
+__all__ = ["AXES", "Overlay", "Run", "View", "connect"]
 
 AXES = {"step": "step", "epoch": "epoch", "samples": "samples seen", "seconds": "seconds since the workers started"}
 MAX_POINTS = 1_000
@@ -154,7 +156,7 @@ class Overlay(ChartPanel):
         for run in self.runs:
             raw = self._points(run, view)
             lost += [(x, 0.0) for x, value in raw if not math.isfinite(value)]
-            lines += [smoothed(raw, self._smoothing), raw]
+            lines += [smoothed(raw, self._smoothing) if self._smoothing else [], raw]
         if not self.sent or self._is_log_y(lines) != (self.chart.options["yAxis"][0]["type"] == "log"):
             self._lay_out(lines)
         lines.append(sorted(lost))
@@ -211,8 +213,7 @@ class Overlay(ChartPanel):
         options["tooltip"][":formatter"] = TOLD.replace("{unit}", self.unit.browser).replace("{axis}", view.x)
         options["series"] = [line for run in self.runs for line in self._lines(run)]
         if self.goals:
-            goal, *others = (goal_line(goal, self.unit) for goal in self.goals)
-            options["series"][0]["markLine"] = goal | {"data": [goal["data"][0], *(one["data"][0] for one in others)]}
+            options["series"][0]["markLine"] = {"data": [goal_line(goal, self.unit) for goal in self.goals]} | QUIET
         options["series"].append(
             {
                 "name": "not finite",
@@ -240,22 +241,6 @@ class Overlay(ChartPanel):
         style = {"color": colour, "width": 1.75, "type": DASHES[run.index % len(DASHES)]}
         pale = style | {"width": 1, "type": "solid", "opacity": 0.3} if is_smooth else style
         return [line | {"lineStyle": style, "showSymbol": False}, line | {"lineStyle": {"opacity": 1} | pale, "z": 1}]
-
-
-def smoothed(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
-    """Returns the moving average, without the pull of its start towards 0; nothing for a weight of 0.
-
-    >>> smoothed([(1, 4.0), (2, 2.0)], 0.5)[0]
-    (1, 4.0)
-    """
-    if weight == 0:
-        return []
-    mean, total, result = 0.0, 0.0, []
-    for x, value in points:
-        if math.isfinite(value):
-            mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-            result.append((x, mean / total))
-    return result
 
 
 def between(points: Sequence[tuple[int, float]], step: int) -> float | None:

@@ -49,6 +49,7 @@ class Summary:
             with ui.element("div").classes("notice-text"):
                 self.reason = ui.label().style("font-weight: 600")
                 self.message = ui.label()
+        self.beneath_notice = ui.element("div").style("display: contents")  # for the lines of the log
         with ui.element("div").classes("panel notice waits").props("role=alert") as self.hole:
             ui.icon("warning").props("aria-hidden=true")
             self.skipped = ui.label().classes("notice-text")

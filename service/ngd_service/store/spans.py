@@ -6,7 +6,8 @@ to date as steps come in, and a reader takes the level that fits its screen.
 
 curves       of each value, also of each metric, the lowest, the highest and the first that is not finite, each at its
              step; of a group of parts (seconds, bytes_sent) those where their sum is such
-statistics   ages and intervals at the span's last step, and the refreshes within it
+statistics   ages and intervals at the span's last step, the refreshes within it, and of each statistic judged in it
+             the newest change, noise, threshold and error, and of each that failed the newest ending
 evaluations  as curves, of the test data's metrics: test_<name>
 """
 
@@ -22,6 +23,7 @@ from ngd_workers.contract.events import Evaluation, StepRecord
 
 __all__ = [
     "GROUPS",
+    "JUDGED",
     "KINDS",
     "LOWEST",
     "WIDENING",
@@ -38,6 +40,7 @@ __all__ = [
 Name = Literal["curves", "statistics", "evaluations"]
 LOWEST, WIDENING = 3, 2  # the first level that is kept, and how many levels lie between one that is and the next
 GROUPS = ("seconds", "bytes_sent")
+JUDGED = ("changes", "noises", "thresholds", "errors")  # in the order of a judged statistic's values
 FIELDS = (  # of a step that are curves; its metrics can't have these names
     "lr",
     "momentum",
@@ -168,8 +171,15 @@ def _height(sample: Sequence[Any]) -> float:
 
 def _statistics(record: Mapping[str, Any]) -> dict[str, Any]:
     ages = record["ages"]
-    refreshes = [int(age == 0) for age in ages]
-    return {"ages": ages, "intervals": record["intervals"], "refreshes": refreshes} if ages else {}
+    if not ages:
+        return {}
+    content = {"ages": ages, "intervals": record["intervals"], "refreshes": [int(age == 0) for age in ages]}
+    judged = record.get("judged")  # versions before it have none
+    if judged is None:
+        return content
+    columns = [judged[field] for field in JUDGED]
+    rows = dict(zip(map(str, judged["statistics"]), map(list, zip(*columns, strict=True)), strict=True))
+    return content | {"judged": rows, "failed": {str(place): ending for place, ending in judged["failed"].items()}}
 
 
 def _merged_statistics(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -177,8 +187,12 @@ def _merged_statistics(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     last: dict[str, Any] = next((content for content in reversed(contents) if content), {})
     if not last:
         return last
-    alike = [content["refreshes"] for content in contents if content and len(content["ages"]) == len(last["ages"])]
-    return last | {"refreshes": [sum(column) for column in zip(*alike, strict=True)]}
+    alike = [content for content in contents if content and len(content["ages"]) == len(last["ages"])]
+    merged = last | {"refreshes": [sum(column) for column in zip(*(one["refreshes"] for one in alike), strict=True)]}
+    for field in ("judged", "failed"):
+        newest = {place: value for one in alike for place, value in one.get(field, {}).items()}
+        merged |= {field: newest} if newest else {}
+    return merged
 
 
 KINDS: dict[Name, Kind] = {

@@ -11,7 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from ngd_workers.contract.names import MetricName
 
-__all__ = ["Event", "EventBatch", "EventReply", "Metric", "Numbered", "StepRecord", "metric_words", "with_metrics"]
+__all__ = [
+    "Event",
+    "EventBatch",
+    "EventReply",
+    "Judged",
+    "Metric",
+    "Numbered",
+    "StepRecord",
+    "metric_words",
+    "with_metrics",
+]
 
 MetricValues = Annotated[dict[MetricName, float], Field(max_length=32)]
 
@@ -74,6 +84,20 @@ class Started(Fact):
     )
 
 
+class Judged(Fact):
+    """The statistics that were due in a step, 2,000 at most, as columns: why each was given the interval that it has.
+
+    None: not measured, as the change of a first value and all that a fixed interval needs not.
+    """
+
+    statistics: list[int] = Field(description="Places in the `statistics` of the start.")
+    changes: list[float | None] = Field(description="Relative change against the value in use.")
+    noises: list[float | None] = Field(description="Relative change that sampling alone makes expected.")
+    thresholds: list[float | None] = Field(description="Change, or error, from which on the interval shrinks.")
+    errors: list[float | None] = Field(description="Error of the inverse in use for the new value.")
+    failed: dict[int, str] = Field(default={}, description="Place -> ending of each inversion that failed.")
+
+
 class StepRecord(Fact):
     """One optimizer step. Step numbers start at 1."""
 
@@ -96,6 +120,9 @@ class StepRecord(Fact):
         default=[], description="Steps since each statistic in use was measured; 0: measured in this step."
     )
     intervals: list[int] = Field(default=[], description="Steps from one refresh of each statistic to the next.")
+    judged: Judged | None = Field(
+        default=None, description="The statistics that were due; None: nothing was measured of them, or none was due."
+    )
     failed_inversions: int = Field(
         default=0, description="Failed inversions so far, over all ranks; each kept the old inverse."
     )

@@ -19,6 +19,7 @@ TAKEN = frozenset(
         "bytes_sent",
         "ages",
         "intervals",
+        "judged",
         "failed_inversions",
         "skipped_samples",
         "skipped_steps",

@@ -16,7 +16,6 @@ from ngd_workers.contract.errors import IncompatibleCheckpointError, NonFiniteLo
 from ngd_workers.contract.events import (
     Evaluation,
     Started,
-    StepRecord,
     TargetReached,
     metric_words,
 )
@@ -33,8 +32,9 @@ from ngd_workers.train.continuing import Origin, keep_new_settings, origin_of
 from ngd_workers.train.first_weights import load_first_weights
 from ngd_workers.train.learner import Learner, check_fit, load_weights, trainable
 from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
-from ngd_workers.train.optimizers import chooses_lr, step_stats
+from ngd_workers.train.optimizers import chooses_lr
 from ngd_workers.train.reader import Reader
+from ngd_workers.train.records import step_record
 from ngd_workers.train.saves import Saves
 from ngd_workers.train.schedules import lr_factor, total_steps
 from ngd_workers.train.stopping import request_of, stop_code_of
@@ -311,33 +311,22 @@ class Run:
 
     def _report_step(self, metrics: dict[str, float], seconds: float) -> None:
         optimizer = self.learner.optimizer
-        stats, lr = step_stats(optimizer), optimizer.param_groups[0]["lr"]
-        phases = self._stopwatch.take() | stats.seconds
-        phases["forward_backward"] -= phases.get("capture", 0.0)  # the hooks run inside: no second is counted twice
         self.context.reporter.report(
-            StepRecord(
+            step_record(
+                optimizer,
                 step=self.progress.step,
                 epoch=self.epoch,
-                time_s=time.time(),
                 metrics=metrics,
-                lr=lr,
                 samples_per_s=self.spec.batch.global_size / seconds,
-                seconds=phases,
-                bytes_sent=self.learner.gradient_bytes() | stats.bytes_sent,
-                ages=list(stats.ages),
-                intervals=list(stats.intervals),
-                failed_inversions=stats.failed_inversions,
+                seconds=self._stopwatch.take(),
+                bytes_sent=self.learner.gradient_bytes(),
                 skipped_samples=self.progress.skipped_samples,
-                skipped_steps=stats.skipped_steps,
-                damping=optimizer.param_groups[0].get("damping"),
-                momentum=optimizer.param_groups[0]["momentum"] if chooses_lr(optimizer) else None,
-                reduction_ratio=stats.adapted.reduction_ratio,
             )
         )
         now_s = time.monotonic()
         if now_s - self._logged_s >= PROGRESS_S:
             self._logged_s = now_s
-            self._log("training", metrics, f"lr {lr:.3g}")
+            self._log("training", metrics, f"lr {optimizer.param_groups[0]['lr']:.3g}")
 
     def _log(self, which: str, metrics: dict[str, float], *more: str) -> None:
         if self.context.comm.rank == 0:

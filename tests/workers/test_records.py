@@ -1,0 +1,91 @@
+"""What the record of a step says of the statistics that were due."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ngd_dist import NGD, NGDConfig
+from ngd_dist.telemetry import Refresh, StepStats
+from ngd_workers.contract.events import StepRecord
+from ngd_workers.train import records
+from ngd_workers.train.records import judged, step_record
+
+
+def refresh(statistic: str, *, change: float = math.inf, error: float = math.inf, ending: str = "OK") -> Refresh:
+    return Refresh(
+        statistic,
+        change=change,
+        change_to_before=math.inf,
+        noise=0.123456,
+        threshold=0.2,
+        error=error,
+        residual=math.inf,
+        ending=ending,
+        age=1,
+        interval=1,
+        seconds=0.0,
+        bytes_sent=0,
+    )
+
+
+def having(*refreshes: Refresh) -> NGD:
+    """An optimizer of the statistics 0.A, 0.G, 1.A and 1.G, of which these were due."""
+    optimizer = NGD(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    optimizer.stats = StepStats(refreshes=[*refreshes])
+    return optimizer
+
+
+def test_statistics_that_were_measured_are_told_by_their_places() -> None:
+    told = judged(having(refresh("1.A", change=0.5), refresh("0.A", change=0.25, ending="INACCURATE")))
+
+    assert told is not None
+    assert (told.statistics, told.changes, told.noises, told.errors) == ([2, 0], [0.5, 0.25], [0.1235] * 2, [None] * 2)
+    assert told.failed == {0: "INACCURATE"}
+
+
+def test_step_of_very_many_statistics_still_fits_into_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MOST_JUDGED", 1)
+
+    told = judged(having(refresh("1.A", change=0.5), refresh("0.A", change=0.25, ending="INACCURATE")))
+
+    assert told is not None
+    assert (told.statistics, told.changes, told.failed) == ([2], [0.5], {})
+
+
+@pytest.mark.parametrize(
+    ("refreshes", "is_told"),
+    [
+        ([], False),
+        ([refresh("0.A")], False),  # the first value, or a fixed interval
+        ([refresh("0.A", error=0.1)], True),
+        ([refresh("0.A", ending="NON_FINITE")], True),
+    ],
+)
+def test_nothing_is_told_of_statistics_of_which_nothing_was_measured(refreshes: list[Refresh], is_told: bool) -> None:
+    assert (judged(having(*refreshes)) is not None) == is_told
+
+
+def test_record_of_a_step_tells_the_changes_of_its_statistics() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    optimizer = NGD(model, NGDConfig(lr=0.1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.randint(4, (32,))).backward()
+        optimizer.step()
+
+    record = step_record(
+        optimizer, step=2, epoch=0.5, metrics={"loss": 1.0}, samples_per_s=1.0, seconds={"forward_backward": 1.0},
+        bytes_sent={}, skipped_samples=0,
+    )  # fmt: skip
+
+    assert record.judged is not None
+    assert record.judged.statistics == [0, 1]
+    assert record.judged.changes == [pytest.approx(one.change, rel=1e-3) for one in optimizer.stats.refreshes]
+    assert StepRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_record_of_a_version_without_them_is_read() -> None:
+    assert StepRecord.model_validate({"step": 1, "time_s": 0.0, "metrics": {"loss": 1.0}}).judged is None
