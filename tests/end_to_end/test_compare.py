@@ -88,11 +88,11 @@ def test_jobs_are_marked_in_the_list_and_compared(service: ServiceProcess, jobs:
     for job_id in jobs[:2]:
         page.locator(f"tr:has(a[href='/jobs/{job_id}'])").get_by_role("checkbox").click()
     expect(page.get_by_text("2 marked")).to_be_visible()
-    assert page.url == f"{service.url}/?selected={','.join(jobs[:2])}"
+    page.wait_for_url(f"{service.url}/?selected={','.join(jobs[:2])}")
     page.keyboard.press("c")
 
     expect(page.get_by_role("heading", name="Compare jobs")).to_be_visible()
-    assert page.url == f"{service.url}/compare?jobs={','.join(jobs[:2])}"
+    page.wait_for_url(f"{service.url}/compare?jobs={','.join(jobs[:2])}")
     names = [f"waits (...{job_id[-4:]})" for job_id in jobs]
     expect(page.get_by_role("status").filter(has_text="To accuracy")).to_have_text(
         f"To accuracy at least 90.00%, {names[0]} was first in steps (20 steps; {names[1]} took 40 steps), and "
