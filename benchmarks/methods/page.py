@@ -20,7 +20,7 @@ def save(folder: Path, rows: list[Row]) -> None:
     """Writes the tables, each run, and the curves of the repeated runs."""
     curves = [row for row in rows if row["part"] == "repeated"]
     (folder / "curves.json").write_text(json.dumps(curves) + "\n")
-    kept = [{key: value for key, value in row.items() if key != "curve"} for row in rows]
+    kept = [{key: value for key, value in row.items() if key != "curve"} | {"score": last_score(row)} for row in rows]
     write(folder, {"rows": kept}, table(rows))
 
 
@@ -63,7 +63,7 @@ def summary(name: str, rows: list[Row]) -> list[str]:
     lines += ["| method | CPU seconds | steps | ms per step | score at the end | setting | beyond its first range |"]
     lines += ["|---" * 7 + "|"]
     for method, runs in sorted(methods.items(), key=lambda item: median_of(item[1], "target_seconds")):
-        scores = [row["curve"][-1]["score"] if row["curve"] else math.nan for row in runs]
+        scores = [math.nan if (score := last_score(row)) is None else score for row in runs]
         cells = [
             method,
             shown([row["target_seconds"] for row in runs], digits=2),
@@ -81,7 +81,7 @@ def summary(name: str, rows: list[Row]) -> list[str]:
 def every_trial(rows: list[Row]) -> list[str]:
     lines = ["| method | seed | setting | CPU seconds | steps | score at the end | ending |", "|---" * 7 + "|"]
     for row in (row for row in rows if row["part"] == "tuned"):
-        score = f"{row['curve'][-1]['score']:.4g}" if row["curve"] else "-"
+        score = "-" if (last := last_score(row)) is None else f"{last:.4g}"
         seconds = "-" if row["target_seconds"] is None else f"{row['target_seconds']:.1f}"
         cells = [row["method"], row["seed"], row["setting"], seconds, row["target_step"] or "-", score]
         cells.append(f"{row['ending']} after {row['steps']}")
@@ -101,11 +101,18 @@ def by(rows: list[Row], what: str) -> dict[str, list[Row]]:
     return {value: [row for row in rows if row[what] == value] for value in dict.fromkeys(row[what] for row in rows)}
 
 
+def last_score(row: Row) -> float | None:
+    """Returns the score of a run's last test, whether its curve is there or was stored apart; None: it had no test."""
+    if "curve" not in row:
+        return None if row["score"] is None else float(row["score"])
+    return float(row["curve"][-1]["score"]) if row["curve"] else None
+
+
 def _both(runs: list[Row]) -> str:
     seconds, steps = (median_of(runs, what) for what in ("target_seconds", "target_step"))
     if math.isfinite(seconds):
         return f"{seconds:.1f} ({steps:.0f})"
-    scores = [row["curve"][-1]["score"] for row in runs if row["curve"]]
+    scores = [score for row in runs if (score := last_score(row)) is not None]
     return f"*{statistics.median(scores):.3g}*" if scores else "*diverged*"
 
 
