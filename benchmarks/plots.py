@@ -110,7 +110,8 @@ def plot_headline(result: Result) -> Any:
         xscale="log",
         xlabel="best natural gradient of this package / best rival, to the same target: left of 1 it is ahead",
     )
-    axis.set_xticks(ticks := [0.25, 0.5, 1, 2, 4, 8], [f"{tick:g}" for tick in ticks])
+    axis.set_xticks(ticks := [0.25, 0.5, 1, 2, 4, 8, 16], [f"{tick:g}" for tick in ticks])
+    axis.set_xlim(0.25, 24)
     axis.minorticks_off()
     axis.legend(fontsize=8)
     return figure
