@@ -275,7 +275,7 @@ def test_loop_of_one_s_own_shows_the_numbers_that_it_reports(store: SQLStore, ow
     assert job.metrics_latest == {"mean_reward": 3.0}
     assert (known["mean_reward"].values, "loss" in known) == ([1.5, 3.0], False)
     assert row(job)["result"] == "mean reward 3 in training"
-    assert (row(job)["loss"], row(job)["steps"], row(job)["share"]) == ("—", "2", 0.0)
+    assert (row(job)["steps"], row(job)["share"]) == ("2", 0.0)
     assert (listed(job)["loss"], listed(job)["step"]) == ("-", "2")
     assert following._metrics(job) == "mean reward 3"
     assert recipe(job).startswith("mine:train · 1 worker · submitted")
@@ -356,7 +356,7 @@ def test_job_without_a_loss_has_no_chart_of_it(store: SQLStore, own_loop: Claim,
 def test_skipped_samples_are_told_where_a_reader_looks(store: SQLStore, own_loop: Claim, page: PageClient) -> None:
     async def cancel() -> None: ...
 
-    summary = Summary(cancel)
+    summary = Summary(cancel, "job_1")
     summary.show(read(store, own_loop))
     assert not summary.hole.visible
 
