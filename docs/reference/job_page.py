@@ -24,6 +24,13 @@ with one.
 Where several things can fill a field, each has a name, its `kind`. After each table stands an example with every field:
 at its default, or in a comment where it is unset unless you set it.
 """
+OF_EACH_JOB = {
+    "labels": {"team": "vision"},
+    "code": {"directory": "."},
+    "image": "registry.example/ml/mine:2",
+    "env": {"FLAVOUR": "plain"},
+    "secrets": {"HF_TOKEN": "hub"},
+}
 # What stands in an example for a field that has to be given, or that is unset unless it is given.
 GIVEN: dict[str, dict[str, Any]] = {
     "JobSpec": {
@@ -34,11 +41,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "schedule": {"epochs": 10},
         "batch": {"global_size": 256},
         "target": {"metric": "accuracy", "value": 0.97},
-        "labels": {"team": "vision"},
-        "code": {"directory": "."},
-        "image": "registry.example/ml/mine:2",
-        "env": {"FLAVOUR": "plain"},
-        "secrets": {"HF_TOKEN": "hub"},
+        **OF_EACH_JOB,
         "init_from": {"kind": "file", "path": "weights/start.safetensors"},
         "transform": {"kind": "sngd"},
         "engine": {"kind": "ddp"},
@@ -47,11 +50,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "name": "my-loop",
         "train": {"function": "mine:train", "metrics": {"loss": "lower"}},
         "target": {"metric": "loss", "value": 0.1},
-        "labels": {"team": "vision"},
-        "code": {"directory": "."},
-        "image": "registry.example/ml/mine:2",
-        "env": {"FLAVOUR": "plain"},
-        "secrets": {"HF_TOKEN": "hub"},
+        **OF_EACH_JOB,
         "init_from": {"kind": "checkpoint", "run_dir": "job_01J9ZQ7R8T"},
     },
     "OwnLoop": {"function": "mine:train", "options": {"width": 64}, "steps": 200, "metrics": {"loss": "lower"}},

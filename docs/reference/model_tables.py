@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -39,13 +39,15 @@ def section(
             yield from section(choice, "####" if example is None else level, written, example, elsewhere)
 
 
-def body(model: type[BaseModel], elsewhere: Mapping[type[BaseModel], str] | None = None) -> Iterator[str]:
-    """Yields the docstring of a class, and the table of its fields."""
+def body(
+    model: type[BaseModel], elsewhere: Mapping[type[BaseModel], str] | None = None, hidden: Collection[str] = ("kind",)
+) -> Iterator[str]:
+    """Yields the docstring of a class, and the table of its fields but the hidden ones."""
     if "kind" in model.model_fields:
         yield f"`kind: {model.model_fields['kind'].default}`\n"
     paragraphs = (inspect.getdoc(model) or "").split("\n\n")
     yield "\n\n".join(f"```pycon\n{p}\n```" if p.startswith(">>> ") else escaped(p) for p in paragraphs) + "\n"
-    rows = [table_row(name, field, elsewhere or {}) for name, field in model.model_fields.items() if name != "kind"]
+    rows = [table_row(name, field, elsewhere or {}) for name, field in model.model_fields.items() if name not in hidden]
     if rows:
         yield "\n".join([ROW_HEAD, *rows]) + "\n"
 

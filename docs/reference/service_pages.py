@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 from click import Context
 from model_tables import body, escaped
-from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
@@ -124,18 +123,11 @@ def _values(schema: dict[str, Any]) -> str:
 
 def settings() -> str:
     """Returns the tables of the common settings, of each dispatcher's and of the client's."""
-    parts = [f"{MADE}{SETTINGS}", "## Common\n", *body(_without_failpoint())]
+    parts = [f"{MADE}{SETTINGS}", "## Common\n", *body(Settings, hidden=["failpoint"])]
     for name, dispatcher in DISPATCHERS.items():
         if dispatcher.settings_class.model_fields:
             parts += [f"## With NGD_DISPATCHER={name}\n", *body(dispatcher.settings_class)]
     return "\n".join([*parts, "## Of the command ngd, and of the client\n", *body(ClientSettings)])
-
-
-def _without_failpoint() -> type[BaseModel]:
-    """The service's settings but for the one that only tests set."""
-    shown = type("Settings", (Settings,), {"__doc__": Settings.__doc__})
-    shown.__pydantic_fields__ = {name: field for name, field in Settings.model_fields.items() if name != "failpoint"}
-    return shown
 
 
 def events() -> str:

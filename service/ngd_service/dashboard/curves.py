@@ -17,7 +17,7 @@ from ngd_service.dashboard.view import View
 
 __all__ = [
     "DASHES", "DRAGGING", "LEGEND", "QUIET", "SERIES_COLOURS", "ZOOM",
-    "Curve", "Curves", "Goal", "colour_of", "drawn", "goal_line", "step_axis", "value_axis",
+    "Curve", "Curves", "Goal", "colour_of", "drawn", "goal_line", "not_finite", "step_axis", "value_axis",
 ]  # fmt: skip
 
 DASHES = ("solid", [6, 4], [2, 3], [10, 3, 2, 3])
@@ -229,15 +229,7 @@ class Curves(ChartPanel):
 
     def _floor(self) -> dict[str, Any]:
         """The series of what has no height, and of the marks."""
-        return {
-            "name": "not finite",
-            "type": "scatter",
-            "yAxisIndex": 1,
-            "symbol": "triangle",
-            "symbolSize": 11,
-            "itemStyle": {"color": "var(--bad)"},
-            "markLine": {"data": lines_of(self.marks)} | QUIET,
-        }
+        return not_finite() | {"markLine": {"data": lines_of(self.marks)} | QUIET}
 
     def _whole(self) -> str:
         return self._script([0] * len(self.points), 0)
@@ -345,6 +337,12 @@ class Curves(ChartPanel):
 def colour_of(index: int) -> str:
     """The colour of the series of this index, for light and dark."""
     return f"var(--series-{index % SERIES_COLOURS + 1})"
+
+
+def not_finite() -> dict[str, Any]:
+    """The series of values that have no height; each is a mark at the foot of the chart."""
+    mark = {"symbol": "triangle", "symbolSize": 11, "itemStyle": {"color": "var(--bad)"}}
+    return {"name": "not finite", "type": "scatter", "yAxisIndex": 1} | mark
 
 
 def goal_line(goal: Goal, unit: Unit) -> dict[str, Any]:

@@ -11,7 +11,17 @@ from ngd_service.client.client import AsyncClient
 from ngd_service.client.comparison import Goal as Target
 from ngd_service.client.comparison import History
 from ngd_service.dashboard.chart_panel import MUTED, TOOLTIP, ChartPanel, axis
-from ngd_service.dashboard.curves import DASHES, LEGEND, QUIET, Goal, colour_of, drawn, goal_line, value_axis
+from ngd_service.dashboard.curves import (
+    DASHES,
+    LEGEND,
+    QUIET,
+    Goal,
+    colour_of,
+    drawn,
+    goal_line,
+    not_finite,
+    value_axis,
+)
 from ngd_service.dashboard.measures import SHARE, Unit
 from ngd_service.dashboard.smoothing import smoothed
 from ngd_service.resources import Job
@@ -214,16 +224,7 @@ class Overlay(ChartPanel):
         options["series"] = [line for run in self.runs for line in self._lines(run)]
         if self.goals:
             options["series"][0]["markLine"] = {"data": [goal_line(goal, self.unit) for goal in self.goals]} | QUIET
-        options["series"].append(
-            {
-                "name": "not finite",
-                "type": "scatter",
-                "yAxisIndex": 1,
-                "symbol": "triangle",
-                "symbolSize": 11,
-                "itemStyle": {"color": "var(--bad)"},
-            }
-        )
+        options["series"].append(not_finite())
         self.chart.update()
 
     def _lines(self, run: Run) -> list[dict[str, Any]]:

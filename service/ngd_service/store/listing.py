@@ -35,7 +35,8 @@ def list_jobs(connection: sa.Connection, query: JobQuery, after: Cursor | None, 
     if query.order == "state":
         rows = _by_state(connection, query, after, limit + 1)
     elif query.order == "created":
-        rows = connection.execute(_by_id(query, after, is_oldest_first=not query.is_descending).limit(limit + 1)).all()
+        page = _filtered(query, after, is_oldest_first=not query.is_descending, phases=query.phases)
+        rows = connection.execute(page.limit(limit + 1)).all()
     else:
         rows = _by_value(connection, query, after, limit + 1)
     jobs = [job_record(row) for row in rows[:limit]]
@@ -62,10 +63,6 @@ def _by_state(connection: sa.Connection, query: JobQuery, after: Cursor | None, 
         page = sa.select(t.jobs, sa.literal(place).label("place")).where(t.jobs.c.id.in_(sa.union_all(*of_phase)))
         rows += connection.execute(page.order_by(order).limit(left)).all()
     return rows
-
-
-def _by_id(query: JobQuery, after: Cursor | None, *, is_oldest_first: bool) -> sa.Select[Any]:
-    return _filtered(query, after, is_oldest_first=is_oldest_first, phases=query.phases)
 
 
 def _by_value(connection: sa.Connection, query: JobQuery, after: Cursor | None, limit: int) -> Sequence[Any]:
