@@ -276,10 +276,14 @@ class StateSpaceNGD:
 
         @torch.no_grad()
         def losses(lengths: Tensor) -> Tensor:  # one state at a time: each may be a solve of a PDE
-            trials = [float(self.loss(self.state(theta + length * eta))) for length in lengths[1:].tolist()]
-            return lengths.new_tensor([first, *trials])
+            trials = (
+                float(self.loss(self.state(theta + length * eta))) if length else first for length in lengths.tolist()
+            )
+            return lengths.new_tensor([*trials])
 
-        length, loss = best_length(losses, self.lr, GridSearch(count=self.halvings + 1), device=theta.device)
+        # All lengths: where a loss has several valleys, the first good length may lead to a worse one than the best.
+        grid = GridSearch(count=self.halvings + 1, group=self.halvings + 1)
+        length, loss = best_length(losses, self.lr, grid, device=theta.device)
         return Step(theta + length * eta, loss, length)
 
     def _state(self, theta: Tensor) -> Tensor:

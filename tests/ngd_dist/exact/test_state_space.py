@@ -254,3 +254,15 @@ def test_a_jacobian_whose_square_vanishes_gives_a_finite_direction() -> None:
     eta = direction(torch.tensor([[1e-170], [0.0]], dtype=F64), torch.tensor([1e-10, 0.0], dtype=F64), root)
 
     torch.testing.assert_close(eta, torch.tensor([-1e160], dtype=F64))
+
+
+def test_line_search_looks_at_every_length() -> None:
+    def loss(rho: Tensor) -> Tensor:  # falls on the whole way, and is lowest in a narrow valley near 1 / 64
+        return (-rho - 2 * torch.exp(-(((rho - 1 / 64) / 0.004) ** 2))).sum()
+
+    optimizer = StateSpaceNGD(L2(Grid((2,), (1.0,))), lambda theta: theta.expand(2), loss)
+
+    step = optimizer.step(torch.zeros(1, dtype=F64))
+
+    assert step.length == 2.0**-6
+    assert step.loss < -2 * 1.9
