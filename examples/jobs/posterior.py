@@ -27,8 +27,7 @@ def train(context: LoopContext) -> None:
     labels = (points.norm(dim=1) < 0.6).double()
     model = Classifier(points[::10].clone()).double().to(context.device)
     bound = gpytorch.mlls.VariationalELBO(gpytorch.likelihoods.BernoulliLikelihood(), model, num_data=len(points))
-    torch.manual_seed(0)
-    model(points)  # the first call draws a start near the prior, which must be the same on all ranks
+    model(points)  # the first call draws a start near the prior; the optimizer then gives all ranks that of rank 0
     natural = VariationalNGD(gpytorch_pairs(model), gamma=0.1, num_data=len(points), warmup=5)
     optimizers = [natural, torch.optim.Adam(model.hyperparameters(), lr=0.01)]
     if (state := context.resume()) is not None:

@@ -9,7 +9,7 @@ and only its conditional p(y | x) is trained. The family is dually flat: its inv
 the natural parameters (alpha, beta) by the expectation parameters (p_y, p(x_i = v, y)), and so needs no inversion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ngd_dist.config.dually_flat import StepSize
-from ngd_dist.errors import ConfigError
+from ngd_dist.errors import CheckpointError, ConfigError
 
 __all__ = ["CSNGD", "DuallyFlatRegression", "Duals", "clipped_inverse", "joint_fisher"]
+
+TABLES = ("alpha_S", "beta_MS", "counts_S", "counts_MS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,22 @@ class DuallyFlatRegression:
         """
         q_S, q_MS = self._gradient_tables(x_NR, y_N)
         return self._free(q_S * (1 - len(self.sizes)) / duals.p_S, q_MS / duals.p_MS)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns what a step changes: parameters, counts, steps and observations, each as a tensor of its own."""
+        numbers = {"steps": self.steps, "observations": self.observations}
+        tables = {name: getattr(self, name).clone() for name in TABLES}
+        return tables | {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over a state. Raises: CheckpointError, with nothing changed, if it is of a model of other sizes."""
+        own = {name: list(value.shape) for name, value in self.state_dict().items()}
+        given = {name: list(value.shape) for name, value in state.items()}
+        if given != own:
+            raise CheckpointError(f"the state is of a model with other features or classes: {given}, not {own}")
+        for name in TABLES:
+            getattr(self, name).copy_(state[name])
+        self.steps, self.observations = int(state["steps"]), float(state["observations"])
 
     def theta(self) -> Tensor:
         """Returns the natural parameters [D]: alpha [S - 1], then beta of all categories but each feature's last."""

@@ -41,7 +41,8 @@ class VariationalNGD(torch.optim.Optimizer):
     gamma 1 is exact for conjugate models, and it is the default as in GPflow.
     num_data: the number of samples of which the loss is a mean, as in GPyTorch, whose own NGD has the argument too; 1
     if it is a sum, as in GPflow. With 1 in place of N, steps are N times too short.
-    process_group: ranks over which gradients are averaged before the step; None: all ranks, if there are any.
+    process_group: ranks over which gradients are averaged before the step; None: all ranks, if there are any. All of
+    them build it, and start from the pairs of rank 0.
 
     A step that would leave the covariance not positive definite is halved until it does not. Cost: a few Cholesky
     factorisations and triangular solves of [M, M] for each pair.
@@ -76,6 +77,8 @@ class VariationalNGD(torch.optim.Optimizer):
         self._num_data = num_data
         super().__init__(groups, {"lr": gamma, "warmup": warmup, "parametrisation": parametrisation, "steps": 0})
         self._comm = Communicator(process_group)
+        for number, value in enumerate(value for pair in pairs for value in pair):
+            self._comm.broadcast(f"variational: start {number}", value.detach())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -1,7 +1,10 @@
 """The loop of one's own in the guide: it learns, and goes on at another number of ranks."""
 
+from pathlib import Path
+
 import pytest
 
+from ngd_workers.contract.events import Evaluation, Event
 from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.contract.spec import LoopSpec
 from ngd_workers.contract.spec_problems import parse_spec
@@ -92,3 +95,49 @@ def test_posterior_is_found_alike_on_one_worker_and_on_two(tmp_path):
     assert len(losses[0]) == 20
     assert losses[0][-1] < 0.6 * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def run_exact(
+    run_dir: Path, name: str, metric: str, *, workers: int, number: int = 1, **options: object
+) -> list[Event]:
+    """Returns the events of an attempt of examples/jobs/{name}.py."""
+    train = {"function": f"examples.jobs.{name}:train", "options": options, "steps": options["steps"]}
+    train["metrics"] = {"loss": "lower", metric: "lower"}
+    spec = parse_spec({"name": name, "seed": 2, "train": train, "resources": {"workers": workers}})
+    attempt = make_attempt(run_dir, spec, number=number)
+    outcomes = [run_rank(attempt).model_dump()] if workers == 1 else run_ranks(2, ran, attempt)
+    assert {outcome["result"] for outcome in outcomes} == {"succeeded"}, outcomes
+    return spooled(attempt)
+
+
+def losses_of(events: list[Event]) -> list[float]:
+    return [record.metrics["loss"] for record in records(events)]
+
+
+@pytest.mark.ranks
+def test_mixture_is_fitted_better_from_two_starts_than_from_one(tmp_path):
+    one, two = (
+        losses_of(run_exact(tmp_path / str(workers), "mixture", "loss", workers=workers, bells=3, steps=60))
+        for workers in (1, 2)
+    )
+
+    assert one[-1] < 0.5 * one[0]
+    assert two[-1] < 0.1 * one[-1]  # the first worker's start leads to a minimum that is not the lowest
+
+
+@pytest.mark.ranks
+def test_categories_are_learned_by_two_workers_that_go_on_where_they_were_stopped(tmp_path):
+    options = {"sizes": [10, 5], "classes": 10, "batch": 256}
+
+    def learn(folder: str, *, steps: int, number: int = 1) -> list[Event]:
+        run_dir = tmp_path / folder
+        return run_exact(run_dir, "categories", "divergence", workers=2, number=number, steps=steps, **options)
+
+    whole = learn("whole", steps=100)
+    learn("parts", steps=50)
+    rest = learn("parts", steps=100, number=2)
+
+    tests = [event.metrics["divergence"] for event in whole if isinstance(event, Evaluation)]
+    assert len(tests) == 10
+    assert tests[-1] < 0.02 < 0.1 < tests[0]
+    assert losses_of(rest) == losses_of(whole)[50:]

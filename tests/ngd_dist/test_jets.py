@@ -43,6 +43,22 @@ def test_jets_are_the_derivatives_of_autograd() -> None:
     torch.testing.assert_close(u.second, vmap(jacrev(jacrev(at)))(x).diagonal(dim1=-2, dim2=-1).movedim(-1, 1))
 
 
+def test_mixed_derivatives_come_from_directions() -> None:
+    model, x = network(5, 4), torch.rand(6, DIM, dtype=F64)
+    weights = dict(model.named_parameters())
+
+    along = jets(model, x, torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])).second
+
+    hessian = vmap(jacrev(jacrev(lambda point: functional_call(model, weights, (point.unsqueeze(0),)).squeeze())))(x)
+    torch.testing.assert_close((along[:, 2] - along[:, 0] - along[:, 1])[:, 0] / 2, hessian[:, 0, 1])
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 3), (0, 2)])
+def test_directions_of_another_dimension_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"directions must be \[D > 0, 2\]"):
+        jets(network(5), torch.rand(6, DIM, dtype=F64), torch.ones(shape))
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 4), (3, 4)])
 def test_rows_give_back_each_samples_gradient(shape: tuple[int, ...], has_bias: bool) -> None:

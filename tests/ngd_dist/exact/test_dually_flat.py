@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ngd_dist.config.dually_flat import StepSize
-from ngd_dist.errors import ConfigError
+from ngd_dist.errors import CheckpointError, ConfigError
 from ngd_dist.exact.dually_flat import CSNGD, DuallyFlatRegression, Duals, clipped_inverse, joint_fisher
 
 SIZES, CLASSES = [3, 2, 4], 3
@@ -49,6 +49,31 @@ def enumerated(theta: Tensor) -> tuple[Tensor, Tensor]:
 
 def free_duals(duals: Duals) -> Tensor:
     return torch.cat([duals.p_S[:-1], *(block[:-1].flatten() for block in duals.p_MS.split(SIZES))])
+
+
+def test_a_run_goes_on_from_its_state_to_the_bit() -> None:
+    x, y = data(SIZES, 40)
+    whole, rest = random_model(), DuallyFlatRegression(SIZES, CLASSES)
+    whole.step(x[:20], y[:20])
+    state = whole.state_dict()
+    whole.step(x[20:], y[20:])
+
+    rest.load_state_dict(state)
+    rest.step(x[20:], y[20:])
+
+    assert torch.equal(rest.theta(), whole.theta())
+    assert rest.steps == whole.steps == 2
+    assert rest.observations == whole.observations
+
+
+def test_a_state_of_other_sizes_is_refused() -> None:
+    model = random_model()
+    before = model.theta()
+
+    with pytest.raises(CheckpointError, match="other features or classes"):
+        model.load_state_dict(DuallyFlatRegression([3, 3, 4], CLASSES).state_dict())
+
+    assert torch.equal(model.theta(), before)
 
 
 def test_natural_gradient_at_own_duals_is_that_of_the_dense_fisher() -> None:

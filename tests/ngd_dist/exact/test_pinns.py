@@ -21,14 +21,15 @@ from ngd_dist.exact import EnergyNGD
 logger = logging.getLogger(__name__)  # pytest -m slow --log-cli-level INFO shows the figures
 
 LR = 1e-2
-# By problem: the median error, over how many seeds, and Adam's steps for each of ours.
+TIMES = 100  # Adam's steps for each of ours
+# By problem: the median error of three seeds.
 WHOLE = {
-    POISSON.name: (1e-5, 3, 20),
-    SEMILINEAR.name: (1e-5, 3, 20),
-    HEAT.name: (1e-4, 3, 20),
-    BURGERS.name: (1e-3, 3, 20),
-    DEEP_RITZ.name: (1e-5, 3, 20),
-    POISSON_5D.name: (1e-4, 1, 5),  # minutes for each
+    POISSON.name: 1e-5,
+    SEMILINEAR.name: 1e-5,
+    HEAT.name: 1e-4,
+    BURGERS.name: 1e-3,
+    DEEP_RITZ.name: 1e-5,
+    POISSON_5D.name: 1e-4,
 }
 # Size of the set of points, width, steps, error: at least twice that of each of three seeds. Zero has the error 1.
 COARSE = {
@@ -75,17 +76,14 @@ def test_equation_is_solved_roughly_in_few_steps(problem: Problem) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_equation_is_solved_to_an_error_that_adam_does_not_reach(problem: Problem) -> None:
-    reached, seeds, times = WHOLE[problem.name]
-
     errors = [
-        energy_error(problem, seed, size=problem.size, hidden=problem.hidden, steps=problem.steps)
-        for seed in range(seeds)
+        energy_error(problem, seed, size=problem.size, hidden=problem.hidden, steps=problem.steps) for seed in range(3)
     ]
-    of_adam, steps = adam_error(problem, 0, times * problem.steps), problem.steps
-    logger.info("%s: %s after %d steps; Adam %s after %d", problem.name, errors, steps, of_adam, times * steps)
+    of_adam, steps = adam_error(problem, 0, TIMES * problem.steps), problem.steps
+    logger.info("%s: %s after %d steps; Adam %s after %d", problem.name, errors, steps, of_adam, TIMES * steps)
 
-    assert statistics.median(errors) <= reached
+    assert statistics.median(errors) <= WHOLE[problem.name]
     assert of_adam > 2 * statistics.median(errors)

@@ -251,15 +251,16 @@ def test_a_gpytorch_model_reaches_the_exact_posterior_in_one_step(points: tuple[
 
 
 def _of_rank(rank: int, world_size: int, gradients: list[Tensor]) -> list[Tensor]:
-    pair, idle = start(), start()
+    pair, idle = start(1 + rank), start()
+    optimizer = VariationalNGD([pair, idle], gamma=0.5)
     pair[0].grad, pair[1].grad = (gradient.clone() for gradient in gradients[2 * rank : 2 * rank + 2])
-    VariationalNGD([pair, idle], gamma=0.5).step()
+    optimizer.step()
     assert torch.equal(idle[0], start()[0])
     return [p.detach() for p in pair]
 
 
 @pytest.mark.ranks
-def test_ranks_take_the_step_of_the_mean_gradient(points: tuple[Tensor, Tensor]) -> None:
+def test_ranks_take_the_step_of_the_mean_gradient_from_the_start_of_the_first(points: tuple[Tensor, Tensor]) -> None:
     gradients: list[Tensor] = []
     for loss in (bernoulli(*points), gaussian(*points)):
         pair = start()
