@@ -1,11 +1,17 @@
 """Jobs side by side, by `ngd compare`."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 
+from ngd_service.api.application import api_application
+from ngd_service.app import _assemble
+from ngd_service.client.client import AsyncClient
 from ngd_service.client.comparison import Goal, History, goals, labels, verdict
+from ngd_service.settings import load_settings
 from ngd_workers.contract.spec_differences import differences
 from ngd_workers.contract.spec_file import load_spec
 from tests.service.test_cli import ngd, spec_file
@@ -13,6 +19,7 @@ from tests.support import ROOT
 from tests.support.attempts import small_spec
 from tests.support.compared import run
 from tests.support.deadline import wait_until
+from tests.support.history import start_job, tell
 from tests.support.service_process import ServiceProcess
 
 RECIPES = ROOT / "workers" / "ngd_workers" / "recipes"
@@ -43,6 +50,24 @@ def test_defaults_of_another_kind_are_no_differences() -> None:
     assert found["optimizer.preconditioner.kind"] == ["ekfac", None]
     assert found["optimizer.damping"] == [0.01, None]
     assert "optimizer.bucket_mb" not in found  # has its default
+
+
+def test_goal_that_was_reached_long_ago_is_found_among_thousands_of_tests(tmp_path: Path) -> None:
+    parts = _assemble(load_settings(home=tmp_path))
+    claim = start_job(parts.store)
+    tell(parts.store, f"{claim.job.id}-a1", 2_500, evaluate_every=1)
+
+    async def read() -> History:
+        async with AsyncClient("http://127.0.0.1", transport=httpx.ASGITransport(api_application(None, parts))) as api:
+            return await api.history(claim.job.id)
+
+    history = asyncio.run(read())
+    parts.store.close()
+
+    assert len(history.evaluations) == 2_500
+    reached = history.reached(Goal("loss", 1 / 40, "lower"))
+    assert reached is not None
+    assert reached[0] == 40
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from httpx_sse import EventSource
 
-from ngd_service.client.client import Client, NotFoundError
+from ngd_service.client.client import Client, InvalidRequestError, NotFoundError
 from ngd_service.dashboard.activity import words
 from ngd_service.dashboard.summary import progress_words
 from ngd_service.resources import Job
@@ -233,6 +233,22 @@ def test_statistics_are_a_matrix_of_ages(client: Client) -> None:
     assert matrix.intervals[1] == [2] * 10
     later = client.statistics(job.id, from_step=13, span=4)
     assert (later.span, later.steps, later.refreshes[0]) == (4, [16, 20], [1, 1])
+
+
+def test_events_of_some_kinds_are_paged_from_the_first(client: Client) -> None:
+    job = client.submit(spec(steps=20))
+    client.wait(job.id, timeout_s=60)
+    everything = client.events(job.id, limit=1000).events
+    kinds, found, after = ["phase", "started"], [], 0
+
+    while page := client.events(job.id, after=after, limit=2, first_of=kinds).events:
+        assert len(page) <= 2
+        found += page
+        after = page[-1].id
+
+    assert found == [event for event in everything if event.kind in kinds]
+    with pytest.raises(InvalidRequestError, match="first_of and newest_of"):
+        client.events(job.id, first_of=kinds, newest_of=kinds)
 
 
 def test_newest_events_of_some_kinds_are_listed(client: Client) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from ngd_service.api.container import MAX_CURSOR, Container, ContainerDep, JobId
 from ngd_service.api.serializers import event_resource, job_resource
+from ngd_service.errors import InvalidParameterError
 from ngd_service.job_state import TERMINAL
 from ngd_service.resources import EventPage
 from ngd_service.store.base import EventRecord, JobRecord
@@ -24,14 +26,9 @@ STREAM_POLL_S = 0.25  # at most four redraws a second
 STREAM_BATCH = 500
 KEEP_ALIVE_S = 15.0
 After = Annotated[int, Query(ge=0, le=MAX_CURSOR, description="Only events after this id.")]
-NewestOf = Annotated[
-    str,
-    Query(
-        pattern=r"^[a-z_, ]*$",
-        max_length=500,
-        description="Comma-separated kinds: only the newest events of these, `limit` at most.",
-    ),
-]
+Kinds = partial(Query, pattern=r"^[a-z_, ]*$", max_length=500)
+FirstOf = Annotated[str, Kinds(description="Comma-separated kinds: only events of these, `limit` at most.")]
+NewestOf = Annotated[str, Kinds(description="The same, but the newest ones instead of the first after `after`.")]
 
 
 @router.get("")
@@ -40,15 +37,18 @@ def list_events(
     job_id: JobId,
     after: After = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    first_of: FirstOf = "",
     newest_of: NewestOf = "",
 ) -> EventPage:
     """Lists a job's events, oldest first."""
     container.jobs.get(job_id)
-    kinds = dict.fromkeys(kind.strip() for kind in newest_of.split(",") if kind.strip())
-    if kinds:
-        events = container.store.newest_events(job_id, list(kinds), after, limit)
+    first, newest = (list(dict.fromkeys(kinds.replace(",", " ").split())) for kinds in (first_of, newest_of))
+    if first and newest:
+        raise InvalidParameterError("first_of and newest_of are given both; leave one of them out")
+    if newest:
+        events = container.store.newest_events(job_id, newest, after, limit)
     else:
-        events = container.store.events_after(job_id, after, limit)
+        events = container.store.events_after(job_id, after, limit, first)
     return EventPage(events=[event_resource(event) for event in events], next_after=events[-1].id if events else after)
 
 

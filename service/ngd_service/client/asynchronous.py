@@ -63,7 +63,7 @@ __all__ = ["PATIENCE_S", "AsyncClient"]
 
 Answer = TypeVar("Answer")
 Arguments = ParamSpec("Arguments")
-EVALUATIONS = 1000  # the newest of a job's; the dashboard's curves have no more points either
+MOST_EVENTS = 1000  # of an answer
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 CODE_TIMEOUT_S = 60.0
@@ -188,19 +188,26 @@ class AsyncClient:
         return await self._send(Endpoint("POST", f"{job_path(job_id)}:cancel", Job.model_validate_json))
 
     async def events(
-        self, job_id: str, *, after: int = 0, limit: int = 100, newest_of: Iterable[str] = ()
+        self,
+        job_id: str,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        first_of: Iterable[str] = (),
+        newest_of: Iterable[str] = (),
     ) -> EventPage:
-        """Returns the first events after the one of this id; newest_of: the last ones, of these kinds."""
-        query = params(after=after, limit=limit, newest_of=joined(newest_of))
+        """Returns the first events after the one of this id; of these kinds, or the newest ones of these kinds."""
+        query = params(after=after, limit=limit, first_of=joined(first_of), newest_of=joined(newest_of))
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/events", EventPage.model_validate_json, query))
 
     async def history(self, job_id: str, known: History | None = None) -> History:
         """Returns the job's tests and starts, as far as they go by now. known: an earlier answer, which grows."""
-        history = known
-        if history is None:  # the first start is among the first events, and need not be among the newest ones
-            first = (await self.events(job_id, limit=100)).events
-            history = History(next((event.time for event in first if event.kind == "started"), None))
-        history.add(await self.events(job_id, after=history.next_after, limit=EVALUATIONS, newest_of=KINDS))
+        history = History() if known is None else known
+        is_whole = False
+        while not is_whole:
+            page = await self.events(job_id, after=history.next_after, limit=MOST_EVENTS, first_of=KINDS)
+            history.add(page)
+            is_whole = len(page.events) < MOST_EVENTS
         return history
 
     async def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event]:

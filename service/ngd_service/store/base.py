@@ -247,8 +247,8 @@ class Store(Protocol):
         """
         ...
 
-    def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]:
-        """Returns the job's first events after the one with this id."""
+    def events_after(self, job_id: str, after: int, limit: int, kinds: Collection[str] = ()) -> list[EventRecord]:
+        """Returns the job's first events after the one with this id. kinds: empty for all."""
         ...
 
     def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:

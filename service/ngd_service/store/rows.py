@@ -12,7 +12,7 @@ from ngd_workers.contract.events import with_metrics
 from ngd_workers.contract.rundir import Outcome
 from ngd_workers.contract.spec import Target
 
-__all__ = ["attempt_record", "event_record", "job_record", "newest_events"]
+__all__ = ["attempt_record", "event_record", "events_of", "job_record"]
 
 
 def job_record(row: Any, failed_starts: int = 0, failed_starts_in_a_row: int = 0) -> JobRecord:
@@ -73,16 +73,20 @@ def _spec(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def newest_events(kinds: tuple[str, ...]) -> sa.Executable:
-    """Returns the query of a job's newest events of these kinds, last first. Its values: job_id, after, limit."""
+def events_of(kinds: tuple[str, ...], *, newest: bool) -> sa.Executable:
+    """Returns the query of a job's events of these kinds, the last or the first first.
+
+    Its values: job_id, after, limit.
+    """
+    order = sa.desc if newest else sa.asc
     job_id: sa.BindParameter[str] = sa.bindparam("job_id")
     after, limit = (sa.bindparam(name, type_=sa.BigInteger) for name in ("after", "limit"))
-    newest = [  # one query for each kind: an index gives its events in order
+    by_kind = [  # one query for each kind: an index gives its events in order
         sa.select(t.events)
         .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.id > after)
-        .order_by(t.events.c.id.desc())
+        .order_by(order(t.events.c.id))
         .limit(limit)
         .subquery()
         for kind in kinds
     ]
-    return sa.union_all(*(sa.select(of_kind) for of_kind in newest)).order_by(sa.desc("id")).limit(limit)
+    return sa.union_all(*(sa.select(of_kind) for of_kind in by_kind)).order_by(order("id")).limit(limit)

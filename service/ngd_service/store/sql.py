@@ -46,7 +46,7 @@ from ngd_service.store.leases import (
 )
 from ngd_service.store.listing import list_jobs
 from ngd_service.store.progress import WAITS_FOR
-from ngd_service.store.rows import attempt_record, event_record, job_record, newest_events
+from ngd_service.store.rows import attempt_record, event_record, events_of, job_record
 from ngd_service.store.schema import is_usable, revision, upgrade
 from ngd_service.store.spans import Name, Spans, Wanted
 from ngd_service.store.thinning import catch_up, is_behind, read
@@ -267,15 +267,23 @@ class SQLStore:
         with self._write() as connection:
             return ingest(connection, attempt_id, delivered, is_late=is_late)
 
-    def events_after(self, job_id: str, after: int, limit: int) -> list[EventRecord]:
-        query = sa.select(t.events).where(t.events.c.job_id == job_id, t.events.c.id > after)
+    def events_after(self, job_id: str, after: int, limit: int, kinds: Collection[str] = ()) -> list[EventRecord]:
+        query: sa.Executable = (
+            sa.select(t.events)
+            .where(t.events.c.job_id == sa.bindparam("job_id"), t.events.c.id > sa.bindparam("after"))
+            .order_by(t.events.c.id)
+            .limit(sa.bindparam("limit"))
+        )
+        if kinds:
+            query = events_of(tuple(kinds), newest=False)
+        values = {"job_id": job_id, "after": after, "limit": limit}
         with self._read() as connection:
-            return [event_record(row) for row in connection.execute(query.order_by(t.events.c.id).limit(limit))]
+            return [event_record(row) for row in connection.execute(query, values)]
 
     def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:
         values = {"job_id": job_id, "after": after, "limit": limit}
         with self._read() as connection:
-            return [event_record(row) for row in connection.execute(newest_events(tuple(kinds)), values)][::-1]
+            return [event_record(row) for row in connection.execute(events_of(tuple(kinds), newest=True), values)][::-1]
 
     def spans(self, job_id: str, kind: Name, wanted: Wanted) -> Spans:
         with self._read() as connection:
