@@ -74,19 +74,16 @@ def _spec(stored: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def events_of(kinds: tuple[str, ...], *, newest: bool) -> sa.Executable:
-    """Returns the query of a job's events of these kinds, the last or the first first.
+    """Returns the query of a job's events of these kinds, or of all if there is none; the first or the last first.
 
     Its values: job_id, after, limit.
     """
     order = sa.desc if newest else sa.asc
     job_id: sa.BindParameter[str] = sa.bindparam("job_id")
     after, limit = (sa.bindparam(name, type_=sa.BigInteger) for name in ("after", "limit"))
-    by_kind = [  # one query for each kind: an index gives its events in order
-        sa.select(t.events)
-        .where(t.events.c.job_id == job_id, t.events.c.kind == kind, t.events.c.id > after)
-        .order_by(order(t.events.c.id))
-        .limit(limit)
-        .subquery()
-        for kind in kinds
-    ]
+    every = sa.select(t.events).where(t.events.c.job_id == job_id, t.events.c.id > after).limit(limit)
+    every = every.order_by(order(t.events.c.id))
+    if not kinds:
+        return every
+    by_kind = [every.where(t.events.c.kind == kind).subquery() for kind in kinds]  # an index has each in order
     return sa.union_all(*(sa.select(of_kind) for of_kind in by_kind)).order_by(order("id")).limit(limit)

@@ -268,17 +268,9 @@ class SQLStore:
             return ingest(connection, attempt_id, delivered, is_late=is_late)
 
     def events_after(self, job_id: str, after: int, limit: int, kinds: Collection[str] = ()) -> list[EventRecord]:
-        query: sa.Executable = (
-            sa.select(t.events)
-            .where(t.events.c.job_id == sa.bindparam("job_id"), t.events.c.id > sa.bindparam("after"))
-            .order_by(t.events.c.id)
-            .limit(sa.bindparam("limit"))
-        )
-        if kinds:
-            query = events_of(tuple(kinds), newest=False)
         values = {"job_id": job_id, "after": after, "limit": limit}
         with self._read() as connection:
-            return [event_record(row) for row in connection.execute(query, values)]
+            return [event_record(row) for row in connection.execute(events_of(tuple(kinds), newest=False), values)]
 
     def newest_events(self, job_id: str, kinds: Collection[str], after: int, limit: int) -> list[EventRecord]:
         values = {"job_id": job_id, "after": after, "limit": limit}
