@@ -1,6 +1,7 @@
 """What `watch` tells of each layer, against dense float64 references from the formulas alone."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def test_steps_are_watched_more_rarely_as_a_run_goes_on() -> None:
     watched = [number for number in range(1, 10_001) if is_watched(number)]
 
     assert watched[:15] == [*range(1, 16)]
-    assert all(later - earlier <= LONGEST for earlier, later in zip(watched, watched[1:], strict=False))
+    assert all(later - earlier <= LONGEST for earlier, later in pairwise(watched))
     assert len([number for number in watched if number > 256]) == pytest.approx((10_000 - 256) / LONGEST, abs=1)
 
 
