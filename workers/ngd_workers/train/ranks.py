@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 EVERY_S = 5.0
 MOST_RANKS = 256  # of some 20 numbers each: 40 KB every five seconds
 UNKNOWN = -1.0  # as it travels: no number here is negative
-PHASES = (
-    "data", "forward_backward", "capture", "loss_reduce", "reduce", "refresh", "apply", "publish", "update", "telemetry",
-)  # fmt: skip
+PHASES = ("data", "forward_backward", "capture", "loss_reduce", "reduce", "refresh", "apply", "publish", "update")
+PHASES += ("telemetry",)
 RESOURCES = ("cpu", "memory_bytes", "gpu", "gpu_memory_bytes", "sent_bytes_per_s", "received_bytes_per_s")
 
 
@@ -69,7 +68,7 @@ class Usage:
             return None
         try:
             return torch.cuda.utilization(self._device) / 100
-        except Exception as error:  # a missing pynvml, or anything that a driver answers: the panel goes without it
+        except Exception as error:  # noqa: BLE001 - no pynvml, or anything that a driver answers: a job needs neither
             log.info("the GPU's utilisation can't be read, and the workers panel has none: %s", error)
             self._has_nvml = False
             return None
