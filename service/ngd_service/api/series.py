@@ -68,27 +68,25 @@ def anatomy(started: Mapping[str, Any], known: Spans) -> Anatomy:
     """
     newest = KINDS["newest"].merged([span.content for span in known.spans])
     names, statistics, hosts = (started.get(field, []) for field in ("layers", "statistics", "hosts"))
-    layers, ranks = newest.get("layers"), newest.get("ranks")
+    layers, ranks = _fitting(newest.get("layers"), "cosines", names), _fitting(newest.get("ranks"), "cpu", hosts)
     spectra = {int(place): row for place, row in newest.get("spectra", {}).items()}
     return Anatomy(
-        layers=LayerAnatomy(names=names[: len(layers["cosines"])], **layers)
-        if _fits(layers, "cosines", names)
-        else None,
+        layers=None if layers is None else LayerAnatomy(names=names[: len(layers["cosines"])], **layers),
         spectra=[
             FactorSpectrum(name=statistics[place], step=step, quantiles=quantiles, damping=damping, condition=condition)
             for place, (step, *quantiles, damping, condition) in sorted(spectra.items())
             if place < len(statistics)
         ],
-        ranks=RankAnatomy(hosts=hosts, device=started["device"], **ranks) if _fits(ranks, "cpu", hosts) else None,
+        ranks=None if ranks is None else RankAnatomy(hosts=hosts, device=started["device"], **ranks),
         last_step=known.last_step,
     )
 
 
-def _fits(told: Mapping[str, Any] | None, column: str, names: Sequence[str]) -> bool:
-    """Returns whether something was told, of these names or, where there are very many, of the first of them."""
-    if told is None:
-        return False
-    return len(told[column]) == len(names) or len(names) > len(told[column]) >= MOST_TOLD
+def _fitting(told: Mapping[str, Any] | None, column: str, names: Sequence[str]) -> Mapping[str, Any] | None:
+    """Returns what was told of as many as there are names or, where these are very many, of the first of them."""
+    if told is None or not (len(told[column]) == len(names) or len(names) > len(told[column]) >= MOST_TOLD):
+        return None
+    return told
 
 
 def _judgements(num_rows: int, columns: Sequence[Span]) -> Judgements | None:

@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 EVERY_S = 5.0
 MOST_RANKS = 256  # of some 20 numbers each: 40 KB every five seconds
 UNKNOWN = -1.0  # as it travels: no number here is negative
-PHASES = ("data", "forward_backward", "capture", "loss_reduce", "reduce", "refresh", "apply", "publish", "update")
-PHASES += ("telemetry",)
+PHASES: tuple[str, ...] = (
+    *("data", "forward_backward", "capture", "loss_reduce"),
+    *("reduce", "refresh", "apply", "publish", "update", "telemetry"),
+)
 RESOURCES = ("cpu", "memory_bytes", "gpu", "gpu_memory_bytes", "sent_bytes_per_s", "received_bytes_per_s")
 
 
