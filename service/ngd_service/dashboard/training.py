@@ -205,7 +205,10 @@ class Training:
 
 
 class OfRanks(Curves):
-    """A line for each rank."""
+    """A line for each rank, over an axis from 0: a difference of ranks is seen at its size."""
+
+    def _extent(self) -> dict[str, Any]:
+        return super()._extent() | {"min": 0}
 
     def _curve(self, key: str) -> Curve:
         return Curve(f"rank {key}", may_be_smooth=True)
