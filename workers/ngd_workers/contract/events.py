@@ -334,7 +334,9 @@ class Numbered(Fact):
 
 
 class EventBatch(Fact):
-    """Body of POST /api/v1/internal/attempts/{attempt}/events."""
+    """Body of POST /api/v1/internal/attempts/{attempt}/events. Another field in it is refused: it is no batch."""
+
+    model_config = ConfigDict(extra="forbid")
 
     events: list[Numbered]
 
