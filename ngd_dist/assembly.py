@@ -32,6 +32,7 @@ from ngd_dist.statistics.staleness import Schedule
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
+from ngd_dist.step.layer_watch import LayerWatch
 from ngd_dist.step.param_groups import Uncopied, check_group, take_in
 from ngd_dist.step.update import Update
 from ngd_dist.telemetry import StepStats, Stopwatch
@@ -93,7 +94,7 @@ class Assembly(torch.optim.Optimizer):
         self._groups_seen: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
         self._trained: set[nn.Parameter] = set()
         self._waiting: list[nn.Parameter] = []
-        self._is_built = False
+        self._is_built = self._is_watched = False
         defaults = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay", "damping")}
         super().__init__(trainable if param_groups is None else param_groups, defaults)
         self._assemble()
@@ -208,8 +209,14 @@ class Assembly(torch.optim.Optimizer):
             momentum_mode=self._update.momentum_mode,
             device=self._device,
         )
+        self._watch_layers()
         self._is_built, self._groups_seen = True, []
         self._begin_step(self.stats.step + 1)
+
+    def _watch_layers(self) -> None:
+        """Builds the watch over these layers, if one is wanted."""
+        self._watch = LayerWatch(self._covered, self._sync, list(self._schedule.tracks)) if self._is_watched else None
+        self._curvature.spectra = {} if self._is_watched else None
 
     def _look_up_groups(self) -> None:
         """Gives each covered layer its param group of today: whoever replaces the groups need not tell.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
 
+import torch
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
@@ -18,6 +19,7 @@ from ngd_dist.distributed.base import CaptureCount
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
+from ngd_dist.inversion.spectrum import damping_of, eigenvalues, quantiles
 from ngd_dist.preconditioners import Cache
 from ngd_dist.statistics.staleness import (
     REFRESHED,
@@ -74,6 +76,8 @@ class Curvature:
         self._fresh: dict[str, frozenset[str]] = {}
         # By layer that has been refreshed; the same on every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
+        # Of each factor whose refresh makes eigenvalues: 1, quantiles and damping, [7], on the device; None: not asked.
+        self.spectra: dict[Key, Tensor] | None = None
         adapts = config.staleness.kind == "adaptive"  # a fixed interval does not depend on changes
         self.statistics = {
             Key(name, spec.name): Statistic(
@@ -294,6 +298,7 @@ class Curvature:
         alone = {key: problem for key, problem in problems.items() if key not in replicated}
         start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
+        self._note_spectra(problems, solutions)
         rebuilt = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
         of_layer: dict[str, dict[str, Solution]] = defaultdict(dict)
         for key, solution in solutions.items():
@@ -303,6 +308,16 @@ class Curvature:
             self.caches[name] = refreshed.cache
             rebuilt.endings[name] = refreshed.endings
         return rebuilt
+
+    def _note_spectra(self, problems: Mapping[Key, Problem], solutions: Mapping[Key, Solution]) -> None:
+        if self.spectra is None:
+            return
+        owned = [key for key in problems if self._sync.reports(key.layer)]
+        made = {key: values for key in owned if (values := eigenvalues(problems[key], solutions[key])) is not None}
+        for key, values in made.items():
+            others = next((v for other, v in made.items() if other.layer == key.layer and other != key), None)
+            damping = damping_of(problems[key], self._layers[key.layer].damping, others)
+            self.spectra[key] = torch.cat([values.new_ones(1), quantiles(values), values.new_ones(1) * damping])
 
     def _ready(self, name: str) -> dict[str, Tensor] | None:
         """Returns the layer's statistics; None if one that the cache needs has no value yet."""

@@ -22,7 +22,8 @@ from ngd_dist.explanation import explain
 from ngd_dist.statistics.staleness import Verdict
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.step.joining import cut, join_pieces
-from ngd_dist.telemetry import Adapted, StepStats
+from ngd_dist.step.layer_watch import is_watched
+from ngd_dist.telemetry import Adapted, LayerStats, StepStats
 
 __all__ = ["NaturalGradient"]
 
@@ -59,6 +60,24 @@ class NaturalGradient(Assembly):
         >>> optimizer.step()
         """
         self._output_fisher.backward(output, self.stats.step + 1, ignored)
+
+    def watch(self) -> None:
+        """From now on `stats.layers` tells gradient, update and spectra of each layer. Every rank calls it.
+
+        They are measured in some steps: in each of the first 15, then more rarely, from step 256 on in every 32nd. The
+        step after it tells them, since the host then has waited for the device anyway.
+
+        >>> model = nn.Linear(8, 4)
+        >>> optimizer = NGD(model)
+        >>> optimizer.watch()
+        >>> for _ in range(2):
+        ...     nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.randint(4, (32,))).backward()
+        ...     optimizer.step()
+        >>> optimizer.stats.layers.step, len(optimizer.stats.layers.cosines)
+        (1, 1)
+        """
+        self._is_watched = True
+        self._watch_layers()
 
     def paused(self) -> AbstractContextManager[None]:
         """Returns a context in which no forward or backward pass counts for the statistics.
@@ -128,6 +147,7 @@ class NaturalGradient(Assembly):
             bytes_sent=self._comm.take_sent(),
             refreshes=[],
             adapted=Adapted(),
+            layers=None,
         )
 
     def explain(self) -> str:
@@ -216,6 +236,8 @@ class NaturalGradient(Assembly):
             directions = self._curvature.directions(means.gradients, self._capture.gradient_rows.of)
         with phase("publish"):
             directions = self._sync.averaged(directions, self._curvature.lacking(directions))
+            if self._watch is not None and is_watched(self.stats.step + 1):
+                self._watch.measure(directions, means.gradients, self._device)
             result = self._sync.publish(self._local_result(directions, means, reports), due)
         self._curvature.note_refreshes(result.reports)
         self._check(result.reports)
@@ -315,6 +337,7 @@ class NaturalGradient(Assembly):
         verdicts, rows = ({key: getattr(reports[key], name) for key in due} for name in ("verdict", "rows"))
         before = dict(self._schedule.tracks)
         self._schedule.advance(step, verdicts, rows)
+        layers = self._tell_layers(step)
         due_reports, tracks = {key: reports[key] for key in due}, self._schedule.tracks.values()
         self.stats = StepStats(
             step=step,
@@ -329,8 +352,19 @@ class NaturalGradient(Assembly):
             momentum=float(self.param_groups[0]["momentum"]),
             damping=float(self.param_groups[0]["damping"]),
             adapted=adapted,
+            layers=layers,
         )
         self._begin_step(step + 1)
+
+    def _tell_layers(self, step: int) -> LayerStats | None:
+        """Collective if the layers were measured in this step. Returns what was measured in an earlier one."""
+        if self._watch is None:
+            return None
+        with self._stopwatch.phase("telemetry"):
+            told = self._watch.take()
+            spectra = self._curvature.spectra or {}
+            self._watch.send(step, self._update.factors, spectra, updates_weights=self.updates_weights)
+        return told
 
     def _report_unseen(self, layers: Iterable[str]) -> None:
         """Warns once for each layer that has gradients but never ran: something uses its weights without its module."""

@@ -1,5 +1,6 @@
 """Telemetry of one optimizer step: plain numbers, safe to send anywhere."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-__all__ = ["Adapted", "Refresh", "StepStats", "Stopwatch"]
+__all__ = ["Adapted", "LayerStats", "Refresh", "Spectrum", "StepStats", "Stopwatch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,51 @@ class Adapted:
     reduction_ratio: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Eigenvalues of a factor at its newest refresh, without damping.
+
+    quantiles: the least eigenvalue, those that 25, 50 and 75 per cent don't exceed, and the largest. damping: in the
+    factor's own unit, as it is added to these eigenvalues; where the damping lambda is added to the products of two
+    factors' eigenvalues, lambda over the other factor's mean eigenvalue. NaN if that is not known.
+    """
+
+    quantiles: tuple[float, float, float, float, float]
+    damping: float
+
+    @property
+    def condition(self) -> float:
+        """The condition number of the damped factor; without damping if that is not known.
+
+        >>> Spectrum((0.0, 0.0, 0.0, 1.0, 9.0), damping=1.0).condition
+        10.0
+        """
+        damping = 0.0 if math.isnan(self.damping) else self.damping
+        least, largest = self.quantiles[0] + damping, self.quantiles[-1] + damping
+        return largest / least if least > 0 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """Gradient and update of each layer in the step `step`: lists follow the order of `NGD.layers`. See `NGD.watch`.
+
+    The gradient is the mean over the global batch. The update is lr times the direction after its clipping, without
+    momentum and decay; a `Preconditioner`, whose update another optimizer takes, has the direction. gradient_norms,
+    update_norms: 2-norms. cosines: of gradient and direction; NaN if one of them is 0. kl: u^T (F + damping) u / 2 of
+    the update u, which the damped quadratic model has for the KL divergence of the step, and `KLClip` bounds twice of.
+    clip_factor: the factor of `config.clip`; None if there is none. spectra: of each statistic whose refresh
+    has made eigenvalues, by its name.
+    """
+
+    step: int
+    gradient_norms: list[float]
+    update_norms: list[float]
+    cosines: list[float]
+    kl: float
+    clip_factor: float | None
+    spectra: dict[str, Spectrum]
+
+
 @dataclass(slots=True)
 class StepStats:
     """One step. `ages` and `intervals` follow the order of `NGD.statistic_names`.
@@ -51,7 +97,8 @@ class StepStats:
     Seconds are host time on this rank: on CUDA, where work is queued, they show where the host waits. Bytes are those
     that this rank sends to others, by kind; an all-reduce counts as a ring sends it. `failed_inversions` counts all
     steps so far over all ranks, `skipped_steps` the steps that were given up because a gradient was not finite, or that
-    `skip` told of. lr, momentum and damping are those of the first param group, after the step.
+    `skip` told of. lr, momentum and damping are those of the first param group, after the step. `layers`: of an earlier
+    step, which it names; None in most steps, and unless `NGD.watch` was called.
     """
 
     step: int = 0
@@ -66,6 +113,7 @@ class StepStats:
     momentum: float = 0.0
     damping: float = 0.0
     adapted: Adapted = Adapted()
+    layers: LayerStats | None = None
 
 
 class Stopwatch:

@@ -18,7 +18,7 @@ from ngd_service.job_state import Phase
 from ngd_service.monitoring.metrics import RESULTS, ControllerMetrics
 from ngd_service.settings import ClientSettings, Settings
 from ngd_service.store.base import JobCounts
-from ngd_workers.contract.events import Event, Judged, Metric, Numbered, StepRecord
+from ngd_workers.contract.events import Event, Judged, Layers, Metric, Numbered, Ranks, StepRecord
 
 __all__ = ["command", "events", "metrics", "rest", "settings"]
 
@@ -135,9 +135,9 @@ def events() -> str:
     parts = [f"{MADE}{EVENTS}", "## Every event\n", *body(Numbered)]
     for kind in get_args(get_args(Event)[0]):
         parts += [f"## {kind.__name__}\n", *body(kind)]
-    return "\n".join(
-        [*parts, "## StepRecord\n", *body(StepRecord), "## Judged\n", *body(Judged), "## Metric\n", *body(Metric)]
-    )
+    for model in (StepRecord, Judged, Layers, Ranks, Metric):
+        parts += [f"## {model.__name__}\n", *body(model)]
+    return "\n".join(parts)
 
 
 def metrics() -> str:

@@ -11,7 +11,15 @@ from ngd_dist.config import KLClip, LayerWise, NGDConfig, NormClip
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed.comm import Communicator
 
-__all__ = ["StepLength", "kl_factor", "norm_factor"]
+__all__ = ["Factors", "StepLength", "kl_factor", "norm_factor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors on the directions of a step. layers: of each layer, [layers]; clip: of all, 0-d; None for none."""
+
+    layers: Tensor | None = None
+    clip: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +52,19 @@ class StepLength:
         ]
         return torch.stack(products).unsqueeze(0)
 
-    def scale(self, directions: Mapping[str, Tensor], inner: Tensor) -> dict[str, Tensor]:
+    def scale(self, directions: Mapping[str, Tensor], inner: Tensor) -> tuple[dict[str, Tensor], Factors]:
         """Collective under `layer_wise`, and for a norm of pieces. Returns the directions of all layers, each times its
-        factor."""
-        scaled = dict(directions)
+        factor, and the factors."""
+        scaled, factors = dict(directions), None
         if self.needs_rows and self.layers:
             factors = self._layer_wise(directions, inner[0])
             # Not squared: (alpha d)^T F (alpha d) = alpha d^T grad, since alpha is d^T grad / d^T F d.
             inner = inner * factors
             scaled = {name: scaled[name] * factor for name, factor in zip(self.layers, factors, strict=True)}
-        factor = self._clip(scaled, inner)
-        return scaled if factor is None else {name: direction * factor for name, direction in scaled.items()}
+        clip = self._clip(scaled, inner)
+        if clip is not None:
+            scaled = {name: direction * clip for name, direction in scaled.items()}
+        return scaled, Factors(factors, clip)
 
     def _layer_wise(self, directions: Mapping[str, Tensor], inner: Tensor) -> Tensor:
         """Returns d^T grad / (d^T F d + mu) per layer, F the empirical Fisher of the loss over all ranks' samples.

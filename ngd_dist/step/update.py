@@ -17,7 +17,7 @@ from ngd_dist.step.adaptation import Adaptation, GradientsOf, Objective
 from ngd_dist.step.damping import damping_after
 from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
-from ngd_dist.step.length import StepLength
+from ngd_dist.step.length import Factors, StepLength
 from ngd_dist.step.weights import MomentumMode, apply_
 from ngd_dist.telemetry import Adapted
 
@@ -29,7 +29,8 @@ class Update:
 
     plain: the parameters that no covered layer has. fallback: the optimizer that updates them; None: they take a plain
     gradient step. sync: has cut the directions into pieces, if an engine shards. capture: keeps the rows that a
-    layer-wise length reads, and is paused while the loss is evaluated again.
+    layer-wise length reads, and is paused while the loss is evaluated again. factors: those of the newest step; None if
+    it was not taken.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Update:
         capture: Capture,
     ) -> None:
         self.length = StepLength(config, layers, sync.comm, capture, has_pieces=sync.pieces is not None)
+        self.factors: Factors | None = None
         self._stacks = stacks
         self._layers = layers
         self._sync = sync
@@ -82,6 +84,7 @@ class Update:
         """
         self.set_damping(step, groups)
         if step <= self._config.burn_in:
+            self.factors = None
             return Adapted()
         steps, plain, moved = self.directions(means, result)
         if self._fallback is None:
@@ -90,6 +93,7 @@ class Update:
             self._fallback.step(groups, plain, self._gradients.weight)
         trial = self._adaptation.begin(step, groups, steps, state, objective, gradients_of)
         if trial is None:
+            self.factors = None
             return Adapted(reduction_ratio=math.nan)
         apply_(
             groups,
@@ -117,7 +121,7 @@ class Update:
         gradient on any rank, which come third.
         """
         moved = self._gradients.differentiated(everywhere=means.missing == 0)
-        scaled = self.length.scale(result.directions, result.inner)
+        scaled, self.factors = self.length.scale(result.directions, result.inner)
         if self._sync.pieces is None:
             steps = dict(pair for stack in self._stacks for pair in stack.split(scaled))
         else:

@@ -210,8 +210,11 @@ class Metrics(Resource):
 
     series: dict[str, Series] = Field(
         description="lr, momentum, damping, reduction_ratio, samples_per_s, epoch, time_s, failed_inversions, "
-        "skipped_steps, skipped_samples, seconds.<phase>, bytes_sent.<kind>, and each of the job's metrics as <name> "
-        "and test_<name>; what a job does not have is left out."
+        "skipped_steps, skipped_samples, bytes_so_far, seconds.<phase>, bytes_sent.<kind>, and each of the job's "
+        "metrics as <name> and test_<name>. Of some steps: layers.gradient_norm, layers.update_norm, "
+        "layers.lowest_cosine, layers.kl, layers.clip_factor, and by rank ranks.cpu.<rank>, "
+        "ranks.memory_bytes.<rank>, ranks.gpu.<rank>, ranks.gpu_memory_bytes.<rank>, "
+        "ranks.sent_bytes_per_s.<rank>, ranks.received_bytes_per_s.<rank>. A job's absent ones are left out."
     )
     last_step: int = Field(description="Newest step stored; the next call's from_step is this + 1.")
 
@@ -246,6 +249,55 @@ class Statistics(Resource):
         "and the last may still grow.",
     )
     last_step: int
+
+
+class LayerAnatomy(Resource):
+    """Gradient and update of each layer in one step. The update is lr times the clipped direction, without momentum."""
+
+    step: int
+    names: list[str]
+    gradient_norms: list[float]
+    update_norms: list[float]
+    cosines: list[float | None] = Field(description="Of gradient and direction; None: one of them is 0.")
+    kl: float | None = Field(description="KL divergence of the step in the damped quadratic model.")
+    clip_factor: float | None = Field(description="Factor of the clip on all directions; None: the job has no clip.")
+
+
+class FactorSpectrum(Resource):
+    """Eigenvalues of a factor as its newest refresh has made them."""
+
+    name: str = Field(description="layer.statistic")
+    step: int = Field(description="The step that told it.")
+    quantiles: list[float] = Field(description="The least eigenvalue, three quartiles, the largest.")
+    damping: float | None = Field(description="In the unit of these eigenvalues; None: not known.")
+    condition: float | None = Field(description="Condition number of the damped factor; None: infinite.")
+
+
+class RankAnatomy(Resource):
+    """What each rank did in the steps before this one: a number a rank; None: it can't tell."""
+
+    step: int
+    steps: int = Field(description="The steps that the seconds are means over.")
+    hosts: list[str]
+    device: str
+    seconds: dict[str, list[float]] = Field(description="Phase -> seconds a step.")
+    cpu: list[float | None] = Field(description="Cores that the process kept busy.")
+    memory_bytes: list[float | None] = Field(description="Resident memory of the process.")
+    gpu: list[float | None] = Field(description="Share of the time in which the GPU was busy.")
+    gpu_memory_bytes: list[float | None] = Field(description="Memory that torch has reserved on the GPU.")
+    sent_bytes_per_s: list[float | None] = Field(description="By the machine's network.")
+    received_bytes_per_s: list[float | None] = Field(description="By the machine's network.")
+
+
+class Anatomy(Resource):
+    """The newest that a job's workers have told of its layers, factors and ranks, among the steps asked for."""
+
+    layers: LayerAnatomy | None = Field(
+        description="None: no layer is preconditioned, or the version is an earlier one."
+    )
+    spectra: list[FactorSpectrum] = Field(description="Of the factors whose inversion makes eigenvalues.")
+    ranks: RankAnatomy | None
+    last_step: int = Field(description="Newest step stored.")
 
 
 class LogChunk(Resource):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from ngd_service.client.client import Client, ServiceError
 from ngd_service.resources import Job
@@ -71,7 +71,7 @@ def page() -> Iterator[Page]:
 
 def test_dashboard_shows_a_job_live_and_cancels_another(service: Service, page: Page) -> None:
     _open_without_jobs(service, page)
-    job = service.client.submit(_spec("digits-live", epochs=6))
+    job = service.client.submit(_spec("digits-live", epochs=6, workers=2))
     _see_it_in_the_table(page, job)
     _follow_it_to_its_end(service, page, job)
 
@@ -116,9 +116,43 @@ def _follow_it_to_its_end(service: Service, page: Page, job: Job) -> None:
     assert metrics.last_step == ended.status.progress.step
     expect(page.get_by_text(f"Checkpoint of step {ended.status.progress.step} saved")).to_be_attached()
     expect(page.get_by_role("button", name="Cancel job")).to_be_hidden()
+    _see_layers_and_ranks(service, page, ended)
     _download_a_checkpoint(service, page, ended)
     page.get_by_role("button", name="Loss as a table").click()
     expect(page.get_by_role("cell", name=str(metrics.last_step), exact=True).first).to_be_visible()
+
+
+def _see_layers_and_ranks(service: Service, page: Page, job: Job) -> None:
+    """What the workers tell of their layers, factors and ranks is drawn as the API has it."""
+    told, series = service.client.anatomy(job.id), service.client.metrics(job.id).series
+    assert told.layers is not None
+    assert told.ranks is not None
+    for title, names in (
+        ("Trust in the curvature", {"KL of a step": "layers.kl", "gradient norm": "layers.gradient_norm"}),
+        ("CPU by rank", {"rank 0": "ranks.cpu.0", "rank 1": "ranks.cpu.1"}),
+        ("Memory by rank", {"rank 1": "ranks.memory_bytes.1"}),
+        ("Sent so far", {"sent": "bytes_so_far"}),
+    ):
+        drawn = dict(page.evaluate(POINTS, title))
+        for label, name in names.items():
+            assert [point[0] for point in drawn[label]] == series[name].steps, f"{title}, {label}"
+            assert [point[1] for point in drawn[label]] == pytest.approx(series[name].values), f"{title}, {label}"
+    drawn = dict(page.evaluate(POINTS, "Sent so far"))
+    assert drawn["sent"][-1][1] < drawn["if all were refreshed"][-1][1]
+    boxes = dict(page.evaluate(POINTS, "Spectra of the factors"))
+    assert len(boxes["eigenvalues"]) == len(told.spectra) > 0
+    assert [place for _, place in boxes["damping"]] == [*range(len(told.spectra))]
+    layers = _panel(page, "Gradient and update of each layer")
+    for name in told.layers.names:
+        expect(layers.get_by_role("cell", name=name, exact=True)).to_be_visible()
+    assert sum(told.ranks.seconds["forward_backward"]) > 0
+    for title in ("Phases by rank", "Workers"):
+        expect(_panel(page, title).get_by_role("cell", name=told.ranks.hosts[0])).to_have_count(2)
+    expect(_panel(page, "Workers").get_by_role("cell", name="no GPU")).to_have_count(4)
+
+
+def _panel(page: Page, title: str) -> Locator:
+    return page.locator(".panel").filter(has=page.get_by_role("heading", name=title, exact=True))
 
 
 def _download_a_checkpoint(service: Service, page: Page, job: Job) -> None:
@@ -142,15 +176,15 @@ def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:
     assert service.client.get(job.id).status.phase == "CANCELLED"
 
 
-def _spec(name: str, *, epochs: int) -> dict[str, object]:
+def _spec(name: str, *, epochs: int, workers: int = 1) -> dict[str, object]:
     return {
         "name": name,
         "model": {"kind": "small_cnn", "channels": 4, "hidden": 16},
         "data": {"kind": "digits"},
-        "optimizer": {"kind": "ngd"},
+        "optimizer": {"kind": "ngd", "preconditioner": {"kind": "ekfac"}},
         "schedule": {"epochs": epochs},
         "batch": {"global_size": 128},
-        "resources": {"workers": 1},
+        "resources": {"workers": workers},
     }
 
 

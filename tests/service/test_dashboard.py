@@ -22,6 +22,7 @@ from ngd_service.dashboard.mounting import _failed
 from ngd_service.dashboard.smoothing import aligned
 from ngd_service.dashboard.view import View
 from ngd_service.resources import Event, Job, Metric, Metrics, Progress, Series, Statistics, Status
+from ngd_service.store.spans import GROUPS
 from tests.support.laid_out import laid_out
 
 NOW = datetime(2030, 1, 2, 12, tzinfo=UTC)
@@ -273,7 +274,7 @@ def test_legend_has_the_curves_that_are_drawn() -> None:
 
 def test_charts_without_data_are_left_out_once_others_have_some(page: Client) -> None:
     training, alone = laid_out(), Recorded()
-    alone.groups = ("seconds",)
+    alone.groups = tuple(group for group in GROUPS if group != "bytes_sent")
 
     shown_before = [panel.title for panel in training.panels if panel.whole.visible]
     asyncio.run(training.refresh(alone, job("RUNNING", step=2)))
@@ -281,7 +282,7 @@ def test_charts_without_data_are_left_out_once_others_have_some(page: Client) ->
     assert "Sent per step, by kind" in shown_before
     left_out = [panel.title for panel in training.panels if not panel.whole.visible]
     assert left_out == ["Sent per step, by kind"]
-    alone.groups = ("seconds", "bytes_sent")
+    alone.groups = GROUPS
     asyncio.run(training.refresh(alone, job("RUNNING", step=2), whole=True))
     assert all(panel.whole.visible for panel in training.panels)
 
@@ -295,11 +296,11 @@ def test_stacked_parts_get_the_same_steps() -> None:
 class Recorded:
     """Answers with a curve of two steps for each name that is asked for, under which a group has one part."""
 
-    groups = ("seconds", "bytes_sent")
+    groups = GROUPS
 
     async def metrics(self, job_id: str, *, names: Any, **_: Any) -> Metrics:
-        alone = [name for name in names if name not in ("seconds", "bytes_sent")]
-        parts = [*alone, *(f"{name}.part" for name in self.groups)]
+        alone = [name for name in names if name not in GROUPS]
+        parts = [*alone, *(f"{name}.0" for name in names if name in self.groups)]
         return Metrics(series={part: Series(steps=[1, 2], values=[1.0, 0.5]) for part in parts}, last_step=2)
 
 

@@ -87,3 +87,15 @@ def test_empty_batch_is_acknowledged(shared_service: ServiceProcess, job: Job) -
     answer = post(shared_service, job, b'{"events": []}')
 
     assert (answer.status_code, answer.json()["desired"]) == (200, "RUNNING")
+
+
+def test_fields_of_a_later_version_of_the_workers_are_passed_over(shared_service: ServiceProcess, job: Job) -> None:
+    record = {"step": 1, "time_s": 0.0, "metrics": {"loss": 0.5}, "of_tomorrow": {"a": [1]}}
+    event = {"kind": "steps", "records": [record], "of_tomorrow": 1}
+    seq = post(shared_service, job, b'{"events": []}').json()["acknowledged_seq"] + 1
+    body = {"events": [{"seq": seq, "time_s": 0.0, "event": event, "of_tomorrow": 1}]}
+
+    answer = post(shared_service, job, json.dumps(body).encode())
+
+    assert answer.json()["acknowledged_seq"] == seq
+    assert shared_service.client.metrics(job.id).series["loss"].values == [0.5]

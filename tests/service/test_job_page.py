@@ -163,8 +163,9 @@ def test_rows_of_trust_come_with_their_points(page: Client) -> None:
 
     trust.extend({"damping": [(5, 0.1)], "reduction_ratio": [(5, 3.0)]})
 
-    assert (before, trust.chart.options["grid"][0]["height"] > 0) == ([False, True, True, True], True)
-    assert [axis["max"] for axis in trust.chart.options["xAxis"]] == [5] * 4
+    rows = [False, True, *[False] * 4, True, True]  # ratio, damping, what is told of layers, counts; marks over all
+    assert (before, trust.chart.options["grid"][0]["height"] > 0) == (rows, True)
+    assert [axis["max"] for axis in trust.chart.options["xAxis"]] == [5] * len(rows)
     assert trust.chart.options["yAxis"][0]["max"] == 3.0
     assert "within 0.25 to 2 at 0 of 1 points" in trust.note.text
 

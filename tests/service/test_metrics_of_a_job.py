@@ -26,7 +26,7 @@ from ngd_service.job_state import Decision, Phase
 from ngd_service.resources import Job, Metrics, Result, Series
 from ngd_service.store import tables as t
 from ngd_service.store.base import Claim, Store
-from ngd_service.store.spans import Wanted
+from ngd_service.store.spans import GROUPS, Wanted
 from ngd_service.store.sql import SQLStore
 from ngd_workers.contract.events import (
     Done,
@@ -318,7 +318,7 @@ class Recorded:
     """Answers with a curve of one step for each name, but for groups."""
 
     async def metrics(self, job_id: str, *, names: list[str], **_: Any) -> Metrics:
-        alone = [name for name in names if name not in ("seconds", "bytes_sent")]
+        alone = [name for name in names if name not in GROUPS]
         return Metrics(series={name: Series(steps=[1], values=[0.5]) for name in alone}, last_step=1)
 
 

@@ -12,4 +12,5 @@ def laid_out() -> Training:
     training.lay_out_metrics()
     training.lay_out_curvature()
     training.lay_out_step()
+    training.lay_out_workers()
     return training

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ngd_dist import NGD, NGDConfig
-from ngd_dist.telemetry import Refresh, StepStats
-from ngd_workers.contract.events import StepRecord
+from ngd_dist.telemetry import LayerStats, Refresh, Spectrum, StepStats
+from ngd_workers.contract.events import Layers, Numbered, StepRecord, Steps
 from ngd_workers.train import records
-from ngd_workers.train.records import judged, step_record
+from ngd_workers.train.records import judged, layers_of, step_record
 
 
 def refresh(statistic: str, *, change: float = math.inf, error: float = math.inf, ending: str = "OK") -> Refresh:
@@ -89,3 +89,26 @@ def test_record_of_a_step_tells_the_changes_of_its_statistics() -> None:
 
 def test_record_of_a_version_without_them_is_read() -> None:
     assert StepRecord.model_validate({"step": 1, "time_s": 0.0, "metrics": {"loss": 1.0}}).judged is None
+
+
+def test_layers_that_were_watched_are_told_with_their_spectra() -> None:
+    optimizer = having()
+    spectra = {"1.A": Spectrum((0.0, 0.25, 0.5, 1.0, 4.123456), damping=math.nan)}
+    layers = LayerStats(7, [1.23456, 2.0], [0.1, 0.2], [math.nan, 0.51234], 0.012345, None, spectra)
+    optimizer.stats = StepStats(layers=layers)
+
+    told = layers_of(optimizer)
+
+    assert told is not None
+    assert (told.step, told.gradient_norms, told.cosines) == (7, [1.235, 2.0], [None, 0.5123])
+    assert told.spectra == {2: [0.0, 0.25, 0.5, 1.0, 4.123, None, None]}
+    assert Layers.model_validate_json(told.model_dump_json()) == told
+
+
+def test_field_of_a_later_version_is_passed_over() -> None:
+    given = {"step": 1, "time_s": 0.0, "metrics": {"loss": 1.0}, "seconds": {"data": 1.0}, "of_tomorrow": [1, 2]}
+    numbered = Numbered.model_validate({"seq": 1, "time_s": 0.0, "event": {"kind": "steps", "records": [given]}})
+
+    assert isinstance(numbered.event, Steps)
+    assert numbered.event.records[0].metrics == {"loss": 1.0}
+    assert not hasattr(numbered.event.records[0], "of_tomorrow")

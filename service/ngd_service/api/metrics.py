@@ -1,12 +1,12 @@
-"""/jobs/{id}/metrics and /statistics: columns, thinned out to the width of a screen."""
+"""/jobs/{id}/metrics, /statistics and /anatomy: columns, thinned out to the width of a screen, and the newest."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 
 from ngd_service.api.container import MAX_CURSOR, ContainerDep, FromStep, JobId, MaxPoints
-from ngd_service.api.series import curves, spans_for, statistics
-from ngd_service.resources import Metrics, Statistics
+from ngd_service.api.series import anatomy, curves, spans_for, statistics
+from ngd_service.resources import Anatomy, Metrics, Statistics
 from ngd_service.store.spans import Name, Wanted
 
 __all__ = ["router"]
@@ -15,6 +15,7 @@ router = APIRouter(prefix="/api/v1/jobs/{job_id}", tags=["metrics"])
 
 KINDS: tuple[Name, Name] = ("curves", "evaluations")
 MAX_COLUMNS = 1_000
+SPANS_OF_NEWEST = 4  # few, but not one: that could begin long before the first step asked for
 Names = Annotated[
     str, Query(description='Comma-separated; "seconds" and "bytes_sent" stand for all of their parts; empty: all.')
 ]
@@ -66,3 +67,14 @@ def get_statistics(
     range_ = Wanted(from_step=from_step, most_steps=max_points, most_spans=max_points, width=span)
     known = container.store.spans(job_id, "statistics", range_)
     return statistics(names, known, with_judged=judged)
+
+
+@router.get("/anatomy")
+def get_anatomy(container: ContainerDep, job_id: JobId, from_step: FromStep = 0) -> Anatomy:
+    """Returns the newest that was told of layers, factors and ranks, in this step or later ones."""
+    container.jobs.get(job_id)
+    started = container.store.newest_events(job_id, ["started"], 0, 1)
+    known = container.store.spans(
+        job_id, "newest", Wanted(from_step=from_step, most_steps=1, most_spans=SPANS_OF_NEWEST)
+    )
+    return anatomy(started[0].data if started else {}, known)

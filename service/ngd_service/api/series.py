@@ -1,12 +1,14 @@
 """Pure: curves and matrices of a job from the spans of its steps, thinned out so that nothing seen is lost."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ngd_service.resources import Judgements, Series, Statistics
-from ngd_service.store.spans import GROUPS, JUDGED, Span, Spans
+from ngd_service.resources import Anatomy, FactorSpectrum, Judgements, LayerAnatomy, RankAnatomy, Series, Statistics
+from ngd_service.store.spans import GROUPS, JUDGED, KINDS, Span, Spans
 
-__all__ = ["curves", "spans_for", "statistics"]
+__all__ = ["anatomy", "curves", "spans_for", "statistics"]
+
+MOST_TOLD = 256  # layers or ranks: workers tell of no fewer
 
 
 def spans_for(max_points: int) -> int:
@@ -57,6 +59,34 @@ def statistics(names: Sequence[str], known: Spans, *, with_judged: bool = False)
         span=known.width,
         last_step=known.last_step,
     )
+
+
+def anatomy(started: Mapping[str, Any], known: Spans) -> Anatomy:
+    """Returns the newest of these spans. started: of the newest start, whose layers and statistics have the names.
+
+    What was told before a start with other layers or ranks is left out.
+    """
+    newest = KINDS["newest"].merged([span.content for span in known.spans])
+    names, statistics, hosts = (started.get(field, []) for field in ("layers", "statistics", "hosts"))
+    layers, ranks = _fitting(newest.get("layers"), "cosines", names), _fitting(newest.get("ranks"), "cpu", hosts)
+    spectra = {int(place): row for place, row in newest.get("spectra", {}).items()}
+    return Anatomy(
+        layers=None if layers is None else LayerAnatomy(names=names[: len(layers["cosines"])], **layers),
+        spectra=[
+            FactorSpectrum(name=statistics[place], step=step, quantiles=quantiles, damping=damping, condition=condition)
+            for place, (step, *quantiles, damping, condition) in sorted(spectra.items())
+            if place < len(statistics)
+        ],
+        ranks=None if ranks is None else RankAnatomy(hosts=hosts, device=started["device"], **ranks),
+        last_step=known.last_step,
+    )
+
+
+def _fitting(told: Mapping[str, Any] | None, column: str, names: Sequence[str]) -> Mapping[str, Any] | None:
+    """Returns what was told of as many as there are names or, where these are very many, of the first of them."""
+    if told is None or not (len(told[column]) == len(names) or len(names) > len(told[column]) >= MOST_TOLD):
+        return None
+    return told
 
 
 def _judgements(num_rows: int, columns: Sequence[Span]) -> Judgements | None:

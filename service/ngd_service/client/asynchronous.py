@@ -45,6 +45,7 @@ from ngd_service.client.endpoints import (
     text,
 )
 from ngd_service.resources import (
+    Anatomy,
     Checkpoint,
     CheckpointList,
     Event,
@@ -244,6 +245,11 @@ class AsyncClient:
         query = params(from_step=from_step, max_points=max_points, span=span, judged="true" if judged else None)
         path = f"{job_path(job_id)}/statistics"
         return await self._send(Endpoint("GET", path, Statistics.model_validate_json, query))
+
+    async def anatomy(self, job_id: str, *, from_step: int = 0) -> Anatomy:
+        """Returns the newest that the workers told of layers, factors and ranks, in this step or later ones."""
+        path = f"{job_path(job_id)}/anatomy"
+        return await self._send(Endpoint("GET", path, Anatomy.model_validate_json, params(from_step=from_step)))
 
     async def logs(
         self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None

@@ -179,6 +179,7 @@ class Client:
     watch = _yields(AsyncClient.watch)
     metrics = _answers(AsyncClient.metrics)
     statistics = _answers(AsyncClient.statistics)
+    anatomy = _answers(AsyncClient.anatomy)
     logs = _answers(AsyncClient.logs)
     download_log = _yields(AsyncClient.download_log)
     checkpoints = _answers(AsyncClient.checkpoints)

@@ -20,7 +20,7 @@ COLUMNS = (("phase", "phase"), ("p50", "p50"), ("p95", "p95"), ("share", "share"
 
 
 class Anatomy:
-    """A table of the phases of rank 0, the longest first. Other ranks don't report theirs."""
+    """A table of the phases of rank 0, the longest first; `PhasesByRank` has all ranks, as means."""
 
     num_steps = NEWEST
 
@@ -57,7 +57,10 @@ class Anatomy:
             self.table.rows = self.rows()
             total = [sum(phases.values()) for phases in self.steps]
             ends = SECONDS.words(quantile(total, 0.5)), SECONDS.words(quantile(total, 0.95))
-            self.note.set_text(f"a step takes {ends[0]} (p50), {ends[1]} (p95); last {len(total):,} steps, rank 0")
+            data = sum(phases.get("data", 0.0) for phases in self.steps) / (sum(total) or 1.0)
+            waits = f"; the loader takes {percent(data)}" if any("data" in phases for phases in self.steps) else ""
+            takes = f"a step takes {ends[0]} (p50), {ends[1]} (p95){waits}"
+            self.note.set_text(f"{takes}; last {len(total):,} steps, rank 0")
 
     def redo(self, last_step: int) -> None:
         """The steps after this one are done again."""

@@ -260,7 +260,8 @@ class Curves(ChartPanel):
         self.lost += sorted({step for values in points.values() for step, value in values if not math.isfinite(value)})
         if self.unit is BYTES:
             parts = [[value for _, value in values] for values in points.values() if values]
-            self.highest = max([self.highest, *map(sum, zip(*parts, strict=False))])
+            heights = map(sum, zip(*parts, strict=False)) if self.stacked else map(max, parts)
+            self.highest = max([self.highest, *heights])
 
     def _line(self, index: int, key: str) -> dict[str, Any]:
         colour = colour_of(index)

@@ -13,9 +13,11 @@ from ngd_service.dashboard.activity import MOST_EVENTS, TOLD, EventPanel
 from ngd_service.dashboard.checkpoints import CheckpointPanel
 from ngd_service.dashboard.environment import EnvironmentPanel, FallbackPanel
 from ngd_service.dashboard.heat_map import HeatMap
+from ngd_service.dashboard.layers import LayersPanel, SpectraPanel
 from ngd_service.dashboard.logs import LogPanel
 from ngd_service.dashboard.marks import LEGEND, MARKED, MOST_MARKS, marks
 from ngd_service.dashboard.plain import unknown, unknown_jobs_page
+from ngd_service.dashboard.ranks import PhasesByRank, Workers
 from ngd_service.dashboard.sections import Sections
 from ngd_service.dashboard.summary import Summary
 from ngd_service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, page_frame, panel, reader
@@ -29,6 +31,7 @@ __all__ = ["register"]
 
 STYLE = Path(__file__).with_name("job.css")
 POLL_S = 1.0
+POLLS_PER_ANATOMY = 5
 CLOCK_S = 10.0  # between two looks at the clock, once nothing else changes
 
 
@@ -64,6 +67,7 @@ class JobPage:
         self.client = ui.context.client
         self.job: Job | None = None  # as it was read last
         self.polls = 0
+        self.told_until = 0  # the step up to which layers and ranks were read
         self.next_after = 0
         self.told_version: int | None = None  # of the job when its events were read
         self.attempt = 0
@@ -89,9 +93,14 @@ class JobPage:
             self.training.lay_out_curvature()
             self.heat_map = HeatMap(self.view)
             self.heat_map.on_recolour = self._recolour
+            self.layers, self.spectra = LayersPanel(), SpectraPanel()
             self.fallback = FallbackPanel()
         with self.sections.section("Step"), ui.element("div").classes("grid"):
             self.training.lay_out_step()
+            self.phases_by_rank = PhasesByRank()
+        with self.sections.section("Workers"), ui.element("div").classes("grid"):
+            self.workers = Workers()
+            self.training.lay_out_workers()
         with self.sections.section("Log", is_titled=False), ui.element("div").classes("grid"):
             self.log = LogPanel(self.api, self.job_id)
         with self.sections.section("History"), ui.element("div").classes("grid"):
@@ -113,7 +122,7 @@ class JobPage:
 
     def _show_sections(self, num_statistics: int) -> None:
         """A job whose workers have never started has no empty charts, and one without statistics no curvature."""
-        for name in ("Metrics", "Step"):
+        for name in ("Metrics", "Step", "Workers"):
             self.sections.show(name, is_needed=self.has_started)
         self.sections.show("Curvature", is_needed=num_statistics > 0)
         self.environment.whole.set_visibility(self.has_started)
@@ -170,6 +179,7 @@ class JobPage:
         if self.has_started and (is_changed or events):
             await self.training.refresh(self.api, job, whole=has_ended)
             await self._read_statistics(job)
+            await self._read_anatomy(job)
             self._mark(events)
         if has_ended or is_turn_of_log:
             await self.log.refresh(job)
@@ -199,7 +209,7 @@ class JobPage:
 
     def _start(self, job: Job, event: Event) -> None:
         """Takes what the workers tell at their start."""
-        self.has_started = True
+        self.has_started, self.told_until = True, 0
         self.heat_map.num_rows = num_statistics = len(event.data["statistics"])
         self._show_sections(num_statistics)
         self.training.started(event)
@@ -237,6 +247,17 @@ class JobPage:
         step = job.status.progress.step
         if self.heat_map.num_rows and step:
             await self.heat_map.refresh(self.api, self.job_id, step, whole=job.status.is_terminal)
+
+    async def _read_anatomy(self, job: Job) -> None:
+        """Reads what is told every few seconds, about as often."""
+        is_whole = job.status.is_terminal or self.told_until == 0
+        if job.status.progress.step == 0 or not (is_whole or self.polls % POLLS_PER_ANATOMY == 0):
+            return
+        told = await self.api.anatomy(self.job_id, from_step=0 if is_whole else self.told_until)
+        self.told_until = told.last_step
+        for place in (self.layers, self.phases_by_rank, self.workers):
+            place.show(told)
+        self.spectra.add(told)
 
     async def refine(self, window: Sequence[int] | None) -> None:
         """Shows the steps that the reader has zoomed to as finely as the screen does."""

@@ -8,6 +8,7 @@ from nicegui import ui
 
 from ngd_service.client.client import AsyncClient
 from ngd_service.dashboard.anatomy import Anatomy
+from ngd_service.dashboard.cumulative import ALL_REFRESHED, SGD, Cumulative
 from ngd_service.dashboard.curves import Curve, Curves, Goal
 from ngd_service.dashboard.marks import MOST_MARKS, Mark, lines_of
 from ngd_service.dashboard.measures import BYTES, PLAIN, RATE, SECONDS, SHARE
@@ -52,17 +53,34 @@ class Training:
         self.seconds = Curves("Time per step, by phase", unit=SECONDS, stacked=True, view=self.view)
         self.anatomy = Anatomy()
         self.bytes_sent = Curves("Sent per step, by kind", unit=BYTES, stacked=True, view=self.view, classes="wide")
+        self.so_far = Cumulative(self.view)
+
+    def lay_out_workers(self) -> None:
+        """What the processes take of their machines."""
+        self.cpu = OfRanks("CPU by rank", unit=PLAIN, axis_name="cores", view=self.view)
+        self.memory = OfRanks("Memory by rank", unit=BYTES, view=self.view)
 
     @property
     def panels(self) -> list[Curves]:
         """All charts, in the order of the page."""
-        return [*self.of_metric.values(), self.rate, self.lr, self.trust, self.bytes_sent, self.seconds]
+        own = [self.rate, self.lr, self.trust, self.so_far]
+        return [*self.of_metric.values(), *own, *self.groups.values()]
+
+    @property
+    def groups(self) -> dict[str, Curves]:
+        """The charts of which each part is a series, <group>.<part>."""
+        return {
+            "bytes_sent": self.bytes_sent,
+            "seconds": self.seconds,
+            "ranks.cpu": self.cpu,
+            "ranks.memory_bytes": self.memory,
+        }
 
     @property
     def names(self) -> list[str]:
         """The series of all charts, by which the API knows them."""
-        alone = [name for panel in self.panels if not panel.stacked for name in panel.curves]
-        return [*alone, "seconds", "bytes_sent"]
+        alone = [name for panel in self.panels for name in panel.curves]
+        return [*alone, *self.groups]
 
     async def refresh(self, api: AsyncClient, job: Job, *, whole: bool = False) -> None:
         """Fetches and draws what is new up to the step which the job is at; everything again if `whole`."""
@@ -122,6 +140,7 @@ class Training:
         if parameters:
             of_sgd = 4 * parameters * 2 * (ranks - 1) // ranks  # float32, all-reduced as a ring sends it
             self.bytes_sent.goals = [Goal(of_sgd, label="SGD would send")] if of_sgd else []
+            self.so_far.per_step = {SGD: of_sgd} if of_sgd else {}
 
     def redo(self, last_step: int) -> None:
         """The job went back to a checkpoint: the steps after it are about to be replaced."""
@@ -168,12 +187,14 @@ class Training:
         first = [values[0] for values in sent.values() if values and values[0][0] == 1]
         goals = [goal for goal in self.bytes_sent.goals if goal.label != EVERY]
         total = sum(value for _, value in first)
-        self.bytes_sent.goals = goals + ([Goal(total, label=EVERY)] if sent.get("statistics") and total else [])
+        is_known = bool(sent.get("statistics") and total)
+        self.bytes_sent.goals = goals + ([Goal(total, label=EVERY)] if is_known else [])
+        self.so_far.per_step |= {ALL_REFRESHED: total} if is_known else {}
 
     def _place(self, name: str) -> tuple[Curves, str]:
-        group, _, part = name.partition(".")
-        if part:
-            return {"seconds": self.seconds, "bytes_sent": self.bytes_sent}[group], part
+        for group, panel in self.groups.items():
+            if name.startswith(f"{group}."):
+                return panel, name.removeprefix(f"{group}.")
         return next((panel, name) for panel in self.panels if name in panel.curves)
 
     def _tell(self, script: str) -> None:
@@ -181,6 +202,16 @@ class Training:
 
     def _is_crowded(self) -> bool:
         return any(len(points) > 2 * MAX_POINTS for panel in self.panels for points in panel.points.values())
+
+
+class OfRanks(Curves):
+    """A line for each rank, over an axis from 0: a difference of ranks is seen at its size."""
+
+    def _extent(self) -> dict[str, Any]:
+        return super()._extent() | {"min": 0}
+
+    def _curve(self, key: str) -> Curve:
+        return Curve(f"rank {key}", may_be_smooth=True)
 
 
 def _chart_of(metric: Metric, target: Mapping[str, Any], view: View) -> Curves:

@@ -1,4 +1,4 @@
-"""Whether the curvature can be trusted: the reduction ratio in its healthy band, damping, and what went wrong."""
+"""Whether the curvature can be trusted: the reduction ratio, damping, the update beside the gradient, what failed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,18 @@ TRUST = {
     "damping": Curve("damping"),
     "failed_inversions": Curve("failed inversions"),
     "skipped_steps": Curve("skipped steps"),
+    "layers.lowest_cosine": Curve("lowest cosine of gradient and update", dotted=True),
+    "layers.kl": Curve("KL of a step", dotted=True),
+    "layers.clip_factor": Curve("clip factor", dotted=True),
+    "layers.gradient_norm": Curve("gradient norm", dotted=True),
+    "layers.update_norm": Curve("update norm", dotted=True),
 }
 COUNTS = ("failed_inversions", "skipped_steps")
-ROWS = (("reduction_ratio",), ("damping",), COUNTS)  # one above the other, over the same steps
-ROWS_PX, GAP_PX, TOP_PX, FOOT_PX = (110, 110, 56), 22, 34, 44
+NORMS = ("layers.gradient_norm", "layers.update_norm")
+# One above the other, over the same steps.
+MEASURED = (("layers.lowest_cosine",), ("layers.kl",), ("layers.clip_factor",))
+ROWS = (("reduction_ratio",), ("damping",), *MEASURED, NORMS, COUNTS)
+ROWS_PX, GAP_PX, TOP_PX, FOOT_PX = (110, 110, 80, 80, 56, 80, 56), 22, 34, 44
 
 
 class Trust(Curves):
@@ -93,10 +101,11 @@ class Trust(Curves):
         """The range of each row's axis: that of the ratio holds its healthy band."""
         ratios = self.points["reduction_ratio"]
         finite = [value for _, value in ratios if math.isfinite(value)]
+        others: list[dict[str, Any]] = [{} for _ in ROWS[1:]]
         if not finite:
-            return [{}, {}, {}]
+            return [{}, *others]
         low, high = self.calm_range or (min(finite), max(finite))
-        return [{"min": min(0.0, low), "max": max(HEALTHY[1] + 0.5, high)}, {}, {}]
+        return [{"min": min(0.0, low), "max": max(HEALTHY[1] + 0.5, high)}, *others]
 
     @property
     def _may_have_outliers(self) -> list[str]:
@@ -107,6 +116,9 @@ class Trust(Curves):
 
     def sentence(self) -> str:
         said = [sentence for sentence in (self._told_of_ratio(), self._told_of_damping()) if sentence]
+        for (key,) in MEASURED:
+            if self.points[key]:
+                said.append(f"{TRUST[key].label} {number(self.points[key][-1][1])}")
         for key, noun in zip(COUNTS, ("failed inversion", "skipped step"), strict=True):
             if self.points[key]:
                 said.append(counted(round(self.points[key][-1][1]), noun))
@@ -130,5 +142,9 @@ def _axes() -> list[dict[str, Any]]:
     return [
         value_axis("ratio", PLAIN, splitNumber=3),
         value_axis("damping", PLAIN, splitNumber=3) | {"type": "log"},
+        value_axis("cosine", PLAIN, splitNumber=2, max=1),
+        value_axis("KL", PLAIN, splitNumber=2) | {"type": "log"},
+        value_axis("factor", PLAIN, splitNumber=2, min=0, max=1),
+        value_axis("norm", PLAIN, splitNumber=2) | {"type": "log"},
         value_axis("so far", COUNT, minInterval=1, min=0),
     ]

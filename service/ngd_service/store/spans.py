@@ -5,9 +5,10 @@ folded into wider ones, so that those of level 3 (of the steps themselves), 5 (o
 to date as steps come in, and a reader takes the level that fits its screen.
 
 curves       of each value, also of each metric, the lowest, the highest and the first that is not finite, each at its
-             step; of a group of parts (seconds, bytes_sent) those where their sum is such
+             step; of a group of parts (seconds, bytes_sent, a resource of all ranks) those where their sum is such
 statistics   ages and intervals at the span's last step, the refreshes within it, and of each statistic judged in it
              the newest change, noise, threshold and error, and of each that failed the newest ending
+newest       the newest of what is told now and then: of layers, of each factor's spectrum, of ranks
 evaluations  as curves, of the test data's metrics: test_<name>
 """
 
@@ -26,6 +27,7 @@ __all__ = [
     "JUDGED",
     "KINDS",
     "LOWEST",
+    "RESOURCES",
     "WIDENING",
     "Kind",
     "Name",
@@ -37,9 +39,10 @@ __all__ = [
     "level_for",
 ]
 
-Name = Literal["curves", "statistics", "evaluations"]
+Name = Literal["curves", "statistics", "newest", "evaluations"]
 LOWEST, WIDENING = 3, 2  # the first level that is kept, and how many levels lie between one that is and the next
-GROUPS = ("seconds", "bytes_sent")
+RESOURCES = ("cpu", "memory_bytes", "gpu", "gpu_memory_bytes", "sent_bytes_per_s", "received_bytes_per_s")
+GROUPS = ("seconds", "bytes_sent", *(f"ranks.{name}" for name in RESOURCES))
 JUDGED = ("changes", "noises", "thresholds", "errors")  # in the order of a judged statistic's values
 FIELDS = (  # of a step that are curves; its metrics can't have these names
     "lr",
@@ -52,7 +55,9 @@ FIELDS = (  # of a step that are curves; its metrics can't have these names
     "failed_inversions",
     "skipped_steps",
     "skipped_samples",
-    *GROUPS,
+    "bytes_so_far",
+    "seconds",
+    "bytes_sent",
 )
 
 
@@ -125,12 +130,55 @@ def level_for(first_step: int, last_step: int, most_spans: int, width: int = 1) 
 
 def _trained(record: Mapping[str, Any]) -> dict[str, Any]:
     known = _of_this_version(record, StepRecord)
-    return _curves(known["step"], {name: known.get(name) for name in FIELDS} | known["metrics"])
+    values = {name: known.get(name) for name in FIELDS} | known["metrics"]
+    return _curves(known["step"], values | _of_ranks(known.get("ranks"))) | _of_layers(known.get("layers"))
 
 
 def _tested(record: Mapping[str, Any]) -> dict[str, Any]:
     known = _of_this_version(record, Evaluation)
     return _curves(known["step"], {f"test_{name}": value for name, value in known["metrics"].items()})
+
+
+def _of_ranks(ranks: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns of each resource the ranks that tell it; a metric's name has no dot."""
+    if ranks is None:
+        return {}
+    known = {
+        f"ranks.{name}": {str(rank): value for rank, value in enumerate(ranks[name]) if value is not None}
+        for name in RESOURCES
+    }
+    return {name: by_rank for name, by_rank in known.items() if by_rank}
+
+
+def _of_layers(layers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns what all layers make up, at the step that was measured."""
+    if layers is None:
+        return {}
+    cosines = [cosine for cosine in layers["cosines"] if cosine is not None]
+    values = {
+        "layers.gradient_norm": math.hypot(*map(float, layers["gradient_norms"])),
+        "layers.update_norm": math.hypot(*map(float, layers["update_norms"])),
+        "layers.lowest_cosine": min(cosines, default=None),
+        "layers.kl": layers["kl"],
+        "layers.clip_factor": layers["clip_factor"],
+    }
+    return _curves(layers["step"], values)
+
+
+def _newest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what few records have; spectra by the place of their statistic."""
+    layers, ranks, content = record.get("layers"), record.get("ranks"), dict[str, Any]()
+    if layers is not None:
+        spectra = {str(place): [layers["step"], *row] for place, row in layers["spectra"].items()}
+        content = {"layers": {name: value for name, value in layers.items() if name != "spectra"}, "spectra": spectra}
+    return content | ({} if ranks is None else {"ranks": ranks | {"step": record["step"]}})
+
+
+def _merged_newest(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for content in contents:
+        merged |= content | {"spectra": merged.get("spectra", {}) | content.get("spectra", {})} if content else {}
+    return merged
 
 
 def _of_this_version(record: Mapping[str, Any], model: type[BaseModel]) -> Mapping[str, Any]:
@@ -198,5 +246,6 @@ def _merged_statistics(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 KINDS: dict[Name, Kind] = {
     "curves": Kind(_trained, _merged_curves),
     "statistics": Kind(_statistics, _merged_statistics),
+    "newest": Kind(_newest, _merged_newest),
     "evaluations": Kind(_tested, _merged_curves),
 }

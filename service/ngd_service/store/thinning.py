@@ -21,7 +21,12 @@ __all__ = ["catch_up", "is_behind", "read", "thin"]
 
 log = logging.getLogger(__name__)
 
-RECORDS: dict[Name, sa.Table] = {"curves": t.steps, "statistics": t.steps, "evaluations": t.evaluations}
+RECORDS: dict[Name, sa.Table] = {
+    "curves": t.steps,
+    "statistics": t.steps,
+    "newest": t.steps,
+    "evaluations": t.evaluations,
+}
 SPANS_AT_ONCE = 64  # of the lowest level: 512 steps, a full batch of a worker
 EVENTS_AT_ONCE = 20  # a transaction of seconds at most
 MOST_RECORDS = 2_000  # that a reader may fold by itself: beyond it the lowest level has spans enough for a screen

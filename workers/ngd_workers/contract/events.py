@@ -16,8 +16,10 @@ __all__ = [
     "EventBatch",
     "EventReply",
     "Judged",
+    "Layers",
     "Metric",
     "Numbered",
+    "Ranks",
     "StepRecord",
     "metric_words",
     "with_metrics",
@@ -27,9 +29,12 @@ MetricValues = Annotated[dict[MetricName, float], Field(max_length=32)]
 
 
 class Fact(BaseModel):
-    """Base of every event. NaN and infinity travel as the strings "NaN", "Infinity" and "-Infinity"."""
+    """Base of every event. NaN and infinity travel as the strings "NaN", "Infinity" and "-Infinity".
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    A field that this version does not know is passed over: workers may be of a later version than their service.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class Metric(Fact):
@@ -79,6 +84,8 @@ class Started(Fact):
         description='Names "layer.statistic", in the order of the ages and intervals of a step.'
     )
     plain_parameters: dict[str, str] = Field(description="Name of each parameter without a preconditioner -> reason.")
+    layers: list[str] = Field(default=[], description="Names of the preconditioned layers, in the order of `Layers`.")
+    hosts: list[str] = Field(default=[], description="Name of each rank's machine.")
     metrics: list[Metric] = Field(
         default=[], max_length=32, description="The task's metrics, the one that counts first; loss is among them."
     )
@@ -96,6 +103,38 @@ class Judged(Fact):
     thresholds: list[float | None] = Field(description="Change, or error, from which on the interval shrinks.")
     errors: list[float | None] = Field(description="Error of the inverse in use for the new value.")
     failed: dict[int, str] = Field(default={}, description="Place -> ending of each inversion that failed.")
+
+
+class Layers(Fact):
+    """Gradient and update of each layer, 1,000 at most, in the order of the start's `layers`; told of some steps.
+
+    Norms and cosines are those of `ngd_dist.telemetry.LayerStats`.
+    """
+
+    step: int = Field(description="The step that was measured; a record tells of an earlier one.")
+    gradient_norms: list[float]
+    update_norms: list[float] = Field(description="Of lr times the clipped direction, without momentum and decay.")
+    cosines: list[float | None] = Field(description="Of gradient and direction; None: one of them is 0.")
+    kl: float | None = Field(description="KL divergence of the step in the damped quadratic model.")
+    clip_factor: float | None = Field(description="Factor of the clip on all directions; None: the job has no clip.")
+    spectra: dict[int, list[float | None]] = Field(
+        default={},
+        description="Place of a statistic -> its factor's eigenvalues: the least, three quartiles, the largest; then "
+        "the damping in their unit, None if it is not known, and the condition number, None if it is infinite.",
+    )
+
+
+class Ranks(Fact):
+    """What each rank did since the last of these records, one number a rank, of 256 ranks at most; None: not known."""
+
+    steps: int = Field(description="The steps that the seconds are means over.")
+    seconds: dict[str, list[float]] = Field(description="Phase -> seconds a step.")
+    cpu: list[float | None] = Field(description="Cores that the process kept busy; None: psutil is not installed.")
+    memory_bytes: list[float | None] = Field(description="Resident memory of the process.")
+    gpu: list[float | None] = Field(description="Share of the time in which the GPU was busy; needs pynvml.")
+    gpu_memory_bytes: list[float | None] = Field(description="Memory that torch has reserved on the GPU.")
+    sent_bytes_per_s: list[float | None] = Field(description="By the machine's network, loopback left out.")
+    received_bytes_per_s: list[float | None] = Field(description="By the machine's network, loopback left out.")
 
 
 class StepRecord(Fact):
@@ -138,6 +177,9 @@ class StepRecord(Fact):
         default=None,
         description="rho: change of the loss, divided by the quadratic model's prediction; None: not measured.",
     )
+    layers: Layers | None = Field(default=None, description="Of an earlier step; None in most.")
+    ranks: Ranks | None = Field(default=None, description="Every five seconds or so; None in the other steps.")
+    bytes_so_far: int | None = Field(default=None, description="Bytes sent by rank 0 in all steps of the job.")
 
     @model_validator(mode="before")
     @classmethod
@@ -292,7 +334,9 @@ class Numbered(Fact):
 
 
 class EventBatch(Fact):
-    """Body of POST /api/v1/internal/attempts/{attempt}/events."""
+    """Body of POST /api/v1/internal/attempts/{attempt}/events. Another field in it is refused: it is no batch."""
+
+    model_config = ConfigDict(extra="forbid")
 
     events: list[Numbered]
 

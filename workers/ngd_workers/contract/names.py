@@ -26,6 +26,9 @@ TAKEN = frozenset(
         "damping",
         "momentum",
         "reduction_ratio",
+        "layers",
+        "ranks",
+        "bytes_so_far",
     }
 )
 

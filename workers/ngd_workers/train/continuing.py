@@ -1,7 +1,8 @@
 """Goes on from another job's checkpoint: weights, optimizer and step, under settings that may differ."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, optim
 
-from ngd_workers.contract.errors import DataNotFoundError, SpecError
+from ngd_workers.contract.errors import DataNotFoundError, IncompatibleCheckpointError, SpecError
 from ngd_workers.contract.rundir import AttemptDir
 from ngd_workers.contract.spec import InitFromCheckpoint, JobSpec, Plain
 from ngd_workers.contract.spec_differences import differences
 from ngd_workers.train.checkpoints import Checkpoints
 
-__all__ = ["Origin", "checkpoint_of", "keep_new_settings", "origin_of"]
+__all__ = ["Origin", "checkpoint_of", "going_on_from", "keep_new_settings", "origin_of"]
 
 log = logging.getLogger(__name__)
 
@@ -135,3 +136,15 @@ def _spec_of(run_dir: Path) -> JobSpec | None:
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     changed = differences([there, here]).items()
     return {path: (before, now) for path, (before, now) in changed if path.partition(".")[0] not in FREE}
+
+
+@contextmanager
+def going_on_from(origin: Origin) -> Iterator[None]:
+    """Says of a state that doesn't fit that it is another job's."""
+    try:
+        yield
+    except IncompatibleCheckpointError as error:
+        raise IncompatibleCheckpointError(
+            f"this job can't go on with the state of {origin}: {error.__cause__}; keep that job's settings, or "
+            "take its weights alone (init_from.takes: weights)"
+        ) from error

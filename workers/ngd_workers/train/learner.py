@@ -22,7 +22,7 @@ from ngd_workers.tasks.base import Batch, Result, Task
 from ngd_workers.train.checkpoints import Snapshot
 from ngd_workers.train.engines import engine_of
 from ngd_workers.train.loading import MicroBatch, placed
-from ngd_workers.train.optimizers import build_optimizer, chooses_lr, job_errors
+from ngd_workers.train.optimizers import build_optimizer, chooses_lr, job_errors, step_stats
 from ngd_workers.train.saves import in_host_memory
 from ngd_workers.train.totals import Totals
 from ngd_workers.train.transforms import build_transform
@@ -68,6 +68,8 @@ class Learner:
         self._engine = engine_of(spec)(model, spec, comm, device)
         self._engine.wrap(lambda driven, **keywords: build_optimizer(driven, spec, task, **keywords))
         self.model, self.optimizer = self._engine.model, self._engine.optimizer
+        if isinstance(self.optimizer, NGD):
+            self.optimizer.watch()
         self._weights: list[Tensor | float] = []
         self._objective_fraction = getattr(spec.optimizer, "objective_fraction", 1.0)
 
@@ -126,9 +128,9 @@ class Learner:
         ]
         return torch.stack(losses).sum(), joined
 
-    def gradient_bytes(self) -> dict[str, int]:
-        """Returns the bytes that this rank sends per step outside the optimizer, by kind."""
-        return self._engine.gradient_bytes
+    def bytes_sent(self) -> dict[str, int]:
+        """Returns the bytes that this rank has sent in the newest step, by kind: the engine's and the optimizer's."""
+        return {**self._engine.gradient_bytes, **step_stats(self.optimizer).bytes_sent}
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Totals:
         """Collective. Returns the totals of the test data over all ranks; each rank gives its own batches of them."""

@@ -2,9 +2,9 @@
 
 import logging
 import math
+import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
@@ -12,9 +12,10 @@ import torch
 
 from ngd_dist.telemetry import Stopwatch
 from ngd_workers.contract.checkpoint_files import ModelFacts, Score, TensorForm
-from ngd_workers.contract.errors import IncompatibleCheckpointError, NonFiniteLossError, SpecError, WorkerError
+from ngd_workers.contract.errors import NonFiniteLossError, SpecError, WorkerError
 from ngd_workers.contract.events import (
     Evaluation,
+    Ranks,
     Started,
     TargetReached,
     metric_words,
@@ -28,13 +29,14 @@ from ngd_workers.tasks import build_task
 from ngd_workers.tasks.base import Task
 from ngd_workers.train.batches import Batches, seed_everything, seed_step
 from ngd_workers.train.context import TrainContext, commit, device_name, versions
-from ngd_workers.train.continuing import Origin, keep_new_settings, origin_of
+from ngd_workers.train.continuing import Origin, going_on_from, keep_new_settings, origin_of
 from ngd_workers.train.first_weights import load_first_weights
 from ngd_workers.train.learner import Learner, check_fit, load_weights, trainable
 from ngd_workers.train.loading import Samples, placed, read_ahead, requests_to_test
 from ngd_workers.train.optimizers import chooses_lr
+from ngd_workers.train.ranks import RankWatch, Usage
 from ngd_workers.train.reader import Reader
-from ngd_workers.train.records import step_record
+from ngd_workers.train.records import phases_of, step_record
 from ngd_workers.train.saves import Saves
 from ngd_workers.train.schedules import lr_factor, total_steps
 from ngd_workers.train.stopping import request_of, stop_code_of
@@ -77,6 +79,7 @@ class Progress:
     target_step: int | None = None
     seconds: float = 0.0
     skipped_samples: int = 0
+    bytes_sent: int = 0
 
 
 class Run:
@@ -97,6 +100,8 @@ class Run:
         self._tested_step = 0
         self.request: StopRequest | None = None
         self._stopwatch = Stopwatch()
+        self._ranks = RankWatch(context.comm, Usage(context.device))
+        self._told: Ranks | None = None
         self._logged_s = 0.0
 
     @property
@@ -190,7 +195,8 @@ class Run:
         self.saves.close()
 
     def announce(self) -> None:
-        """Reports the start of the run, on rank 0."""
+        """Collective. Reports the start of the run, on rank 0."""
+        hosts = self.context.comm.all_gather_object("hosts", socket.gethostname())
         if self.context.comm.rank:
             return
         optimizer = self.learner.optimizer
@@ -208,6 +214,8 @@ class Run:
                 resumed_step=self.progress.step,
                 statistics=list(getattr(optimizer, "statistic_names", [])),
                 plain_parameters=dict(getattr(optimizer, "plain_parameters", {})),
+                layers=[layer.name for layer in getattr(optimizer, "layers", [])],
+                hosts=hosts,
                 metrics=list(self.task.metrics),
             )
         )
@@ -283,9 +291,11 @@ class Run:
 
     def _reduce(self, totals: Totals) -> dict[str, float]:
         # The one synchronisation of a step with the host. It comes before the update, so that no rank writes NaN into
-        # its weights, and carries the stop request, so that all ranks stop after the same step.
+        # its weights, and carries the stop request, so that all ranks stop after the same step, and what ranks tell.
         comm = self.context.comm
-        stop_code = totals.reduce(comm, "loss and stop request", stop_code_of(self.context))
+        extra = [stop_code_of(self.context), *self._ranks.outgoing()]
+        stop_code, *told = totals.reduce(comm, "loss and stop request", extra)
+        self._told = self._ranks.incoming(told)
         self.progress.skipped_samples += totals.skipped
         metrics = totals.metrics(self.task)
         if not math.isfinite(metrics["loss"]) and not self._skips_non_finite:
@@ -311,18 +321,24 @@ class Run:
 
     def _report_step(self, metrics: dict[str, float], seconds: float) -> None:
         optimizer = self.learner.optimizer
-        self.context.reporter.report(
-            step_record(
+        phases = phases_of(optimizer, self._stopwatch.take())
+        sent = self.learner.bytes_sent()
+        self._ranks.add(phases)
+        self.progress.bytes_sent += sum(sent.values())
+        if self.context.comm.rank == 0:
+            record = step_record(
                 optimizer,
                 step=self.progress.step,
                 epoch=self.epoch,
                 metrics=metrics,
                 samples_per_s=self.spec.batch.global_size / seconds,
-                seconds=self._stopwatch.take(),
-                bytes_sent=self.learner.gradient_bytes(),
+                seconds=phases,
+                bytes_sent=sent,
                 skipped_samples=self.progress.skipped_samples,
+                bytes_so_far=self.progress.bytes_sent,
+                ranks=self._told,
             )
-        )
+            self.context.reporter.report(record)
         now_s = time.monotonic()
         if now_s - self._logged_s >= PROGRESS_S:
             self._logged_s = now_s
@@ -332,18 +348,6 @@ class Run:
         if self.context.comm.rank == 0:
             place = f"step {self.progress.step}/{self.total_steps}  epoch {self.epoch:.2f}"
             log.info("%s", "  ".join([place, *metric_words(which, metrics), *more]))
-
-
-@contextmanager
-def going_on_from(origin: Origin) -> Iterator[None]:
-    """Says of a state that doesn't fit that it is another job's."""
-    try:
-        yield
-    except IncompatibleCheckpointError as error:
-        raise IncompatibleCheckpointError(
-            f"this job can't go on with the state of {origin}: {error.__cause__}; keep that job's settings, or "
-            "take its weights alone (init_from.takes: weights)"
-        ) from error
 
 
 Prepared = tuple[Dataset, Task, Batches, torch.nn.Module, ModelFacts | None]

@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from torch import optim
 
 from ngd_dist import NGD
-from ngd_workers.contract.events import Judged, StepRecord
+from ngd_dist.telemetry import LayerStats, Spectrum
+from ngd_workers.contract.events import Judged, Layers, Ranks, StepRecord
 from ngd_workers.train.optimizers import chooses_lr, step_stats
 
-__all__ = ["MOST_JUDGED", "judged", "step_record"]
+__all__ = ["MOST_JUDGED", "MOST_LAYERS", "judged", "layers_of", "phases_of", "step_record"]
 
 MOST_JUDGED = 2_000  # of some 26 bytes: 64 steps of them, and of the ages of 10,000 statistics, fit into one batch
+MOST_LAYERS = 1_000  # of some 24 bytes, and two spectra of some 60
+
+
+def phases_of(optimizer: optim.Optimizer, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Returns the seconds of the newest step by phase, the optimizer's beside those outside it."""
+    phases = {**seconds, **step_stats(optimizer).seconds}
+    phases["forward_backward"] -= phases.get("capture", 0.0)  # the hooks run inside: no second is counted twice
+    return phases
 
 
 def step_record(
@@ -25,11 +34,11 @@ def step_record(
     seconds: Mapping[str, float],
     bytes_sent: Mapping[str, int],
     skipped_samples: int,
+    bytes_so_far: int | None = None,
+    ranks: Ranks | None = None,
 ) -> StepRecord:
-    """Returns the record of the newest step. seconds, bytes_sent: those outside the optimizer."""
+    """Returns the record of the newest step. seconds: of `phases_of`; bytes_sent: those of all kinds."""
     stats, settings = step_stats(optimizer), optimizer.param_groups[0]
-    phases = {**seconds, **stats.seconds}
-    phases["forward_backward"] -= phases.get("capture", 0.0)  # the hooks run inside: no second is counted twice
     return StepRecord(
         step=step,
         epoch=epoch,
@@ -37,8 +46,8 @@ def step_record(
         metrics=metrics,
         lr=settings["lr"],
         samples_per_s=samples_per_s,
-        seconds=phases,
-        bytes_sent={**bytes_sent, **stats.bytes_sent},
+        seconds=dict(seconds),
+        bytes_sent=dict(bytes_sent),
         ages=list(stats.ages),
         intervals=list(stats.intervals),
         judged=judged(optimizer) if isinstance(optimizer, NGD) else None,
@@ -48,6 +57,9 @@ def step_record(
         damping=settings.get("damping"),
         momentum=settings["momentum"] if chooses_lr(optimizer) else None,
         reduction_ratio=stats.adapted.reduction_ratio,
+        layers=layers_of(optimizer) if isinstance(optimizer, NGD) else None,
+        ranks=ranks,
+        bytes_so_far=bytes_so_far,
     )
 
 
@@ -73,6 +85,32 @@ def judged(optimizer: NGD) -> Judged | None:
         errors=[_short(one.error) for one in told],
         failed={place[one.statistic]: one.ending for one in told if one.ending != "OK"},
     )
+
+
+def layers_of(optimizer: NGD) -> Layers | None:
+    """Returns what the newest step tells of each layer; None if it tells nothing."""
+    told: LayerStats | None = optimizer.stats.layers
+    if told is None:
+        return None
+    place = {name: i for i, name in enumerate(optimizer.statistic_names)}
+    spectra = {place[name]: _columns(of) for name, of in [*told.spectra.items()][: 2 * MOST_LAYERS]}
+    return Layers.model_construct(  # as it is: see `judged`
+        step=told.step,
+        gradient_norms=[_number(norm) for norm in told.gradient_norms[:MOST_LAYERS]],
+        update_norms=[_number(norm) for norm in told.update_norms[:MOST_LAYERS]],
+        cosines=[_short(cosine) for cosine in told.cosines[:MOST_LAYERS]],
+        kl=_short(told.kl),
+        clip_factor=told.clip_factor,
+        spectra=spectra,
+    )
+
+
+def _columns(spectrum: Spectrum) -> list[float | None]:
+    return [_short(value) for value in (*spectrum.quantiles, spectrum.damping, spectrum.condition)]
+
+
+def _number(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _short(value: float) -> float | None:

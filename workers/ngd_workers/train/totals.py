@@ -1,5 +1,7 @@
 """Sums over micro-batches and ranks from which a pass's loss and metrics follow."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,13 +34,14 @@ class Totals:
         if batch.counts:
             self._values += torch.cat([part.flatten() for part in parts.values()])
 
-    def reduce(self, comm: Communicator, name: str, extra: float = 0.0) -> float:
-        """Collective. Adds those of all ranks; returns the sum of `extra`, which travels along."""
-        values = torch.cat((self._values, self._values.new_tensor([extra])))
+    def reduce(self, comm: Communicator, name: str, extra: Sequence[float] = ()) -> list[float]:
+        """Collective. Adds those of all ranks; returns the sums of `extra`, which travel along."""
+        values = torch.cat((self._values, self._values.new_tensor(extra)))
         comm.all_reduce(name, values)
         values = values.cpu()  # the one synchronisation of a step with the host
-        self._values = values[:-1]
-        return float(values[-1])
+        self._values, sums = values.split([len(values) - len(extra), len(extra)])
+        told: list[float] = sums.tolist()
+        return told
 
     @property
     def skipped(self) -> int:
