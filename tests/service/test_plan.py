@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ngd_dist.cost.plan import Plan
-from ngd_service.cli.plan_chart import text_chart
-from ngd_service.cli.plan_view import plan_text
+from ngd_service.client.plan_chart import text_chart
+from ngd_service.client.plan_view import plan_text
 from ngd_service.planning import plan_of, read_plan_request
 from ngd_workers.contract.spec_problems import SpecProblemsError
 from tests.service.test_cli import ngd

@@ -30,7 +30,7 @@ from ngd_service.client.answers import (
     unreachable,
     uses_proxies,
 )
-from ngd_service.client.code import Shipment, pack
+from ngd_service.client.code import Archive, Shipment, pack
 from ngd_service.client.comparison import KINDS, History
 from ngd_service.client.endpoints import (
     JOBS,
@@ -41,6 +41,7 @@ from ngd_service.client.endpoints import (
     joined,
     nothing,
     params,
+    pin_path,
     spec_body,
     text,
 )
@@ -140,12 +141,17 @@ class AsyncClient:
         if valid.get("code") is None or valid["code"]["sha256"] is not None:
             return Shipment(spec)
         archive = await self._apart(pack, Code.model_validate(valid["code"]), folder)
+        was_there = await self.send_code(archive)
+        return Shipment(valid | {"code": valid["code"] | {"sha256": archive.sha256}}, archive, was_there)
+
+    async def send_code(self, archive: Archive) -> bool:
+        """Sends packed code to the service, for jobs to name as `code.sha256`; returns whether it was there already."""
         was_there = await self._has_code(archive.sha256)
         if not was_there:
             headers = {"Content-Type": "application/octet-stream"}
             path = code_path(archive.sha256)
             await self._send(Endpoint("PUT", path, nothing, headers=headers, content=archive.content))
-        return Shipment(valid | {"code": valid["code"] | {"sha256": archive.sha256}}, archive, was_there)
+        return was_there
 
     async def code(self, sha256: str) -> bytes:
         """Returns an archive of code that was shipped: a tar.gz."""
@@ -261,6 +267,14 @@ class AsyncClient:
         """Returns the checkpoints that the job keeps, newest first."""
         path = f"{job_path(job_id)}/checkpoints"
         return (await self._send(Endpoint("GET", path, CheckpointList.model_validate_json))).checkpoints
+
+    async def pin(self, job_id: str, step: int) -> Checkpoint:
+        """Keeps the checkpoint of this step for as long as it is pinned, however many come after it."""
+        return await self._send(Endpoint("PUT", pin_path(job_id, step), Checkpoint.model_validate_json))
+
+    async def unpin(self, job_id: str, step: int) -> Checkpoint:
+        """Lets the checkpoint go when newer ones come; the next one that the job saves may remove it."""
+        return await self._send(Endpoint("DELETE", pin_path(job_id, step), Checkpoint.model_validate_json))
 
     async def download_file(self, job_id: str, step: int, name: str, *, start: int = 0) -> AsyncIterator[bytes]:
         """Yields the bytes of a checkpoint's file from `start` on."""

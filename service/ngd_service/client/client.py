@@ -166,6 +166,7 @@ class Client:
 
     submit = _answers(AsyncClient.submit)
     ship = _answers(AsyncClient.ship)
+    send_code = _answers(AsyncClient.send_code)
     validate = _answers(AsyncClient.validate)
     plan = _answers(AsyncClient.plan)
     code = _answers(AsyncClient.code)
@@ -182,6 +183,8 @@ class Client:
     logs = _answers(AsyncClient.logs)
     download_log = _yields(AsyncClient.download_log)
     checkpoints = _answers(AsyncClient.checkpoints)
+    pin = _answers(AsyncClient.pin)
+    unpin = _answers(AsyncClient.unpin)
     download_file = _yields(AsyncClient.download_file)
     follow_logs = _yields(AsyncClient.follow_logs)
     ready = _answers(AsyncClient.ready)
