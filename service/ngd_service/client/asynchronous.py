@@ -251,6 +251,17 @@ class AsyncClient:
         query = params(attempt=attempt, tail=tail, rank=rank)
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/logs", text, query))
 
+    async def log_part(
+        self, job_id: str, *, offset: int = 0, attempt: int | None = None, rank: int | None = None
+    ) -> tuple[str, int]:
+        """Returns up to a MiB of lines from this byte of the log on, and the offset of what follows them."""
+        query = params(offset=offset, attempt=attempt, rank=rank)
+        try:
+            async with self._response(f"{job_path(job_id)}/logs", query) as response:
+                return text(await response.aread()), int(response.headers["Log-End"])
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
     async def download_log(
         self, job_id: str, *, attempt: int | None = None, rank: int | None = None
     ) -> AsyncIterator[bytes]:

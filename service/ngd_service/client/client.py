@@ -181,6 +181,7 @@ class Client:
     metrics = _answers(AsyncClient.metrics)
     statistics = _answers(AsyncClient.statistics)
     logs = _answers(AsyncClient.logs)
+    log_part = _answers(AsyncClient.log_part)
     download_log = _yields(AsyncClient.download_log)
     checkpoints = _answers(AsyncClient.checkpoints)
     pin = _answers(AsyncClient.pin)
