@@ -44,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             container.closing.set()
+            container.cards.close()
             container.reconciler.stop()
             container.store.close()
 

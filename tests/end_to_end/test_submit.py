@@ -124,7 +124,7 @@ def test_uploaded_code_trains_once_and_its_job_is_cloned_and_forked(
     assert "seed" not in clone
 
     page.goto(f"{service.url}/jobs/{job.id}")
-    page.get_by_role("row").filter(has_text="6best").get_by_role("link", name="Fork").click()
+    page.get_by_role("row").filter(has_text="newest").get_by_role("link", name="Fork").click()
     expect(page.get_by_text("The last step must come after 6")).to_be_visible()
     expect(field(page, "Model", "step")).to_have_value("6")
     field(page, "Length", "steps").fill("9")

@@ -16,6 +16,7 @@ from ngd_service.client.plan_chart import text_chart
 from ngd_service.client.plan_view import plan_text
 from ngd_service.control.model_cards import ModelCards
 from ngd_service.dispatchers.archives import Archives
+from ngd_service.errors import InvalidSpecError
 from ngd_service.planning import plan_of, read_plan_request
 from ngd_workers.contract.spec_problems import SpecProblemsError
 from tests.service.test_cli import ngd
@@ -67,6 +68,14 @@ def test_a_service_whose_jobs_train_elsewhere_wants_the_card(tmp_path: Path) -> 
     assert cards.of(small_spec()) is None
     with pytest.raises(SpecProblemsError, match="ngd plan JOB --cluster FILE --write-card FILE"):
         planned(card=None)
+
+
+def test_a_service_that_stops_waits_for_no_card(tmp_path: Path) -> None:
+    cards = ModelCards(Archives(tmp_path), None, is_here=True)
+    cards.close()
+
+    with pytest.raises(InvalidSpecError, match="the model could not be built"):
+        cards.of(small_spec())
 
 
 def test_a_card_needs_the_code_that_the_job_names(http: TestClient) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 from ngd_dist.cost.card import ModelCard
@@ -33,6 +34,8 @@ class ModelCards:
         self._data_dir = data_dir
         self._is_here = is_here and find_spec("torch") is not None
         self._turn = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._is_closed = False
         self._cards: OrderedDict[str, ModelCard] = OrderedDict()
 
     def of(self, spec: JobSpec) -> ModelCard | None:
@@ -62,15 +65,29 @@ class ModelCards:
             (folder / "spec.json").write_text(json.dumps(content))
             command = [sys.executable, "-m", "ngd_workers.launch.model_card", str(folder / "spec.json")]
             command += ["--data-dir", str(self._data_dir)] if self._data_dir else []
+            return self._answer(command, folder)
+
+    def _answer(self, command: list[str], folder: Path) -> ModelCard:
+        with subprocess.Popen(command, cwd=folder, stdout=PIPE, stderr=PIPE, text=True) as process:
+            self._process = process
+            if self._is_closed:
+                process.kill()
             try:
-                ended = subprocess.run(
-                    command, cwd=folder, capture_output=True, text=True, timeout=BUILD_S, check=False
-                )
+                out, err = process.communicate(timeout=BUILD_S)
             except subprocess.TimeoutExpired as error:
+                process.kill()
                 raise _refusal(f"the model was not built and run once within {BUILD_S:g} s") from error
-        if ended.returncode:
-            raise _refusal((ended.stderr.strip().splitlines() or ["the model could not be built"])[-1])
-        return ModelCard.model_validate_json(ended.stdout.splitlines()[-1])
+            finally:
+                self._process = None
+        if process.returncode:
+            raise _refusal((err.strip().splitlines() or ["the model could not be built"])[-1])
+        return ModelCard.model_validate_json(out.splitlines()[-1])
+
+    def close(self) -> None:
+        """Ends the card that is being made: the service stops."""
+        self._is_closed = True
+        if (process := self._process) is not None:
+            process.kill()
 
 
 def _refusal(detail: str) -> InvalidSpecError:

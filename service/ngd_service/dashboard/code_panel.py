@@ -1,17 +1,18 @@
 """The code of a job that is submitted from a page: files of the reader's, packed and sent as `ngd submit` does."""
 
+import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 from nicegui.events import MultiUploadEventArguments
 
 from ngd_service.client.client import AsyncClient, ServiceError
 from ngd_service.client.code import Archive, Shipment, pack
 from ngd_service.client.unpacking import unpack_upload
-from ngd_service.dashboard.theme import panel
+from ngd_service.dashboard.theme import panel, pick_files
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec import Code
 from ngd_workers.contract.spec.code import MAX_ARCHIVE_BYTES
@@ -48,7 +49,7 @@ class CodePanel:
         with head:
             ui.element("div").classes("spread")
             self.choose = ui.button("Choose files", icon="upload_file", color=None).props("outline no-caps dense")
-            self.choose.classes("plain").on("click", js_handler=f"() => getElement({self.upload.id}).pickFiles()")
+            self.choose.classes("plain").on("click", js_handler=pick_files(self.upload))
         self.sent: dict[str, str] = {}  # what is said of an archive, by its SHA-256
 
     def show(self) -> None:
@@ -67,7 +68,7 @@ class CodePanel:
         self.state.set_text("Packing ...")
         try:
             uploads = {file.name: await file.read() for file in event.files}
-            archive = await run.io_bound(_packed, uploads, dict(self._code_of()))
+            archive = await asyncio.to_thread(_packed, uploads, dict(self._code_of()))
             was_there = await self.api.send_code(archive)
         except (SpecError, ServiceError) as error:
             self._refuse(str(error))

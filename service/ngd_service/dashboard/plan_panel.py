@@ -12,7 +12,7 @@ from ngd_dist.cost.plan import Plan
 from ngd_service.client.client import AsyncClient, InvalidRequestError, ServiceError
 from ngd_service.client.plan_view import plan_bytes, plan_seconds, plan_text
 from ngd_service.dashboard.summary import Fact
-from ngd_service.dashboard.theme import panel
+from ngd_service.dashboard.theme import panel, pick_files
 
 __all__ = ["PlanPanel"]
 
@@ -39,7 +39,7 @@ class PlanPanel:
                     self.card_upload = ui.upload(auto_upload=True, on_upload=self._take_card).classes("hidden-upload")
                     self.give_card = ui.button("Give a card", icon="upload_file", color=None)
                     self.give_card.props("outline no-caps dense").classes("plain")
-                    self.give_card.on("click", js_handler=f"() => getElement({self.card_upload.id}).pickFiles()")
+                    self.give_card.on("click", js_handler=pick_files(self.card_upload))
                 self.give_card.set_visibility(False)
                 with ui.element("div").classes("facts") as self.facts:
                     self.ranks, self.steps = Fact("Ranks"), Fact("Steps")
@@ -72,6 +72,7 @@ class PlanPanel:
             planned = None
             while self.spec is not None and planned != (wanted := self._request()):
                 self.note.set_text("Planning ...")
+                self.facts.classes(add="outdated")
                 await self._show_plan(wanted)
                 planned = wanted
         finally:
@@ -80,6 +81,8 @@ class PlanPanel:
     async def _show_plan(self, wanted: dict[str, Any]) -> None:
         try:
             plan = await self.api.plan(wanted)
+            if self.spec is None or wanted != self._request():
+                return  # a plan of what was there before
         except InvalidRequestError as error:
             self._refuse(str(error), needs_card=any(item.pointer == "/card" for item in error.problem.errors))
         except ServiceError as error:
@@ -115,6 +118,7 @@ class PlanPanel:
 
     def _arrange(self, *, has_plan: bool) -> None:
         self.facts.set_visibility(has_plan)
+        self.facts.classes(remove="outdated")
         self.details.set_visibility(has_plan)
 
     async def _choose(self) -> None:

@@ -45,8 +45,8 @@ class Trouble:
         if is_trouble and self.opened != failed[-1:]:
             self.opened = failed[-1:]
             self.shown[failed[-1]].whole.set_value(True)
-        for attempt in self.shown.values():
-            await attempt.read()
+        for shown in self.shown.values():
+            await shown.read()
 
 
 class Attempt:
