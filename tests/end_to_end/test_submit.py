@@ -10,13 +10,15 @@ from playwright.sync_api import Locator, Page, expect
 
 from ngd_service.client.spec_text import read
 from ngd_workers.contract.spec_problems import parse_spec
+from tests.support.attempts import small_spec
 from tests.support.browser import DRIVES_A_BROWSER
+from tests.support.keys import ALICE, BOB, write_keys
 from tests.support.own_code import users_folder
 from tests.support.page_worker import DRAW_MS
 from tests.support.service_process import ServiceProcess
 
 pytestmark = DRIVES_A_BROWSER
-TRAINING_S = 200
+TRAINING_S, PLAN_MS = 200, 200_000
 JOB = """\
 name: small  # mine
 model: {kind: mlp, hidden: [32]}
@@ -86,10 +88,32 @@ def test_problems_stand_at_their_fields_and_a_right_job_has_a_plan(service: Serv
     page.get_by_role("option", name="adamw").click()
     expect(page.get_by_label("Job file")).to_contain_text("optimizer: {kind: adamw, lr: 0.01}")  # it has no damping
     plan = page.locator(".panel").filter(has=page.get_by_role("heading", name="Plan", exact=True))
-    expect(plan.locator(".fact", has_text="Steps")).to_contain_text("2,410 weights")
+    expect(plan.locator(".fact", has_text="Steps")).to_contain_text("2,410 weights", timeout=PLAN_MS)
     expect(plan.locator(".fact", has_text="Ranks")).to_contain_text("64 samples each")
     plan.get_by_text("The whole plan").click()
     expect(plan.get_by_label("The whole plan")).to_contain_text("time of a step")
+
+
+@pytest.mark.slow
+def test_reader_is_told_why_the_service_takes_no_job_of_theirs(page: Page, tmp_path: Path) -> None:
+    keys = write_keys(tmp_path / "keys", alice=ALICE, bob=BOB)
+    service = ServiceProcess(tmp_path / "home", key=ALICE, api_keys_dir=str(keys), function_modules="theirs.models")
+    job = service.client.submit(small_spec(name="steps").model_dump(mode="json"))
+    page.goto(f"{service.url}/submit?clone={job.id}")
+    page.get_by_label("API key").fill(BOB)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_text("This is the spec of steps")).to_be_visible()
+
+    write(page, JOB + "code: {directory: .}\n")
+    expect(page.get_by_label("Problems")).to_contain_text("runs functions of the modules theirs.models alone")
+    (keys / "bob").unlink()
+    write(page, JOB)
+    page.get_by_role("button", name="Submit").click()
+
+    expect(page.get_by_label("Problems")).to_contain_text("log in again")
+    expect(page.get_by_label("Job file")).to_contain_text("name: small")
+    assert [job.name for job in service.client.list_jobs().jobs] == ["steps"]
+    service.close()
 
 
 def test_uploaded_code_trains_once_and_its_job_is_cloned_and_forked(

@@ -5,7 +5,7 @@ import pytest
 from ngd_service.client.spec_text import lines_of, read, with_setting, without_setting, written
 
 YAML = """\
-# mine
+# mine: hä 日本
 name: a   # its name
 optimizer:
   kind: sgd   # plain

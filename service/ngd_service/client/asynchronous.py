@@ -68,6 +68,7 @@ EVALUATIONS = 1000  # the newest of a job's; the dashboard's curves have no more
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 CODE_TIMEOUT_S = 60.0
+PLAN_TIMEOUT_S = 200.0  # a service that has no card of the model may build it first
 SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
 PATIENCE_S = 60.0  # a restart of the service takes seconds
 STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
@@ -129,7 +130,8 @@ class AsyncClient:
 
     async def plan(self, request: Mapping[str, Any]) -> Plan:
         """Returns the cost of a job before it runs. request: as `ngd_service.planning.PlanRequest` reads it."""
-        return await self._send(Endpoint("POST", f"{JOBS}:plan", Plan.model_validate_json, json=dict(request)))
+        path, body = f"{JOBS}:plan", dict(request)
+        return await self._send(Endpoint("POST", path, Plan.model_validate_json, json=body, timeout_s=PLAN_TIMEOUT_S))
 
     async def ship(self, spec: Spec, folder: Path) -> Shipment:
         """Sends the spec's code to the service unless it has it. Returns the spec to submit, which names the archive.

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from ngd_workers.contract.spec_file import CORE, parse_json, parse_yaml
+from ngd_workers.contract.spec_file import CORE, MAX_YAML_BYTES, parse_json, parse_yaml
 
 __all__ = ["lines_of", "read", "with_setting", "without_setting", "written"]
 
@@ -62,6 +62,7 @@ def without_setting(text: str, path: Path) -> str:
 
 def lines_of(text: str) -> dict[str, int]:
     """Returns the line, from 1 on, of each value by its JSON Pointer. Raises: ValueError for no YAML."""
+    read(text)  # which bounds its depth
     root = _composed(text)
     return {} if root is None else {pointer: mark.line + 1 for pointer, mark in _places(root, "")}
 
@@ -79,8 +80,10 @@ def _places(node: Node, pointer: str) -> Iterator[tuple[str, Any]]:
 
 
 def _composed(text: str) -> Node | None:
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"no YAML: it has {len(text):,} characters; above {MAX_YAML_BYTES:,} change the text itself")
     try:
-        node: Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        node: Node | None = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"no YAML: {str(error).splitlines()[0]}") from error
     return node

@@ -21,7 +21,7 @@ from ngd_workers.contract.spec import JobSpec
 
 __all__ = ["ModelCards"]
 
-BUILD_S = 60.0  # for torch to be loaded, the data to be opened and the model to be run once
+BUILD_S = 180.0  # for torch to be loaded, the data to be opened and the model to be run once
 MOST_CARDS = 64
 COUNTED = ("model", "data", "task", "optimizer", "code", "env", "seed")  # the parts that a card depends on
 

@@ -82,7 +82,8 @@ def foreign(spec: Mapping[str, Any], path: Sequence[str], kind: str) -> list[tup
     node, part = schema, dict(spec)
     for name in path:
         node = _resolved(schema, node, part).get("properties", {}).get(name, {})
-        part = part.get(name) or {}
+        inner = part.get(name)
+        part = inner if isinstance(inner, dict) else {}
     known = _resolved(schema, node, {"kind": kind}).get("properties", {})
     return [(*path, name) for name in part if name not in known]
 
@@ -135,7 +136,7 @@ def _resolved(schema: dict[str, Any], node: dict[str, Any], value: object) -> di
     if "discriminator" in node:
         kind = value.get("kind") if isinstance(value, Mapping) else None
         kind = kind or (node.get("default") or {}).get("kind")
-        node = {"$ref": node["discriminator"]["mapping"].get(kind)}
+        node = {"$ref": node["discriminator"]["mapping"].get(str(kind))}
     if "$ref" in node:
         name = str(node["$ref"]).removeprefix("#/$defs/")
         return dict(schema["$defs"].get(name, {}))

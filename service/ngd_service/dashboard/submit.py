@@ -24,7 +24,7 @@ from ngd_service.dashboard.plain import unknown_jobs_page
 from ngd_service.dashboard.plan_panel import PlanPanel
 from ngd_service.dashboard.problems import ProblemList
 from ngd_service.dashboard.spec_form import SpecForm, foreign
-from ngd_service.dashboard.theme import RECONNECT_S, Freshness, ask_to_log_in, page_frame, panel, reader
+from ngd_service.dashboard.theme import RECONNECT_S, page_frame, panel, reader
 from ngd_service.resources import ProblemItem
 
 __all__ = ["register"]
@@ -52,9 +52,9 @@ def register(api_of: Callable[[Request], AsyncClient]) -> None:
         except NotFoundError:
             return unknown_jobs_page([job_id])
         ui.add_css(STYLE)
-        with page_frame("Submit a job", reader(request)) as freshness:
+        with page_frame("Submit a job", reader(request)):
             text, said = start(job, is_fork=bool(fork), step=int(step) if step.isdecimal() else None)
-            page = SubmitPage(api, text, said, freshness)
+            page = SubmitPage(api, text, said)
         ui.timer(0, page.begin, once=True)
         return None
 
@@ -62,9 +62,8 @@ def register(api_of: Callable[[Request], AsyncClient]) -> None:
 class SubmitPage:
     """The text is the spec; the form shows what it holds, and changes it."""
 
-    def __init__(self, api: AsyncClient, text: str, origin: str, freshness: Freshness) -> None:
+    def __init__(self, api: AsyncClient, text: str, origin: str) -> None:
         self.api = api
-        self.freshness = freshness
         self.text = text
         self.spec: dict[str, Any] = {}
         self.key = str(uuid4())  # of what the text says now: however often it is sent, it makes one job
@@ -148,7 +147,7 @@ class SubmitPage:
             self.form.show(spec)
             self.code.show()
         problems = await self._problems_of(text)
-        if text != self.text or problems is None:
+        if text != self.text:
             return
         self._show(problems)
         if not problems and isinstance(spec, dict):
@@ -156,17 +155,14 @@ class SubmitPage:
         else:
             await self.plan.show(None)
 
-    async def _problems_of(self, text: str) -> list[ProblemItem] | None:
-        """Returns what the service finds wrong; None: it could not be asked."""
+    async def _problems_of(self, text: str) -> list[ProblemItem]:
+        """Returns what the service finds wrong, or why it could not be asked."""
         try:
             await self.api.validate(text)
         except InvalidRequestError as error:
             return _items(error)
-        except UnauthorizedError:
-            ask_to_log_in()
-            return None
         except ServiceError as error:
-            return [ProblemItem(pointer="", code="no_answer", detail=str(error))]
+            return [_trouble(error)]
         return []
 
     def _show(self, problems: Sequence[ProblemItem]) -> None:
@@ -186,10 +182,8 @@ class SubmitPage:
             job = await self.api.submit(self.text, idempotency_key=self.key)
         except InvalidRequestError as error:
             self._show(_items(error))
-        except UnauthorizedError:
-            ask_to_log_in()
         except ServiceError as error:
-            self._show([ProblemItem(pointer="", code="not_sent", detail=f"The job was not submitted: {error}")])
+            self._show([_trouble(error)])
         else:
             ui.navigate.to(f"/jobs/{job.id}")
             return
@@ -206,6 +200,13 @@ class SubmitPage:
 
     async def _use_code(self, sha256: str) -> None:
         await self._replace(with_setting(self.text, ["code", "sha256"], sha256))
+
+
+def _trouble(error: ServiceError) -> ProblemItem:
+    """Returns why the service does not take the job, whatever is in it. The text stays on the page."""
+    is_out = isinstance(error, UnauthorizedError)
+    hint = "copy the job file, then load the page again to log in" if is_out else None
+    return ProblemItem(pointer="", code="not_taken", detail=str(error), hint=hint)
 
 
 def _items(error: InvalidRequestError) -> list[ProblemItem]:
