@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from ngd_workers.contract.events import Judged, Steps
-from tests.support.attempts import small_spec
+from tests.support.attempts import fault_spec, small_spec
 from tests.support.browser import DRIVES_A_BROWSER
 from tests.support.history import long_record
 from tests.support.page_worker import DRAW_MS, Worker, open_page, see_step
@@ -259,6 +259,19 @@ def test_job_that_never_started_shows_its_error_and_no_empty_charts(service: Ser
         expect(page.get_by_role("heading", name=part, exact=True)).to_be_hidden()
     expect(page.locator(".timeline i.STARTING").first).to_be_visible()
     expect(page.get_by_label("Spec", exact=True).last).to_contain_text("name: refuses")
+
+
+def test_attempt_that_failed_has_its_lines_after_another_has_succeeded(service: ServiceProcess, page: Page) -> None:
+    job = service.client.submit(fault_spec("dies-once"))
+    ended = service.client.wait(job.id, timeout_s=60)
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 2)
+
+    page.goto(f"{service.url}/jobs/{job.id}")
+
+    expect(page.get_by_text("1 attempt failed: the log around the last error")).to_be_visible()
+    expect(page.get_by_label("Last error of attempt 1")).to_be_hidden()
+    page.get_by_role("button", name="Attempt 1").click()
+    expect(page.get_by_label("Last error of attempt 1")).to_contain_text("attempt 1 of dies-once")
 
 
 @pytest.mark.parametrize("query", ["?smooth=much&from=9&to=2&colour=pink&outliers=", "?from=nan&to=inf&smooth=-3"])

@@ -1,17 +1,22 @@
 """A browser on the page that submits jobs: problems, the plan, code of one's own, clones and forks, each for real."""
 
+import json
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
+from safetensors.torch import load_file
 
+from ngd_service.client.answers import authorization
 from ngd_service.client.spec_text import read
 from ngd_workers.contract.spec_problems import parse_spec
 from tests.support.attempts import small_spec
 from tests.support.browser import DRIVES_A_BROWSER
+from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, BOB, write_keys
 from tests.support.own_code import users_folder
 from tests.support.page_worker import DRAW_MS
@@ -107,6 +112,7 @@ def test_reader_is_told_why_the_service_takes_no_job_of_theirs(page: Page, tmp_p
     write(page, JOB + "code: {directory: .}\n")
     expect(page.get_by_label("Problems")).to_contain_text("runs functions of the modules theirs.models alone")
     (keys / "bob").unlink()
+    wait_until(lambda: httpx.get(f"{service.url}/api/v1/jobs", headers=authorization(BOB)).is_error, "bob is out")
     write(page, JOB)
     page.get_by_role("button", name="Submit").click()
 
@@ -148,7 +154,17 @@ def test_uploaded_code_trains_once_and_its_job_is_cloned_and_forked(
     assert "seed" not in clone
 
     page.goto(f"{service.url}/jobs/{job.id}")
-    page.get_by_role("row").filter(has_text="newest").get_by_role("link", name="Fork").click()
+    newest = page.get_by_role("row").filter(has_text="newest")
+    newest.get_by_role("button", name="Pin").click()
+    expect(newest).to_contain_text("pinned")
+    assert [one.step for one in service.client.checkpoints(job.id) if one.is_pinned] == [6]
+    with page.expect_download() as weights:
+        newest.get_by_role("link", name="Weights").click()
+    assert load_file(weights.value.path())["0.weight"].shape == (8, 4)
+    with page.expect_download() as card:
+        newest.get_by_role("button", name="Card").click()
+    assert json.loads(card.value.path().read_text())["code_sha256"] == job.spec["code"]["sha256"]
+    newest.get_by_role("link", name="Fork").click()
     expect(page.get_by_text("The last step must come after 6")).to_be_visible()
     expect(field(page, "Model", "step")).to_have_value("6")
     field(page, "Length", "steps").fill("9")
