@@ -15,6 +15,7 @@ from ngd_service.auth.access import Access
 from ngd_service.auth.api_keys import ApiKeys
 from ngd_service.auth.tokens import Tokens, read_key, read_or_create_key
 from ngd_service.control.jobs import Jobs
+from ngd_service.control.model_cards import ModelCards
 from ngd_service.control.reconciler import Reconciler
 from ngd_service.dispatchers.files import AttemptFiles
 from ngd_service.errors import StartupError
@@ -43,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             container.closing.set()
+            container.cards.close()
             container.reconciler.stop()
             container.store.close()
 
@@ -131,6 +133,7 @@ def _assemble(settings: Settings) -> Container:
         files=files,
         reconciler=reconciler,
         jobs=Jobs(store, tokens, reconciler.wake, settings.max_running_jobs),
+        cards=ModelCards(files.archives, settings.data_dir, is_here=settings.dispatcher_class.owns_processes),
         metrics=metrics,
         database=Probe(store.check),
         job_counts=Probe(store.job_counts),

@@ -30,7 +30,9 @@ class PlanRequest(Settings):
     job: dict[str, Any] = Field(description="The job's spec, as it would be posted.")
     cluster: Cluster
     card: ModelCard | None = Field(
-        default=None, description="The model's card, which `ngd plan --write-card` writes; the service has no torch."
+        default=None,
+        description="The model's card, which `ngd plan --write-card` writes. None: a service that trains jobs on its "
+        "own machine makes it.",
     )
     engine: EngineName | None = Field(
         default=None, description="The engine that drives the model; None: the job's own."

@@ -66,6 +66,7 @@ class Checkpoint(Resource):
     bytes: int = Field(description="Of all files.")
     metrics: dict[str, float] = Field({}, description="On the test data at this step; empty if it was not tested.")
     is_best: bool = Field(description="Whether the first metric is the best of the kept checkpoints.")
+    is_pinned: bool = Field(False, description="Whether it stays, however many come after it.")
     files: dict[str, CheckpointFile] = Field(description="By name; weights.safetensors holds the model alone.")
     model: dict[str, Any] | None = Field(
         None, description="The shape of the data, and the model's inputs: with the spec, enough to build it again."

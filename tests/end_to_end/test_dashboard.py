@@ -158,7 +158,7 @@ def _panel(page: Page, title: str) -> Locator:
 def _download_a_checkpoint(service: Service, page: Page, job: Job) -> None:
     newest = service.client.checkpoints(job.id)[0]
     with page.expect_download() as download:
-        page.get_by_role("link", name="weights.safetensors").first.click()
+        page.get_by_role("link", name="Weights").first.click()
     content = download.value.path().read_bytes()
     assert hashlib.sha256(content).hexdigest() == newest.files["weights.safetensors"].sha256
     expect(page.get_by_role("cell", name=job.id)).to_be_visible()  # in the environment

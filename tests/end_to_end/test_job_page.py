@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from ngd_workers.contract.events import Judged, Steps
-from tests.support.attempts import small_spec
+from tests.support.attempts import fault_spec, small_spec
 from tests.support.browser import DRIVES_A_BROWSER
 from tests.support.history import long_record
 from tests.support.page_worker import DRAW_MS, Worker, open_page, see_step
@@ -51,6 +51,25 @@ def test_all_charts_have_the_zoom_of_the_address_and_a_double_click_shows_all(
     for title in ("Loss", "Throughput"):
         wait_for_window(page, title, [1, 40])
     page.wait_for_function("!location.search.includes('from=')")
+
+
+def test_map_of_statistics_follows_the_zoom_of_the_curves(
+    service: ServiceProcess, worker_of: Callable[[], Worker], page: Page
+) -> None:
+    worker = worker_of()
+    worker.has_done(40, 4)
+    opened(page, service, worker, 40, "?from=10&to=20")
+    in_view = (
+        f"(({OPTION})('Statistics in use')).xAxis.map(x => [x.data[x.min ?? 0], x.data[x.max ?? x.data.length - 1]])[0]"
+    )
+
+    page.wait_for_function(f"{in_view}?.join() === '10,20'", timeout=DRAW_MS)
+    worker.does(41, 4)
+    page.wait_for_function(f"(({OPTION})('Statistics in use')).xAxis[0].data.at(-1) === '41'", timeout=DRAW_MS)
+    assert page.evaluate(in_view) == ["10", "20"]
+    page.evaluate("ngd.zoom(null)")
+
+    page.wait_for_function(f"{in_view}.join() === '1,41'")
 
 
 def test_drag_zooms_all_charts_and_the_address_keeps_it(
@@ -211,7 +230,7 @@ def test_log_is_searched_and_shown_at_its_first_error(
     expect(shown).to_contain_text("line 899")
 
     page.get_by_role("button", name="First error").click()
-    expect(page.get_by_text("first error at line 101 of 900")).to_be_visible()
+    expect(page.get_by_text("first error at line 101")).to_be_visible()
     expect(shown.locator(".error")).to_have_text("RuntimeError: <broken>")
     assert shown.locator(".ansi-c1").count() == 1
     expect(shown).not_to_contain_text("line 899")
@@ -232,14 +251,27 @@ def test_job_that_never_started_shows_its_error_and_no_empty_charts(service: Ser
     page.goto(f"{service.url}/jobs/{job.id}")
 
     expect(page.get_by_role("alert").filter(has_text="DataNotFound")).to_be_visible()
-    expect(page.get_by_text("The log around the last error")).to_be_visible()
-    expect(page.get_by_label("Last error")).to_contain_text("attempt 1 of refuses")
+    expect(page.get_by_text("1 attempt failed: the log around the last error")).to_be_visible()
+    expect(page.get_by_label("Last error of attempt 1")).to_contain_text("attempt 1 of refuses")
     expect(page.get_by_role("link", name="Log", exact=True)).to_be_visible()
     for part in ("Metrics", "Curvature", "Step"):
         expect(page.get_by_role("link", name=part, exact=True)).to_be_hidden()
         expect(page.get_by_role("heading", name=part, exact=True)).to_be_hidden()
     expect(page.locator(".timeline i.STARTING").first).to_be_visible()
     expect(page.get_by_label("Spec", exact=True).last).to_contain_text("name: refuses")
+
+
+def test_attempt_that_failed_has_its_lines_after_another_has_succeeded(service: ServiceProcess, page: Page) -> None:
+    job = service.client.submit(fault_spec("dies-once"))
+    ended = service.client.wait(job.id, timeout_s=60)
+    assert (ended.status.phase, ended.status.attempt) == ("SUCCEEDED", 2)
+
+    page.goto(f"{service.url}/jobs/{job.id}")
+
+    expect(page.get_by_text("1 attempt failed: the log around the last error")).to_be_visible()
+    expect(page.get_by_label("Last error of attempt 1")).to_be_hidden()
+    page.get_by_role("button", name="Attempt 1").click()
+    expect(page.get_by_label("Last error of attempt 1")).to_contain_text("attempt 1 of dies-once")
 
 
 @pytest.mark.parametrize("query", ["?smooth=much&from=9&to=2&colour=pink&outliers=", "?from=nan&to=inf&smooth=-3"])

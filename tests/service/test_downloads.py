@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ngd_service.client.client import NotFoundError
 from ngd_service.client.downloads import CARD
 from ngd_workers.contract.checkpoint_files import STATE, WEIGHTS, Score, folder_of
 from ngd_workers.train.checkpoints import Checkpoints, Snapshot
@@ -58,6 +59,24 @@ def test_checkpoints_are_listed_newest_first_with_the_best_one(job: str, shared_
     assert [line.split()[0] for line in shown] == ["step", "40", "30", "20"]
     assert "accuracy 0.9" in shown[3]
     assert shown[3].rstrip().endswith("best")
+
+
+def test_pinned_checkpoint_stays_until_it_is_unpinned(job: str, shared_service: ServiceProcess) -> None:
+    folder = shared_service.home / "runs" / job / "checkpoints"
+    checkpoints = Checkpoints(folder, attempt=2, keep=1)
+    snapshot = Snapshot({"w": torch.zeros(3)}, {})
+
+    shown = ngd("checkpoints", job, "--pin", "30", url=shared_service.url).stdout.splitlines()
+    assert [line.split()[0] for line in shown if line.rstrip().endswith("pinned")] == ["30"]
+    checkpoints.save(50, snapshot)
+    assert [(one.step, one.is_pinned) for one in shared_service.client.checkpoints(job)] == [
+        (50, False), (30, True), (20, False)
+    ]  # fmt: skip
+    assert not shared_service.client.unpin(job, 30).is_pinned
+    checkpoints.save(60, snapshot)
+    assert [one.step for one in shared_service.client.checkpoints(job)] == [60, 20]
+    with pytest.raises(NotFoundError, match="keeps no checkpoint of step 30; it keeps those of: 60, 20"):
+        shared_service.client.pin(job, 30)
 
 
 @pytest.mark.parametrize(("arguments", "step"), [((), 40), (("--step", "30"), 30), (("--best",), 20)])

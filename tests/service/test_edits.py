@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 
-from ngd_service.client.edits import with_settings
+from ngd_service.client.edits import with_settings, without_defaults
+from ngd_service.client.spec_text import read, written
 from ngd_workers.contract.errors import SpecError
+from ngd_workers.contract.spec_file import load_spec
+from ngd_workers.contract.spec_problems import parse_spec
 from tests.service.test_cli import ngd, spec_file
+from tests.support import ROOT
 from tests.support.service_process import ServiceProcess
+
+RECIPES = ROOT / "workers" / "ngd_workers" / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +39,19 @@ def test_setting_takes_the_place_of_the_spec_s(setting: str, expected: dict[str,
 def test_setting_that_makes_no_sense_is_refused(setting: str) -> None:
     with pytest.raises(SpecError, match="--set"):
         with_settings({"name": "a"}, [setting])
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_job_without_its_defaults_is_the_same_job(recipe: Path) -> None:
+    spec = load_spec(recipe)
+    content = spec.model_dump(mode="json")
+
+    short = without_defaults(content)
+
+    assert parse_spec(short) == spec
+    assert read(written(short)) == short
+    assert read(written(content)) == content  # whatever its texts and numbers
+    assert without_defaults({"name": "of a later version", "modle": 1}) == {"name": "of a later version", "modle": 1}
 
 
 def test_job_goes_on_from_another_under_other_settings(tmp_path: Path, shared_service: ServiceProcess) -> None:

@@ -1,6 +1,8 @@
 """What the panels of a job's page make of what they read: stages, phases, colours of a log, outliers, averages."""
 
+import asyncio
 import math
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,7 +14,7 @@ from ngd_service.dashboard.anatomy import Anatomy, quantile
 from ngd_service.dashboard.ansi import as_html
 from ngd_service.dashboard.curves import Curve, Curves
 from ngd_service.dashboard.environment import by_reason
-from ngd_service.dashboard.logs import first_error
+from ngd_service.dashboard.log_search import around_first_error, first_error, matches
 from ngd_service.dashboard.smoothing import range_without_outliers, smoothed
 from ngd_service.dashboard.timeline import stages
 from ngd_service.dashboard.trouble import around_last_error
@@ -100,6 +102,24 @@ def test_error_is_found_in_a_log() -> None:
     assert around_last_error(lines) == lines[:7]
     assert around_last_error(["a", "b"]) == ["a", "b"]
     assert around_last_error([]) == []
+
+
+async def _parts(*parts: list[str]) -> AsyncIterator[list[str]]:
+    for part in parts:
+        yield part
+
+
+def test_text_and_first_error_are_found_beyond_a_part_of_a_log() -> None:
+    parts = [[f"step {i}" for i in range(start, start + 100)] for start in (0, 100, 200)]
+    parts[1][50] = "ValueError: x"
+
+    found = asyncio.run(matches(_parts(*parts), "STEP 1", 5))
+    assert (found.num_matching, found.num_lines) == (110, 300)  # 1, 10 to 19 and 100 to 199, of which one is the error
+    assert list(found.lines) == [f"step {i}" for i in range(195, 200)]
+    lines, place, number = asyncio.run(around_first_error(_parts(*parts), 20, 120)) or ([], 0, 0)
+    assert (lines[place], number, len(lines)) == ("ValueError: x", 151, 120)
+    assert (lines[0], lines[-1]) == ("step 130", "step 249")
+    assert asyncio.run(around_first_error(_parts(parts[0]), 20, 120)) is None
 
 
 @pytest.mark.usefixtures("page")

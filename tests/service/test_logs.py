@@ -60,6 +60,18 @@ def test_log_is_read_whole_by_its_offsets(shared_service: ServiceProcess, job: J
     assert text == LINES
 
 
+def test_client_reads_it_whole_a_part_at_a_time(shared_service: ServiceProcess, job: Job, folder: AttemptDir) -> None:
+    folder.log.write_bytes(LINES)
+
+    read, offset = "", 0
+    while (part := shared_service.client.log_part(job.id, offset=offset, attempt=1))[1] > offset:
+        read, offset = read + part[0], part[1]
+
+    assert read == LINES.decode()
+    with pytest.raises(NotFoundError, match="no attempt 7"):
+        shared_service.client.log_part(job.id, attempt=7)
+
+
 def test_log_is_downloaded_as_it_is(shared_service: ServiceProcess, job: Job, folder: AttemptDir) -> None:
     written = b"\x1b[31m 10%\r 20%\r\n" + LINES
     folder.log.write_bytes(written)

@@ -12,8 +12,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ngd_dist.cost.plan import Plan
-from ngd_service.cli.plan_chart import text_chart
-from ngd_service.cli.plan_view import plan_text
+from ngd_service.client.plan_chart import text_chart
+from ngd_service.client.plan_view import plan_text
+from ngd_service.control.model_cards import ModelCards
+from ngd_service.dispatchers.archives import Archives
+from ngd_service.errors import InvalidSpecError
 from ngd_service.planning import plan_of, read_plan_request
 from ngd_workers.contract.spec_problems import SpecProblemsError
 from tests.service.test_cli import ngd
@@ -59,10 +62,32 @@ def test_a_plan_is_answered_and_nothing_is_created(http: TestClient) -> None:
     assert http.get("/api/v1/jobs").json()["jobs"] == []
 
 
+def test_a_service_whose_jobs_train_elsewhere_wants_the_card(tmp_path: Path) -> None:
+    cards = ModelCards(Archives(tmp_path), None, is_here=False)
+
+    assert cards.of(small_spec()) is None
+    with pytest.raises(SpecProblemsError, match="ngd plan JOB --cluster FILE --write-card FILE"):
+        planned(card=None)
+
+
+def test_a_service_that_stops_waits_for_no_card(tmp_path: Path) -> None:
+    cards = ModelCards(Archives(tmp_path), None, is_here=True)
+    cards.close()
+
+    with pytest.raises(InvalidSpecError, match="the model could not be built"):
+        cards.of(small_spec())
+
+
+def test_a_card_needs_the_code_that_the_job_names(http: TestClient) -> None:
+    answer = http.post("/api/v1/jobs:plan", json=request({"code": {"directory": "."}}, card=None))
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["detail"] == "code.sha256 is missing: the folder was not shipped"
+
+
 @pytest.mark.parametrize(
     ("changes", "pointer", "words"),
     [
-        ({"card": None}, "/card", "ngd plan JOB --cluster FILE --write-card FILE"),
         ({"cluster": CLUSTER | {"device": "b100"}}, "/cluster", "v100, a100, h100, h200, cpu, got 'b100'"),
         ({"cluster": CLUSTER | {"nods": 3}}, "/cluster/nods", "cluster has no field 'nods'"),
         ({"cluster": CLUSTER | {"nodes": 0}}, "/cluster/nodes", "cluster.nodes must be >= 1, got 0"),

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ngd_workers.contract.checkpoint_files import STATE, WEIGHTS, Score
+from ngd_workers.contract.checkpoint_files import PINNED, STATE, WEIGHTS, Score
 from ngd_workers.contract.errors import StorageError, SupersededError
 from ngd_workers.contract.rundir import AttemptDir, write_json
 from ngd_workers.train.checkpoints import Checkpoints, Snapshot
@@ -46,6 +46,19 @@ def test_only_the_newest_are_kept(checkpoints):
     save(checkpoints, 1, 2, 10)
 
     assert names(checkpoints) == ["step-00000002", "step-00000010"]
+
+
+def test_pinned_ones_are_kept_too_even_if_that_was_asked_for_during_the_removal(checkpoints):
+    save(checkpoints, 1, 2)
+    (checkpoints.path(1) / PINNED).touch()
+    save(checkpoints, 3, 4)
+    assert names(checkpoints) == ["step-00000001", "step-00000003", "step-00000004"]
+
+    checkpoints.path(3).rename(checkpoints.unfinished(3))  # an attempt that died within it
+    (checkpoints.unfinished(3) / PINNED).touch()
+    save(checkpoints, 5, 6)
+
+    assert names(checkpoints) == [f"step-0000000{step}" for step in (1, 3, 5, 6)]
 
 
 @pytest.mark.parametrize("file", [STATE, WEIGHTS, "manifest.json"])

@@ -47,7 +47,9 @@ class AuthenticatedOnly:
             return await WebSocketClose(1008, "log in first")(scope, receive, send)
         has_key = bearer_key(headers.get("authorization")) is not None
         if not has_key and scope["method"] == "GET" and _is_page(scope["path"]):
-            return await RedirectResponse(login_path(scope["path"]), 303)(scope, receive, send)
+            query = scope["query_string"].decode("latin-1")
+            wanted = scope["path"] + (f"?{query}" if query else "")
+            return await RedirectResponse(login_path(wanted), 303)(scope, receive, send)
         refusal = UnauthorizedError(_why(headers, has_key=has_key))
         return await answer(Request(scope), refusal)(scope, receive, send)
 

@@ -9,6 +9,7 @@ from fastapi import Depends, Path, Query, Request
 from ngd_service.auth.access import Access
 from ngd_service.auth.tokens import Tokens
 from ngd_service.control.jobs import Jobs
+from ngd_service.control.model_cards import ModelCards
 from ngd_service.control.reconciler import Reconciler
 from ngd_service.dispatchers.files import AttemptFiles
 from ngd_service.monitoring.metrics import ControllerMetrics
@@ -30,6 +31,7 @@ class Container:
     files: AttemptFiles
     reconciler: Reconciler
     jobs: Jobs
+    cards: ModelCards
     metrics: ControllerMetrics
     database: Probe[None]  # whether it answers, and its schema fits
     job_counts: Probe[JobCounts]

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 MAX_LOGIN_BYTES = 4 << 10  # a key, and the page to go to; anybody may send one
+UPLOAD_PATH = re.compile(r"/_nicegui/client/[^/]+/upload/")  # of a page: code that the page packs and sends on
 REQUEST_ID_PATTERN = re.compile(r"[\w.-]{1,64}")
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "What went wrong."}}
 
@@ -85,7 +86,7 @@ class BodyLimit:
 
 
 def _limit(path: str) -> int:
-    if path.startswith(f"{CODE_PREFIX}/"):
+    if path.startswith(f"{CODE_PREFIX}/") or UPLOAD_PATH.match(path):
         return MAX_ARCHIVE_BYTES
     if path == LOGIN:
         return MAX_LOGIN_BYTES

@@ -51,7 +51,7 @@ def checkpoint_table(checkpoints: list[Checkpoint]) -> Table:
             f"{one.bytes / 1e6:,.1f}",
             "" if weights is None else f"{weights.bytes / 1e6:,.1f}",
             harmless("  ".join(f"{name} {value:.4g}" for name, value in one.metrics.items())),
-            "best" if one.is_best else "",
+            ", ".join(word for word, is_so in (("best", one.is_best), ("pinned", one.is_pinned)) if is_so),
         )
     return table
 

@@ -226,9 +226,19 @@ def compare(
 
 
 @app.command()
-def checkpoints(job_id: JobId, url: Url = None, key_file: KeyFile = None) -> None:
-    """List the checkpoints that a job keeps, newest first."""
+def checkpoints(
+    job_id: JobId,
+    pin: Annotated[int | None, typer.Option(min=0, help="Keep that of this step, whatever comes after it.")] = None,
+    unpin: Annotated[int | None, typer.Option(min=0, help="Let that of this step go when newer ones come.")] = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+) -> None:
+    """List the checkpoints that a job keeps, newest first; pin one, or unpin one, before."""
     with _client(url, key_file) as client:
+        if pin is not None:
+            client.pin(job_id, pin)
+        if unpin is not None:
+            client.unpin(job_id, unpin)
         kept = client.checkpoints(job_id)
     if kept:
         out.print(checkpoint_table(kept))

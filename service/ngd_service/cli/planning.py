@@ -11,9 +11,9 @@ from rich.console import Console
 
 from ngd_dist.cost.engines import ENGINES
 from ngd_dist.cost.plan import Plan
-from ngd_service.cli.plan_chart import svg
-from ngd_service.cli.plan_view import plan_text
 from ngd_service.client.client import ServiceError
+from ngd_service.client.plan_chart import svg
+from ngd_service.client.plan_view import plan_text
 from ngd_service.planning import plan_of, read_plan_request
 from ngd_workers.contract.errors import SpecError
 from ngd_workers.contract.spec_file import load_mapping, load_spec

@@ -30,7 +30,7 @@ from ngd_service.client.answers import (
     unreachable,
     uses_proxies,
 )
-from ngd_service.client.code import Shipment, pack
+from ngd_service.client.code import Archive, Shipment, pack
 from ngd_service.client.comparison import KINDS, History
 from ngd_service.client.endpoints import (
     JOBS,
@@ -41,6 +41,7 @@ from ngd_service.client.endpoints import (
     joined,
     nothing,
     params,
+    pin_path,
     spec_body,
     text,
 )
@@ -68,6 +69,7 @@ MOST_EVENTS = 1000  # of an answer
 LONG_POLL_S = 30.0
 RECONNECT_S = 1.0
 CODE_TIMEOUT_S = 60.0
+PLAN_TIMEOUT_S = 200.0  # a service that has no card of the model may build it first
 SUBMIT_PAUSES_S = (1.0, 4.0)  # between three tries
 PATIENCE_S = 60.0  # a restart of the service takes seconds
 STREAM_TIMEOUT = httpx.Timeout(10.0, read=60.0)  # the service sends a comment every 15 s when nothing happens
@@ -129,7 +131,8 @@ class AsyncClient:
 
     async def plan(self, request: Mapping[str, Any]) -> Plan:
         """Returns the cost of a job before it runs. request: as `ngd_service.planning.PlanRequest` reads it."""
-        return await self._send(Endpoint("POST", f"{JOBS}:plan", Plan.model_validate_json, json=dict(request)))
+        path, body = f"{JOBS}:plan", dict(request)
+        return await self._send(Endpoint("POST", path, Plan.model_validate_json, json=body, timeout_s=PLAN_TIMEOUT_S))
 
     async def ship(self, spec: Spec, folder: Path) -> Shipment:
         """Sends the spec's code to the service unless it has it. Returns the spec to submit, which names the archive.
@@ -141,12 +144,17 @@ class AsyncClient:
         if valid.get("code") is None or valid["code"]["sha256"] is not None:
             return Shipment(spec)
         archive = await self._apart(pack, Code.model_validate(valid["code"]), folder)
+        was_there = await self.send_code(archive)
+        return Shipment(valid | {"code": valid["code"] | {"sha256": archive.sha256}}, archive, was_there)
+
+    async def send_code(self, archive: Archive) -> bool:
+        """Sends packed code to the service, for jobs to name as `code.sha256`; returns whether it was there already."""
         was_there = await self._has_code(archive.sha256)
         if not was_there:
             headers = {"Content-Type": "application/octet-stream"}
             path = code_path(archive.sha256)
             await self._send(Endpoint("PUT", path, nothing, headers=headers, content=archive.content))
-        return Shipment(valid | {"code": valid["code"] | {"sha256": archive.sha256}}, archive, was_there)
+        return was_there
 
     async def code(self, sha256: str) -> bytes:
         """Returns an archive of code that was shipped: a tar.gz."""
@@ -258,6 +266,17 @@ class AsyncClient:
         query = params(attempt=attempt, tail=tail, rank=rank)
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/logs", text, query))
 
+    async def log_part(
+        self, job_id: str, *, offset: int = 0, attempt: int | None = None, rank: int | None = None
+    ) -> tuple[str, int]:
+        """Returns up to a MiB of lines from this byte of the log on, and the offset of what follows them."""
+        query = params(offset=offset, attempt=attempt, rank=rank)
+        try:
+            async with self._response(f"{job_path(job_id)}/logs", query) as response:
+                return text(await response.aread()), int(response.headers["Log-End"])
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error
+
     async def download_log(
         self, job_id: str, *, attempt: int | None = None, rank: int | None = None
     ) -> AsyncIterator[bytes]:
@@ -274,6 +293,14 @@ class AsyncClient:
         """Returns the checkpoints that the job keeps, newest first."""
         path = f"{job_path(job_id)}/checkpoints"
         return (await self._send(Endpoint("GET", path, CheckpointList.model_validate_json))).checkpoints
+
+    async def pin(self, job_id: str, step: int) -> Checkpoint:
+        """Keeps the checkpoint of this step for as long as it is pinned, however many come after it."""
+        return await self._send(Endpoint("PUT", pin_path(job_id, step), Checkpoint.model_validate_json))
+
+    async def unpin(self, job_id: str, step: int) -> Checkpoint:
+        """Lets the checkpoint go when newer ones come; the next one that the job saves may remove it."""
+        return await self._send(Endpoint("DELETE", pin_path(job_id, step), Checkpoint.model_validate_json))
 
     async def download_file(self, job_id: str, step: int, name: str, *, start: int = 0) -> AsyncIterator[bytes]:
         """Yields the bytes of a checkpoint's file from `start` on."""

@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
-__all__ = ["JOBS", "Endpoint", "Spec", "code_path", "job_path", "joined", "nothing", "params", "spec_body", "text"]
+__all__ = [
+    "JOBS",
+    "Endpoint",
+    "Spec",
+    "code_path",
+    "job_path",
+    "joined",
+    "nothing",
+    "params",
+    "pin_path",
+    "spec_body",
+    "text",
+]
 
 Answer = TypeVar("Answer")
 Spec = Mapping[str, Any] | str
@@ -35,6 +47,11 @@ def job_path(job_id: str) -> str:
 def code_path(sha256: str) -> str:
     """Returns the path of an archive of code."""
     return f"/api/v1/code/{sha256}"
+
+
+def pin_path(job_id: str, step: int) -> str:
+    """Returns the path of the pin of a job's checkpoint."""
+    return f"{job_path(job_id)}/checkpoints/{step}/pin"
 
 
 def nothing(body: bytes) -> None:

@@ -45,11 +45,17 @@ window.ngd = {
       const short = value => value < 1e4 ? +value.toPrecision(2) : value.toExponential(1);
       const said = value => shown ? short(10 ** value) : value;
       return {
-        xAxis: {data: held.columns.map(column => column[0])},
+        xAxis: {data: held.columns.map(column => column[0]), ...ngd.within(held.columns)},
         visualMap: {min, max, text: [`${said(max)} ${options.visualMap.text[0]}`.replace(/^1 steps/, '1 step'), said(min)]},
         series: [{data: cells}, {data: cells.filter(cell => cell[4] && cell[3] > 1)}],
       };
     });
+  },
+  // The columns that hold steps in view: a map of spans of steps has no zoom of its own, and follows the curves'.
+  within(columns) {
+    if (!ngd.window || !columns.length) return {min: null, max: null};
+    const after = step => columns.findIndex(([label]) => +label.replaceAll(',', '') >= step), last = columns.length - 1;
+    return {min: after(ngd.window[0]) < 0 ? last : after(ngd.window[0]), max: after(ngd.window[1]) < 0 ? last : after(ngd.window[1])};
   },
   // The end of the log stays in view unless the reader has scrolled up. at: the line to show instead.
   log(id, lines, most, whole, at) {
@@ -76,6 +82,7 @@ window.ngd = {
   zoomed(chart) {
     const {start, end, startValue, endValue} = chart.getOption().dataZoom.find(zoom => zoom.type === 'inside');
     ngd.window = start > 0 || end < 100 ? [Math.round(startValue), Math.round(endValue)] : null;
+    for (const [id, {columns}] of Object.entries(ngd.held)) if (columns) ngd.change(id, () => ({xAxis: ngd.within(columns)}));
     clearTimeout(ngd.keeping);
     ngd.keeping = setTimeout(() => {
       ngd.keep({from: ngd.window?.[0], to: ngd.window?.[1]});

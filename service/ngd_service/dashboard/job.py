@@ -106,7 +106,7 @@ class JobPage:
         with self.sections.section("History"), ui.element("div").classes("grid"):
             self.timeline, self.event_panel = Timeline(), EventPanel()
             self.environment = EnvironmentPanel()
-            self.checkpoints = CheckpointPanel()
+            self.checkpoints = CheckpointPanel(self.api)
         with self.sections.section("Spec", is_titled=False):
             self._lay_out_spec()
         self._show_sections(num_statistics=0)
@@ -204,7 +204,7 @@ class JobPage:
         if starts:
             self._start(job, starts[-1])
         if any(event.kind == "checkpoint" for event in events):
-            await self.checkpoints.refresh(self.api, job)
+            await self.checkpoints.refresh(job)
         return events
 
     def _start(self, job: Job, event: Event) -> None:

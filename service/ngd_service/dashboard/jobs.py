@@ -14,6 +14,7 @@ from ngd_service.client.comparison import address
 from ngd_service.client.scores import result
 from ngd_service.client.units import NOTHING, counted, duration, number, seconds
 from ngd_service.dashboard.filters import FilterRow, Filters
+from ngd_service.dashboard.origin import clone_address
 from ngd_service.dashboard.summary import steps
 from ngd_service.dashboard.theme import PHASE_ICONS, RECONNECT_S, Freshness, ask_to_log_in, empty, page_frame, reader
 from ngd_service.resources import Job, JobPage
@@ -89,8 +90,8 @@ class JobsPage:
         self.empty = empty(
             "science",
             "No jobs yet",
-            "A job is a YAML file: a model, data, an optimizer and a schedule. Submit the first one from a terminal; "
-            "it appears here as soon as it is accepted.",
+            "A job is a YAML file: a model, data, an optimizer and a schedule. Submit the first one here, or from a "
+            "terminal.",
             FIRST_JOB,
         )
         self.nothing = empty("filter_alt_off", "No job passes these filters", "Take one of them away, or all of them.")
@@ -112,10 +113,12 @@ class JobsPage:
                 ui.label("Jobs")
             ui.element("div").classes("spread")
             self.hint = ui.label().classes("muted")
+            self.clone = ui.button("Clone", icon="content_copy", on_click=self._clone).props("outline no-caps")
             self.compare = ui.button("Compare", icon="compare_arrows", on_click=self._compare)
             self.compare.props("unelevated no-caps data-key=c aria-keyshortcuts=c")
             self.cancel = ui.button("Cancel", icon="stop_circle", on_click=self._ask)
             self.cancel.props("outline no-caps color=negative")
+            ui.link("Submit a job", "/submit").classes("button-link").props("data-key=n aria-keyshortcuts=n")
         with ui.dialog() as self.dialog, ui.card().classes("dialog"):
             with ui.element("h2"):
                 self.question = ui.label()
@@ -197,6 +200,9 @@ class JobsPage:
         if len(self.selected) > 1:
             ui.navigate.to(address("", self.selected))
 
+    def _clone(self) -> None:
+        ui.navigate.to(clone_address(*self.selected))
+
     def _ask(self) -> None:
         self.dialog.open()
 
@@ -221,6 +227,7 @@ class JobsPage:
         self.next.set_visibility(has_more)
         self.hint.set_text({0: "", 1: "Mark another job to compare"}.get(num, f"{num} marked"))
         self.compare.set_visibility(num > 1)
+        self.clone.set_visibility(num == 1)
         self.cancel.set_visibility(any(one["id"] in self.selected and not one["has_ended"] for one in self.rows))
         self.question.set_text(f"Cancel {counted(num, 'job')}?")
 

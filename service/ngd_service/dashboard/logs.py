@@ -2,25 +2,22 @@
 
 import html
 import json
-import re
+from collections.abc import AsyncIterator
 from urllib.parse import urlencode
 
 from nicegui import ui
 
 from ngd_service.client.client import AsyncClient, ServiceError
 from ngd_service.client.units import counted
-from ngd_service.dashboard.ansi import as_html, plain
+from ngd_service.dashboard.ansi import as_html
+from ngd_service.dashboard.log_search import around_first_error, is_error, matches
 from ngd_service.dashboard.theme import panel
 from ngd_service.resources import Job
 
-__all__ = ["LOG_LINES", "LogPanel", "first_error", "is_error", "unseen"]
+__all__ = ["LOG_LINES", "LogPanel", "unseen"]
 
 LOG_LINES = 500
 BEFORE_ERROR = 20  # lines in view above it
-ERROR = re.compile(
-    r"Traceback \(most recent call last\)|\b[A-Z]\w*(Error|Exception)\b|\b(ERROR|CRITICAL|FATAL)\b|\b[Ee]rror:|"
-    r"Segmentation fault|core dumped|\bKilled\b|out of memory"
-)
 ALL = -1  # among ranks: the output of all, and of the driver
 
 
@@ -106,27 +103,50 @@ class LogPanel:
         await self._show_all(LOG_LINES)
 
     async def _search(self) -> None:
-        wanted = (self.search.value or "").casefold()
+        wanted = self.search.value or ""
         if not wanted:
             if not self.is_following:
                 await self._follow()
             return
         self.is_following = False
-        lines = await self._all_lines()
-        matching = [line for line in lines if wanted in plain(line).casefold()]
-        self._replace(matching[-LOG_LINES:])
-        self.note.set_text(f"{len(matching):,} of {counted(len(lines), 'line')} hold “{self.search.value}”")
+        self.note.set_text("Searching the whole log ...")
+        try:
+            found = await matches(self._parts(), wanted, LOG_LINES)
+        except ServiceError as error:
+            ui.notify(f"The log can't be read: {error}", type="negative")
+            return
+        if self.search.value != wanted:
+            return  # the reader looks for something else by now
+        self._replace(list(found.lines))
+        most = f"; the last {LOG_LINES}" if found.num_matching > LOG_LINES else ""
+        lines = counted(found.num_lines, "line")
+        self.note.set_text(f"{found.num_matching:,} of {lines} hold “{wanted}”{most}")
 
     async def _show_error(self) -> None:
-        lines = await self._all_lines()
-        place = first_error(lines)
-        if place is None:
+        self.note.set_text("Looking for the first error ...")
+        try:
+            found = await around_first_error(self._parts(), BEFORE_ERROR, LOG_LINES)
+        except ServiceError as error:
+            ui.notify(f"The log can't be read: {error}", type="negative")
+            return
+        if found is None:
+            self.note.set_text("")
             ui.notify("No line of this log looks like an error")
             return
         self.is_following = False
-        start = max(0, place - BEFORE_ERROR)
-        self._replace(lines[start : start + LOG_LINES], at=place - start)
-        self.note.set_text(f"first error at line {place + 1:,} of {len(lines):,}")
+        lines, place, number = found
+        self._replace(lines, at=place)
+        self.note.set_text(f"first error at line {number:,}")
+
+    async def _parts(self) -> AsyncIterator[list[str]]:
+        """Yields all lines that are kept of the log, a MiB at a time."""
+        attempt, rank, offset = self.attempt, None if self.rank == ALL else self.rank, 0
+        while True:
+            text, end = await self.api.log_part(self.job_id, offset=offset, attempt=attempt, rank=rank)
+            if end <= offset:
+                return
+            offset = end
+            yield text.splitlines()
 
     async def _show_all(self, tail: int) -> None:
         try:
@@ -137,13 +157,6 @@ class LogPanel:
         else:
             self.note.set_text("" if text else "Nothing written yet")
         self._replace(text.splitlines())
-
-    async def _all_lines(self) -> list[str]:
-        try:
-            return (await self._read()).splitlines()
-        except ServiceError as error:
-            ui.notify(f"The log can't be read: {error}", type="negative")
-            return []
 
     def _replace(self, lines: list[str], at: int | None = None) -> None:
         self.lines = lines if self.is_following else []
@@ -160,16 +173,6 @@ class LogPanel:
 def _line(line: str) -> str:
     mark = " class=error" if is_error(line) else ""
     return f"<div{mark}>{as_html(html.escape(line)) or ' '}</div>"
-
-
-def is_error(line: str) -> bool:
-    """Whether a line looks like an error."""
-    return ERROR.search(plain(line)) is not None
-
-
-def first_error(lines: list[str]) -> int | None:
-    """Returns the place of the first line that looks like an error."""
-    return next((place for place, line in enumerate(lines) if is_error(line)), None)
 
 
 def unseen(shown: list[str], tail: list[str]) -> list[str]:

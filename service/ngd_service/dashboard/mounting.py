@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from ngd_service.auth.access import Access
 from ngd_service.client.client import AsyncClient
-from ngd_service.dashboard import compare, job, jobs
+from ngd_service.dashboard import compare, job, jobs, submit
 from ngd_service.dashboard.login import login_routes
 from ngd_service.dashboard.plain import missing_page
 from ngd_service.dashboard.theme import FAVICON, empty, page_frame
@@ -73,6 +73,7 @@ def mount(app: FastAPI, settings: Settings, access: Access) -> None:
     jobs.register(api_of)
     job.register(api_of)
     compare.register(api_of)
+    submit.register(api_of)
     pages.exception_handler(404)(_missing)
     pages.on_page_exception(_failed)
     ui.run_with(

@@ -7,6 +7,7 @@ from nicegui import ui
 
 from ngd_service.client.scores import bound, score
 from ngd_service.client.units import NOTHING, ago, counted, duration, number, percent
+from ngd_service.dashboard.origin import clone_address
 from ngd_service.dashboard.theme import phase_badge
 from ngd_service.resources import Job, Metric
 
@@ -41,6 +42,8 @@ class Summary:
                 ui.element("div").classes("spread")
                 compare = ui.link("Compare with ...", f"/?selected={job_id}").classes("button-link")
                 compare.props("data-key=c aria-keyshortcuts=c")
+                clone = ui.link("Clone", clone_address(job_id)).classes("button-link")
+                clone.props('title="Submit a job with the same spec"')
                 self.cancel = ui.button("Cancel job", icon="stop_circle", on_click=self._ask)
                 self.cancel.props("outline no-caps color=negative")
             self.recipe = ui.label().classes("muted")

@@ -20,6 +20,7 @@ __all__ = [
     "page_frame",
     "panel",
     "phase_badge",
+    "pick_files",
     "reader",
 ]
 
@@ -153,6 +154,11 @@ def panel(title: str, classes: str = "") -> Iterator[ui.element]:
         with ui.element("div").classes("panel-head") as head, ui.element("h2"):
             ui.label(title)
         yield head
+
+
+def pick_files(upload: ui.upload) -> str:
+    """Returns the browser's handler of a button that stands for an upload, which itself is out of sight."""
+    return f"() => document.querySelector('#{upload.html_id} input[type=file]').click()"
 
 
 class ThemeButton:

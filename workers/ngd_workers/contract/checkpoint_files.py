@@ -5,6 +5,7 @@ RUN_DIR/checkpoints/step-<8 digits>/
     state.pt                 the rest as rank 0 has it: optimizer, progress; all of an own loop
     state-rank<r>.pt         the part of the optimizer's state that rank r alone has
     manifest.json            the size and the sha256 of each of these files: the commit
+    pinned                   an empty file: the checkpoint stays, however many come after it
 """
 
 import os
@@ -18,6 +19,7 @@ from ngd_workers.contract.rundir import read_json
 
 __all__ = [
     "MANIFEST",
+    "PINNED",
     "STATE",
     "WEIGHTS",
     "FileSum",
@@ -33,7 +35,7 @@ __all__ = [
     "step_of",
 ]
 
-WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+WEIGHTS, STATE, MANIFEST, PINNED = "weights.safetensors", "state.pt", "manifest.json", "pinned"
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:

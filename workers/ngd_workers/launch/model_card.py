@@ -4,9 +4,10 @@ The card of the job's model; with --measure, a short run of the job on this devi
 """
 
 import argparse
+import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from ngd_workers.contract.spec import JobSpec, Loading, NGDOptimizer
 from ngd_workers.contract.spec_file import load_spec
 from ngd_workers.data import Dataset, Images, TokenSequences, Vectors, load_dataset
 from ngd_workers.launch.measuring import measured
+from ngd_workers.launch.own_code import variables
 from ngd_workers.models import build_model
 from ngd_workers.tasks import build_task
 from ngd_workers.train.learner import check_fit
@@ -48,16 +50,29 @@ def main() -> None:
         spec = load_spec(arguments.spec)
         if not isinstance(spec, JobSpec):
             raise SpecError("a job with a loop of its own (train) names no model; the planner can't count its steps")
-        if spec.code is not None:
-            sys.path.append(str((arguments.spec.parent / spec.code.directory).resolve()))
-        if arguments.shape is not None:
-            card = card_without_data(spec, shape_of(arguments.shape), arguments.samples)
-        else:
-            card = card_of_job(spec, load_dataset(spec.data, arguments.data_dir.resolve()))
-        answer = measured(spec, card, arguments.data_dir.resolve()) if arguments.measure else card
+        data_dir = arguments.data_dir.resolve()
+        with _in_its_folder(spec, arguments.spec.parent):
+            if arguments.shape is not None:
+                card = card_without_data(spec, shape_of(arguments.shape), arguments.samples)
+            else:
+                card = card_of_job(spec, load_dataset(spec.data, data_dir))
+            answer = measured(spec, card, data_dir) if arguments.measure else card
         sys.stdout.write(answer.model_dump_json() + "\n")
     except WorkerError as error:
         sys.exit(str(error))
+
+
+@contextlib.contextmanager
+def _in_its_folder(spec: JobSpec, place: Path) -> Iterator[None]:
+    """The process sees the job's variables and code as its workers would, but for its secrets and requirements."""
+    with variables(spec.env):
+        if spec.code is None:
+            yield
+            return
+        folder = (place / spec.code.directory).resolve()
+        sys.path.append(str(folder))
+        with contextlib.chdir(folder):
+            yield
 
 
 def card_of_job(spec: JobSpec, dataset: Dataset) -> ModelCard:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ngd_workers.contract.checkpoint_files import (
     MANIFEST,
+    PINNED,
     WEIGHTS,
     FileSum,
     Manifest,
@@ -184,14 +185,16 @@ class Checkpoints:
                 )
 
     def _prune(self) -> None:
-        """Removes all but the newest checkpoints and the best one."""
+        """Removes all but the newest checkpoints, the best one and those that are pinned."""
         found = complete(self.folder)
         best = best_of({path: read_manifest(path) for path in found})
         for path in found[self.keep :]:
             if path != best:
-                shutil.rmtree(path)
+                path.rename(self.unfinished(step_of(path)))
         for path in self.folder.glob("step-*.tmp-a*"):
-            if int(path.name.rpartition("-a")[2]) <= self.attempt:
+            if (path / PINNED).exists():  # looked at after the rename: from then on the service can't pin it
+                path.rename(self.folder / path.name.partition(".")[0])
+            elif int(path.name.rpartition("-a")[2]) <= self.attempt:
                 shutil.rmtree(path)
 
 
