@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.exact.plots import FIGURES
 from benchmarks.methods.tasks import TASKS
 from benchmarks.reading import Result, compared_in, groups, is_ours, medians
+from benchmarks.themes import themed
 
 __all__ = ["has_plot", "parts_of", "plots"]
 
@@ -27,20 +28,25 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
         figure = PLOTS[result.question](result)
         path = folder / result.plot
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        _save(figure, path)
         drawn.append(path)
     for result, part in [(each, part) for each in results for part in parts_of(each)]:
         figure, axes = _figure(2, 3.4)
         FIGURES[part][1](axes, result.document[part])
         path = folder / result.plot_of(part)
-        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        _save(figure, path)
         drawn.append(path)
     if result := compared_in(results):
         for name, plot in (("overview", plot_overview), ("headline", plot_headline)):
             path = folder / f"performance/{name}_{result.hardware}.svg"
-            plot(result).savefig(path, metadata={"Date": None}, bbox_inches="tight")
+            _save(plot(result), path)
             drawn.append(path)
     return drawn
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    path.write_text(themed(path.read_text()))
 
 
 def parts_of(result: Result) -> list[str]:
