@@ -1,7 +1,7 @@
 """One SVG for light and dark pages: its colours are variables, and a media query sets them.
 
-A browser gives an SVG inside <img> the colour scheme of the element around it, so that a picture follows the switch of a
-page as well as the system. The paper is part of the picture: where a browser does not follow, it is still readable.
+A browser gives an SVG inside <img> the colour scheme of the element around it, so that a picture follows the switch of
+a page as well as the system. The paper is part of the picture: where a browser does not follow, it is still readable.
 """
 
 import colorsys

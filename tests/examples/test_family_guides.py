@@ -15,7 +15,7 @@ from tests.support.guide_pages import blocks, shell
 from tests.support.texts import write_text
 
 PAGES = ["vision", "language-models"]
-SHORT = ["schedule={steps: 3}", "batch={global_size: 16}", "target=null"]
+SHORT = ["schedule={steps: 2}", "batch={global_size: 8}", "target=null"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -37,7 +37,7 @@ def test_job_trains(page: str, tmp_path: Path) -> None:
 
     told = shell(f"ngd train {job.title} --data-dir .", tmp_path)
 
-    assert "succeeded after step 3" in told
+    assert "succeeded after step 2" in told
 
 
 @pytest.mark.parametrize("page", PAGES)
