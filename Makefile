@@ -58,6 +58,7 @@ docs: $(STAMP) ## build the documentation into site/, after the pages that are m
 
 pictures: $(BENCH_STAMP) ## draw docs/pictures from real runs; wants a machine with nothing else to do
 	$(BIN)/python -m docs.reference.pictures
+	$(BIN)/python -m docs.reference.job_life
 	$(BIN)/python docs/reference/gallery.py
 
 screenshots: $(STAMP) browser ## take the pictures of docs/ from the dashboard, on the runs of the demo

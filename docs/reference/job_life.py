@@ -41,17 +41,18 @@ def loss(model, batch):
     return mine.loss(model, batch)
 """
 WAIT_S = 400
-QUEUED, STARTS, TRAINS = "#b0bec5", "#ffcc80", "#3949ab"
+PHASE, STARTS, TRAINS, WAITS = "#d0d0d0", "#ffcc80", "#90caf9", "#b0b0b0"
 
 
 def main() -> None:
     mpl.use("Agg")
     mpl.rcParams.update({"svg.hashsalt": "ngd", "svg.fonttype": "none", "font.size": 9})
-    _life(_events()).savefig(PICTURE, metadata={"Date": None})
+    _life(*_run()).savefig(PICTURE, metadata={"Date": None})
     PICTURE.write_text(themed(PICTURE.read_text()))
 
 
-def _events() -> list[Event]:
+def _run() -> tuple[list[Event], float]:
+    """Returns the events of the job, and when its worker was killed."""
     with tempfile.TemporaryDirectory() as place, service_of(Path(place, "home")) as client:
         folder = Path(shutil.copytree(MINE, Path(place, "mine")))
         (folder / "dying.py").write_text(DYING)
@@ -61,47 +62,48 @@ def _events() -> list[Event]:
         ended = client.wait(job.id, timeout_s=WAIT_S)
         if ended.status.phase != "SUCCEEDED":
             raise SystemExit(f"the job ended as {ended.status.phase}: {ended.status.message}")
-        return client.events(job.id, limit=1000).events
+        return client.events(job.id, limit=1000).events, Path(place, "killed").stat().st_mtime
 
 
-def _life(events: list[Event]) -> Any:
+def _life(events: list[Event], killed_s: float) -> Any:
     """Returns a lane for the service and one for each worker; the widths are seconds."""
     zero = events[0].time.timestamp()
     at = [(event.time.timestamp() - zero, event.kind, event.data) for event in events]
+    killed, end = killed_s - zero, at[-1][0]
+    (restarted,) = [time for time, kind, _ in at if kind == "workers_restarted"]
+    first, second = [time for time, kind, _ in at if kind == "started"]
+    (done,) = [time for time, kind, _ in at if kind == "done"]
     figure = Figure(figsize=(9, 2.5), layout="constrained")
     axis = figure.subplots()
-    end = at[-1][0]
     phases = [(time, data["to"]) for time, kind, data in at if kind == "phase"]
-    colours = {"QUEUED": QUEUED, "STARTING": STARTS, "RUNNING": TRAINS}
     for (time, phase), (until, _) in zip(phases, [*phases[1:], (end, "")], strict=True):
-        if phase in colours:
-            axis.barh(0, until - time, 0.6, time, color=colours[phase])
-    starting = next(time for time, phase in phases if phase == "STARTING")
-    started = [time for time, kind, _ in at if kind == "started"]
-    (killed,) = [time for time, kind, _ in at if kind == "workers_restarted"]
-    done = next(time for time, kind, _ in at if kind == "done")
-    for lane in (-1, -2):
-        for time, until, colour in ((starting, started[0], STARTS), (started[0], killed, TRAINS),
-                                    (killed, started[1], STARTS), (started[1], done, TRAINS)):  # fmt: skip
-            axis.barh(lane, until - time, 0.6, time, color=colour)
+        axis.barh(0, until - time, 0.6, time, color=PHASE, edgecolor="white", lw=1.5)
+        if until - time > end / 20 or until == time:
+            axis.text(time if until > time else time + end / 200, -0.05, f" {phase}", va="center", fontsize=8)
+    parts = {
+        "workers start": (STARTS, [(0.0, first, (-1, -2)), (restarted, second, (-1, -2))]),
+        "train": (TRAINS, [(first, killed, (-1, -2)), (second, done, (-1, -2))]),
+        "waits until that is noticed": (WAITS, [(killed, restarted, (-1,))]),
+    }
+    for label, (colour, spans) in parts.items():
+        for number, (time, until, lanes) in enumerate(spans):
+            axis.barh(lanes, until - time, 0.6, time, color=colour, label=None if number else label)
     _marks(axis, at, killed)
-    for colour, label in ((QUEUED, "queued"), (STARTS, "workers start"), (TRAINS, "trains")):
-        axis.barh(0, 0, color=colour, label=label)
-    axis.set_yticks([0, -1, -2], ["service's phase", "rank 0", "rank 1"])
-    axis.set(xlabel="seconds since POST", ylim=(-2.5, 0.9))
-    figure.legend(loc="outside lower center", ncols=7, fontsize=8)
+    axis.text(second, -1.52, "from the checkpoint", va="center", fontsize=8)
+    axis.set_yticks([0, -1, -2], ["phase", "rank 0", "rank 1"])
+    axis.set(xlabel="seconds since POST", xlim=(0, 1.12 * end), ylim=(-2.5, 0.6))
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 
 def _marks(axis: Any, at: list[tuple[float, str, dict[str, Any]]], killed: float) -> None:
-    checkpoints = [time for time, kind, _ in at if kind == "checkpoint"]
-    target = [time for time, kind, _ in at if kind == "target_reached"]
-    resumed = [data["resumed_step"] for _, kind, data in at if kind == "started" and data.get("resumed_step")]
-    axis.plot(checkpoints, [-0.55] * len(checkpoints), "v", color="#26a69a", ms=6, label="checkpoint")
-    axis.plot(target, [-0.55] * len(target), "*", color="#fb8c00", ms=9, label="target reached")
+    for kind, mark, colour, label in (
+        ("checkpoint", "v", "#26a69a", "checkpoint"),
+        ("target_reached", "*", "#fb8c00", "target reached"),
+    ):
+        times = [time for time, of_kind, _ in at if of_kind == kind]
+        axis.plot(times, [-0.52] * len(times), mark, color=colour, ms=7, label=label)
     axis.plot([killed], [-2], "X", color="#d62728", ms=9, label="killed")
-    if resumed:
-        axis.text(killed, 0.45, f"goes on from step {resumed[-1]}", fontsize=8)
 
 
 if __name__ == "__main__":
