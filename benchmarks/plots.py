@@ -67,19 +67,25 @@ def _figure(columns: int, height: float) -> Any:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def plot_overview(result: Result) -> Any:
-    """Returns bars of the CPU seconds to each target, ours in another colour; a method without a bar missed it."""
+def _grid(number: int, height: float) -> Any:
+    """Returns a figure and its axes, in lines of some; height: of a line."""
     from matplotlib.figure import Figure
 
+    lines, columns = math.ceil(number / PLOTS_A_LINE), min(PLOTS_A_LINE, number)
+    figure = Figure(figsize=(4.4 * columns, height * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[number:]:
+        axis.remove()
+    return figure, axes[:number]
+
+
+def plot_overview(result: Result) -> Any:
+    """Returns bars of the CPU seconds to each target, ours in another colour; a method without a bar missed it."""
     rows = [row for row in result.document["rows"] if row["part"] == "repeated"]
     parts = list(groups(rows, "task"))
-    lines = math.ceil(len(parts) / PLOTS_A_LINE)
     height = 0.7 + 0.17 * max(len({row["method"] for row in of_task}) for _, of_task in parts)
-    figure = Figure(figsize=(4.4 * min(PLOTS_A_LINE, len(parts)), height * lines), layout="constrained")
-    axes = figure.subplots(lines, min(PLOTS_A_LINE, len(parts)), squeeze=False).flatten()
-    for axis in axes[len(parts) :]:
-        axis.remove()
-    for axis, ((name,), of_task) in zip(axes, parts, strict=False):
+    figure, axes = _grid(len(parts), height)
+    for axis, ((name,), of_task) in zip(axes, parts, strict=True):
         seconds = sorted(medians(of_task, "target_seconds").items(), key=lambda item: -item[1])
         lengths = [value if math.isfinite(value) else 0.0 for _, value in seconds]
         colours = ["#3949ab" if is_ours(method) else "#b0bec5" for method, _ in seconds]
@@ -172,7 +178,7 @@ def plot_curves(result: Result) -> Any:
     """Returns the score by CPU seconds of each method's best setting, one line per seed, and the target."""
     runs = json.loads((result.folder / "curves.json").read_text())
     parts = list(groups(runs, "task"))
-    figure, axes = _figure(len(parts), 3.2)
+    figure, axes = _grid(len(parts), 3.2)
     methods = list(dict.fromkeys(run["method"] for run in runs))
     for axis, ((name,), of_task) in zip(axes, parts, strict=True):
         task = TASKS[name]
