@@ -186,11 +186,14 @@ def plot_curves(result: Result) -> Any:
             for number, run in enumerate(of_method):
                 points = [(point["seconds"], point["score"]) for point in run["curve"]]
                 label = None if number else method
-                axis.plot(*zip(*points, strict=True), color=f"C{methods.index(method)}", lw=0.8, label=label)
+                style = {"color": f"C{methods.index(method)}", "ls": "-" if is_ours(method) else ":"}
+                axis.plot(*zip(*points, strict=True), lw=0.9, label=label, **style)
         axis.axhline(task.target, color="black", lw=0.5)
         axis.set(title=name, xlabel="CPU seconds, without evaluations", ylabel=task.measure, xscale="log")
         axis.set_yscale("linear" if task.measure == "test accuracy" else "log")
-    axes[0].legend(fontsize=7)
+        axis.xaxis.set_minor_formatter("")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize=8, title="dotted: rivals")
     return figure
 
 
