@@ -57,7 +57,8 @@ docs: $(STAMP) ## build the documentation into site/, after the pages that are m
 	$(BIN)/mkdocs build --strict
 
 pictures: $(BENCH_STAMP) ## draw docs/pictures from real runs; wants a machine with nothing else to do
-	$(BIN)/python docs/reference/pictures.py
+	$(BIN)/python -m docs.reference.pictures
+	$(BIN)/python -m docs.reference.job_life
 	$(BIN)/python docs/reference/gallery.py
 
 screenshots: $(STAMP) browser ## take the pictures of docs/ from the dashboard, on the runs of the demo

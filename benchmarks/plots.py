@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.exact.plots import FIGURES
 from benchmarks.methods.tasks import TASKS
 from benchmarks.reading import Result, compared_in, groups, is_ours, medians
+from benchmarks.themes import themed
 
 __all__ = ["has_plot", "parts_of", "plots"]
 
@@ -27,20 +28,25 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
         figure = PLOTS[result.question](result)
         path = folder / result.plot
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        _save(figure, path)
         drawn.append(path)
     for result, part in [(each, part) for each in results for part in parts_of(each)]:
         figure, axes = _figure(2, 3.4)
         FIGURES[part][1](axes, result.document[part])
         path = folder / result.plot_of(part)
-        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        _save(figure, path)
         drawn.append(path)
     if result := compared_in(results):
         for name, plot in (("overview", plot_overview), ("headline", plot_headline)):
             path = folder / f"performance/{name}_{result.hardware}.svg"
-            plot(result).savefig(path, metadata={"Date": None}, bbox_inches="tight")
+            _save(plot(result), path)
             drawn.append(path)
     return drawn
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    path.write_text(themed(path.read_text()))
 
 
 def parts_of(result: Result) -> list[str]:
@@ -61,19 +67,25 @@ def _figure(columns: int, height: float) -> Any:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def plot_overview(result: Result) -> Any:
-    """Returns bars of the CPU seconds to each target, ours in another colour; a method without a bar missed it."""
+def _grid(number: int, height: float) -> Any:
+    """Returns a figure and its axes, in lines of some; height: of a line."""
     from matplotlib.figure import Figure
 
+    lines, columns = math.ceil(number / PLOTS_A_LINE), min(PLOTS_A_LINE, number)
+    figure = Figure(figsize=(4.4 * columns, height * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[number:]:
+        axis.remove()
+    return figure, axes[:number]
+
+
+def plot_overview(result: Result) -> Any:
+    """Returns bars of the CPU seconds to each target, ours in another colour; a method without a bar missed it."""
     rows = [row for row in result.document["rows"] if row["part"] == "repeated"]
     parts = list(groups(rows, "task"))
-    lines = math.ceil(len(parts) / PLOTS_A_LINE)
     height = 0.7 + 0.17 * max(len({row["method"] for row in of_task}) for _, of_task in parts)
-    figure = Figure(figsize=(4.4 * min(PLOTS_A_LINE, len(parts)), height * lines), layout="constrained")
-    axes = figure.subplots(lines, min(PLOTS_A_LINE, len(parts)), squeeze=False).flatten()
-    for axis in axes[len(parts) :]:
-        axis.remove()
-    for axis, ((name,), of_task) in zip(axes, parts, strict=False):
+    figure, axes = _grid(len(parts), height)
+    for axis, ((name,), of_task) in zip(axes, parts, strict=True):
         seconds = sorted(medians(of_task, "target_seconds").items(), key=lambda item: -item[1])
         lengths = [value if math.isfinite(value) else 0.0 for _, value in seconds]
         colours = ["#3949ab" if is_ours(method) else "#b0bec5" for method, _ in seconds]
@@ -166,7 +178,7 @@ def plot_curves(result: Result) -> Any:
     """Returns the score by CPU seconds of each method's best setting, one line per seed, and the target."""
     runs = json.loads((result.folder / "curves.json").read_text())
     parts = list(groups(runs, "task"))
-    figure, axes = _figure(len(parts), 3.2)
+    figure, axes = _grid(len(parts), 3.2)
     methods = list(dict.fromkeys(run["method"] for run in runs))
     for axis, ((name,), of_task) in zip(axes, parts, strict=True):
         task = TASKS[name]
@@ -174,11 +186,14 @@ def plot_curves(result: Result) -> Any:
             for number, run in enumerate(of_method):
                 points = [(point["seconds"], point["score"]) for point in run["curve"]]
                 label = None if number else method
-                axis.plot(*zip(*points, strict=True), color=f"C{methods.index(method)}", lw=0.8, label=label)
+                style = {"color": f"C{methods.index(method)}", "ls": "-" if is_ours(method) else ":"}
+                axis.plot(*zip(*points, strict=True), lw=0.9, label=label, **style)
         axis.axhline(task.target, color="black", lw=0.5)
         axis.set(title=name, xlabel="CPU seconds, without evaluations", ylabel=task.measure, xscale="log")
         axis.set_yscale("linear" if task.measure == "test accuracy" else "log")
-    axes[0].legend(fontsize=7)
+        axis.xaxis.set_minor_formatter("")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize=8, title="dotted: rivals")
     return figure
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import multiprocessing, nn
 from torch.nn import functional as F
 
+from benchmarks.themes import themed
 from ngd_dist import NGD, NGDConfig
 
 FOLDER = Path(__file__).parents[1] / "pictures"
@@ -109,7 +110,9 @@ def _ages(ages: list[list[int]], names: list[str]) -> Any:
 
 
 def _save(name: str, figure: Any) -> None:
-    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+    path = FOLDER / f"{name}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    path.write_text(themed(path.read_text()))
 
 
 def _plan(place: Path) -> None:
@@ -118,6 +121,7 @@ def _plan(place: Path) -> None:
     shape = ["--shape", "images:3x224x224:1000", "--samples", "1281167", "--plot", str(FOLDER / "planner.svg")]
     ngd = Path(sys.executable).with_name("ngd")
     subprocess.run([ngd, "plan", RECIPE, "--cluster", cluster, *shape], check=True, stdout=subprocess.DEVNULL)
+    (FOLDER / "planner.svg").write_text(themed((FOLDER / "planner.svg").read_text()))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_an_output_that_does_not_fit_is_named(choice, shape, output, labels, mes
     [
         (Labelling(), None, "set task.classes"),
         (Regression(), None, "set task.outputs"),
-        (ImageClassification(), None, "needs labelled images, got data of None"),
+        (ImageClassification(), None, r"don't say what a sample is; return .* with Images\(...\) or Vectors\("),
         (ImageClassification(top=(1, 5)), IMAGES, "number of classes, 3, got 5"),
         (ImageClassification(erasing=Erasing()), Vectors(width=4, outputs=3), "task.erasing takes rectangles"),
     ],

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ngd_dist.config import LikelihoodChoice
-from ngd_workers.contract.errors import UserCodeError
+from ngd_workers.contract.errors import SpecError, UserCodeError
 from ngd_workers.contract.events import Metric
 
-__all__ = ["LOSS", "Batch", "Result", "Task", "logits_of"]
+__all__ = ["LOSS", "Batch", "Result", "Task", "logits_of", "unfit"]
 
 Batch = Any
 """Tensors on the model's device: what the data's `collate` makes of samples. Of ours it is the pair (x, y)."""
@@ -95,3 +95,14 @@ def logits_of(output: object) -> Tensor:
     if not isinstance(output, Tensor):
         raise UserCodeError(f"the model must return a tensor, or an object with logits, got {type(output).__name__}")
     return output
+
+
+def unfit(task: str, needs: str, shape: object, *fitting: type) -> SpecError:
+    """Returns the error for data of another shape than the task reads, which names the shapes that fit."""
+    if shape is None:
+        shapes = " or ".join(f"{each.__name__}(...)" for each in fitting)
+        return SpecError(
+            f"task {task} needs {needs}, and the data don't say what a sample is; return "
+            f"ngd_workers.data.Dataset(train, test, shape) from your function, with {shapes} for the shape"
+        )
+    return SpecError(f"task {task} needs {needs}, got data of {shape}; choose another task")

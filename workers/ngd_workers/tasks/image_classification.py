@@ -11,7 +11,7 @@ from ngd_workers.contract.errors import SpecError, UserCodeError
 from ngd_workers.contract.events import Metric
 from ngd_workers.contract.spec import ImageClassification
 from ngd_workers.data import Images, Vectors
-from ngd_workers.tasks.base import LOSS, Batch, Result, Task, logits_of
+from ngd_workers.tasks.base import LOSS, Batch, Result, Task, logits_of, unfit
 from ngd_workers.tasks.mixing import Mixer, erased
 
 __all__ = ["build"]
@@ -69,7 +69,7 @@ class Classification(Task):
 def build(choice: ImageClassification, shape: Any) -> Task:
     """Returns the task for data of this shape. Raises: SpecError."""
     if not isinstance(shape, Images | Vectors):
-        raise SpecError(f"task image_classification needs labelled images, got data of {shape}; choose another task")
+        raise unfit("image_classification", "labelled images or rows", shape, Images, Vectors)
     if not isinstance(shape, Images) and choice.erasing is not None:
         raise SpecError(f"task.erasing takes rectangles out of images, got data of {shape}; leave it out")
     if max(choice.top) > shape.outputs:

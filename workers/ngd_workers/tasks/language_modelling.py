@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ngd_dist.config import Categorical
-from ngd_workers.contract.errors import SpecError, UserCodeError
+from ngd_workers.contract.errors import UserCodeError
 from ngd_workers.contract.events import Metric
 from ngd_workers.contract.spec import LanguageModelling
 from ngd_workers.data import TokenSequences
-from ngd_workers.tasks.base import LOSS, Batch, Result, Task, logits_of
+from ngd_workers.tasks.base import LOSS, Batch, Result, Task, logits_of, unfit
 
 __all__ = ["PERPLEXITY", "build", "of_tokens", "perplexity"]
 
@@ -82,5 +82,5 @@ def perplexity(sums: Mapping[str, Tensor], count: float) -> float:
 def build(choice: LanguageModelling, shape: Any) -> Task:
     """Returns the task for data of this shape. Raises: SpecError."""
     if not isinstance(shape, TokenSequences):
-        raise SpecError(f"task language_modelling needs a text of tokens, got data of {shape}; choose another task")
+        raise unfit("language_modelling", "a text of tokens", shape, TokenSequences)
     return NextToken(shape)

@@ -12,7 +12,7 @@ from ngd_workers.contract.errors import SpecError, UserCodeError
 from ngd_workers.contract.events import Metric
 from ngd_workers.contract.spec import Translation
 from ngd_workers.data import TokenPairs
-from ngd_workers.tasks.base import LOSS, Batch, Result, Task, logits_of
+from ngd_workers.tasks.base import LOSS, Batch, Result, Task, logits_of, unfit
 from ngd_workers.tasks.language_modelling import PERPLEXITY, of_tokens, perplexity
 
 __all__ = ["TranslationTask", "build", "greedy"]
@@ -123,7 +123,7 @@ def _decoder(model: nn.Module, source: Tensor) -> tuple[Callable[[Tensor], Tenso
 def build(choice: Translation, shape: Any) -> Task:
     """Returns the task for data of this shape. Raises: SpecError."""
     if not isinstance(shape, TokenPairs):
-        raise SpecError(f"task translation needs pairs of texts, got data of {shape}; choose another task")
+        raise unfit("translation", "pairs of texts", shape, TokenPairs)
     if choice.max_length is not None and choice.max_length > shape.length - 2:
         raise SpecError(
             f"task.max_length must be at most data.max_length ({shape.length - 2}), got {choice.max_length}; lower it"

@@ -16,7 +16,8 @@ def target_metric(target: Target, task: Task) -> Metric:
     known = {metric.name: metric for metric in task.metrics}
     if target.metric not in known:
         raise SpecError(
-            f"target.metric must be a metric of the job's task, one of {', '.join(known)}, got {target.metric!r}"
+            f"target.metric must be a metric of the job's task, one of {', '.join(known)}, got {target.metric!r}; "
+            f"another task has others (docs/guides/tasks.md)"
         )
     metric = known[target.metric]
     problem = target.problem_as_share(metric.label) if metric.unit == "share" else None
