@@ -26,7 +26,10 @@ class Step(Task):
         loss = self._step(model, batch, **self._options)
         if not isinstance(loss, Tensor) or loss.ndim > 0:
             described = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserCodeError(f"{self._address!r} must return its loss as a scalar tensor, got {described}")
+            raise UserCodeError(
+                f"{self._address!r} must return its loss as a scalar tensor, got {described}; a training step tells no "
+                "other metric: for those write a function of the data's shape that returns a ngd_workers.tasks.base.Task"
+            )
         return Result(loss)
 
 
