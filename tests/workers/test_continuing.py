@@ -12,6 +12,7 @@ from ngd_workers.launch.attempt import run_rank
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.optimizers import DEEP
 from tests.support.optimizers import OPTIMIZERS as FOR_DIGITS
+from tests.support.parameters import rest_is_slow
 from tests.support.training import weights_at
 
 NGD_CHOICE = {"kind": "ngd", "lr": 0.1, "damping": 0.1, "momentum": 0.9}
@@ -27,7 +28,7 @@ def from_job(name: str, **changes: Any) -> dict[str, Any]:
     return {"init_from": {"kind": "checkpoint", "run_dir": name, "takes": "everything"} | changes}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", rest_is_slow(OPTIMIZERS, "ngd", "adamw"))
 def test_more_steps_give_the_bits_of_a_job_that_had_them_from_the_start(tmp_path: Path, optimizer: str) -> None:
     choice = {"optimizer": OPTIMIZERS[optimizer], "model": DEEP}
     run(tmp_path / "whole", small_spec(schedule=LONG, **choice))
@@ -42,7 +43,7 @@ def test_more_steps_give_the_bits_of_a_job_that_had_them_from_the_start(tmp_path
     assert all(torch.equal(continued[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", rest_is_slow(OPTIMIZERS, "ngd", "sgd"))
 def test_settings_of_the_new_job_count_from_there_on(tmp_path: Path, optimizer: str, caplog) -> None:
     choice = OPTIMIZERS[optimizer]
     run(tmp_path / "first", small_spec(schedule=SHORT, model=DEEP, optimizer=choice))

@@ -136,7 +136,7 @@ def test_pair_of_datasets_is_enough_for_a_task_that_needs_no_shape(tmp_path):
     outcome = run_rank(make_attempt(tmp_path, job("pair")))
 
     assert outcome.result == "failed"
-    assert "task image_classification needs labelled images, got data of None" in outcome.message
+    assert "task image_classification needs labelled images or rows, and the data don't say" in outcome.message
 
 
 @pytest.mark.parametrize("processes", [0, 1])

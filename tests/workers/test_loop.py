@@ -7,6 +7,7 @@ from ngd_workers.launch.attempt import run_rank
 from ngd_workers.train.checkpoints import Checkpoints
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.optimizers import OPTIMIZERS
+from tests.support.parameters import rest_is_slow
 from tests.support.training import weights_at
 
 CNN = {"kind": "small_cnn", "channels": 8, "hidden": 32}
@@ -121,7 +122,7 @@ def test_stop_request_saves_a_checkpoint_and_cancels(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints", 1, 2).newest_step() == outcome.step < 8
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", rest_is_slow(OPTIMIZERS, "ngd", "adamw", "soap"))
 def test_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, kind):
     spec = small_spec(model=CNN, optimizer=OPTIMIZERS[kind])
     run_rank(make_attempt(tmp_path / "whole", spec))

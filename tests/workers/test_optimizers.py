@@ -218,12 +218,17 @@ def state_at(folder: Path, step: int) -> Any:
     ("kind", "changes"),
     [
         ("lars", {"trust_coefficient": 0.01}),
-        ("muon", {"adamw_lr": 0.01}),
-        ("muon", {"ns_steps": 2}),
         ("soap", {"precondition_frequency": 2}),
-        ("soap", {"beta2": 0.5}),
-        ("shampoo", {"beta2": 0.5}),
-        ("shampoo", {"matrix_eps": 0.1}),
+        *(
+            pytest.param(kind, changes, marks=pytest.mark.slow)
+            for kind, changes in [
+                ("muon", {"adamw_lr": 0.01}),
+                ("muon", {"ns_steps": 2}),
+                ("soap", {"beta2": 0.5}),
+                ("shampoo", {"beta2": 0.5}),
+                ("shampoo", {"matrix_eps": 0.1}),
+            ]
+        ),
     ],
 )
 def test_a_fork_s_own_settings_count(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:

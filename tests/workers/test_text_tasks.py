@@ -24,6 +24,7 @@ from ngd_workers.tasks.translation import greedy
 from ngd_workers.train.loading import MicroBatch
 from ngd_workers.train.totals import Totals
 from tests.support.attempts import make_attempt, records, small_spec, spooled
+from tests.support.parameters import rest_is_slow
 from tests.support.ranks import run_ranks
 from tests.support.tensors import flat
 from tests.support.training import weights_at
@@ -171,7 +172,7 @@ def ran(rank: int, world_size: int, attempt: AttemptDir) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", rest_is_slow(OPTIMIZERS, "ngd"))
 @pytest.mark.parametrize("name", ["texts", "pairs"])
 def test_steps_are_those_of_any_cut_of_the_batch_although_counts_differ(tmp_path, name, optimizer):
     choice = OPTIMIZERS[optimizer]

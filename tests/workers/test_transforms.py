@@ -19,6 +19,7 @@ from ngd_workers.train.context import TrainContext
 from ngd_workers.train.loop import Run
 from tests.support.attempts import make_attempt, records, small_spec, spooled
 from tests.support.optimizers import DEEP, OPTIMIZERS
+from tests.support.parameters import rest_is_slow
 from tests.support.ranks import run_ranks
 from tests.support.training import weights_at
 
@@ -53,7 +54,7 @@ def test_digits_are_learned(tmp_path: Path, kind: str) -> None:
     assert outcome.metrics["accuracy"] > 0.85, outcome.message
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", rest_is_slow(PLAIN, "sgd", "adamw"))
 def test_every_plain_optimizer_resumes_to_the_bit(tmp_path: Path, kind: str) -> None:
     spec = sngd_spec(model=DEEP, optimizer=OPTIMIZERS[kind])
     run(tmp_path / "whole", spec)

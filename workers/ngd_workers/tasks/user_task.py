@@ -28,7 +28,7 @@ class Step(Task):
             described = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserCodeError(
                 f"{self._address!r} must return its loss as a scalar tensor, got {described}; a training step tells no "
-                "other metric: for those write a function of the data's shape that returns a ngd_workers.tasks.base.Task"
+                "other metric: for those, a function of the data's shape returns a ngd_workers.tasks.base.Task"
             )
         return Result(loss)
 
