@@ -52,7 +52,7 @@ class Spectrum:
     factor's own unit, as it is added to these eigenvalues; where the damping lambda is added to the products of two
     factors' eigenvalues, lambda over the other factor's mean eigenvalue. NaN if that is not known.
 
-    is_estimate: whether they are from 16 products with the factor, because its inversion makes no eigenvalues. The
+    is_estimate: whether they are from 24 products with the factor, because its inversion makes no eigenvalues. The
     largest is then a lower bound, as a rule within 1 %, and the least an upper bound; between them a share of
     eigenvalues may be off by 0.15, and eigenvalues below a thousandth of the largest are not told apart.
     """

@@ -17,7 +17,7 @@ from ngd_dist.inversion.spectrum import QUANTILES
 
 __all__ = ["STEPS", "WIDTH", "quantiles_of", "tridiagonal"]
 
-STEPS = 16  # rows of T, each of which takes one product
+STEPS = 24  # rows of T, each of which takes one product
 WIDTH = 2 + 2 * STEPS  # numbers of a factor on their way to the host
 ROUNDING = 1e-9  # of a count of eigenvalues in float64
 
@@ -39,22 +39,19 @@ def tridiagonal(problem: Problem) -> Tensor | None:
     noise = draws * torch.finfo(dtype).eps
     mean = _mean_eigenvalue(problem).clamp(min=torch.finfo(dtype).tiny)  # float32 has no square of 1e-20
     vectors, products, rests = draws, torch.empty_like(noise[:steps]), []
-    vectors[0] /= torch.linalg.vector_norm(vectors[0])
+    vectors[0].div_(torch.linalg.vector_norm(vectors[0]))
     with exact_products():
         for i in range(steps):
-            products[i] = _product(problem, vectors[i])
+            products[i].copy_(_product(problem, vectors[i]))
             rest, basis = torch.addcdiv(noise[i + 1], products[i], mean), vectors[: i + 1]
             for _ in range(2):  # once leaves what rounding makes of a large part that is taken away
                 rest = torch.addmv(rest, basis.mT, basis.mv(rest), alpha=-1)
             rests.append(torch.linalg.vector_norm(rest))
             torch.div(rest, rests[-1], out=vectors[i + 1])
-    diagonal, beside = (products * vectors[:steps]).sum(-1).double(), torch.stack(rests[:-1] or [mean]) * mean
-    told = diagonal.new_zeros(WIDTH)
-    told[0] = count
-    told[1] = problem.damping.mean()
-    told[2 : 2 + steps] = diagonal
-    told[2 + STEPS : 1 + STEPS + steps] = beside[: steps - 1]
-    return told
+    diagonal, beside = (products * vectors[:steps]).sum(-1), torch.stack(rests) * mean
+    rows, rest = mean.new_full((1,), count), mean.new_zeros(STEPS - steps)
+    # The last of `beside` leads out of T.
+    return torch.cat([rows, problem.damping.mean().view(1), diagonal, rest, beside, rest]).double()
 
 
 def quantiles_of(told: Tensor, width: int) -> tuple[float, float, float, float, float] | None:
@@ -76,8 +73,7 @@ def quantiles_of(told: Tensor, width: int) -> tuple[float, float, float, float, 
     T = torch.diag(told[2 : 2 + steps]) + torch.diag(beside, 1) + torch.diag(beside, -1)
     values, vectors = torch.linalg.eigh(T)
     stands_for = [1.0] * steps if rows <= STEPS else (rows * vectors[0].square()).tolist()
-    ritz = values.clamp(min=0).tolist()
-    known = [0.0] * (width > rows) + ritz
+    known = [0.0] * (width > rows) + values.clamp(min=0).tolist()
     until = [*accumulate([width - rows] * (width > rows) + stands_for)]
 
     def at(place: int) -> float:

@@ -14,7 +14,7 @@ from ngd_dist.statistics.statistic import Key, StatisticSpec
 
 __all__ = ["MOST", "Estimate", "Spectra"]
 
-MOST = 4  # estimates of a watched step, so that its cost does not grow with the model
+MOST = 2  # estimates of a watched step, so that its cost does not grow with the model
 
 
 class Estimate(NamedTuple):

@@ -83,7 +83,7 @@ def test_large_factor_is_estimated_within_the_bounds_that_are_told(factor: Tenso
         assert abs(below - share) <= 0.15 or is_unresolved, (share, below)
 
 
-@pytest.mark.parametrize(("count", "is_exact"), [(10, True), (60, False)])
+@pytest.mark.parametrize(("count", "is_exact"), [(10, True), (60, False)], ids=["few", "many"])
 @pytest.mark.parametrize("form", ["rows", "their products"])
 def test_rows_in_place_of_a_matrix_leave_zeros(form: str, *, count: int, is_exact: bool) -> None:
     rows = torch.randn(1, count, N, dtype=F64, generator=torch.Generator().manual_seed(3))
