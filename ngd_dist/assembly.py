@@ -33,8 +33,8 @@ from ngd_dist.statistics.statistic import Key
 from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
 from ngd_dist.step.layer_watch import LayerWatch
-from ngd_dist.step.spectra import Spectra
 from ngd_dist.step.param_groups import Uncopied, check_group, take_in
+from ngd_dist.step.spectra import Spectra
 from ngd_dist.step.update import Update
 from ngd_dist.telemetry import StepStats, Stopwatch
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
 
-import torch
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
@@ -203,7 +202,7 @@ class Curvature:
             self.spectra.refreshed(key for key, report in reports.items() if report.rebuilds)
 
     def problem(self, key: Key) -> Problem | None:
-        """Returns the inversion that makes a statistic's part of the cache; None if it is not this rank's to tell of."""
+        """Returns the inversion that makes a statistic's part of the cache; None if it is not told of here."""
         values = self._ready(key.layer) if self._sync.reports(key.layer) else None
         if values is None:
             return None

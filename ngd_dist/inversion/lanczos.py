@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ngd_dist.inversion.problem import Problem, ToInvert
+from ngd_dist.inversion.problem import Method, Problem, ToInvert
 from ngd_dist.inversion.solver import exact_products
 from ngd_dist.inversion.spectrum import QUANTILES
 
@@ -26,9 +26,9 @@ def tridiagonal(problem: Problem) -> Tensor | None:
     """Returns the rows of the problem's matrix, the mean damping, and T's diagonal and off-diagonal, [WIDTH], float64.
 
     Blocks count as one matrix with blocks along its diagonal. Rows X [B, R, n] in place of a matrix count as X X^T,
-    which has the eigenvalues of X^T X but for zeros. None: the problem is to decompose, not to invert.
+    which has the eigenvalues of X^T X but for zeros. None: the problem is to decompose, or has a form of its own.
     """
-    if not isinstance(problem, ToInvert):
+    if not isinstance(problem, ToInvert) or (problem.direct and problem.direct.method is not Method.WOODBURY):
         return None
     factor = problem.factor
     count = factor.shape[0] * factor.shape[1]
@@ -77,7 +77,7 @@ def quantiles_of(told: Tensor, width: int) -> tuple[float, float, float, float, 
     until = [*accumulate([width - rows] * (width > rows) + stands_for)]
 
     def at(place: int) -> float:
-        return next((v for v, end in zip(known, until, strict=True) if end > place + ROUNDING), known[-1])
+        return float(next((v for v, end in zip(known, until, strict=True) if end > place + ROUNDING), known[-1]))
 
     low, middle, high = (at(round(share * (width - 1))) for share in QUANTILES[1:-1])
     return known[0], low, middle, high, known[-1]

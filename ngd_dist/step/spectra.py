@@ -1,4 +1,4 @@
-"""The spectra of factors on their device: those that refreshes have made, and the order in which others are estimated."""
+"""The spectra of factors on their device: those that refreshes have made, and whose turn it is to be estimated."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -18,7 +18,7 @@ MOST = 2  # estimates of a watched step, so that its cost does not grow with the
 
 
 class Estimate(NamedTuple):
-    """The turn of a statistic. width: of all its blocks. told: of `tridiagonal`; None if there is nothing, or not here."""
+    """The turn of a statistic. width: of all its blocks. told: of `tridiagonal`; None if this rank has nothing."""
 
     key: Key
     width: int

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngd_dist.inversion import Direct, Method, ToDecompose, ToInvert, woodbury
+from ngd_dist.inversion import Direct, Method, ToDecompose, ToInvert, reciprocal, woodbury
 from ngd_dist.inversion.lanczos import STEPS, quantiles_of, tridiagonal
 from ngd_dist.inversion.spectrum import QUANTILES, quantiles
 from tests.support.tensors import F64
@@ -119,3 +119,4 @@ def test_factor_that_is_not_finite_or_decomposed_has_no_estimate() -> None:
     assert told is not None
     assert quantiles_of(told, 3) is None
     assert tridiagonal(ToDecompose(LARGE["wishart"])) is None
+    assert tridiagonal(problem(torch.ones(1, 3), Direct(Method.RECIPROCAL, reciprocal))) is None

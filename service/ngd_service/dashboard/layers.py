@@ -111,8 +111,8 @@ class SpectraPanel(ChartPanel):
         guessed = sum(one.is_estimate for one in known)
         estimated = f"; {guessed:,} estimated, with dashed boxes" if guessed else ""
         return (
-            f"highest condition number with damping {bound}{condition}, of {worst.name}; damping exceeds three quarters "
-            f"of the eigenvalues of {held:,} of {counted(len(known), 'factor')}{estimated}"
+            f"highest condition number with damping {bound}{condition}, of {worst.name}; damping exceeds three "
+            f"quarters of the eigenvalues of {held:,} of {counted(len(known), 'factor')}{estimated}"
         )
 
 
