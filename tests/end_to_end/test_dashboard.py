@@ -140,7 +140,14 @@ def _see_layers_and_ranks(service: Service, page: Page, job: Job) -> None:
     drawn = dict(page.evaluate(POINTS, "Sent so far"))
     assert drawn["sent"][-1][1] < drawn["if all were refreshed"][-1][1]
     boxes = dict(page.evaluate(POINTS, "Spectra of the factors"))
-    assert len(boxes["eigenvalues"]) == len(told.spectra) > 0
+    factors = [name for name in service.client.statistics(job.id).names if name.endswith((".A", ".G"))]
+    assert [one.name for one in told.spectra] == factors
+    told_and_marked = [(box["value"][-1], box["itemStyle"] != {}) for box in boxes["eigenvalues"]]
+    assert told_and_marked == [(pytest.approx(one.quantiles[-1]), one.is_estimate) for one in told.spectra]
+    estimated = sum(one.is_estimate for one in told.spectra)
+    assert 0 < estimated < len(told.spectra)  # small factors are exact
+    spectra = _panel(page, "Spectra of the factors")
+    expect(spectra.get_by_text(f"{estimated} estimated, with dashed boxes")).to_be_visible()
     assert [place for _, place in boxes["damping"]] == [*range(len(told.spectra))]
     layers = _panel(page, "Gradient and update of each layer")
     for name in told.layers.names:
@@ -181,7 +188,7 @@ def _spec(name: str, *, epochs: int, workers: int = 1) -> dict[str, object]:
         "name": name,
         "model": {"kind": "small_cnn", "channels": 4, "hidden": 16},
         "data": {"kind": "digits"},
-        "optimizer": {"kind": "ngd", "preconditioner": {"kind": "ekfac"}},
+        "optimizer": {"kind": "ngd"},
         "schedule": {"epochs": epochs},
         "batch": {"global_size": 128},
         "resources": {"workers": workers},
