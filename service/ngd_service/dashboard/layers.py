@@ -22,6 +22,7 @@ COLUMNS = (
     ("ratio", "update / gradient"),
     ("cosine", "cosine"),
 )
+ROWS_OF_A_PAGE = 10
 QUARTILES = ("least", "lower quartile", "median", "upper quartile", "largest")
 
 
@@ -37,7 +38,7 @@ class LayersPanel:
                 for key, label in COLUMNS
             ]
             with ui.element("div").classes("panel-body"):
-                self.table = ui.table(rows=[], columns=columns, row_key="name", pagination=10).classes("dense fill")
+                self.table = ui.table(rows=[], columns=columns, row_key="name", pagination=ROWS_OF_A_PAGE).classes("dense fill")
                 self.table.props('flat dense aria-label="Gradient and update of each layer"')
         self.whole.set_visibility(False)
 
@@ -45,6 +46,7 @@ class LayersPanel:
         """Takes the newest that was told; nothing new leaves what is there."""
         if told.layers is not None:
             self.table.rows = layer_rows(told.layers)
+            self.table.props["hide-pagination"] = len(self.table.rows) <= ROWS_OF_A_PAGE
             self.note.set_text(_said_of_layers(told.layers))
         self.whole.set_visibility(bool(self.table.rows))
 
