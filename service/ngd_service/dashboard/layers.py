@@ -38,8 +38,8 @@ class LayersPanel:
                 for key, label in COLUMNS
             ]
             with ui.element("div").classes("panel-body"):
-                self.table = ui.table(rows=[], columns=columns, row_key="name", pagination=ROWS_OF_A_PAGE).classes("dense fill")
-                self.table.props('flat dense aria-label="Gradient and update of each layer"')
+                self.table = ui.table(rows=[], columns=columns, row_key="name", pagination=ROWS_OF_A_PAGE)
+                self.table.classes("dense fill").props('flat dense aria-label="Gradient and update of each layer"')
         self.whole.set_visibility(False)
 
     def show(self, told: Anatomy) -> None:
