@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from ngd_service.client.client import Client, ServiceError
-from ngd_service.resources import Job
+from ngd_service.resources import Anatomy, Job
 from tests.support.browser import CHROMIUM, browser_page
 from tests.support.deadline import wait_until
 
@@ -75,7 +75,7 @@ def test_dashboard_shows_a_job_live_and_cancels_another(service: Service, page: 
     _see_it_in_the_table(page, job)
     _follow_it_to_its_end(service, page, job)
 
-    second = service.client.submit(_spec("digits-long", epochs=100_000))
+    second = service.client.submit(_spec("digits-long", epochs=100_000, preconditioner="kfac"))
     _cancel_on_its_page(service, page, second)
 
 
@@ -142,6 +142,7 @@ def _see_layers_and_ranks(service: Service, page: Page, job: Job) -> None:
     boxes = dict(page.evaluate(POINTS, "Spectra of the factors"))
     assert len(boxes["eigenvalues"]) == len(told.spectra) > 0
     assert [place for _, place in boxes["damping"]] == [*range(len(told.spectra))]
+    _see_inversions(page, told)
     layers = _panel(page, "Gradient and update of each layer")
     for name in told.layers.names:
         expect(layers.get_by_role("cell", name=name, exact=True)).to_be_visible()
@@ -149,6 +150,33 @@ def _see_layers_and_ranks(service: Service, page: Page, job: Job) -> None:
     for title in ("Phases by rank", "Workers"):
         expect(_panel(page, title).get_by_role("cell", name=told.ranks.hosts[0])).to_have_count(2)
     expect(_panel(page, "Workers").get_by_role("cell", name="no GPU")).to_have_count(4)
+
+
+def _see_inversions(page: Page, told: Anatomy) -> None:
+    """Each factor's newest inversion, and how long each of the two ranks takes for its own."""
+    place = _panel(page, "Inversions")
+    assert told.world_size == 2
+    assert {one.owner for one in told.inversions} == {0, 1}
+    for one in told.inversions:
+        assert (one.method, one.ending) == ("EIGENDECOMPOSITION", "OK")
+        expect(place.get_by_role("row").filter(has_text=one.name)).to_contain_text(
+            f"rank {one.owner}eigendecomposition"
+        )
+    drawn = dict(page.evaluate(POINTS, "Inversions"))
+    for rank, seconds in enumerate(drawn["as placed"]):
+        assert seconds == pytest.approx(sum(one.seconds or 0.0 for one in told.inversions if one.owner == rank))
+    assert sum(drawn["if placed by these times"]) == pytest.approx(sum(drawn["as placed"]))
+    expect(place).to_contain_text("if layers were placed by these times")
+
+
+def _see_inversions_of_one_rank(service: Service, page: Page, job: Job) -> None:
+    place = _panel(page, "Inversions")
+    for one in service.client.anatomy(job.id).inversions:
+        assert (one.owner, one.method) == (0, "CHOLESKY")
+        assert one.residual is not None
+        expect(place.get_by_role("row").filter(has_text=one.name)).to_contain_text("rank 0Cholesky")
+    expect(place.get_by_text("largest residual")).to_be_visible()
+    expect(place.get_by_role("img")).to_be_hidden()
 
 
 def _panel(page: Page, title: str) -> Locator:
@@ -168,6 +196,8 @@ def _download_a_checkpoint(service: Service, page: Page, job: Job) -> None:
 def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:
     page.goto(f"{service.url}/jobs/{job.id}")
     expect(page.locator(".phase.large", has_text="Running")).to_be_visible(timeout=START_MS)
+    expect(_panel(page, "Inversions")).to_be_visible(timeout=START_MS)
+    _see_inversions_of_one_rank(service, page, job)
     page.get_by_role("button", name="Cancel job").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel job").click()
     expect(page.get_by_role("dialog")).to_be_hidden(timeout=TRAIN_MS)  # it fades out
@@ -176,12 +206,12 @@ def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:
     assert service.client.get(job.id).status.phase == "CANCELLED"
 
 
-def _spec(name: str, *, epochs: int, workers: int = 1) -> dict[str, object]:
+def _spec(name: str, *, epochs: int, workers: int = 1, preconditioner: str = "ekfac") -> dict[str, object]:
     return {
         "name": name,
         "model": {"kind": "small_cnn", "channels": 4, "hidden": 16},
         "data": {"kind": "digits"},
-        "optimizer": {"kind": "ngd", "preconditioner": {"kind": "ekfac"}},
+        "optimizer": {"kind": "ngd", "preconditioner": {"kind": preconditioner}},
         "schedule": {"epochs": epochs},
         "batch": {"global_size": 128},
         "resources": {"workers": workers},
