@@ -253,8 +253,9 @@ def test_inversions_of_two_ranks_stand_beside_another_placement() -> None:
         pytest.approx([0.006, 0.002]), pytest.approx([0.004, 0.004]),
     ]  # fmt: skip
     assert panel.note.text == (
-        "5 factors, 2 failed; largest residual 0.2, of c.A; rank 0 inverts for 6 ms, the mean is 4 ms, and the busiest "
-        "would for 4 ms if layers were placed by these times, longest first; measured at each factor's newest refresh"
+        "5 factors, 2 failed; largest residual 0.2, of c.A; rank 0 inverts longest, 6 ms; if layers were placed by "
+        "these times, longest first, the busiest rank would take 4 ms; mean 4 ms; measured at each factor's newest "
+        "refresh"
     )
 
 

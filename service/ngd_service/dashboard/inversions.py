@@ -131,14 +131,14 @@ def inversion_rows(known: Sequence[FactorInversion]) -> list[dict[str, Any]]:
 def _said_of_placement(placed: Sequence[float], replaced: Sequence[float]) -> str:
     busiest, mean = max(range(len(placed)), key=placed.__getitem__), math.fsum(placed) / len(placed)
     return (
-        f"rank {busiest} inverts for {SECONDS.words(placed[busiest])}, the mean is {SECONDS.words(mean)}, and the "
-        f"busiest would for {SECONDS.words(max(replaced))} if layers were placed by these times, longest first; "
+        f"rank {busiest} inverts longest, {SECONDS.words(placed[busiest])}; if layers were placed by these times, "
+        f"longest first, the busiest rank would take {SECONDS.words(max(replaced))}; mean {SECONDS.words(mean)}; "
         "measured at each factor's newest refresh"
     )
 
 
 def _options() -> dict[str, Any]:
-    seconds = axis("time")
+    seconds = axis("")  # its labels have the unit
     seconds["axisLabel"] |= {":formatter": SECONDS.browser}
     return {
         "animation": False,
