@@ -178,7 +178,7 @@ def _newest(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inversions(step: int, judged: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Returns step, method, residual, seconds and ending of those inverted, and of those that failed before it."""
-    if "methods" not in judged:  # of an earlier version
+    if not judged.get("residuals"):  # of an earlier version; one that this version has stored has an empty column
         return {}
     method_of = {place: method for method, places in judged["methods"].items() for place in places}
     failed = {int(place): ending for place, ending in judged["failed"].items()}
