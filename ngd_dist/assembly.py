@@ -34,6 +34,7 @@ from ngd_dist.step.fallback import Fallback
 from ngd_dist.step.gradients import Gradients
 from ngd_dist.step.layer_watch import LayerWatch
 from ngd_dist.step.param_groups import Uncopied, check_group, take_in
+from ngd_dist.step.spectra import Spectra
 from ngd_dist.step.update import Update
 from ngd_dist.telemetry import StepStats, Stopwatch
 
@@ -216,7 +217,8 @@ class Assembly(torch.optim.Optimizer):
     def _watch_layers(self) -> None:
         """Builds the watch over these layers, if one is wanted."""
         self._watch = LayerWatch(self._covered, self._sync, list(self._schedule.tracks)) if self._is_watched else None
-        self._curvature.spectra = {} if self._is_watched else None
+        specs = {key: statistic.spec for key, statistic in self._curvature.statistics.items()}
+        self._curvature.spectra = Spectra(specs) if self._is_watched else None
 
     def _look_up_groups(self) -> None:
         """Gives each covered layer its param group of today: whoever replaces the groups need not tell.

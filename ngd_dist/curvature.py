@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
 
-import torch
 from torch import Tensor
 
 from ngd_dist.config import NGDConfig
@@ -19,7 +18,6 @@ from ngd_dist.distributed.base import CaptureCount
 from ngd_dist.errors import InversionError
 from ngd_dist.factors.caches import Caches
 from ngd_dist.inversion import Ending, Inverse, Problem, Solution, solve
-from ngd_dist.inversion.spectrum import damping_of, eigenvalues, quantiles
 from ngd_dist.preconditioners import Cache
 from ngd_dist.statistics.staleness import (
     REFRESHED,
@@ -34,6 +32,7 @@ from ngd_dist.statistics.staleness import (
 from ngd_dist.statistics.statistic import Key, Statistic, by_layer
 from ngd_dist.step.agreement import shares_of
 from ngd_dist.step.finite import are_finite
+from ngd_dist.step.spectra import Spectra
 from ngd_dist.telemetry import Refresh
 
 __all__ = ["Curvature", "failed_inversions", "schedule_for", "too_many_failed"]
@@ -76,8 +75,7 @@ class Curvature:
         self._fresh: dict[str, frozenset[str]] = {}
         # By layer that has been refreshed; the same on every rank, since it decides which caches travel.
         self.damped_with: dict[str, float] = {}
-        # Of each factor whose refresh makes eigenvalues: 1, quantiles and damping, [7], on the device; None: not asked.
-        self.spectra: dict[Key, Tensor] | None = None
+        self.spectra: Spectra | None = None  # not asked for
         adapts = config.staleness.kind == "adaptive"  # a fixed interval does not depend on changes
         self.statistics = {
             Key(name, spec.name): Statistic(
@@ -160,6 +158,8 @@ class Curvature:
         here = [name for name in drifted if self._sync.inverts(name)]
         rebuilt = self._rebuild(fresh | {name: self._redamped(name, fresh) for name in here})
         self.damped_with |= {name: self._layers[name].damping for name in drifted}
+        if self.spectra is not None:
+            self.spectra.refreshed(key for key in self.statistics if key.layer in drifted)
         kept = ((name, statistics) for name, statistics in fresh.items() if name in self.with_few_rows)
         self._fresh = {name: self._of_the_loss(name, statistics) for name, statistics in kept}
         for name in fresh:
@@ -200,6 +200,16 @@ class Curvature:
         for name, statistics in refreshed.items():
             if name not in self.damped_with or self._layers[name].method.flops_by_statistic.keys() <= set(statistics):
                 self.damped_with[name] = self._layers[name].damping
+        if self.spectra is not None:
+            self.spectra.refreshed(key for key, report in reports.items() if report.rebuilds)
+
+    def problem(self, key: Key) -> Problem | None:
+        """Returns the inversion that makes a statistic's part of the cache; None if it is not told of here."""
+        values = self._ready(key.layer) if self._sync.reports(key.layer) else None
+        if values is None:
+            return None
+        covered = self._layers[key.layer]
+        return covered.method.problems(values, frozenset({key.statistic}), covered.damping, None).get(key.statistic)
 
     def take(self, name: str, entries: Cache | None) -> None:
         """Keeps entries of a layer's cache that another rank made or that were saved; None: there is no cache."""
@@ -299,7 +309,9 @@ class Curvature:
         alone = {key: problem for key, problem in problems.items() if key not in replicated}
         start = time.perf_counter()
         solutions = solve(replicated, self._inversion) | solve(alone, self._inversion)
-        self._note_spectra(problems, solutions)
+        if self.spectra is not None:
+            owned = {key: problem for key, problem in problems.items() if self._sync.reports(key.layer)}
+            self.spectra.note(owned, solutions, lambda key: self._layers[key.layer].damping)
         rebuilt = _Rebuilt({}, solutions, _shares(time.perf_counter() - start, problems))
         of_layer: dict[str, dict[str, Solution]] = defaultdict(dict)
         for key, solution in solutions.items():
@@ -309,16 +321,6 @@ class Curvature:
             self.caches[name] = refreshed.cache
             rebuilt.endings[name] = refreshed.endings
         return rebuilt
-
-    def _note_spectra(self, problems: Mapping[Key, Problem], solutions: Mapping[Key, Solution]) -> None:
-        if self.spectra is None:
-            return
-        owned = [key for key in problems if self._sync.reports(key.layer)]
-        made = {key: values for key in owned if (values := eigenvalues(problems[key], solutions[key])) is not None}
-        for key, values in made.items():
-            others = next((v for other, v in made.items() if other.layer == key.layer and other != key), None)
-            damping = damping_of(problems[key], self._layers[key.layer].damping, others)
-            self.spectra[key] = torch.cat([values.new_ones(1), quantiles(values), values.new_ones(1) * damping])
 
     def _ready(self, name: str) -> dict[str, Tensor] | None:
         """Returns the layer's statistics; None if one that the cache needs has no value yet."""

@@ -373,8 +373,11 @@ class NaturalGradient(Assembly):
             return None
         with self._stopwatch.phase("telemetry"):
             told = self._watch.take()
-            spectra = self._curvature.spectra or {}
-            self._watch.send(step, self._update.factors, spectra, updates_weights=self.updates_weights)
+            factors, spectra = self._update.factors, self._curvature.spectra
+            assert spectra is not None
+            is_told = self._watch.has_measured and factors is not None
+            estimates = spectra.estimate(self._curvature.problem) if is_told else []
+            self._watch.send(step, factors, spectra.exact, estimates, updates_weights=self.updates_weights)
         return told
 
     def _report_unseen(self, layers: Iterable[str]) -> None:

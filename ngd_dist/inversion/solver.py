@@ -26,7 +26,7 @@ from ngd_dist.inversion.problem import (
     ToInvert,
 )
 
-__all__ = ["solve"]
+__all__ = ["exact_products", "solve"]
 
 # The entries of one batch: 256 MiB in float32 on a GPU, 1 MiB on a CPU, where a batch that no cache holds takes longer
 # than its factors by themselves. A factor is never divided.
@@ -59,7 +59,7 @@ def solve(problems: Mapping[Name, Problem], choice: InversionChoice = AUTOMATIC)
     Everything is queued before anything is read: the host waits once for each rung of the ladder that some factor
     takes, and once more if Newton-Schulz may be tried.
     """
-    with _exact_products():
+    with exact_products():
         inverted = _invert_all({n: p for n, p in problems.items() if not isinstance(p, ToDecompose)}, choice)
         decomposed = _decompose_all({n: p for n, p in problems.items() if isinstance(p, ToDecompose)})
     return {name: inverted[name] if name in inverted else decomposed[name] for name in problems}
@@ -191,7 +191,7 @@ def _kind(factor: Tensor) -> tuple[Hashable, ...]:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
     """Computes float32 products in float32 even if the user allows TF32: no residual would be accurate."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]

@@ -5,7 +5,7 @@ waited for the device once, so that this read waits for nothing.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ngd_dist.covered import CoveredLayers
 from ngd_dist.distributed import Sync
+from ngd_dist.inversion.lanczos import STEPS, WIDTH, quantiles_of
 from ngd_dist.statistics.statistic import Key
 from ngd_dist.step.length import Factors
+from ngd_dist.step.spectra import Estimate
 from ngd_dist.telemetry import LayerStats, Spectrum
 
 __all__ = ["LayerWatch", "is_watched"]
@@ -43,6 +45,7 @@ class _Waiting:
     numbers: Tensor
     copied: torch.cuda.Event | None
     lrs: list[float]
+    estimates: Sequence[Estimate]
     is_clipped: bool
 
 
@@ -55,6 +58,12 @@ class LayerWatch:
         self._statistics = statistics
         self._products: Tensor | None = None
         self._waiting: _Waiting | None = None
+        self._estimated: dict[Key, Spectrum] = {}
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether `measure` was called in this step."""
+        return self._products is not None
 
     def measure(self, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor], device: torch.device) -> None:
         """Takes the products of the layers that this rank owns, [B, O, I] each. Reads nothing back."""
@@ -71,16 +80,25 @@ class LayerWatch:
         # Put together without an index: one of Python's would wait for the device.
         self._products = torch.stack([torch.stack(row) for row in rows])
 
-    def send(self, step: int, factors: Factors | None, spectra: Mapping[Key, Tensor], *, updates_weights: bool) -> None:
+    def send(
+        self,
+        step: int,
+        factors: Factors | None,
+        exact: Mapping[Key, Tensor],
+        estimates: Sequence[Estimate],
+        *,
+        updates_weights: bool,
+    ) -> None:
         """Collective if `measure` was called in this step.
 
-        factors: None if the step was not taken. spectra: [7] of each that the owner has: 1, five quantiles, damping.
+        factors: None if the step was not taken. exact: spectra that the owner has, [7]: 1, five quantiles, damping.
         """
         products, self._products = self._products, None
         if products is None:
             return
-        unknown = products.new_zeros(SPECTRUM)
-        told = [spectra[key].to(products) if key in spectra else unknown for key in self._statistics]
+        unknown, untold = products.new_zeros(SPECTRUM), products.new_zeros(WIDTH)
+        told = [exact[key].to(products) if key in exact else unknown for key in self._statistics]
+        told += [untold if one.told is None else one.told for one in estimates]
         numbers = torch.cat([products.flatten(), *told])
         self._sync.comm.all_reduce("layers of the step", numbers, kind="telemetry")
         if factors is None:
@@ -90,7 +108,9 @@ class LayerWatch:
         clip = ones.new_ones(1) if factors.clip is None else factors.clip.to(ones).view(1)
         lrs = [layer.lr if updates_weights else 1.0 for layer in self._layers.values()]
         host, copied = _on_its_way(torch.cat([numbers, of_layers, clip]))
-        self._waiting = _Waiting(step, host, copied, lrs, factors.clip is not None)
+        self._waiting = _Waiting(
+            step, host, copied, lrs, [one._replace(told=None) for one in estimates], factors.clip is not None
+        )
 
     def take(self) -> LayerStats | None:
         """Returns the numbers of an earlier step, once; None if none are on their way."""
@@ -99,8 +119,9 @@ class LayerWatch:
             return None
         if waiting.copied is not None:
             waiting.copied.synchronize()
-        layers, statistics = len(self._layers), SPECTRUM * len(self._statistics)
-        *products, spectra, factors, clip = waiting.numbers.split([*[layers] * PRODUCTS, statistics, layers, 1])
+        layers, parts = len(self._layers), (SPECTRUM * len(self._statistics), WIDTH * len(waiting.estimates))
+        *products, exact, estimated, factors, clip = waiting.numbers.split([*[layers] * PRODUCTS, *parts, layers, 1])
+        self._keep(waiting.estimates, estimated.view(-1, WIDTH))
         inner, gradients, directions = (of.tolist() for of in products)
         ((nu,), alphas) = clip.tolist(), factors.tolist()
         rows = list(zip(inner, gradients, directions, alphas, waiting.lrs, strict=True))
@@ -112,15 +133,24 @@ class LayerWatch:
             # alpha, not its square: see `StepLength.scale`.
             kl=sum(lr**2 * nu**2 * alpha * x for x, _, _, alpha, lr in rows) / 2,
             clip_factor=nu if waiting.is_clipped else None,
-            spectra=self._spectra(spectra.view(-1, SPECTRUM).tolist()),
+            spectra=self._spectra(exact.view(-1, SPECTRUM).tolist()),
         )
 
+    def _keep(self, estimates: Sequence[Estimate], rows: Tensor) -> None:
+        for (key, width, _), told in zip(estimates, rows, strict=True):
+            count, damping = told[:2].tolist()
+            found = quantiles_of(told, width) if count else None
+            if found is not None:
+                self._estimated[key] = Spectrum(found, damping, is_estimate=count > STEPS)
+
     def _spectra(self, rows: list[list[float]]) -> dict[str, Spectrum]:
-        return {
-            str(key): Spectrum((least, low, middle, high, largest), damping)
+        exact = {
+            key: Spectrum((least, low, middle, high, largest), damping)
             for key, (is_there, least, low, middle, high, largest, damping) in zip(self._statistics, rows, strict=True)
             if is_there
         }
+        known = self._estimated | exact
+        return {str(key): known[key] for key in self._statistics if key in known}
 
 
 def _on_its_way(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -265,13 +265,18 @@ class LayerAnatomy(Resource):
 
 
 class FactorSpectrum(Resource):
-    """Eigenvalues of a factor as its newest refresh has made them."""
+    """Eigenvalues of a factor."""
 
     name: str = Field(description="layer.statistic")
     step: int = Field(description="The step that told it.")
     quantiles: list[float] = Field(description="The least eigenvalue, three quartiles, the largest.")
     damping: float | None = Field(description="In the unit of these eigenvalues; None: not known.")
     condition: float | None = Field(description="Condition number of the damped factor; None: infinite.")
+    is_estimate: bool = Field(
+        False,
+        description="Whether a few products with the factor gave them, since its inversion makes no eigenvalues. The "
+        "largest and the condition number are lower bounds then, the least is an upper bound.",
+    )
 
 
 class FactorInversion(Resource):
@@ -314,7 +319,7 @@ class Anatomy(Resource):
     layers: LayerAnatomy | None = Field(
         description="None: no layer is preconditioned, or the version is an earlier one."
     )
-    spectra: list[FactorSpectrum] = Field(description="Of the factors whose inversion makes eigenvalues.")
+    spectra: list[FactorSpectrum] = Field(description="Of the factors that are told.")
     inversions: list[FactorInversion] = Field([], description="Of each factor; of earlier versions none.")
     world_size: int = Field(1, description="Ranks of the newest start.")
     ranks: RankAnatomy | None

@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from ngd_service.client.client import Client, ServiceError
+from ngd_service.client.units import number
 from ngd_service.resources import Anatomy, Job
 from tests.support.browser import CHROMIUM, browser_page
 from tests.support.deadline import wait_until
@@ -75,7 +76,7 @@ def test_dashboard_shows_a_job_live_and_cancels_another(service: Service, page: 
     _see_it_in_the_table(page, job)
     _follow_it_to_its_end(service, page, job)
 
-    second = service.client.submit(_spec("digits-long", epochs=100_000, preconditioner="kfac"))
+    second = service.client.submit(_spec("digits-long", epochs=100_000))
     _cancel_on_its_page(service, page, second)
 
 
@@ -140,7 +141,14 @@ def _see_layers_and_ranks(service: Service, page: Page, job: Job) -> None:
     drawn = dict(page.evaluate(POINTS, "Sent so far"))
     assert drawn["sent"][-1][1] < drawn["if all were refreshed"][-1][1]
     boxes = dict(page.evaluate(POINTS, "Spectra of the factors"))
-    assert len(boxes["eigenvalues"]) == len(told.spectra) > 0
+    factors = [name for name in service.client.statistics(job.id).names if name.endswith((".A", ".G"))]
+    assert [one.name for one in told.spectra] == factors
+    told_and_marked = [(box["value"][-1], box["itemStyle"] != {}) for box in boxes["eigenvalues"]]
+    assert told_and_marked == [(pytest.approx(one.quantiles[-1]), one.is_estimate) for one in told.spectra]
+    estimated = sum(one.is_estimate for one in told.spectra)
+    assert 0 < estimated < len(told.spectra)  # small factors are exact
+    spectra = _panel(page, "Spectra of the factors")
+    expect(spectra.get_by_text(f"{estimated} estimated, with dashed boxes")).to_be_visible()
     assert [place for _, place in boxes["damping"]] == [*range(len(told.spectra))]
     _see_inversions(page, told)
     layers = _panel(page, "Gradient and update of each layer")
@@ -156,11 +164,14 @@ def _see_inversions(page: Page, told: Anatomy) -> None:
     """Each factor's newest inversion, and how long each of the two ranks takes for its own."""
     place = _panel(page, "Inversions")
     assert told.world_size == 2
-    assert {one.name for one in told.inversions} == {one.name for one in told.spectra}
+    assert [one.name for one in told.inversions] == [one.name for one in told.spectra]
     for one in told.inversions:
-        assert (one.method, one.ending) == ("EIGENDECOMPOSITION", "OK")
+        assert (one.method, one.ending) == ("CHOLESKY", "OK")
+        assert one.residual is not None
         where = "every rank" if one.owner is None else f"rank {one.owner}"
-        expect(place.get_by_role("row").filter(has_text=one.name)).to_contain_text(f"{where}eigendecomposition")
+        expect(place.get_by_role("row").filter(has_text=one.name)).to_contain_text(
+            f"{where}Cholesky{number(one.residual)}"
+        )
     drawn = dict(page.evaluate(POINTS, "Inversions"))
     for rank, seconds in enumerate(drawn["as placed"]):
         own = [one.seconds or 0.0 for one in told.inversions if one.owner in (rank, None)]
@@ -206,12 +217,12 @@ def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:
     assert service.client.get(job.id).status.phase == "CANCELLED"
 
 
-def _spec(name: str, *, epochs: int, workers: int = 1, preconditioner: str = "ekfac") -> dict[str, object]:
+def _spec(name: str, *, epochs: int, workers: int = 1) -> dict[str, object]:
     return {
         "name": name,
         "model": {"kind": "small_cnn", "channels": 4, "hidden": 16},
         "data": {"kind": "digits"},
-        "optimizer": {"kind": "ngd", "preconditioner": {"kind": preconditioner}},
+        "optimizer": {"kind": "ngd"},
         "schedule": {"epochs": epochs},
         "batch": {"global_size": 128},
         "resources": {"workers": workers},

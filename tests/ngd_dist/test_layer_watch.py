@@ -1,7 +1,7 @@
 """What `watch` tells of each layer, against dense float64 references from the formulas alone."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngd_dist import NGD, NGDConfig, Preconditioner
-from ngd_dist.config import EKFAC, KFAC, KLClip, LayerWise, NormClip
+from ngd_dist.config import EKFAC, KFAC, LNGD, TKFAC, KLClip, LayerWise, NormClip
+from ngd_dist.factors.form import FactorForm
+from ngd_dist.inversion import ToInvert
+from ngd_dist.inversion.lanczos import WIDTH
+from ngd_dist.inversion.spectrum import quantiles
+from ngd_dist.statistics.statistic import Key
 from ngd_dist.step.layer_watch import LONGEST, is_watched
+from ngd_dist.step.spectra import MOST
 from ngd_dist.telemetry import LayerStats
 from tests.support.ranks import run_ranks
 from tests.support.tensors import F64
@@ -136,16 +142,81 @@ def test_spectra_are_the_eigenvalues_of_the_factors(method: Any) -> None:
     assert told["0.A"].condition == pytest.approx(condition)
 
 
-def test_factors_that_are_inverted_without_eigenvalues_tell_none() -> None:
+def test_small_factors_that_cholesky_inverts_have_their_own_eigenvalues_and_damping() -> None:
     model, (x, y) = net(), batch()
+    optimizer = NGD(model, NGDConfig(lr=LR, momentum=0.0, damping=DAMPING))
+    optimizer.watch()
+    inputs = torch.cat([x, x.new_ones(N, 1)], 1)
+    outputs = model[0](x).detach().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model[1:](outputs), y, reduction="sum"), outputs)
+    of_A, of_G = (torch.linalg.eigvalsh(rows.T @ rows / N) for rows in (inputs, g))
+
+    for _ in range(2):
+        step(optimizer, model, x, y)
+
+    assert optimizer.stats.layers is not None
+    told = optimizer.stats.layers.spectra
+    assert not told["0.A"].is_estimate
+    assert told["0.A"].quantiles == pytest.approx(tuple(quantiles(of_A).tolist()))
+    assert told["0.G"].quantiles == pytest.approx(tuple(quantiles(of_G).tolist()))
+    pi = math.sqrt(float(of_A.mean() / of_G.mean()))
+    assert told["0.A"].damping == pytest.approx(pi * math.sqrt(DAMPING))
+    assert told["0.G"].damping == pytest.approx(math.sqrt(DAMPING) / pi)
+
+
+def test_factors_are_estimated_a_few_at_a_time_until_all_are_known() -> None:
+    model, (x, y) = nn.Sequential(*net()[:2], nn.Linear(4, 4, dtype=F64), nn.Tanh(), *net()[2:]), batch()
     optimizer = NGD(model, NGDConfig(lr=LR, damping=DAMPING))
     optimizer.watch()
 
+    known = []
+    for _ in range(5):
+        step(optimizer, model, x, y)
+        known.append([*optimizer.stats.layers.spectra] if optimizer.stats.layers else [])
+
+    assert known[:4] == [[], optimizer.statistic_names[:MOST], optimizer.statistic_names[: 2 * MOST], known[4]]
+    assert known[4] == optimizer.statistic_names
+
+
+FORMS: dict[str, tuple[Any, nn.Module, tuple[int, ...]]] = {
+    "matrix": (KFAC(), nn.Linear(70, 3), (70,)),
+    "rows of the step": (KFAC(), nn.Linear(150, 3), (150,)),  # too large to be stacked, so that rows are kept
+    "rows that were drawn": (KFAC(rows=26), nn.Linear(70, 3), (70,)),
+    "blocks of groups": (KFAC(), nn.Conv2d(8, 4, 3, groups=4), (8, 3, 3)),
+    "traces apart": (TKFAC(), nn.Linear(70, 3), (70,)),
+    "unit trace": (LNGD(), nn.Linear(70, 3), (70,)),
+}
+
+
+@pytest.mark.parametrize(("method", "layer", "shape"), FORMS.values(), ids=FORMS)
+def test_each_form_of_factor_is_told_as_the_matrix_that_is_inverted(
+    method: Any, layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(N + 6, *shape, dtype=F64, generator=torch.Generator().manual_seed(2))
+    y = torch.randint(3, (N + 6,), generator=torch.Generator().manual_seed(3))
+    model = nn.Sequential(layer, nn.Flatten()).to(F64)
+    optimizer = NGD(model, NGDConfig(lr=LR, damping=DAMPING, preconditioner=method))
+    optimizer.watch()
     step(optimizer, model, x, y)
+    key = Key("0", optimizer.statistic_names[0].removeprefix("0."))
+    problem, form = optimizer._curvature.problem(key), optimizer._curvature.statistics[key].spec.form
+    assert isinstance(problem, ToInvert)
+    assert isinstance(form, FactorForm)
+    matrix = problem.factor if problem.factor.shape[-1] == problem.factor.shape[-2] else form.dense(problem.factor)
+    values = torch.linalg.eigvalsh(matrix).flatten()
+    true = torch.cat([values.new_zeros(form.shape[0] * form.shape[-1] - len(values)), values])
+
     step(optimizer, model, x, y)
 
     assert optimizer.stats.layers is not None
-    assert optimizer.stats.layers.spectra == {}
+    told = optimizer.stats.layers.spectra[str(key)]
+    assert told.is_estimate
+    assert told.quantiles[-1] == pytest.approx(float(true.max()), rel=1e-2)
+    assert told.quantiles[0] >= float(true.min()) - 1e-12
+    assert told.damping == pytest.approx(float(problem.damping.mean()))
+    exact = (float(true.max()) + told.damping) / (max(0.0, float(true.min())) + told.damping)
+    assert told.condition <= exact * (1 + 1e-9)
+    assert float((true <= told.quantiles[3] + 1e-12).double().mean()) >= 0.6
 
 
 def test_nothing_is_measured_or_sent_unless_it_is_watched() -> None:
@@ -162,7 +233,8 @@ def test_nothing_is_measured_or_sent_unless_it_is_watched() -> None:
 def test_watching_changes_no_weight() -> None:
     (x, y), weights = batch(torch.float32), []
     for is_watched_ in (False, True):
-        model = net(torch.float32)
+        torch.manual_seed(0)
+        model = wide_net().float()
         optimizer = NGD(model, NGDConfig(lr=LR, damping=DAMPING, clip=KLClip(max_kl=1e-3)))
         if is_watched_:
             optimizer.watch()
@@ -218,42 +290,60 @@ STRATEGIES = {
 }
 
 
-def told_on_ranks(rank: int, world_size: int) -> dict[str, tuple[LayerStats | None, int]]:
+METHODS = {"exact": EXACT, "pi": KFAC()}
+
+
+def wide_net() -> nn.Sequential:
+    """Returns a net with a factor of which the spectrum is an estimate."""
+    return nn.Sequential(nn.Linear(5, 30, dtype=F64), nn.Tanh(), nn.Linear(30, 3, dtype=F64))
+
+
+def told_on_ranks(rank: int, world_size: int) -> dict[tuple[str, str], tuple[LayerStats | None, int]]:
     told = {}
-    for name, strategy in STRATEGIES.items():
-        model, (x, y) = net(), batch()
-        config = NGDConfig.model_validate(
-            {"lr": LR, "momentum": 0.0, "damping": DAMPING, "preconditioner": EXACT, "strategy": strategy}
-        )
-        optimizer = NGD(model, config)
+    for name, method in product(STRATEGIES, METHODS):
+        torch.manual_seed(0)
+        model, (x, y) = wide_net(), batch()
+        settings = {"lr": LR, "momentum": 0.0, "damping": DAMPING, "preconditioner": METHODS[method]}
+        optimizer = NGD(model, NGDConfig.model_validate(settings | {"strategy": STRATEGIES[name]}))
         optimizer.watch()
-        for _ in range(2):
+        for _ in range(3):
             step(optimizer, model, x.chunk(world_size)[rank], y.chunk(world_size)[rank])
-        told[name] = optimizer.stats.layers, optimizer.stats.bytes_sent["telemetry"]
+        told[name, method] = optimizer.stats.layers, optimizer.stats.bytes_sent["telemetry"]
     return told
+
+
+def told_alone(method: str) -> LayerStats:
+    torch.manual_seed(0)
+    model, (x, y) = wide_net(), batch()
+    config = NGDConfig(lr=LR, momentum=0.0, damping=DAMPING, preconditioner=METHODS[method])
+    optimizer = NGD(model, config)
+    optimizer.watch()
+    for _ in range(3):
+        step(optimizer, model, x, y)
+    assert optimizer.stats.layers is not None
+    return optimizer.stats.layers
 
 
 @pytest.mark.ranks
 def test_each_rank_tells_of_all_layers_what_one_process_would() -> None:
-    model, (x, y) = net(), batch()
-    optimizer = NGD(model, NGDConfig(lr=LR, momentum=0.0, damping=DAMPING, preconditioner=EXACT))
-    optimizer.watch()
-    for _ in range(2):
-        step(optimizer, model, x, y)
-    alone = optimizer.stats.layers
-    assert alone is not None
+    alone_with = {method: told_alone(method) for method in METHODS}
+    assert alone_with["pi"].spectra["0.G"].is_estimate
 
     for of_rank in run_ranks(2, told_on_ranks):
-        for name, (told, sent) in of_rank.items():
+        for (name, method), (told, sent) in of_rank.items():
+            alone = alone_with[method]
             assert told is not None, name
             assert told.gradient_norms == pytest.approx(alone.gradient_norms), name
             assert told.update_norms == pytest.approx(alone.update_norms), name
             assert told.cosines == pytest.approx(alone.cosines), name
             assert told.kl == pytest.approx(alone.kl), name
-            assert told.spectra.keys() == alone.spectra.keys(), name
-            largest = {key: spectrum.quantiles[-1] for key, spectrum in alone.spectra.items()}
-            assert {k: s.quantiles[-1] for k, s in told.spectra.items()} == pytest.approx(largest), name
-            assert sent == 8 * (2 * 3 + 4 * 7), name  # float64: three products a layer, seven numbers a factor
+            assert [*told.spectra] == [*alone.spectra] == ["0.A", "0.G", "2.A", "2.G"], name
+            for key, spectrum in alone.spectra.items():
+                assert told.spectra[key].is_estimate == spectrum.is_estimate, (name, key)
+                assert told.spectra[key].quantiles == pytest.approx(spectrum.quantiles, rel=1e-5, abs=1e-9), (name, key)
+                assert told.spectra[key].damping == pytest.approx(spectrum.damping), (name, key)
+            # float64: three products a layer, seven numbers a factor, and those of a few estimates.
+            assert sent == 8 * (2 * 3 + 4 * 7 + MOST * WIDTH), name
 
 
 @pytest.mark.parametrize("device", [CUDA])
@@ -262,13 +352,16 @@ def test_watching_never_waits_for_the_device(device: str) -> None:
     optimizer = NGD(model, NGDConfig(lr=LR, damping=DAMPING))
     optimizer.watch()
     step(optimizer, model, x.to(device), y.to(device))
-    watch = optimizer._watch
+    watch, spectra = optimizer._watch, optimizer._curvature.spectra
     assert watch is not None
+    assert spectra is not None
+    watch.take()
     d = {layer.name: torch.ones(layer.shape.gradient, device=device) for layer in optimizer.layers}
     torch.cuda.set_sync_debug_mode("error")
     try:
         watch.measure(d, d, torch.device(device))
-        watch.send(2, optimizer._update.factors, {}, updates_weights=True)
+        estimates = spectra.estimate(optimizer._curvature.problem)
+        watch.send(2, optimizer._update.factors, {}, estimates, updates_weights=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -276,3 +369,4 @@ def test_watching_never_waits_for_the_device(device: str) -> None:
 
     assert told is not None
     assert not any(math.isnan(cosine) for cosine in told.cosines)
+    assert len(told.spectra) == 2 * MOST

@@ -63,8 +63,8 @@ def records() -> list[StepRecord]:
     """Twenty steps: layers are told in three of them, ranks in two, inversions in two."""
     told: dict[int, dict[str, Any]] = {
         2: {"layers": layers(1, {0: [0.0, 0.1, 0.2, 0.3, 0.4, 0.05, 9.0], 1: [0.0, 0.0, 0.0, 0.0, 1.0, None, None]})},
-        9: {"layers": layers(8, {0: [0.1, 0.1, 0.2, 0.3, 0.5, 0.05, 4.0]}), "ranks": ranks(1.0)},
         3: {"judged": judged({"CHOLESKY": [0, 1]})},
+        9: {"layers": layers(8, {0: [0.1, 0.1, 0.2, 0.3, 0.5, 0.05, 4.0]}, estimated=[0]), "ranks": ranks(1.0)},
         12: {"judged": judged({"NEWTON_SCHULZ": [0]}, {2: "NON_FINITE"})},
         17: {"layers": layers(16)},
         18: {"ranks": ranks(2.0)},
@@ -93,6 +93,7 @@ def test_newest_of_each_thing_is_kept_however_wide_the_spans(level: int) -> None
     assert [(one.name, one.step) for one in told.spectra] == [("0.A", 8), ("0.G", 1)]
     assert (told.spectra[0].quantiles, told.spectra[0].damping) == ([0.1, 0.1, 0.2, 0.3, 0.5], 0.05)
     assert told.spectra[1].condition is None
+    assert [one.is_estimate for one in told.spectra] == [True, False]
     assert [(one.name, one.step, one.method, one.ending) for one in told.inversions] == [
         ("0.A", 12, "NEWTON_SCHULZ", "OK"),
         ("0.G", 3, "CHOLESKY", "OK"),
@@ -206,9 +207,11 @@ def test_layers_and_spectra_stay_until_newer_ones_are_told() -> None:
     assert chart.whole.visible
     assert chart.chart.options["yAxis"]["data"] == ["0.A", "0.G"]
     assert chart.chart.options["series"][1]["data"] == [[0.05, 0]]
-    assert min(chart.chart.options["series"][0]["data"][1]) > 0  # a logarithm has no 0
+    assert min(chart.chart.options["series"][0]["data"][1]["value"]) > 0  # a logarithm has no 0
     assert chart.sentence().startswith("highest condition number with damping infinite, of 0.G")
-    assert chart.csv().splitlines()[1] == "0.A,0.1,0.1,0.2,0.3,0.5,0.05,4.0,8"
+    assert chart.sentence().endswith("of 2 factors; 1 estimated, with dashed boxes")
+    assert chart.csv().splitlines()[1] == "0.A,0.1,0.1,0.2,0.3,0.5,0.05,4.0,estimated,8"
+    assert chart.rows()[1]["from"] == "exact"
 
 
 def inversion(name: str, owner: int | None, seconds: float | None, **more: Any) -> FactorInversion:

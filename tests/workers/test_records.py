@@ -145,7 +145,7 @@ def test_record_of_a_version_without_them_is_read() -> None:
 
 def test_layers_that_were_watched_are_told_with_their_spectra() -> None:
     optimizer = having()
-    spectra = {"1.A": Spectrum((0.0, 0.25, 0.5, 1.0, 4.123456), damping=math.nan)}
+    spectra = {"1.A": Spectrum((0.0, 0.25, 0.5, 1.0, 4.123456), damping=math.nan, is_estimate=True)}
     layers = LayerStats(7, [1.23456, 2.0], [0.1, 0.2], [math.nan, 0.51234], 0.012345, None, spectra)
     optimizer.stats = StepStats(layers=layers)
 
@@ -154,6 +154,7 @@ def test_layers_that_were_watched_are_told_with_their_spectra() -> None:
     assert told is not None
     assert (told.step, told.gradient_norms, told.cosines) == (7, [1.235, 2.0], [None, 0.5123])
     assert told.spectra == {2: [0.0, 0.25, 0.5, 1.0, 4.123, None, None]}
+    assert told.estimated == [2]
     assert Layers.model_validate_json(told.model_dump_json()) == told
 
 

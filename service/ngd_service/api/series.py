@@ -84,9 +84,7 @@ def anatomy(started: Mapping[str, Any], known: Spans) -> Anatomy:
     return Anatomy(
         layers=None if layers is None else LayerAnatomy(names=names[: len(layers["cosines"])], **layers),
         spectra=[
-            FactorSpectrum(name=statistics[place], step=step, quantiles=quantiles, damping=damping, condition=condition)
-            for place, (step, *quantiles, damping, condition) in sorted(spectra.items())
-            if place < len(statistics)
+            _spectrum(statistics[place], *row) for place, row in sorted(spectra.items()) if place < len(statistics)
         ],
         inversions=[
             FactorInversion(
@@ -104,6 +102,19 @@ def anatomy(started: Mapping[str, Any], known: Spans) -> Anatomy:
         world_size=started.get("world_size", 1),
         ranks=None if ranks is None else RankAnatomy(hosts=hosts, device=started["device"], **ranks),
         last_step=known.last_step,
+    )
+
+
+def _spectrum(name: str, step: int, *row: Any) -> FactorSpectrum:
+    """Returns what a row tells: quantiles, damping, condition and, since there are estimates, whether it is one."""
+    damping, condition, *is_estimate = row[5:]
+    return FactorSpectrum(
+        name=name,
+        step=step,
+        quantiles=row[:5],
+        damping=damping,
+        condition=condition,
+        is_estimate=any(is_estimate),
     )
 
 

@@ -1,7 +1,6 @@
 """Each layer's gradient beside its update, and each factor's eigenvalues beside its damping, as told last."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
@@ -23,6 +22,7 @@ COLUMNS = (
     ("ratio", "update / gradient"),
     ("cosine", "cosine"),
 )
+ROWS_OF_A_PAGE = 10
 QUARTILES = ("least", "lower quartile", "median", "upper quartile", "largest")
 
 
@@ -38,14 +38,15 @@ class LayersPanel:
                 for key, label in COLUMNS
             ]
             with ui.element("div").classes("panel-body"):
-                self.table = ui.table(rows=[], columns=columns, row_key="name", pagination=10).classes("dense fill")
-                self.table.props('flat dense aria-label="Gradient and update of each layer"')
+                self.table = ui.table(rows=[], columns=columns, row_key="name", pagination=ROWS_OF_A_PAGE)
+                self.table.classes("dense fill").props('flat dense aria-label="Gradient and update of each layer"')
         self.whole.set_visibility(False)
 
     def show(self, told: Anatomy) -> None:
         """Takes the newest that was told; nothing new leaves what is there."""
         if told.layers is not None:
             self.table.rows = layer_rows(told.layers)
+            self.table.props["hide-pagination"] = len(self.table.rows) <= ROWS_OF_A_PAGE
             self.note.set_text(_said_of_layers(told.layers))
         self.whole.set_visibility(bool(self.table.rows))
 
@@ -67,7 +68,7 @@ class SpectraPanel(ChartPanel):
         options = self.chart.options
         options["yAxis"]["data"] = [spectrum.name for spectrum in known]
         options["grid"]["left"] = min(260, 24 + 7 * max(len(spectrum.name) for spectrum in known))
-        options["series"][0]["data"] = [_box(spectrum.quantiles) for spectrum in known]
+        options["series"][0]["data"] = [_box(spectrum) for spectrum in known]
         options["series"][1]["data"] = [
             [spectrum.damping, place] for place, spectrum in enumerate(known) if spectrum.damping
         ]
@@ -79,7 +80,8 @@ class SpectraPanel(ChartPanel):
 
     def columns(self) -> list[tuple[str, str]]:
         names = [(f"q{place}", label) for place, label in enumerate(QUARTILES)]
-        return [("key", "factor"), *names, ("damping", "damping"), ("condition", "condition number"), ("step", "step")]
+        told = [("damping", "damping"), ("condition", "condition number"), ("from", "eigenvalues"), ("step", "step")]
+        return [("key", "factor"), *names, *told]
 
     def rows(self) -> list[dict[str, Any]]:
         return [
@@ -94,6 +96,7 @@ class SpectraPanel(ChartPanel):
                 **{f"q{place}": value for place, value in enumerate(spectrum.quantiles)},
                 "damping": spectrum.damping,
                 "condition": math.inf if spectrum.condition is None else spectrum.condition,
+                "from": "estimated" if spectrum.is_estimate else "exact",
                 "step": spectrum.step,
             }
             for spectrum in self.spectra.values()
@@ -106,9 +109,12 @@ class SpectraPanel(ChartPanel):
         worst = max(known, key=lambda one: math.inf if one.condition is None else one.condition)
         held = sum(one.damping is not None and one.quantiles[3] < one.damping for one in known)
         condition = "infinite" if worst.condition is None else number(worst.condition)
+        bound = "at least " if worst.is_estimate else ""
+        guessed = sum(one.is_estimate for one in known)
+        estimated = f"; {guessed:,} estimated, with dashed boxes" if guessed else ""
         return (
-            f"highest condition number with damping {condition}, of {worst.name}; damping exceeds three quarters of "
-            f"the eigenvalues of {held:,} of {counted(len(known), 'factor')}"
+            f"highest condition number with damping {bound}{condition}, of {worst.name}; damping exceeds three "
+            f"quarters of the eigenvalues of {held:,} of {counted(len(known), 'factor')}{estimated}"
         )
 
 
@@ -136,9 +142,10 @@ def _said_of_layers(layers: LayerAnatomy) -> str:
     return f"{counted(len(layers.names), 'layer')} at step {layers.step:,}{lowest}{kl}{clip}"
 
 
-def _box(quantiles: Sequence[float]) -> list[float]:
-    floor = FLOOR * quantiles[-1] or FLOOR
-    return [max(value, floor) for value in quantiles]
+def _box(spectrum: FactorSpectrum) -> dict[str, Any]:
+    floor = FLOOR * spectrum.quantiles[-1] or FLOOR
+    line = {"borderType": "dashed"} if spectrum.is_estimate else {}
+    return {"value": [max(value, floor) for value in spectrum.quantiles], "itemStyle": line}
 
 
 def _options() -> dict[str, Any]:

@@ -29,6 +29,7 @@ NORMS = ("layers.gradient_norm", "layers.update_norm")
 # One above the other, over the same steps.
 MEASURED = (("layers.lowest_cosine",), ("layers.kl",), ("layers.clip_factor",))
 ROWS = (("reduction_ratio",), ("damping",), *MEASURED, NORMS, COUNTS)
+LOGARITHMIC = (("damping",), ("layers.kl",), NORMS)
 ROWS_PX, GAP_PX, TOP_PX, FOOT_PX = (110, 110, 80, 80, 56, 80, 56), 22, 34, 44
 
 
@@ -98,14 +99,16 @@ class Trust(Curves):
         return {"min": min(ends), "max": max(ends)} if ends else {}
 
     def _extents(self) -> list[dict[str, Any]]:
-        """The range of each row's axis: that of the ratio holds its healthy band."""
-        ratios = self.points["reduction_ratio"]
-        finite = [value for _, value in ratios if math.isfinite(value)]
-        others: list[dict[str, Any]] = [{} for _ in ROWS[1:]]
-        if not finite:
-            return [{}, *others]
-        low, high = self.calm_range or (min(finite), max(finite))
-        return [{"min": min(0.0, low), "max": max(HEALTHY[1] + 0.5, high)}, *others]
+        """The range of each row's axis: that of the ratio holds its healthy band, a logarithmic one whole decades."""
+        extents: list[dict[str, Any]] = []
+        for keys in ROWS:
+            finite = [value for key in keys for _, value in self.points[key] if math.isfinite(value)]
+            if keys == ("reduction_ratio",) and finite:
+                low, high = self.calm_range or (min(finite), max(finite))
+                extents.append({"min": min(0.0, low), "max": max(HEALTHY[1] + 0.5, high)})
+            else:
+                extents.append(_decades(finite) if keys in LOGARITHMIC else {})
+        return extents
 
     @property
     def _may_have_outliers(self) -> list[str]:
@@ -135,6 +138,22 @@ class Trust(Curves):
     def _told_of_damping(self) -> str:
         known = self.points["damping"]
         return f"damping {number(known[-1][1])}" if known else ""
+
+
+def _decades(values: Sequence[float]) -> dict[str, float]:
+    """Returns the least range of powers of ten that holds the values; ECharts' own begins at 1.
+
+    >>> _decades([0.003, 0.02])
+    {'min': 0.001, 'max': 0.1}
+    >>> _decades([0.001])
+    {'min': 0.0001, 'max': 0.01}
+    """
+    exponents = [math.log10(value) for value in values if value > 0]
+    if not exponents:
+        return {}
+    low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+    room = int(low == high)  # a line in the middle
+    return {"min": 10.0 ** (low - room), "max": 10.0 ** (high + room)}
 
 
 def _axes() -> list[dict[str, Any]]:

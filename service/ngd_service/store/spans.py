@@ -169,8 +169,10 @@ def _newest(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what few records have; spectra and inversions by the place of their statistic."""
     layers, ranks, content = record.get("layers"), record.get("ranks"), dict[str, Any]()
     if layers is not None:
-        spectra = {str(place): [layers["step"], *row] for place, row in layers["spectra"].items()}
-        content = {"layers": {name: value for name, value in layers.items() if name != "spectra"}, "spectra": spectra}
+        estimated = {str(place) for place in layers.get("estimated", ())}
+        spectra = {str(p): [layers["step"], *row, str(p) in estimated] for p, row in layers["spectra"].items()}
+        of_layers = {name: value for name, value in layers.items() if name not in ("spectra", "estimated")}
+        content = {"layers": of_layers, "spectra": spectra}
     inversions = _inversions(record["step"], record.get("judged") or {})
     content |= {"inversions": inversions} if inversions else {}
     return content | ({} if ranks is None else {"ranks": ranks | {"step": record["step"]}})

@@ -133,6 +133,9 @@ class Layers(Fact):
         description="Place of a statistic -> its factor's eigenvalues: the least, three quartiles, the largest; then "
         "the damping in their unit, None if it is not known, and the condition number, None if it is infinite.",
     )
+    estimated: list[int] = Field(
+        default=[], description="Places of the statistics whose spectrum is an estimate: the others' are exact."
+    )
 
 
 class Ranks(Fact):

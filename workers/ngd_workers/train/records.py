@@ -100,7 +100,7 @@ def layers_of(optimizer: NGD) -> Layers | None:
     if told is None:
         return None
     place = {name: i for i, name in enumerate(optimizer.statistic_names)}
-    spectra = {place[name]: _columns(of) for name, of in [*told.spectra.items()][: 2 * MOST_LAYERS]}
+    spectra = {place[name]: of for name, of in [*told.spectra.items()][: 2 * MOST_LAYERS]}
     return Layers.model_construct(  # as it is: see `judged`
         step=told.step,
         gradient_norms=[_number(norm) for norm in told.gradient_norms[:MOST_LAYERS]],
@@ -108,7 +108,8 @@ def layers_of(optimizer: NGD) -> Layers | None:
         cosines=[_short(cosine) for cosine in told.cosines[:MOST_LAYERS]],
         kl=_short(told.kl),
         clip_factor=told.clip_factor,
-        spectra=spectra,
+        spectra={i: _columns(of) for i, of in spectra.items()},
+        estimated=[i for i, of in spectra.items() if of.is_estimate],
     )
 
 
