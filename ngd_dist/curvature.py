@@ -183,7 +183,9 @@ class Curvature:
                 threshold=report.threshold,
                 error=report.error,
                 residual=report.residual,
+                method=None if report.method is None else report.method.name,
                 seconds=report.seconds,
+                inversion_seconds=report.inversion_seconds,
                 ending=report.ending.name,
                 age=step - before[key].refreshed,
                 interval=after[key].interval,
@@ -277,9 +279,8 @@ class Curvature:
         noise = count.noise(key.statistic, change.norm)
         threshold = threshold_for(self._staleness, key.statistic, noise * spread, self._thresholds)
         verdict = judge(change, threshold)
-        return RefreshReport(
-            verdict, Ending.OK, count.rows, change.to_last, change.to_before, noise=noise, threshold=threshold
-        )
+        report = RefreshReport(verdict, Ending.OK, count.rows, noise=noise, threshold=threshold)
+        return replace(report, change=change.to_last, change_to_before=change.to_before)
 
     def _error(self, key: Key) -> float | None:
         """Returns the error of the inverse in use for the new value, read back; None if the policy measures none."""
@@ -384,8 +385,9 @@ def _with_ending(
     ending = max(report.ending, endings.get(key.statistic, Ending.OK), *of_others)
     verdict = report.verdict if ending is Ending.OK else Verdict.UNUSABLE
     residual = solution.residual if isinstance(solution, Inverse) else report.residual
-    spent = seconds + rebuilt.seconds.get(key, 0.0)
-    return replace(report, verdict=verdict, ending=ending, residual=residual, seconds=spent)
+    inverting = rebuilt.seconds.get(key, 0.0)
+    told = replace(report, verdict=verdict, ending=ending, residual=residual, seconds=seconds + inverting)
+    return replace(told, inversion_seconds=inverting, method=None if solution is None else solution.method)
 
 
 def _shares(seconds: float, problems: Mapping[Key, Problem]) -> dict[Key, float]:

@@ -38,6 +38,17 @@ class NaturalGradient(Assembly):
         """Returns "layer.statistic" for every statistic, in the order of `stats.ages` and `stats.intervals`."""
         return [str(key) for key in self._schedule.tracks]
 
+    @property
+    def owners(self) -> list[int | None]:
+        """Returns the rank that inverts each statistic, in the order of `statistic_names`; None: all ranks do.
+
+        >>> NGD(nn.Linear(8, 4)).owners
+        [0, 0]
+        """
+        roles = self._sync.placement.roles
+        layers = [key.layer for key in self._schedule.tracks]
+        return [None if self._sync.is_replicated(layer) else roles[layer].owner for layer in layers]
+
     def fisher_backward(self, output: Any, *, ignored: Tensor | None = None) -> None:
         """Gives the statistics the gradients of the model's own predictions, unless `config.fisher` is empirical.
 

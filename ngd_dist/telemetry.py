@@ -18,9 +18,11 @@ class Refresh:
     change, change_to_before: relative, against the last two values in use. noise: the relative sampling error of the
     new value. threshold: the change from which on the statistic counts as changed. error: ||I - (X + damping) inverse||
     / sqrt(n) of the inverse that was in use, for the new value X; of a basis, the share of X off its diagonal.
-    residual: the same of the new inverse. ending: the name of the inversion's ending. age: the steps for which the last
-    value was in use. interval: the steps until the statistic is due again, at most. seconds: host time for estimating
-    and inverting, on the rank that reports. bytes_sent: by each rank, for this statistic.
+    residual: the same of the new inverse. method: the name of the inversion's last try; None if nothing was inverted.
+    ending: the name of the inversion's ending. age: the steps for which the last value was in use. interval: the steps
+    until the statistic is due again, at most. seconds: host time for estimating and inverting, on the rank that
+    reports; inversion_seconds: for inverting alone, this statistic's share by n^3 of what its rank inverted at once.
+    bytes_sent: by each rank, for this statistic.
     """
 
     statistic: str
@@ -30,10 +32,12 @@ class Refresh:
     threshold: float
     error: float
     residual: float
+    method: str | None
     ending: str
     age: int
     interval: int
     seconds: float
+    inversion_seconds: float
     bytes_sent: int
 
 

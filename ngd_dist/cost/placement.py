@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeVar
 
 from ngd_dist.config import AllReduce, NGDConfig, OwnerSharded, Single
 
 __all__ = ["Owners", "least_loaded", "owners_of", "strategy_of"]
+
+Cost = TypeVar("Cost", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,18 @@ def strategy_of(config: NGDConfig, world_size: int) -> Single | AllReduce | Owne
 
 
 def least_loaded(
-    costs: Mapping[str, int], load: list[int], shares: Mapping[str, Sequence[int]] | None = None
+    costs: Mapping[str, Cost], load: list[Cost], shares: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, int]:
     """Returns the owners: the most expensive layer goes first, to the rank that has least to do. Source: [G69].
 
-    costs: the operations of refreshing each layer. load: those that each rank has already; it grows in place. Ties are
-    broken by name, by the share of a layer's weights that a rank has, and by rank, so that every rank computes the same
-    answer.
+    costs: the operations of refreshing each layer, or its seconds. load: those that each rank has already; it grows in
+    place. Ties are broken by name, by the share of a layer's weights that a rank has, and by rank, so that every rank
+    computes the same answer.
     """
     ranks, owner = range(len(load)), {}
     for layer in sorted(costs, key=lambda name: (-costs[name], name)):
         held = (shares or {}).get(layer, [0] * len(load))
-        rank = min(ranks, key=lambda r, held=held: (load[r], -held[r]))  # type: ignore[misc]
+        *_, rank = min((load[rank], -held[rank], rank) for rank in ranks)
         owner[layer] = rank
         load[rank] += costs[layer]
     return owner

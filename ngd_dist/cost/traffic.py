@@ -21,7 +21,7 @@ __all__ = ["COLLECTIVE", "Traffic", "mean_traffic", "traffic"]
 FLAGS = 2  # numbers: whether a gradient is not finite, and how many are missing
 COUNTS = 5  # numbers on each due layer, beside a mean square of each statistic if noise is measured
 CURVATURES = 3  # numbers on each layer that a length by layer sums over the ranks
-REPORT = 10  # numbers on each due statistic
+REPORT = 12  # numbers on each due statistic
 MIB = 2**20
 
 COLLECTIVE = ("engine", "step length")  # kinds that all ranks sum or gather in equal parts

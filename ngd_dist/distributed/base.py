@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ngd_dist.factors.form import Form
-from ngd_dist.inversion import Ending
+from ngd_dist.inversion import Ending, Method
 from ngd_dist.statistics.staleness import REFRESHED, Verdict
 from ngd_dist.statistics.statistic import Key, Positions, StatisticSpec, by_layer
 
@@ -33,16 +33,18 @@ UNMEASURED = float("inf")
 class RefreshReport:
     """The owner's report on a statistic of its layer that was due. Travels as numbers.
 
-    `rows`: the number from which all ranks estimated it. `change` and `change_to_before`: relative to the last value in
-    use, and to the one before. `noise`: the relative sampling error of the value. `threshold`: the bound for the
-    changes. `error`: that of the inverse that was in use, for the new value. `residual`: that of the new inverse.
-    `seconds`: host time on the owner, for estimating the statistic and for its inversion. A number that was not
+    `rows`: the number from which all ranks estimated it. `method`: of the inversion, the last that was tried; None if
+    nothing was inverted. `change` and `change_to_before`: relative to the last value in use, and to the one before.
+    `noise`: the relative sampling error of the value. `threshold`: the bound for the changes. `error`: that of the
+    inverse that was in use, for the new value. `residual`: that of the new inverse. `seconds`: host time on the owner,
+    for estimating the statistic and for its inversion; `inversion_seconds`: for the latter alone. A number that was not
     measured is infinity.
     """
 
     verdict: Verdict
     ending: Ending
     rows: int = 0
+    method: Method | None = None
     change: float = UNMEASURED
     change_to_before: float = UNMEASURED
     noise: float = UNMEASURED
@@ -50,6 +52,7 @@ class RefreshReport:
     error: float = UNMEASURED
     residual: float = UNMEASURED
     seconds: float = 0.0
+    inversion_seconds: float = 0.0
 
     @property
     def rebuilds(self) -> bool:
@@ -58,15 +61,16 @@ class RefreshReport:
         return self.verdict in REFRESHED and not is_kept
 
     def numbers(self) -> list[float]:
-        """Returns the report as it travels. Infinity travels as -1."""
-        return [-1.0 if number == UNMEASURED else float(number) for number in astuple(self)]
+        """Returns the report as it travels. Infinity travels as -1, and so does no method."""
+        return [-1.0 if number in (UNMEASURED, None) else float(number) for number in astuple(self)]
 
     @classmethod
     def parse(cls, numbers: Sequence[float]) -> "RefreshReport":
         """Returns the report that was sent."""
-        verdict, ending, rows, *measured = numbers
+        verdict, ending, rows, method, *measured = numbers
         known = (UNMEASURED if number == -1.0 else number for number in measured)
-        return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), *known)
+        tried = None if method == -1.0 else Method(int(method))
+        return cls(Verdict(int(verdict)), Ending(int(ending)), int(rows), tried, *known)
 
     @classmethod
     def of_ranks(cls, reports: Sequence["RefreshReport"]) -> "RefreshReport":
@@ -83,6 +87,7 @@ class RefreshReport:
             verdict,
             max(report.ending for report in seen),
             max(report.rows for report in seen),
+            max((report.method for report in seen if report.method is not None), default=None),
             max(report.change for report in seen),
             max(report.change_to_before for report in seen),
             max(report.noise for report in seen),
@@ -90,6 +95,7 @@ class RefreshReport:
             max(report.error for report in seen),
             max(report.residual for report in seen),
             max(report.seconds for report in seen),
+            max(report.inversion_seconds for report in seen),
         )
 
 

@@ -6,7 +6,7 @@ A factor succeeds or fails as a whole: its blocks are refreshed together.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -56,7 +56,10 @@ _ADVICE = {
 
 
 class Method(IntEnum):
-    """The method of an inversion. Those of dense factors are numbered in the order in which they are tried."""
+    """The method of an inversion. The integer travels between ranks.
+
+    Those that invert dense factors are numbered in the order in which they are tried.
+    """
 
     RECIPROCAL = 0
     WARM_NEWTON_SCHULZ = 1
@@ -64,6 +67,7 @@ class Method(IntEnum):
     CHOLESKY = 3
     CHOLESKY_FLOAT64 = 4
     WOODBURY = 5
+    EIGENDECOMPOSITION = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class Inverse:
 class Eigen:
     """Eigenvalues [B, n], clamped at 0, and eigenvectors as columns [B, n, n]; None if it failed."""
 
+    method: ClassVar[Method] = Method.EIGENDECOMPOSITION
     values: Tensor | None
     vectors: Tensor | None
     ending: Ending

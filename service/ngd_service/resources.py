@@ -279,6 +279,24 @@ class FactorSpectrum(Resource):
     )
 
 
+class FactorInversion(Resource):
+    """The newest inversion of a factor."""
+
+    name: str = Field(description="layer.statistic")
+    owner: int | None = Field(description="Rank that inverts it; None: every rank does.")
+    step: int
+    method: str | None = Field(
+        description="The last that was tried: CHOLESKY, NEWTON_SCHULZ ...; None: the statistic was not fit for any."
+    )
+    residual: float | None = Field(
+        description="||I - X inverse|| / sqrt(n) of the damped factor X; None: not measured, as of eigenvectors."
+    )
+    seconds: float | None = Field(
+        description="Host seconds on the rank that inverted; of the time for several at once, the share of n^3."
+    )
+    ending: str = Field(description="OK, or why the old inverse stays in use.")
+
+
 class RankAnatomy(Resource):
     """What each rank did in the steps before this one: a number a rank; None: it can't tell."""
 
@@ -302,6 +320,8 @@ class Anatomy(Resource):
         description="None: no layer is preconditioned, or the version is an earlier one."
     )
     spectra: list[FactorSpectrum] = Field(description="Of the factors that are told.")
+    inversions: list[FactorInversion] = Field([], description="Of each factor; of earlier versions none.")
+    world_size: int = Field(1, description="Ranks of the newest start.")
     ranks: RankAnatomy | None
     last_step: int = Field(description="Newest step stored.")
 

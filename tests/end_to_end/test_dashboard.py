@@ -15,7 +15,8 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from ngd_service.client.client import Client, ServiceError
-from ngd_service.resources import Job
+from ngd_service.client.units import number
+from ngd_service.resources import Anatomy, Job
 from tests.support.browser import CHROMIUM, browser_page
 from tests.support.deadline import wait_until
 
@@ -149,6 +150,7 @@ def _see_layers_and_ranks(service: Service, page: Page, job: Job) -> None:
     spectra = _panel(page, "Spectra of the factors")
     expect(spectra.get_by_text(f"{estimated} estimated, with dashed boxes")).to_be_visible()
     assert [place for _, place in boxes["damping"]] == [*range(len(told.spectra))]
+    _see_inversions(page, told)
     layers = _panel(page, "Gradient and update of each layer")
     for name in told.layers.names:
         expect(layers.get_by_role("cell", name=name, exact=True)).to_be_visible()
@@ -156,6 +158,36 @@ def _see_layers_and_ranks(service: Service, page: Page, job: Job) -> None:
     for title in ("Phases by rank", "Workers"):
         expect(_panel(page, title).get_by_role("cell", name=told.ranks.hosts[0])).to_have_count(2)
     expect(_panel(page, "Workers").get_by_role("cell", name="no GPU")).to_have_count(4)
+
+
+def _see_inversions(page: Page, told: Anatomy) -> None:
+    """Each factor's newest inversion, and how long each of the two ranks takes for its own."""
+    place = _panel(page, "Inversions")
+    assert told.world_size == 2
+    assert [one.name for one in told.inversions] == [one.name for one in told.spectra]
+    for one in told.inversions:
+        assert (one.method, one.ending) == ("CHOLESKY", "OK")
+        assert one.residual is not None
+        where = "every rank" if one.owner is None else f"rank {one.owner}"
+        expect(place.get_by_role("row").filter(has_text=one.name)).to_contain_text(
+            f"{where}Cholesky{number(one.residual)}"
+        )
+    drawn = dict(page.evaluate(POINTS, "Inversions"))
+    for rank, seconds in enumerate(drawn["as placed"]):
+        own = [one.seconds or 0.0 for one in told.inversions if one.owner in (rank, None)]
+        assert seconds == pytest.approx(sum(own))
+    assert sum(drawn["if placed by these times"]) == pytest.approx(sum(drawn["as placed"]))
+    expect(place).to_contain_text("if layers were placed by these times")
+
+
+def _see_inversions_of_one_rank(service: Service, page: Page, job: Job) -> None:
+    place = _panel(page, "Inversions")
+    for one in service.client.anatomy(job.id).inversions:
+        assert (one.owner, one.method) == (0, "CHOLESKY")
+        assert one.residual is not None
+        expect(place.get_by_role("row").filter(has_text=one.name)).to_contain_text("rank 0Cholesky")
+    expect(place.get_by_text("largest residual")).to_be_visible()
+    expect(place.get_by_role("img")).to_be_hidden()
 
 
 def _panel(page: Page, title: str) -> Locator:
@@ -175,6 +207,8 @@ def _download_a_checkpoint(service: Service, page: Page, job: Job) -> None:
 def _cancel_on_its_page(service: Service, page: Page, job: Job) -> None:
     page.goto(f"{service.url}/jobs/{job.id}")
     expect(page.locator(".phase.large", has_text="Running")).to_be_visible(timeout=START_MS)
+    expect(_panel(page, "Inversions")).to_be_visible(timeout=START_MS)
+    _see_inversions_of_one_rank(service, page, job)
     page.get_by_role("button", name="Cancel job").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel job").click()
     expect(page.get_by_role("dialog")).to_be_hidden(timeout=TRAIN_MS)  # it fades out

@@ -20,6 +20,7 @@ from ngd_dist import NGD, NGDConfig, ShardedState
 from ngd_dist.config import SENG, AdaptiveInterval, AllReduce, FixedInterval, KLClip, OwnerSharded, Thresholds
 from ngd_dist.distributed.base import RefreshReport
 from ngd_dist.inversion import Ending
+from ngd_dist.inversion import Method as Inversion
 from ngd_dist.preconditioners.seng import SENG as Method
 from ngd_dist.statistics.staleness import Verdict
 from ngd_dist.statistics.statistic import Key
@@ -385,9 +386,19 @@ def test_the_worst_verdict_of_the_ranks_that_saw_a_statistic_is_all_ranks(
 
 
 def test_numbers_of_a_report_are_the_worst_of_all_ranks() -> None:
-    one = RefreshReport(Verdict.CHANGED, Ending.OK, rows=8, change=0.5, residual=1e-9, threshold=0.2, seconds=1.0)
+    one = RefreshReport(
+        Verdict.CHANGED,
+        Ending.OK,
+        rows=8,
+        change=0.5,
+        residual=1e-9,
+        threshold=0.2,
+        seconds=1.0,
+        method=Inversion.CHOLESKY,
+    )
     other = RefreshReport(Verdict.SETTLED, Ending.OK, rows=8, change=0.1, residual=1e-6, threshold=0.1, seconds=3.0)
 
     both = RefreshReport.of_ranks([one, other])
 
     assert (both.rows, both.change, both.residual, both.threshold, both.seconds) == (8, 0.5, 1e-6, 0.1, 3.0)
+    assert both.method is Inversion.CHOLESKY

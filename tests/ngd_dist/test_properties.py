@@ -18,7 +18,7 @@ from ngd_dist.factors.codec import Field
 from ngd_dist.factors.dense import Dense
 from ngd_dist.factors.form import Form
 from ngd_dist.factors.triangle import pack, packed_size, unpack
-from ngd_dist.inversion import Ending
+from ngd_dist.inversion import Ending, Method
 from ngd_dist.statistics.staleness import REFRESHED, Schedule, Track, Verdict
 from ngd_dist.statistics.statistic import Key, Statistic, StatisticSpec
 from tests.support.tensors import F64
@@ -93,9 +93,12 @@ def test_a_parcel_opens_into_what_it_was_made_of(fields: list[tuple[tuple[int, .
     ending=st.sampled_from(Ending),
     rows=st.integers(0, 2**24),
     change=st.one_of(st.just(float("inf")), st.floats(0, 1e30)),
+    method=st.one_of(st.none(), st.sampled_from(Method)),
 )
-def test_a_report_arrives_as_it_was_sent(verdict: Verdict, ending: Ending, rows: int, change: float) -> None:
-    report = RefreshReport(verdict, ending, rows, change)
+def test_a_report_arrives_as_it_was_sent(
+    verdict: Verdict, ending: Ending, rows: int, change: float, method: Method | None
+) -> None:
+    report = RefreshReport(verdict, ending, rows, method, change)
 
     assert all(number < float("inf") for number in report.numbers())
     assert RefreshReport.parse(report.numbers()) == report

@@ -9,15 +9,19 @@ from nicegui import Client
 
 from ngd_service.api.series import anatomy, curves
 from ngd_service.dashboard.cumulative import ALL_REFRESHED, SENT, SGD, Cumulative
+from ngd_service.dashboard.inversions import InversionsPanel, seconds_by_rank
 from ngd_service.dashboard.layers import LayersPanel, SpectraPanel
 from ngd_service.dashboard.ranks import NO_PSUTIL, PhasesByRank, Workers, straggler
 from ngd_service.dashboard.trust import Trust
 from ngd_service.dashboard.view import View
-from ngd_service.resources import Anatomy, RankAnatomy
+from ngd_service.resources import Anatomy, FactorInversion, RankAnatomy
 from ngd_service.store.spans import KINDS, Name, Span, Spans, fold
-from ngd_workers.contract.events import Layers, Ranks, StepRecord
+from ngd_workers.contract.events import Judged, Layers, Ranks, StepRecord
 
-STARTED = {"layers": ["0", "2"], "statistics": ["0.A", "0.G", "2.A", "2.G"], "hosts": ["a", "b"], "device": "cpu"}
+STARTED = {
+    "layers": ["0", "2"], "statistics": ["0.A", "0.G", "2.A", "2.G"], "hosts": ["a", "b"], "device": "cpu",
+    "owners": [0, 0, 1, None], "world_size": 2,
+}  # fmt: skip
 
 
 def layers(step: int, spectra: dict[int, list[float | None]] | None = None, **changes: Any) -> Layers:
@@ -39,11 +43,29 @@ def ranks(cpu: float | None = 1.5, **changes: Any) -> Ranks:
     return Ranks.model_validate(told | changes)
 
 
+def judged(methods: dict[str, list[int]], failed: dict[int, str] | None = None) -> Judged:
+    """The statistics 0 to 2 under a fixed interval, so that nothing else was measured of them."""
+    unmeasured = [None] * 3
+    return Judged(
+        statistics=[0, 1, 2],
+        changes=unmeasured,
+        noises=unmeasured,
+        thresholds=unmeasured,
+        errors=unmeasured,
+        failed=failed or {},
+        residuals=[1e-6, 2e-6, None],
+        inversion_seconds=[0.1, 0.2, None],
+        methods=methods,
+    )
+
+
 def records() -> list[StepRecord]:
-    """Twenty steps: layers are told in three of them, ranks in two."""
+    """Twenty steps: layers are told in three of them, ranks in two, inversions in two."""
     told: dict[int, dict[str, Any]] = {
         2: {"layers": layers(1, {0: [0.0, 0.1, 0.2, 0.3, 0.4, 0.05, 9.0], 1: [0.0, 0.0, 0.0, 0.0, 1.0, None, None]})},
+        3: {"judged": judged({"CHOLESKY": [0, 1]})},
         9: {"layers": layers(8, {0: [0.1, 0.1, 0.2, 0.3, 0.5, 0.05, 4.0]}, estimated=[0]), "ranks": ranks(1.0)},
+        12: {"judged": judged({"NEWTON_SCHULZ": [0]}, {2: "NON_FINITE"})},
         17: {"layers": layers(16)},
         18: {"ranks": ranks(2.0)},
     }
@@ -72,6 +94,14 @@ def test_newest_of_each_thing_is_kept_however_wide_the_spans(level: int) -> None
     assert (told.spectra[0].quantiles, told.spectra[0].damping) == ([0.1, 0.1, 0.2, 0.3, 0.5], 0.05)
     assert told.spectra[1].condition is None
     assert [one.is_estimate for one in told.spectra] == [True, False]
+    assert [(one.name, one.step, one.method, one.ending) for one in told.inversions] == [
+        ("0.A", 12, "NEWTON_SCHULZ", "OK"),
+        ("0.G", 3, "CHOLESKY", "OK"),
+        ("2.A", 12, None, "NON_FINITE"),
+    ]
+    assert [(one.owner, one.residual, one.seconds) for one in told.inversions] == [
+        (0, 1e-6, 0.1), (0, 2e-6, 0.2), (1, None, None),
+    ]  # fmt: skip
     assert told.ranks is not None
     assert (told.ranks.step, told.ranks.cpu, told.ranks.hosts) == (18, [2.0, 2.0], ["a", "b"])
     assert told.last_step == 20
@@ -87,6 +117,22 @@ def test_job_of_an_earlier_version_tells_nothing() -> None:
     told = anatomy({"statistics": ["0.A"], "device": "cpu"}, spans("newest", records()[:1], 0))
 
     assert (told.layers, told.spectra, told.ranks) == (None, [], None)
+
+
+def test_failures_of_a_version_that_tells_no_methods_are_no_inversions() -> None:
+    told = json.loads(records()[11].model_dump_json())
+    for field in ("methods", "residuals", "inversion_seconds"):
+        del told["judged"][field]
+    stored = json.loads(StepRecord.model_validate(told).model_dump_json())
+
+    assert [KINDS["newest"].of_record(record) for record in (told, stored)] == [{}, {}]
+
+
+def test_fixed_intervals_have_no_reasons_though_their_inversions_are_told() -> None:
+    known = spans("statistics", [one.model_copy(update={"ages": [0] * 4}) for one in records()], 3)
+
+    assert [span.content.get("judged", {}) for span in known.spans] == [{}, {}, {}]
+    assert [span.content.get("failed", {}) for span in known.spans] == [{}, {"2": "NON_FINITE"}, {}]
 
 
 def test_curves_of_layers_stand_at_the_steps_that_were_measured() -> None:
@@ -166,6 +212,66 @@ def test_layers_and_spectra_stay_until_newer_ones_are_told() -> None:
     assert chart.sentence().endswith("of 2 factors; 1 estimated, with dashed boxes")
     assert chart.csv().splitlines()[1] == "0.A,0.1,0.1,0.2,0.3,0.5,0.05,4.0,estimated,8"
     assert chart.rows()[1]["from"] == "exact"
+
+
+def inversion(name: str, owner: int | None, seconds: float | None, **more: Any) -> FactorInversion:
+    told = {"step": 5, "method": "CHOLESKY", "residual": None, "ending": "OK"} | more
+    return FactorInversion(name=name, owner=owner, seconds=seconds, **told)
+
+
+def test_another_placement_takes_the_longest_layer_first_and_leaves_its_factors_together() -> None:
+    known = [
+        inversion("a.A", 0, 3.0), inversion("a.G", 0, 1.0), inversion("b.x.A", 0, 3.0), inversion("c.A", 1, 2.0),
+        inversion("d.A", None, 0.5), inversion("e.A", 1, None),
+    ]  # fmt: skip
+
+    placed, replaced = seconds_by_rank(known, 2)
+
+    assert placed == [7.5, 2.5]
+    assert replaced == [4.5, 5.5]  # a alone; b and c; d on both
+    assert seconds_by_rank([], 2) == ([0.0, 0.0], [0.0, 0.0])
+
+
+@pytest.mark.usefixtures("page")
+def test_inversions_of_two_ranks_stand_beside_another_placement() -> None:
+    panel = InversionsPanel()
+    assert not panel.whole.visible
+    known = [
+        inversion("a.A", 0, 0.003, residual=1e-6),
+        inversion("b.A", 0, 0.002, residual=4e-5, method="WARM_NEWTON_SCHULZ"),
+        inversion("c.A", 1, 0.001, ending="INACCURATE", residual=0.2),
+        inversion("d.A", 1, None, ending="NON_FINITE", method=None),
+        inversion("e.A", None, 0.001, method="EIGENDECOMPOSITION"),
+    ]
+
+    panel.show(shown(inversions=known[1:], world_size=2))
+    panel.show(shown(inversions=known[:1], world_size=2))
+    panel.show(shown(world_size=2))
+
+    assert [row["name"] for row in panel.table.rows] == ["c.A", "d.A", "b.A", "a.A", "e.A"]
+    assert [row["owner"] for row in panel.table.rows] == ["rank 1", "rank 1", "rank 0", "rank 0", "every rank"]
+    assert panel.table.rows[2]["method"] == "Newton-Schulz from the old inverse"
+    assert (panel.table.rows[2]["residual"], panel.table.rows[2]["seconds"]) == ("4e-05", "2 ms")
+    assert panel.figure.visible
+    assert [series["data"] for series in panel.chart.options["series"]] == [
+        pytest.approx([0.006, 0.002]), pytest.approx([0.004, 0.004]),
+    ]  # fmt: skip
+    assert panel.note.text == (
+        "5 factors, 2 failed; largest residual 0.2, of c.A; rank 0 inverts longest, 6 ms; if layers were placed by "
+        "these times, longest first, the busiest rank would take 4 ms; mean 4 ms; measured at each factor's newest "
+        "refresh"
+    )
+
+
+@pytest.mark.usefixtures("page")
+def test_one_rank_has_no_placement() -> None:
+    panel = InversionsPanel()
+    panel.show(shown(inversions=[inversion("a.A", 1, 0.003)], world_size=2))
+    panel.show(shown(inversions=[inversion("b.A", 0, 0.003)], world_size=1))
+
+    assert panel.note.text == "1 factor"
+    assert not panel.figure.visible
+    assert [row["name"] for row in panel.table.rows] == ["b.A"]  # the others' owners are those of another start
 
 
 @pytest.mark.usefixtures("page")

@@ -1,6 +1,7 @@
 """What the record of a step says of the statistics that were due."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,21 @@ from torch import nn
 
 from ngd_dist import NGD, NGDConfig
 from ngd_dist.telemetry import LayerStats, Refresh, Spectrum, StepStats
+from ngd_service.api.internal import MAX_BATCH_BYTES
 from ngd_workers.contract.events import Layers, Numbered, StepRecord, Steps
 from ngd_workers.train import records
 from ngd_workers.train.records import judged, layers_of, step_record
 
 
-def refresh(statistic: str, *, change: float = math.inf, error: float = math.inf, ending: str = "OK") -> Refresh:
+def refresh(
+    statistic: str,
+    *,
+    change: float = math.inf,
+    error: float = math.inf,
+    ending: str = "OK",
+    method: str | None = None,
+    residual: float = math.inf,
+) -> Refresh:
     return Refresh(
         statistic,
         change=change,
@@ -21,11 +31,13 @@ def refresh(statistic: str, *, change: float = math.inf, error: float = math.inf
         noise=0.123456,
         threshold=0.2,
         error=error,
-        residual=math.inf,
+        residual=residual,
+        method=method,
         ending=ending,
         age=1,
         interval=1,
-        seconds=0.0,
+        seconds=0.5,
+        inversion_seconds=0.0123456,
         bytes_sent=0,
     )
 
@@ -45,6 +57,37 @@ def test_statistics_that_were_measured_are_told_by_their_places() -> None:
     assert told.failed == {0: "INACCURATE"}
 
 
+def test_inversions_are_told_by_method_with_short_numbers() -> None:
+    told = judged(
+        having(
+            refresh("0.A", method="CHOLESKY", residual=1.23456e-7),
+            refresh("0.G", ending="NON_FINITE"),
+            refresh("1.A", method="EIGENDECOMPOSITION"),
+            refresh("1.G", method="CHOLESKY", residual=math.nan, ending="INACCURATE"),
+        )
+    )
+
+    assert told is not None
+    assert told.methods == {"CHOLESKY": [0, 3], "EIGENDECOMPOSITION": [2]}
+    assert told.residuals == [1.2e-7, None, None, None]
+    assert told.inversion_seconds == [0.0123, None, 0.0123, 0.0123]
+    assert told.failed == {1: "NON_FINITE", 3: "INACCURATE"}
+
+
+def test_steps_of_the_most_statistics_fit_into_one_batch() -> None:
+    """64 steps of 10,000 statistics, as many of them judged and inverted as are told."""
+    optimizer = NGD(nn.Sequential(*(nn.Linear(1, 1) for _ in range(records.MOST_JUDGED))))
+    one = refresh("", change=0.123456, method="WARM_NEWTON_SCHULZ", residual=1.23456e-7)
+    optimizer.stats = StepStats(refreshes=[replace(one, statistic=name) for name in optimizer.statistic_names])
+
+    told = judged(optimizer)
+
+    assert told is not None
+    assert len(told.statistics) == records.MOST_JUDGED
+    ages = len("100,") * 2 * 10_000
+    assert 64 * (len(told.model_dump_json()) + ages) < MAX_BATCH_BYTES
+
+
 def test_step_of_very_many_statistics_still_fits_into_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MOST_JUDGED", 1)
 
@@ -60,6 +103,7 @@ def test_step_of_very_many_statistics_still_fits_into_a_batch(monkeypatch: pytes
         ([], False),
         ([refresh("0.A")], False),  # the first value, or a fixed interval
         ([refresh("0.A", error=0.1)], True),
+        ([refresh("0.A", method="CHOLESKY")], True),
         ([refresh("0.A", ending="NON_FINITE")], True),
     ],
 )
@@ -84,6 +128,14 @@ def test_record_of_a_step_tells_the_changes_of_its_statistics() -> None:
     assert record.judged is not None
     assert record.judged.statistics == [0, 1]
     assert record.judged.changes == [pytest.approx(one.change, rel=1e-3) for one in optimizer.stats.refreshes]
+    assert record.judged.methods == {"CHOLESKY": [0, 1]}
+    assert all(0 <= residual < 1e-3 for residual in record.judged.residuals if residual is not None)
+    assert all(
+        0 < inverting <= one.seconds * 1.01
+        for inverting, one in zip(record.judged.inversion_seconds, optimizer.stats.refreshes, strict=True)
+        if inverting is not None
+    )
+    assert optimizer.owners == [0, 0]
     assert StepRecord.model_validate_json(record.model_dump_json()) == record
 
 

@@ -3,7 +3,16 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ngd_service.resources import Anatomy, FactorSpectrum, Judgements, LayerAnatomy, RankAnatomy, Series, Statistics
+from ngd_service.resources import (
+    Anatomy,
+    FactorInversion,
+    FactorSpectrum,
+    Judgements,
+    LayerAnatomy,
+    RankAnatomy,
+    Series,
+    Statistics,
+)
 from ngd_service.store.spans import GROUPS, JUDGED, KINDS, Span, Spans
 
 __all__ = ["anatomy", "curves", "spans_for", "statistics"]
@@ -70,11 +79,27 @@ def anatomy(started: Mapping[str, Any], known: Spans) -> Anatomy:
     names, statistics, hosts = (started.get(field, []) for field in ("layers", "statistics", "hosts"))
     layers, ranks = _fitting(newest.get("layers"), "cosines", names), _fitting(newest.get("ranks"), "cpu", hosts)
     spectra = {int(place): row for place, row in newest.get("spectra", {}).items()}
+    inversions = {int(place): row for place, row in newest.get("inversions", {}).items()}
+    owners = dict(enumerate(started.get("owners", [])))
     return Anatomy(
         layers=None if layers is None else LayerAnatomy(names=names[: len(layers["cosines"])], **layers),
         spectra=[
             _spectrum(statistics[place], *row) for place, row in sorted(spectra.items()) if place < len(statistics)
         ],
+        inversions=[
+            FactorInversion(
+                name=statistics[place],
+                owner=owners.get(place),
+                step=step,
+                method=method,
+                residual=residual,
+                seconds=seconds,
+                ending=ending,
+            )
+            for place, (step, method, residual, seconds, ending) in sorted(inversions.items())
+            if place < len(statistics)
+        ],
+        world_size=started.get("world_size", 1),
         ranks=None if ranks is None else RankAnatomy(hosts=hosts, device=started["device"], **ranks),
         last_step=known.last_step,
     )
@@ -104,7 +129,7 @@ def _judgements(num_rows: int, columns: Sequence[Span]) -> Judgements | None:
     """Returns the matrices; None if the job's workers tell nothing of them, as earlier versions do."""
     judged = [span.content.get("judged", {}) for span in columns]
     failed = [span.content.get("failed", {}) for span in columns]
-    if not any(judged):
+    if not any(judged) and not any(failed):
         return None
     places = [str(place) for place in range(num_rows)]
     unknown = (None,) * len(JUDGED)

@@ -13,6 +13,7 @@ from ngd_service.dashboard.activity import MOST_EVENTS, TOLD, EventPanel
 from ngd_service.dashboard.checkpoints import CheckpointPanel
 from ngd_service.dashboard.environment import EnvironmentPanel, FallbackPanel
 from ngd_service.dashboard.heat_map import HeatMap
+from ngd_service.dashboard.inversions import InversionsPanel
 from ngd_service.dashboard.layers import LayersPanel, SpectraPanel
 from ngd_service.dashboard.logs import LogPanel
 from ngd_service.dashboard.marks import LEGEND, MARKED, MOST_MARKS, marks
@@ -94,6 +95,7 @@ class JobPage:
             self.heat_map = HeatMap(self.view)
             self.heat_map.on_recolour = self._recolour
             self.layers, self.spectra = LayersPanel(), SpectraPanel()
+            self.inversions = InversionsPanel()
             self.fallback = FallbackPanel()
         with self.sections.section("Step"), ui.element("div").classes("grid"):
             self.training.lay_out_step()
@@ -255,7 +257,7 @@ class JobPage:
             return
         told = await self.api.anatomy(self.job_id, from_step=0 if is_whole else self.told_until)
         self.told_until = told.last_step
-        for place in (self.layers, self.phases_by_rank, self.workers):
+        for place in (self.layers, self.inversions, self.phases_by_rank, self.workers):
             place.show(told)
         self.spectra.add(told)
 

@@ -8,7 +8,7 @@ curves       of each value, also of each metric, the lowest, the highest and the
              step; of a group of parts (seconds, bytes_sent, a resource of all ranks) those where their sum is such
 statistics   ages and intervals at the span's last step, the refreshes within it, and of each statistic judged in it
              the newest change, noise, threshold and error, and of each that failed the newest ending
-newest       the newest of what is told now and then: of layers, of each factor's spectrum, of ranks
+newest       the newest of what is told now and then: of layers, of each factor's spectrum and inversion, of ranks
 evaluations  as curves, of the test data's metrics: test_<name>
 """
 
@@ -166,20 +166,37 @@ def _of_layers(layers: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _newest(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what few records have; spectra by the place of their statistic."""
+    """Returns what few records have; spectra and inversions by the place of their statistic."""
     layers, ranks, content = record.get("layers"), record.get("ranks"), dict[str, Any]()
     if layers is not None:
         estimated = {str(place) for place in layers.get("estimated", ())}
         spectra = {str(p): [layers["step"], *row, str(p) in estimated] for p, row in layers["spectra"].items()}
         of_layers = {name: value for name, value in layers.items() if name not in ("spectra", "estimated")}
         content = {"layers": of_layers, "spectra": spectra}
+    inversions = _inversions(record["step"], record.get("judged") or {})
+    content |= {"inversions": inversions} if inversions else {}
     return content | ({} if ranks is None else {"ranks": ranks | {"step": record["step"]}})
+
+
+def _inversions(step: int, judged: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns step, method, residual, seconds and ending of those inverted, and of those that failed before it."""
+    if not judged.get("residuals"):  # of an earlier version; one that this version has stored has an empty column
+        return {}
+    method_of = {place: method for method, places in judged["methods"].items() for place in places}
+    failed = {int(place): ending for place, ending in judged["failed"].items()}
+    columns = zip(judged["statistics"], judged["residuals"], judged["inversion_seconds"], strict=True)
+    return {
+        str(place): [step, method_of.get(place), residual, seconds, failed.get(place, "OK")]
+        for place, residual, seconds in columns
+        if place in method_of or place in failed
+    }
 
 
 def _merged_newest(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for content in contents:
-        merged |= content | {"spectra": merged.get("spectra", {}) | content.get("spectra", {})} if content else {}
+        by_place = {name: merged.get(name, {}) | content.get(name, {}) for name in ("spectra", "inversions")}
+        merged |= content | {name: rows for name, rows in by_place.items() if rows}
     return merged
 
 
@@ -228,7 +245,8 @@ def _statistics(record: Mapping[str, Any]) -> dict[str, Any]:
     if judged is None:
         return content
     columns = [judged[field] for field in JUDGED]
-    rows = dict(zip(map(str, judged["statistics"]), map(list, zip(*columns, strict=True)), strict=True))
+    told = zip(map(str, judged["statistics"]), map(list, zip(*columns, strict=True)), strict=True)
+    rows = {place: row for place, row in told if any(value is not None for value in row)}
     return content | {"judged": rows, "failed": {str(place): ending for place, ending in judged["failed"].items()}}
 
 

@@ -86,13 +86,17 @@ class Started(Fact):
     plain_parameters: dict[str, str] = Field(description="Name of each parameter without a preconditioner -> reason.")
     layers: list[str] = Field(default=[], description="Names of the preconditioned layers, in the order of `Layers`.")
     hosts: list[str] = Field(default=[], description="Name of each rank's machine.")
+    owners: list[int | None] = Field(
+        default=[], description="Rank that inverts each of the `statistics`; None: every rank does."
+    )
     metrics: list[Metric] = Field(
         default=[], max_length=32, description="The task's metrics, the one that counts first; loss is among them."
     )
 
 
 class Judged(Fact):
-    """The statistics that were due in a step, 2,000 at most, as columns: why each was given the interval that it has.
+    """The statistics that were due in a step, 1,000 at most, as columns: why each was given the interval that it has,
+    and how it was inverted.
 
     None: not measured, as the change of a first value and all that a fixed interval needs not.
     """
@@ -103,6 +107,13 @@ class Judged(Fact):
     thresholds: list[float | None] = Field(description="Change, or error, from which on the interval shrinks.")
     errors: list[float | None] = Field(description="Error of the inverse in use for the new value.")
     failed: dict[int, str] = Field(default={}, description="Place -> ending of each inversion that failed.")
+    # Optional: spools of earlier versions lack them.
+    residuals: list[float | None] = Field(default=[], description="||I - X inverse|| / sqrt(n) of the new inverse.")
+    inversion_seconds: list[float | None] = Field(default=[], description="Host seconds on the rank that inverted.")
+    methods: dict[str, list[int]] = Field(
+        default={},
+        description="Method -> places of the statistics that it was tried on last; others were not inverted.",
+    )
 
 
 class Layers(Fact):

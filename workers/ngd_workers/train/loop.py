@@ -216,6 +216,7 @@ class Run:
                 plain_parameters=dict(getattr(optimizer, "plain_parameters", {})),
                 layers=[layer.name for layer in getattr(optimizer, "layers", [])],
                 hosts=hosts,
+                owners=list(getattr(optimizer, "owners", [])),
                 metrics=list(self.task.metrics),
             )
         )

@@ -13,7 +13,7 @@ from ngd_workers.train.optimizers import chooses_lr, step_stats
 
 __all__ = ["MOST_JUDGED", "MOST_LAYERS", "judged", "layers_of", "phases_of", "step_record"]
 
-MOST_JUDGED = 2_000  # of some 26 bytes: 64 steps of them, and of the ages of 10,000 statistics, fit into one batch
+MOST_JUDGED = 1_000  # of some 46 bytes: 64 steps of them, and of the ages of 10,000 statistics, fit into one batch
 MOST_LAYERS = 1_000  # of some 24 bytes, and two spectra of some 60
 
 
@@ -64,19 +64,23 @@ def step_record(
 
 
 def judged(optimizer: NGD) -> Judged | None:
-    """Returns what decided on the statistics that were due; None if nothing was measured and no inversion failed.
+    """Returns what decided on the statistics that were due, and how they were inverted; None if there is nothing.
 
     An infinite number is one that was not measured.
     """
     told = [
         one
         for one in optimizer.stats.refreshes
-        if math.isfinite(one.change) or math.isfinite(one.error) or one.ending != "OK"
+        if math.isfinite(one.change) or math.isfinite(one.error) or one.ending != "OK" or one.method is not None
     ]
     if not told:
         return None
     told = told[:MOST_JUDGED]
     place = {name: i for i, name in enumerate(optimizer.statistic_names)}
+    methods: dict[str, list[int]] = {}
+    for one in told:
+        if one.method is not None:
+            methods.setdefault(one.method, []).append(place[one.statistic])
     return Judged.model_construct(  # as it is: checking what was made here would double the cost
         statistics=[place[one.statistic] for one in told],
         changes=[_short(one.change) for one in told],
@@ -84,6 +88,9 @@ def judged(optimizer: NGD) -> Judged | None:
         thresholds=[_short(one.threshold) for one in told],
         errors=[_short(one.error) for one in told],
         failed={place[one.statistic]: one.ending for one in told if one.ending != "OK"},
+        residuals=[_short(one.residual, 2) for one in told],
+        inversion_seconds=[None if one.method is None else _short(one.inversion_seconds, 3) for one in told],
+        methods=methods,
     )
 
 
@@ -114,6 +121,6 @@ def _number(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _short(value: float) -> float | None:
-    """Returns four digits; None: not measured."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+def _short(value: float, digits: int = 4) -> float | None:
+    """Returns so many digits; None: not measured."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
