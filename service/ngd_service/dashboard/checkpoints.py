@@ -75,9 +75,11 @@ class CheckpointPanel:
         self.note.set_text(
             f"{counted(len(self.known), 'checkpoint')} kept, {total}" if self.known else "None saved yet"
         )
-        self.table.rows = [row(job, one, job.metrics, is_newest=not i) for i, one in enumerate(self.known)]
-        self.table.props["hide-pagination"] = len(self.known) <= 10
-        self.table.set_visibility(bool(self.known))
+        rows = [row(job, one, job.metrics, is_newest=not i) for i, one in enumerate(self.known)]
+        if rows != self.table.rows:  # the table goes over the socket with all of its templates
+            self.table.rows = rows
+            self.table.props["hide-pagination"] = len(rows) <= 10
+            self.table.set_visibility(bool(rows))
 
     async def _pin(self, event: GenericEventArguments) -> None:
         step, is_wanted = event.args
