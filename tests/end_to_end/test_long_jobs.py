@@ -30,7 +30,7 @@ STEP_OF_A_READER_CPU_S = 0.02  # a page asks once a second: 50 of them then take
 POINTS = """() => {
   const panel = [...document.querySelectorAll('.panel')].find(p => p.querySelector('h2')?.innerText === 'Loss');
   const chart = panel && panel.querySelector('.nicegui-echart');
-  return (chart && getElement(chart.id.slice(1)).chart?.getOption().series[0].data.length) ?? 0;
+  return (chart && getElement(chart.id.slice(1)).chart?.getOption().series?.[0]?.data?.length) ?? 0;
 }"""
 FIRST_PAINT = "() => performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
 
