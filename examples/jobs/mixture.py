@@ -50,8 +50,11 @@ def train(context: LoopContext) -> None:
             dist.all_gather(thetas, theta, group=context.process_group)
             dist.all_reduce(best, dist.ReduceOp.MIN, group=context.process_group)
         context.report({"loss": best})
+        is_tested = context.step % 10 == 0
+        if is_tested:  # the job's target is compared with tests
+            context.report({"loss": best}, test=True)
         stops = context.should_stop()
-        if stops or context.step % 10 == 0:
+        if is_tested or stops:
             context.checkpoint({"thetas": torch.stack(thetas)})
         if stops:
             return

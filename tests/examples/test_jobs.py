@@ -116,13 +116,17 @@ def losses_of(events: list[Event]) -> list[float]:
 
 @pytest.mark.ranks
 def test_mixture_is_fitted_better_from_two_starts_than_from_one(tmp_path):
-    one, two = (
-        losses_of(run_exact(tmp_path / str(workers), "mixture", "loss", workers=workers, bells=3, steps=60))
-        for workers in (1, 2)
-    )
+    runs = [
+        run_exact(tmp_path / str(workers), "mixture", "loss", workers=workers, bells=3, steps=60) for workers in (1, 2)
+    ]
+
+    one, two = map(losses_of, runs)
+    tests = [[event.metrics["loss"] for event in run if isinstance(event, Evaluation)] for run in runs]
 
     assert one[-1] < 0.5 * one[0]
     assert two[-1] < 0.1 * one[-1]  # the first worker's start leads to a minimum that is not the lowest
+    assert [len(of_run) for of_run in tests] == [6, 6]
+    assert tests[1][-1] < 1e-3 < tests[0][-1]  # the target of the guide's job
 
 
 @pytest.mark.ranks
