@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from ngd_workers.contract.spec import JobSpec
 from ngd_workers.data import Images, TokenSequences, Vectors, load_dataset
 from ngd_workers.launch import measuring
 from ngd_workers.launch.model_card import card_of_job, card_without_data, shape_of
+from ngd_workers.train.learner import Learner
+from ngd_workers.train.loading import MicroBatch
 from tests.support.attempts import small_spec
 
 NGD = {"kind": "ngd", "lr": 0.01, "damping": 0.1}
@@ -71,8 +75,27 @@ def measured_job(**changes: Any) -> JobSpec:
     return small_spec(**({"optimizer": NGD, "batch": {"global_size": 64, "micro_size": 32}} | changes))
 
 
+class CountedWork:
+    """A clock that load can't disturb: a second passes for each sample of a backward pass, and with each reading."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._seconds, backward = 0.0, Learner.backward
+
+        def counted(learner: Learner, batches: Sequence[MicroBatch]) -> object:
+            self._seconds += sum(batch.samples for batch in batches)
+            return backward(learner, batches)
+
+        monkeypatch.setattr(time, "process_time", self.read)
+        monkeypatch.setattr(Learner, "backward", counted)
+
+    def read(self) -> float:
+        self._seconds += 1.0
+        return self._seconds
+
+
 def test_a_short_run_sets_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CYCLES", 3)
+    CountedWork(monkeypatch)
     spec = measured_job(batch={"global_size": 512, "micro_size": 512})
     card = card_of_job(spec, load_dataset(spec.data, None))
 

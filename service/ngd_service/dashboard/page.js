@@ -53,7 +53,8 @@ window.page = {
   key(event) {
     const before = page.before;
     page.before = event.key;
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.('input, textarea, select, [role=combobox], dialog')) return;
+    // A closed dialog keeps the focus until the browser next paints: only an open one takes keys for itself.
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.('input, textarea, select, [role=combobox], dialog[open]')) return;
     const target = [...document.querySelectorAll('[data-key]')].find(e => e.dataset.key === event.key && e.offsetParent);
     if (event.key === '?') page.help();
     else if (before === 'g' && event.key === 'j') location.href = '/';
