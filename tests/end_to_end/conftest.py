@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 
 from ngd_service.store.sql import SQLStore
 from tests.support.attempts import small_spec
-from tests.support.browser import browser_page
+from tests.support.browser import browser_page, browser_process
 from tests.support.deadline import wait_until
 from tests.support.page_worker import Worker
 from tests.support.service_process import ServiceProcess
@@ -22,7 +22,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
 
 @pytest.fixture
 def worker_of(service: ServiceProcess) -> Iterator[Callable[[], Worker]]:
-    """Starts a job that runs until the test is over."""
+    """Starts a job that runs until the test is over, or a little longer: the service waits for it at its end."""
     store = SQLStore(f"sqlite:///{service.home / 'ngd.sqlite'}")
     started: list[Worker] = []
 
@@ -35,7 +35,6 @@ def worker_of(service: ServiceProcess) -> Iterator[Callable[[], Worker]]:
     yield start
     for worker in started:
         service.client.cancel(worker.job.id)
-        service.client.wait(worker.job.id, timeout_s=30)
     store.close()
 
 
@@ -44,8 +43,14 @@ def complaints() -> list[str]:
     return []
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with browser_process() as browser:
+        yield browser
+
+
 @pytest.fixture
-def page(complaints: list[str]) -> Iterator[Page]:
-    with browser_page(complaints) as page:
+def page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
+    with browser_page(browser, complaints) as page:
         yield page
     assert complaints == []

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from ngd_service.store.sql import SQLStore
 from ngd_workers.contract.events import Evaluation, Steps, TargetReached
@@ -68,14 +68,6 @@ def run(service: ServiceProcess, store: SQLStore, kind: str, *, steps: int, step
     ]
     store.ingest(attempt, [event.model_copy(update={"time_s": end}) for event in events])
     return job_id
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    complaints: list[str] = []
-    with browser_page(complaints) as page:
-        yield page
-    assert complaints == []
 
 
 def test_jobs_are_marked_in_the_list_and_compared(service: ServiceProcess, jobs: list[str], page: Page) -> None:
@@ -167,10 +159,10 @@ def test_keys_that_a_page_takes_are_told(service: ServiceProcess, jobs: list[str
     expect(page.get_by_role("button", name="Compare")).to_be_visible()
 
 
-def test_page_goes_on_by_itself_after_the_service_was_started_again(tmp_path: Path) -> None:
+def test_page_goes_on_by_itself_after_the_service_was_started_again(tmp_path: Path, browser: Browser) -> None:
     service = ServiceProcess(tmp_path / "home")
     port = service.url.rpartition(":")[2]
-    with browser_page([]) as page:
+    with browser_page(browser, []) as page:
         page.goto(f"{service.url}/?order_by=name")
         mark = page.locator(".fresh-word")
         expect(mark).to_have_text("Live")

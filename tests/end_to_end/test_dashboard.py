@@ -17,7 +17,7 @@ from playwright.sync_api import Locator, Page, expect
 from ngd_service.client.client import Client, ServiceError
 from ngd_service.client.units import number
 from ngd_service.resources import Anatomy, Job
-from tests.support.browser import CHROMIUM, browser_page
+from tests.support.browser import CHROMIUM
 from tests.support.deadline import wait_until
 
 START_MS, TRAIN_MS = 180_000, 120_000  # two cores that others use too
@@ -59,15 +59,6 @@ def service(tmp_path: Path) -> Iterator[Service]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=30)
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    """A page of a headless browser that may not ask anything of another address, nor complain."""
-    complaints: list[str] = []
-    with browser_page(complaints) as page:
-        yield page
-    assert complaints == []
 
 
 def test_dashboard_shows_a_job_live_and_cancels_another(service: Service, page: Page) -> None:

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVES_A_BROWSER = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium to drive: apt-get install chromium"),
 ]
+SIZE: ViewportSize = {"width": 1280, "height": 900}
 ARGUMENTS = [
     "--no-sandbox",  # tests may run as root, whom Chromium's sandbox refuses
     "--disable-gpu",
@@ -25,16 +26,22 @@ ARGUMENTS = [
 
 
 @contextmanager
-def browser_page(complaints: list[str]) -> Iterator[Page]:
-    """Yields a page; complaints: what it asks of others, and what it has to say against itself."""
+def browser_process() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-GB", timezone_id="Asia/Tokyo")
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def browser_page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
+    """Yields a page that shares nothing with others; complaints: what it asks of others, and says against itself."""
+    with browser.new_context(viewport=SIZE, locale="en-GB", timezone_id="Asia/Tokyo") as context:
+        page = context.new_page()
         page.on("request", lambda request: None if _is_local(request.url) else complaints.append(request.url))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         yield page
-        browser.close()
 
 
 def _is_local(url: str) -> bool:
