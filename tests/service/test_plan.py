@@ -245,14 +245,17 @@ def test_the_command_takes_a_card_and_prints_json(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (
-            ["--engine", "tpu"],
+            ["--engine", "tpu", "--card", "card.json"],
             "engine must be 'bare', 'ddp', 'fsdp', 'zero0', 'zero1', 'zero2' or 'zero3', got \"tpu\"",
         ),
         (["--shape", "images:3x224"], "--shape must be one of images:3x224x224:1000"),
-        (["--refresh-share", "2"], "refresh_share must be <= 1, got 2"),
+        (["--refresh-share", "2", "--card", "card.json"], "refresh_share must be <= 1, got 2"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(tmp_path: Path, options: list[str], words: str) -> None:
+    (tmp_path / "card.json").write_text(json.dumps(CARD))
+    options = [str(tmp_path / option) if option == "card.json" else option for option in options]
+
     result = ngd("plan", *files(tmp_path), *options)
 
     assert result.returncode == 1

@@ -13,6 +13,7 @@ from ngd_service.client.client import Client
 from ngd_service.errors import StartupError
 from ngd_service.home import owned
 from ngd_service.settings import load_settings
+from ngd_service.store.sql import SQLStore
 from tests.support.attempts import small_spec
 from tests.support.deadline import wait_until
 from tests.support.keys import ALICE, write_keys
@@ -137,10 +138,20 @@ def test_wrong_setting_is_named_with_its_variable_and_value() -> None:
         ("NGD_PORT", "high", ["NGD_PORT", "'high'"]),
     ],
 )
-def test_setting_that_can_not_be_read_ends_the_command(
-    tmp_path: Path, variable: str, value: str, words: list[str]
+def test_variable_that_can_not_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: list[str]
 ) -> None:
-    assert_refused(serve(tmp_path / "home", **{variable: value}), *words)
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(StartupError) as raised:
+        load_settings()
+
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_setting_that_can_not_be_read_ends_the_command(tmp_path: Path) -> None:
+    assert_refused(serve(tmp_path / "home", NGD_PORT="high"), "NGD_PORT", "'high'")
     assert not (tmp_path / "home").exists()
 
 
@@ -195,6 +206,19 @@ def test_port_in_use_ends_the_command(tmp_path: Path, taken_port: int) -> None:
     [
         ("sqlite:////nowhere/at/all.sqlite", "unable to open database file"),
         ("postgresql://nobody:hush@127.0.0.1:1/none", "onnection"),
+    ],
+)
+def test_database_that_can_not_be_opened_ends_the_command(tmp_path: Path, url: str, word: str) -> None:
+    result = serve(tmp_path / "home", NGD_DATABASE_URL=url)
+
+    assert_refused(result, word)
+    assert "hush" not in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
         ("mysql://localhost/x", "sqlite or postgresql"),
         ("nonsense", "NGD_DATABASE_URL"),
         ("postgresql://nobody:hush@127.0.0.1:port/none", "its port, or another number in it, is none"),
@@ -207,12 +231,12 @@ def test_port_in_use_ends_the_command(tmp_path: Path, taken_port: int) -> None:
         ("sqlite+no_such:////tmp/none.sqlite", "NGD_DATABASE_URL"),
     ],
 )
-def test_database_that_can_not_be_opened_ends_the_command(tmp_path: Path, url: str, word: str) -> None:
-    result = serve(tmp_path / "home", NGD_DATABASE_URL=url)
+def test_url_of_no_database_is_refused_in_one_sentence_without_its_password(url: str, word: str) -> None:
+    with pytest.raises(StartupError, match=word) as raised:
+        SQLStore(url)
 
-    assert_refused(result, word)
-    assert "hush" not in result.stderr
-    assert os.listdir(tmp_path) == []
+    assert len(str(raised.value).splitlines()) == 1
+    assert "hush" not in str(raised.value)
 
 
 def test_file_that_is_no_database_ends_the_command(tmp_path: Path) -> None:
