@@ -24,8 +24,8 @@ FRAMEWORK_WARNINGS = {
 
 
 def each() -> list[object]:
-    """Returns all examples; those of methods whose own tests solve as much are slow ones."""
-    slow = ("gaussian_mixture", "waveform", "poisson")
+    """Returns all examples; those whose methods and engines have tests of their own are slow ones."""
+    slow = ("gaussian_mixture", "waveform", "poisson", "fsdp2", "deepspeed_zero")
     names = [path.stem for path in EXAMPLES]
     return rest_is_slow(names, *(name for name in names if name not in slow))
 

@@ -4,6 +4,7 @@
 """
 
 import datetime
+import gc
 import os
 import pickle
 import queue
@@ -48,6 +49,7 @@ def _entry(
 ) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
+    gc.freeze()  # the end of each training collects garbage: what was imported need not be walked
     try:
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)

@@ -176,7 +176,7 @@ def test_hopeless_job_ends_at_its_first_start_with_the_reason(tmp_path):
     assert "Traceback" not in attempt.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_while_ray_starts_ends_in_order_before_any_step(tmp_path, number):
     attempt = make_attempt(tmp_path, small_spec(schedule=LONG, resources={"workers": 2}))
 

@@ -93,8 +93,9 @@ class ChartPanel(ABC):
         return is_time
 
     def tell(self, script: str) -> None:
-        """Has the browser run a call of charts.js."""
-        self.chart.client.run_javascript(script)
+        """Has the browser run calls of charts.js, if there are any."""
+        if script:
+            self.chart.client.run_javascript(script)
 
     def refill(self) -> None:
         """Brings the table up to date, if it is shown."""
