@@ -119,6 +119,11 @@ def test_zoom_into_a_long_run_shows_each_of_its_steps(
     see_step(page, 3_001)
     page.wait_for_function(f"(({OPTION})('Loss')).series[0].data.at(-1)[0] === 3001")
     assert page.evaluate(within.replace("TITLE", "Loss")) == 101
+    columns = f"(({OPTION})('Statistics in use')).xAxis[0].data"
+    page.wait_for_function(f"{columns}.length === 101", timeout=DRAW_MS)
+    assert page.evaluate(f"{columns}[0]") == "1,000"
+    page.evaluate("ngd.zoom(null)")
+    page.wait_for_function(f"{columns}.at(-1) > '2,9' && {columns}.length < 100", timeout=DRAW_MS)
 
 
 def test_zoomed_view_follows_the_latest_step_if_it_is_to(

@@ -375,12 +375,20 @@ class Growing:
         self.asked: list[tuple[int, int]] = []
 
     async def statistics(
-        self, job_id: str, *, max_points: int, from_step: int = 1, span: int = 1, judged: bool = False
+        self,
+        job_id: str,
+        *,
+        max_points: int,
+        from_step: int = 1,
+        to_step: int | None = None,
+        span: int = 1,
+        judged: bool = False,
     ) -> Statistics:
-        while -(-(self.num_steps + 1 - from_step) // span) > max_points:
+        last = min(self.num_steps, to_step or self.num_steps)
+        while -(-(last + 1 - from_step) // span) > max_points:
             span *= 2
         self.asked.append((from_step, span))
-        return ages(self.num_steps, span, (from_step - 1) // span * span + 1)
+        return ages(last, span, (from_step - 1) // span * span + 1)
 
 
 @pytest.mark.usefixtures("page")
@@ -406,6 +414,33 @@ def test_heat_map_asks_for_complete_new_columns_alone(sent: list[str]) -> None:
 
     assert api.asked[2:] == [(303, 2), (1, 4)]  # there is no more room: half as many columns
     assert heat_map.statistics.steps == list(range(4, 401, 4))
+
+
+@pytest.mark.usefixtures("page")
+def test_heat_map_has_finer_columns_of_the_steps_in_view_until_the_view_moves(sent: list[str]) -> None:
+    heat_map, api = HeatMap(View(window=(100, 149))), Growing()
+    heat_map.num_rows = 2
+
+    def goes_on(to: int) -> list[str]:
+        api.num_steps, before = to, len(sent)
+        asyncio.run(heat_map.refresh(api, "job_1", to, whole=False))
+        return sent[before:]
+
+    goes_on(1_000)
+
+    assert api.asked == [(1, 8), (100, 1)]
+    assert heat_map.fine is not None
+    assert heat_map.fine.steps == list(range(100, 150))
+    assert '["100",' in sent[-1]
+    assert goes_on(1_016) == []  # two columns of all steps, which are out of view
+    assert heat_map.statistics is not None
+    assert heat_map.statistics.steps[-1] == 1_016
+    heat_map.view.window = (1_010, 1_100)
+    asyncio.run(heat_map.refine(api, "job_1"))
+    assert '["1,016",' in goes_on(1_017)[-1]  # in view, and finer than those that are complete
+    heat_map.view.follows = True
+    assert '["8",' in goes_on(1_018)[-1]
+    assert heat_map.fine is None
 
 
 def test_heat_map_takes_columns_away_whose_steps_are_done_again(page: Client) -> None:

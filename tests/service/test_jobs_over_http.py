@@ -233,6 +233,8 @@ def test_statistics_are_a_matrix_of_ages(client: Client) -> None:
     assert matrix.intervals[1] == [2] * 10
     later = client.statistics(job.id, from_step=13, span=4)
     assert (later.span, later.steps, later.refreshes[0]) == (4, [16, 20], [1, 1])
+    part = client.statistics(job.id, from_step=5, to_step=8)
+    assert (part.steps, part.last_step) == ([5, 6, 7, 8], 8)
 
 
 def test_events_of_some_kinds_are_paged_from_the_first(client: Client) -> None:

@@ -56,6 +56,7 @@ def get_statistics(
     container: ContainerDep,
     job_id: JobId,
     from_step: FromStep = 0,
+    to_step: ToStep = None,
     max_points: Columns = 200,
     span: Width = 1,
     judged: Annotated[bool, Query(description="With the changes, noises and thresholds that decided.")] = False,
@@ -64,7 +65,9 @@ def get_statistics(
     container.jobs.get(job_id)
     started = container.store.newest_events(job_id, ["started"], 0, 1)
     names = started[0].data["statistics"] if started else []
-    range_ = Wanted(from_step=from_step, most_steps=max_points, most_spans=max_points, width=span)
+    range_ = Wanted(
+        from_step=from_step, to_step=to_step, most_steps=max_points, most_spans=max_points, width=span
+    )
     known = container.store.spans(job_id, "statistics", range_)
     return statistics(names, known, with_judged=judged)
 

@@ -247,10 +247,18 @@ class AsyncClient:
         return await self._send(Endpoint("GET", f"{job_path(job_id)}/metrics", Metrics.model_validate_json, query))
 
     async def statistics(
-        self, job_id: str, *, from_step: int = 0, max_points: int = 200, span: int = 1, judged: bool = False
+        self,
+        job_id: str,
+        *,
+        from_step: int = 0,
+        to_step: int | None = None,
+        max_points: int = 200,
+        span: int = 1,
+        judged: bool = False,
     ) -> Statistics:
         """Returns the age of each statistic; judged: with the changes, noises and thresholds that decided on it."""
-        query = params(from_step=from_step, max_points=max_points, span=span, judged="true" if judged else None)
+        told = "true" if judged else None
+        query = params(from_step=from_step, to_step=to_step, max_points=max_points, span=span, judged=told)
         path = f"{job_path(job_id)}/statistics"
         return await self._send(Endpoint("GET", path, Statistics.model_validate_json, query))
 
@@ -271,23 +279,17 @@ class AsyncClient:
     ) -> tuple[str, int]:
         """Returns up to a MiB of lines from this byte of the log on, and the offset of what follows them."""
         query = params(offset=offset, attempt=attempt, rank=rank)
-        try:
-            async with self._response(f"{job_path(job_id)}/logs", query) as response:
-                return text(await response.aread()), int(response.headers["Log-End"])
-        except httpx.RequestError as error:
-            raise unreachable(self._http.base_url, error) from error
+        async with self._response(f"{job_path(job_id)}/logs", query) as response:
+            return text(await response.aread()), int(response.headers["Log-End"])
 
     async def download_log(
         self, job_id: str, *, attempt: int | None = None, rank: int | None = None
     ) -> AsyncIterator[bytes]:
         """Yields all that is kept of the log, as it was written."""
         query = params(attempt=attempt, rank=rank, download="true")
-        try:
-            async with self._response(f"{job_path(job_id)}/logs", query) as response:
-                async for piece in response.aiter_bytes():
-                    yield piece
-        except httpx.RequestError as error:
-            raise unreachable(self._http.base_url, error) from error
+        async with self._response(f"{job_path(job_id)}/logs", query) as response:
+            async for piece in response.aiter_bytes():
+                yield piece
 
     async def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """Returns the checkpoints that the job keeps, newest first."""
@@ -306,27 +308,21 @@ class AsyncClient:
         """Yields the bytes of a checkpoint's file from `start` on."""
         headers = {"Range": f"bytes={start}-"} if start else {}
         path = f"{job_path(job_id)}/checkpoints/{step}/files/{quote(name, safe='')}"
-        try:
-            async with self._response(path, None, headers) as response:
-                if start and response.status_code != httpx.codes.PARTIAL_CONTENT:
-                    raise not_this_service(response)
-                async for piece in response.aiter_bytes():
-                    yield piece
-        except httpx.RequestError as error:
-            raise unreachable(self._http.base_url, error) from error
+        async with self._response(path, None, headers) as response:
+            if start and response.status_code != httpx.codes.PARTIAL_CONTENT:
+                raise not_this_service(response)
+            async for piece in response.aiter_bytes():
+                yield piece
 
     async def follow_logs(
         self, job_id: str, *, attempt: int | None = None, tail: int | None = None, rank: int | None = None
     ) -> AsyncIterator[LogChunk]:
         """Yields the log as it grows, until the job has ended; goes on to later attempts if none was named."""
         query = params(attempt=attempt, tail=tail, rank=rank, follow="true")
-        try:
-            async with self._stream(f"{job_path(job_id)}/logs", params=query) as frames:
-                async for frame in frames:
-                    if frame.event == "log":
-                        yield LogChunk.model_validate_json(frame.data)
-        except httpx.RequestError as error:
-            raise unreachable(self._http.base_url, error) from error
+        async with self._stream(f"{job_path(job_id)}/logs", params=query) as frames:
+            async for frame in frames:
+                if frame.event == "log":
+                    yield LogChunk.model_validate_json(frame.data)
 
     async def ready(self) -> Health:
         return await self._send(Endpoint("GET", "/readyz", Health.model_validate_json))
@@ -366,9 +362,7 @@ class AsyncClient:
                         if frame.event == "end":
                             return
                 trouble: ServiceError = ServiceUnreachableError(f"{self.base_url} ends its streams; try again later")
-            except httpx.RequestError as error:
-                trouble = unreachable(self._http.base_url, error)
-            except ServiceFailedError as error:
+            except (ServiceUnreachableError, ServiceFailedError) as error:
                 trouble = error
             lost_at = time.monotonic() if lost_at is None else lost_at
             if time.monotonic() - lost_at >= self._patience_s:
@@ -390,8 +384,11 @@ class AsyncClient:
         self, path: str, params: dict[str, str] | None, headers: dict[str, str] | None = None
     ) -> AsyncIterator[httpx.Response]:
         request = self._http.stream("GET", path, params=params, headers=headers, timeout=STREAM_TIMEOUT)
-        async with request as response:
-            if response.status_code >= 400:
-                await response.aread()
-            check_answer(response)
-            yield response
+        try:
+            async with request as response:
+                if response.status_code >= 400:
+                    await response.aread()
+                check_answer(response)
+                yield response
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from error

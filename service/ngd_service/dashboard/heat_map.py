@@ -43,6 +43,7 @@ class HeatMap(ChartPanel):
     """Ages of all statistics over the run, or the numbers that decided on them, which the switch chooses.
 
     A dot marks a refresh of a statistic that may rest longer than a step. A column without a decision is left blank.
+    The whole run is kept, and of the steps that the reader has zoomed to the finer columns that are shown in its place.
     """
 
     def __init__(self, view: View) -> None:
@@ -50,6 +51,7 @@ class HeatMap(ChartPanel):
         self.on_recolour: Callable[[], Awaitable[None]] | None = None
         self.is_stale = False  # the reader has chosen another colour since the last read
         self.statistics: Statistics | None = None
+        self.fine: Statistics | None = None  # of the steps in view; None: the whole run's are as fine
         self.complete_until = 0  # columns up to this step hold all of their steps
         self.num_rows = 1
         super().__init__(TITLE, _options(), classes="wide", height_px=FRAME_PX + 4 * ROW_PX)
@@ -75,6 +77,25 @@ class HeatMap(ChartPanel):
             elif complete:
                 self.extend(new, start, complete)
                 self.complete_until = step // known.span * known.span
+        if self.fine is not None and self._has_outgrown(self.fine, step):
+            await self.refine(api, job_id)
+
+    async def refine(self, api: AsyncClient, job_id: str) -> None:
+        """Shows the steps in view as finely as there is room for; all of them, and those of a view that moves, as are."""
+        known, window, finest = self.statistics, self.view.window, span_for(self.num_rows)
+        fine = None
+        if known is not None and known.span > finest and window is not None and not self.view.follows:
+            most, (first, last) = columns_for(self.num_rows), window
+            fine = await self._read(api, job_id, finest, most, from_step=first, to_step=last)
+            fine = fine if fine.span < known.span and fine.steps and fine.names == known.names else None
+        if fine is not None or self.fine is not None:
+            self.fine = fine
+            self._draw()
+
+    def _has_outgrown(self, fine: Statistics, step: int) -> bool:
+        """Whether the view moves, or the job has done another of its columns."""
+        window = self.view.window
+        return window is None or self.view.follows or min(window[1], step) >= fine.last_step + fine.span
 
     async def _replace(self, api: AsyncClient, job_id: str, step: int) -> None:
         most, span = columns_for(self.num_rows), span_for(self.num_rows)
@@ -83,10 +104,15 @@ class HeatMap(ChartPanel):
         _keep(new, sum(_last_of(end, new.span) - new.span < step for end in new.steps))
         self.replace(new)
         self.complete_until = step // new.span * new.span
+        await self.refine(api, job_id)
 
-    async def _read(self, api: AsyncClient, job_id: str, span: int, most: int, from_step: int = 1) -> Statistics:
+    async def _read(
+        self, api: AsyncClient, job_id: str, span: int, most: int, *, from_step: int = 1, to_step: int | None = None
+    ) -> Statistics:
         is_judged = self.view.colour != AGE
-        return await api.statistics(job_id, from_step=from_step, max_points=most, span=span, judged=is_judged)
+        return await api.statistics(
+            job_id, from_step=from_step, to_step=to_step, max_points=most, span=span, judged=is_judged
+        )
 
     async def _recolour(self, event: ValueChangeEventArguments[Any]) -> None:
         self.view.colour, self.is_stale = str(event.value), True
@@ -99,8 +125,12 @@ class HeatMap(ChartPanel):
         if self.statistics is not None:
             start = sum(end <= last_step for end in self.statistics.steps)
             _keep(self.statistics, start)
-            self.tell(f"ngd.columns({self.chart.id},{start},[])")
             self.complete_until = last_step // self.statistics.span * self.statistics.span
+            if self.fine is None:
+                self.tell(f"ngd.columns({self.chart.id},{start},[])")
+            else:
+                self.fine = None
+                self._draw()
             if not start:
                 self.statistics = None
 
@@ -108,7 +138,15 @@ class HeatMap(ChartPanel):
         """Draws these statistics instead of those that were there."""
         if not statistics.names or not statistics.steps:
             return
-        self.statistics = statistics
+        self.statistics, self.fine = statistics, None
+        self._draw()
+        self.describe(now=True)
+        self.refill()
+
+    def _draw(self) -> None:
+        """Draws all columns that are to be shown."""
+        statistics = self.fine or self.statistics
+        assert statistics is not None
         options = self.chart.options
         told = json.dumps([name.lower() for name, _, _ in list(COLOURS.values())[1:]])
         options["tooltip"][":formatter"] = CELL_TEXT.format(names=json.dumps(statistics.names), told=told)
@@ -118,14 +156,13 @@ class HeatMap(ChartPanel):
         self.chart.style(f"height: {FRAME_PX + ROW_PX * len(statistics.names)}px")
         self.chart.update()
         self.tell(self._script(statistics, 0, range(len(statistics.steps))))
-        self.describe(now=True)
-        self.refill()
 
     def extend(self, new: Statistics, start: int, columns: Sequence[int]) -> None:
-        """Draws these columns of new statistics in place of those from `start` on."""
+        """Puts these columns of new statistics in place of those from `start` on."""
         assert self.statistics is not None
         _keep(self.statistics, start)
-        self.tell(self._script(new, start, columns))
+        if self.fine is None:
+            self.tell(self._script(new, start, columns))
         self.statistics.steps += [new.steps[i] for i in columns]
         for known, added in zip(_matrices(self.statistics), _matrices(new), strict=False):
             for row, more in zip(known, added, strict=True):

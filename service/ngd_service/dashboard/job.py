@@ -266,6 +266,7 @@ class JobPage:
         async with self.reading:
             try:
                 await self.training.refine(self.api, self.job_id, None if window is None else (window[0], window[1]))
+                await self.heat_map.refine(self.api, self.job_id)
             except ServiceError as error:
                 self.freshness.stale(str(error))
 
