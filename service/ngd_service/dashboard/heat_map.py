@@ -81,7 +81,7 @@ class HeatMap(ChartPanel):
             await self.refine(api, job_id)
 
     async def refine(self, api: AsyncClient, job_id: str) -> None:
-        """Shows the steps in view as finely as there is room for; all of them, and those of a view that moves, as are."""
+        """Shows the steps in view as finely as there is room for; all of them, or a view that moves, as they are."""
         known, window, finest = self.statistics, self.view.window, span_for(self.num_rows)
         fine = None
         if known is not None and known.span > finest and window is not None and not self.view.follows:
