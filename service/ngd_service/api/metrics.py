@@ -65,9 +65,7 @@ def get_statistics(
     container.jobs.get(job_id)
     started = container.store.newest_events(job_id, ["started"], 0, 1)
     names = started[0].data["statistics"] if started else []
-    range_ = Wanted(
-        from_step=from_step, to_step=to_step, most_steps=max_points, most_spans=max_points, width=span
-    )
+    range_ = Wanted(from_step=from_step, to_step=to_step, most_steps=max_points, most_spans=max_points, width=span)
     known = container.store.spans(job_id, "statistics", range_)
     return statistics(names, known, with_judged=judged)
 
