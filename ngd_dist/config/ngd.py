@@ -1,8 +1,8 @@
 """`NGDConfig`: all choices and numbers together."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ngd_dist.config.choice import Choice, Settings
 from ngd_dist.config.damping import ConstantDamping, DampingChoice
@@ -219,6 +219,13 @@ class NGDConfig(Settings):
     def loss_parts(self) -> int:
         """The divisor of a micro-batch's loss, as far as it is known before the end of the step."""
         return 1 if self.micro_batches == "any" else self.micro_batches
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out lr and momentum if the quadratic model chooses them: settings that give them too are refused."""
+        content: dict[str, Any] = handler(self)
+        unread = {"lr", "momentum"} if isinstance(self.length, QuadraticModel) else set()
+        return {name: value for name, value in content.items() if name not in unread}
 
     @model_validator(mode="after")
     def _choices_agree(self) -> Self:

@@ -240,6 +240,7 @@ def _assumptions(setup: Setup, is_calibrated: bool) -> Iterator[str]:
         yield f"an adaptive schedule refreshes {setup.refresh_share:.0%} of all statistics in a step"
     if not is_calibrated:
         yield "rates are shares of the device's peak, and were not measured"
+    yield "no time is counted for data, tests and checkpoints, nor for the loop itself: most of a small job's"
     if setup.engine_name not in ("bare", "ddp"):
         yield f"bytes and memory under {setup.engine_name} are those that its collectives must move, not counted ones"
     yield "activations are those of forward that autograd keeps; an allocator takes more"

@@ -222,6 +222,12 @@ def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], me
         NGDConfig.model_validate(settings)
 
 
+def test_settings_that_were_written_out_are_read_again() -> None:
+    config = NGDConfig(step_length=QuadraticModel(), damping=0.3)
+
+    assert NGDConfig.model_validate_json(config.model_dump_json()) == config
+
+
 def adapted_steps(rank: int, world_size: int) -> tuple[list[Tensor], float, float]:
     settings = {
         **NEWTON, "step_length": QuadraticModel(), "damping": 0.1, "damping_rule": LevenbergMarquardt(every=1)

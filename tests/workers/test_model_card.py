@@ -112,6 +112,25 @@ def test_a_short_run_sets_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"kind": "ngd", "step_length": {"kind": "quadratic_model"}, "damping_rule": {"kind": "levenberg_marquardt"}},
+        {"kind": "ngd", "lr": 0.01, "preconditioner": {"kind": "seng"}},
+        {"kind": "ngd", "lr": 0.01, "preconditioner": {"kind": "kfac", "rows": 8}},
+    ],
+)
+def test_settings_that_bind_others_are_measured_and_read_again(
+    monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(measuring, "CYCLES", 1)
+    spec = measured_job(optimizer=optimizer)
+
+    run = measuring.measured(spec, card_of_job(spec, load_dataset(spec.data, None)), None)
+
+    assert type(run).model_validate_json(run.model_dump_json()) == run
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"optimizer": {"kind": "sgd"}}, "measured with optimizer ngd, got sgd"),

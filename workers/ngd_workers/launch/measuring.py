@@ -33,7 +33,9 @@ BLOCK = 4  # steps, of which the first refreshes
 # Of two blocks. The first one of a size still finds what the last size decided; the step after a refresh finds the
 # processor's caches filled by it.
 COUNTED = (BLOCK, *range(BLOCK + 2, 2 * BLOCK))
-EMA_DECAY = 0.5  # otherwise few rows may stand for a factor, and the sizes would be measured in two ways
+# Without an average few rows may stand for a factor, and the sizes would be measured in two ways; a method that refuses
+# an average keeps rows at each size.
+EMA_DECAY = 0.5
 
 
 def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
@@ -80,7 +82,7 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
     return Measured(
         device=device_name(device),
         card=card,
-        optimizer=NGDConfig.model_construct(**{name: getattr(optimizer, name) for name in NGDConfig.model_fields}),
+        optimizer=NGDConfig.model_validate(optimizer.model_dump(include=set(NGDConfig.model_fields))),
         in_turn_s=median(blocks[WARM_UP:]),
         steps=tuple(
             StepSeconds(
@@ -93,14 +95,12 @@ def measured(spec: JobSpec, card: ModelCard, data_dir: Path | None) -> Measured:
 
 def _measured_settings(optimizer: NGDOptimizer) -> NGDOptimizer:
     """Returns the settings with all statistics due in the first step of each block."""
-    changes = {
-        "staleness": FixedInterval(steps=BLOCK),
-        "stagger": 0.0,
-        "refresh_cap": None,
-        "strategy": None,
-        "ema_decay": max(EMA_DECAY, optimizer.ema_decay),
-    }
-    return optimizer.model_copy(update=changes)
+    in_blocks = optimizer.model_copy(
+        update={"staleness": FixedInterval(steps=BLOCK), "stagger": 0.0, "refresh_cap": None, "strategy": None}
+    )
+    averaged = in_blocks.model_copy(update={"ema_decay": max(EMA_DECAY, optimizer.ema_decay)})
+    keeps_rows = averaged.preconditioner.refuses(averaged) is not None
+    return in_blocks if keeps_rows else averaged
 
 
 def _one_process(spec: JobSpec, optimizer: NGDOptimizer) -> JobSpec:

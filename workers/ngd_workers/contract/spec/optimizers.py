@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ngd_dist.config import Categorical, Empirical, LikelihoodChoice, NGDConfig, QuadraticModel
+from ngd_dist.config import Categorical, Empirical, LikelihoodChoice, NGDConfig
 from ngd_workers.contract.spec.base import SpecModel, list_to_tuple
 
 __all__ = ["LAMB", "LARS", "SGD", "SOAP", "AdamW", "Muon", "NGDOptimizer", "OptimizerChoice", "Plain", "Shampoo"]
@@ -72,13 +72,6 @@ class NGDOptimizer(NGDConfig):
             update = {"class_dim": likelihood.class_dim if isinstance(likelihood, Categorical) else -1}
         fisher = self.fisher.model_copy(update=update)
         return self.model_copy(update={"micro_batches": micro_batches, "fisher": fisher})
-
-    @model_serializer(mode="wrap")
-    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out lr and momentum if the quadratic model chooses them: a spec that sets them too is refused."""
-        content: dict[str, Any] = handler(self)
-        unread = {"lr", "momentum"} if isinstance(self.length, QuadraticModel) else set()
-        return {name: value for name, value in content.items() if name not in unread}
 
 
 class Plain(SpecModel):
