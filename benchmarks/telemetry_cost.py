@@ -5,7 +5,7 @@ clock of this process's CPU time: one tells nothing; one makes the record of eac
 also watches its layers and reads the resources of its process, as all jobs do too; and one tells nothing again, whose
 distance from the first is the error of the measurement. A block is 32 steps after step 256, of which one is watched;
 the figure is the median over blocks of the time beyond that of the first. "begin" is the same of steps 16 to 255, of
-which 32 are watched. "phase" is the part that the optimizer's own clock sees, without the error of a difference: its
+which 16 are watched. "phase" is the part that the optimizer's own clock sees, without the error of a difference: its
 phase `telemetry`, in which spectra are estimated and all is sent, over the step; once for the blocks, once for "begin".
 
     python -m benchmarks.telemetry_cost  # ten minutes

@@ -21,9 +21,9 @@ from ngd_dist.telemetry import LayerStats, Spectrum
 
 __all__ = ["LayerWatch", "is_watched"]
 
-# Every step up to 15, then 8 of each doubling, from step 256 on every 32nd: short runs have points enough, and the cost
+# Every step up to 7, then 4 of each doubling, from step 128 on every 32nd: short runs have points enough, and the cost
 # of a long one is a 32nd of a measured step's.
-SHORT_BITS, LONGEST = 4, 32
+SHORT_BITS, LONGEST = 3, 32
 PRODUCTS = 3  # of a layer: direction and gradient, gradient and itself, direction and itself
 SPECTRUM = 7  # numbers of a statistic: 1 if it is there, five quantiles, damping
 
@@ -32,7 +32,7 @@ def is_watched(step: int) -> bool:
     """Returns whether the layers are measured in this step.
 
     >>> [step for step in range(1, 41) if is_watched(step)][-6:]
-    [26, 28, 30, 32, 36, 40]
+    [16, 20, 24, 28, 32, 40]
     """
     return step % min(LONGEST, 1 << max(0, step.bit_length() - SHORT_BITS)) == 0
 
