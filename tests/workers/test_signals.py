@@ -2,14 +2,16 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ngd_workers.contract.rundir import Outcome
-from ngd_workers.launch.signals import resize_in_order, told_by_signals, with_signal
+from ngd_workers.launch.signals import resize_in_order, result_of, told_by_signals, with_signal
 from tests.support.attempts import make_attempt, small_spec
 from tests.support.deadline import wait_until
 
@@ -30,6 +32,19 @@ def test_signal_is_told_at_once_and_leaves_its_name(tmp_path: Path) -> None:
     ended = with_signal(attempt, STOPPED)
     assert (ended.result, ended.step) == ("cancelled", 3)
     assert (ended.reason, ended.message) == ("StoppedFromOutside", "stopped by SIGTERM")
+
+
+def test_signal_that_another_thread_receives_is_told_while_the_main_thread_waits(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, small_spec())
+
+    with told_by_signals(attempt, signal.SIGTERM) as is_told, ThreadPoolExecutor(1) as thread:
+
+        def receive() -> None:
+            time.sleep(0.2)  # until the main thread waits
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            wait_until(is_told, "the handler in the main thread")
+
+        result_of(thread.submit(receive))
 
 
 def test_outcome_of_an_attempt_that_no_signal_stopped_stays(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ngd_workers.launch.ending import conclude, failure, record, summary
 from ngd_workers.launch.groups import GroupFailedError, NoRoomError, too_many, train_in_groups
 from ngd_workers.launch.own_code import unpack
 from ngd_workers.launch.ray_cluster import RayCluster, bundle
-from ngd_workers.launch.signals import stop_in_order, with_signal
+from ngd_workers.launch.signals import result_of, stop_in_order, with_signal
 
 __all__ = ["main", "run_worker"]
 
@@ -195,13 +195,13 @@ def _train_on_ray(attempt_dir: AttemptDir, spec: AnySpec, facts: Facts) -> Outco
         RayCluster(facts.cluster) as cluster,
         contextlib.chdir(elsewhere),  # Ray puts the driver's present folder first on its workers' path
     ):
-        thread.submit(cluster.start, spec.resources).result()
+        result_of(thread.submit(cluster.start, spec.resources))
         _log_to_stderr()  # again: Ray has put its own handler there
         stop_in_order(attempt_dir, STOPPED_BY)  # again: Ray's C++ part has taken SIGTERM
         cluster.check(spec)
         fit = functools.partial(_fit, attempt_dir, spec, facts, started_in)
         is_stopped = functools.partial(_is_stopped, attempt_dir)
-        outcome = thread.submit(train_in_groups, attempt_dir, spec, cluster, fit, is_stopped).result()
+        outcome = result_of(thread.submit(train_in_groups, attempt_dir, spec, cluster, fit, is_stopped))
         return outcome or Outcome(result="cancelled", step=_saved_step(spec, facts))
 
 

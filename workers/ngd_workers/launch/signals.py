@@ -6,18 +6,23 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from ngd_workers.contract.errors import StorageError
 from ngd_workers.contract.patience import insist
 from ngd_workers.contract.rundir import AttemptDir, Outcome
 
-__all__ = ["resize_in_order", "stop_in_order", "told_by_signals", "with_signal"]
+__all__ = ["resize_in_order", "result_of", "stop_in_order", "told_by_signals", "with_signal"]
 
 log = logging.getLogger(__name__)
 
 STOP_S = 600.0
+WAKES_S = 0.5  # between two looks of a wait for signals
+
+Result = TypeVar("Result")
 
 
 def stop_in_order(
@@ -67,6 +72,17 @@ def told_by_signals(attempt_dir: AttemptDir, *numbers: signal.Signals) -> Iterat
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def result_of(future: Future[Result]) -> Result:
+    """Returns the future's result; signals are handled meanwhile. Main thread only.
+
+    Handlers run in the main thread alone, but the kernel may give a signal to any, and does not wake this one then: a
+    wait without an end would keep a request to stop until all has been done.
+    """
+    while not wait([future], timeout=WAKES_S).done:
+        pass
+    return future.result()
 
 
 def with_signal(attempt_dir: AttemptDir, outcome: Outcome) -> Outcome:
