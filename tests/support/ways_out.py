@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from tests.support.ranks import free_port
 
 BELL = 90  # a file descriptor
 HOLD = 30_000_000  # numbers to add up: about half a second
+# Gloo sometimes misses that a peer has died just before an exchange: the group's timeout ends that, not the death.
+TIMEOUT = timedelta(seconds=20)
 
 # What runs last at the exit of rank 1, straight from C: it tells rank 0, and then keeps the interpreter to itself until
 # the interpreter is being finalized. A thread of gloo whose exchange rank 0 completes meanwhile waits for the
@@ -160,7 +163,7 @@ def run_pair(way: str, folder: Path) -> dict[str, Any] | None:
                 stay_silent()
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
             torch.set_num_threads(1)
-            dist.init_process_group("gloo", rank=rank, world_size=2)
+            dist.init_process_group("gloo", rank=rank, world_size=2, timeout=TIMEOUT)
             WAYS[way](Pair(rank, reader))
             return None
         ranks.append(pid)
